@@ -1,0 +1,268 @@
+"""Load sparse autoencoders through sae_lens and check them against the site they are used at."""
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saepatch import organism
+from saepatch.errors import UserError
+from saepatch.latents import Latents
+from saepatch.models import fingerprint
+from saepatch.sites import Site
+
+if TYPE_CHECKING:
+    from saepatch.models import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A sae_lens SAE and the site it reads and writes."""
+
+    sae: nn.Module
+    site: Site
+    name: str
+
+    @property
+    def _cfg(self) -> Any:
+        return self.sae.cfg
+
+    @property
+    def d_in(self) -> int:
+        return int(self._cfg.d_in)
+
+    @property
+    def d_sae(self) -> int:
+        return int(self._cfg.d_sae)
+
+    @property
+    def architecture(self) -> str:
+        return str(self._cfg.architecture())
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What training measured on held-out text and kept in the SAE's metadata; empty for SAEs of other origin."""
+        return dict(self._cfg.metadata.get("metrics") or {})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        return self.sae.W_dec.detach()  # type: ignore[operator]
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "d_sae d_in"]:
+        """What one unit of each latent adds to the site: `W_dec`, or its unit rows where the SAE rescales by norms."""
+        if getattr(self._cfg, "rescale_acts_by_decoder_norm", False):
+            return self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
+        return self.W_dec
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of all weights."""
+        return fingerprint(self.sae.state_dict().items())
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch pos d_in"]) -> Latents:
+        """Latents and error term of a site's value, in the dictionary's own precision."""
+        x = x.to(self.dtype)
+        acts = self.sae.encode(x)  # type: ignore[operator]
+        # sae_lens keeps the normalisation of this input as state, and `decode` uses it up: read it in between.
+        scale: Any = None
+        if self._cfg.normalize_activations == "layer_norm":
+            scale = self.sae.ln_std
+        elif self._cfg.normalize_activations == "constant_norm_rescale":
+            scale = 1 / self.sae.x_norm_coeff  # type: ignore[operator]
+        reconstruction = self.sae.decode(acts)  # type: ignore[operator]
+        return Latents(acts, x - reconstruction, reconstruction, self.rows, scale)
+
+    def check_ids(self, ids: tuple[int, ...]) -> None:
+        """Raises UserError for a latent that the dictionary does not have."""
+        for latent in ids:
+            if not 0 <= latent < self.d_sae:
+                raise UserError(f"latent {latent} is out of range: {self.name} has {self.d_sae}, 0 to {self.d_sae - 1}")
+
+    def check(self, model: "LanguageModel", site: Site | None = None) -> None:
+        """See that the dictionary belongs at the site of the model.
+
+        Raises:
+            UserError: width, site or device differ.
+        """
+        site = site or self.site
+        model.layout.module(site)
+        if self.d_in != model.d_model:
+            raise UserError(
+                f"dictionary {self.name} reads width {self.d_in}, but {model.name} has width {model.d_model}: "
+                "load the dictionary that was trained on this model"
+            )
+        if not site.same_tensor(self.site):
+            raise UserError(
+                f"dictionary {self.name} was trained at {self.site} ({self.site.hook_name}), not at {site}: "
+                f"splice it at {self.site}, or load the one for {site}"
+            )
+        if self.W_dec.device != model.device:
+            raise UserError(
+                f"dictionary {self.name} is on {self.W_dec.device}, the model on {model.device}: load both alike"
+            )
+
+
+def load_sae(
+    spec: str, site: str | Site | None = None, device: str | torch.device = "cpu", dtype: str = "float32"
+) -> Dictionary:
+    """Load one SAE: `organism` (with a site), a folder, a folder of `SITE/` sub-folders, or `RELEASE/SAE_ID`.
+
+    The site is read from the SAE's metadata; where that names none, it must be given.
+
+    Raises:
+        UserError: nothing is found, the site differs from the metadata, weights hold NaN, or the decoder is not one
+            this library can edit (a transcoder, say).
+    """
+    wanted = None if site is None else Site.parse(site)
+    root = organism.path("saes") if spec == "organism" else Path(spec)
+    if not root.is_dir():
+        return _load_release(spec, wanted, device, dtype)
+    if (root / "cfg.json").is_file():
+        return _load_folder(root, str(spec), wanted, device, dtype)
+    folders = _site_folders(root, spec)
+    if wanted is None:
+        raise UserError(f"{spec!r} holds several dictionaries: name a site, one of {', '.join(map(str, folders))}")
+    for found, folder in folders.items():
+        if found.same_tensor(wanted):
+            return _load_folder(folder, f"{spec}/{found}", wanted, device, dtype)
+    raise UserError(f"{spec!r} has no dictionary for {wanted}: it has {', '.join(map(str, folders))}")
+
+
+def load_saes(spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> dict[Site, Dictionary]:
+    """Load every SAE of `organism` or of a folder, ordered by layer, or the one that RELEASE/SAE_ID names."""
+    root = organism.path("saes") if spec == "organism" else Path(spec)
+    if root.is_dir() and not (root / "cfg.json").is_file():
+        return {site: load_sae(spec, site, device, dtype) for site in _site_folders(root, spec)}
+    only = load_sae(spec, device=device, dtype=dtype)
+    return {only.site: only}
+
+
+def _site_folders(root: Path, spec: str) -> dict[Site, Path]:
+    found = {}
+    for cfg in sorted(root.glob("*/cfg.json")):
+        try:
+            found[Site.parse(cfg.parent.name)] = cfg.parent
+        except UserError:
+            log.info("%s is not named after a site; left out", cfg.parent)
+    if not found:
+        raise UserError(
+            f"folder {spec!r} holds no dictionary: expected cfg.json in it, or in folders such as resid_post.3/"
+        )
+    return dict(sorted(found.items()))
+
+
+def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | torch.device, dtype: str) -> Dictionary:
+    from sae_lens import SAE
+
+    for part in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / part).is_file():
+            raise UserError(f"{name!r} lacks {part}: expected a folder in sae_lens' format")
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        stated = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
+        sae = SAE.load_from_disk(folder, device=str(device), dtype=dtype)
+    except Exception as error:  # damaged files fail in many ways inside the loaders; all are bad input
+        raise UserError(f"cannot read the dictionary in {name!r}: {_one_line(error)}") from error
+    return _finish(sae, stated, wanted, name)
+
+
+def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dtype: str) -> Dictionary:
+    release, _, sae_id = spec.partition("/")
+    if not sae_id:
+        raise UserError(
+            f"unknown dictionary {spec!r}: use 'organism', a folder, or RELEASE/SAE_ID of sae_lens' releases"
+        )
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    if release not in get_pretrained_saes_directory():
+        # A hub repository is OWNER/NAME, so the SAE's id starts after the second slash.
+        owner_and_name, sae_id = "/".join(spec.split("/")[:2]), "/".join(spec.split("/")[2:])
+        if not sae_id:
+            raise UserError(
+                f"no folder {spec!r}, and {release!r} is no release that sae_lens knows: "
+                "give a folder, RELEASE/SAE_ID, or OWNER/REPOSITORY/SAE_ID"
+            )
+        release = owner_and_name
+    try:
+        sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype=dtype)
+    except Exception as error:  # the named loaders raise whatever their hub client does
+        raise UserError(f"cannot load dictionary {sae_id!r} of {release!r}: {_one_line(error)}") from error
+    return _finish(sae, sae.cfg.metadata.hook_name, wanted, spec)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _finish(sae: nn.Module, stated: str | None, wanted: Site | None, name: str) -> Dictionary:
+    if stated is None and wanted is None:
+        raise UserError(f"dictionary {name!r} does not say where it belongs: give its site, as in site='resid_post.3'")
+    trained_at = Site.parse(stated) if stated is not None else wanted
+    assert trained_at is not None
+    if wanted is not None and not trained_at.same_tensor(wanted):
+        raise UserError(f"dictionary {name!r} was trained at {trained_at}, not at {wanted}: load the one for {wanted}")
+    return adopt(sae, trained_at, name)
+
+
+def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:
+    """Take a sae_lens SAE that is in memory already, as the dictionary of a site.
+
+    Raises:
+        UserError: weights that are not finite, a normalisation that is not folded in, or a decoder that is not linear.
+    """
+    cfg: Any = sae.cfg
+    if cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        raise UserError(
+            f"dictionary {name!r} expects {cfg.normalize_activations} inputs that are not folded into its weights: "
+            "fold them with sae_lens (fold_activation_norm_scaling_factor or fold_activation_whitening), then save it"
+        )
+    if "transcoder" in cfg.architecture():
+        raise UserError(
+            f"{name!r} is a {cfg.architecture()}, which writes another site than it reads: load an autoencoder"
+        )
+    for key, value in sae.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, make it anew"
+            )
+    dictionary = Dictionary(sae.eval().requires_grad_(False), site, name)
+    _check_decoder(dictionary)
+    return dictionary
+
+
+@torch.no_grad()
+def _check_decoder(dictionary: Dictionary) -> None:
+    """Edits are written as `Δf · rows`: see once that the SAE's own decoder agrees."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, dictionary.d_in, generator=generator).to(dictionary.W_dec)
+    try:
+        latents = dictionary.encode(x)
+        acts = latents.acts + torch.rand(latents.acts.shape, generator=generator).to(latents.acts) / dictionary.d_sae
+        dictionary.sae.encode(x)  # type: ignore[operator]
+        truth = dictionary.sae.decode(acts)  # type: ignore[operator]
+        gap = (latents.reconstruction + latents.delta(acts) - truth).norm() / truth.norm().clamp(min=1e-6)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"dictionary {dictionary.name!r} ({dictionary.architecture}) cannot be edited: {error}"
+        ) from error
+    if gap > (1e-4 if dictionary.dtype == torch.float32 else 5e-2):
+        raise UserError(
+            f"dictionary {dictionary.name!r} ({dictionary.architecture}) has no linear decoder (gap {gap:.1e}): "
+            "use an autoencoder such as topk, jumprelu, gated or standard"
+        )

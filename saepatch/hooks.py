@@ -1,0 +1,185 @@
+"""The one file where hooks go on and come off. Everything here is a context manager or returns without a hook left."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saepatch.errors import UserError
+from saepatch.sites import Layout, Site
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class SpliceError(RuntimeError):
+    """A hook that should have acted on a forward pass did not."""
+
+
+class _StopForward(Exception):
+    """Raised by the last hook that is needed, to spare the rest of the forward pass."""
+
+
+def _first(output: Any) -> Tensor:
+    # Some blocks return a tensor, others a tuple that starts with it: this is the one place that knows.
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_first(output: Any, new: Tensor) -> Any:
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def _on_output(module: nn.Module, edit: Edit) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        old = _first(output)
+        new = edit(old)
+        return None if new is old else _with_first(output, new)
+
+    return module.register_forward_hook(hook)
+
+
+def _on_input(module: nn.Module, edit: Edit) -> Any:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@contextmanager
+def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
+    """Pass what each site emits through its function, on every forward pass inside the context.
+
+    Raises:
+        SpliceError: on leaving, when a site was never reached. Not raised over another exception.
+    """
+    fired: set[Site] = set()
+
+    def counted(site: Site, edit: Edit) -> Edit:
+        def run(x: Tensor) -> Tensor:
+            fired.add(site)
+            return edit(x)
+
+        return run
+
+    with ExitStack() as stack:
+        for site, edit in edits.items():
+            register = _on_input if site.stream == "resid_pre" else _on_output
+            handle = register(layout.module(site), counted(site, edit))
+            stack.callback(handle.remove)
+        yield
+    if missed := [str(site) for site in edits if site not in fired]:
+        raise SpliceError(
+            f"nothing ran through {', '.join(missed)} inside the context, so nothing was edited: "
+            "run the model inside the context (and check that the model is the one that was spliced)"
+        )
+
+
+@torch.no_grad()
+def blocks_return_tuples(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model's blocks return a tuple, seen in one forward pass."""
+    seen: list[bool] = []
+    handle = layout.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
+    try:
+        hf(**inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@contextmanager
+def before_forward(module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    """Show every call's arguments to `see` before the module runs."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(args, kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def around_generate(hf: nn.Module, started: Callable[[Tensor | None, Mapping[str, Any]], None]) -> Iterator[None]:
+    """Tell `started` the prompt ids and options of every `hf.generate` call, and `started(None, {})` when it ends.
+
+    A forward pass alone cannot tell a prompt from a generated token when no cache is used, so the call is watched.
+    """
+    plain: Callable[..., Any] | None = getattr(hf, "generate", None)
+    if plain is None:
+        yield
+        return
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
+        if ids is None:
+            raise UserError("generate() under a splice needs input_ids: embeddings alone do not tell the positions")
+        started(ids, kwargs)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            started(None, {})
+
+    before = hf.__dict__.get("generate")
+    hf.__dict__["generate"] = generate
+    try:
+        yield
+    finally:
+        if before is None:
+            del hf.__dict__["generate"]
+        else:
+            hf.__dict__["generate"] = before
+
+
+@torch.no_grad()
+def capture(
+    hf: nn.Module, layout: Layout, sites: Collection[Site], inputs: Mapping[str, Any], stop: bool = True
+) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
+    """What the sites emit in one forward pass; with `stop`, the pass ends at the last site needed."""
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site) -> Edit:
+        def run(x: Tensor) -> Tensor:
+            seen[site] = x.detach()
+            if stop and len(seen) == len(set(sites)):
+                raise _StopForward
+            return x
+
+        return run
+
+    with ExitStack() as stack:
+        stack.enter_context(edit_sites(layout, {site: keep(site) for site in sites}))
+        with suppress(_StopForward):
+            hf(**inputs)
+    return seen
+
+
+@contextmanager
+def skip_blocks(layout: Layout, n: int) -> Iterator[None]:
+    """Let the first `n` blocks pass their input on unchanged; masks and rotary tables still come from the model."""
+    with ExitStack() as stack:
+        for block in layout.blocks[:n]:
+            stack.enter_context(_passing_through(block, layout.tuple_blocks))
+        yield
+
+
+@contextmanager
+def _passing_through(block: nn.Module, as_tuple: bool) -> Iterator[None]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        return (x,) if as_tuple else x
+
+    before = block.__dict__.get("forward")
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.__dict__["forward"]
+        else:
+            block.__dict__["forward"] = before

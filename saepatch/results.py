@@ -1,0 +1,141 @@
+"""Results as flat rows with provenance, in parquet."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from saepatch.errors import UserError
+
+LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value: one edit of one example.
+
+    `latents` and `position` are texts ("417", "3,17", "all"); `effect` is normalised (0: base run, 1: source run) and
+    NaN where the clean and corrupted runs are too close to divide by.
+    """
+
+    task: str
+    example: str
+    site: str
+    latents: str
+    position: str
+    direction: str
+    metric: str
+    method: str
+    clean: float
+    corrupted: float
+    patched: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where rows come from; every row of a file carries it."""
+
+    model: str
+    model_hash: str
+    dictionary: str
+    dictionary_hash: str
+    seed: int
+    versions: str = field(default_factory=lambda: json.dumps(versions(), sort_keys=True))
+    command: str = field(default_factory=lambda: command_line())
+
+
+def command_line() -> str:
+    """The command this process was started with, its interpreter's and script's folders left out."""
+    if "-m" in sys.orig_argv[:3]:
+        return shlex.join(["python", *sys.orig_argv[sys.orig_argv.index("-m") :]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a number can depend on."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def write_rows(parts: Iterable[tuple[Sequence[Row], Provenance]], path: Path) -> None:
+    """Write rows, each part with its own provenance, to one parquet file; the file appears whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {f.name: [] for f in (*fields(Row), *fields(Provenance))}
+    for rows, provenance in parts:
+        constants = asdict(provenance)
+        for row in rows:
+            for name, value in (vars(row) | constants).items():
+                columns[name].append(value)
+    with atomic(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a parquet file as dictionaries, provenance included."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON atomically. NaN is not JSON: missing values are written as null."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """`with atomic(path) as temporary:` write to `temporary`; it replaces `path` when the block ends without error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def output_folder(out: str | Path) -> Path:
+    """Create the folder results go to, and see now that it can be written.
+
+    Raises:
+        UserError: it cannot be created or written.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): give another folder with --out") from error
+    return folder

@@ -1,0 +1,158 @@
+"""Where in a causal language model a dictionary reads and writes: sites, and how each model family lays them out."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from saepatch.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STREAMS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+_HOOK_NAMES = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out"}
+_HOOK_NAMES["mlp_out"] = "hook_mlp_out"
+_STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One tensor of shape [batch, pos, d_model] in the model: `resid_post.3` is the residual stream after block 3.
+
+    `attn_out` and `mlp_out` are what attention and MLP add to the residual stream (after a post-norm, where a family
+    has one). Layers count from 0.
+    """
+
+    layer: int
+    stream: str = "resid_post"
+
+    def __post_init__(self) -> None:
+        if self.stream not in STREAMS:
+            raise UserError(f"unknown stream {self.stream!r}: use one of {', '.join(STREAMS)}, as in 'resid_post.3'")
+        if self.layer < 0:
+            raise UserError(f"layer {self.layer} is negative: layers count from 0, as in 'resid_post.0'")
+
+    @classmethod
+    def parse(cls, text: "str | Site") -> "Site":
+        """Read `resid_post.3` or the hook name `blocks.3.hook_resid_post`; a `Site` is returned as it is."""
+        if isinstance(text, Site):
+            return text
+        if match := re.fullmatch(r"(\w+)\.(\d+)", text):
+            return cls(int(match[2]), match[1])
+        if (match := re.fullmatch(r"blocks\.(\d+)\.(\w+)", text)) and match[2] in _STREAM_OF_HOOK:
+            return cls(int(match[1]), _STREAM_OF_HOOK[match[2]])
+        raise UserError(
+            f"cannot read site {text!r}: write STREAM.LAYER with STREAM one of {', '.join(STREAMS)} "
+            "(as in 'resid_post.3') or a hook name such as 'blocks.3.hook_resid_post'"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.stream}.{self.layer}"
+
+    @property
+    def hook_name(self) -> str:
+        """The site's name in TransformerLens and sae-lens."""
+        return f"blocks.{self.layer}.{_HOOK_NAMES[self.stream]}"
+
+    def same_tensor(self, other: "Site") -> bool:
+        """Whether both names mean one tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
+        return self._canonical() == other._canonical()
+
+    def _canonical(self) -> "Site":
+        if self.stream == "resid_pre" and self.layer > 0:
+            return Site(self.layer - 1, "resid_post")
+        return self
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of one model family: the blocks from the model, the others from a block (None: not offered)."""
+
+    blocks: str
+    attn: str | None = None
+    mlp: str | None = None
+
+
+_LLAMA = Family("model.layers", "self_attn", "mlp")
+_POST_NORM = Family("model.layers", "post_attention_layernorm", "post_feedforward_layernorm")
+
+# Keyed by `config.model_type`. `attn` and `mlp` name the module whose output enters the residual stream.
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3", "stablelm", "starcoder2"],
+        _LLAMA,
+    ),
+    **dict.fromkeys(["gemma2", "gemma3_text", "olmo2", "olmo3"], _POST_NORM),
+    "phi": Family("model.layers", "self_attn", "mlp"),
+    "gpt2": Family("transformer.h", "attn", "mlp"),
+    "gpt_neo": Family("transformer.h", "attn", "mlp"),
+    "gptj": Family("transformer.h", "attn", "mlp"),
+    "gpt_neox": Family("gpt_neox.layers", "attention", "mlp"),
+    "opt": Family("model.decoder.layers", "self_attn", None),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the sites of one loaded model are.
+
+    `streams` maps a stream to the module path inside a block ("" is the block itself).
+    """
+
+    blocks: tuple[nn.Module, ...]
+    streams: Mapping[str, str]
+    tuple_blocks: bool = False  # whether a block returns a tuple that starts with the stream; seen on load
+
+    def module(self, site: Site) -> nn.Module:
+        """The module that emits the site (for `resid_pre`: that receives it).
+
+        Raises:
+            UserError: the model has no such layer, or its family does not offer the stream.
+        """
+        if site.layer >= len(self.blocks):
+            raise UserError(f"site {site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
+        if site.stream not in self.streams:
+            raise UserError(f"site {site}: this model family offers {', '.join(self.streams)}")
+        return self.blocks[site.layer].get_submodule(self.streams[site.stream])
+
+    @property
+    def sites(self) -> list[Site]:
+        return [Site(layer, stream) for layer in range(len(self.blocks)) for stream in self.streams]
+
+    def without(self, stream: str) -> "Layout":
+        return replace(self, streams={name: path for name, path in self.streams.items() if name != stream})
+
+
+def layout_of(hf: nn.Module, model_type: str, n_layers: int) -> Layout:
+    """Find the blocks of a Hugging Face causal LM.
+
+    A family that is not in `FAMILIES` is read off the model's structure: the one `ModuleList` with `n_layers` members.
+
+    Raises:
+        UserError: the blocks cannot be told apart from other modules.
+    """
+    family = FAMILIES.get(model_type) or _guess_family(hf, model_type, n_layers)
+    try:
+        blocks = tuple(hf.get_submodule(family.blocks).children())
+    except AttributeError as error:
+        raise UserError(f"model type {model_type!r} has no blocks at {family.blocks!r}: {error}") from error
+    streams = {"resid_pre": "", "resid_post": ""}
+    if family.attn is not None:
+        streams["attn_out"] = family.attn
+    if family.mlp is not None:
+        streams["mlp_out"] = family.mlp
+    return Layout(blocks, streams)
+
+
+def _guess_family(hf: nn.Module, model_type: str, n_layers: int) -> Family:
+    lists = [name for name, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    if len(outermost) != 1:
+        raise UserError(
+            f"model type {model_type!r} is unknown and its blocks cannot be found ({len(outermost)} module lists of "
+            f"length {n_layers}): add a line to saepatch.sites.FAMILIES"
+        )
+    log.info("model type %r is not in FAMILIES; using the blocks at %r", model_type, outermost[0])
+    return Family(outermost[0])

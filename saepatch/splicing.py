@@ -1,0 +1,280 @@
+"""Splice dictionaries into a model: encode a site, edit the latents, write the change back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saepatch.dictionaries import Dictionary
+from saepatch.errors import UserError
+from saepatch.hooks import around_generate, before_forward, capture, edit_sites
+from saepatch.interventions import Intervention, Patch, Restore, ids_of
+from saepatch.latents import Latents
+from saepatch.models import LanguageModel, Tokens, ordinary
+from saepatch.positions import Pass, from_prompt
+from saepatch.sites import Site
+
+Dictionaries = Dictionary | Sequence[Dictionary] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
+
+
+@dataclass(eq=False)
+class Splice:
+    """A splice that is in place. With `record`, `latents[site]` are the unedited latents of the last forward pass."""
+
+    model: LanguageModel
+    latents: dict[Site, Latents] = field(default_factory=dict)
+    seen: Pass | None = None
+    _generating: bool = False
+    _prompt: tuple[Any, Any] | None = None  # n_prompt [batch] and width, of the generation under way
+    _donors: dict[int, "_Donor"] = field(default_factory=dict)
+    _paused: bool = False
+
+
+@contextmanager
+def splice(
+    model: LanguageModel,
+    dictionaries: Dictionaries,
+    interventions: Intervention | Sequence[Intervention] = (),
+    error: Literal["keep", "drop"] = "keep",
+    record: bool = False,
+) -> Iterator[Splice]:
+    """Splice dictionaries into the model, at one or several sites, for every forward pass inside the context.
+
+    With the error kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the site.
+    With the error dropped the dictionary is a bottleneck: each position but BOS and padding carries only what the
+    dictionary decodes. Works inside `model.hf.generate`, with a KV cache or without. Latents at BOS and padding are
+    never edited unless a position names them.
+
+    Raises:
+        UserError: a dictionary that does not belong to the model or site, an unknown latent, an intervention on a site
+            that is not spliced, or positions that a prompt does not have.
+        SpliceError: the model did not run through a spliced site inside the context.
+    """
+    sites = _by_site(model, dictionaries)
+    if error not in ("keep", "drop"):
+        raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
+    chosen = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    plan = {site: [i for i in chosen if _site_of(i, sites) == site] for site in sites}
+    for site, members in plan.items():
+        for intervention in members:
+            sites[site].check_ids(ids_of(intervention.latents) or ())
+    run = Splice(model)
+    for site, members in plan.items():
+        for intervention in members:
+            if isinstance(intervention, Restore):
+                run._donors[id(intervention)] = _Donor(model, sites[site], site, intervention)
+    edits = {
+        site: partial(_edit, run=run, site=site, dictionary=sites[site], plan=plan[site], error=error, record=record)
+        for site in sites
+    }
+    with ExitStack() as stack:
+        stack.enter_context(before_forward(model.hf, partial(_before_forward, run)))
+        stack.enter_context(around_generate(model.hf, partial(_around_generate, run)))
+        stack.enter_context(edit_sites(model.layout, edits))
+        yield run
+
+
+def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
+    """Latents and error term of one forward pass over a batch, nothing edited; later blocks are not run."""
+    dictionary.check(model)
+    x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
+    return replace(dictionary.encode(x), real=tokens.attention_mask.bool())
+
+
+def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
+    """The pass that reads a batch of prompts at once: what positions are chosen from outside a splice."""
+    mask = tokens.attention_mask
+    return Pass(
+        input_ids=tokens.input_ids,
+        ordinary=tokens.ordinary,
+        real=mask.bool(),
+        index=mask.cumsum(-1) - 1,
+        n_prompt=mask.sum(-1),
+        start=0,
+        width=mask.shape[1],
+        decode=model.tokenizer.decode,
+    )
+
+
+def _by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
+    if isinstance(dictionaries, Dictionary):
+        dictionaries = [dictionaries]
+    if not isinstance(dictionaries, Mapping):
+        dictionaries = {dictionary.site: dictionary for dictionary in dictionaries}
+    sites = {Site.parse(site): dictionary for site, dictionary in dictionaries.items()}
+    if not sites:
+        raise UserError("there is nothing to splice: give at least one dictionary")
+    for site, dictionary in sites.items():
+        dictionary.check(model, site)
+    return sites
+
+
+def _site_of(intervention: Intervention, sites: Mapping[Site, Dictionary]) -> Site:
+    names = ", ".join(map(str, sites))
+    if intervention.site is None:
+        if len(sites) > 1:
+            raise UserError(
+                f"{type(intervention).__name__} names no site, but several are spliced: give one of {names}"
+            )
+        return next(iter(sites))
+    site = Site.parse(intervention.site)
+    for spliced in sites:
+        if spliced.same_tensor(site):
+            return spliced
+    raise UserError(f"{type(intervention).__name__} acts on {site}, which is not spliced: {names}")
+
+
+def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]) -> None:
+    run._generating = ids is not None
+    run._prompt = None
+    for donor in run._donors.values():
+        donor.reset()
+    if ids is not None and run._donors and options.get("num_beams", 1) not in (None, 1):
+        raise UserError("Restore follows one continuation a prompt: generate with num_beams=1")
+
+
+def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Work out which tokens of which prompts this pass holds."""
+    if run._paused:
+        return
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        raise UserError("a spliced model needs input_ids: embeddings alone do not tell the positions")
+    cache = kwargs.get("past_key_values")
+    start = int(cache.get_seq_length()) if cache is not None else 0
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if mask is None:
+        mask = torch.ones(ids.shape[0], start + ids.shape[1], dtype=torch.long, device=ids.device)
+    if mask.ndim != 2 or mask.shape[1] < start + ids.shape[1]:
+        raise UserError(
+            f"attention mask of shape {tuple(mask.shape)} for {start} cached and {ids.shape[1]} new tokens: "
+            "a splice needs the two-dimensional mask over all of them (generate with the default dynamic cache)"
+        )
+    mask = mask[:, : start + ids.shape[1]].long()
+    if run._prompt is None or not (run._generating or start):
+        run._prompt = (mask.sum(-1), mask.shape[1])
+    n_prompt, width = run._prompt
+    here = mask[:, start:]
+    run.seen = Pass(
+        input_ids=ids,
+        ordinary=ordinary(ids, here, run.model.bos_id),
+        real=here.bool(),
+        index=(mask.cumsum(-1) - 1)[:, start:],
+        n_prompt=n_prompt,
+        start=start,
+        width=width,
+        decode=run.model.tokenizer.decode,
+    )
+    for donor in run._donors.values():
+        run._paused = True
+        try:
+            donor.follow(run.seen)
+        finally:
+            run._paused = False
+
+
+def _edit(
+    x: Tensor,
+    run: Splice,
+    site: Site,
+    dictionary: Dictionary,
+    plan: Sequence[Intervention],
+    error: str,
+    record: bool,
+) -> Tensor:
+    if run._paused:
+        return x
+    seen = run.seen
+    assert seen is not None
+    latents = dictionary.encode(x)
+    if record:
+        run.latents[site] = latents
+    acts, swapped = latents.acts, None
+    for intervention in plan:
+        where = seen.select(intervention.positions)[..., None]
+        if isinstance(intervention, Restore):
+            intervention = intervention.given(run._donors[id(intervention)].acts)
+        ids = ids_of(intervention.latents)
+        columns = slice(None) if ids is None else list(ids)
+        new = acts.clone()
+        new[..., columns] = torch.where(where, intervention.edit(acts[..., columns], seen), acts[..., columns])
+        acts = new
+        if isinstance(intervention, Patch) and intervention.error:
+            other = from_prompt(intervention.source.error, seen, fill=0.0)
+            real = intervention.lines_up(seen)[..., None]
+            gap = torch.where(where & real, other - latents.error, torch.zeros_like(other))
+            swapped = gap if swapped is None else swapped + gap
+    change = latents.delta(acts)
+    if swapped is not None:
+        change = change + swapped
+    if error == "drop":
+        change = torch.where(seen.ordinary[..., None], change - latents.error, change)
+    return x + change.to(x.dtype)
+
+
+class _Donor:
+    """The clean run beside a restoration: its own cache, fed the recipient's tokens, never patched."""
+
+    def __init__(self, model: LanguageModel, dictionary: Dictionary, site: Site, restore: Restore) -> None:
+        self.model, self.dictionary, self.site, self.restore = model, dictionary, site, restore
+        self.reset()
+
+    def reset(self) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache()
+        self.mask: Tensor | None = None
+        self.parts: list[Tensor] = []
+        self.read = 0  # generated tokens the donor has read
+
+    @property
+    def acts(self) -> Tensor:
+        return torch.cat(self.parts, 1)
+
+    def follow(self, seen: Pass) -> None:
+        """Read the clean prompts when a prompt starts, else the tokens generated since the last pass."""
+        if seen.start < seen.width and not (self.read and seen.input_ids.shape[1] + seen.start > seen.width):
+            self.reset()
+            self._start(seen)
+        total = seen.start + seen.input_ids.shape[1] - seen.width
+        if total > self.read:
+            self._run(seen.input_ids[:, -(total - self.read) :], keep=total - self.read)
+            self.read = total
+
+    def _start(self, seen: Pass) -> None:
+        restore = self.restore
+        if len(restore.donors) != len(seen.input_ids):
+            raise UserError(f"{len(restore.donors)} donor prompts for {len(seen.input_ids)} prompts: give one for each")
+        if not bool(seen.real[:, -1].all()):
+            raise UserError("Restore aligns prompts from the right: tokenize them with side='left'")
+        tokens = self.model.tokenize(restore.donors, side="left")
+        shortest = min(int(tokens.lengths.min()), int(seen.n_prompt.min()))
+        if not 1 <= restore.template <= shortest:
+            raise UserError(f"template of {restore.template} positions, but the shortest prompt has {shortest} tokens")
+        self.mask = tokens.attention_mask
+        self._run(tokens.input_ids, keep=restore.template)
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, keep: int) -> None:
+        assert self.mask is not None
+        start = self.cache.get_seq_length()
+        if start:
+            self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+        found: dict[Site, Tensor] = {}
+
+        def see(x: Tensor) -> Tensor:
+            found[self.site] = x
+            return x
+
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.cache}
+        if "position_ids" in self.model._forward_arguments:
+            inputs["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+        if "logits_to_keep" in self.model._forward_arguments:
+            inputs["logits_to_keep"] = 1
+        with edit_sites(self.model.layout, {self.site: see}):
+            self.model.hf(**inputs, use_cache=True)
+        self.parts.append(self.dictionary.encode(found[self.site][:, -keep:]).acts)

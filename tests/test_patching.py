@@ -1,0 +1,152 @@
+"""The sweep against one plain hooked forward an edit, and its arithmetic against definitions."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, random_dictionary, tiny_model
+
+from saepatch.controls import DRAWS, effect_curve
+from saepatch.errors import UserError
+from saepatch.metrics import log_probability, logit_difference
+from saepatch.patching import patch_latents
+from saepatch.prompts import PromptPair, batch_pairs
+from saepatch.quality import latent_statistics
+from saepatch.splicing import record_latents
+
+PAIRS = [
+    PromptPair("the cat sat", "the dog sat", "x", "y", "a"),
+    PromptPair("one big tree", "one red tree", "p", "q", "b"),
+    PromptPair("abc", "abd", "r", "s", "c"),
+    PromptPair("the cow ran", "the pig ran", "m", "n", "d"),
+]
+
+
+def plain_forward(model, dictionary, pair, group, direction, where=slice(1, None)):
+    """One pair, one edit, one forward with a bare torch hook."""
+    batch = batch_pairs(model, [pair])
+    base, source = (batch.corrupted, batch.clean) if direction == "denoise" else (batch.clean, batch.corrupted)
+    change = record_latents(model, dictionary, source).acts - record_latents(model, dictionary, base).acts
+    delta = torch.zeros(1, base.input_ids.shape[1], model.d_model)
+    for latent in group:
+        delta[:, where] += change[:, where, latent, None] * dictionary.W_dec[latent]
+
+    def hook(_module, _args, output):
+        return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+
+    handle = model.layout.blocks[dictionary.site.layer].register_forward_hook(hook)
+    try:
+        logits = model.hf(input_ids=base.input_ids).logits[:, -1]
+    finally:
+        handle.remove()
+    return float(logit_difference(logits, batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_sweep_equals_one_plain_forward_an_edit(family, layer):
+    model, dictionary = tiny_model(family), random_dictionary(f"resid_post.{layer}")
+    groups = [(3,), (5,), (1, 2, 7), tuple(range(48))]
+    for direction in ("denoise", "noise"):
+        effects = patch_latents(model, dictionary, PAIRS, groups, direction=direction, batch_size=3)
+        assert effects.ran.any()
+        for row, pair in enumerate(PAIRS):
+            for column, group in enumerate(groups):
+                expected = plain_forward(model, dictionary, pair, group, direction)
+                assert abs(effects.patched[row, column] - expected) <= 2e-5, (pair.example, group)
+
+
+@pytest.mark.parametrize("site", ["resid_pre.0", "resid_pre.2", "mlp_out.1", "attn_out.1"])
+def test_other_streams(site):
+    """All latents and no error term left over: patching a whole stream with the clean run's."""
+    model, dictionary = tiny_model(), random_dictionary(site)
+    effects = patch_latents(model, dictionary, PAIRS, [tuple(range(48))])
+    from saepatch.interventions import Patch
+    from saepatch.splicing import splice
+
+    for row, pair in enumerate(PAIRS):
+        batch = batch_pairs(model, [pair])
+        with splice(model, dictionary, Patch(record_latents(model, dictionary, batch.clean))):
+            expected = float(logit_difference(model.next_logits(batch.corrupted), batch))
+        assert abs(effects.patched[row, 0] - expected) <= 2e-5
+
+
+def test_positions_restrict_the_edit():
+    model, dictionary = tiny_model(), random_dictionary()
+    everything = [tuple(range(48))]
+    last = patch_latents(model, dictionary, PAIRS, everything, positions="last")
+    for row, pair in enumerate(PAIRS):
+        expected = plain_forward(model, dictionary, pair, everything[0], "denoise", where=slice(-1, None))
+        assert abs(last.patched[row, 0] - expected) <= 2e-5
+    assert np.abs(last.patched - patch_latents(model, dictionary, PAIRS, everything).patched).max() > 1e-3
+
+
+def test_every_latent_alone_counts_the_ones_that_do_not_differ_as_no_effect():
+    model, dictionary = tiny_model(), random_dictionary()
+    effects = patch_latents(model, dictionary, PAIRS)
+    assert effects.patched.shape == (4, 48)
+    assert 0 < effects.ran.sum() < effects.ran.size
+    still = ~effects.ran
+    assert np.array_equal(effects.change[still], np.zeros(still.sum()))
+    expected = (effects.patched - effects.corrupted[:, None]).mean(0) / (effects.clean - effects.corrupted).mean()
+    np.testing.assert_allclose(effects.ratios(), expected)
+    best = effects.top(5)
+    assert [effects.groups.index(g) for g in best] == list(np.argsort(-expected, kind="stable")[:5])
+    assert len(effects.rows("task")) == effects.ran.sum()
+
+
+def test_batch_size_and_order_of_pairs_change_nothing():
+    model, dictionary = tiny_model(), random_dictionary()
+    whole = patch_latents(model, dictionary, PAIRS)
+    small = patch_latents(model, dictionary, PAIRS[::-1], batch_size=1)
+    np.testing.assert_allclose(whole.patched, small.patched[::-1], atol=2e-5)
+    np.testing.assert_allclose(whole.clean, small.clean[::-1], atol=2e-5)
+    assert small.examples == whole.examples[::-1]
+
+
+def test_effects_are_normalised_by_definition_and_small_gaps_are_missing():
+    model, dictionary = tiny_model(), random_dictionary()
+    same = PromptPair("same text", "same text", "x", "y", "no gap")
+    for direction, sign in (("denoise", 1), ("noise", -1)):
+        effects = patch_latents(model, dictionary, [*PAIRS, same], [tuple(range(48))], direction=direction)
+        base = effects.corrupted if direction == "denoise" else effects.clean
+        expected = sign * (effects.patched[:4, 0] - base[:4]) / (effects.clean - effects.corrupted)[:4]
+        np.testing.assert_allclose(effects.normalised[:4, 0], expected)
+        assert np.isnan(effects.normalised[4, 0])
+        assert effects.missing == 1
+        assert effects.mean_of_ratios(0).n == 4
+        assert effects.of(0).n == 5
+        row = effects.rows("t")[0]
+        assert row.direction == direction
+        assert row.effect == pytest.approx(effects.normalised[0, 0])
+
+
+def test_other_metrics_and_bad_input():
+    model, dictionary = tiny_model(), random_dictionary()
+    effects = patch_latents(model, dictionary, PAIRS, [(3, 4)], metric=log_probability)
+    assert effects.metric == "log_probability"
+    assert (effects.clean < 0).all()
+    for bad, complaint in [([48], "latent 48 is out of range"), ([], "no latents"), ([()], "no latents")]:
+        with pytest.raises(UserError, match=complaint):
+            patch_latents(model, dictionary, PAIRS, bad)
+    with pytest.raises(UserError, match="width 12"):
+        patch_latents(model, random_dictionary(d_in=12), PAIRS, [1])
+
+
+def test_curve_has_controls_of_the_same_size_that_share_no_latent_with_the_top():
+    model, dictionary = tiny_model(), random_dictionary()
+    tokens = model.tokenize(
+        [p.clean for p in PAIRS] + ["many other texts, to wake more latents", "zyxwvutsrq 0123456789"]
+    )
+    stats = latent_statistics(model, dictionary, tokens)
+    ranking = [group[0] for group in patch_latents(model, dictionary, PAIRS).top(8)]
+    curve = effect_curve(model, dictionary, PAIRS, ranking, (1, 4, 8), stats)
+    groups = curve.effects.groups
+    assert len(groups) == 3 * (1 + 2 * DRAWS)
+    for number, k in enumerate((1, 4, 8)):
+        controls = groups[3 + 2 * DRAWS * number : 3 + 2 * DRAWS * (number + 1)]
+        for control in controls:
+            assert len(set(control)) == k
+            assert not set(control) & set(ranking[:k])
+            assert all(stats.alive[latent] for latent in control)
+    alone = patch_latents(model, dictionary, PAIRS, [tuple(ranking[:4])])
+    assert curve.top[1].value == pytest.approx(alone.of(0).value, abs=1e-6)
