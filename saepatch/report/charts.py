@@ -1,0 +1,240 @@
+"""Charts as SVG, drawn for a given width: the page holds each one twice, for wide and for narrow screens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from markupsafe import Markup
+
+from saepatch.report.blocks import BarChart, Bars, HeatMap, LineChart, Number, Series
+from saepatch.report.scales import Scale, linear, logarithmic
+from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
+from saepatch.report.text import common_format, finite, number
+
+WIDE, NARROW = 720, 360
+PALETTE = 7  # colours in the stylesheet
+_CHARACTER = 6.4  # pixels, about, of a letter of an axis label
+
+Span = tuple[Number, Number]
+
+
+def _spans(low: Sequence[Number] | None, high: Sequence[Number] | None, count: int) -> list[Span]:
+    """An interval for each value; (None, None) where there is none."""
+    if low is None or high is None:
+        return [(None, None)] * count
+    return list(zip(low, high))
+
+
+def said(value: Number, span: Span, spec: str) -> str:
+    """A value and, where there is one, its interval."""
+    text = number(value, spec)
+    if finite(span[0]) and finite(span[1]):
+        text += f" [{number(span[0], spec)}, {number(span[1], spec)}]"
+    return text
+
+
+def draw(chart: LineChart | BarChart | HeatMap, width: int) -> Drawing:
+    """The chart, drawn so many pixels wide."""
+    if isinstance(chart, LineChart):
+        return line_chart(chart, width)
+    return bar_chart(chart, width) if isinstance(chart, BarChart) else heat_map(chart, width)
+
+
+# Lines
+
+
+def line_chart(chart: LineChart, width: int) -> Drawing:
+    """The lines of a chart, their bands and points."""
+    ys = [y for line in chart.series for y in (*line.y, *(line.low or ()), *(line.high or ()))]
+    ys += [reference.value for reference in chart.references]
+    xs = [x for line in chart.series for x in line.x]
+    top, bottom, height = 30.0, (270.0 if width == WIDE else 220.0), (318.0 if width == WIDE else 268.0)
+    y_axis = linear([y for y in ys if finite(y)], bottom, top, fixed=chart.y_range)
+    spec = chart.y_format or common_format(y_axis.ticks)
+    left = 14 + _CHARACTER * max(len(number(tick, spec)) for tick in y_axis.ticks)
+    x_axis = (
+        logarithmic(xs, left, width - 14, 12 if width == WIDE else 7)
+        if chart.log_x
+        else linear(xs, left, width - 14, 6 if width == WIDE else 4, fixed=_ends(xs))
+    )
+    parts = [label(0, 12, chart.y_label, "axis")]
+    for tick in y_axis.ticks:
+        y = y_axis(tick)
+        parts.append(rule(left, y, width - 14, y, "zero" if tick == 0 else "grid"))
+        parts.append(label(left - 8, y + 4, number(tick, spec), "tick", "end"))
+    for tick in x_axis.ticks:
+        parts.append(rule(x_axis(tick), bottom, x_axis(tick), bottom + 5, "zero"))
+        parts.append(label(x_axis(tick), bottom + 19, number(tick), "tick", "middle"))
+    parts.append(label((left + width - 14) / 2, bottom + 41, chart.x_label, "axis", "middle"))
+    for reference in chart.references:
+        y = y_axis(reference.value)
+        parts.append(rule(left, y, width - 14, y, "reference"))
+        parts.append(label(left + 6, y - 5 if y - 5 > top else y + 13, reference.label, "note"))
+    for index, line in enumerate(chart.series):
+        parts.append(_line(line, index, x_axis, y_axis, chart.y_format))
+    return Drawing(width, height, chart.title, tuple(parts))
+
+
+def _ends(xs: Sequence[float]) -> tuple[float, float] | None:
+    found = [x for x in xs if finite(x)]
+    return (min(found), max(found)) if found and min(found) < max(found) else None
+
+
+def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, spec: str) -> Markup:
+    parts = []
+    spans = _spans(line.low, line.high, len(line.x))
+    banded = [
+        (x_axis(x), y_axis(span[0]), y_axis(span[1])) if finite(x) and finite(span[0]) and finite(span[1]) else None
+        for x, span in zip(line.x, spans)
+    ]
+    for run in _runs(banded):
+        if len(run) == 1:
+            parts.append(rule(run[0][0], run[0][1], run[0][0], run[0][2], "whisker"))
+            continue
+        outline = [(x, high) for x, _, high in run] + [(x, low) for x, low, _ in reversed(run)]
+        parts.append(element("polygon", {"points": _points(outline), "class": "band"}))
+    drawn = [(x_axis(x), y_axis(y)) if finite(x) and finite(y) else None for x, y in zip(line.x, line.y)]
+    parts += [element("polyline", {"points": _points(run), "class": "line"}) for run in _runs(drawn) if len(run) > 1]
+    for place, x, y, span in zip(drawn, line.x, line.y, spans):
+        if place is not None:
+            parts.append(marker(index, *place, f"{line.name}\nat {number(x)}: {said(y, span, spec)}"))
+    # Points closer than they are wide show only under the pointer.
+    reach = x_axis.end - x_axis.start
+    dense = " dense" if len(line.x) * 12 > reach else ""
+    return element("g", {"class": f"s{index % PALETTE}{dense}"}, *parts)
+
+
+def _runs(places: Sequence[tuple[float, ...] | None]) -> Iterator[list[tuple[float, ...]]]:
+    """The stretches without a gap."""
+    run: list[tuple[float, ...]] = []
+    for place in [*places, None]:
+        if place is not None:
+            run.append(place)
+        elif run:
+            yield run
+            run = []
+
+
+def _points(places: Sequence[tuple[float, ...]]) -> str:
+    return " ".join(f"{x:g},{y:g}" for x, y in places)
+
+
+# Bars
+
+
+def bar_chart(chart: BarChart, width: int) -> Drawing:
+    """Horizontal bars; on a narrow page a label stands above its bars."""
+    stacked = width < WIDE
+    values = [v for bars in chart.bars for v in (*bars.values, *(bars.low or ()), *(bars.high or ()))]
+    values += [0.0, *(reference.value for reference in chart.references)]
+    longest = max((len(text) for text in chart.labels), default=0)
+    room = 46 if stacked else min(longest, 38)
+    left = 4.0 if stacked else 14 + _CHARACTER * room
+    found = [v for v in values if finite(v)]
+    axis = linear(found, left, width - 70, 2 if stacked else 5, fixed=chart.value_range)
+    spec = chart.value_format or common_format([v for bars in chart.bars for v in bars.values])
+    thick, head = (15.0 if len(chart.bars) > 1 else 19.0), (20.0 if stacked else 0.0)
+    block = head + thick * len(chart.bars) + 13
+    top = 30.0 if chart.references else 10.0
+    bottom = top + block * len(chart.labels)
+    parts = []
+    tick_spec = chart.value_format or common_format(axis.ticks)
+    for tick in axis.ticks:
+        parts.append(rule(axis(tick), top, axis(tick), bottom, "zero" if tick == 0 else "grid"))
+        parts.append(label(axis(tick), bottom + 16, number(tick, tick_spec), "tick", "middle"))
+    for row, name in enumerate(chart.labels):
+        y = top + block * row + 6.5
+        middle = y + head + thick * len(chart.bars) / 2 + 4
+        where = (left, y + 12, "start") if stacked else (left - 10, middle, "end")
+        parts.append(
+            element("g", {}, element("title", {}, name), label(*where[:2], clipped(name, room), "name", where[2]))
+        )
+        for index, bars in enumerate(chart.bars):
+            tip = name if len(chart.bars) == 1 else f"{name}, {bars.name}"
+            parts.append(_bar(bars, row, index, axis, y + head + thick * index, thick, tip, spec))
+    for reference in chart.references:
+        x = axis(reference.value)
+        parts.append(rule(x, top - 8, x, bottom, "reference"))
+        anchor = "end" if x > 0.75 * width else "start" if x < 0.25 * width else "middle"
+        parts.append(label(x, top - 13, reference.label, "note", anchor))
+    parts.append(label((left + width - 70) / 2, bottom + 38, chart.value_label, "axis", "middle"))
+    return Drawing(width, bottom + (46 if chart.value_label else 24), chart.title, tuple(parts))
+
+
+def _bar(bars: Bars, row: int, index: int, axis: Scale, y: float, thick: float, tip: str, spec: str) -> Markup:
+    value, span = bars.values[row], _spans(bars.low, bars.high, len(bars.values))[row]
+    zero = axis(min(max(0.0, axis.low), axis.high))
+    parts = [element("title", {}, f"{tip}: {said(value, span, spec)}")]
+    end = zero
+    if finite(value):
+        x = axis(value)
+        box = {
+            "x": min(x, zero),
+            "y": round(y + 1, 2),
+            "width": round(abs(x - zero), 2),
+            "height": thick - 2,
+            "rx": 1.5,
+        }
+        parts.append(element("rect", {**box, "class": "bar"}))
+        end = max(x, zero)
+    if finite(span[0]) and finite(span[1]):
+        low, high, middle = axis(span[0]), axis(span[1]), y + thick / 2
+        parts.append(rule(low, middle, high, middle, "whisker"))
+        parts += [rule(x, middle - 3, x, middle + 3, "whisker") for x in (low, high)]
+        end = max(end, high)
+    parts.append(label(end + 6, y + thick / 2 + 4, number(value, spec), "value"))
+    return element("g", {"class": f"mark s{index % PALETTE}"}, *parts)
+
+
+# Heat maps
+
+
+def heat_map(chart: HeatMap, width: int) -> Drawing:
+    """Cells coloured by sign and size; their numbers stand in them where there is room."""
+    top_value = max((abs(v) for row in chart.values for v in row if finite(v)), default=0.0)
+    spec = chart.value_format or common_format([v for row in chart.values for v in row])
+    room = min(max((len(name) for name in chart.rows), default=0), 26 if width == WIDE else 14)
+    left = 12 + _CHARACTER * room
+    cell = min((width - left - 4) / max(1, len(chart.columns)), 84.0)
+    tall = min(max(cell, 22.0), 32.0)
+    widest = max((len(number(v, spec)) for row in chart.values for v in row), default=0)
+    numbered = cell >= _CHARACTER * widest + 6
+    slanted = any(_CHARACTER * len(name) > cell - 4 for name in chart.columns)
+    head = 14.0 + (min(max(len(name) for name in chart.columns), 16) * 4.6 if slanted else 14.0)
+    head += 18 if chart.column_label else 0
+    parts = [label(left, 12, chart.column_label, "axis")] if chart.column_label else []
+    if chart.row_label:
+        parts.append(label(left - 8, head - 8, chart.row_label, "axis", "end"))
+    for index, name in enumerate(chart.columns):
+        x = left + cell * (index + 0.5)
+        if slanted:
+            turn = {"transform": f"translate({x:g},{head - 8:g}) rotate(-40)", "class": "tick"}
+            parts.append(element("text", turn, clipped(name, 16)))
+        else:
+            parts.append(label(x, head - 8, name, "tick", "middle"))
+    for row, (name, values) in enumerate(zip(chart.rows, chart.values)):
+        y = head + tall * row
+        parts.append(label(left - 8, y + tall / 2 + 4, clipped(name, room), "name", "end"))
+        for index, value in enumerate(values):
+            tip = f"{name}, {chart.columns[index]}: {number(value, spec)}"
+            parts.append(_cell(value, top_value, (left + cell * index, y, cell, tall), tip, spec, numbered))
+    height = head + tall * len(chart.rows) + 6
+    return Drawing(width, height, chart.title, tuple(parts))
+
+
+def _cell(
+    value: Number, top: float, box: tuple[float, float, float, float], tip: str, spec: str, numbered: bool
+) -> Markup:
+    x, y, wide, tall = box
+    share = abs(value) / top if finite(value) and top else 0.0
+    kind = "none" if not finite(value) else "positive" if value >= 0 else "negative"
+    place = {"x": round(x + 1, 2), "y": round(y + 1, 2), "width": round(wide - 2, 2), "height": round(tall - 2, 2)}
+    parts = [
+        element("title", {}, tip),
+        element("rect", {**place, "rx": 2, "class": "plate"}),
+        element("rect", {**place, "rx": 2, "class": kind, "fill-opacity": round(share, 3)}),
+    ]
+    if numbered:
+        strong = "cell strong" if share > 0.6 else "cell"
+        parts.append(label(x + wide / 2, y + tall / 2 + 4, number(value, spec), strong, "middle"))
+    return element("g", {"class": "mark"}, *parts)

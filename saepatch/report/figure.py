@@ -1,0 +1,94 @@
+"""A chart as a file of its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from markupsafe import Markup
+
+from saepatch.report.blocks import BarChart, HeatMap, LineChart
+from saepatch.report.charts import PALETTE, WIDE, draw
+from saepatch.report.files import stylesheet, write_whole
+from saepatch.report.svg import element, label, rule
+
+_MARGIN = 20.0
+
+
+def write_figure(chart: LineChart | BarChart | HeatMap, path: Path) -> Path:
+    """Writes a chart as an SVG file that needs nothing beside it: light, with its title and its legend.
+
+    The caption stays out: it belongs to the text around the figure.
+
+    Args:
+        chart: What to draw.
+        path: The file; folders on the way are made, an older file is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: The file cannot be written there.
+    """
+    drawing = draw(chart, WIDE)
+    parts = [label(0, 14, chart.title, "title")] if chart.title else []
+    top = 34.0 if chart.title else 0.0
+    names = _names(chart)
+    if len(names) > 1:
+        for index, name in enumerate(names):
+            # One name to a line: they may be long, and a file has no width to flow in.
+            swatch = (
+                rule(0, top, 24, top, "line")
+                if isinstance(chart, LineChart)
+                else element("rect", {"x": 6, "y": top - 6, "width": 12, "height": 12, "rx": 1.5, "class": "bar"})
+            )
+            parts.append(element("g", {"class": f"s{index % PALETTE}"}, swatch, label(32, top + 4, name, "name")))
+            top += 20
+        top += 6
+    parts.append(element("g", {"transform": f"translate(0 {top:g})"}, *drawing.parts))
+    width, height = WIDE + 2 * _MARGIN, top + drawing.height + 2 * _MARGIN
+    size = {"xmlns": "http://www.w3.org/2000/svg", "width": f"{width:g}", "height": f"{height:g}"}
+    body = element("g", {"class": "chart", "transform": f"translate({_MARGIN:g} {_MARGIN:g})"}, *parts)
+    paper = element("rect", {"width": "100%", "height": "100%", "class": "paper"})
+    style = element("style", {}, Markup(_flat_style()))
+    text = element("svg", {**size, "viewBox": f"0 0 {width:g} {height:g}"}, style, paper, body)
+    write_whole(path, str(text) + "\n", "the figure")
+    return path
+
+
+def _names(chart: LineChart | BarChart | HeatMap) -> list[str]:
+    """What a legend has to tell apart."""
+    if isinstance(chart, LineChart):
+        return [line.name for line in chart.series]
+    return [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else []
+
+
+def _flat_style() -> str:
+    """The charts' style with every variable put in: what turns SVG into PDF knows neither variables nor colour-mix."""
+    palette = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", stylesheet("palette").partition("}")[0]))
+    sheet = re.sub(r"/\*.*?\*/", "", stylesheet("chart", "figure"), flags=re.DOTALL)
+    rules = [(selector.strip(), body) for selector, body in re.findall(r"([^{}]+)\{([^{}]*)\}", sheet)]
+    series = {
+        selector: dict(re.findall(r"(--[\w-]+):\s*([^;]+);", body))
+        for selector, body in rules
+        if re.fullmatch(r"\.s\d", selector)
+    }
+    flat = []
+    for selector, body in rules:
+        if selector in series:
+            continue
+        if re.search(r"var\(--(s|dash)\b", body):
+            flat += [f"{name} {selector} {{{_filled(body, palette | own)}}}" for name, own in series.items()]
+        else:
+            flat.append(f"{selector} {{{_filled(body, palette)}}}")
+    return "\n".join(flat)
+
+
+def _filled(body: str, values: dict[str, str]) -> str:
+    """Declarations with their variables' values in place; a mixture becomes its main colour."""
+    body = re.sub(r"color-mix\(in srgb, (var\([^)]*\)) \d+%, var\([^)]*\)\)", r"\1", body)
+    while "var(" in body:
+        body = re.sub(
+            r"var\((--[\w-]+)(?:,\s*([^)]*))?\)", lambda match: values.get(match[1], match[2] or "none"), body
+        )
+    return body

@@ -1,0 +1,86 @@
+"""Axes: from values to pixels, and where the ticks stand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A straight map from values (after their logarithm, if `log`) to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...]
+    log: bool = False
+    zero: float = 0.0
+    """Where an x of 0 stands on a logarithmic axis: in log2 units."""
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value, held within the axis."""
+        place = self._place(value)
+        share = (place - self.low) / (self.high - self.low)
+        return round(self.start + min(max(share, 0.0), 1.0) * (self.end - self.start), 2)
+
+    def _place(self, value: float) -> float:
+        if not self.log:
+            return value
+        return math.log2(value) if value > 0 else self.zero
+
+
+def linear(
+    values: Iterable[float], start: float, end: float, count: int = 5, fixed: tuple[float, float] | None = None
+) -> Scale:
+    """An axis over the values, out to round numbers, with 0 on it where that is near; or one between `fixed` ends."""
+    found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = fixed or (min(found), max(found))
+    if fixed is None:
+        if 0 < low <= 0.6 * high:
+            low = 0.0
+        if 0.6 * low <= high < 0:
+            high = 0.0
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    step = _round_step((high - low) / count)
+    first, last = (math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9))
+    if fixed is None:
+        # Out to the next round number, unless the values stand only a little past the last one.
+        spare = 0.3 * step
+        if first * step - low > spare:
+            first -= 1
+        if high - last * step > spare:
+            last += 1
+        low = first * step if low > first * step - 1e-9 * step else low - 0.1 * spare
+        high = last * step if high < last * step + 1e-9 * step else high + 0.1 * spare
+    return Scale(low, high, start, end, tuple(round(i * step, 12) for i in range(first, last + 1)))
+
+
+def logarithmic(values: Sequence[float], start: float, end: float, count: int = 8) -> Scale:
+    """A log2 axis over the values; ticks at the values themselves where they are few, else at powers of two or ten."""
+    found = sorted({value for value in values if math.isfinite(value) and value > 0}) or [1.0, 2.0]
+    low, high = math.log2(found[0]), math.log2(found[-1])
+    zero = low - 1
+    has_zero = any(value == 0 for value in values)
+    ticks = found
+    if len(found) > count:
+        base = 2 if all(math.log2(value).is_integer() for value in found) else 10
+        first = math.ceil(math.log(found[0], base) - 1e-9)
+        last = math.floor(math.log(found[-1], base) + 1e-9)
+        stride = math.ceil((last - first + 1) / count)
+        ticks = [float(base) ** power for power in range(first, last + 1, stride)]
+    if has_zero:
+        low, ticks = zero, [0.0, *ticks]
+    if high - low < 1e-9:
+        low, high = low - 1, high + 1
+    pad = 0.02 * (high - low)
+    return Scale(low - pad, high + pad, start, end, tuple(ticks), log=True, zero=zero)
+
+
+def _round_step(step: float) -> float:
+    """The next step up of 1, 2, 2.5 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))

@@ -1,0 +1,66 @@
+"""SVG out of plain values: every attribute and text is escaped on its way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from saepatch.report.text import visible
+
+Attributes = Mapping[str, str | float | int]
+
+
+def element(name: str, attributes: Attributes, *children: Markup | str) -> Markup:
+    """One element; children that are plain text are escaped, Markup goes in as it is."""
+    words = "".join(f' {key}="{escape(str(value))}"' for key, value in attributes.items())
+    inside = "".join(child if isinstance(child, Markup) else escape(visible(child)) for child in children)
+    return Markup(f"<{name}{words}>{inside}</{name}>")
+
+
+def label(x: float, y: float, text: str, kind: str, anchor: str = "start") -> Markup:
+    """Text at a place; `kind` is its class in the stylesheet."""
+    return element("text", {"x": round(x, 2), "y": round(y, 2), "class": kind, "text-anchor": anchor}, text)
+
+
+def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    """A straight line."""
+    ends = {"x1": round(x1, 2), "y1": round(y1, 2), "x2": round(x2, 2), "y2": round(y2, 2)}
+    return element("line", {**ends, "class": kind})
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A finished drawing: its size in pixels, the name that a screen reader says, and its parts."""
+
+    width: float
+    height: float
+    name: str
+    parts: tuple[Markup, ...]
+
+    def svg(self) -> Markup:
+        """The drawing as an element of a page."""
+        box = f"0 0 {self.width:g} {round(self.height, 1):g}"
+        return element("svg", {"viewBox": box, "role": "img", "aria-label": visible(self.name)}, *self.parts)
+
+
+def marker(shape: int, x: float, y: float, tip: str) -> Markup:
+    """A point with its tooltip. Series differ in shape as well as in colour; a circle around it is there to be hit."""
+    size = 3.6
+    tall = 1.35 * size
+    # circle, square, triangle, diamond
+    outlines = [
+        f"M{x - size},{y}a{size},{size} 0 1,0 {2 * size},0a{size},{size} 0 1,0 {-2 * size},0",
+        f"M{x - size},{y - size}h{2 * size}v{2 * size}h{-2 * size}z",
+        f"M{x},{y - 1.25 * size}l{1.2 * size},{2.1 * size}h{-2.4 * size}z",
+        f"M{x},{y - tall}l{tall},{tall}l{-tall},{tall}l{-tall},{-tall}z",
+    ]
+    point = element("path", {"d": outlines[shape % len(outlines)], "class": "point"})
+    reach = element("circle", {"cx": x, "cy": y, "r": 10, "class": "reach"})
+    return element("g", {"class": "mark"}, element("title", {}, tip), reach, point)
+
+
+def clipped(text: str, room: int) -> str:
+    """The text in at most `room` characters."""
+    return text if len(text) <= room else text[: max(1, room - 1)] + "…"

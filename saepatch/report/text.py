@@ -1,0 +1,83 @@
+"""Numbers and foreign text, made fit to be read."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable
+from numbers import Real
+from typing import TypeGuard
+
+MISSING = "–"
+_NAMED = {"\n": "↵\n", "\t": "⇥\t"}
+# Characters that would move, hide or reorder their neighbours: bidirectional controls, zero-width marks, separators.
+_FORMAT = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]")
+
+
+def visible(text: str) -> str:
+    """The text with every character that cannot be seen, or acts on others, replaced by a sign for it.
+
+    Line ends stay and get a ↵ before them; controls bidirectional and zero-width marks become
+    ``⟨U+202E⟩``; lone surrogates, which no encoding can hold, become the replacement character.
+    """
+    out = []
+    for char in text:
+        kind = unicodedata.category(char)
+        if char in _NAMED:
+            out.append(_NAMED[char])
+        elif kind == "Cs":
+            out.append("\ufffd")
+        elif kind == "Cc" or _FORMAT.match(char):
+            out.append(f"⟨U+{ord(char):04X}⟩")
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+def finite(value: object) -> TypeGuard[float]:
+    """Whether the value is a number, Python's or NumPy's, that can be drawn."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def number(value: float | int | None, spec: str = "") -> str:
+    """The number for people: three figures or so, thousands grouped, a true minus; a dash where there is none.
+
+    Args:
+        value: What to show.
+        spec: Python format; chosen by the number's size if empty.
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = format(value, spec or _spec(value))
+    if re.fullmatch(r"-0(\.0*)?%?", text):  # a rounded nothing has no sign
+        text = text[1:]
+    if "e" in text:
+        mantissa, exponent = text.split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return re.sub(r"%$", "\u00a0%", text).replace("-", "−")
+
+
+def common_format(values: Iterable[float | int | None]) -> str:
+    """One format for numbers that stand under each other; empty where their sizes differ too much for one."""
+    sizes = [abs(value) for value in values if finite(value)]
+    if not sizes or max(sizes) == 0:
+        return ""
+    if all(float(size).is_integer() for size in sizes):
+        return ",.0f"
+    largest, smallest = max(sizes), min((size for size in sizes if size), default=0.0)
+    if largest < 1e-3:
+        return ".1e"
+    decimals = max(0, 2 - math.floor(math.log10(largest)))
+    return f",.{decimals}f" if smallest >= 0.5 * 10**-decimals else ""
+
+
+def _spec(value: float | int) -> str:
+    size = abs(value)
+    if size == 0 or (float(value).is_integer() and size < 1e15):
+        return ",.0f"
+    if size >= 1e7 or size < 1e-3:
+        return ".2e"
+    return ",.0f" if size >= 1000 else ".1f" if size >= 100 else ".2f" if size >= 1 else ".3f"

@@ -1,0 +1,344 @@
+"""The report: nothing in it runs, nothing in it loads, nothing missing breaks it."""
+
+import math
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from saepatch.errors import UserError
+from saepatch.report import (
+    BarChart,
+    Bars,
+    Comparison,
+    Facts,
+    Headline,
+    HeatMap,
+    Interval,
+    LineChart,
+    Page,
+    Reference,
+    Section,
+    Series,
+    Table,
+    Tokens,
+    render,
+    write_figure,
+    write_page,
+)
+from saepatch.report.charts import NARROW, WIDE, bar_chart, heat_map, line_chart
+from saepatch.report.scales import linear, logarithmic
+from saepatch.report.text import common_format, finite, number, visible
+
+NAN, INF = math.nan, math.inf
+EVIL = '</script><script>window.hit=1</script><img src=x onerror="window.hit=2">\'" & {{ 7*7 }} '
+EVIL += "\u202etxt\u200b\x1b[0m\ud800\n"
+
+
+def page_of(*blocks, title="A page", text="") -> Page:
+    return Page(title, "What was found.", [Section("Results", text, list(blocks))], Facts({"seed": "0"}))
+
+
+def every_block(text: str) -> list:
+    """One of each kind, with the text wherever a text can stand and numbers missing wherever one can be."""
+    gaps = [1.0, None, NAN, INF, -2.0]
+    xs = [0.0, 1.0, 2.0, 3.0, 4.0]
+    return [
+        Facts({text: text}),
+        Headline({text: text}),
+        Table([text, "n"], [[text, 1.5], [None, None], [text, Interval(0.5, NAN, 1.0)], [True, NAN]], text),
+        LineChart(text, text, text, [Series(text, xs, gaps, gaps, gaps)], text, True, [Reference(0.5, text)]),
+        BarChart(text, [text] * 5, [Bars(text, gaps, gaps, gaps)] * 2, text, text, [Reference(0.5, text)]),
+        HeatMap(text, [text], [text] * 5, [gaps], text, text, text),
+        Comparison(text, [(text, text), ("b", text)], [text, "script", ""]),
+        Tokens([text] * 5, gaps, text),
+    ]
+
+
+class Reader(HTMLParser):
+    """Collects the elements, their attributes and the text of a page."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def evil_source() -> str:
+    return render(Page(EVIL, EVIL, [Section(EVIL, EVIL, every_block(EVIL))], Facts({EVIL: EVIL})))
+
+
+def test_foreign_text_stays_text(evil_source):
+    reader = Reader(evil_source)
+    assert [tag for tag, _ in reader.elements].count("script") == 1
+    assert not [tag for tag, _ in reader.elements if tag in {"img", "iframe", "object", "embed", "form", "base"}]
+    assert not [name for _, attrs in reader.elements for name in attrs if name.startswith("on")]
+    text = "".join(reader.texts)
+    assert "</script><script>window.hit=1" in text
+    assert "{{ 7*7 }}" in text
+    assert "⟨U+202E⟩txt⟨U+200B⟩⟨U+001B⟩[0m\ufffd↵\n" in text
+    assert not re.search("[\u202a-\u202e\u200b\x00-\x08\x0b-\x1f\ud800]", evil_source)
+
+
+def test_a_page_loads_nothing(evil_source):
+    reader = Reader(evil_source)
+    loading = [
+        (tag, attrs[name]) for tag, attrs in reader.elements for name in ("src", "href", "srcset") if name in attrs
+    ]
+    assert all(target.startswith(("#", "data:")) for _, target in loading)
+    styles = re.search(r"<style>(.*?)</style>", evil_source, re.DOTALL).group(1)
+    assert "url(" not in styles
+    assert "@import" not in styles
+    assert "http://" not in evil_source
+    assert "https://" not in evil_source
+    (policy,) = [a["content"] for _, a in reader.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'sha256-" in policy
+
+
+def test_missing_numbers_never_reach_a_drawing(evil_source):
+    drawings = re.findall(r"<svg.*?</svg>", evil_source, re.DOTALL)
+    assert len(drawings) > 6
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing)
+        for node in root.iter():
+            for name, value in node.attrib.items():
+                if name not in {"aria-label", "class"}:
+                    assert not re.search(r"nan|inf|None", value), (name, value)
+    assert "nan" not in "".join(Reader(evil_source).texts).lower().replace("window.hit", "")
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda width: line_chart(LineChart("t", "x", "y", []), width),
+        lambda width: line_chart(LineChart("t", "x", "y", [Series("s", [], [])], log_x=True), width),
+        lambda width: line_chart(LineChart("t", "x", "y", [Series("s", [3], [0.0])], log_x=True), width),
+        lambda width: line_chart(LineChart("t", "x", "y", [Series("s", [0, 0], [5, 5])], log_x=True), width),
+        lambda width: line_chart(LineChart("t", "x", "y", [Series("s", [1, 2], [NAN, None])]), width),
+        lambda width: line_chart(LineChart("t", "x", "y", [Series("s", [1, 2], [1e30, -1e30])]), width),
+        lambda width: bar_chart(BarChart("t", [], []), width),
+        lambda width: bar_chart(BarChart("t", ["a"], [Bars("b", [None])]), width),
+        lambda width: bar_chart(BarChart("t", ["a"], [Bars("b", [-3e-9])], value_range=(0, 1)), width),
+        lambda width: heat_map(HeatMap("t", [], [], []), width),
+        lambda width: heat_map(HeatMap("t", ["a"], ["b"], [[0.0]]), width),
+        lambda width: heat_map(HeatMap("t", ["a"] * 60, ["b"] * 90, [[NAN] * 90] * 60), width),
+    ],
+)
+def test_charts_of_next_to_nothing(draw, width):
+    root = ElementTree.fromstring(str(draw(width).svg()))
+    assert root.attrib["viewBox"].split()[2] == str(width)
+
+
+def test_lines_break_at_a_gap_and_bands_go_with_them():
+    line = Series("s", [1, 2, 3, 4, 5], [1, 2, None, 4, 5], [0, 1, None, 3, 4], [2, 3, None, 5, 6])
+    drawing = str(line_chart(LineChart("t", "x", "y", [line]), WIDE).svg())
+    assert drawing.count("<polyline") == 2
+    assert drawing.count("<polygon") == 2
+    assert "s\nat 2: 2 [1, 3]" in drawing.replace("↵", "").replace("&#10;", "\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "shown"),
+    [
+        (None, "", "–"),
+        (NAN, ".1%", "–"),
+        (-INF, "", "−∞"),
+        (0, "", "0"),
+        (1024, "", "1,024"),
+        (1024, "d", "1024"),
+        (-0.5, "", "−0.500"),
+        (0.98, ".0%", "98\u00a0%"),
+        (-0.0001, ".1%", "0.0\u00a0%"),
+        (1.25e-6, "", "1.25e−6"),
+    ],
+)
+def test_numbers(value, spec, shown):
+    assert number(value, spec) == shown
+
+
+def test_which_numbers_can_be_drawn():
+    assert all(finite(value) for value in (0, -1.5, np.float32(2), np.int64(3)))
+    assert not any(finite(value) for value in (None, NAN, INF, "1"))
+
+
+def test_one_format_for_a_column():
+    assert common_format([1.0, 2.0, None]) == ",.0f"
+    assert common_format([0.5, 0.25, NAN]) == ",.3f"
+    assert common_format([12.5, 1.25]) == ",.1f"
+    assert common_format([1e-6, 2.5e-7]) == ".1e"
+    assert common_format([0.5, 1e-9]) == ""
+    assert common_format([]) == ""
+
+
+def test_visible():
+    assert visible("a\tb\r\nc\x7f") == "a⇥\tb⟨U+000D⟩↵\nc⟨U+007F⟩"
+    assert visible("naïve – 👩‍🔬 日本") == "naïve – 👩‍🔬 日本"
+
+
+def test_axes():
+    axis = linear([-0.01, 0.99, 1.04], 0, 100)
+    assert axis.ticks == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert axis(-5) == 0 < axis(0) < axis(1) < axis(50) == 100
+    assert linear([3, 9], 0, 1).low == 0
+    assert linear([7, 9], 0, 1).low > 0
+    assert logarithmic([0, 1, 2, 4], 0, 100).ticks == (0.0, 1, 2, 4)
+    assert logarithmic([2**k for k in range(11)], 0, 100, count=6).ticks == (1, 4, 16, 64, 256, 1024)
+    assert logarithmic([1, 7, 30, 100, 700, 1000], 0, 100, count=4).ticks == (1, 10, 100, 1000)
+
+
+def test_a_table_shows_intervals_formats_and_gaps():
+    source = render(
+        page_of(
+            Table(["site", "ce", "id"], [["a", Interval(0.9, 0.8, 0.95), 1024], ["b", None, 7]], "n = 3", {"id": "d"})
+        )
+    )
+    assert "<bdi>0.900</bdi> <small>[0.800, 0.950]</small>" in source
+    assert "<bdi>1024</bdi>" in source
+    assert 'data-key=""><bdi>–</bdi>' in source
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Table(["a", "b"], [[1]]), "1 cells for 2 columns"),
+        (lambda: Table(["a"], [], formats={"b": "d"}), "format for"),
+        (lambda: Series("s", [1, 2], [1]), "x 2, y 1"),
+        (lambda: Series("s", [1], [1], [0, 0], [1]), "low 2"),
+        (lambda: Bars("s", [1], high=[]), "high 0"),
+        (lambda: BarChart("t", ["a"], [Bars("b", [])]), "labels 1, values 0"),
+        (lambda: HeatMap("t", ["a"], ["b"], [[1, 2]]), "columns 1, values 2"),
+        (lambda: Tokens(["a"], []), "tokens 1, values 0"),
+        (lambda: LineChart("t", "x", "y", [Series("s", [-1], [1])], log_x=True), "negative x"),
+    ],
+)
+def test_blocks_that_do_not_fit_together(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_prose_and_anchors():
+    page = Page("t", "One.\n\nTwo `a<b` 5 %, 7%.", [Section("Same"), Section("Same"), Section("日本")])
+    source = render(page)
+    assert "<p>One.</p>\n<p>Two <code>a&lt;b</code> 5\u00a0%, 7\u00a0%.</p>" in source
+    ids = re.findall(r'<section id="([^"]+)"', source)
+    assert len(set(ids)) == 3
+    assert all(f'href="#{name}"' in source for name in ids)
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "runs" / "report.html"
+    assert write_page(page_of(title="first"), target) == target
+    write_page(page_of(title="second"), target)
+    assert "second" in target.read_text(encoding="utf-8")
+    assert [path.name for path in target.parent.iterdir()] == ["report.html"]
+    assert target.stat().st_mode & 0o777 == 0o644
+
+    target.unlink()
+    target.mkdir()
+    (target / "occupied").touch()
+    with pytest.raises(UserError, match="choose another --out") as caught:
+        write_page(page_of(), target)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in target.parent.iterdir()] == ["report.html"]  # no leavings
+
+
+def test_a_figure_stands_alone(tmp_path):
+    line, bars, heat = every_block(EVIL)[3:6]
+    for name, chart in (("line", line), ("bars", bars), ("heat", heat)):
+        path = write_figure(chart, tmp_path / "figures" / f"{name}.svg")
+        root = ElementTree.parse(path).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        (style,) = root.iter("{http://www.w3.org/2000/svg}style")
+        assert "#0b62a8" in style.text
+        assert not re.search(r"var\(|color-mix|--|url\(", style.text)
+        assert not list(root.iter("{http://www.w3.org/2000/svg}script"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write the figure"):
+        write_figure(line, tmp_path / "file" / "line.svg")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_page(page_of(), tmp_path / "file" / "report.html")
+
+
+# In a browser
+
+
+@pytest.fixture
+def browser(tmp_path, monkeypatch):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next((found for name in names if (found := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("no Chromium with chromedriver on this machine")
+    monkeypatch.setenv("SE_OFFLINE", "true")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1280,900"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(driver, log_output=os.devnull)
+    session = webdriver.Chrome(options=options, service=service)
+    yield session
+    session.quit()
+
+
+@pytest.mark.browser
+def test_in_a_browser(browser, tmp_path):
+    rows = [["b", 2.0], ["a", None], ["c", 10.0], ["d", Interval(-1.0, -2.0, 0.0)]]
+    table = Table(["name", "value"], rows)
+    path = write_page(
+        Page("t", EVIL, [Section("Table", "", [table]), Section("All", EVIL, every_block(EVIL))]), tmp_path / "r.html"
+    )
+    browser.get(path.as_uri())
+    assert browser.execute_script("return window.hit") is None
+    assert browser.get_log("browser") == []
+
+    heads = browser.find_elements("css selector", "section:first-of-type th button")
+
+    def order():
+        return "".join(
+            cell.text for cell in browser.find_elements("css selector", "section:first-of-type td:first-child")
+        )
+
+    assert order() == "bacd"
+    heads[1].click()
+    assert order() == "cbda"  # the largest first, the gap last
+    heads[1].click()
+    assert order() == "dbca"  # the gap stays last
+    heads[0].send_keys("\ue007")  # Enter, from the keyboard
+    assert order() == "abcd"
+    assert browser.find_element("css selector", "section:first-of-type th").get_attribute("aria-sort") == "ascending"
+
+    for width, shown, hidden in ((1280, "wide", "narrow"), (400, "narrow", "wide")):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert browser.find_element("css selector", f".chart .{shown}").is_displayed()
+        assert not browser.find_element("css selector", f".chart .{hidden}").is_displayed()
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []

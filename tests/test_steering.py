@@ -1,0 +1,63 @@
+"""Choosing latents, steering at equal norm, and the price in perplexity."""
+
+import math
+
+import pytest
+import torch
+from tiny import random_dictionary, tiny_model
+
+from saepatch.errors import UserError
+from saepatch.interventions import Steer
+from saepatch.splicing import record_latents
+from saepatch.steering import contrast, equal_norm_steer, generate_steered, latent_means, perplexity
+
+TEXTS = ["the cat sat", "a dog", "birds fly high up"]
+
+
+def test_means_leave_bos_and_padding_out():
+    model, dictionary = tiny_model(), random_dictionary()
+    together = latent_means(model, dictionary, model.tokenize(TEXTS), batch_size=2)
+    for row, text in zip(together, TEXTS, strict=True):
+        acts = record_latents(model, dictionary, model.tokenize([text])).acts[0, 1:]
+        torch.testing.assert_close(row, acts.mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_contrast_is_a_difference_of_means_in_units_of_what_is_written():
+    model, dictionary = tiny_model(), random_dictionary()
+    means = latent_means(model, dictionary, model.tokenize(TEXTS))
+    expected = (means[:2].mean(0) - means[2]) * dictionary.W_dec.norm(dim=-1)
+    torch.testing.assert_close(contrast(model, dictionary, TEXTS[:2], TEXTS[2:]), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="one of the two sets is empty"):
+        contrast(model, dictionary, TEXTS, [])
+
+
+def test_one_and_ten_latents_move_the_stream_equally_far():
+    dictionary = random_dictionary()
+    maxima = torch.rand(48, generator=torch.Generator().manual_seed(0)) + 0.1
+    for latents in ([3], list(range(10))):
+        steer = equal_norm_steer(dictionary, latents, maxima, norm=2.5, strength=1.5)
+        assert isinstance(steer.unit, tuple)
+        moved = (torch.tensor(steer.unit)[:, None] * dictionary.W_dec[latents]).sum(0) * steer.strength
+        assert float(moved.norm()) == pytest.approx(1.5 * 2.5, rel=1e-5)
+    with pytest.raises(UserError, match="never fire"):
+        equal_norm_steer(dictionary, [3], torch.zeros(48), 1.0)
+
+
+def test_perplexity_is_that_of_the_continuation_alone():
+    model = tiny_model()
+    ids = model.encode("abc" + "xyz")
+    log_p = model.hf(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    expected = math.exp(-sum(float(log_p[i - 1, ids[i]]) for i in (4, 5, 6)) / 3)
+    assert perplexity(model, ["abc"], ["xyz"]) == pytest.approx(expected, rel=1e-5)
+    assert math.isnan(perplexity(model, ["abc"], [""]))
+
+
+def test_generating_under_steering_judges_and_prices_the_steered_text():
+    model, dictionary = tiny_model(), random_dictionary()
+    bare = generate_steered(model, dictionary, TEXTS, None, lambda text: True, 8)
+    assert list(bare.texts) == model.generate(TEXTS, 8)
+    assert bare.success == 1.0
+    steered = generate_steered(model, dictionary, TEXTS, Steer(3, 20.0), lambda text: text in bare.texts, 8)
+    assert steered.texts != bare.texts
+    assert steered.success < 1.0
+    assert steered.perplexity == pytest.approx(perplexity(model, TEXTS, steered.texts))
