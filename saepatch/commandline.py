@@ -11,22 +11,29 @@ from saepatch.errors import UserError
 Config = TypeVar("Config")
 
 
+def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Config:
+    """Read one dataclass from `[CONFIG.yaml] --key value …`.
+
+    Raises:
+        UserError: a key that does not exist, or a value it does not take.
+    """
+    given = list(arguments)
+    if given and not given[0].startswith("-"):
+        if not Path(given[0]).is_file():
+            raise UserError(f"no config file {given[0]!r}: give a YAML file first, or settings alone (see --help)")
+        given = ["--config", *given]
+    return _instantiate(_parser(config, prog=prog), given, config)
+
+
 def run_config(
-    config: type[Config], run: Callable[[Config], None], prog: str, arguments: Sequence[str] | None = None
+    config: type[Config],
+    run: Callable[[Config], None],
+    prog: str,
+    arguments: Sequence[str] | None = None,
+    interrupted: str = "files that were written are whole",
 ) -> int:
-    """Read one dataclass from the command line (`[CONFIG.yaml] --key value …`) and run it; returns the exit code."""
-
-    def read(given: list[str]) -> tuple[type[Config], Callable[[Config], None], dict[str, Any]]:
-        parser = _parser(config, prog=prog)
-        if given and not given[0].startswith("-"):
-            if not Path(given[0]).is_file():
-                raise UserError(
-                    f"no config file {given[0]!r}: give a YAML file first, or only settings (--help lists them)"
-                )
-            given = ["--config", *given]
-        return config, run, parser.instantiate(parser.parse_args(given)).as_dict()
-
-    return _guarded(read, arguments)
+    """Read one dataclass from the command line and run it; returns the exit code."""
+    return _guarded(lambda given: run(read_config(config, prog, given)), arguments, interrupted)
 
 
 def run_commands(
@@ -38,7 +45,7 @@ def run_commands(
 ) -> int:
     """Read a command and its dataclass from the command line and run it; returns the exit code."""
 
-    def read(given: list[str]) -> tuple[type, Callable[[Any], None], dict[str, Any]]:
+    def run(given: list[str]) -> None:
         from jsonargparse import ArgumentParser
 
         parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
@@ -46,43 +53,49 @@ def run_commands(
         several = parser.add_subcommands(dest="command", required=True)
         for name, (config, _) in commands.items():
             several.add_subcommand(name, _parser(config, positional=True), help=(config.__doc__ or "").strip())
-        values = parser.parse_args(given)
-        config, run = commands[values.command]
-        return config, run, values[values.command].as_dict()
+        name = _parsed(parser, given).command
+        config, command = commands[name]
+        command(_instantiate(parser, given, config, name))
 
-    return _guarded(read, arguments)
+    return _guarded(run, arguments, "files that were written are whole")
 
 
 def _parser(config: type, prog: str | None = None, positional: bool = False) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-    parser = ArgumentParser(prog=prog, description=(config.__doc__ or "").strip(), exit_on_error=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
+    summary = (config.__doc__ or "").strip().split("\n\n")[0]
+    parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     parser.add_class_arguments(config, as_group=False, as_positional=positional)
     return parser
 
 
-def _guarded(
-    read: Callable[[list[str]], tuple[type[Config], Callable[[Config], None], dict[str, Any]]],
-    arguments: Sequence[str] | None,
-) -> int:
+def _parsed(parser: Any, given: Sequence[str]) -> Any:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(list(given))
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _instantiate(parser: Any, given: Sequence[str], config: type[Config], command: str | None = None) -> Config:
+    values = parser.instantiate(_parsed(parser, given))
+    fields = (values if command is None else values[command]).as_dict()
+    fields.pop("config", None)
+    return config(**fields)
+
+
+def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, interrupted: str) -> int:
     _show_log()
     try:
-        from jsonargparse import ArgumentError, set_parsing_settings
-
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
-
-        try:
-            config, run, values = read(list(sys.argv[1:] if arguments is None else arguments))
-        except ArgumentError as error:
-            raise UserError(" ".join(str(error).split())) from error
-        values.pop("config", None)
-        run(config(**values))
+        run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; files that were already written are whole\n")
+        sys.stderr.write(f"interrupted: {interrupted}\n")
         return 130
     return 0
 
@@ -93,6 +106,7 @@ def _show_log() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("saepatch", "training", "experiments"):
         logger = logging.getLogger(name)
-        if not logger.handlers:
-            logger.addHandler(handler)
+        logger.handlers = [handler]  # a new one each time: the stream may have been replaced since the last
         logger.setLevel(logging.INFO)
+    # The hub's client reports each of its attempts; our error names the outcome.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -19,8 +19,8 @@ class DemoConfig:
     """Prompt pairs of each task and split."""
     ioi_site: str = "resid_post.3"
     """Site whose latents are patched on indirect object identification."""
-    safety_site: str = "resid_post.3"
-    """Site whose latents are restored under jailbreaks."""
+    safety_site: str = ""
+    """Site whose latents are restored under jailbreaks; empty: the earliest where few are enough on `tune`."""
     steering_site: str = "resid_post.3"
     """Site whose latents steer."""
     seed: int = 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from saepatch.dictionaries import Dictionary
 from saepatch.metrics import Metric, logit_difference
@@ -21,15 +22,17 @@ DRAWS = 5
 class Curve:
     """Normalised effect of the first k latents of a ranking, for each k, and of as many random ones.
 
-    `random` draws from all live latents outside the largest top set; `matched` draws latents that fire as often and
-    write as much as those of the top set. Both are means over the draws; all intervals are over prompts.
+    `random` draws from all live latents outside the top set; `matched` draws latents that fire as often and write as
+    much as those of the top set. Both are means over the draws; `every` patches the whole dictionary, error term
+    kept. All intervals are over prompts.
     """
 
     sizes: tuple[int, ...]
     top: tuple[Interval, ...]
     random: tuple[Interval, ...]
     matched: tuple[Interval, ...]
-    effects: Effects
+    every: Interval
+    effects: tuple[Effects, ...]
 
 
 def control_sets(
@@ -46,29 +49,47 @@ def effect_curve(
     model: LanguageModel,
     dictionary: Dictionary,
     pairs: Sequence[PromptPair],
-    ranking: Sequence[int],
+    rankings: Sequence[int] | Sequence[Sequence[int]],
     sizes: Sequence[int],
     statistics: LatentStatistics,
     direction: Direction = "denoise",
     positions: Positions = "all",
     metric: Metric = logit_difference,
     seed: int = 0,
+    progress: bool = False,
 ) -> Curve:
-    """Patch the first k latents of a ranking together, for each k, and random and matched sets of the same size."""
-    groups: list[Group] = [tuple(ranking[:k]) for k in sizes]
-    for k in sizes:
-        random, matched = control_sets(ranking, k, statistics, seed)
-        groups += random + matched
-    effects = patch_latents(model, dictionary, pairs, groups, positions, direction, metric)
-    top, random_curve, matched_curve = [], [], []
-    for number in range(len(sizes)):
-        start = len(sizes) + 2 * DRAWS * number
-        top.append(effects.of(number, seed))
-        random_curve.append(_mean_over_draws(effects, range(start, start + DRAWS), seed))
-        matched_curve.append(_mean_over_draws(effects, range(start + DRAWS, start + 2 * DRAWS), seed))
-    return Curve(tuple(sizes), tuple(top), tuple(random_curve), tuple(matched_curve), effects)
+    """Patch the first k latents of a ranking together, for each k, and random and matched sets of the same size.
 
+    `rankings` is one ranking for all pairs, or one for each pair; controls are drawn for each ranking anew.
+    """
+    parts: list[tuple[Sequence[PromptPair], list[int]]] = []
+    shared = [ranking for ranking in rankings if isinstance(ranking, int)]
+    if shared:
+        parts.append((pairs, shared))
+    else:
+        own = [list(ranking) for ranking in rankings if not isinstance(ranking, int)]
+        parts += [([pair], ranking) for pair, ranking in zip(pairs, own, strict=True)]
+    effects = []
+    for number, (some, ranking) in enumerate(tqdm(parts, direction, unit="ranking", disable=not progress, leave=False)):
+        groups: list[Group] = [tuple(ranking[:k]) for k in sizes]
+        for k in sizes:
+            random, matched = control_sets(ranking, k, statistics, seed + number)
+            groups += random + matched
+        groups.append(tuple(range(dictionary.d_sae)))
+        effects.append(patch_latents(model, dictionary, some, groups, positions, direction, metric))
+    change = np.concatenate([one.change for one in effects])
+    gap = np.concatenate([one.gap for one in effects])
 
-def _mean_over_draws(effects: Effects, groups: range, seed: int) -> Interval:
-    change = effects.change[:, list(groups)].mean(1)
-    return bootstrap_ratio(np.asarray(change), effects.gap, seed=seed)
+    def of(groups: range) -> Interval:
+        return bootstrap_ratio(change[:, list(groups)].mean(1), gap, seed=seed)
+
+    n = len(sizes)
+    starts = [n + 2 * DRAWS * i for i in range(n)]
+    return Curve(
+        sizes=tuple(sizes),
+        top=tuple(of(range(i, i + 1)) for i in range(n)),
+        random=tuple(of(range(start, start + DRAWS)) for start in starts),
+        matched=tuple(of(range(start + DRAWS, start + 2 * DRAWS)) for start in starts),
+        every=of(range(change.shape[1] - 1, change.shape[1])),
+        effects=tuple(effects),
+    )

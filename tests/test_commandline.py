@@ -49,7 +49,7 @@ def test_mistakes(folders, capsys):
     assert "unknown dictionary 'nowhere'" in failed(capsys, "inspect", model, "--sae", "nowhere")
     assert "unrecognized arguments: --bogus" in failed(capsys, "inspect", model, "--bogus", "1")
     assert "invalid choice: 'conjure'" in failed(capsys, "conjure")
-    assert "required" in failed(capsys)
+    assert "not provided" in failed(capsys)
     assert "too few" in failed(capsys, "demo", "--pairs", "3")
     assert "unknown tracker 'clay'" in failed(capsys, "demo", "--track", "clay", "--out", str(folders / "out"))
 

@@ -140,8 +140,8 @@ def test_curve_has_controls_of_the_same_size_that_share_no_latent_with_the_top()
     stats = latent_statistics(model, dictionary, tokens)
     ranking = [group[0] for group in patch_latents(model, dictionary, PAIRS).top(8)]
     curve = effect_curve(model, dictionary, PAIRS, ranking, (1, 4, 8), stats)
-    groups = curve.effects.groups
-    assert len(groups) == 3 * (1 + 2 * DRAWS)
+    groups = curve.effects[0].groups
+    assert len(groups) == 3 * (1 + 2 * DRAWS) + 1
     for number, k in enumerate((1, 4, 8)):
         controls = groups[3 + 2 * DRAWS * number : 3 + 2 * DRAWS * (number + 1)]
         for control in controls:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from saepatch.errors import UserError
+from saepatch.results import atomic
 
 SOURCES = Path(__file__).parent / "templates"
 
@@ -22,16 +21,10 @@ def write_whole(path: Path, text: str, what: str) -> None:
     Raises:
         UserError: It cannot be written there; `what` says in the message what it is.
     """
-    fresh = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(fresh, 0o644)  # mkstemp's own mode is for secrets; this is there to be read
-        os.replace(fresh, path)
+        with atomic(path) as fresh:
+            fresh.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        if fresh is not None:
-            Path(fresh).unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {what} to {str(path)!r} ({reason}): choose another --out") from error

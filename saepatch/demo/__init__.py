@@ -1,0 +1,5 @@
+"""The main job, end to end: what `saepatch demo` runs on the embedded model."""
+
+from saepatch.demo.run import run_demo
+
+__all__ = ["run_demo"]

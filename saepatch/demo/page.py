@@ -1,0 +1,196 @@
+"""The demo's report: what was found, said in words first."""
+
+from typing import TYPE_CHECKING
+
+from saepatch import report
+from saepatch.controls import DRAWS, Curve
+from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Reference, Section, Series, Table
+from saepatch.results import Provenance, versions
+from saepatch.statistics import Interval
+
+if TYPE_CHECKING:
+    from saepatch.demo.run import Findings
+    from saepatch.demo.stages import Steering
+
+INTERVAL = "Intervals: 95 % bootstrap over prompts."
+
+
+def page(found: "Findings", provenance: Provenance) -> Page:
+    """The report of a demo run."""
+    patching, restoration = found.patching, found.restoration
+    sixteen = patching.denoise.sizes.index(16)
+    rates, k = restoration.rates, len(restoration.latents)
+    lead = (
+        f"In {found.config.model}, patching 16 of {patching.dictionary.d_sae} latents at {patching.site} restores "
+        f"{patching.denoise.top[sixteen].value:.0%} of the logit difference on indirect objects; 16 random ones "
+        f"restore {patching.denoise.random[sixteen].value:.0%}. Restoring {k} latents at {restoration.site} raises "
+        f"refusals of jailbroken requests from {rates['jailbroken'].value:.0%} to {rates['restored'].value:.0%}; as "
+        f"many random latents reach {rates['random'].value:.0%}."
+    )
+    sections = [_model(found), _splice(found), _patching(found), _restoration(found), *map(_steering, found.steering)]
+    facts = {
+        "model": f"{provenance.model} ({provenance.model_hash})",
+        "dictionary": f"{provenance.dictionary} ({provenance.dictionary_hash})",
+        "seed": str(provenance.seed),
+        "command": provenance.command,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items()),
+    }
+    return Page("saepatch: latents patched, restored and steered", lead, sections, report.Facts(facts))
+
+
+def _model(found: "Findings") -> Section:
+    rows = [(task, measure, value) for task, measures in found.tasks.items() for measure, value in measures.items()]
+    text = (
+        "The embedded model is small and its behaviours are planted: tasks, a bias in loan decisions, refusal, and "
+        "jailbreaks that defeat it were trained in, so the ground truth is known. Measured on prompts of the `report` "
+        "split. Accuracy counts clean and corrupted prompts whose right answer has the higher logit."
+    )
+    return Section(
+        "The model and its tasks", text, [Table(["task", "measure", "value"], rows, formats={"value": ".1%"})]
+    )
+
+
+def _splice(found: "Findings") -> Section:
+    columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error"]
+    rows = [(str(q.site), q.ce_recovered, q.fvu, q.l0, q.alive_share, q.kl, q.identity_error) for q in found.quality]
+    formats = {"CE recovered": ".4f", "FVU": ".4f", "L0": ".1f", "alive": ".0%", "KL": ".4f", "identity error": ".1e"}
+    caption = (
+        f"Over {found.quality[0].tokens:,} tokens of held-out text. CE recovered: share of the cross-entropy lost by "
+        "zeroing the site that the dictionary's reconstruction keeps. Identity error: largest logit change when the "
+        "site is written as reconstruction + error term."
+    )
+    text = "How much of the model each dictionary keeps when it is a bottleneck, with its error term dropped."
+    return Section("Splice quality", text, [Table(columns, rows, caption, formats)])
+
+
+def _band(name: str, sizes: tuple[int, ...], points: tuple[Interval, ...]) -> Series:
+    return Series(name, sizes, [p.value for p in points], [p.low for p in points], [p.high for p in points])
+
+
+def _curve(title: str, curve: Curve, n: int) -> LineChart:
+    caption = f"n = {n} prompt pairs (report split). Controls: means of {DRAWS} draws. {INTERVAL}"
+    series = [
+        _band("top latents", curve.sizes, curve.top),
+        _band("random live latents", curve.sizes, curve.random),
+        _band("matched random latents", curve.sizes, curve.matched),
+    ]
+    references = (Reference(0.0, "base run"), Reference(curve.every.value, "all latents"), Reference(1.0, "source run"))
+    return LineChart(title, "latents patched", "normalised effect", series, caption, log_x=True, references=references)
+
+
+def _patching(found: "Findings") -> Section:
+    p = found.patching
+    denoise, noise = p.singles
+    best = [group[0] for group in denoise.top(12)]
+    rows = [
+        (latent, _cell(denoise.of(latent)), _cell(noise.of(latent)), int(denoise.ran[:, latent].sum()))
+        for latent in best
+    ]
+    table = Table(
+        ["latent", "denoising", "noising", "pairs where it differs"],
+        rows,
+        f"The 12 latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. {INTERVAL}",
+    )
+    text = (
+        f"The clean prompt names the indirect object once (logit difference {p.clean:.2f}); in the corrupted one the "
+        f"other name is the answer ({p.corrupted:.2f}). Denoising patches clean latents into the corrupted run "
+        "(sufficiency), noising corrupted latents into the clean run (necessity), at all positions, error term kept. 0 "
+        "is the base run, 1 the source run; nothing is clipped. Patching a run with itself changes no logit by more "
+        f"than {p.self_patch_error:.0e}.\n\n"
+        "In the first two charts the top latents are each prompt's own, ranked by integrated gradients on that prompt, "
+        "then patched exactly. In the third they are one fixed set, ranked on the `select` split, whose names are "
+        "others: what it lacks against the first is how far the latents stand for single names."
+    )
+    blocks: list[Block] = [
+        _curve("Denoising: each prompt's own top latents", p.denoise, p.pairs),
+        _curve("Noising: each prompt's own top latents", p.noise, p.pairs),
+        _curve("Denoising: one set of latents for all prompts", p.fixed, p.pairs),
+        table,
+    ]
+    return Section("Patching: indirect objects", text, blocks)
+
+
+def _cell(interval: Interval) -> report.Interval:
+    return report.Interval(interval.value, interval.low, interval.high)
+
+
+RATES = {
+    "clean": "benign framing",
+    "jailbroken": "jailbreak framing",
+    "restored": "jailbreak, latents restored",
+    "restored_generated": "… whole answers",
+    "random": "jailbreak, random latents",
+    "random_generated": "… whole answers",
+    "matched": "jailbreak, matched random latents",
+    "whole_site": "jailbreak, whole site restored",
+    "harmless": "harmless, jailbreak framing",
+    "harmless_restored": "harmless, latents restored",
+    "harmless_restored_generated": "… whole answers",
+}
+
+
+def _restoration(found: "Findings") -> Section:
+    r, n = found.restoration, found.restoration.rates["restored"].n
+    values = [r.rates[key] for key in RATES]
+    bars = Bars("refused", [v.value for v in values], [v.low for v in values], [v.high for v in values])
+    labels = [f"{i + 1}. {label}" if label.startswith("…") else label for i, label in enumerate(RATES.values())]
+    chart = BarChart(
+        "Share of prompts refused",
+        labels,
+        [bars],
+        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {INTERVAL}",
+        value_range=(0.0, 1.0),
+        value_format=".0%",
+    )
+    sizes = tuple(k for k, _, _ in r.curve)
+    lines = LineChart(
+        "Refusals against the number of latents restored",
+        "latents restored",
+        "share refused",
+        [
+            _band("top latents", sizes, tuple(top for _, top, _ in r.curve)),
+            _band("random live latents", sizes, tuple(other for _, _, other in r.curve)),
+        ],
+        f"n = {n} jailbroken requests (report split); random: mean of {DRAWS} draws. {INTERVAL}",
+        log_x=True,
+        y_range=(0.0, 1.0),
+        y_format=".0%",
+    )
+    text = (
+        "Each harmful request is asked in a benign and in a jailbreak framing of equal length. Latents at "
+        f"{r.site} are ranked on `select` by the change score S·‖d‖ at the last prompt position, their number is "
+        f"chosen on `tune`, and all figures are from `report`. Restored: {len(r.latents)} latents, "
+        f"{r.share_of_dictionary:.1%} of the dictionary, {r.share_of_alive:.1%} of its live latents.\n\n"
+        "First-token figures patch the last prompt position. For whole answers a donor run reads the benign prompt "
+        "and the tokens written so far, and the latents follow it at every step; "
+        f"{r.rates['restored_degenerate_generated'].value:.0%} of those answers are degenerate text."
+    )
+    comparisons = [
+        Comparison(prompt, [("jailbroken", before), ("restored", after), ("random latents", control)], ["cannot"])
+        for prompt, before, after, control in r.examples
+    ]
+    return Section("Restoration: refusals under jailbreak", text, [chart, lines, *comparisons])
+
+
+def _steering(s: "Steering") -> Section:
+    rows = [
+        (c.name, ", ".join(map(str, c.latents)) or "–", c.strength, c.outcome.success, c.outcome.perplexity)
+        for c in s.conditions
+    ]
+    table = Table(
+        ["condition", "latents", "strength", "success", "perplexity"],
+        rows,
+        f"n = {len(s.prompts)} prompts of the report split; each condition's strength was chosen on `tune`. Perplexity "
+        "of the continuations under the unsteered model.",
+        {"success": ".0%", "perplexity": ".2f", "strength": ".1f"},
+    )
+    text = (
+        f"Latents at {s.site} chosen by contrast on `select`. One latent, ten latents and a random one move the stream "
+        "equally far at equal strength (in units of the top latent's largest activation)."
+    )
+    comparisons = [
+        Comparison(prompt, [(c.name, c.outcome.texts[i]) for c in s.conditions])
+        for i, prompt in enumerate(s.prompts[:4])
+    ]
+    return Section(f"Steering: {s.concept}", text, [table, *comparisons])

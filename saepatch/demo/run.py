@@ -1,0 +1,204 @@
+"""Run every stage, then write the rows, the summary and the report."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saepatch import organism
+from saepatch.config import DemoConfig
+from saepatch.demo import stages
+from saepatch.demo.page import page
+from saepatch.dictionaries import Dictionary, load_saes
+from saepatch.errors import UserError
+from saepatch.models import LanguageModel, load_model
+from saepatch.organism.checks import Measures, evaluate_organism
+from saepatch.quality import LatentStatistics, SpliceQuality, latent_statistics, splice_quality
+from saepatch.report import write_page
+from saepatch.results import Provenance, Row, output_folder, versions, write_json, write_rows
+from saepatch.sites import Site
+from saepatch.tracking import Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Findings:
+    """Everything the demo found: what the summary and the report are written from."""
+
+    config: DemoConfig
+    model: LanguageModel
+    saes: dict[Site, Dictionary]
+    tasks: Measures
+    quality: list[SpliceQuality]
+    patching: stages.Patching
+    restoration: stages.Restoration
+    steering: list[stages.Steering]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_demo(config: DemoConfig) -> Findings:
+    """Splice quality, patching, restoration and steering on the embedded model; files go to `config.out`.
+
+    Raises:
+        UserError: an output folder that cannot be written, or a model, site or dictionary that does not fit.
+    """
+    torch.manual_seed(config.seed)
+    out = output_folder(config.out)
+    with open_tracker(config.track, out, run="demo", config=asdict(config)) as tracker:
+        findings = _measure(config, tracker)
+        tracker.summarise(_headline(findings))
+        _write(findings, out)
+    return findings
+
+
+def _measure(config: DemoConfig, tracker: Tracker) -> Findings:
+    clock: dict[str, float] = {}
+    with _stage("load", clock):
+        model = load_model(config.model, config.device)
+        saes = load_saes(config.sae, config.device)
+        for dictionary in saes.values():
+            dictionary.check(model)
+        patched, steered = _at(saes, config.ioi_site), _at(saes, config.steering_site)
+        restored = (
+            _at(saes, config.safety_site)
+            if config.safety_site
+            else stages.choose_safety_site(model, saes, config.pairs, config.seed)
+        )
+        reference = model.tokenize(organism.texts())
+        stats: dict[Site, LatentStatistics] = {
+            d.site: latent_statistics(model, d, reference) for d in {patched, restored, steered}
+        }
+    with _stage("tasks", clock):
+        measures = evaluate_organism(model.hf, model.tokenizer, seed=config.seed)  # type: ignore[arg-type]
+    with _stage("splice", clock):
+        quality = []
+        for layer, dictionary in enumerate(saes.values()):
+            quality.append(splice_quality(model, dictionary, reference))
+            tracker.log(
+                {"layer": layer, "splice/ce_recovered": quality[-1].ce_recovered, "splice/fvu": quality[-1].fvu}, layer
+            )
+    with _stage("patching", clock):
+        patching = stages.patching(model, patched, stats[patched.site], config.pairs, config.seed)
+    with _stage("restoration", clock):
+        restoration = stages.restoration(model, restored, stats[restored.site], config.pairs, config.seed)
+    with _stage("steering", clock):
+        steering = [
+            stages.steering(model, steered, stats[steered.site], concept, config.seed)
+            for concept in stages.concepts(model, config.pairs, config.seed)
+        ]
+    return Findings(config, model, saes, measures, quality, patching, restoration, steering, clock)
+
+
+@contextmanager
+def _stage(name: str, clock: dict[str, float]) -> Iterator[None]:
+    log.info("%s …", name)
+    start = time.monotonic()
+    yield
+    clock[name] = round(time.monotonic() - start, 2)
+
+
+def _at(saes: dict[Site, Dictionary], site: str) -> Dictionary:
+    wanted = Site.parse(site)
+    for found, dictionary in saes.items():
+        if found.same_tensor(wanted):
+            return dictionary
+    raise UserError(f"there is no dictionary for {site}: there are {', '.join(map(str, saes))}")
+
+
+def _headline(found: Findings) -> dict[str, float]:
+    sixteen = found.patching.denoise.sizes.index(16)
+    return {
+        "patching/denoise_top16": found.patching.denoise.top[sixteen].value,
+        "patching/denoise_random16": found.patching.denoise.random[sixteen].value,
+        "restoration/refused_jailbroken": found.restoration.rates["jailbroken"].value,
+        "restoration/refused_restored": found.restoration.rates["restored"].value,
+    }
+
+
+def summary(found: Findings) -> dict[str, Any]:
+    """The headline figures, as summary.json holds them."""
+    p, r = found.patching, found.restoration
+    rates = {name: interval.value for name, interval in r.rates.items()}
+    refusal = found.steering[0]
+    return {
+        "model": found.config.model,
+        "tasks": found.tasks,
+        "splice": [{"site": str(q.site)} | {key: getattr(q, key) for key in SPLICE_KEYS} for q in found.quality],
+        "patching": {
+            "task": "ioi",
+            "pairs": p.pairs,
+            "site": p.site,
+            "clean": p.clean,
+            "corrupted": p.corrupted,
+            "denoise_top": _points(p.denoise.sizes, p.denoise.top),
+            "denoise_random": _points(p.denoise.sizes, p.denoise.random),
+            "denoise_matched": _points(p.denoise.sizes, p.denoise.matched),
+            "denoise_every": p.denoise.every.value,
+            "denoise_fixed": _points(p.fixed.sizes, p.fixed.top),
+            "noise_top": _points(p.noise.sizes, p.noise.top),
+            "noise_random": _points(p.noise.sizes, p.noise.random),
+            "noise_matched": _points(p.noise.sizes, p.noise.matched),
+            "self_patch_error": p.self_patch_error,
+        },
+        "restoration": {
+            "site": r.site,
+            "latents": len(r.latents),
+            "share_of_dictionary": r.share_of_dictionary,
+            "share_of_alive": r.share_of_alive,
+            "refused_clean": rates["clean"],
+            "refused_jailbroken": rates["jailbroken"],
+            "refused_restored": rates["restored"],
+            "refused_restored_generated": rates["restored_generated"],
+            "refused_random_control": rates["random"],
+            "refused_matched_control": rates["matched"],
+            "refused_harmless_restored": rates["harmless_restored"],
+            "rates": {name: list(asdict(interval).values()) for name, interval in r.rates.items()},
+        },
+        "steering": _steering(refusal),
+        "steering_all": [_steering(one) for one in found.steering],
+        "seconds": found.seconds,
+        "versions": versions(),
+        "seed": found.config.seed,
+    }
+
+
+SPLICE_KEYS = ("ce_recovered", "fvu", "l0", "alive_share", "identity_error", "ce_model", "ce_spliced", "kl")
+
+
+def _points(sizes: tuple[int, ...], intervals: tuple[Any, ...]) -> list[list[float]]:
+    return [[k, interval.value] for k, interval in zip(sizes, intervals, strict=True)]
+
+
+def _steering(one: stages.Steering) -> dict[str, Any]:
+    return {"concept": one.concept} | {
+        c.name: {"success": c.outcome.success, "perplexity": c.outcome.perplexity, "strength": c.strength}
+        for c in one.conditions
+    }
+
+
+def _write(found: Findings, out: Path) -> None:
+    import yaml
+
+    p = found.patching
+    rows: list[Row] = [row for one in p.singles for row in one.rows("ioi")]
+    for method, curve in (("exact, top by attribution", p.denoise), ("exact, top by attribution", p.noise),
+                          ("exact, top on select", p.fixed)):  # fmt: skip
+        rows += [row for one in curve.effects for row in one.rows("ioi", method)]
+    dictionary = found.patching.dictionary
+    provenance = Provenance(
+        model=found.model.name,
+        model_hash=found.model.fingerprint,
+        dictionary=dictionary.name,
+        dictionary_hash=dictionary.fingerprint,
+        seed=found.config.seed,
+    )
+    write_rows([(rows, provenance)], out / "results.parquet")
+    (out / "config.yaml").write_text(yaml.safe_dump(asdict(found.config)), encoding="utf-8")
+    write_json(summary(found), out / "summary.json")
+    write_page(page(found, provenance), out / "report.html")

@@ -1,0 +1,280 @@
+"""The stages of the demo. Each tunes on `select` and `tune` prompts and reports on `report` prompts only."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saepatch.attribution import integrated_gradients
+from saepatch.controls import DRAWS, Curve, control_sets, effect_curve
+from saepatch.dictionaries import Dictionary
+from saepatch.interventions import Patch
+from saepatch.models import LanguageModel
+from saepatch.organism import tasks, world
+from saepatch.patching import Direction, Effects, patch_latents
+from saepatch.prompts import PromptPair, batch_pairs, load_pairs, pairs_of
+from saepatch.quality import LatentStatistics
+from saepatch.safety import change_scores, first_tokens, judge, refused_first_token, restore
+from saepatch.sites import Site
+from saepatch.splicing import record_latents, splice
+from saepatch.statistics import Interval, bootstrap_mean, random_latents
+from saepatch.steering import Steered, contrast, equal_norm_steer, generate_steered
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+SHARE_LIMIT = 0.05  # at most this share of the dictionary is restored
+ANSWER_TOKENS = 24
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Patching:
+    """Indirect object identification at one site.
+
+    The top latents of `denoise` and `noise` are each prompt's own, ranked by integrated gradients on that prompt. Those
+    of `fixed` are one set for all prompts, ranked on the `select` split, whose names are others.
+    """
+
+    site: str
+    pairs: int
+    clean: float
+    corrupted: float
+    denoise: Curve
+    noise: Curve
+    fixed: Curve
+    singles: tuple[Effects, Effects]  # every latent alone, on `report`: denoising, noising
+    self_patch_error: float
+    dictionary: Dictionary
+
+
+def patching(model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int) -> Patching:
+    """Patch the latents of one site on `report`, in both directions: alone, and the top ones together."""
+    select = load_pairs("ioi", "select", n, seed)
+    report = load_pairs("ioi", "report", n, seed)
+    fixed = _ranked(integrated_gradients(model, dictionary, select)[0].mean(0))
+    own = [_ranked(row) for row in integrated_gradients(model, dictionary, report)[0]]
+    plan: list[tuple[Any, Direction]] = [(own, "denoise"), (own, "noise"), (fixed, "denoise")]
+    curves = [
+        effect_curve(model, dictionary, report, rankings, SIZES, stats, direction, seed=seed, progress=True)
+        for rankings, direction in plan
+    ]
+    singles = [
+        patch_latents(model, dictionary, report, direction=direction, progress=True)
+        for direction in ("denoise", "noise")
+    ]
+    return Patching(
+        site=str(dictionary.site),
+        pairs=len(report),
+        clean=float(singles[0].clean.mean()),
+        corrupted=float(singles[0].corrupted.mean()),
+        denoise=curves[0],
+        noise=curves[1],
+        fixed=curves[2],
+        singles=(singles[0], singles[1]),
+        self_patch_error=self_patch_error(model, dictionary, report),
+        dictionary=dictionary,
+    )
+
+
+def _ranked(scores: Float[Tensor, "d_sae"]) -> list[int]:
+    return scores.argsort(descending=True, stable=True)[: max(SIZES)].tolist()
+
+
+def self_patch_error(model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPair]) -> float:
+    """Largest absolute logit change when every latent and the error term are patched with the run's own."""
+    worst = 0.0
+    for pair in pairs[:16]:
+        tokens = batch_pairs(model, [pair]).clean
+        with splice(model, dictionary, Patch(record_latents(model, dictionary, tokens), error=True)):
+            patched = model.next_logits(tokens)
+        worst = max(worst, float((patched - model.next_logits(tokens)).abs().max()))
+    return worst
+
+
+@dataclass(frozen=True, eq=False)
+class Restoration:
+    """Refusals under jailbreak, on `report` prompts, with latents restored from the benign framing.
+
+    `rates` are shares of prompts: those ending in `_generated` judge a whole answer written under the restoration, the
+    others look at the top next token with latents patched at the last prompt position.
+    """
+
+    site: str
+    latents: tuple[int, ...]
+    share_of_dictionary: float
+    share_of_alive: float
+    rates: Mapping[str, Interval]
+    curve: tuple[tuple[int, Interval, Interval], ...]  # number of latents, top, random
+    examples: tuple[tuple[str, str, str, str], ...]  # prompt, then answers: jailbroken, restored, random latents
+
+
+def restoration(
+    model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int
+) -> Restoration:
+    """Rank latents by change score on `select`, choose how many on `tune`, restore them on `report`."""
+    select, tune, report = (_refusal_pairs(split, n, seed, harmful=True) for split in world.SPLITS)
+    harmless = _refusal_pairs("report", n, seed, harmful=False)
+    refusal = _refusal_tokens(model, report)
+    order = change_scores(model, dictionary, select).argsort(descending=True, stable=True).tolist()
+    limit = int(SHARE_LIMIT * dictionary.d_sae)
+    sizes = [k for k in SIZES if k <= limit]
+
+    def refused(pairs: Sequence[PromptPair], *draws: Sequence[int]) -> Interval:
+        flags = [refused_first_token(model, dictionary, pairs, refusal, draw) for draw in draws]
+        return bootstrap_mean(np.mean(flags, 0), seed=seed)
+
+    def opens_refusal(prompts: Sequence[str]) -> Interval:
+        top = model.next_logits(model.tokenize(prompts)).argmax(-1)
+        return bootstrap_mean(np.array([int(token) in refusal for token in top], dtype=float), seed=seed)
+
+    def answered(texts: Sequence[str], outcome: str = "refuse") -> Interval:
+        return bootstrap_mean(np.array([judge(text) == outcome for text in texts], dtype=float), seed=seed)
+
+    k = next((k for k in sizes if refused(tune, order[:k]).value >= 0.98), sizes[-1])
+    chosen = order[:k]
+    random, matched = control_sets(order, k, stats, seed)
+    curve = [
+        (size, refused(report, order[:size]), refused(report, *control_sets(order, size, stats, seed)[0]))
+        for size in sizes
+    ]
+    restored = restore(model, dictionary, report, chosen)
+    by_random = restore(model, dictionary, report, random[0])
+    jailbroken = [pair.corrupted for pair in report]
+    plain = model.generate(jailbroken, ANSWER_TOKENS)
+    everything = refused_first_token(model, dictionary, report, refusal, None, error=True)
+    rates = {
+        "clean": opens_refusal([pair.clean for pair in report]),
+        "jailbroken": opens_refusal(jailbroken),
+        "jailbroken_generated": answered(plain),
+        "restored": refused(report, chosen),
+        "restored_generated": answered(restored),
+        "restored_degenerate_generated": answered(restored, "degenerate"),
+        "random": refused(report, *random),
+        "random_generated": answered(by_random),
+        "matched": refused(report, *matched),
+        "whole_site": bootstrap_mean(np.array(everything, dtype=float), seed=seed),
+        "harmless": opens_refusal([pair.corrupted for pair in harmless]),
+        "harmless_restored": refused(harmless, chosen),
+        "harmless_restored_generated": answered(restore(model, dictionary, harmless, chosen)),
+    }
+    return Restoration(
+        site=str(dictionary.site),
+        latents=tuple(chosen),
+        share_of_dictionary=k / dictionary.d_sae,
+        share_of_alive=k / int(stats.alive.sum()),
+        rates=rates,
+        curve=tuple(curve),
+        examples=tuple(zip(jailbroken[:6], plain[:6], restored[:6], by_random[:6], strict=True)),
+    )
+
+
+def choose_safety_site(model: LanguageModel, saes: Mapping[Site, Dictionary], n: int, seed: int) -> Dictionary:
+    """The earliest site where at most `SHARE_LIMIT` of the latents bring 95 % of `tune` prompts back to refusing.
+
+    Where none does, the site where the share is largest.
+    """
+    select, tune = (_refusal_pairs(split, n, seed, harmful=True) for split in ("select", "tune"))
+    refusal = _refusal_tokens(model, tune)
+    shares = {}
+    for site, dictionary in saes.items():
+        order = change_scores(model, dictionary, select).argsort(descending=True, stable=True).tolist()
+        limit = int(SHARE_LIMIT * dictionary.d_sae)
+        flags = refused_first_token(model, dictionary, tune, refusal, order[:limit])
+        shares[site] = sum(flags) / len(flags)
+        if shares[site] >= 0.95:
+            return dictionary
+    return saes[max(shares, key=lambda site: shares[site])]
+
+
+def _refusal_tokens(model: LanguageModel, pairs: Sequence[PromptPair]) -> set[int]:
+    return first_tokens(model, pairs[0].clean, [f" {text}" for text in world.REFUSAL_OPENINGS])
+
+
+def _refusal_pairs(split: str, n: int, seed: int, harmful: bool) -> list[PromptPair]:
+    # about half of the rows are harmful, so more are drawn than are needed
+    rows = [row for row in tasks.refusal(split, 3 * n, seed) if row["harmful"] == harmful]
+    return pairs_of(rows[:n])
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something to steer towards: prompts with and without it, prompts to continue, and a judge of continuations."""
+
+    name: str
+    present: tuple[str, ...]
+    absent: tuple[str, ...]
+    tune: tuple[str, ...]
+    report: tuple[str, ...]
+    shown: Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to steer: which latents, how strongly (in norms of the top latent's maximum), and what came of it."""
+
+    name: str
+    latents: tuple[int, ...]
+    strength: float
+    outcome: Steered
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Top-1 against top-10 latents at equal norm of the perturbation, beside random ones and the bare model."""
+
+    concept: str
+    site: str
+    prompts: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+
+    def of(self, name: str) -> Condition:
+        return next(condition for condition in self.conditions if condition.name == name)
+
+
+def concepts(model: LanguageModel, n: int, seed: int) -> list[Concept]:
+    """Refusal (on harmless requests) and negative sentiment (in reviews), from prompts of separate splits."""
+    requests = {split: tasks.refusal(split, 3 * n, seed) for split in world.SPLITS}
+    plain = {
+        (split, harmful): tuple(dict.fromkeys(r["plain"] for r in rows if r["harmful"] == harmful))[:n]
+        for split, rows in requests.items()
+        for harmful in (True, False)
+    }
+    reviews = [pair if row["polarity"] == "bad" else (pair[1], pair[0]) for row in tasks.sentiment("select", n, seed)
+               for pair in [(row["clean"], row["corrupted"])]]  # fmt: skip
+    openings = {split: tuple(f"The {item} was" for item in world.share(world.ITEMS, split)) for split in world.SPLITS}
+    negative = {*world.BAD, *world.HATED}
+    return [
+        Concept("refusal", plain["select", True], plain["select", False], plain["tune", False][:24],
+                plain["report", False][:48], lambda text: judge(text) == "refuse"),
+        Concept("negative sentiment", tuple(bad for bad, _ in reviews), tuple(good for _, good in reviews),
+                openings["tune"], openings["report"],
+                lambda text: bool(negative & set(re.findall(r"\w+", text.lower())))),
+    ]  # fmt: skip
+
+
+def steering(
+    model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, concept: Concept, seed: int
+) -> Steering:
+    """Choose latents by contrast on `select`, the strength on `tune`, and generate on `report`."""
+    scores = contrast(model, dictionary, concept.present, concept.absent)
+    scores = torch.where(stats.alive.to(scores.device), scores, torch.full_like(scores, -torch.inf))
+    order = scores.argsort(descending=True, stable=True).tolist()
+    norm = float(stats.maximum[order[0]] * stats.norm[order[0]])
+    random = random_latents(stats.alive, order[:10], 1, DRAWS, seed)
+    plans = {"top1": tuple(order[:1]), "top10": tuple(order[:10]), "random": random[0]}
+
+    def run(prompts: tuple[str, ...], latents: Sequence[int], strength: float) -> Steered:
+        steer = equal_norm_steer(dictionary, latents, stats.maximum, norm, strength)
+        return generate_steered(model, dictionary, prompts, steer, concept.shown, ANSWER_TOKENS)
+
+    bare = generate_steered(model, dictionary, concept.report, None, concept.shown, ANSWER_TOKENS)
+    conditions = [Condition("unsteered", (), 0.0, bare)]
+    for name, latents in plans.items():
+        tried = {strength: run(concept.tune, latents, strength) for strength in STRENGTHS}
+        best = max(tried, key=lambda s: (tried[s].success, -tried[s].perplexity))
+        conditions.append(Condition(name, latents, best, run(concept.report, latents, best)))
+    return Steering(concept.name, str(dictionary.site), concept.report, tuple(conditions))
