@@ -231,7 +231,11 @@ class Found:
                 ],
                 caption,
                 log_x=True,
-                references=(Reference(0.0, "base run"), Reference(1.0, "source run")),
+                references=(
+                    Reference(0.0, "base run"),
+                    Reference(curve.every.value, "all latents"),
+                    Reference(1.0, "source run"),
+                ),
             )
             for name, curve in zip(("Denoising", "Noising"), self.curves, strict=True)
         ]
@@ -261,6 +265,7 @@ class Found:
             ["latent", "denoising", "noising", "pairs where it differs"],
             [(j, _cell(denoise.of(j)), _cell(noise.of(j)), int(denoise.ran[:, j].sum())) for j in best],
             f"The 12 latents of {self.site} that restore most alone, on {len(denoise.examples)} report pairs.",
+            {"latent": "d"},
         )
         text = (
             f"Mean logit difference of the right pronoun: {summary['clean']:.2f} clean, {summary['corrupted']:.2f} "

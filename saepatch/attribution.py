@@ -13,7 +13,7 @@ from saepatch.metrics import Metric, logit_difference
 from saepatch.models import LanguageModel, Tokens
 from saepatch.positions import Positions
 from saepatch.prompts import PairBatch, PromptPair, batch_pairs, same_length_batches
-from saepatch.splicing import record_latents, whole_prompt
+from saepatch.splicing import line_up, record_latents, whole_prompt
 
 
 def integrated_gradients(
@@ -42,7 +42,7 @@ def integrated_gradients(
     errors = torch.zeros(len(pairs), dtype=torch.float64)
     for part in same_length_batches(batch_pairs(model, pairs), batch_size):
         base, source = (record_latents(model, dictionary, t) for t in (part.corrupted, part.clean))
-        where = whole_prompt(model, part.corrupted).select(positions) & part.clean.attention_mask.bool()
+        where = whole_prompt(model, part.corrupted).select(positions) & line_up(part.corrupted, part.clean)
         start = base.reconstruction + base.error
         end = source.reconstruction + source.error
         way = torch.where(where[..., None], end - start, torch.zeros_like(start))

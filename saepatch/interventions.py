@@ -63,10 +63,11 @@ class Patch:
     site: Site | str | None = None
 
     def lines_up(self, seen: Pass) -> Bool[Tensor, "batch pos"]:
-        """Where both the patched prompt and the source have a token."""
-        if self.source.real is None:
+        """Where both the patched prompt and the source have a token, and no ordinary token stands against a BOS."""
+        if self.source.real is None or self.source.ordinary is None:
             return seen.in_prompt
-        return seen.in_prompt & from_prompt(self.source.real, seen, fill=False)
+        real, ordinary = (from_prompt(mask, seen, fill=False) for mask in (self.source.real, self.source.ordinary))
+        return seen.in_prompt & real & (ordinary | ~seen.ordinary)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
         expected = (len(seen.input_ids), seen.width)

@@ -21,7 +21,8 @@ class Latents:
     reconstruction: Float[Tensor, "batch pos d_model"]
     rows: Float[Tensor, "d_sae d_model"]
     scale: Float[Tensor, "batch pos 1"] | None = None
-    real: Bool[Tensor, "batch pos"] | None = None  # where the batch holds tokens, not padding; None: everywhere
+    real: Bool[Tensor, "batch pos"] | None = None  # where the batch holds a token, not padding; None: everywhere
+    ordinary: Bool[Tensor, "batch pos"] | None = None  # where that token is not BOS either; None: everywhere
 
     def delta(self, acts: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_model"]:
         """What changing the latents to `acts` adds to the site: exactly `Δf · W_dec` for a linear decoder.

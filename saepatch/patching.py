@@ -22,7 +22,7 @@ from saepatch.positions import Positions
 from saepatch.prompts import PairBatch, PromptPair, batch_pairs, same_length_batches
 from saepatch.results import Row
 from saepatch.sites import Site
-from saepatch.splicing import record_latents, whole_prompt
+from saepatch.splicing import line_up, record_latents, whole_prompt
 from saepatch.statistics import Interval, bootstrap_mean, bootstrap_ratio
 
 log = logging.getLogger(__name__)
@@ -128,13 +128,14 @@ def patch_latents(
     direction: Direction = "denoise",
     metric: Metric = logit_difference,
     min_gap: float = 1e-2,
+    align: Literal["equal", "right"] = "equal",
     batch_size: int = 64,
     progress: bool = False,
 ) -> Effects:
     """Patch each latent, or group of latents, between the runs of every pair, each alone, error term kept.
 
     `latents` lists single latents or groups that are patched together; None means every latent, each alone. Only edits
-    that change something are run; they resume after the site, `batch_size` at a time.
+    that change something are run; they resume after the site, `batch_size` at a time. `align` is that of `batch_pairs`.
 
     Raises:
         UserError: unknown latents, an unknown direction, or pairs that do not line up.
@@ -143,7 +144,7 @@ def patch_latents(
         raise UserError(f"unknown direction {direction!r}: use 'denoise' or 'noise'")
     dictionary.check(model)
     groups = _groups(latents, dictionary)
-    batch = batch_pairs(model, pairs)
+    batch = batch_pairs(model, pairs, align=align)
     clean, corrupted = np.empty(len(pairs)), np.empty(len(pairs))
     patched, ran = np.empty((len(pairs), len(groups))), np.zeros((len(pairs), len(groups)), dtype=bool)
     bar = tqdm(total=len(pairs), desc=f"{direction} {dictionary.site}", unit="pair", disable=not progress, leave=False)
@@ -199,7 +200,7 @@ class _Sweep:
     ) -> None:
         self.model, self.site, self.batch, self.base = model, dictionary.site, batch, base
         self.latents: Latents = record_latents(model, dictionary, base)
-        where = whole_prompt(model, base).select(positions) & source.attention_mask.bool()
+        where = whole_prompt(model, base).select(positions) & line_up(base, source)
         change = record_latents(model, dictionary, source).acts - self.latents.acts
         self.change = torch.where(where[..., None], change, torch.zeros_like(change))
         self.x = self.latents.reconstruction + self.latents.error

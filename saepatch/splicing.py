@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
@@ -82,7 +83,13 @@ def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens)
     """Latents and error term of one forward pass over a batch, nothing edited; later blocks are not run."""
     dictionary.check(model)
     x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
-    return replace(dictionary.encode(x), real=tokens.attention_mask.bool())
+    return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
+
+
+def line_up(base: Tokens, source: Tokens) -> Bool[Tensor, "batch pos"]:
+    """Where both batches hold a token, and no ordinary token stands against a BOS (prompts aligned from the right)."""
+    both = base.attention_mask.bool() & source.attention_mask.bool()
+    return both & (source.ordinary | ~base.ordinary)
 
 
 def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:

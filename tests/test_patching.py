@@ -7,11 +7,12 @@ from tiny import FAMILIES, random_dictionary, tiny_model
 
 from saepatch.controls import DRAWS, effect_curve
 from saepatch.errors import UserError
+from saepatch.interventions import Patch
 from saepatch.metrics import log_probability, logit_difference
 from saepatch.patching import patch_latents
 from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.quality import latent_statistics
-from saepatch.splicing import record_latents
+from saepatch.splicing import record_latents, splice
 
 PAIRS = [
     PromptPair("the cat sat", "the dog sat", "x", "y", "a"),
@@ -60,9 +61,6 @@ def test_other_streams(site):
     """All latents and no error term left over: patching a whole stream with the clean run's."""
     model, dictionary = tiny_model(), random_dictionary(site)
     effects = patch_latents(model, dictionary, PAIRS, [tuple(range(48))])
-    from saepatch.interventions import Patch
-    from saepatch.splicing import splice
-
     for row, pair in enumerate(PAIRS):
         batch = batch_pairs(model, [pair])
         with splice(model, dictionary, Patch(record_latents(model, dictionary, batch.clean))):
@@ -92,6 +90,31 @@ def test_every_latent_alone_counts_the_ones_that_do_not_differ_as_no_effect():
     best = effects.top(5)
     assert [effects.groups.index(g) for g in best] == list(np.argsort(-expected, kind="stable")[:5])
     assert len(effects.rows("task")) == effects.ran.sum()
+
+
+def test_prompts_aligned_from_the_right():
+    """Only columns where both prompts have an ordinary token are patched; the sweep and the splice agree on them."""
+    model, dictionary = tiny_model(), random_dictionary()
+    pairs = [PromptPair("a cat sat", "the horse sat", "x", "y"), PromptPair("abcdef", "abc", "x", "y")]
+    effects = patch_latents(model, dictionary, pairs, [tuple(range(48))], align="right")
+    batch = batch_pairs(model, pairs, align="right")
+    with splice(model, dictionary, Patch(record_latents(model, dictionary, batch.clean))):
+        whole = logit_difference(model.next_logits(batch.corrupted), batch)
+    np.testing.assert_allclose(effects.patched[:, 0], whole.numpy(), atol=2e-5)
+    clean, corrupted = (record_latents(model, dictionary, t).acts for t in (batch.clean, batch.corrupted))
+    change = clean - corrupted
+    for row, shared in ((0, 9), (1, 3)):  # the shorter prompt's ordinary tokens; its BOS is against a letter
+        change[row, : change.shape[1] - shared] = 0
+
+    def hook(_module, _args, output):
+        return output + change @ dictionary.W_dec
+
+    handle = model.layout.blocks[1].register_forward_hook(hook)
+    try:
+        by_hand = logit_difference(model.next_logits(batch.corrupted), batch)
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(effects.patched[:, 0], by_hand.numpy(), atol=2e-5)
 
 
 def test_batch_size_and_order_of_pairs_change_nothing():

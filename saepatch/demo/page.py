@@ -91,6 +91,7 @@ def _patching(found: "Findings") -> Section:
         ["latent", "denoising", "noising", "pairs where it differs"],
         rows,
         f"The 12 latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. {INTERVAL}",
+        {"latent": "d"},
     )
     text = (
         f"The clean prompt names the indirect object once (logit difference {p.clean:.2f}); in the corrupted one the "

@@ -1,0 +1,23 @@
+"""What the README tells a reader to run does run."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_in_the_readme_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.search(r"^\(\d+,\) -?\d\.\d+ \[", printed, re.MULTILINE)
+
+
+def test_paths_and_make_targets_in_the_readme_exist():
+    text = README.read_text(encoding="utf-8")
+    root = README.parent
+    for path in re.findall(r"(?:training|experiments)/[\w/.-]+\.(?:yaml|md|png|py)", text):
+        assert (root / path).is_file(), path
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
