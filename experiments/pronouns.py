@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
+from saepatch.charts import cell, effect_chart
 from saepatch.commandline import run_config
-from saepatch.controls import DRAWS, Curve, effect_curve
+from saepatch.controls import Curve, effect_curve
 from saepatch.dictionaries import Dictionary, load_saes
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.patching import Effects, patch_latents
 from saepatch.prompts import PromptPair, load_pairs
 from saepatch.quality import latent_statistics
-from saepatch.report import Facts, LineChart, Page, Reference, Section, Series, Table, write_figure, write_page
-from saepatch.report import Interval as Cell
+from saepatch.report import Facts, LineChart, Page, Section, Table, write_figure, write_page
 from saepatch.results import Provenance, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
 from saepatch.statistics import Interval
@@ -218,25 +218,8 @@ class Found:
 
     def charts(self) -> list[LineChart]:
         n = len(self.singles[0].examples)
-        caption = f"n = {n} prompt pairs. Controls: means of {DRAWS} draws. Intervals: 95 % bootstrap over prompts."
         return [
-            LineChart(
-                f"{name} at {self.site}",
-                "latents patched",
-                "normalised effect",
-                [
-                    _series("top latents", curve.sizes, curve.top),
-                    _series("random live latents", curve.sizes, curve.random),
-                    _series("matched random latents", curve.sizes, curve.matched),
-                ],
-                caption,
-                log_x=True,
-                references=(
-                    Reference(0.0, "base run"),
-                    Reference(curve.every.value, "all latents"),
-                    Reference(1.0, "source run"),
-                ),
-            )
+            effect_chart(f"{name} at {self.site}", curve, n)
             for name, curve in zip(("Denoising", "Noising"), self.curves, strict=True)
         ]
 
@@ -254,7 +237,7 @@ class Found:
                 (
                     str(layer.dictionary.site),
                     summary["ce_recovered"][str(layer.dictionary.site)],
-                    *map(_cell, (layer.effect, self.by_layer[2 * i], self.by_layer[2 * i + 1])),
+                    *map(cell, (layer.effect, self.by_layer[2 * i], self.by_layer[2 * i + 1])),
                 )
                 for i, layer in enumerate(self.layers)
             ],
@@ -263,7 +246,7 @@ class Found:
         best = [group[0] for group in denoise.top(12)]
         latents = Table(
             ["latent", "denoising", "noising", "pairs where it differs"],
-            [(j, _cell(denoise.of(j)), _cell(noise.of(j)), int(denoise.ran[:, j].sum())) for j in best],
+            [(j, cell(denoise.of(j)), cell(noise.of(j)), int(denoise.ran[:, j].sum())) for j in best],
             f"The 12 latents of {self.site} that restore most alone, on {len(denoise.examples)} report pairs.",
             {"latent": "d"},
         )
@@ -272,27 +255,12 @@ class Found:
             f"corrupted; the right one is ahead in {summary['clean_right']:.0%} of clean prompts. Latents are ranked "
             "on `select`; names and templates of `report` are others."
         )
-        facts = {
-            "model": f"{provenance.model} ({provenance.model_hash})",
-            "dictionary": f"{provenance.dictionary} ({provenance.dictionary_hash})",
-            "seed": str(provenance.seed),
-            "command": provenance.command,
-            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        }
         sections = [Section("By layer", text, [layers]), Section("At the chosen layer", "", [*self.charts(), latents])]
-        return Page("Who is it? Latents for the gender of a character", lead, sections, Facts(facts))
+        return Page("Who is it? Latents for the gender of a character", lead, sections, Facts(provenance.facts()))
 
 
 def _points(sizes: Sequence[int], intervals: Sequence[Interval]) -> list[list[float]]:
     return [[k, i.value, i.low, i.high] for k, i in zip(sizes, intervals, strict=True)]
-
-
-def _series(name: str, sizes: Sequence[int], points: Sequence[Interval]) -> Series:
-    return Series(name, sizes, [p.value for p in points], [p.low for p in points], [p.high for p in points])
-
-
-def _cell(interval: Interval) -> Cell:
-    return Cell(interval.value, interval.low, interval.high)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,16 @@ class Provenance:
     versions: str = field(default_factory=lambda: json.dumps(versions(), sort_keys=True))
     command: str = field(default_factory=lambda: command_line())
 
+    def facts(self) -> dict[str, str]:
+        """The same, as labels and texts for a reader."""
+        return {
+            "model": f"{self.model} ({self.model_hash})",
+            "dictionary": f"{self.dictionary} ({self.dictionary_hash})",
+            "seed": str(self.seed),
+            "command": self.command,
+            "versions": ", ".join(f"{name} {version}" for name, version in json.loads(self.versions).items()),
+        }
+
 
 def command_line() -> str:
     """The command this process was started with, its interpreter's and script's folders left out."""

@@ -3,16 +3,14 @@
 from typing import TYPE_CHECKING
 
 from saepatch import report
-from saepatch.controls import DRAWS, Curve
-from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Reference, Section, Series, Table
-from saepatch.results import Provenance, versions
-from saepatch.statistics import Interval
+from saepatch.charts import INTERVALS, band, cell, effect_chart
+from saepatch.controls import DRAWS
+from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
+from saepatch.results import Provenance
 
 if TYPE_CHECKING:
     from saepatch.demo.run import Findings
     from saepatch.demo.stages import Steering
-
-INTERVAL = "Intervals: 95 % bootstrap over prompts."
 
 
 def page(found: "Findings", provenance: Provenance) -> Page:
@@ -28,13 +26,8 @@ def page(found: "Findings", provenance: Provenance) -> Page:
         f"many random latents reach {rates['random'].value:.0%}."
     )
     sections = [_model(found), _splice(found), _patching(found), _restoration(found), *map(_steering, found.steering)]
-    facts = {
-        "model": f"{provenance.model} ({provenance.model_hash})",
-        "dictionary": f"{provenance.dictionary} ({provenance.dictionary_hash})",
-        "seed": str(provenance.seed),
-        "command": provenance.command,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items()),
+    facts = provenance.facts() | {
+        "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items())
     }
     return Page("saepatch: latents patched, restored and steered", lead, sections, report.Facts(facts))
 
@@ -64,33 +57,17 @@ def _splice(found: "Findings") -> Section:
     return Section("Splice quality", text, [Table(columns, rows, caption, formats)])
 
 
-def _band(name: str, sizes: tuple[int, ...], points: tuple[Interval, ...]) -> Series:
-    return Series(name, sizes, [p.value for p in points], [p.low for p in points], [p.high for p in points])
-
-
-def _curve(title: str, curve: Curve, n: int) -> LineChart:
-    caption = f"n = {n} prompt pairs (report split). Controls: means of {DRAWS} draws. {INTERVAL}"
-    series = [
-        _band("top latents", curve.sizes, curve.top),
-        _band("random live latents", curve.sizes, curve.random),
-        _band("matched random latents", curve.sizes, curve.matched),
-    ]
-    references = (Reference(0.0, "base run"), Reference(curve.every.value, "all latents"), Reference(1.0, "source run"))
-    return LineChart(title, "latents patched", "normalised effect", series, caption, log_x=True, references=references)
-
-
 def _patching(found: "Findings") -> Section:
     p = found.patching
     denoise, noise = p.singles
     best = [group[0] for group in denoise.top(12)]
     rows = [
-        (latent, _cell(denoise.of(latent)), _cell(noise.of(latent)), int(denoise.ran[:, latent].sum()))
-        for latent in best
+        (latent, cell(denoise.of(latent)), cell(noise.of(latent)), int(denoise.ran[:, latent].sum())) for latent in best
     ]
     table = Table(
         ["latent", "denoising", "noising", "pairs where it differs"],
         rows,
-        f"The 12 latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. {INTERVAL}",
+        f"The 12 latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. {INTERVALS}",
         {"latent": "d"},
     )
     text = (
@@ -104,16 +81,12 @@ def _patching(found: "Findings") -> Section:
         "others: what it lacks against the first is how far the latents stand for single names."
     )
     blocks: list[Block] = [
-        _curve("Denoising: each prompt's own top latents", p.denoise, p.pairs),
-        _curve("Noising: each prompt's own top latents", p.noise, p.pairs),
-        _curve("Denoising: one set of latents for all prompts", p.fixed, p.pairs),
+        effect_chart("Denoising: each prompt's own top latents", p.denoise, p.pairs),
+        effect_chart("Noising: each prompt's own top latents", p.noise, p.pairs),
+        effect_chart("Denoising: one set of latents for all prompts", p.fixed, p.pairs),
         table,
     ]
     return Section("Patching: indirect objects", text, blocks)
-
-
-def _cell(interval: Interval) -> report.Interval:
-    return report.Interval(interval.value, interval.low, interval.high)
 
 
 RATES = {
@@ -140,7 +113,7 @@ def _restoration(found: "Findings") -> Section:
         "Share of prompts refused",
         labels,
         [bars],
-        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {INTERVAL}",
+        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {INTERVALS}",
         value_range=(0.0, 1.0),
         value_format=".0%",
     )
@@ -150,10 +123,10 @@ def _restoration(found: "Findings") -> Section:
         "latents restored",
         "share refused",
         [
-            _band("top latents", sizes, tuple(top for _, top, _ in r.curve)),
-            _band("random live latents", sizes, tuple(other for _, _, other in r.curve)),
+            band("top latents", sizes, tuple(top for _, top, _ in r.curve)),
+            band("random live latents", sizes, tuple(other for _, _, other in r.curve)),
         ],
-        f"n = {n} jailbroken requests (report split); random: mean of {DRAWS} draws. {INTERVAL}",
+        f"n = {n} jailbroken requests (report split); random: mean of {DRAWS} draws. {INTERVALS}",
         log_x=True,
         y_range=(0.0, 1.0),
         y_format=".0%",

@@ -1,0 +1,40 @@
+"""From findings to blocks of a report: what the demo and the experiments draw alike."""
+
+from collections.abc import Sequence
+
+from saepatch import report
+from saepatch.controls import DRAWS, Curve
+from saepatch.statistics import Interval
+
+INTERVALS = "Intervals: 95 % bootstrap over prompts."
+
+
+def cell(interval: Interval) -> report.Interval:
+    """A table cell that shows an estimate with its interval."""
+    return report.Interval(interval.value, interval.low, interval.high)
+
+
+def band(name: str, sizes: Sequence[int], points: Sequence[Interval]) -> report.Series:
+    """A line over sizes with its interval as a band."""
+    return report.Series(name, sizes, [p.value for p in points], [p.low for p in points], [p.high for p in points])
+
+
+def effect_chart(title: str, curve: Curve, n: int) -> report.LineChart:
+    """Effect against the number of latents over `n` pairs: top, random and matched ones, and the whole dictionary."""
+    return report.LineChart(
+        title,
+        "latents patched",
+        "normalised effect",
+        [
+            band("top latents", curve.sizes, curve.top),
+            band("random live latents", curve.sizes, curve.random),
+            band("matched random latents", curve.sizes, curve.matched),
+        ],
+        f"n = {n} prompt pairs (report split). Controls: means of {DRAWS} draws. {INTERVALS}",
+        log_x=True,
+        references=(
+            report.Reference(0.0, "base run"),
+            report.Reference(curve.every.value, "all latents"),
+            report.Reference(1.0, "source run"),
+        ),
+    )
