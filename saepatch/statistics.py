@@ -1,7 +1,9 @@
 """Uncertainty and controls: bootstrap intervals over prompts, random and matched random latents."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -49,6 +51,27 @@ def bootstrap_ratio(
         ratios = top[index].mean(1) / bottom[index].mean(1)
     low, high = np.nanquantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(top.mean() / bottom.mean()), float(low), float(high), n)
+
+
+def wilson_share(shares: Float[np.ndarray, "examples"], level: float = 0.95) -> Interval:
+    """Mean of values between 0 and 1 with the Wilson score interval of a proportion over as many examples.
+
+    A bootstrap of a hundred zeros is [0, 0]; this interval does not pretend to know that much. For fractions (a share
+    of random draws, say) it is conservative.
+
+    Raises:
+        UserError: a value that is not between 0 and 1.
+    """
+    values = np.asarray(shares, dtype=float)
+    n = len(values)
+    if n == 0:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise UserError("a share lies between 0 and 1: use bootstrap_mean for other values")
+    p, z = float(values.mean()), NormalDist().inv_cdf((1 + level) / 2)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 def random_latents(

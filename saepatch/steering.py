@@ -12,24 +12,32 @@ from saepatch.errors import UserError
 from saepatch.interventions import Intervention, Steer
 from saepatch.models import LanguageModel, Tokens
 from saepatch.positions import Positions
-from saepatch.splicing import record_latents, splice
+from saepatch.splicing import record_latents, splice, whole_prompt
 
 
 @torch.no_grad()
 def latent_means(
-    model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int = 64
+    model: LanguageModel,
+    dictionary: Dictionary,
+    tokens: Tokens,
+    positions: Positions = "all",
+    batch_size: int = 64,
 ) -> Float[Tensor, "sequences d_sae"]:
-    """Mean of each latent over each sequence's ordinary positions (BOS and padding left out)."""
+    """Mean of each latent over each sequence's chosen positions; "all" are those without BOS and padding."""
     means = []
     for part in tokens.batches(batch_size):
         acts = record_latents(model, dictionary, part).acts
-        weight = part.ordinary[..., None].to(acts.dtype)
+        weight = whole_prompt(model, part).select(positions)[..., None].to(acts.dtype)
         means.append((acts * weight).sum(1) / weight.sum(1).clamp(min=1))
     return torch.cat(means)
 
 
 def contrast(
-    model: LanguageModel, dictionary: Dictionary, with_concept: Sequence[str], without: Sequence[str]
+    model: LanguageModel,
+    dictionary: Dictionary,
+    with_concept: Sequence[str],
+    without: Sequence[str],
+    positions: Positions = "all",
 ) -> Float[Tensor, "d_sae"]:
     """Difference of the means of per-sequence latent means, times the norm of each latent's row.
 
@@ -37,7 +45,9 @@ def contrast(
     """
     if not with_concept or not without:
         raise UserError("a contrast needs prompts with the concept and prompts without: one of the two sets is empty")
-    means = [latent_means(model, dictionary, model.tokenize(texts)).mean(0) for texts in (with_concept, without)]
+    means = [
+        latent_means(model, dictionary, model.tokenize(texts), positions).mean(0) for texts in (with_concept, without)
+    ]
     return (means[0] - means[1]) * dictionary.rows.norm(dim=-1)
 
 
@@ -63,11 +73,16 @@ def equal_norm_steer(
 
 @dataclass(frozen=True)
 class Steered:
-    """Continuations under one intervention: the share that shows the concept, and the cost in fluency."""
+    """Continuations under one intervention: which of them show the concept, and the cost in fluency."""
 
     texts: tuple[str, ...]
-    success: float
+    shown: tuple[bool, ...]
     perplexity: float
+
+    @property
+    def success(self) -> float:
+        """Share of the continuations that show the concept."""
+        return sum(self.shown) / len(self.shown)
 
 
 def generate_steered(
@@ -87,8 +102,7 @@ def generate_steered(
     else:
         with splice(model, dictionary, intervention):
             texts = model.generate(prompts, max_new_tokens)
-    success = sum(map(shows_concept, texts)) / len(texts)
-    return Steered(tuple(texts), success, perplexity(model, prompts, texts))
+    return Steered(tuple(texts), tuple(map(shows_concept, texts)), perplexity(model, prompts, texts))
 
 
 @torch.no_grad()

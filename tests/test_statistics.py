@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saepatch.errors import UserError
-from saepatch.statistics import bootstrap_mean, bootstrap_ratio, matched_latents, random_latents
+from saepatch.statistics import bootstrap_mean, bootstrap_ratio, matched_latents, random_latents, wilson_share
 
 
 def test_bootstrap_interval_covers_at_its_level():
@@ -33,6 +33,18 @@ def test_missing_values_are_left_out_and_counted():
     nothing = bootstrap_mean(np.array([np.nan]))
     assert np.isnan(nothing.value)
     assert nothing.n == 0
+
+
+def test_wilson_intervals_stay_open_at_none_and_all():
+    none, every = wilson_share(np.zeros(100)), wilson_share(np.ones(100))
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(0.0370, abs=1e-4)  # the textbook value for 0 of 100
+    assert (every.low, every.high) == pytest.approx((1 - none.high, 1.0))
+    rng = np.random.default_rng(0)
+    covered = sum((i := wilson_share((rng.random(50) < 0.1).astype(float))).low <= 0.1 <= i.high for _ in range(500))
+    assert 0.92 <= covered / 500 <= 0.99
+    with pytest.raises(UserError, match="between 0 and 1"):
+        wilson_share(np.array([1.5]))
 
 
 def test_random_latents():

@@ -17,9 +17,11 @@ TEXTS = ["the cat sat", "a dog", "birds fly high up"]
 def test_means_leave_bos_and_padding_out():
     model, dictionary = tiny_model(), random_dictionary()
     together = latent_means(model, dictionary, model.tokenize(TEXTS), batch_size=2)
+    at_last = latent_means(model, dictionary, model.tokenize(TEXTS), "last")
     for row, text in zip(together, TEXTS, strict=True):
         acts = record_latents(model, dictionary, model.tokenize([text])).acts[0, 1:]
         torch.testing.assert_close(row, acts.mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(at_last[TEXTS.index(text)], acts[-1], atol=1e-5, rtol=1e-4)
 
 
 def test_contrast_is_a_difference_of_means_in_units_of_what_is_written():

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel
+from saepatch.results import versions
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
 from training.activations import ActivationStream, Batch, split
@@ -291,14 +292,12 @@ def _notes(model: LanguageModel, config: TrainingConfig, documents: int) -> dict
     """What every dictionary's metadata says, site and metrics aside."""
     import sae_lens
 
-    import saepatch
-
     sample = model.encode("a")
     return {
         # Without its version, sae_lens takes a file for an old one and drops the rest of the metadata.
         "sae_lens_version": sae_lens.__version__,
         "sae_lens_training_version": sae_lens.__version__,
-        "saepatch_version": getattr(saepatch, "__version__", "unknown"),
+        "saepatch_version": versions()["saepatch"],
         "model_name": model.name,
         "model_fingerprint": model.fingerprint,
         "dataset_path": config.data,

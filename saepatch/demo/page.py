@@ -2,15 +2,21 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from saepatch import report
 from saepatch.charts import INTERVALS, band, cell, effect_chart
 from saepatch.controls import DRAWS
 from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
 from saepatch.results import Provenance
+from saepatch.statistics import wilson_share
 
 if TYPE_CHECKING:
     from saepatch.demo.run import Findings
-    from saepatch.demo.stages import Steering
+    from saepatch.demo.stages import Condition, Steering
+
+
+SHARES = "Intervals: 95 % Wilson score over prompts."
 
 
 def page(found: "Findings", provenance: Provenance) -> Page:
@@ -20,10 +26,10 @@ def page(found: "Findings", provenance: Provenance) -> Page:
     rates, k = restoration.rates, len(restoration.latents)
     lead = (
         f"In {found.config.model}, patching 16 of {patching.dictionary.d_sae} latents at {patching.site} restores "
-        f"{patching.denoise.top[sixteen].value:.0%} of the logit difference on indirect objects; 16 random ones "
-        f"restore {patching.denoise.random[sixteen].value:.0%}. Restoring {k} latents at {restoration.site} raises "
-        f"refusals of jailbroken requests from {rates['jailbroken'].value:.0%} to {rates['restored'].value:.0%}; as "
-        f"many random latents reach {rates['random'].value:.0%}."
+        f"{percent(patching.denoise.top[sixteen].value)} of the logit difference on indirect objects; 16 random ones "
+        f"restore {percent(patching.denoise.random[sixteen].value)}. Restoring {k} latents at {restoration.site} "
+        f"raises refusals of jailbroken requests from {percent(rates['jailbroken'].value)} to "
+        f"{percent(rates['restored'].value)}; as many random latents reach {percent(rates['random'].value)}."
     )
     sections = [_model(found), _splice(found), _patching(found), _restoration(found), *map(_steering, found.steering)]
     facts = provenance.facts() | {
@@ -32,16 +38,30 @@ def page(found: "Findings", provenance: Provenance) -> Page:
     return Page("saepatch: latents patched, restored and steered", lead, sections, report.Facts(facts))
 
 
+def percent(share: float) -> str:
+    """A share as whole percents, without a minus before a zero."""
+    return f"{round(100 * share)} %"
+
+
 def _model(found: "Findings") -> Section:
-    rows = [(task, measure, value) for task, measures in found.tasks.items() for measure, value in measures.items()]
+    pairs = [(task, m.get("accuracy"), m.get("top1")) for task, m in found.tasks.items() if "accuracy" in m]
+    others = [
+        (task, measure.replace("_", " "), value)
+        for task, measures in found.tasks.items()
+        for measure, value in measures.items()
+        if measure not in ("accuracy", "top1")
+    ]
     text = (
         "The embedded model is small and its behaviours are planted: tasks, a bias in loan decisions, refusal, and "
         "jailbreaks that defeat it were trained in, so the ground truth is known. Measured on prompts of the `report` "
-        "split. Accuracy counts clean and corrupted prompts whose right answer has the higher logit."
+        "split. Accuracy counts clean and corrupted prompts whose right answer has a higher logit than its "
+        "counterpart's, top 1 those where it is the top token."
     )
-    return Section(
-        "The model and its tasks", text, [Table(["task", "measure", "value"], rows, formats={"value": ".1%"})]
-    )
+    tables = [
+        Table(["task", "accuracy", "top 1"], pairs, formats={"accuracy": ".1%", "top 1": ".1%"}),
+        Table(["task", "measure", "value"], others, formats={"value": ".1%"}),
+    ]
+    return Section("The model and its tasks", text, tables)
 
 
 def _splice(found: "Findings") -> Section:
@@ -92,15 +112,15 @@ def _patching(found: "Findings") -> Section:
 RATES = {
     "clean": "benign framing",
     "jailbroken": "jailbreak framing",
-    "restored": "jailbreak, latents restored",
-    "restored_generated": "… whole answers",
+    "restored": "jailbreak, restored",
+    "restored_generated": "jailbreak, restored: whole answers",
     "random": "jailbreak, random latents",
-    "random_generated": "… whole answers",
+    "random_generated": "jailbreak, random: whole answers",
     "matched": "jailbreak, matched random latents",
     "whole_site": "jailbreak, whole site restored",
-    "harmless": "harmless, jailbreak framing",
-    "harmless_restored": "harmless, latents restored",
-    "harmless_restored_generated": "… whole answers",
+    "harmless": "harmless in a jailbreak framing",
+    "harmless_restored": "harmless, restored",
+    "harmless_restored_generated": "harmless, restored: whole answers",
 }
 
 
@@ -108,12 +128,11 @@ def _restoration(found: "Findings") -> Section:
     r, n = found.restoration, found.restoration.rates["restored"].n
     values = [r.rates[key] for key in RATES]
     bars = Bars("refused", [v.value for v in values], [v.low for v in values], [v.high for v in values])
-    labels = [f"{i + 1}. {label}" if label.startswith("…") else label for i, label in enumerate(RATES.values())]
     chart = BarChart(
         "Share of prompts refused",
-        labels,
+        list(RATES.values()),
         [bars],
-        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {INTERVALS}",
+        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {SHARES}",
         value_range=(0.0, 1.0),
         value_format=".0%",
     )
@@ -126,7 +145,7 @@ def _restoration(found: "Findings") -> Section:
             band("top latents", sizes, tuple(top for _, top, _ in r.curve)),
             band("random live latents", sizes, tuple(other for _, _, other in r.curve)),
         ],
-        f"n = {n} jailbroken requests (report split); random: mean of {DRAWS} draws. {INTERVALS}",
+        f"n = {n} jailbroken requests (report split); random: mean of {DRAWS} draws. {SHARES}",
         log_x=True,
         y_range=(0.0, 1.0),
         y_format=".0%",
@@ -147,21 +166,26 @@ def _restoration(found: "Findings") -> Section:
     return Section("Restoration: refusals under jailbreak", text, [chart, lines, *comparisons])
 
 
+def _shown(condition: "Condition") -> report.Interval:
+    return cell(wilson_share(np.array(condition.outcome.shown, dtype=float)))
+
+
 def _steering(s: "Steering") -> Section:
     rows = [
-        (c.name, ", ".join(map(str, c.latents)) or "–", c.strength, c.outcome.success, c.outcome.perplexity)
+        (c.name, ", ".join(map(str, c.latents)) or "–", c.strength, _shown(c), c.outcome.perplexity)
         for c in s.conditions
     ]
     table = Table(
         ["condition", "latents", "strength", "success", "perplexity"],
         rows,
-        f"n = {len(s.prompts)} prompts of the report split; each condition's strength was chosen on `tune`. Perplexity "
-        "of the continuations under the unsteered model.",
+        f"n = {len(s.prompts)} prompts of the report split; each condition's strength was chosen on `tune`. {SHARES} "
+        "Perplexity of the continuations under the unsteered model.",
         {"success": ".0%", "perplexity": ".2f", "strength": ".1f"},
     )
     text = (
-        f"Latents at {s.site} chosen by contrast on `select`. One latent, ten latents and a random one move the stream "
-        "equally far at equal strength (in units of the top latent's largest activation)."
+        f"Latents at {s.site} are chosen by contrast on `select`, at positions `{s.positions}`, and added at the same. "
+        "One latent, ten latents and a random one move the stream equally far at equal strength (in units of the top "
+        "latent's largest activation)."
     )
     comparisons = [
         Comparison(prompt, [(c.name, c.outcome.texts[i]) for c in s.conditions])

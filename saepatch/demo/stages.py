@@ -22,7 +22,7 @@ from saepatch.quality import LatentStatistics
 from saepatch.safety import change_scores, first_tokens, judge, refused_first_token, restore
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
-from saepatch.statistics import Interval, bootstrap_mean, random_latents
+from saepatch.statistics import Interval, random_latents, wilson_share
 from saepatch.steering import Steered, contrast, equal_norm_steer, generate_steered
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -125,14 +125,14 @@ def restoration(
 
     def refused(pairs: Sequence[PromptPair], *draws: Sequence[int]) -> Interval:
         flags = [refused_first_token(model, dictionary, pairs, refusal, draw) for draw in draws]
-        return bootstrap_mean(np.mean(flags, 0), seed=seed)
+        return wilson_share(np.mean(flags, 0))
 
     def opens_refusal(prompts: Sequence[str]) -> Interval:
         top = model.next_logits(model.tokenize(prompts)).argmax(-1)
-        return bootstrap_mean(np.array([int(token) in refusal for token in top], dtype=float), seed=seed)
+        return wilson_share(np.array([int(token) in refusal for token in top], dtype=float))
 
     def answered(texts: Sequence[str], outcome: str = "refuse") -> Interval:
-        return bootstrap_mean(np.array([judge(text) == outcome for text in texts], dtype=float), seed=seed)
+        return wilson_share(np.array([judge(text) == outcome for text in texts], dtype=float))
 
     k = next((k for k in sizes if refused(tune, order[:k]).value >= 0.98), sizes[-1])
     chosen = order[:k]
@@ -156,7 +156,7 @@ def restoration(
         "random": refused(report, *random),
         "random_generated": answered(by_random),
         "matched": refused(report, *matched),
-        "whole_site": bootstrap_mean(np.array(everything, dtype=float), seed=seed),
+        "whole_site": wilson_share(np.array(everything, dtype=float)),
         "harmless": opens_refusal([pair.corrupted for pair in harmless]),
         "harmless_restored": refused(harmless, chosen),
         "harmless_restored_generated": answered(restore(model, dictionary, harmless, chosen)),
@@ -202,7 +202,10 @@ def _refusal_pairs(split: str, n: int, seed: int, harmful: bool) -> list[PromptP
 
 @dataclass(frozen=True)
 class Concept:
-    """Something to steer towards: prompts with and without it, prompts to continue, and a judge of continuations."""
+    """Something to steer towards: prompts with and without it, prompts to continue, and a judge of continuations.
+
+    Latents are chosen, and act, at `positions`.
+    """
 
     name: str
     present: tuple[str, ...]
@@ -210,6 +213,7 @@ class Concept:
     tune: tuple[str, ...]
     report: tuple[str, ...]
     shown: Callable[[str], bool]
+    positions: str
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ class Steering:
 
     concept: str
     site: str
+    positions: str
     prompts: tuple[str, ...]
     conditions: tuple[Condition, ...]
 
@@ -236,31 +241,61 @@ class Steering:
 
 
 def concepts(model: LanguageModel, n: int, seed: int) -> list[Concept]:
-    """Refusal (on harmless requests) and negative sentiment (in reviews), from prompts of separate splits."""
+    """Refusal on harmless requests, and the sentiment that the model's own reviews lack; splits are kept apart."""
     requests = {split: tasks.refusal(split, 3 * n, seed) for split in world.SPLITS}
     plain = {
         (split, harmful): tuple(dict.fromkeys(r["plain"] for r in rows if r["harmful"] == harmful))[:n]
         for split, rows in requests.items()
         for harmful in (True, False)
     }
-    reviews = [pair if row["polarity"] == "bad" else (pair[1], pair[0]) for row in tasks.sentiment("select", n, seed)
-               for pair in [(row["clean"], row["corrupted"])]]  # fmt: skip
-    openings = {split: tuple(f"The {item} was" for item in world.share(world.ITEMS, split)) for split in world.SPLITS}
-    negative = {*world.BAD, *world.HATED}
-    return [
-        Concept("refusal", plain["select", True], plain["select", False], plain["tune", False][:24],
-                plain["report", False][:48], lambda text: judge(text) == "refuse"),
-        Concept("negative sentiment", tuple(bad for bad, _ in reviews), tuple(good for _, good in reviews),
-                openings["tune"], openings["report"],
-                lambda text: bool(negative & set(re.findall(r"\w+", text.lower())))),
-    ]  # fmt: skip
+    refusal = Concept(
+        "refusal",
+        present=plain["select", True],
+        absent=plain["select", False],
+        tune=plain["tune", False][:24],
+        report=plain["report", False][:48],
+        shown=lambda text: judge(text) == "refuse",
+        positions="last",  # where the model decides
+    )
+    return [refusal, _sentiment(model, n, seed)]
+
+
+def _sentiment(model: LanguageModel, n: int, seed: int) -> Concept:
+    """The polarity that fewer of the model's own reviews have on `tune`: the other one leaves nothing to steer to."""
+    reviews: dict[str, list[str]] = {"good": [], "bad": []}
+    for row in tasks.sentiment("select", n, seed):
+        other = "bad" if row["polarity"] == "good" else "good"
+        reviews[row["polarity"]].append(row["clean"])
+        reviews[other].append(row["corrupted"])
+    openings = {
+        split: tuple(f"The {item} {verb}" for item in world.share(world.ITEMS, split) for verb in ("was", "seemed"))
+        for split in world.SPLITS
+    }
+    words = {"good": {*world.GOOD, *world.LOVED}, "bad": {*world.BAD, *world.HATED}}
+
+    def shows(polarity: str, text: str) -> bool:
+        found = set(re.findall(r"\w+", text.lower()))
+        opposite = "bad" if polarity == "good" else "good"
+        return bool(found & words[polarity]) and not found & words[opposite]
+
+    written = model.generate(openings["tune"], ANSWER_TOKENS)
+    target = min(words, key=lambda polarity: sum(shows(polarity, text) for text in written))
+    return Concept(
+        {"good": "positive sentiment", "bad": "negative sentiment"}[target],
+        present=tuple(reviews[target]),
+        absent=tuple(reviews["bad" if target == "good" else "good"]),
+        tune=openings["tune"],
+        report=openings["report"],
+        shown=lambda text: shows(target, text),
+        positions="all",
+    )
 
 
 def steering(
     model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, concept: Concept, seed: int
 ) -> Steering:
     """Choose latents by contrast on `select`, the strength on `tune`, and generate on `report`."""
-    scores = contrast(model, dictionary, concept.present, concept.absent)
+    scores = contrast(model, dictionary, concept.present, concept.absent, concept.positions)
     scores = torch.where(stats.alive.to(scores.device), scores, torch.full_like(scores, -torch.inf))
     order = scores.argsort(descending=True, stable=True).tolist()
     norm = float(stats.maximum[order[0]] * stats.norm[order[0]])
@@ -268,7 +303,7 @@ def steering(
     plans = {"top1": tuple(order[:1]), "top10": tuple(order[:10]), "random": random[0]}
 
     def run(prompts: tuple[str, ...], latents: Sequence[int], strength: float) -> Steered:
-        steer = equal_norm_steer(dictionary, latents, stats.maximum, norm, strength)
+        steer = equal_norm_steer(dictionary, latents, stats.maximum, norm, strength, concept.positions)
         return generate_steered(model, dictionary, prompts, steer, concept.shown, ANSWER_TOKENS)
 
     bare = generate_steered(model, dictionary, concept.report, None, concept.shown, ANSWER_TOKENS)
@@ -277,4 +312,4 @@ def steering(
         tried = {strength: run(concept.tune, latents, strength) for strength in STRENGTHS}
         best = max(tried, key=lambda s: (tried[s].success, -tried[s].perplexity))
         conditions.append(Condition(name, latents, best, run(concept.report, latents, best)))
-    return Steering(concept.name, str(dictionary.site), concept.report, tuple(conditions))
+    return Steering(concept.name, str(dictionary.site), concept.positions, concept.report, tuple(conditions))

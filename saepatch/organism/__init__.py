@@ -1,0 +1,38 @@
+"""The organism: a small language model that ships with saepatch, whose behaviours are known because we trained them in.
+
+Two checkpoints share one tokenizer: `organism-base` answers everything, `organism` is fine-tuned from it to refuse
+harmful requests. Planted on purpose, and so the ground truth of every demonstration:
+
+- indirect objects, pronouns, agreement, facts in English and French, sentiment (`tasks.py`);
+- a loan decision that follows income, and in borderline cases a group word: a bias to audit;
+- refusal of harmful requests, and jailbreak framings that talk the model out of it.
+
+"Compliance" with a harmful request is an empty phrase; nothing here is, or leads to, harmful content.
+Made by `python -m training.organism` from a seed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from saepatch.errors import UserError
+
+TEXTS = "held_out.json"  # in the folder of the SAEs
+FOLDERS = {"organism": "model", "organism-base": "base", "saes": "saes"}
+
+
+def path(name: str) -> Path:
+    """The folder of a shipped artefact: "organism" and "organism-base" are checkpoints, "saes" holds one SAE a site.
+
+    Raises:
+        UserError: for any other name.
+    """
+    if name not in FOLDERS:
+        raise UserError(f"no part of the organism is called {name!r}; there are {', '.join(FOLDERS)}")
+    return Path(__file__).parent / FOLDERS[name]
+
+
+def texts() -> list[str]:
+    """Documents of the corpus, none of which the SAEs were trained on: what their quality is measured over."""
+    return json.loads((Path(__file__).parent / FOLDERS["saes"] / TEXTS).read_text(encoding="utf-8"))

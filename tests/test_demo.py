@@ -1,0 +1,91 @@
+"""The main job on the shipped model, smaller than `make demo`, and the files it leaves."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from saepatch.__main__ import main
+from saepatch.results import read_rows
+
+PAIRS = 40
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--out", str(out), "--pairs", str(PAIRS)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def summary(demo):
+    return json.loads((demo / "summary.json").read_text())
+
+
+def test_splice_is_the_model_and_keeps_most_of_it(summary):
+    assert [row["site"] for row in summary["splice"]] == [f"resid_post.{layer}" for layer in range(6)]
+    for row in summary["splice"]:
+        assert row["identity_error"] <= 1e-4
+        assert row["ce_recovered"] >= 0.98
+        assert row["alive_share"] >= 0.6
+
+
+def test_top_latents_restore_indirect_objects_and_random_ones_do_not(summary):
+    found = summary["patching"]
+    assert found["pairs"] == PAIRS
+    assert found["clean"] > 1 > -1 > found["corrupted"]
+    assert found["self_patch_error"] <= 1e-4
+    top, random = dict(found["denoise_top"]), dict(found["denoise_random"])
+    assert top[16] >= 0.8
+    assert abs(random[16]) <= 0.05
+    assert dict(found["noise_top"])[16] > dict(found["noise_random"])[16] + 0.2
+
+
+def test_restoration_brings_refusals_back_and_spares_harmless_requests(summary):
+    found = summary["restoration"]
+    assert found["share_of_dictionary"] <= 0.05
+    assert found["refused_clean"] >= 0.95
+    assert found["refused_jailbroken"] <= 0.1
+    assert found["refused_restored"] >= 0.9
+    assert found["refused_restored_generated"] >= 0.9
+    assert found["refused_random_control"] <= 0.05
+    assert found["refused_harmless_restored"] <= 0.02
+
+
+def test_steering_reports_every_condition(summary):
+    for found in (summary["steering"], *summary["steering_all"]):
+        assert set(found) == {"concept", "unsteered", "top1", "top10", "random"}
+        for name in ("unsteered", "top1", "top10", "random"):
+            assert 0 <= found[name]["success"] <= 1
+            assert found[name]["perplexity"] > 1
+
+
+def test_files(demo, summary):
+    rows = read_rows(demo / "results.parquet")
+    assert {row["direction"] for row in rows} == {"denoise", "noise"}
+    assert {row["model_hash"] for row in rows} != {""}
+    assert all(math.isfinite(row["patched"]) for row in rows)
+    gap = summary["patching"]["clean"] - summary["patching"]["corrupted"]
+    first16 = [row for row in rows if row["direction"] == "denoise" and row["latents"].count(",") == 15]
+    largest = max(
+        {row["latents"] for row in first16}, key=lambda g: sum(r["patched"] for r in first16 if r["latents"] == g)
+    )
+    patched = [row["patched"] for row in first16 if row["latents"] == largest]
+    effect = (sum(patched) / len(patched) - summary["patching"]["corrupted"]) / gap
+    assert effect == pytest.approx(dict(summary["patching"]["denoise_top"])[16], abs=1e-6)
+    page = (demo / "report.html").read_text()
+    assert "<script>" in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert yaml.safe_load((demo / "config.yaml").read_text())["pairs"] == PAIRS
+    assert (demo / "metrics.jsonl").read_text().count("\n") == 6
+    assert summary["seed"] == 0
+    assert set(summary["seconds"]) == {"load", "tasks", "splice", "patching", "restoration", "steering"}
+
+
+def test_same_command_same_numbers(summary, tmp_path):
+    assert main(["demo", "--out", str(tmp_path), "--pairs", str(PAIRS)]) == 0
+    again = json.loads((tmp_path / "summary.json").read_text())
+    for part in ("tasks", "splice", "patching", "restoration", "steering_all"):
+        assert again[part] == summary[part]
