@@ -31,8 +31,10 @@ from saepatch.results import Provenance, output_folder, versions, write_json, wr
 from saepatch.sites import Site
 from saepatch.statistics import Interval
 
-GIRLS = ("Lily", "Mia", "Sue", "Anna", "Lucy", "Sara", "Emma", "Amy", "Jane", "Molly", "Daisy", "Ella")
-BOYS = ("Tim", "Tom", "Ben", "Max", "Sam", "Jack", "Bob", "Joe", "Billy", "Leo", "Timmy", "Fred")
+# Every other name is of the report split. Each half has names of one and of two tokens to many a small tokenizer, so
+# that enough girls and boys make prompts of equal length.
+GIRLS = ("Lily", "Mia", "Sue", "Amy", "Mary", "Sally", "Lucy", "Jane", "Molly", "Ella", "Sarah", "Lola")
+BOYS = ("Tim", "Max", "Bob", "Leo", "Mike", "Tommy", "Jack", "Joe", "Billy", "Andy", "Pete", "Fred")
 TEMPLATES = {
     "select": (
         "Once upon a time, there was a little {noun} named {name}.",
