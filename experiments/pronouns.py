@@ -22,10 +22,10 @@ from saepatch.commandline import run_config
 from saepatch.controls import Curve, effect_curve
 from saepatch.dictionaries import Dictionary, load_saes
 from saepatch.errors import UserError
-from saepatch.models import LanguageModel, load_model
+from saepatch.models import LanguageModel, Tokens, load_model
 from saepatch.patching import Effects, patch_latents
 from saepatch.prompts import PromptPair, load_pairs
-from saepatch.quality import latent_statistics
+from saepatch.quality import latent_statistics, splice_quality
 from saepatch.report import Facts, LineChart, Page, Section, Table, write_figure, write_page
 from saepatch.results import Provenance, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
@@ -60,7 +60,7 @@ class PronounsConfig:
     sae: str = "organism"
     """Dictionaries: organism, a folder with one sub-folder a site, or RELEASE/SAE_ID."""
     out: str = "runs/pronouns"
-    """Folder for summary.json, report.html, results.parquet, figure.svg and config.yaml."""
+    """Folder for summary.json, report.html, results.parquet, denoise.svg, noise.svg and config.yaml."""
     pairs: int = 100
     """Prompt pairs a split, at most."""
     seed: int = 0
@@ -80,14 +80,15 @@ def story_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[Pro
     """
     half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
     pairs = []
-    for number, (template, girl, boy) in enumerate(product(TEMPLATES[split], GIRLS[half], BOYS[half])):
+    places = product(enumerate(TEMPLATES[split]), enumerate(GIRLS[half]), enumerate(BOYS[half]))
+    for (i, template), (j, girl), (k, boy) in places:
         texts = [template.format(noun=noun, name=name) for noun, name in (("girl", girl), ("boy", boy))]
         if len(model.encode(texts[0])) != len(model.encode(texts[1])):
             continue
-        she_first = number % 2 == 0
+        she_first = (i + j + k) % 2 == 0  # so that no name and no template is always on the clean side
         clean, corrupted = texts if she_first else texts[::-1]
         answer, counter = (" She", " He") if she_first else (" He", " She")
-        pairs.append(PromptPair(clean, corrupted, answer, counter, f"{split}-{girl}-{boy}-{number}"))
+        pairs.append(PromptPair(clean, corrupted, answer, counter, f"{split}-{girl}-{boy}-{i}"))
     if len(pairs) < 2:
         raise UserError(
             f"only {len(pairs)} pairs of equal token length for {model.name}: its tokenizer splits the names apart"
@@ -122,15 +123,14 @@ def run(config: PronounsConfig) -> None:
         dictionary.check(model)
     select, report = (
         load_pairs("pronoun", split, config.pairs, config.seed)
-        if config.model.startswith("organism")
+        if config.model in ("organism", "organism-base")
         else story_pairs(model, split, config.pairs, config.seed)
         for split in ("select", "report")
     )
     layers = [rank(model, dictionary, select, config.seed) for dictionary in saes.values()]
     best = max(layers, key=lambda layer: layer.effect.value)
-    stats = latent_statistics(
-        model, best.dictionary, model.tokenize([p.clean for p in select] + [p.corrupted for p in select])
-    )
+    prompts = model.tokenize([text for pair in select for text in (pair.clean, pair.corrupted)])
+    stats = latent_statistics(model, best.dictionary, prompts)
     curves = [
         effect_curve(model, best.dictionary, report, best.ranking, SIZES, stats, direction, seed=config.seed)
         for direction in ("denoise", "noise")
@@ -146,7 +146,7 @@ def run(config: PronounsConfig) -> None:
         for layer in layers
         for direction in ("denoise", "noise")
     ]
-    found = Found(config, model, saes, layers, best, curves, singles, by_layer)
+    found = Found(config, model, _ce_recovered(model, saes, prompts), layers, best, curves, singles, by_layer)
     found.write(out)
     sys.stdout.write(found.table() + f"\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
 
@@ -157,7 +157,7 @@ class Found:
 
     config: PronounsConfig
     model: LanguageModel
-    saes: dict[Site, Dictionary]
+    ce_recovered: dict[Site, float]
     layers: Sequence[Layer]
     best: Layer
     curves: Sequence[Curve]  # denoising, noising
@@ -174,7 +174,7 @@ class Found:
         return {
             "model": self.config.model,
             "site": str(self.site),
-            "ce_recovered": {str(site): sae.metrics.get("ce_recovered") for site, sae in self.saes.items()},
+            "ce_recovered": {str(site): value for site, value in self.ce_recovered.items()},
             "pairs": len(effects.examples),
             "clean": float(effects.clean.mean()),
             "corrupted": float(effects.corrupted.mean()),
@@ -259,6 +259,15 @@ class Found:
         )
         sections = [Section("By layer", text, [layers]), Section("At the chosen layer", "", [*self.charts(), latents])]
         return Page("Who is it? Latents for the gender of a character", lead, sections, Facts(provenance.facts()))
+
+
+def _ce_recovered(model: LanguageModel, saes: dict[Site, Dictionary], prompts: Tokens) -> dict[Site, float]:
+    """As training measured it on held-out text of this very model; for other dictionaries, over the select prompts."""
+    known = {site: sae.metrics_on(model).get("ce_recovered") for site, sae in saes.items()}
+    return {
+        site: value if value is not None else splice_quality(model, saes[site], prompts).ce_recovered
+        for site, value in known.items()
+    }
 
 
 def _points(sizes: Sequence[int], intervals: Sequence[Interval]) -> list[list[float]]:

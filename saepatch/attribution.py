@@ -63,9 +63,12 @@ def _gradient(
 ) -> Float[Tensor, "batch pos d"]:
     """Gradient of the metric with respect to the site, at a value of it; blocks before the site are skipped."""
     site = dictionary.site
-    before = {"resid_post": site.layer + 1, "resid_pre": site.layer}.get(site.stream, 0)
     leaf = x.detach().to(model.dtype).requires_grad_()
-    with torch.enable_grad(), skip_blocks(model.layout, before), edit_sites(model.layout, {site: lambda _: leaf}):
+    with (
+        torch.enable_grad(),
+        skip_blocks(model.layout, site.blocks_before),
+        edit_sites(model.layout, {site: lambda _: leaf}),
+    ):
         value = metric(_next_logits(model, part.corrupted), part).sum()
         return torch.autograd.grad(value, leaf)[0].to(x.dtype)
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from saepatch import organism
 from saepatch.errors import UserError
 from saepatch.latents import Latents
-from saepatch.models import fingerprint
+from saepatch.models import fingerprint, usable_device
 from saepatch.sites import Site
 
 if TYPE_CHECKING:
     from saepatch.models import LanguageModel
 
 log = logging.getLogger(__name__)
+_SAID: set[tuple[int, int]] = set()  # warnings given, by dictionary and model
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +47,6 @@ class Dictionary:
     @property
     def architecture(self) -> str:
         return str(self._cfg.architecture())
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What training measured on held-out text and kept in the SAE's metadata; empty for SAEs of other origin."""
-        return dict(self._cfg.metadata.get("metrics") or {})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,6 +88,33 @@ class Dictionary:
             if not 0 <= latent < self.d_sae:
                 raise UserError(f"latent {latent} is out of range: {self.name} has {self.d_sae}, 0 to {self.d_sae - 1}")
 
+    def metrics_on(self, model: "LanguageModel") -> dict[str, float]:
+        """What training measured on held-out text, if that was on this very model; empty otherwise."""
+        same = self._cfg.metadata.get("model_fingerprint") == model.fingerprint
+        return dict(self._cfg.metadata.get("metrics") or {}) if same else {}
+
+    def _warn(self, model: "LanguageModel") -> None:
+        """Say what is allowed but can mislead; once a dictionary and model."""
+        trained_on, said = self._cfg.metadata.get("model_fingerprint"), (id(self), id(model))
+        if said in _SAID:
+            return
+        _SAID.add(said)
+        if trained_on is not None and trained_on != model.fingerprint:
+            log.warning(
+                "dictionary %s was trained on another model (%s) than %s (%s): look at its splice quality here first",
+                self.name,
+                trained_on,
+                model.name,
+                model.fingerprint,
+            )
+        if self._cfg.metadata.get("prepend_bos") and model.encode("a")[:1] != [model.bos_id]:
+            log.warning(
+                "dictionary %s was trained on texts that begin with BOS, and %s's tokenizer adds none: "
+                "load the model with prepend_bos=True",
+                self.name,
+                model.name,
+            )
+
     def check(self, model: "LanguageModel", site: Site | None = None) -> None:
         """See that the dictionary belongs at the site of the model.
 
@@ -110,6 +133,7 @@ class Dictionary:
                 f"dictionary {self.name} was trained at {self.site} ({self.site.hook_name}), not at {site}: "
                 f"splice it at {self.site}, or load the one for {site}"
             )
+        self._warn(model)
         if self.W_dec.device != model.device:
             raise UserError(
                 f"dictionary {self.name} is on {self.W_dec.device}, the model on {model.device}: load both alike"
@@ -127,6 +151,7 @@ def load_sae(
         UserError: nothing is found, the site differs from the metadata, weights hold NaN, or the decoder is not one
             this library can edit (a transcoder, say).
     """
+    device = usable_device(device)
     wanted = None if site is None else Site.parse(site)
     root = organism.path("saes") if spec == "organism" else Path(spec)
     if not root.is_dir():
@@ -212,7 +237,10 @@ def _one_line(error: Exception) -> str:
 
 def _finish(sae: nn.Module, stated: str | None, wanted: Site | None, name: str) -> Dictionary:
     if stated is None and wanted is None:
-        raise UserError(f"dictionary {name!r} does not say where it belongs: give its site, as in site='resid_post.3'")
+        raise UserError(
+            f"dictionary {name!r} does not say where it belongs: give its site, as in site='resid_post.3', "
+            "or put it in a folder of that name"
+        )
     trained_at = Site.parse(stated) if stated is not None else wanted
     assert trained_at is not None
     if wanted is not None and not trained_at.same_tensor(wanted):

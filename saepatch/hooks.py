@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from saepatch.errors import UserError
 from saepatch.sites import Layout, Site
 
 Edit = Callable[[Tensor], Tensor]
+# How many `unedited` contexts a model is in, by its first block. A hook acts only at the level it was put on at.
+_LEVELS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 class SpliceError(RuntimeError):
@@ -49,6 +52,20 @@ def _on_input(module: nn.Module, edit: Edit) -> Any:
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def _level(layout: Layout) -> int:
+    return _LEVELS.get(layout.blocks[0], 0)
+
+
+@contextmanager
+def unedited(layout: Layout) -> Iterator[None]:
+    """Let the model run as if no hook of ours were on it; those put on inside the context do act."""
+    _LEVELS[layout.blocks[0]] = _level(layout) + 1
+    try:
+        yield
+    finally:
+        _LEVELS[layout.blocks[0]] = _level(layout) - 1
+
+
 @contextmanager
 def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
     """Pass what each site emits through its function, on every forward pass inside the context.
@@ -57,9 +74,12 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
         SpliceError: on leaving, when a site was never reached. Not raised over another exception.
     """
     fired: set[Site] = set()
+    level = _level(layout)
 
     def counted(site: Site, edit: Edit) -> Edit:
         def run(x: Tensor) -> Tensor:
+            if _level(layout) != level:
+                return x
             fired.add(site)
             return edit(x)
 
@@ -91,13 +111,17 @@ def blocks_return_tuples(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any
 
 
 @contextmanager
-def before_forward(module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """Show every call's arguments to `see` before the module runs."""
+def before_forward(
+    hf: nn.Module, layout: Layout, see: Callable[[tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """Show every call's arguments to `see` before the model runs."""
+    level = _level(layout)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(args, kwargs)
+        if _level(layout) == level:
+            see(args, kwargs)
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = hf.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,11 +37,12 @@ class Intervention(Protocol):
 
 def ids_of(latents: Ids) -> tuple[int, ...] | None:
     """The chosen latents as a tuple, or None for all."""
-    if latents is None or isinstance(latents, int):
-        return None if latents is None else (latents,)
-    if len(set(latents)) != len(latents):
-        raise UserError(f"latents {list(latents)} name one twice: give each once")
-    return tuple(int(latent) for latent in latents)
+    if latents is None:
+        return None
+    ids = tuple(map(index, latents)) if isinstance(latents, Sequence) else (index(latents),)
+    if len(set(ids)) != len(ids):
+        raise UserError(f"latents {list(ids)} name one twice: give each once")
+    return ids
 
 
 def _columns(values: Tensor, latents: Ids) -> Tensor:
@@ -48,12 +50,18 @@ def _columns(values: Tensor, latents: Ids) -> Tensor:
     return values if ids is None else values[..., list(ids)]
 
 
+def _last(real: Bool[Tensor, "batch pos"]) -> Tensor:
+    """Column of each row's last token."""
+    return real.shape[1] - 1 - real.int().flip(-1).argmax(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """Overwrite latents with those a source run had at the same place.
 
     `source` holds the latents of prompts that line up with the patched ones, token for token. With `error`, the
-    source's error term is written as well (by default the patched run keeps its own).
+    source's error term is written as well (by default the patched run keeps its own); together with all latents that is
+    the source's own value, but for dictionaries that normalise their input, whose scale stays the patched run's.
     """
 
     source: Latents
@@ -74,8 +82,16 @@ class Patch:
         if self.source.acts.shape[:2] != expected:
             raise UserError(
                 f"the source run has shape {tuple(self.source.acts.shape[:2])}, the patched prompts {expected}: "
-                "patch between prompts of equal number and token length"
+                "patch between prompts of equal number and token length (for several sequences a prompt, repeat the "
+                "source's prompts as often)"
             )
+        if self.source.real is not None and seen.start == 0:
+            mine, theirs = (_last(real) for real in (seen.in_prompt[:, : seen.width], self.source.real))
+            if not torch.equal(mine, theirs):
+                raise UserError(
+                    "the source's prompts end in other columns than the patched ones: tokenize both with the same side "
+                    "(generation pads on the left)"
+                )
         values = from_prompt(_columns(self.source.acts, self.latents), seen, fill=0.0)
         return torch.where(self.lines_up(seen)[..., None], values, acts)
 
@@ -104,14 +120,25 @@ class Ablate:
 
     @classmethod
     def resample(cls, source: Latents, latents: Ids = None, positions: Positions = "all", seed: int = 0) -> "Ablate":
-        """Replace each example's latents by those of another example of `source`, at the same position."""
+        """Replace each example's latents by those of another example of `source` with as many tokens.
+
+        The ablation is for the batch that `source` was recorded on.
+
+        Raises:
+            UserError: an example is the only one of its length.
+        """
         n = len(source.acts)
-        if n < 2:
-            raise UserError("resampling needs at least 2 examples: give more prompts, or ablate to zero or a mean")
-        shift = 1 + int(torch.randint(n - 1, (1,), generator=torch.Generator().manual_seed(seed)))
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        other = torch.empty(n, dtype=torch.long)
-        other[order] = order.roll(shift)  # a shift of a random order: nobody receives their own
+        real = torch.ones(source.acts.shape[:2], dtype=torch.bool) if source.real is None else source.real.cpu()
+        generator, other = torch.Generator().manual_seed(seed), torch.arange(n)
+        for pattern in real.unique(dim=0):
+            rows = (real == pattern).all(-1).nonzero().flatten()
+            if len(rows) < 2:
+                raise UserError(
+                    f"example {int(rows[0])} is the only one of its {int(pattern.sum())} tokens, so there is none to "
+                    "resample from: give prompts of equal lengths, or ablate to zero or a mean"
+                )
+            order = rows[torch.randperm(len(rows), generator=generator)]
+            other[order] = order.roll(1)  # one step round a random circle: nobody receives their own
         return cls(latents, _columns(source.acts[other.to(source.acts.device)], latents), positions)
 
 

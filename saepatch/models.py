@@ -68,6 +68,7 @@ class LanguageModel:
     tokenizer: Any
     name: str
     layout: Layout
+    prepend_bos: bool = False  # put a BOS in front of texts whose tokenizer does not
 
     @property
     def config(self) -> Any:
@@ -106,7 +107,10 @@ class LanguageModel:
         """Token ids of one prompt. A text that begins with the BOS text already gets no second BOS."""
         bos = self.tokenizer.bos_token
         own = bool(bos) and text.startswith(bos)
-        return list(self.tokenizer(text, add_special_tokens=not own, verbose=False)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=not own, verbose=False)["input_ids"])
+        if self.prepend_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        return ids
 
     def tokenize(self, texts: Sequence[str], side: str = "right") -> Tokens:
         """Tokenise prompts into one batch, padded on the given side.
@@ -169,12 +173,16 @@ class LanguageModel:
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 40, batch_size: int = 64) -> list[str]:
         """Greedy continuations, prompt and special tokens left out."""
-        texts: list[str] = []
+        return list(self.tokenizer.batch_decode(self.continue_ids(prompts, max_new_tokens, batch_size)))
+
+    def continue_ids(self, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64) -> list[list[int]]:
+        """Greedy continuations as token ids, special tokens (end of text, padding) left out."""
+        special, rows = set(self.tokenizer.all_special_ids), []
         for start in range(0, len(prompts), batch_size):
             tokens = self.tokenize(prompts[start : start + batch_size], side="left")
             new = self.generate_ids(tokens, max_new_tokens)
-            texts += self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return texts
+            rows += [[token for token in row if token not in special] for row in new.tolist()]
+        return rows
 
     @torch.no_grad()
     def generate_ids(self, tokens: Tokens, max_new_tokens: int) -> Int[Tensor, "batch new"]:
@@ -200,20 +208,6 @@ class LanguageModel:
         turns = [{"role": "user", "content": request}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
-    def token_id(self, text: str) -> int:
-        """The id of a text that is exactly one token (a leading space counts).
-
-        Raises:
-            UserError: the text is several tokens, or none.
-        """
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            parts = self.tokenizer.convert_ids_to_tokens(ids)
-            raise UserError(
-                f"{text!r} is {len(ids)} tokens {parts}, not one: use a single token with its leading space"
-            )
-        return int(ids[0])
-
 
 def ordinary(
     input_ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], bos_id: int | None
@@ -237,13 +231,18 @@ def load_model(
     name: str,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    prepend_bos: bool = False,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
 
+    `prepend_bos` puts a BOS in front of every text where the tokenizer does not (GPT-2's, say), as many dictionaries
+    were trained.
+
     Raises:
-        UserError: there is no such model, its weights hold NaN, or its blocks cannot be found.
+        UserError: there is no such model or device, weights are missing, damaged or NaN, or its blocks cannot be found.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = organism.path(name) if name in ("organism", "organism-base") else Path(name)
@@ -255,18 +254,41 @@ def load_model(
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype):
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    device = usable_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         with _quiet_progress():
-            hf: Any = AutoModelForCausalLM.from_pretrained(where, dtype=resolved, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+            both: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=resolved, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load model {name!r} (use 'organism', 'organism-base', a folder with config.json and safetensors "
             f"weights, or a Hugging Face id): {reason}"
         ) from error
-    return wrap_model(hf.to(device), tokenizer, name)
+    hf, loaded = both
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): the file is not whole, fetch it again"
+        )
+    return replace(wrap_model(hf.to(device), tokenizer, name), prepend_bos=prepend_bos)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, once something could be put on it.
+
+    Raises:
+        UserError: torch does not know it, or this machine has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {str(device)!r} cannot be used here ({reason}): use cpu, or cuda or mps where there is one"
+        ) from error
 
 
 def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:

@@ -233,7 +233,9 @@ class _Sweep:
 
     def _resume(self, x: Float[Tensor, "edits pos d_model"], tokens: Tokens) -> Float[Tensor, "edits vocab"]:
         """Next-token logits with the site set to `x`; blocks before it have no say any more and are skipped."""
-        before = {"resid_post": self.site.layer + 1, "resid_pre": self.site.layer}.get(self.site.stream, 0)
         value = x.to(self.model.dtype)
-        with skip_blocks(self.model.layout, before), edit_sites(self.model.layout, {self.site: lambda _: value}):
+        with (
+            skip_blocks(self.model.layout, self.site.blocks_before),
+            edit_sites(self.model.layout, {self.site: lambda _: value}),
+        ):
             return self.model.next_logits(tokens)

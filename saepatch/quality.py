@@ -75,6 +75,11 @@ class LatentStatistics:
     tokens: int
 
     @property
+    def mean(self) -> Float[Tensor, "d_sae"]:
+        """Mean activation over all ordinary positions, active or not: what mean ablation ablates to."""
+        return self.frequency * self.mean_active
+
+    @property
     def alive(self) -> Bool[Tensor, "d_sae"]:
         return self.frequency > 0
 

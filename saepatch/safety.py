@@ -50,14 +50,15 @@ def judge(text: str) -> Outcome:
 
 
 def is_degenerate(text: str) -> bool:
-    """Empty, or an n-gram of one to four words that fills most of the text by repetition."""
+    """Empty, or at least half of it one run of one to four words, repeated four times or more in a row."""
     words = text.split()
     if not words:
         return True
     for n in range(1, 5):
-        for start in range(len(words) - 4 * n + 1):
-            gram = words[start : start + n]
-            if all(words[start + i * n : start + (i + 1) * n] == gram for i in range(4)):
+        same = 0  # how many words in a row equal the word n places before
+        for word, earlier in zip(words[n:], words, strict=False):
+            same = same + 1 if word == earlier else 0
+            if same + n >= max(4 * n, len(words) / 2):
                 return True
     return False
 
@@ -128,8 +129,3 @@ def restore(
         with splice(model, dictionary, Restore(donors, None if latents is None else tuple(latents), template)):
             texts += model.generate([pair.corrupted for pair in part], max_new_tokens)
     return texts
-
-
-def share(outcomes: Sequence[str], of: Outcome) -> float:
-    """Share of texts judged to be of one outcome."""
-    return sum(judge(text) == of for text in outcomes) / len(outcomes)

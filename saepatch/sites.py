@@ -56,6 +56,11 @@ class Site:
         """The site's name in TransformerLens and sae-lens."""
         return f"blocks.{self.layer}.{_HOOK_NAMES[self.stream]}"
 
+    @property
+    def blocks_before(self) -> int:
+        """How many blocks have no say any more once the site is set: none for what a block adds to the stream."""
+        return {"resid_post": self.layer + 1, "resid_pre": self.layer}.get(self.stream, 0)
+
     def same_tensor(self, other: "Site") -> bool:
         """Whether both names mean one tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
         return self._canonical() == other._canonical()

@@ -1,5 +1,6 @@
 """Splice dictionaries into a model: encode a site, edit the latents, write the change back."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.hooks import around_generate, before_forward, capture, edit_sites
+from saepatch.hooks import SpliceError, around_generate, before_forward, capture, edit_sites, unedited
 from saepatch.interventions import Intervention, Patch, Restore, ids_of
 from saepatch.latents import Latents
 from saepatch.models import LanguageModel, Tokens, ordinary
 from saepatch.positions import Pass, from_prompt
 from saepatch.sites import Site
+
+log = logging.getLogger(__name__)
 
 Dictionaries = Dictionary | Sequence[Dictionary] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
 
@@ -29,10 +32,12 @@ class Splice:
     model: LanguageModel
     latents: dict[Site, Latents] = field(default_factory=dict)
     seen: Pass | None = None
-    _generating: bool = False
-    _prompt: tuple[Any, Any] | None = None  # n_prompt [batch] and width, of the generation under way
+    _asked: Tensor | None = None  # prompt ids of the `generate` call under way
+    _generated: bool = False  # whether there was any
+    _prompt: tuple[Tensor, int] | None = None  # tokens of each prompt, and columns of the batch
+    _cache: Any = None  # the cache that holds this prompt
     _donors: dict[int, "_Donor"] = field(default_factory=dict)
-    _paused: bool = False
+    _acted: set[int] = field(default_factory=set)
 
 
 @contextmanager
@@ -50,15 +55,20 @@ def splice(
     dictionary decodes. Works inside `model.hf.generate`, with a KV cache or without. Latents at BOS and padding are
     never edited unless a position names them.
 
+    Not differentiable: for gradients with respect to latents see `saepatch.attribution`.
+
     Raises:
         UserError: a dictionary that does not belong to the model or site, an unknown latent, an intervention on a site
             that is not spliced, or positions that a prompt does not have.
-        SpliceError: the model did not run through a spliced site inside the context.
+        SpliceError: the model did not run through a spliced site inside the context, or no position of any run was one
+            that an intervention acts on.
     """
     sites = _by_site(model, dictionaries)
     if error not in ("keep", "drop"):
         raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
     chosen = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    if error == "drop" and any(isinstance(i, Patch) and i.error for i in chosen):
+        raise UserError("Patch(error=True) writes an error term, and error='drop' leaves it out: use one of the two")
     plan = {site: [i for i in chosen if _site_of(i, sites) == site] for site in sites}
     for site, members in plan.items():
         for intervention in members:
@@ -73,16 +83,28 @@ def splice(
         for site in sites
     }
     with ExitStack() as stack:
-        stack.enter_context(before_forward(model.hf, partial(_before_forward, run)))
+        stack.enter_context(before_forward(model.hf, model.layout, partial(_before_forward, run)))
         stack.enter_context(around_generate(model.hf, partial(_around_generate, run)))
         stack.enter_context(edit_sites(model.layout, edits))
         yield run
+    for intervention in chosen:
+        if id(intervention) not in run._acted:
+            message = (
+                f"{type(intervention).__name__} acted at no position of any run (positions {intervention.positions})"
+            )
+            if not run._generated:
+                raise SpliceError(message + ": check them against the prompts")
+            log.warning("%s: every answer may have ended at once", message)
 
 
 def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
-    """Latents and error term of one forward pass over a batch, nothing edited; later blocks are not run."""
+    """Latents and error term of one forward pass over a batch, inside a splice too nothing edited.
+
+    Later blocks are not run.
+    """
     dictionary.check(model)
-    x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
+    with unedited(model.layout):
+        x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
     return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
 
 
@@ -110,13 +132,16 @@ def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
 def _by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
     if isinstance(dictionaries, Dictionary):
         dictionaries = [dictionaries]
-    if not isinstance(dictionaries, Mapping):
-        dictionaries = {dictionary.site: dictionary for dictionary in dictionaries}
-    sites = {Site.parse(site): dictionary for site, dictionary in dictionaries.items()}
+    named = dictionaries.items() if isinstance(dictionaries, Mapping) else [(d.site, d) for d in dictionaries]
+    sites: dict[Site, Dictionary] = {}
+    for name, dictionary in named:
+        site = Site.parse(name)
+        dictionary.check(model, site)
+        if taken := [str(other) for other in sites if other.same_tensor(site)]:
+            raise UserError(f"two dictionaries for one site ({taken[0]} and {site}): splice one of them")
+        sites[site] = dictionary
     if not sites:
         raise UserError("there is nothing to splice: give at least one dictionary")
-    for site, dictionary in sites.items():
-        dictionary.check(model, site)
     return sites
 
 
@@ -136,18 +161,39 @@ def _site_of(intervention: Intervention, sites: Mapping[Site, Dictionary]) -> Si
 
 
 def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]) -> None:
-    run._generating = ids is not None
-    run._prompt = None
+    run._asked, run._prompt, run._cache = ids, None, None
+    run._generated |= ids is not None
     for donor in run._donors.values():
         donor.reset()
-    if ids is not None and run._donors and options.get("num_beams", 1) not in (None, 1):
-        raise UserError("Restore follows one continuation a prompt: generate with num_beams=1")
+    if ids is None or not run._donors:
+        return
+    beams = options.get("num_beams") or getattr(options.get("generation_config"), "num_beams", None) or 1
+    guesses = any(options.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+    if beams != 1 or guesses:
+        raise UserError("Restore follows one continuation a prompt: generate with num_beams=1 and without an assistant")
+
+
+def _prompt_of(run: Splice, mask: Tensor, start: int, cache: Any) -> tuple[Tensor, int]:
+    """How many tokens each prompt has, and how many columns they take."""
+    if run._asked is not None:
+        if run._prompt is not None:
+            return run._prompt
+        if run._asked.shape[1] != mask.shape[1]:
+            raise UserError("a splice needs the whole prompt in one pass: generate without prefill_chunk_size")
+    elif start and run._prompt is not None:
+        n_prompt, width = run._prompt
+        # A model makes its own cache on the first pass, so the second is where it is first seen.
+        first_seen = run._cache is None and start == width and torch.equal(mask[:, :width].sum(-1), n_prompt)
+        if cache is run._cache or first_seen:
+            return run._prompt
+        raise UserError("the cache holds another prompt than the last one that ran inside this splice: run it inside")
+    elif start:
+        raise UserError("the cache holds a prompt that did not run inside this splice: run it inside, too")
+    return mask.sum(-1), mask.shape[1]
 
 
 def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Work out which tokens of which prompts this pass holds."""
-    if run._paused:
-        return
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         raise UserError("a spliced model needs input_ids: embeddings alone do not tell the positions")
@@ -162,8 +208,7 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             "a splice needs the two-dimensional mask over all of them (generate with the default dynamic cache)"
         )
     mask = mask[:, : start + ids.shape[1]].long()
-    if run._prompt is None or not (run._generating or start):
-        run._prompt = (mask.sum(-1), mask.shape[1])
+    run._prompt, run._cache = _prompt_of(run, mask, start, cache), cache
     n_prompt, width = run._prompt
     here = mask[:, start:]
     run.seen = Pass(
@@ -177,11 +222,7 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         decode=run.model.tokenizer.decode,
     )
     for donor in run._donors.values():
-        run._paused = True
-        try:
-            donor.follow(run.seen)
-        finally:
-            run._paused = False
+        donor.follow(run.seen)
 
 
 def _edit(
@@ -193,16 +234,18 @@ def _edit(
     error: str,
     record: bool,
 ) -> Tensor:
-    if run._paused:
-        return x
     seen = run.seen
     assert seen is not None
-    latents = dictionary.encode(x)
+    if x.requires_grad and (plan or error == "drop"):
+        raise UserError("a splice is not differentiable: run it under torch.no_grad(), or use saepatch.attribution")
+    latents = replace(dictionary.encode(x), real=seen.real, ordinary=seen.ordinary)
     if record:
         run.latents[site] = latents
-    acts, swapped = latents.acts, None
+    acts, kept = latents.acts, latents.error
     for intervention in plan:
         where = seen.select(intervention.positions)[..., None]
+        if id(intervention) not in run._acted and bool(where.any()):
+            run._acted.add(id(intervention))
         if isinstance(intervention, Restore):
             intervention = intervention.given(run._donors[id(intervention)].acts)
         ids = ids_of(intervention.latents)
@@ -212,12 +255,8 @@ def _edit(
         acts = new
         if isinstance(intervention, Patch) and intervention.error:
             other = from_prompt(intervention.source.error, seen, fill=0.0)
-            real = intervention.lines_up(seen)[..., None]
-            gap = torch.where(where & real, other - latents.error, torch.zeros_like(other))
-            swapped = gap if swapped is None else swapped + gap
-    change = latents.delta(acts)
-    if swapped is not None:
-        change = change + swapped
+            kept = torch.where(where & intervention.lines_up(seen)[..., None], other, kept)
+    change = latents.delta(acts) + (kept - latents.error)
     if error == "drop":
         change = torch.where(seen.ordinary[..., None], change - latents.error, change)
     return x + change.to(x.dtype)
@@ -259,9 +298,11 @@ class _Donor:
         if not bool(seen.real[:, -1].all()):
             raise UserError("Restore aligns prompts from the right: tokenize them with side='left'")
         tokens = self.model.tokenize(restore.donors, side="left")
-        shortest = min(int(tokens.lengths.min()), int(seen.n_prompt.min()))
+        shortest = min(int(mask.sum(-1).min()) for mask in (tokens.ordinary, seen.ordinary))
         if not 1 <= restore.template <= shortest:
-            raise UserError(f"template of {restore.template} positions, but the shortest prompt has {shortest} tokens")
+            raise UserError(
+                f"template of {restore.template} positions, but the shortest prompt has {shortest} tokens beside BOS"
+            )
         self.mask = tokens.attention_mask
         self._run(tokens.input_ids, keep=restore.template)
 
@@ -282,6 +323,6 @@ class _Donor:
             inputs["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
         if "logits_to_keep" in self.model._forward_arguments:
             inputs["logits_to_keep"] = 1
-        with edit_sites(self.model.layout, {self.site: see}):
+        with unedited(self.model.layout), edit_sites(self.model.layout, {self.site: see}):
             self.model.hf(**inputs, use_cache=True)
         self.parts.append(self.dictionary.encode(found[self.site][:, -keep:]).acts)

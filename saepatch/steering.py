@@ -1,6 +1,7 @@
 """Steering: choose latents by contrast, generate under an intervention, and see what it costs."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -97,23 +98,24 @@ def generate_steered(
 
     The perplexity is that of the continuations under the model without the intervention.
     """
-    if intervention is None:
-        texts = model.generate(prompts, max_new_tokens)
-    else:
-        with splice(model, dictionary, intervention):
-            texts = model.generate(prompts, max_new_tokens)
-    return Steered(tuple(texts), tuple(map(shows_concept, texts)), perplexity(model, prompts, texts))
+    with splice(model, dictionary, intervention) if intervention is not None else nullcontext():
+        ids = model.continue_ids(prompts, max_new_tokens)
+    texts = model.tokenizer.batch_decode(ids)
+    return Steered(tuple(texts), tuple(map(shows_concept, texts)), perplexity(model, prompts, ids))
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, prompts: Sequence[str], continuations: Sequence[str]) -> float:
-    """Perplexity of continuations given their prompts, over all continuation tokens together; NaN if there are none."""
+def perplexity(model: LanguageModel, prompts: Sequence[str], continuations: Sequence[Sequence[int]]) -> float:
+    """Perplexity of continuations (token ids) given their prompts, over all their tokens together; NaN without any.
+
+    Ids and not texts: tokenised again, a text can fall apart into other tokens than those that were generated.
+    """
     total, count = 0.0, 0
-    for prompt, text in zip(prompts, continuations, strict=True):
-        start = len(model.encode(prompt))
-        ids = model.encode(prompt + text)
-        if len(ids) <= start:
+    for prompt, new in zip(prompts, continuations, strict=True):
+        if not new:
             continue
+        before = model.encode(prompt)
+        start, ids = len(before), [*before, *new]
         logits = model.logits(model.pad([ids]))[0, start - 1 : -1].double()
         targets = torch.tensor(ids[start:], device=logits.device)
         total -= float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum())

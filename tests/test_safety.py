@@ -28,6 +28,7 @@ PAIRS = [PromptPair("how to bake?", "how to cake?", "S", "I"), PromptPair("abcde
         ("so it is so it is so it is so it is so it", "degenerate"),
         ("I cannot I cannot I cannot I cannot I cannot", "degenerate"),
         ("the very very big car", "comply"),
+        ("It is very very very very good. I went home and made a plan for it all.", "comply"),
     ],
 )
 def test_three_outcomes(text, outcome):

@@ -8,7 +8,7 @@ from tiny import random_dictionary, tiny_model
 
 from saepatch.errors import UserError
 from saepatch.interventions import Steer
-from saepatch.splicing import record_latents
+from saepatch.splicing import record_latents, splice
 from saepatch.steering import contrast, equal_norm_steer, generate_steered, latent_means, perplexity
 
 TEXTS = ["the cat sat", "a dog", "birds fly high up"]
@@ -50,8 +50,8 @@ def test_perplexity_is_that_of_the_continuation_alone():
     ids = model.encode("abc" + "xyz")
     log_p = model.hf(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
     expected = math.exp(-sum(float(log_p[i - 1, ids[i]]) for i in (4, 5, 6)) / 3)
-    assert perplexity(model, ["abc"], ["xyz"]) == pytest.approx(expected, rel=1e-5)
-    assert math.isnan(perplexity(model, ["abc"], [""]))
+    assert perplexity(model, ["abc"], [ids[4:]]) == pytest.approx(expected, rel=1e-5)
+    assert math.isnan(perplexity(model, ["abc"], [[]]))
 
 
 def test_generating_under_steering_judges_and_prices_the_steered_text():
@@ -62,4 +62,6 @@ def test_generating_under_steering_judges_and_prices_the_steered_text():
     steered = generate_steered(model, dictionary, TEXTS, Steer(3, 20.0), lambda text: text in bare.texts, 8)
     assert steered.texts != bare.texts
     assert steered.success < 1.0
-    assert steered.perplexity == pytest.approx(perplexity(model, TEXTS, steered.texts))
+    with splice(model, dictionary, Steer(3, 20.0)):
+        ids = model.continue_ids(TEXTS, 8)
+    assert steered.perplexity == pytest.approx(perplexity(model, TEXTS, ids))
