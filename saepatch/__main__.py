@@ -15,7 +15,9 @@ def demo(config: DemoConfig) -> None:
     found = run_demo(config)
     p, rates = found.patching, found.restoration.rates
     sixteen = p.denoise.sizes.index(16)
-    print(f"IOI, 16 latents at {p.site}: {p.denoise.top[sixteen]} of the logit difference restored")
+    print(f"IOI at {p.site}, share of the logit difference restored [95 % interval]")
+    print(f"     16 latents, each prompt's own: {p.denoise.top[sixteen]}")
+    print(f"     16 latents, one set chosen on other names: {p.fixed.top[sixteen]}")
     print(f"     16 random latents: {p.denoise.random[sixteen]}")
     print(f"Jailbroken requests refused: {rates['jailbroken']}")
     print(f"     with {len(found.restoration.latents)} latents restored: {rates['restored']}")

@@ -21,15 +21,18 @@ def band(name: str, sizes: Sequence[int], points: Sequence[Interval]) -> report.
 
 def effect_chart(title: str, curve: Curve, n: int) -> report.LineChart:
     """Effect against the number of latents over `n` pairs: top, random and matched ones, and the whole dictionary."""
+    series = [
+        band("top latents", curve.sizes, curve.top),
+        band("random live latents", curve.sizes, curve.random),
+        band("matched random latents", curve.sizes, curve.matched),
+    ]
+    if curve.differing is not None:
+        series.append(band("random latents that differ in the pair", curve.sizes, curve.differing))
     return report.LineChart(
         title,
         "latents patched",
         "normalised effect",
-        [
-            band("top latents", curve.sizes, curve.top),
-            band("random live latents", curve.sizes, curve.random),
-            band("matched random latents", curve.sizes, curve.matched),
-        ],
+        series,
         f"n = {n} prompt pairs (report split). Controls: means of {DRAWS} draws. {INTERVALS}",
         log_x=True,
         references=(

@@ -51,6 +51,7 @@ class Effects:
     patched: Float[np.ndarray, "pairs groups"]
     ran: Bool[np.ndarray, "pairs groups"]
     min_gap: float
+    roles: tuple[str, ...] = ()  # of the groups, for their rows; none: "single" for all
 
     @property
     def _sign_and_base(self) -> tuple[float, Float[np.ndarray, "pairs"]]:
@@ -97,15 +98,23 @@ class Effects:
         return [self.groups[i] for i in order]
 
     def rows(self, task: str, method: str = "exact") -> list[Row]:
-        """One flat row for every edit that ran."""
+        """Flat rows: each group on each pair, with the base run's own value where the edit was nothing.
+
+        Of latents that were swept alone ("single"), only the edits that ran: all others did nothing.
+        """
         normalised = self.normalised
-        names = [",".join(map(str, group)) for group in self.groups]
+        roles = self.roles or ("single",) * len(self.groups)
+        names = [
+            "all" if role == "every" else ",".join(map(str, g)) for g, role in zip(self.groups, roles, strict=True)
+        ]
+        wanted = self.ran | np.array([role != "single" for role in roles])[None]
         return [
             Row(
                 task=task,
                 example=self.examples[pair],
                 site=str(self.site),
                 latents=names[group],
+                role=roles[group],
                 position=self.position,
                 direction=self.direction,
                 metric=self.metric,
@@ -115,7 +124,7 @@ class Effects:
                 patched=float(self.patched[pair, group]),
                 effect=float(normalised[pair, group]),
             )
-            for pair, group in zip(*np.nonzero(self.ran), strict=True)
+            for pair, group in zip(*np.nonzero(wanted), strict=True)
         ]
 
 

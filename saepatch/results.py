@@ -22,14 +22,16 @@ LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy
 class Row:
     """One measured value: one edit of one example.
 
-    `latents` and `position` are texts ("417", "3,17", "all"); `effect` is normalised (0: base run, 1: source run) and
-    NaN where the clean and corrupted runs are too close to divide by.
+    `latents` and `position` are texts ("417", "3,17", "all"); `role` says why these latents: "single", "top", "random",
+    "matched", "differing" or "every". `effect` is normalised (0: base run, 1: source run) and NaN where the clean and
+    corrupted runs are too close to divide by.
     """
 
     task: str
     example: str
     site: str
     latents: str
+    role: str
     position: str
     direction: str
     metric: str

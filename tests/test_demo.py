@@ -40,6 +40,7 @@ def test_top_latents_restore_indirect_objects_and_random_ones_do_not(summary):
     top, random = dict(found["denoise_top"]), dict(found["denoise_random"])
     assert top[16] >= 0.8
     assert abs(random[16]) <= 0.05
+    assert abs(dict(found["denoise_differing"])[16]) <= 0.05
     assert dict(found["noise_top"])[16] > dict(found["noise_random"])[16] + 0.2
 
 
@@ -51,12 +52,13 @@ def test_restoration_brings_refusals_back_and_spares_harmless_requests(summary):
     assert found["refused_restored"] >= 0.9
     assert found["refused_restored_generated"] >= 0.9
     assert found["refused_random_control"] <= 0.05
+    assert found["refused_differing_control"] <= 0.05
     assert found["refused_harmless_restored"] <= 0.02
 
 
 def test_steering_reports_every_condition(summary):
     for found in (summary["steering"], *summary["steering_all"]):
-        assert set(found) == {"concept", "unsteered", "top1", "top10", "random"}
+        assert set(found) == {"concept", "unsteered", "top1", "top10", "random", "random10"}
         for name in ("unsteered", "top1", "top10", "random"):
             assert 0 <= found[name]["success"] <= 1
             assert found[name]["perplexity"] > 1
@@ -68,11 +70,15 @@ def test_files(demo, summary):
     assert {row["model_hash"] for row in rows} != {""}
     assert all(math.isfinite(row["patched"]) for row in rows)
     gap = summary["patching"]["clean"] - summary["patching"]["corrupted"]
-    sixteen = [row for row in rows if row["method"] == "exact, top on select" and row["latents"].count(",") == 15]
-    change: dict[str, float] = {}
-    for row in sixteen:  # a pair whose row is missing has no latent of the set that differs: its change is 0
-        change[row["latents"]] = change.get(row["latents"], 0.0) + row["patched"] - row["corrupted"]
-    assert max(change.values()) / PAIRS / gap == pytest.approx(dict(summary["patching"]["denoise_fixed"])[16], abs=1e-6)
+    sixteen = [
+        row
+        for row in rows
+        if row["method"] == "exact, ranked on select" and row["role"] == "top" and row["latents"].count(",") == 15
+    ]
+    assert len(sixteen) == PAIRS
+    change = sum(row["patched"] - row["corrupted"] for row in sixteen) / PAIRS
+    assert change / gap == pytest.approx(dict(summary["patching"]["denoise_fixed"])[16], abs=1e-6)
+    assert {row["role"] for row in rows} == {"single", "top", "random", "matched", "differing", "every"}
     page = (demo / "report.html").read_text()
     assert "<script>" in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,9 +83,39 @@ def test_models_that_cannot_be_loaded(model_folder, tmp_path):
     save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="NaN or infinite weights in model.norm.weight"):
         load_model(str(model_folder))
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights .model.layers.2.mlp.up_proj.weight"):
+        load_model(str(model_folder))
+    whole = (model_folder / "model.safetensors").read_bytes()
+    (model_folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot load model"):
+        load_model(str(model_folder))
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load model"):
         load_model(str(model_folder))
+    with pytest.raises(UserError, match="device 'banana' cannot be used here"):
+        load_model(str(model_folder), device="banana")
+
+
+def test_a_model_and_dictionary_that_were_not_made_for_each_other_are_said(caplog):
+    model = load_model("organism-base")
+    load_sae("organism", "resid_post.3").check(model)
+    assert "was trained on another model (d76a5eb77d8bf98f)" in caplog.text
+    caplog.clear()
+    load_sae("organism", "resid_post.3").check(load_model("organism"))
+    assert not caplog.text
+
+
+def test_bos_in_front_of_texts_whose_tokenizer_adds_none(model_folder):
+    from tokenizers import processors
+
+    plain = load_model(str(model_folder))
+    plain.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    assert plain.encode("ab")[:1] != [plain.bos_id]
+    model = replace(plain, prepend_bos=True)
+    assert model.encode("ab") == model.encode("<bos>ab") == [model.bos_id, *plain.encode("ab")]
+    assert not model.tokenize(["ab"]).ordinary[0, 0]
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "gated"])

@@ -5,13 +5,13 @@ import pytest
 import torch
 from tiny import FAMILIES, random_dictionary, tiny_model
 
-from saepatch.controls import DRAWS, effect_curve
+from saepatch.controls import DRAWS, control_sets, differing_sets, effect_curve, effect_curve_by_pair
 from saepatch.errors import UserError
 from saepatch.interventions import Patch
 from saepatch.metrics import log_probability, logit_difference
 from saepatch.patching import patch_latents
 from saepatch.prompts import PromptPair, batch_pairs
-from saepatch.quality import latent_statistics
+from saepatch.quality import LatentStatistics, latent_statistics
 from saepatch.splicing import record_latents, splice
 
 PAIRS = [
@@ -163,13 +163,60 @@ def test_curve_has_controls_of_the_same_size_that_share_no_latent_with_the_top()
     stats = latent_statistics(model, dictionary, tokens)
     ranking = [group[0] for group in patch_latents(model, dictionary, PAIRS).top(8)]
     curve = effect_curve(model, dictionary, PAIRS, ranking, (1, 4, 8), stats)
-    groups = curve.effects[0].groups
-    assert len(groups) == 3 * (1 + 2 * DRAWS) + 1
+    groups, roles = curve.effects[0].groups, curve.effects[0].roles
+    assert {role: roles.count(role) for role in set(roles)} == {"every": 1, "top": 3, "random": 15, "matched": 15}
     for number, k in enumerate((1, 4, 8)):
-        controls = groups[3 + 2 * DRAWS * number : 3 + 2 * DRAWS * (number + 1)]
-        for control in controls:
-            assert len(set(control)) == k
-            assert not set(control) & set(ranking[:k])
-            assert all(stats.alive[latent] for latent in control)
+        for role in ("random", "matched"):
+            mine = [group for group, its in zip(groups, roles, strict=True) if its == role][number * DRAWS :][:DRAWS]
+            for control in mine:
+                assert len(set(control)) == k
+                assert not set(control) & set(ranking[:k])
+                assert all(stats.alive[latent] for latent in control)
     alone = patch_latents(model, dictionary, PAIRS, [tuple(ranking[:4])])
     assert curve.top[1].value == pytest.approx(alone.of(0).value, abs=1e-6)
+
+
+def test_matched_controls_fire_and_write_like_the_top_set():
+    """Against statistics made by hand: matching by either alone, or by neither, would not keep within these bounds."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.rand(400, generator=generator)
+    mean = torch.rand(400, generator=generator)
+    stats = LatentStatistics(frequency, mean, mean, torch.ones(400), 1000)
+    chosen = list(range(8))
+    random, matched = control_sets(chosen, 8, stats, seed=3)
+    assert len(random) == len(matched) == DRAWS
+    assert control_sets(chosen, 8, stats, seed=4)[1] != matched
+
+    def gap(sets, values):
+        return float(np.mean([(values[list(s)] - values[chosen]).abs().mean() for s in sets]))
+
+    for values in (frequency, mean):
+        assert gap(matched, values) < 0.12 < 0.2 < gap(random, values)
+
+
+def test_differing_controls_differ_and_leave_the_top_out():
+    differs = np.zeros(48, dtype=bool)
+    differs[:10] = True
+    for drawn in differing_sets([0, 1, 2, 3], 4, differs):
+        assert len(set(drawn)) == 4
+        assert set(drawn) <= set(range(4, 10))
+    assert all(len(drawn) == 2 for drawn in differing_sets(list(range(8)), 8, differs))  # only two are left
+    assert all(not differs[list(drawn)].any() for drawn in differing_sets(list(range(10)), 10, differs))
+
+
+def test_curve_by_pair_is_each_pair_with_its_own_ranking():
+    model, dictionary = tiny_model(), random_dictionary()
+    stats = latent_statistics(model, dictionary, model.tokenize([p.clean for p in PAIRS] + ["zyxwvutsrq 0123456789"]))
+    singles = patch_latents(model, dictionary, PAIRS)
+    rankings = [np.argsort(-row, kind="stable").tolist() for row in singles.change]
+    curve = effect_curve_by_pair(model, dictionary, PAIRS, rankings, singles.ran, (1, 3), stats)
+    gap = singles.gap.sum()
+    assert curve.top[0].value == pytest.approx(singles.change.max(1).sum() / gap, abs=1e-5)
+    three = [
+        patch_latents(model, dictionary, [p], [tuple(r[:3])]).change[0, 0] for p, r in zip(PAIRS, rankings, strict=True)
+    ]
+    assert curve.top[1].value == pytest.approx(sum(three) / gap, abs=1e-5)
+    assert curve.differing is not None
+    rows = [row for one in curve.effects for row in one.rows("t")]
+    assert len([row for row in rows if row.role == "top"]) == 2 * len(PAIRS)
+    assert {row.latents for row in rows if row.role == "every"} == {"all"}

@@ -8,7 +8,9 @@ import pytest
 from saepatch.errors import UserError
 from saepatch.results import Provenance, Row, atomic, output_folder, read_rows, write_json, write_rows
 
-ROW = Row("ioi", "e1", "resid_post.3", "4,17", "all", "denoise", "logit_difference", "exact", 2.0, -1.0, 0.5, math.nan)
+ROW = Row(
+    "ioi", "e1", "resid_post.3", "4,17", "top", "all", "denoise", "logit_difference", "exact", 2.0, -1.0, 0.5, math.nan
+)
 
 
 def test_rows_and_provenance_survive_parquet(tmp_path):

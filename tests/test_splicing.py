@@ -380,6 +380,168 @@ def test_restore_refuses_what_it_cannot_follow():
         model.next_logits(model.tokenize(["abc", "d"], "right"))
 
 
+def test_resampling_stays_among_prompts_of_one_length():
+    model, dictionary = tiny_model(), random_dictionary()
+    tokens = model.tokenize(["abc", "abcdefgh", "xyz", "ijklmnop", "uvw"])
+    latents = record_latents(model, dictionary, tokens)
+    to = Ablate.resample(latents, seed=1).to
+    assert isinstance(to, torch.Tensor)
+    short, long = [0, 2, 4], [1, 3]
+    for rows in (short, long):
+        for row in rows:
+            assert any(torch.equal(to[row], latents.acts[other]) for other in rows if other != row)
+    uneven = record_latents(model, dictionary, model.tokenize(["abc", "abcdefgh", "xyz"]))
+    with pytest.raises(UserError, match="example 1 is the only one of its 9 tokens"):
+        Ablate.resample(uneven)
+
+
+def test_a_source_padded_on_the_other_side_is_refused():
+    model, dictionary = tiny_model(), random_dictionary()
+    source = record_latents(model, dictionary, model.tokenize(["xbc", "xbcdefgh"], "right"))
+    with pytest.raises(UserError, match="end in other columns"), splice(model, dictionary, Patch(source)):
+        model.generate(["abc", "abcdefgh"], 3)
+    left = record_latents(model, dictionary, model.tokenize(["xbc", "xbcdefgh"], "left"))
+    with splice(model, dictionary, Patch(left)):
+        both = model.generate(["abc", "abcdefgh"], 5)
+    with splice(model, dictionary, Patch(record_latents(model, dictionary, model.tokenize(["xbc"])))):
+        assert model.generate(["abc"], 5) == both[:1]
+
+
+def test_recorded_latents_know_their_padding():
+    model, dictionary = tiny_model(), random_dictionary()
+    tokens = model.tokenize(PROMPTS)
+    with splice(model, dictionary, record=True) as run:
+        model.next_logits(tokens)
+    recorded = run.latents[dictionary.site]
+    assert recorded.real is not None
+    assert recorded.ordinary is not None
+    assert torch.equal(recorded.real, tokens.attention_mask.bool())
+    assert torch.equal(recorded.ordinary, tokens.ordinary)
+
+
+def test_error_terms_compose():
+    model, dictionary = tiny_model(), random_dictionary()
+    clean, corrupted = model.tokenize(["abcdefg"]), model.tokenize(["axcxefg"])
+    source = record_latents(model, dictionary, clean)
+    with splice(model, dictionary, Patch(source, error=True)):
+        at_once = model.next_logits(corrupted)
+    halves = [Patch(source, range(24), error=True), Patch(source, range(24, 48), error=True)]
+    with splice(model, dictionary, halves):
+        torch.testing.assert_close(model.next_logits(corrupted), at_once)
+    with pytest.raises(UserError, match="use one of the two"), splice(model, dictionary, halves, error="drop"):
+        pass
+
+
+def test_latents_recorded_inside_a_splice_are_unedited():
+    model, dictionary = tiny_model(), random_dictionary()
+    tokens = model.tokenize(["abcdef"])
+    bare = record_latents(model, dictionary, tokens).acts
+    with splice(model, random_dictionary("resid_post.0"), Steer(3, 50.0)):
+        assert torch.equal(record_latents(model, dictionary, tokens).acts, bare)
+        assert not torch.equal(model.logits(tokens), _unspliced(model, tokens))
+    with splice(model, dictionary, Restore(("zzzz",))):
+        model.next_logits(tokens)
+        assert torch.equal(record_latents(model, dictionary, tokens).acts, bare)
+
+
+def _unspliced(model, tokens):
+    from saepatch.hooks import unedited
+
+    with unedited(model.layout):
+        return model.logits(tokens)
+
+
+def test_nested_splices_leave_a_donor_alone():
+    """An outer splice must act on the run that is restored, not on its donor: as one splice of both does."""
+    model = tiny_model()
+    below, above = random_dictionary("resid_post.0"), random_dictionary("resid_post.1", seed=1)
+    tokens = model.tokenize(["abcdef"], "left")
+    donor = Restore(("xyzxyzxyz",), template=2)
+    with splice(model, below, Steer(3, 5.0)), splice(model, above, donor):
+        nested = model.next_logits(tokens)
+    both = [Steer(3, 5.0, site=Site(0)), Restore(("xyzxyzxyz",), template=2, site=Site(1))]
+    with splice(model, [below, above], both):
+        torch.testing.assert_close(model.next_logits(tokens), nested)
+
+
+def test_a_donor_never_lends_its_bos():
+    model, dictionary = tiny_model(), random_dictionary()
+    with pytest.raises(UserError, match="2 tokens beside BOS"):
+        with splice(model, dictionary, Restore(("xy",), template=3)):
+            model.next_logits(model.tokenize(["abcdefg"], "left"))
+
+
+def test_a_prompt_that_did_not_run_inside_is_refused():
+    model, dictionary = tiny_model(), random_dictionary()
+    first, second = (model.tokenize([text]).input_ids for text in ("abcdef", "ghi"))
+    step = torch.tensor([[70]])
+    with splice(model, dictionary, Steer(3, 9.0, positions="last")):
+        outside = model.hf(input_ids=first, use_cache=True).past_key_values
+        other = model.hf(input_ids=second, use_cache=True).past_key_values
+        model.hf(input_ids=step, past_key_values=other)
+        with pytest.raises(UserError, match="another prompt"):
+            model.hf(input_ids=step, past_key_values=outside)
+    with pytest.raises(UserError, match="did not run inside"), splice(model, dictionary, Steer(3, 9.0)):
+        model.hf(input_ids=step, past_key_values=outside)
+
+
+def test_prompts_in_chunks_and_guessed_tokens_are_refused():
+    model, dictionary = tiny_model(), random_dictionary()
+    tokens = model.tokenize(["abcdefgh"])
+    options = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "pad_token_id": 2}
+    with pytest.raises(UserError, match="in one pass"), splice(model, dictionary, Steer(3, 1.0, positions="last")):
+        model.hf.generate(**options, max_new_tokens=3, prefill_chunk_size=4)
+    with pytest.raises(UserError, match="without an assistant"), splice(model, dictionary, Restore(("abc",))):
+        model.hf.generate(**options, max_new_tokens=3, prompt_lookup_num_tokens=3)
+
+
+def test_an_intervention_that_never_acts_is_an_error():
+    model, dictionary = tiny_model(), random_dictionary()
+    with pytest.raises(SpliceError, match="Steer acted at no position of any run"):
+        with splice(model, dictionary, Steer(3, 5.0, positions="generated")):
+            model.next_logits(model.tokenize(["abc"]))
+
+
+def test_two_dictionaries_for_one_tensor_are_refused():
+    model = tiny_model()
+    for second in ("resid_post.1", "resid_pre.2"):
+        with pytest.raises(UserError, match="two dictionaries for one site"):
+            with splice(model, [random_dictionary("resid_post.1"), random_dictionary(second, seed=1)]):
+                pass
+
+
+def test_a_splice_does_not_pretend_to_be_differentiable():
+    model, dictionary = tiny_model(), random_dictionary()
+    embedded = model.hf.get_input_embeddings()
+    embedded.weight.requires_grad_()
+    try:
+        with pytest.raises(UserError, match="not differentiable"), splice(model, dictionary, error="drop"):
+            model.hf(**model.inputs(model.tokenize(["abc"])))
+    finally:
+        embedded.weight.requires_grad_(False)
+
+
+def test_beams_and_several_sequences_keep_their_prompts():
+    model, dictionary = tiny_model(), random_dictionary()
+    tokens = model.tokenize(PROMPTS, "left")
+    options = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "pad_token_id": 2}
+    with splice(model, dictionary, Steer(3, 4.0, positions="prompt")):
+        several = model.hf.generate(**options, max_new_tokens=4, num_return_sequences=2, num_beams=2)
+        alone = [
+            model.hf.generate(
+                input_ids=model.tokenize([p]).input_ids,
+                max_new_tokens=4,
+                num_return_sequences=2,
+                num_beams=2,
+                pad_token_id=2,
+            )
+            for p in PROMPTS
+        ]
+    for row, prompt in enumerate(PROMPTS):
+        width = len(model.encode(prompt))
+        assert torch.equal(several[2 * row : 2 * row + 2, -4:], alone[row][:, width:][:, -4:]), prompt
+
+
 def test_bfloat16_model_with_float32_dictionary():
     model, dictionary = tiny_model(), random_dictionary()
     model.hf.to(torch.bfloat16)

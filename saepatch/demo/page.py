@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from saepatch import report
 from saepatch.charts import INTERVALS, band, cell, effect_chart
 from saepatch.controls import DRAWS
@@ -25,10 +23,12 @@ def page(found: "Findings", provenance: Provenance) -> Page:
     sixteen = patching.denoise.sizes.index(16)
     rates, k = restoration.rates, len(restoration.latents)
     lead = (
-        f"In {found.config.model}, patching 16 of {patching.dictionary.d_sae} latents at {patching.site} restores "
-        f"{percent(patching.denoise.top[sixteen].value)} of the logit difference on indirect objects; 16 random ones "
-        f"restore {percent(patching.denoise.random[sixteen].value)}. Restoring {k} latents at {restoration.site} "
-        f"raises refusals of jailbroken requests from {percent(rates['jailbroken'].value)} to "
+        f"In {found.config.model}, patching 16 of {patching.dictionary.d_sae} latents at {patching.site}, chosen for "
+        "each prompt by its own gradients, restores "
+        f"{percent(patching.denoise.top[sixteen].value)} of the logit difference on indirect objects; 16 random live "
+        f"ones restore {percent(patching.denoise.random[sixteen].value)}, and one set of 16 chosen on prompts with "
+        f"other names {percent(patching.fixed.top[sixteen].value)}. Restoring {k} latents at {restoration.site} raises "
+        f"refusals of jailbroken requests from {percent(rates['jailbroken'].value)} to "
         f"{percent(rates['restored'].value)}; as many random latents reach {percent(rates['random'].value)}."
     )
     sections = [_model(found), _splice(found), _patching(found), _restoration(found), *map(_steering, found.steering)]
@@ -98,7 +98,9 @@ def _patching(found: "Findings") -> Section:
         f"than {p.self_patch_error:.0e}.\n\n"
         "In the first two charts the top latents are each prompt's own, ranked by integrated gradients on that prompt, "
         "then patched exactly. In the third they are one fixed set, ranked on the `select` split, whose names are "
-        "others: what it lacks against the first is how far the latents stand for single names."
+        "others: what it lacks against the first is how far the latents stand for single names. Random and matched "
+        "latents mostly do not differ between the two prompts, so that patching them is no edit at all; the hardest "
+        "control is drawn from those that differ in the pair."
     )
     blocks: list[Block] = [
         effect_chart("Denoising: each prompt's own top latents", p.denoise, p.pairs),
@@ -117,10 +119,12 @@ RATES = {
     "random": "jailbreak, random latents",
     "random_generated": "jailbreak, random: whole answers",
     "matched": "jailbreak, matched random latents",
+    "differing": "jailbreak, random ones that differ",
     "whole_site": "jailbreak, whole site restored",
     "harmless": "harmless in a jailbreak framing",
     "harmless_restored": "harmless, restored",
     "harmless_restored_generated": "harmless, restored: whole answers",
+    "harmless_clamped": "harmless, set to a refusal's mean",
 }
 
 
@@ -154,7 +158,11 @@ def _restoration(found: "Findings") -> Section:
         "Each harmful request is asked in a benign and in a jailbreak framing of equal length. Latents at "
         f"{r.site} are ranked on `select` by the change score S·‖d‖ at the last prompt position, their number is "
         f"chosen on `tune`, and all figures are from `report`. Restored: {len(r.latents)} latents, "
-        f"{r.share_of_dictionary:.1%} of the dictionary, {r.share_of_alive:.1%} of its live latents.\n\n"
+        f"{r.share_of_dictionary:.1%} of the dictionary, {r.share_of_alive:.1%} of its live latents. "
+        f"That is {r.share_of_active:.1f} times the number of latents active at one position: few against the "
+        "dictionary, not against what is active. What spares harmless requests is the donor, which reads their own "
+        "benign framing: with the same latents set to their mean over refused requests, "
+        f"{percent(r.rates['harmless_clamped'].value)} of harmless ones are refused.\n\n"
         "First-token figures patch the last prompt position. For whole answers a donor run reads the benign prompt "
         "and the tokens written so far, and the latents follow it at every step; "
         f"{r.rates['restored_degenerate_generated'].value:.0%} of those answers are degenerate text."
@@ -166,15 +174,14 @@ def _restoration(found: "Findings") -> Section:
     return Section("Restoration: refusals under jailbreak", text, [chart, lines, *comparisons])
 
 
-def _shown(condition: "Condition") -> report.Interval:
-    return cell(wilson_share(np.array(condition.outcome.shown, dtype=float)))
+def _sets(condition: "Condition") -> str:
+    if len(condition.sets) > 1:
+        return f"{len(condition.sets)} draws of {len(condition.sets[0])}"
+    return ", ".join(map(str, *condition.sets)) if condition.sets else "–"
 
 
 def _steering(s: "Steering") -> Section:
-    rows = [
-        (c.name, ", ".join(map(str, c.latents)) or "–", c.strength, _shown(c), c.outcome.perplexity)
-        for c in s.conditions
-    ]
+    rows = [(c.name, _sets(c), c.strength, cell(wilson_share(c.shown)), c.perplexity) for c in s.conditions]
     table = Table(
         ["condition", "latents", "strength", "success", "perplexity"],
         rows,
@@ -184,11 +191,11 @@ def _steering(s: "Steering") -> Section:
     )
     text = (
         f"Latents at {s.site} are chosen by contrast on `select`, at positions `{s.positions}`, and added at the same. "
-        "One latent, ten latents and a random one move the stream equally far at equal strength (in units of the top "
+        "One latent, ten latents and random ones move the stream equally far at equal strength (in units of the top "
         "latent's largest activation)."
     )
     comparisons = [
-        Comparison(prompt, [(c.name, c.outcome.texts[i]) for c in s.conditions])
+        Comparison(prompt, [(c.name, c.outcomes[0].texts[i]) for c in s.conditions])
         for i, prompt in enumerate(s.prompts[:4])
     ]
     return Section(f"Steering: {s.concept}", text, [table, *comparisons])

@@ -18,9 +18,9 @@ from saepatch.dictionaries import Dictionary, load_saes
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.organism.checks import Measures, evaluate_organism
-from saepatch.quality import LatentStatistics, SpliceQuality, latent_statistics, splice_quality
+from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
 from saepatch.report import write_page
-from saepatch.results import Provenance, Row, output_folder, versions, write_json, write_rows
+from saepatch.results import Provenance, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
 
@@ -49,49 +49,47 @@ def run_demo(config: DemoConfig) -> Findings:
         UserError: an output folder that cannot be written, or a model, site or dictionary that does not fit.
     """
     torch.manual_seed(config.seed)
-    out = output_folder(config.out)
-    with open_tracker(config.track, out, run="demo", config=asdict(config)) as tracker:
-        findings = _measure(config, tracker)
-        tracker.summarise(_headline(findings))
-        _write(findings, out)
-    return findings
-
-
-def _measure(config: DemoConfig, tracker: Tracker) -> Findings:
     clock: dict[str, float] = {}
     with _stage("load", clock):
         model = load_model(config.model, config.device)
         saes = load_saes(config.sae, config.device)
         for dictionary in saes.values():
             dictionary.check(model)
-        patched, steered = _at(saes, config.ioi_site), _at(saes, config.steering_site)
-        restored = (
-            _at(saes, config.safety_site)
-            if config.safety_site
-            else stages.choose_safety_site(model, saes, config.pairs, config.seed)
-        )
-        reference = model.tokenize(organism.texts())
-        stats: dict[Site, LatentStatistics] = {
-            d.site: latent_statistics(model, d, reference) for d in {patched, restored, steered}
-        }
+        for site in (config.ioi_site, config.steering_site, config.safety_site):
+            if site:
+                _at(saes, site)
+    out = output_folder(config.out)
+    with open_tracker(config.track, out, run="demo", config=asdict(config)) as tracker:
+        findings = _measure(config, model, saes, clock, tracker)
+        tracker.summarise(_headline(findings))
+        _write(findings, out)
+    return findings
+
+
+def _measure(
+    config: DemoConfig, model: LanguageModel, saes: dict[Site, Dictionary], clock: dict[str, float], tracker: Tracker
+) -> Findings:
+    n, seed = config.pairs, config.seed
     with _stage("tasks", clock):
-        measures = evaluate_organism(model.hf, model.tokenizer, seed=config.seed)  # type: ignore[arg-type]
+        measures = evaluate_organism(model.hf, model.tokenizer, seed=seed)  # type: ignore[arg-type]
     with _stage("splice", clock):
+        reference = model.tokenize(organism.texts())
         quality = []
         for layer, dictionary in enumerate(saes.values()):
             quality.append(splice_quality(model, dictionary, reference))
-            tracker.log(
-                {"layer": layer, "splice/ce_recovered": quality[-1].ce_recovered, "splice/fvu": quality[-1].fvu}, layer
-            )
+            row = {"splice/ce_recovered": quality[-1].ce_recovered, "splice/fvu": quality[-1].fvu}
+            tracker.log(row | {"layer": layer}, layer)
     with _stage("patching", clock):
-        patching = stages.patching(model, patched, stats[patched.site], config.pairs, config.seed)
+        dictionary = _at(saes, config.ioi_site)
+        patching = stages.patching(model, dictionary, latent_statistics(model, dictionary, reference), n, seed)
     with _stage("restoration", clock):
-        restoration = stages.restoration(model, restored, stats[restored.site], config.pairs, config.seed)
+        site = config.safety_site
+        dictionary = _at(saes, site) if site else stages.choose_safety_site(model, saes, n, seed)
+        restoration = stages.restoration(model, dictionary, latent_statistics(model, dictionary, reference), n, seed)
     with _stage("steering", clock):
-        steering = [
-            stages.steering(model, steered, stats[steered.site], concept, config.seed)
-            for concept in stages.concepts(model, config.pairs, config.seed)
-        ]
+        dictionary = _at(saes, config.steering_site)
+        stats = latent_statistics(model, dictionary, reference)
+        steering = [stages.steering(model, dictionary, stats, c, seed) for c in stages.concepts(model, n, seed)]
     return Findings(config, model, saes, measures, quality, patching, restoration, steering, clock)
 
 
@@ -136,9 +134,11 @@ def summary(found: Findings) -> dict[str, Any]:
             "site": p.site,
             "clean": p.clean,
             "corrupted": p.corrupted,
+            "ranking": "each prompt's own, by integrated gradients on it; denoise_fixed: one for all, made on select",
             "denoise_top": _points(p.denoise.sizes, p.denoise.top),
             "denoise_random": _points(p.denoise.sizes, p.denoise.random),
             "denoise_matched": _points(p.denoise.sizes, p.denoise.matched),
+            "denoise_differing": _points(p.denoise.sizes, p.denoise.differing or ()),
             "denoise_every": p.denoise.every.value,
             "denoise_fixed": _points(p.fixed.sizes, p.fixed.top),
             "noise_top": _points(p.noise.sizes, p.noise.top),
@@ -151,12 +151,15 @@ def summary(found: Findings) -> dict[str, Any]:
             "latents": len(r.latents),
             "share_of_dictionary": r.share_of_dictionary,
             "share_of_alive": r.share_of_alive,
+            "share_of_active": r.share_of_active,
             "refused_clean": rates["clean"],
             "refused_jailbroken": rates["jailbroken"],
             "refused_restored": rates["restored"],
             "refused_restored_generated": rates["restored_generated"],
             "refused_random_control": rates["random"],
             "refused_matched_control": rates["matched"],
+            "refused_differing_control": rates["differing"],
+            "refused_harmless_clamped": rates["harmless_clamped"],
             "refused_harmless_restored": rates["harmless_restored"],
             "rates": {name: list(asdict(interval).values()) for name, interval in r.rates.items()},
         },
@@ -177,8 +180,7 @@ def _points(sizes: tuple[int, ...], intervals: tuple[Any, ...]) -> list[list[flo
 
 def _steering(one: stages.Steering) -> dict[str, Any]:
     return {"concept": one.concept} | {
-        c.name: {"success": c.outcome.success, "perplexity": c.outcome.perplexity, "strength": c.strength}
-        for c in one.conditions
+        c.name: {"success": c.success, "perplexity": c.perplexity, "strength": c.strength} for c in one.conditions
     }
 
 
@@ -186,10 +188,13 @@ def _write(found: Findings, out: Path) -> None:
     import yaml
 
     p = found.patching
-    rows: list[Row] = [row for one in p.singles for row in one.rows("ioi")]
-    for method, curve in (("exact, top by attribution", p.denoise), ("exact, top by attribution", p.noise),
-                          ("exact, top on select", p.fixed)):  # fmt: skip
-        rows += [row for one in curve.effects for row in one.rows("ioi", method)]
+    rows = [row for one in p.singles for row in one.rows("ioi")]
+    for ranked, curve in (
+        ("ranked on the pair", p.denoise),
+        ("ranked on the pair", p.noise),
+        ("ranked on select", p.fixed),
+    ):
+        rows += [row for one in curve.effects for row in one.rows("ioi", f"exact, {ranked}")]
     dictionary = found.patching.dictionary
     provenance = Provenance(
         model=found.model.name,

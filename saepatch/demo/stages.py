@@ -1,9 +1,13 @@
-"""The stages of the demo. Each tunes on `select` and `tune` prompts and reports on `report` prompts only."""
+"""The stages of the demo. What is chosen once for all prompts is chosen on `select` and `tune`; figures are `report`'s.
+
+One choice is not made once: the patching stage ranks latents on each report prompt by that prompt's own gradients, and
+shows the fixed choice, made on `select`, beside it.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saepatch.attribution import integrated_gradients
-from saepatch.controls import DRAWS, Curve, control_sets, effect_curve
+from saepatch.controls import DRAWS, Curve, control_sets, differing_sets, effect_curve, effect_curve_by_pair
 from saepatch.dictionaries import Dictionary
-from saepatch.interventions import Patch
+from saepatch.interventions import Ablate, Intervention, Patch
 from saepatch.models import LanguageModel
 from saepatch.organism import tasks, world
 from saepatch.patching import Direction, Effects, patch_latents
@@ -23,12 +27,12 @@ from saepatch.safety import change_scores, first_tokens, judge, refused_first_to
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 from saepatch.statistics import Interval, random_latents, wilson_share
-from saepatch.steering import Steered, contrast, equal_norm_steer, generate_steered
+from saepatch.steering import Steered, contrast, equal_norm_steer, generate_steered, latent_means
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARE_LIMIT = 0.05  # at most this share of the dictionary is restored
 ANSWER_TOKENS = 24
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 4.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +61,13 @@ def patching(model: LanguageModel, dictionary: Dictionary, stats: LatentStatisti
     report = load_pairs("ioi", "report", n, seed)
     fixed = _ranked(integrated_gradients(model, dictionary, select)[0].mean(0))
     own = [_ranked(row) for row in integrated_gradients(model, dictionary, report)[0]]
-    plan: list[tuple[Any, Direction]] = [(own, "denoise"), (own, "noise"), (fixed, "denoise")]
+    directions: tuple[Direction, Direction] = ("denoise", "noise")
+    singles = [patch_latents(model, dictionary, report, direction=d, progress=True) for d in directions]
     curves = [
-        effect_curve(model, dictionary, report, rankings, SIZES, stats, direction, seed=seed, progress=True)
-        for rankings, direction in plan
-    ]
-    singles = [
-        patch_latents(model, dictionary, report, direction=direction, progress=True)
-        for direction in ("denoise", "noise")
+        effect_curve_by_pair(
+            model, dictionary, report, own, singles[0].ran, SIZES, stats, direction, seed=seed, progress=True
+        )
+        for direction in directions
     ]
     return Patching(
         site=str(dictionary.site),
@@ -73,7 +76,7 @@ def patching(model: LanguageModel, dictionary: Dictionary, stats: LatentStatisti
         corrupted=float(singles[0].corrupted.mean()),
         denoise=curves[0],
         noise=curves[1],
-        fixed=curves[2],
+        fixed=effect_curve(model, dictionary, report, fixed, SIZES, stats, seed=seed),
         singles=(singles[0], singles[1]),
         self_patch_error=self_patch_error(model, dictionary, report),
         dictionary=dictionary,
@@ -107,6 +110,7 @@ class Restoration:
     latents: tuple[int, ...]
     share_of_dictionary: float
     share_of_alive: float
+    share_of_active: float  # of the number of latents active at one position
     rates: Mapping[str, Interval]
     curve: tuple[tuple[int, Interval, Interval], ...]  # number of latents, top, random
     examples: tuple[tuple[str, str, str, str], ...]  # prompt, then answers: jailbroken, restored, random latents
@@ -127,12 +131,13 @@ def restoration(
         flags = [refused_first_token(model, dictionary, pairs, refusal, draw) for draw in draws]
         return wilson_share(np.mean(flags, 0))
 
-    def opens_refusal(prompts: Sequence[str]) -> Interval:
-        top = model.next_logits(model.tokenize(prompts)).argmax(-1)
+    def opens_refusal(prompts: Sequence[str], intervention: Intervention | None = None) -> Interval:
+        with splice(model, dictionary, intervention) if intervention is not None else nullcontext():
+            top = model.next_logits(model.tokenize(prompts)).argmax(-1)
         return wilson_share(np.array([int(token) in refusal for token in top], dtype=float))
 
-    def answered(texts: Sequence[str], outcome: str = "refuse") -> Interval:
-        return wilson_share(np.array([judge(text) == outcome for text in texts], dtype=float))
+    def answered(*draws: Sequence[str], outcome: str = "refuse") -> Interval:
+        return wilson_share(np.mean([[judge(text) == outcome for text in texts] for texts in draws], 0))
 
     k = next((k for k in sizes if refused(tune, order[:k]).value >= 0.98), sizes[-1])
     chosen = order[:k]
@@ -142,9 +147,10 @@ def restoration(
         for size in sizes
     ]
     restored = restore(model, dictionary, report, chosen)
-    by_random = restore(model, dictionary, report, random[0])
+    by_random = [restore(model, dictionary, report, draw) for draw in random]
     jailbroken = [pair.corrupted for pair in report]
     plain = model.generate(jailbroken, ANSWER_TOKENS)
+    refusing = Ablate(chosen, _mean_at_last(model, dictionary, select)[chosen], positions="last")
     everything = refused_first_token(model, dictionary, report, refusal, None, error=True)
     rates = {
         "clean": opens_refusal([pair.clean for pair in report]),
@@ -152,24 +158,51 @@ def restoration(
         "jailbroken_generated": answered(plain),
         "restored": refused(report, chosen),
         "restored_generated": answered(restored),
-        "restored_degenerate_generated": answered(restored, "degenerate"),
+        "restored_degenerate_generated": answered(restored, outcome="degenerate"),
         "random": refused(report, *random),
-        "random_generated": answered(by_random),
+        "random_generated": answered(*by_random),
         "matched": refused(report, *matched),
+        "differing": wilson_share(_refused_differing(model, dictionary, report, refusal, order, k, seed)),
         "whole_site": wilson_share(np.array(everything, dtype=float)),
         "harmless": opens_refusal([pair.corrupted for pair in harmless]),
         "harmless_restored": refused(harmless, chosen),
         "harmless_restored_generated": answered(restore(model, dictionary, harmless, chosen)),
+        "harmless_clamped": opens_refusal([pair.corrupted for pair in harmless], refusing),
     }
     return Restoration(
         site=str(dictionary.site),
         latents=tuple(chosen),
         share_of_dictionary=k / dictionary.d_sae,
         share_of_alive=k / int(stats.alive.sum()),
+        share_of_active=k / float(stats.frequency.sum()),
         rates=rates,
         curve=tuple(curve),
-        examples=tuple(zip(jailbroken[:6], plain[:6], restored[:6], by_random[:6], strict=True)),
+        examples=tuple(zip(jailbroken[:6], plain[:6], restored[:6], by_random[0][:6], strict=True)),
     )
+
+
+def _refused_differing(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    pairs: Sequence[PromptPair],
+    refusal: set[int],
+    order: Sequence[int],
+    k: int,
+    seed: int,
+) -> Float[np.ndarray, "pairs"]:
+    """For each pair, the share of draws that refuse with `k` random latents restored out of those that differ in it."""
+    shares = []
+    for number, pair in enumerate(pairs):
+        batch = batch_pairs(model, [pair])
+        clean, jailbroken = (record_latents(model, dictionary, t).acts[0, -1] for t in (batch.clean, batch.corrupted))
+        sets = differing_sets(order, k, (clean != jailbroken).cpu().numpy(), seed + number)
+        shares.append(np.mean([refused_first_token(model, dictionary, [pair], refusal, draw) for draw in sets]))
+    return np.array(shares)
+
+
+def _mean_at_last(model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPair]) -> Float[Tensor, "d_sae"]:
+    """Mean latents at the last position of the clean prompts."""
+    return latent_means(model, dictionary, model.tokenize([pair.clean for pair in pairs]), "last").mean(0)
 
 
 def choose_safety_site(model: LanguageModel, saes: Mapping[Site, Dictionary], n: int, seed: int) -> Dictionary:
@@ -218,12 +251,29 @@ class Concept:
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to steer: which latents, how strongly (in norms of the top latent's maximum), and what came of it."""
+    """One way to steer: which latents (several sets for random ones), how strongly, and what came of each set.
+
+    `strength` is in norms of the top latent's maximum.
+    """
 
     name: str
-    latents: tuple[int, ...]
+    sets: tuple[tuple[int, ...], ...]
     strength: float
-    outcome: Steered
+    outcomes: tuple[Steered, ...]
+
+    @property
+    def shown(self) -> Float[np.ndarray, "prompts"]:
+        """Share of the sets that show the concept, for each prompt."""
+        return np.mean([outcome.shown for outcome in self.outcomes], 0)
+
+    @property
+    def success(self) -> float:
+        return float(self.shown.mean())
+
+    @property
+    def perplexity(self) -> float:
+        """Geometric mean over the sets."""
+        return float(np.exp(np.mean([np.log(outcome.perplexity) for outcome in self.outcomes])))
 
 
 @dataclass(frozen=True)
@@ -252,8 +302,8 @@ def concepts(model: LanguageModel, n: int, seed: int) -> list[Concept]:
         "refusal",
         present=plain["select", True],
         absent=plain["select", False],
-        tune=plain["tune", False][:24],
-        report=plain["report", False][:48],
+        tune=plain["tune", False][:12],
+        report=plain["report", False][:36],
         shown=lambda text: judge(text) == "refuse",
         positions="last",  # where the model decides
     )
@@ -299,17 +349,25 @@ def steering(
     scores = torch.where(stats.alive.to(scores.device), scores, torch.full_like(scores, -torch.inf))
     order = scores.argsort(descending=True, stable=True).tolist()
     norm = float(stats.maximum[order[0]] * stats.norm[order[0]])
-    random = random_latents(stats.alive, order[:10], 1, DRAWS, seed)
-    plans = {"top1": tuple(order[:1]), "top10": tuple(order[:10]), "random": random[0]}
+    plans = {
+        "top1": [tuple(order[:1])],
+        "top10": [tuple(order[:10])],
+        "random": random_latents(stats.alive, order[:10], 1, DRAWS, seed),
+        "random10": random_latents(stats.alive, order[:10], 10, DRAWS, seed),
+    }
 
     def run(prompts: tuple[str, ...], latents: Sequence[int], strength: float) -> Steered:
         steer = equal_norm_steer(dictionary, latents, stats.maximum, norm, strength, concept.positions)
         return generate_steered(model, dictionary, prompts, steer, concept.shown, ANSWER_TOKENS)
 
     bare = generate_steered(model, dictionary, concept.report, None, concept.shown, ANSWER_TOKENS)
-    conditions = [Condition("unsteered", (), 0.0, bare)]
-    for name, latents in plans.items():
-        tried = {strength: run(concept.tune, latents, strength) for strength in STRENGTHS}
-        best = max(tried, key=lambda s: (tried[s].success, -tried[s].perplexity))
-        conditions.append(Condition(name, latents, best, run(concept.report, latents, best)))
+    conditions = [Condition("unsteered", (), 0.0, (bare,))]
+    for name, sets in plans.items():
+        tried = [
+            Condition(name, tuple(sets), strength, tuple(run(concept.tune, one, strength) for one in sets))
+            for strength in STRENGTHS
+        ]
+        best = max(tried, key=lambda condition: (condition.success, -condition.perplexity))
+        outcomes = tuple(run(concept.report, one, best.strength) for one in sets)
+        conditions.append(replace(best, outcomes=outcomes))
     return Steering(concept.name, str(dictionary.site), concept.positions, concept.report, tuple(conditions))
