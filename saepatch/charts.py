@@ -33,8 +33,8 @@ def effect_chart(title: str, curve: Curve, n: int) -> report.LineChart:
         "latents patched",
         "normalised effect",
         series,
-        f"n = {n} prompt pairs (report split). All latents together, error term kept: {curve.every}. Controls: means of "
-        f"{DRAWS} draws. {INTERVALS}",
+        f"n = {n} prompt pairs (report split). All latents together, error term kept: {curve.every}. "
+        f"Controls: means of {DRAWS} draws. {INTERVALS}",
         log_x=True,
         references=(report.Reference(0.0, "base run"), report.Reference(1.0, "source run")),
     )
