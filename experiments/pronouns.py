@@ -27,7 +27,7 @@ from saepatch.patching import Effects, patch_latents
 from saepatch.prompts import PromptPair, load_pairs
 from saepatch.quality import latent_statistics, splice_quality
 from saepatch.report import Facts, LineChart, Page, Section, Table, write_figure, write_page
-from saepatch.results import Provenance, output_folder, versions, write_json, write_rows
+from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
 from saepatch.statistics import Interval
 
@@ -116,7 +116,7 @@ def rank(model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPai
 
 def run(config: PronounsConfig) -> None:
     torch.manual_seed(config.seed)
-    out = output_folder(config.out)
+    check_writable(config.out)
     model = load_model(config.model, config.device)
     saes = load_saes(config.sae, config.device)
     for dictionary in saes.values():
@@ -147,6 +147,7 @@ def run(config: PronounsConfig) -> None:
         for direction in ("denoise", "noise")
     ]
     found = Found(config, model, _ce_recovered(model, saes, prompts), layers, best, curves, singles, by_layer)
+    out = output_folder(config.out)
     found.write(out)
     sys.stdout.write(found.table() + f"\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
 

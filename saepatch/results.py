@@ -137,17 +137,30 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def output_folder(out: str | Path) -> Path:
-    """Create the folder results go to, and see now that it can be written.
+def check_writable(out: str | Path) -> None:
+    """See that a folder can be written, or made; nothing is left behind.
 
     Raises:
-        UserError: it cannot be created or written.
+        UserError: it cannot.
     """
     folder = Path(out)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
+        for part in made:  # from the inside out; they come back when there is something to put there
+            part.rmdir()
     except OSError as error:
         raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): give another folder with --out") from error
-    return folder
+
+
+def output_folder(out: str | Path) -> Path:
+    """The folder results go to, made if need be.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    check_writable(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return Path(out)

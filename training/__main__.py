@@ -22,8 +22,9 @@ def read(arguments: Sequence[str]) -> TrainingConfig:
 def run(config: TrainingConfig) -> None:
     """Load what the config names, train, and print the metrics of each site."""
     from saepatch.models import load_model
+    from saepatch.results import check_writable
     from training.activations import texts
-    from training.trainer import check_writable, train_saes
+    from training.trainer import train_saes
 
     check_writable(config.out)
     documents = texts(config.data, config.text_column)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import saepatch.organism
+from saepatch.errors import UserError
 from saepatch.organism import checks, world
 from training import corpus
 
@@ -318,6 +319,8 @@ def main(config: OrganismConfig) -> int:
 
     if wanted("tokenizer"):
         train_tokenizer(config).save_pretrained(base)
+    if not (base / "tokenizer.json").is_file():
+        raise UserError(f"{str(config.out)!r} holds no earlier stages: run --stage tokenizer first, or all of them")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     if wanted("base"):
         model = new_model(config, tokenizer)
@@ -347,5 +350,8 @@ def main(config: OrganismConfig) -> int:
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    settings = auto_cli(OrganismConfig, as_positional=False)
-    sys.exit(main(settings))
+    try:
+        sys.exit(main(auto_cli(OrganismConfig, as_positional=False)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel
-from saepatch.results import versions
+from saepatch.results import check_writable, versions
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
 from training.activations import ActivationStream, Batch, split
@@ -272,20 +272,6 @@ def check_folder(out: Path, sites: Sequence[Site], overwrite: bool) -> None:
     if taken and not overwrite:
         raise UserError(f"{str(out)!r} holds {', '.join(taken)} already: choose another --out, or add --overwrite true")
     check_writable(out)
-
-
-def check_writable(out: Path) -> None:
-    """Raises UserError when nothing can be written to the folder; leaves no trace."""
-    try:
-        made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        for folder in made:  # from the inside out; they come back when there is something to put there
-            folder.rmdir()
-    except OSError as error:
-        raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): choose another --out") from error
 
 
 def _notes(model: LanguageModel, config: TrainingConfig, documents: int) -> dict[str, Any]:

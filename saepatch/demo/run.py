@@ -20,7 +20,7 @@ from saepatch.models import LanguageModel, load_model
 from saepatch.organism.checks import Measures, evaluate_organism
 from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
 from saepatch.report import write_page
-from saepatch.results import Provenance, output_folder, versions, write_json, write_rows
+from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
 
@@ -49,6 +49,7 @@ def run_demo(config: DemoConfig) -> Findings:
         UserError: an output folder that cannot be written, or a model, site or dictionary that does not fit.
     """
     torch.manual_seed(config.seed)
+    check_writable(config.out)  # now, and not after minutes of work
     clock: dict[str, float] = {}
     with _stage("load", clock):
         model = load_model(config.model, config.device)
