@@ -9,7 +9,7 @@ import yaml
 from saepatch.__main__ import main
 from saepatch.results import read_rows
 
-PAIRS = 40
+PAIRS = 24
 
 
 @pytest.fixture(scope="module")

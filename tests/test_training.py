@@ -387,7 +387,15 @@ def test_an_interrupted_run_leaves_no_dictionary(tmp_path):
     command += ["--model", str(STORIES), "--data", str(STORY_TEXTS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     out = tmp_path / "run"
-    run = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [*command, "--out", str(out)],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts its background jobs deaf to SIGINT, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = out / "metrics.jsonl"
     for _ in range(600):
         if log.is_file() and log.read_text().count("\n") > 2:
