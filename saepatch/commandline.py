@@ -91,6 +91,8 @@ def _instantiate(parser: Any, given: Sequence[str], config: type[Config], comman
 def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, interrupted: str) -> int:
     # Before torch is loaded: threads that spin while they wait are up to twenty times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The hub's client would report each of its attempts; our error names the outcome.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     _show_log()
     try:
         run(list(sys.argv[1:] if arguments is None else arguments))
@@ -111,5 +113,3 @@ def _show_log() -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]  # a new one each time: the stream may have been replaced since the last
         logger.setLevel(logging.INFO)
-    # The hub's client reports each of its attempts; our error names the outcome.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ from saepatch.sites import Layout, Site
 Edit = Callable[[Tensor], Tensor]
 # How many `unedited` contexts a model is in, by its first block. A hook acts only at the level it was put on at.
 _LEVELS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_EDITS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many splices a model is in, by its first block
 
 
 class SpliceError(RuntimeError):
@@ -64,6 +65,22 @@ def unedited(layout: Layout) -> Iterator[None]:
         yield
     finally:
         _LEVELS[layout.blocks[0]] = _level(layout) - 1
+
+
+@contextmanager
+def splice_noted(layout: Layout) -> Iterator[None]:
+    """Remember, while the context lasts, that the model is spliced."""
+    block = layout.blocks[0]
+    _EDITS[block] = _EDITS.get(block, 0) + 1
+    try:
+        yield
+    finally:
+        _EDITS[block] -= 1
+
+
+def is_spliced(layout: Layout) -> bool:
+    """Whether the model is inside a splice."""
+    return _EDITS.get(layout.blocks[0], 0) > 0
 
 
 @contextmanager

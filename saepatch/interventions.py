@@ -109,7 +109,10 @@ class Ablate:
         if not isinstance(self.to, Tensor):
             return torch.full_like(acts, self.to)
         if self.to.shape[-1] != acts.shape[-1]:
-            raise UserError(f"ablation values are for {self.to.shape[-1]} latents, but {acts.shape[-1]} are ablated")
+            raise UserError(
+                f"ablation values are for {self.to.shape[-1]} latents, but {acts.shape[-1]} are ablated: "
+                "give one for each, as in mean[ids]"
+            )
         to = self.to.to(acts)
         if to.ndim == 1:
             return to.expand_as(acts)

@@ -285,7 +285,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:60]
         raise UserError(
             f"device {str(device)!r} cannot be used here ({reason}): use cpu, or cuda or mps where there is one"
         ) from error

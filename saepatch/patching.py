@@ -89,7 +89,16 @@ class Effects:
         return bootstrap_mean(self.normalised[:, group], seed=seed)
 
     def ratios(self) -> Float[np.ndarray, "groups"]:
-        """Ratio of means of every group, without intervals."""
+        """Ratio of means of every group, without intervals.
+
+        Raises:
+            UserError: clean and corrupted runs are the same on average, so there is nothing to divide by.
+        """
+        if not abs(float(self.gap.mean())) >= self.min_gap:
+            raise UserError(
+                f"the clean and corrupted runs differ by {self.gap.mean():.2g} in {self.metric} on average, less than "
+                f"{self.min_gap}: there is no effect to rank latents by; look at the pairs and their answers"
+            )
         return self.change.mean(0) / self.gap.mean()
 
     def top(self, k: int) -> list[Group]:

@@ -72,20 +72,21 @@ def batch_pairs(
     """
     if not pairs:
         raise UserError("there are no prompt pairs: give at least one")
-    both = [(model.encode(pair.clean), model.encode(pair.corrupted)) for pair in pairs]
     if align == "right":
         side = "left"
-    else:
+    tokens = model.tokenize([p.clean for p in pairs] + [p.corrupted for p in pairs], side)
+    both = [(model.encode(pair.clean), model.encode(pair.corrupted)) for pair in pairs]
+    if align == "equal":
         for number, (pair, (clean, corrupted)) in enumerate(zip(pairs, both, strict=True)):
             if len(clean) != len(corrupted):
                 name = pair.example or number
                 raise UserError(
                     f"pair {name}: the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}: "
-                    f"{_show(model, clean)} against {_show(model, corrupted)}: reword one, or align them from the right"
+                    f"{_show(model, clean)} against {_show(model, corrupted)}: reword one, "
+                    "or line them up from the right (align='right')"
                 )
     answers = [_next_token(model, pair.clean, ids, pair.answer) for pair, (ids, _) in zip(pairs, both, strict=True)]
     counters = [_next_token(model, pair.clean, ids, pair.counter) for pair, (ids, _) in zip(pairs, both, strict=True)]
-    tokens = model.tokenize([p.clean for p in pairs] + [p.corrupted for p in pairs], side)
     n = len(pairs)
     return PairBatch(
         tuple(pairs),

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.hooks import SpliceError, around_generate, before_forward, capture, edit_sites, unedited
+from saepatch.hooks import (
+    SpliceError,
+    around_generate,
+    before_forward,
+    capture,
+    edit_sites,
+    is_spliced,
+    splice_noted,
+    unedited,
+)
 from saepatch.interventions import Intervention, Patch, Restore, ids_of
 from saepatch.latents import Latents
 from saepatch.models import LanguageModel, Tokens, ordinary
@@ -83,6 +92,7 @@ def splice(
         for site in sites
     }
     with ExitStack() as stack:
+        stack.enter_context(splice_noted(model.layout))
         stack.enter_context(before_forward(model.hf, model.layout, partial(_before_forward, run)))
         stack.enter_context(around_generate(model.hf, partial(_around_generate, run)))
         stack.enter_context(edit_sites(model.layout, edits))
@@ -98,13 +108,19 @@ def splice(
 
 
 def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
-    """Latents and error term of one forward pass over a batch, inside a splice too nothing edited.
+    """Latents and error term of one forward pass over a batch, nothing edited; later blocks are not run.
 
-    Later blocks are not run.
+    Raises:
+        UserError: the dictionary does not belong to the model, or the model is inside a splice, where it would not be
+            clear whether edited latents are meant.
     """
     dictionary.check(model)
-    with unedited(model.layout):
-        x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
+    if is_spliced(model.layout):
+        raise UserError(
+            "latents are recorded on the bare model, and it is inside a splice: record them outside, or take edited "
+            "runs' latents from splice(…, record=True) as run.latents[site]"
+        )
+    x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
     return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
 
 

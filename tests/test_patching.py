@@ -143,6 +143,13 @@ def test_effects_are_normalised_by_definition_and_small_gaps_are_missing():
         assert row.effect == pytest.approx(effects.normalised[0, 0])
 
 
+def test_pairs_without_any_gap_are_not_ranked():
+    model, dictionary = tiny_model(), random_dictionary()
+    same = [PromptPair("same text", "same text", "x", "y")]
+    with pytest.raises(UserError, match="no effect to rank latents by"):
+        patch_latents(model, dictionary, same).top(3)
+
+
 def test_other_metrics_and_bad_input():
     model, dictionary = tiny_model(), random_dictionary()
     effects = patch_latents(model, dictionary, PAIRS, [(3, 4)], metric=log_probability)

@@ -12,6 +12,7 @@ def test_the_python_in_the_readme_runs(capsys):
     printed = capsys.readouterr().out
     assert re.search(r"^\(\d+,\) -?\d\.\d+ \[", printed, re.MULTILINE)
     assert printed.index("Sure, here is") < printed.index("I cannot help with that.")
+    assert printed.rstrip().endswith("[' I cannot help with that.']")
 
 
 def test_paths_and_make_targets_in_the_readme_exist():

@@ -6,7 +6,7 @@ from tiny import FAMILIES, random_dictionary, tiny_model
 
 from saepatch.errors import UserError
 from saepatch.hooks import SpliceError, capture
-from saepatch.interventions import Ablate, Clamp, Patch, Restore, Steer
+from saepatch.interventions import Ablate, Clamp, Patch, Steer
 from saepatch.models import LanguageModel
 from saepatch.positions import At
 from saepatch.sites import Site
@@ -346,16 +346,22 @@ def test_error_terms_compose():
         pass
 
 
-def test_latents_recorded_inside_a_splice_are_unedited():
-    model, dictionary = tiny_model(), random_dictionary()
+def test_latents_are_not_recorded_inside_a_splice_but_by_it():
+    """Bare or edited latents: inside a splice either could be meant, so neither is given silently."""
+    model = tiny_model()
+    below, above = random_dictionary("resid_post.0"), random_dictionary("resid_post.1", seed=1)
     tokens = model.tokenize(["abcdef"])
-    bare = record_latents(model, dictionary, tokens).acts
-    with splice(model, random_dictionary("resid_post.0"), Steer(3, 50.0)):
-        assert torch.equal(record_latents(model, dictionary, tokens).acts, bare)
-        assert not torch.equal(model.logits(tokens), _unspliced(model, tokens))
-    with splice(model, dictionary, Restore(("zzzz",))):
-        model.next_logits(tokens)
-        assert torch.equal(record_latents(model, dictionary, tokens).acts, bare)
+    bare = record_latents(model, above, tokens).acts
+    with splice(model, [below, above], Steer(3, 50.0, site="resid_post.0"), record=True) as run:
+        edited = model.logits(tokens)
+        with pytest.raises(UserError, match="record=True"):
+            record_latents(model, above, tokens)
+    assert not torch.allclose(run.latents[Site(1)].acts, bare)
+    assert torch.equal(record_latents(model, above, tokens).acts, bare)
+    with splice(model, below, Steer(3, 50.0)):
+        assert torch.equal(model.logits(tokens), edited)
+        inside = _unspliced(model, tokens)
+    assert torch.equal(inside, model.logits(tokens))
 
 
 def _unspliced(model, tokens):

@@ -95,7 +95,7 @@ def _patching(found: "Findings") -> Section:
         f"other name is the answer ({p.corrupted:.2f}). Denoising patches clean latents into the corrupted run "
         "(sufficiency), noising corrupted latents into the clean run (necessity), at all positions, error term kept. 0 "
         "is the base run, 1 the source run; nothing is clipped. Patching a run with itself changes no logit by more "
-        f"than {p.self_patch_error:.0e}.\n\n"
+        f"than {p.self_patch_error:.1g}.\n\n"
         "In the first two charts the top latents are each prompt's own, ranked by integrated gradients on that prompt, "
         "then patched exactly. In the third they are one fixed set, ranked on the `select` split, whose names are "
         "others: what it lacks against the first is how far the latents stand for single names. Random and matched "
