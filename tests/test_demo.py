@@ -79,6 +79,8 @@ def test_files(demo, summary):
     change = sum(row["patched"] - row["corrupted"] for row in sixteen) / PAIRS
     assert change / gap == pytest.approx(dict(summary["patching"]["denoise_fixed"])[16], abs=1e-6)
     assert {row["role"] for row in rows} == {"single", "top", "random", "matched", "differing", "every"}
+    for name in ("denoise", "noise", "denoise_fixed"):
+        assert (demo / f"{name}.svg").read_text().startswith("<svg")
     page = (demo / "report.html").read_text()
     assert "<script>" in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")

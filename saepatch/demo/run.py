@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from saepatch import organism
+from saepatch.charts import effect_chart
 from saepatch.config import DemoConfig
 from saepatch.demo import stages
 from saepatch.demo.page import page
@@ -19,7 +20,7 @@ from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.organism.checks import Measures, evaluate_organism
 from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
-from saepatch.report import write_page
+from saepatch.report import write_figure, write_page
 from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
@@ -206,5 +207,7 @@ def _write(found: Findings, out: Path) -> None:
     )
     write_rows([(rows, provenance)], out / "results.parquet")
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(found.config)), encoding="utf-8")
+    for name, curve in {"denoise": p.denoise, "noise": p.noise, "denoise_fixed": p.fixed}.items():
+        write_figure(effect_chart(f"ioi at {p.site}: {name}", curve, p.pairs), out / f"{name}.svg")
     write_json(summary(found), out / "summary.json")
     write_page(page(found, provenance), out / "report.html")
