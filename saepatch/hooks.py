@@ -166,15 +166,22 @@ def around_generate(hf: nn.Module, started: Callable[[Tensor | None, Mapping[str
         finally:
             started(None, {})
 
-    before = hf.__dict__.get("generate")
-    hf.__dict__["generate"] = generate
+    with _method_replaced(hf, "generate", generate):
+        yield
+
+
+@contextmanager
+def _method_replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give one object a method of its own; what it had before, if anything, comes back."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = method
     try:
         yield
     finally:
         if before is None:
-            del hf.__dict__["generate"]
+            del module.__dict__[name]
         else:
-            hf.__dict__["generate"] = before
+            module.__dict__[name] = before
 
 
 @torch.no_grad()
@@ -203,24 +210,12 @@ def capture(
 @contextmanager
 def skip_blocks(layout: Layout, n: int) -> Iterator[None]:
     """Let the first `n` blocks pass their input on unchanged; masks and rotary tables still come from the model."""
+
+    def passing_through(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        return (x,) if layout.tuple_blocks else x
+
     with ExitStack() as stack:
         for block in layout.blocks[:n]:
-            stack.enter_context(_passing_through(block, layout.tuple_blocks))
+            stack.enter_context(_method_replaced(block, "forward", passing_through))
         yield
-
-
-@contextmanager
-def _passing_through(block: nn.Module, as_tuple: bool) -> Iterator[None]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        return (x,) if as_tuple else x
-
-    before = block.__dict__.get("forward")
-    block.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del block.__dict__["forward"]
-        else:
-            block.__dict__["forward"] = before

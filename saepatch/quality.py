@@ -248,6 +248,8 @@ def _recovered(ce: dict[str, float], ablation: str) -> float:
 
 def _batches(tokens: Tokens, size: int) -> Iterator[Tokens]:
     """Batches without the columns that are padding in all of their rows."""
+    if not hasattr(tokens, "batches"):
+        raise UserError("these are no tokens: give model.tokenize(texts)")
     if size < 1:
         raise UserError(f"batch size {size}: use at least 1")
     for batch in tokens.batches(size):

@@ -6,7 +6,12 @@ import math
 import pytest
 import yaml
 
+from saepatch import organism
 from saepatch.__main__ import main
+from saepatch.demo import stages
+from saepatch.dictionaries import load_sae
+from saepatch.models import load_model
+from saepatch.quality import latent_statistics
 from saepatch.results import read_rows
 
 PAIRS = 24
@@ -88,6 +93,45 @@ def test_files(demo, summary):
     assert (demo / "metrics.jsonl").read_text().count("\n") == 6
     assert summary["seed"] == 0
     assert set(summary["seconds"]) == {"load", "tasks", "splice", "patching", "restoration", "steering"}
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("stage", "function", "split"),
+    [
+        ("restoration", "change_scores", "select"),  # latents are ranked …
+        ("restoration", "refused_first_token", "tune"),  # … then counted
+        ("patching", "integrated_gradients", "select"),  # the fixed set
+        ("choose_safety_site", "change_scores", "select"),
+        ("choose_safety_site", "refused_first_token", "tune"),
+    ],
+)
+def test_what_is_chosen_for_all_prompts_is_not_chosen_on_report(monkeypatch, stage, function, split):
+    model, dictionary = load_model("organism"), load_sae("organism", "resid_post.3")
+    stats = latent_statistics(model, dictionary, model.tokenize(organism.texts()[:40]))
+
+    def spy(_model, _dictionary, pairs, *_rest):
+        assert all(f"-{split}-" in pair.example for pair in pairs)
+        raise _Stop
+
+    monkeypatch.setattr(stages, function, spy)
+    with pytest.raises(_Stop):
+        if stage == "choose_safety_site":
+            stages.choose_safety_site(model, {dictionary.site: dictionary}, 10, 0)
+        else:
+            getattr(stages, stage)(model, dictionary, stats, 10, 0)
+
+
+def test_steering_keeps_its_splits_apart():
+    for concept in stages.concepts(load_model("organism"), 20, 0):
+        chosen_on, tuned_on, reported = {*concept.present, *concept.absent}, {*concept.tune}, {*concept.report}
+        assert chosen_on
+        assert not chosen_on & tuned_on
+        assert not chosen_on & reported
+        assert not tuned_on & reported
 
 
 def test_same_command_same_numbers(summary, tmp_path):
