@@ -19,11 +19,12 @@ import torch
 
 from saepatch.charts import cell, effect_chart
 from saepatch.commandline import run_config
-from saepatch.controls import Curve, effect_curve
+from saepatch.curves import Curve, effect_curve
 from saepatch.dictionaries import Dictionary, load_saes
+from saepatch.effects import Effects
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, Tokens, load_model
-from saepatch.patching import Effects, patch_latents
+from saepatch.patching import patch_latents
 from saepatch.prompts import PromptPair, load_pairs
 from saepatch.quality import latent_statistics, splice_quality
 from saepatch.report import Facts, LineChart, Page, Section, Table, write_figure, write_page
@@ -109,7 +110,7 @@ class Layer:
 def rank(model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPair], seed: int) -> Layer:
     """Rank every latent of a site by its own effect, and patch the first ones together."""
     singles = patch_latents(model, dictionary, pairs, progress=True)
-    ranking = [group[0] for group in singles.top(max(SIZES))]
+    ranking = [edit.units[0] for edit in singles.top(max(SIZES))]
     together = patch_latents(model, dictionary, pairs, [ranking[:CHOOSE_BY]])
     return Layer(dictionary, tuple(ranking), together.of(0, seed))
 
@@ -246,7 +247,7 @@ class Found:
             ],
             f"The first {CHOOSE_BY} latents of each layer's ranking, patched together at all positions.",
         )
-        best = [group[0] for group in denoise.top(12)]
+        best = [edit.units[0] for edit in denoise.top(12)]
         latents = Table(
             ["latent", "denoising", "noising", "pairs where it differs"],
             [(j, cell(denoise.of(j)), cell(noise.of(j)), int(denoise.ran[:, j].sum())) for j in best],

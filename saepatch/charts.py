@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from saepatch import report
-from saepatch.controls import DRAWS, Curve
+from saepatch.controls import DRAWS
+from saepatch.curves import Curve
 from saepatch.statistics import Interval
 
 INTERVALS = "Intervals: 95 % bootstrap over prompts."

@@ -122,10 +122,10 @@ class Dictionary:
             UserError: width, site or device differ.
         """
         site = site or self.site
-        model.layout.module(site)
-        if self.d_in != model.d_model:
+        width = model.width(site)
+        if self.d_in != width:
             raise UserError(
-                f"dictionary {self.name} reads width {self.d_in}, but {model.name} has width {model.d_model}: "
+                f"dictionary {self.name} reads width {self.d_in}, but {site} of {model.name} has width {width}: "
                 "load the dictionary that was trained on this model"
             )
         if not site.same_tensor(self.site):

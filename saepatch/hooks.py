@@ -1,7 +1,7 @@
 """The one file where hooks go on and come off. Everything here is a context manager or returns without a hook left."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saepatch.errors import UserError
-from saepatch.sites import Layout, Site
+from saepatch.sites import READ_AT_INPUT, Layout, Site
 
 Edit = Callable[[Tensor], Tensor]
 # How many `unedited` contexts a model is in, by its first block. A hook acts only at the level it was put on at.
@@ -104,7 +104,7 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for site, edit in edits.items():
-            register = _on_input if site.stream == "resid_pre" else _on_output
+            register = _on_input if site.stream in READ_AT_INPUT else _on_output
             handle = register(layout.module(site), counted(site, edit))
             stack.callback(handle.remove)
         yield
@@ -184,6 +184,29 @@ def _method_replaced(module: nn.Module, name: str, method: Callable[..., Any]) -
             module.__dict__[name] = before
 
 
+@contextmanager
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give some modules another forward."""
+    with ExitStack() as stack:
+        for module, forward in forwards.items():
+            stack.enter_context(_method_replaced(module, "forward", forward))
+        yield
+
+
+def only_logits_of(hf: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
+    """Unembed to some vocabulary ids only, in their order; what the model does to logits after that still happens.
+
+    Does nothing where the unembedding is not a plain linear map that is in memory.
+    """
+    head: Any = hf.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear or head.weight.is_meta:
+        return nullcontext()
+    ids = ids.to(head.weight.device)
+    parts = head.state_dict(keep_vars=True)
+    weight, bias = parts["weight"][ids], parts["bias"][ids] if "bias" in parts else None
+    return forwards_replaced({head: lambda x: nn.functional.linear(x, weight, bias)})
+
+
 @torch.no_grad()
 def capture(
     hf: nn.Module, layout: Layout, sites: Collection[Site], inputs: Mapping[str, Any], stop: bool = True
@@ -215,7 +238,5 @@ def skip_blocks(layout: Layout, n: int) -> Iterator[None]:
         x = args[0] if args else kwargs["hidden_states"]
         return (x,) if layout.tuple_blocks else x
 
-    with ExitStack() as stack:
-        for block in layout.blocks[:n]:
-            stack.enter_context(_method_replaced(block, "forward", passing_through))
+    with forwards_replaced(dict.fromkeys(layout.blocks[:n], passing_through)):
         yield

@@ -74,6 +74,10 @@ def refusal_score(refusal_ids: Collection[int]) -> Metric:
     return score
 
 
+# Metrics that look at the logits of answer and counter-answer alone: sweeps unembed no others for them.
+ANSWERS_ONLY: frozenset[Metric] = frozenset({logit_difference})
+
+
 def metric_name(metric: Metric) -> str:
     """How a metric is called in results."""
     return getattr(metric, "__qualname__", repr(metric)).split(".<locals>")[0]

@@ -83,6 +83,16 @@ class LanguageModel:
         return int(self.config.get_text_config().hidden_size)
 
     @property
+    def n_heads(self) -> int:
+        """Attention (query) heads a layer."""
+        return int(self.config.get_text_config().num_attention_heads)
+
+    def width(self, site: Site) -> int:
+        """Size of the last dimension of what a site holds."""
+        self.layout.module(site)
+        return self.layout.widths[site.stream]
+
+    @property
     def device(self) -> torch.device:
         return next(self.hf.parameters()).device
 
@@ -310,10 +320,11 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
 
 @torch.no_grad()
 def check_sites(model: LanguageModel) -> LanguageModel:
-    """Run a few tokens and see that every site emits [batch, pos, d_model] and that editing it changes the logits.
+    """Run a few tokens and see that every site emits [batch, pos, width] and that editing it changes the logits.
 
     `attn_out` and `mlp_out` must together account for what a block adds to the stream; a family where they do not
-    (scaled residuals, say) loses these two streams, with a warning.
+    (scaled residuals, say) loses these two streams, with a warning; one whose `z` is not the heads side by side
+    loses that.
 
     Raises:
         UserError: a residual site does not behave as one.
@@ -324,8 +335,14 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     as_tuple = blocks_return_tuples(model.hf, model.layout, inputs)
     model = replace(model, layout=replace(model.layout, tuple_blocks=as_tuple))
     seen = capture(model.hf, model.layout, model.layout.sites, inputs, stop=False)
+    z = seen[Site(0, "z")].shape if "z" in model.layout.streams else None
+    if z is not None and (z[:-1] != (1, 6) or z[-1] % model.n_heads):
+        log.warning("z of %r has shape %s, not %d heads side by side: not offered", model.name, tuple(z), model.n_heads)
+        model = replace(model, layout=model.layout.without("z"))
+    widths = {site.stream: value.shape[-1] for site, value in seen.items()}
+    model = replace(model, layout=replace(model.layout, widths=widths))
     for site, value in seen.items():
-        if value.shape != (1, 6, model.d_model):
+        if site.stream != "z" and value.shape != (1, 6, model.d_model):
             raise UserError(
                 f"site {site} emits {tuple(value.shape)}, not (1, 6, {model.d_model}): check sites.FAMILIES"
             )

@@ -22,17 +22,20 @@ LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy
 class Row:
     """One measured value: one edit of one example.
 
-    `latents` and `position` are texts ("417", "3,17", "all"); `role` says why these latents: "single", "top", "random",
-    "matched", "differing" or "every". `effect` is normalised (0: base run, 1: source run) and NaN where the clean and
-    corrupted runs are too close to divide by.
+    `component` says what was patched ("latent", "error", "stream", "head", "direction"). `latent` names its units and
+    `position` the place, as texts ("417", "3,17", "all"); `token` is the text at a single position. `role` says why
+    these units: "single", "top", "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1:
+    source run) and NaN where the clean and corrupted runs are too close to divide by.
     """
 
     task: str
     example: str
     site: str
-    latents: str
+    component: str
+    latent: str
     role: str
     position: str
+    token: str
     direction: str
     metric: str
     method: str

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,18 +11,24 @@ from saepatch.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STREAMS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-_HOOK_NAMES = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out"}
-_HOOK_NAMES["mlp_out"] = "hook_mlp_out"
+_HOOK_NAMES = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+}
+STREAMS = tuple(_HOOK_NAMES)
+READ_AT_INPUT = ("resid_pre", "z")  # these are what a module receives; the others are what one emits
 _STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One tensor of shape [batch, pos, d_model] in the model: `resid_post.3` is the residual stream after block 3.
+    """One tensor of shape [batch, pos, width] in the model: `resid_post.3` is the residual stream after block 3.
 
     `attn_out` and `mlp_out` are what attention and MLP add to the residual stream (after a post-norm, where a family
-    has one). Layers count from 0.
+    has one); `z` holds the attention heads' outputs side by side, before the output projection. Layers count from 0.
     """
 
     layer: int
@@ -41,7 +47,7 @@ class Site:
             return text
         if match := re.fullmatch(r"(\w+)\.(\d+)", text):
             return cls(int(match[2]), match[1])
-        if (match := re.fullmatch(r"blocks\.(\d+)\.(\w+)", text)) and match[2] in _STREAM_OF_HOOK:
+        if (match := re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", text)) and match[2] in _STREAM_OF_HOOK:
             return cls(int(match[1]), _STREAM_OF_HOOK[match[2]])
         raise UserError(
             f"cannot read site {text!r}: write STREAM.LAYER with STREAM one of {', '.join(STREAMS)} "
@@ -61,6 +67,11 @@ class Site:
         """How many blocks have no say any more once the site is set: none for what a block adds to the stream."""
         return {"resid_post": self.layer + 1, "resid_pre": self.layer}.get(self.stream, 0)
 
+    @property
+    def enters(self) -> int:
+        """The first block that has to run for a change of the site to reach the logits; may be one past the last."""
+        return self.layer + (self.stream == "resid_post")
+
     def same_tensor(self, other: "Site") -> bool:
         """Whether both names mean one tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
         return self._canonical() == other._canonical()
@@ -78,24 +89,26 @@ class Family:
     blocks: str
     attn: str | None = None
     mlp: str | None = None
+    z: str | None = None
 
 
-_LLAMA = Family("model.layers", "self_attn", "mlp")
-_POST_NORM = Family("model.layers", "post_attention_layernorm", "post_feedforward_layernorm")
+_LLAMA = Family("model.layers", "self_attn", "mlp", "self_attn.o_proj")
+_POST_NORM = Family("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj")
 
-# Keyed by `config.model_type`. `attn` and `mlp` name the module whose output enters the residual stream.
+# Keyed by `config.model_type`. `attn` and `mlp` name the module whose output enters the residual stream, `z` the one
+# that projects the heads' outputs.
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3", "stablelm", "starcoder2"],
         _LLAMA,
     ),
     **dict.fromkeys(["gemma2", "gemma3_text", "olmo2", "olmo3"], _POST_NORM),
-    "phi": Family("model.layers", "self_attn", "mlp"),
-    "gpt2": Family("transformer.h", "attn", "mlp"),
-    "gpt_neo": Family("transformer.h", "attn", "mlp"),
-    "gptj": Family("transformer.h", "attn", "mlp"),
-    "gpt_neox": Family("gpt_neox.layers", "attention", "mlp"),
-    "opt": Family("model.decoder.layers", "self_attn", None),
+    "phi": Family("model.layers", "self_attn", "mlp", "self_attn.dense"),
+    "gpt2": Family("transformer.h", "attn", "mlp", "attn.c_proj"),
+    "gpt_neo": Family("transformer.h", "attn", "mlp", "attn.attention.out_proj"),
+    "gptj": Family("transformer.h", "attn", "mlp", "attn.out_proj"),
+    "gpt_neox": Family("gpt_neox.layers", "attention", "mlp", "attention.dense"),
+    "opt": Family("model.decoder.layers", "self_attn", None, "self_attn.out_proj"),
 }
 
 
@@ -109,6 +122,7 @@ class Layout:
     blocks: tuple[nn.Module, ...]
     streams: Mapping[str, str]
     tuple_blocks: bool = False  # whether a block returns a tuple that starts with the stream; seen on load
+    widths: Mapping[str, int] = field(default_factory=dict)  # of each stream; seen on load
 
     def module(self, site: Site) -> nn.Module:
         """The module that emits the site (for `resid_pre`: that receives it).
@@ -148,6 +162,8 @@ def layout_of(hf: nn.Module, model_type: str, n_layers: int) -> Layout:
         streams["attn_out"] = family.attn
     if family.mlp is not None:
         streams["mlp_out"] = family.mlp
+    if family.z is not None:
+        streams["z"] = family.z
     return Layout(blocks, streams)
 
 

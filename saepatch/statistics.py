@@ -74,6 +74,24 @@ def wilson_share(shares: Float[np.ndarray, "examples"], level: float = 0.95) -> 
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
+def false_discovery(
+    change: Float[np.ndarray, "pairs edits"], tested: Bool[np.ndarray, "pairs edits"]
+) -> Float[np.ndarray, "edits"]:
+    """q values of the test that each column's mean is 0 (Benjamini and Hochberg 1995, over one-sample t tests).
+
+    Columns that `tested` has in fewer than two rows are NaN: too little ran there to test. Rows where an edit did not
+    run are real zeros, and stay in the mean.
+    """
+    raise NotImplementedError
+
+
+def sign_flip_test(
+    change: Float[np.ndarray, "pairs edits"], tested: Bool[np.ndarray, "pairs edits"], draws: int = 2000, seed: int = 0
+) -> Float[np.ndarray, "edits"]:
+    """p values from the permutation distribution of the maximum |mean / standard error| under random signs of rows."""
+    raise NotImplementedError
+
+
 def random_latents(
     among: Bool[Tensor, "d_sae"], exclude: Collection[int], k: int, draws: int = 5, seed: int = 0
 ) -> list[tuple[int, ...]]:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny import FAMILIES, random_dictionary, tiny_model
 
-from saepatch.controls import DRAWS, control_sets, differing_sets, effect_curve, effect_curve_by_pair
+from saepatch.controls import DRAWS, control_sets, differing_sets
+from saepatch.curves import effect_curve, effect_curve_by_pair
 from saepatch.errors import UserError
 from saepatch.interventions import Patch
 from saepatch.metrics import log_probability, logit_difference
@@ -48,7 +49,7 @@ def test_sweep_equals_one_plain_forward_an_edit(family, layer):
     model, dictionary = tiny_model(family), random_dictionary(f"resid_post.{layer}")
     groups = [(3,), (5,), (1, 2, 7), tuple(range(48))]
     for direction in ("denoise", "noise"):
-        effects = patch_latents(model, dictionary, PAIRS, groups, direction=direction, batch_size=3)
+        effects = patch_latents(model, dictionary, PAIRS, groups, direction=direction, batch_size=3, controls=0)
         assert effects.ran.any()
         for row, pair in enumerate(PAIRS):
             for column, group in enumerate(groups):
@@ -60,7 +61,7 @@ def test_sweep_equals_one_plain_forward_an_edit(family, layer):
 def test_other_streams(site):
     """All latents and no error term left over: patching a whole stream with the clean run's."""
     model, dictionary = tiny_model(), random_dictionary(site)
-    effects = patch_latents(model, dictionary, PAIRS, [tuple(range(48))])
+    effects = patch_latents(model, dictionary, PAIRS, [tuple(range(48))], controls=0)
     for row, pair in enumerate(PAIRS):
         batch = batch_pairs(model, [pair])
         with splice(model, dictionary, Patch(record_latents(model, dictionary, batch.clean))):
@@ -71,11 +72,11 @@ def test_other_streams(site):
 def test_positions_restrict_the_edit():
     model, dictionary = tiny_model(), random_dictionary()
     everything = [tuple(range(48))]
-    last = patch_latents(model, dictionary, PAIRS, everything, positions="last")
+    last = patch_latents(model, dictionary, PAIRS, everything, positions="last", controls=0)
     for row, pair in enumerate(PAIRS):
         expected = plain_forward(model, dictionary, pair, everything[0], "denoise", where=slice(-1, None))
         assert abs(last.patched[row, 0] - expected) <= 2e-5
-    assert np.abs(last.patched - patch_latents(model, dictionary, PAIRS, everything).patched).max() > 1e-3
+    assert np.abs(last.patched - patch_latents(model, dictionary, PAIRS, everything, controls=0).patched).max() > 1e-3
 
 
 def test_every_latent_alone_counts_the_ones_that_do_not_differ_as_no_effect():
@@ -88,7 +89,7 @@ def test_every_latent_alone_counts_the_ones_that_do_not_differ_as_no_effect():
     expected = (effects.patched - effects.corrupted[:, None]).mean(0) / (effects.clean - effects.corrupted).mean()
     np.testing.assert_allclose(effects.ratios(), expected)
     best = effects.top(5)
-    assert [effects.groups.index(g) for g in best] == list(np.argsort(-expected, kind="stable")[:5])
+    assert [effects.edits.index(e) for e in best] == list(np.argsort(-expected, kind="stable")[:5])
     assert len(effects.rows("task")) == effects.ran.sum()
 
 
@@ -96,7 +97,7 @@ def test_prompts_aligned_from_the_right():
     """Only columns where both prompts have an ordinary token are patched; the sweep and the splice agree on them."""
     model, dictionary = tiny_model(), random_dictionary()
     pairs = [PromptPair("a cat sat", "the horse sat", "x", "y"), PromptPair("abcdef", "abc", "x", "y")]
-    effects = patch_latents(model, dictionary, pairs, [tuple(range(48))], align="right")
+    effects = patch_latents(model, dictionary, pairs, [tuple(range(48))], controls=0, align="right")
     batch = batch_pairs(model, pairs, align="right")
     with splice(model, dictionary, Patch(record_latents(model, dictionary, batch.clean))):
         whole = logit_difference(model.next_logits(batch.corrupted), batch)
@@ -130,7 +131,7 @@ def test_effects_are_normalised_by_definition_and_small_gaps_are_missing():
     model, dictionary = tiny_model(), random_dictionary()
     same = PromptPair("same text", "same text", "x", "y", "no gap")
     for direction, sign in (("denoise", 1), ("noise", -1)):
-        effects = patch_latents(model, dictionary, [*PAIRS, same], [tuple(range(48))], direction=direction)
+        effects = patch_latents(model, dictionary, [*PAIRS, same], [tuple(range(48))], controls=0, direction=direction)
         base = effects.corrupted if direction == "denoise" else effects.clean
         expected = sign * (effects.patched[:4, 0] - base[:4]) / (effects.clean - effects.corrupted)[:4]
         np.testing.assert_allclose(effects.normalised[:4, 0], expected)
@@ -146,13 +147,13 @@ def test_effects_are_normalised_by_definition_and_small_gaps_are_missing():
 def test_pairs_without_any_gap_are_not_ranked():
     model, dictionary = tiny_model(), random_dictionary()
     same = [PromptPair("same text", "same text", "x", "y")]
-    with pytest.raises(UserError, match="no effect to rank latents by"):
+    with pytest.raises(UserError, match="no effect to rank by"):
         patch_latents(model, dictionary, same).top(3)
 
 
 def test_other_metrics_and_bad_input():
     model, dictionary = tiny_model(), random_dictionary()
-    effects = patch_latents(model, dictionary, PAIRS, [(3, 4)], metric=log_probability)
+    effects = patch_latents(model, dictionary, PAIRS, [(3, 4)], metric=log_probability, controls=0)
     assert effects.metric == "log_probability"
     assert (effects.clean < 0).all()
     for bad, complaint in [([48], "latent 48 is out of range"), ([], "no latents"), ([()], "no latents")]:
@@ -168,18 +169,18 @@ def test_curve_has_controls_of_the_same_size_that_share_no_latent_with_the_top()
         [p.clean for p in PAIRS] + ["many other texts, to wake more latents", "zyxwvutsrq 0123456789"]
     )
     stats = latent_statistics(model, dictionary, tokens)
-    ranking = [group[0] for group in patch_latents(model, dictionary, PAIRS).top(8)]
+    ranking = [edit.units[0] for edit in patch_latents(model, dictionary, PAIRS).top(8)]
     curve = effect_curve(model, dictionary, PAIRS, ranking, (1, 4, 8), stats)
-    groups, roles = curve.effects[0].groups, curve.effects[0].roles
+    roles = [edit.role for edit in curve.effects[0].edits]
     assert {role: roles.count(role) for role in set(roles)} == {"every": 1, "top": 3, "random": 15, "matched": 15}
     for number, k in enumerate((1, 4, 8)):
         for role in ("random", "matched"):
-            mine = [group for group, its in zip(groups, roles, strict=True) if its == role][number * DRAWS :][:DRAWS]
+            mine = [edit.units for edit in curve.effects[0].edits if edit.role == role][number * DRAWS :][:DRAWS]
             for control in mine:
                 assert len(set(control)) == k
                 assert not set(control) & set(ranking[:k])
                 assert all(stats.alive[latent] for latent in control)
-    alone = patch_latents(model, dictionary, PAIRS, [tuple(ranking[:4])])
+    alone = patch_latents(model, dictionary, PAIRS, [tuple(ranking[:4])], controls=0)
     assert curve.top[1].value == pytest.approx(alone.of(0).value, abs=1e-6)
 
 
@@ -220,10 +221,11 @@ def test_curve_by_pair_is_each_pair_with_its_own_ranking():
     gap = singles.gap.sum()
     assert curve.top[0].value == pytest.approx(singles.change.max(1).sum() / gap, abs=1e-5)
     three = [
-        patch_latents(model, dictionary, [p], [tuple(r[:3])]).change[0, 0] for p, r in zip(PAIRS, rankings, strict=True)
+        patch_latents(model, dictionary, [p], [tuple(r[:3])], controls=0).change[0, 0]
+        for p, r in zip(PAIRS, rankings, strict=True)
     ]
     assert curve.top[1].value == pytest.approx(sum(three) / gap, abs=1e-5)
     assert curve.differing is not None
     rows = [row for one in curve.effects for row in one.rows("t")]
     assert len([row for row in rows if row.role == "top"]) == 2 * len(PAIRS)
-    assert {row.latents for row in rows if row.role == "every"} == {"all"}
+    assert {row.latent for row in rows if row.role == "every"} == {"all"}

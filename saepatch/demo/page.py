@@ -80,7 +80,7 @@ def _splice(found: "Findings") -> Section:
 def _patching(found: "Findings") -> Section:
     p = found.patching
     denoise, noise = p.singles
-    best = [group[0] for group in denoise.top(12)]
+    best = [edit.units[0] for edit in denoise.top(12)]
     rows = [
         (latent, cell(denoise.of(latent)), cell(noise.of(latent)), int(denoise.ran[:, latent].sum())) for latent in best
     ]

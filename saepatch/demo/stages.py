@@ -15,12 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saepatch.attribution import integrated_gradients
-from saepatch.controls import DRAWS, Curve, control_sets, differing_sets, effect_curve, effect_curve_by_pair
+from saepatch.controls import DRAWS, control_sets, differing_sets
+from saepatch.curves import Curve, effect_curve, effect_curve_by_pair
 from saepatch.dictionaries import Dictionary
+from saepatch.effects import Direction, Effects
 from saepatch.interventions import Ablate, Intervention, Patch
 from saepatch.models import LanguageModel
 from saepatch.organism import tasks, world
-from saepatch.patching import Direction, Effects, patch_latents
+from saepatch.patching import patch_latents
 from saepatch.prompts import PromptPair, batch_pairs, load_pairs, pairs_of
 from saepatch.quality import LatentStatistics
 from saepatch.safety import change_scores, first_tokens, judge, refused_first_token, restore

@@ -1,0 +1,232 @@
+"""Run a model once, then go on from one of its sites as often as needed, with the site edited.
+
+An edited pass skips the blocks before the site and every position before the first edited one, whose keys and values
+are those of the kept run. It runs through the model's own blocks, so masks, positions, grouped queries, sliding windows
+and soft-caps are the model's. Before a way of resuming is used it is compared with a whole forward pass; one that does
+not agree is dropped, with the reason logged.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saepatch.errors import UserError
+from saepatch.hooks import Edit, edit_sites, forwards_replaced, is_spliced, only_logits_of, skip_blocks
+from saepatch.models import LanguageModel, Tokens
+from saepatch.shortcuts import at_edited, at_last, find_maps, kept_outputs
+from saepatch.sites import Site
+
+log = logging.getLogger(__name__)
+
+Ways = tuple[str, ...]
+WAYS: Ways = ("shortcuts", "cache", "whole")  # from the quickest to the one that is always right
+# The ways that were seen to agree with whole passes, by model, for a site and up to a number of tokens.
+_CHECKED: WeakKeyDictionary[nn.Module, dict[Site, tuple[str, int]]] = WeakKeyDictionary()
+
+
+class Run:
+    """One forward pass over a batch whose prompts end in the same column, kept so that edited passes resume from it.
+
+    `logits` are those after each prompt's last token, `values[site]` what the sites held.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: Tokens,
+        sites: Collection[Site],
+        edits: Mapping[Site, Edit] | None = None,
+        keep_cache: bool = True,
+    ) -> None:
+        if is_spliced(model.layout):
+            raise UserError("a sweep runs the model itself, and it is inside a splice: leave the splice first")
+        if not bool(tokens.attention_mask[:, -1].all()):
+            raise ValueError("resuming needs prompts that end in the last column: pad on the left")
+        self.model, self.tokens = model, tokens
+        self.values: dict[Site, Tensor] = {}
+        wanted = {*sites, *(entry(site) for site in sites)}
+        changed = dict(edits or {})
+
+        def keep(site: Site) -> Edit:
+            def see(x: Tensor) -> Tensor:
+                new = changed[site](x) if site in changed else x
+                if site in wanted:
+                    self.values[site] = new
+                return new
+
+            return see
+
+        self._cache: Any = None
+        inputs = model.inputs(tokens)
+        if keep_cache and "past_key_values" in model._forward_arguments:
+            from transformers import DynamicCache
+
+            # without the config every layer keeps all positions, sliding windows too: the masks cut them
+            self._cache = DynamicCache()
+            inputs |= {"past_key_values": self._cache, "use_cache": True}
+        if "logits_to_keep" in model._forward_arguments:
+            inputs["logits_to_keep"] = 1
+        with edit_sites(model.layout, {site: keep(site) for site in {*wanted, *changed}}):
+            self.logits: Float[Tensor, "batch vocab"] = model.hf(**inputs).logits[:, -1]
+        self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # what maps of the first block gave, by site
+
+    @property
+    def width(self) -> int:
+        """Columns of the batch."""
+        return self.tokens.input_ids.shape[1]
+
+    def resume(
+        self,
+        site: Site,
+        rows: Int[Tensor, "edits"],
+        first: int,
+        change: Float[Tensor, "edits columns width"],
+        only: Int[Tensor, "some"] | None = None,
+    ) -> Float[Tensor, "edits logits"]:
+        """Next-token logits of some rows with `change` added to the site from column `first` on.
+
+        `only` names the vocabulary ids whose logits are needed; None: all of them.
+        """
+        return self._go(self._way(site), site, rows, first, change, only)
+
+    @torch.no_grad()
+    def _go(
+        self,
+        way: str,
+        site: Site,
+        rows: Int[Tensor, "edits"],
+        first: int,
+        change: Float[Tensor, "edits columns width"],
+        only: Int[Tensor, "some"] | None,
+    ) -> Float[Tensor, "edits logits"]:
+        model = self.model
+        if way == "whole" and first:
+            change = nn.functional.pad(change, (0, 0, first, 0))
+            first = 0
+        old = self.values[site][rows, first:]
+        edited = {site: (old + change).to(old.dtype)}
+        if entry(site) != site:
+            edited[entry(site)] = self.values[entry(site)][rows, first:]
+        inputs = self._inputs(rows, first, site.enters)
+        with ExitStack() as stack:
+            if way != "whole":
+                stack.enter_context(skip_blocks(model.layout, site.enters))
+            if way == "shortcuts":
+                stack.enter_context(self._shortcuts(site, rows, first, change))
+            if only is not None:
+                stack.enter_context(only_logits_of(model.hf, only))
+            stack.enter_context(edit_sites(model.layout, {at: _set_to(value) for at, value in edited.items()}))
+            logits = model.hf(**inputs).logits[:, -1]
+        if only is not None and logits.shape[-1] != len(only):
+            logits = logits[:, only]
+        return logits
+
+    def _inputs(self, rows: Int[Tensor, "edits"], first: int, starts: int) -> dict[str, Any]:
+        inputs = self.model.inputs(self.tokens.rows(rows))
+        if "logits_to_keep" in self.model._forward_arguments:
+            inputs["logits_to_keep"] = 1
+        if first:
+            inputs["input_ids"] = inputs["input_ids"][:, first:]
+            if "position_ids" in inputs:
+                inputs["position_ids"] = inputs["position_ids"][:, first:]
+            inputs |= {"past_key_values": self._before(rows, first, starts), "use_cache": True}
+        return inputs
+
+    def _before(self, rows: Int[Tensor, "edits"], first: int, starts: int) -> Any:
+        """Keys and values of the positions before column `first`, as the model's own kind of cache."""
+        from transformers.cache_utils import Cache, DynamicLayer
+
+        one = bool((rows == rows[0]).all())
+        layers: list[Any] = []
+        for number, kept in enumerate(self._cache.layers):
+            layer = DynamicLayer()
+            layer.lazy_initialization(kept.keys, kept.values)
+            for name in ("keys", "values"):
+                before = getattr(kept, name)[:, :, :first]
+                if number < starts:  # skipped: only its length is looked at
+                    part = before[:1]
+                elif one:  # a view: the copy is made when the new positions are appended
+                    part = before[rows[:1]].expand(len(rows), -1, -1, -1)
+                else:
+                    part = before[rows]
+                setattr(layer, name, part)
+            layers.append(layer)
+        return Cache(layers=layers)
+
+    @contextmanager
+    def _shortcuts(
+        self, site: Site, rows: Int[Tensor, "edits"], first: int, change: Float[Tensor, "edits columns width"]
+    ) -> Iterator[None]:
+        """What the first and the last block of the pass need not compute."""
+        layers, starts = self.model.n_layers, site.enters
+        forwards: dict[nn.Module, Any] = {}
+        if starts < layers and change.shape[1] > 1:
+            forwards = self._kept_elsewhere(site, rows, first, change)
+            last = find_maps(self.model, layers - 1)
+            forwards |= {m: at_last(m, m in last.wide) for m in last.stays if m not in forwards}
+        with forwards_replaced(forwards):
+            yield
+
+    def _kept_elsewhere(
+        self, site: Site, rows: Int[Tensor, "edits"], first: int, change: Float[Tensor, "edits columns width"]
+    ) -> dict[nn.Module, Any]:
+        edited = change.ne(0).any(-1)
+        if entry(site) != site or not bool((edited.sum(-1) == 1).all()):
+            return {}  # several positions edited, or a block whose own parts are
+        if site not in self._kept:
+            inputs = self.model.inputs(self.tokens)
+            self._kept[site] = kept_outputs(self.model, site.enters, self.values[site], inputs)
+        column = edited.int().argmax(-1)
+        return {m: at_edited(m, out[rows, first:], column) for m, out in self._kept[site].items()}
+
+    def _way(self, site: Site) -> str:
+        """The quickest way that agrees with whole passes on a few of this run's rows; found once a site and length."""
+        known = _CHECKED.setdefault(self.model.hf, {})
+        way, width = known.get(site, ("", 0))
+        if width < self.width:
+            candidates = WAYS if self._cache is not None else WAYS[-1:]
+            way = next(way for way in candidates if way == WAYS[-1] or self._agrees(way, site))
+            known[site] = (way, self.width)
+        return way
+
+    def _agrees(self, way: str, site: Site) -> bool:
+        """Compare edits of one position, first and last among them, with whole passes."""
+        worst, scale = 0.0, 1.0
+        row = torch.zeros(1, dtype=torch.long)
+        generator = torch.Generator().manual_seed(0)
+        for first in sorted({0, self.width // 2, self.width - 1}):
+            old = self.values[site][:1, first:]
+            change = torch.zeros_like(old)
+            noise = torch.randn(old.shape[-1], generator=generator).to(old)
+            change[:, 0] = noise * old.std().clamp(min=1e-3)
+            whole = self._go(WAYS[-1], site, row, first, change, None).float()
+            try:
+                found = self._go(way, site, row, first, change, None).float()
+            except Exception as error:  # whatever a family does not expect; whole passes always work
+                log.info("%s at %s: %s fails (%s), so the next way is taken", self.model.name, site, way, error)
+                return False
+            worst, scale = max(worst, float((found - whole).abs().max())), max(scale, float(whole.abs().max()))
+        tolerance = (1e-4 if self.model.dtype == torch.float32 else 5e-2) * scale
+        if not worst <= tolerance:
+            log.warning(
+                "%s at %s: resuming by %r differs from whole passes by %.1e, so the next way is taken",
+                self.model.name, site, way, worst,
+            )  # fmt: skip
+            return False
+        return True
+
+
+def entry(site: Site) -> Site:
+    """Where an edited pass sets the residual stream to the kept run's: the site itself, if it is that stream."""
+    return site if site.stream in ("resid_pre", "resid_post") else Site(site.layer, "resid_pre")
+
+
+def _set_to(value: Tensor) -> Edit:
+    return lambda x: value.to(x.device)
