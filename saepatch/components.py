@@ -1,7 +1,7 @@
 """What a sweep can patch: latents, error terms, whole sites, attention heads, directions. All write one site."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel
+from saepatch.resume import Run
 from saepatch.sites import Site
 
 
@@ -29,6 +30,17 @@ class Changes:
     def __len__(self) -> int:
         return len(self.row)
 
+    def reversed(self) -> "Changes":
+        """The way back."""
+        return replace(self, vectors=lambda some: -self.vectors(some))
+
+    def applied(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        """The site's value with all of them made."""
+        out = x.clone()
+        for some in torch.arange(len(self), device=self.row.device).split(2**16):  # as many vectors as surely fit
+            out.index_put_((self.row[some], self.pos[some]), self.vectors(some).to(x.dtype), accumulate=True)
+        return out
+
 
 @runtime_checkable
 class Component(Protocol):
@@ -44,13 +56,17 @@ class Component(Protocol):
         """Raises UserError where the component does not belong to the model."""
         ...
 
-    def changes(
+    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos values"]:
+        """What the units hold where the site holds `x`."""
+        ...
+
+    def write(
         self,
         base: Float[Tensor, "batch pos width"],
-        source: Float[Tensor, "batch pos width"],
+        values: Float[Tensor, "batch pos values"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        """What differs between the two runs' values of the site, at the positions where it may be patched."""
+        """What setting the units to `values` changes at a site that holds `base`, at the positions where it may."""
         ...
 
 
@@ -72,14 +88,17 @@ class LatentUnits:
     def check(self, model: LanguageModel) -> None:
         self.dictionary.check(model)
 
-    def changes(
+    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos units"]:
+        return self.dictionary.encode(x).acts
+
+    def write(
         self,
         base: Float[Tensor, "batch pos width"],
-        source: Float[Tensor, "batch pos width"],
+        values: Float[Tensor, "batch pos units"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
         mine = self.dictionary.encode(base)
-        change = self.dictionary.encode(source).acts.sub_(mine.acts)
+        change = values - mine.acts
         change *= where[..., None]
         row, pos, unit = change.nonzero(as_tuple=True)
         value = change[row, pos, unit]
@@ -104,13 +123,16 @@ class ErrorTerm:
     def check(self, model: LanguageModel) -> None:
         self.dictionary.check(model)
 
-    def changes(
+    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        return self.dictionary.encode(x).error
+
+    def write(
         self,
         base: Float[Tensor, "batch pos width"],
-        source: Float[Tensor, "batch pos width"],
+        values: Float[Tensor, "batch pos width"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        return _whole(self.dictionary.encode(source).error - self.dictionary.encode(base).error, where)
+        return _whole(values - self.dictionary.encode(base).error, where)
 
 
 @dataclass(frozen=True)
@@ -124,13 +146,16 @@ class Stream:
     def check(self, model: LanguageModel) -> None:
         model.layout.module(self.site)
 
-    def changes(
+    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        return x
+
+    def write(
         self,
         base: Float[Tensor, "batch pos width"],
-        source: Float[Tensor, "batch pos width"],
+        values: Float[Tensor, "batch pos width"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        return _whole(source - base, where)
+        return _whole(values - base, where)
 
 
 @dataclass(frozen=True)
@@ -150,13 +175,16 @@ class Heads:
         if self.units != model.n_heads:
             raise UserError(f"{self.units} heads named at layer {self.layer}, but {model.name} has {model.n_heads}")
 
-    def changes(
+    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        return x
+
+    def write(
         self,
         base: Float[Tensor, "batch pos width"],
-        source: Float[Tensor, "batch pos width"],
+        values: Float[Tensor, "batch pos width"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        by_head = (source - base).unflatten(-1, (self.units, -1)) * where[..., None, None]
+        by_head = (values - base).unflatten(-1, (self.units, -1)) * where[..., None, None]
         row, pos, unit = by_head.ne(0).any(-1).nonzero(as_tuple=True)
 
         def vectors(some: Int[Tensor, "some"]) -> Float[Tensor, "some width"]:
@@ -200,14 +228,22 @@ class Directions:
                 f"{model.width(self.site)}"
             )
 
-    def changes(
+    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos units"]:
+        return x.to(self._dtype(x)) @ self.rows.to(x.device, self._dtype(x)).T
+
+    @staticmethod
+    def _dtype(x: Tensor) -> torch.dtype:
+        # in bfloat16 the difference of two coordinates would be little more than their rounding
+        return torch.promote_types(x.dtype, torch.float32)
+
+    def write(
         self,
         base: Float[Tensor, "batch pos width"],
-        source: Float[Tensor, "batch pos width"],
+        values: Float[Tensor, "batch pos units"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        rows = self.rows.to(base)
-        change = ((source - base) @ rows.T) * where[..., None]
+        rows = self.rows.to(base.device, self._dtype(base))
+        change = (values - self.read(base)) * where[..., None]
         row, pos, unit = change.nonzero(as_tuple=True)
         value = change[row, pos, unit]
         return Changes(row, pos, unit, lambda some: value[some, None] * rows[unit[some]])
@@ -216,6 +252,19 @@ class Directions:
 def _whole(change: Float[Tensor, "batch pos width"], where: Bool[Tensor, "batch pos"]) -> Changes:
     row, pos = (where & change.ne(0).any(-1)).nonzero(as_tuple=True)
     return Changes(row, pos, torch.zeros_like(row), lambda some: change[row[some], pos[some]])
+
+
+def between(component: Component, base: Run, source: Run, where: Bool[Tensor, "batch pos"]) -> Changes:
+    """What patching each unit from one run into another changes, at the positions where it may be patched.
+
+    Where one of them is the other with the units written over (an ablation), they are what was written: read again,
+    they could be others, for an encoder's nonlinearity is not run on edited latents.
+    """
+    site = component.site
+    if base.written is not None:
+        return component.write(source.values[site], base.written, where).reversed()
+    values = component.read(source.values[site]) if source.written is None else source.written
+    return component.write(base.values[site], values, where)
 
 
 Patchable = Dictionary | Component

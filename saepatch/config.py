@@ -1,6 +1,8 @@
 """Settings of the command line's commands. Light to import: `saepatch --help` reads nothing else."""
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 from saepatch.errors import UserError
 
@@ -49,3 +51,152 @@ class InspectConfig:
     """Precision of the model: float32, bfloat16 or float16."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Leave off unless you trust its author."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What sweeps share: model, dictionaries, pairs, positions, where results go."""
+
+    model: str = "organism"
+    """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
+    sae: str = "organism"
+    """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
+    site: str = ""
+    """One site or several, as in resid_post.3,resid_post.4; empty: every one there is a dictionary for."""
+    pairs: str = ""
+    """Prompt pairs: a task of the embedded model (ioi, say); a .jsonl, .json, .csv or .parquet file with columns clean,
+    corrupted, answer, counter; a folder saved by `datasets`; OWNER/NAME[:CONFIGURATION] of a dataset."""
+    split: str = "report"
+    """Split of a task (select, tune, report) or dataset; files have none."""
+    n: int = 200
+    """Pairs, at most; 0: all of a file or dataset."""
+    clean: str = ""
+    """Instead of `pairs`: the clean prompt of one pair."""
+    corrupted: str = ""
+    """… its corrupted prompt."""
+    answers: str = ""
+    """… the answer after each, with a bar between and their leading spaces: --answers " Mary| John"."""
+    positions: str = "all"
+    """Where to patch: all, last, an index (5, or -1 for the last), a span (3:7, or --positions=-3: with an equals
+    sign), several (1,4), or the tokens of a text ("at: Mary")."""
+    direction: Literal["denoise", "noise", "both"] = "denoise"
+    """denoise: clean values into the corrupted run; noise: corrupted values into the clean run."""
+    metric: str = "logit_difference"
+    """A function of saepatch.metrics: logit_difference, probability, log_probability, …"""
+    min_gap: float = 1e-2
+    """Pairs whose clean and corrupted metric differ by less have no effect of their own."""
+    align: Literal["equal", "right"] = "equal"
+    """equal: both prompts of a pair have as many tokens; right: they are lined up from the last token."""
+    batch_size: int = 0
+    """Edits at a time; 0: as many as pay and fit."""
+    seed: int = 0
+    """Seed of a task's pairs, of controls and of bootstrap draws."""
+    out: str = "runs/patch"
+    """Folder for the results."""
+    track: str = "none"
+    """W&B beside the local log: none, wandb, wandb:offline or wandb:online."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1 or mps."""
+    dtype: str = "float32"
+    """Precision of the model: float32, bfloat16 or float16."""
+    device_map: str = ""
+    """auto: spread a model that is too large for one device over all there are."""
+    prepend_bos: bool = False
+    """Put a BOS in front of prompts where the tokenizer does not."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave off unless you trust its author."""
+    progress: Literal["auto", "bar", "log"] = "auto"
+    """A bar, or a line in the log every half minute; auto: a bar on a terminal."""
+    quiet: bool = False
+    """Neither: only the results are said."""
+
+    def __post_init__(self) -> None:
+        inline = (self.clean, self.corrupted, self.answers)
+        if bool(self.pairs) == any(inline):
+            raise UserError(
+                "which prompts? Give --pairs (a task such as ioi, or a file), or else --clean, --corrupted and "
+                '--answers " Mary| John"' + (", not both" if self.pairs else "")
+            )
+        if any(inline) and not all(inline):
+            raise UserError("an inline pair needs all of --clean, --corrupted and --answers")
+        if self.answers and not re.fullmatch(r"[^|]+\|[^|]+", self.answers):
+            raise UserError(
+                f"answers {self.answers!r} are not two: write the one after the clean prompt, a bar and the other, "
+                'each with its leading space, as in --answers " Mary| John"'
+            )
+        if self.n < 0 or self.batch_size < 0:
+            raise UserError(f"n = {self.n}, batch_size = {self.batch_size}: neither can be below 0")
+        if not self.min_gap > 0:
+            raise UserError(f"min_gap = {self.min_gap}: use a number above 0, such as 0.01")
+        if self.device_map not in ("", "auto"):
+            raise UserError(f"device_map {self.device_map!r}: use auto, or leave it empty")
+        if not self.out:
+            raise UserError("out is empty: give a folder for the results")
+
+
+@dataclass(frozen=True)
+class PatchConfig(SweepConfig):
+    """Patch latents (or error terms, streams, heads) between paired prompts, exactly; can be stopped and resumed."""
+
+    latents: str = ""
+    """Latents, each alone (417;281), or groups patched together (3,17;5); empty: every latent, each alone."""
+    component: Literal["latent", "error", "stream", "head"] = "latent"
+    """What to patch at a site; streams and heads need no dictionary."""
+    each_position: bool = False
+    """Patch at each of the positions alone, instead of at all of them together."""
+    controls: int = 5
+    """Random sets, and as many matched in frequency and size, beside each of the given latents."""
+    shard: str = "0/1"
+    """Which share of the pairs: I/N counting from 0, or auto for the one that torchrun or a Slurm array says."""
+    part: int = 16
+    """Pairs between two writes: what a kill can lose."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.part < 1 or self.controls < 0:
+            raise UserError(f"part = {self.part}, controls = {self.controls}: use at least 1, and 0")
+        if self.shard != "auto" and not _is_shard(self.shard):
+            raise UserError(f"shard {self.shard!r}: write I/N with I from 0 to N-1, as in 0/4, or auto")
+        if not re.fullmatch(r"(\s*\d+\s*([,;]\s*\d+\s*)*)?", self.latents):
+            raise UserError(
+                f"latents {self.latents!r}: write numbers, with semicolons between groups and commas inside one, as in "
+                "417 or 3,17;5"
+            )
+        if self.latents.strip() and self.component != "latent":
+            raise UserError(f"latents are given, but component is {self.component}: leave one of them out")
+
+
+@dataclass(frozen=True)
+class AttributeConfig(SweepConfig):
+    """Estimate what every latent contributes from gradients, and verify the top ones by exact patching."""
+
+    out: str = "runs/attribute"
+    """Folder for the results."""
+    method: Literal["first-order", "integrated-gradients", "graddrop"] = "integrated-gradients"
+    """How gradients are taken."""
+    steps: int = 10
+    """Points on the way from base to source, for integrated-gradients."""
+    verify: int = 50
+    """Edits with the largest estimates that are run exactly; 0: none."""
+    sample: int = 50
+    """Edits drawn at random from all others that are run exactly, too, to say how good the estimates are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1 or self.verify < 0 or self.sample < 0:
+            raise UserError(
+                f"steps = {self.steps}, verify = {self.verify}, sample = {self.sample}: use at least 1, 0 and 0"
+            )
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Put the parts of a run that `saepatch patch` cut into shards together: results.parquet and summary.json."""
+
+    out: str
+    """Folder of the run."""
+
+
+def _is_shard(text: str) -> bool:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    return match is not None and int(match[1]) < int(match[2])

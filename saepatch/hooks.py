@@ -115,6 +115,43 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
         )
 
 
+def embed_tokens(hf: nn.Module) -> nn.Module:
+    """The module that looks up token embeddings.
+
+    Raises:
+        UserError: the model does not say which it is.
+    """
+    try:
+        module: Any = hf.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError) as error:
+        raise UserError(f"{type(hf).__name__} does not name its token embeddings (get_input_embeddings)") from error
+    return module
+
+
+@contextmanager
+def edit_embeddings(hf: nn.Module, edit: Edit) -> Iterator[None]:
+    """Pass token embeddings through a function, on every forward pass inside the context.
+
+    Raises:
+        SpliceError: on leaving, when no token was looked up. Not raised over another exception.
+        UserError: the model does not say where its embeddings are.
+    """
+    fired = False
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal fired
+        fired = True
+        return edit(x)
+
+    handle = _on_output(embed_tokens(hf), run)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not fired:
+        raise SpliceError("no token was embedded inside the context: run the model inside the context")
+
+
 @torch.no_grad()
 def blocks_return_tuples(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> bool:
     """Whether the model's blocks return a tuple, seen in one forward pass."""

@@ -19,6 +19,7 @@ from saepatch.components import (
     Patchable,
     Stream,
     as_components,
+    between,
 )
 from saepatch.controls import DRAWS, control_sets
 from saepatch.corruptions import Corruption
@@ -331,7 +332,7 @@ def _sweep(
                 np.add.at(values, index, _values(options.metric, run.logits, part) / samples)
             own = _values(options.metric, base.logits, part)
             for number, component in enumerate(components):
-                changes = component.changes(base.values[component.site], source.values[component.site], where)
+                changes = between(component, base, source, where)
                 asked = [wanted(number, pair) for pair in index]
                 planned = _plan(changes, asked, base.tokens, options.each_position)
                 batches = _batches(model, component, base, planned, options.batch_size)

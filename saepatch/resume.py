@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from saepatch.errors import UserError
 from saepatch.hooks import Edit, edit_sites, forwards_replaced, is_spliced, only_logits_of, skip_blocks
 from saepatch.models import LanguageModel, Tokens
-from saepatch.shortcuts import at_edited, at_last, find_maps, kept_outputs
+from saepatch.shortcuts import at_edited, at_last, find_maps, kept_outputs, quick_activations
 from saepatch.sites import Site
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class Run:
             raise ValueError("resuming needs prompts that end in the last column: pad on the left")
         self.model, self.tokens = model, tokens
         self.values: dict[Site, Tensor] = {}
+        self.written: Tensor | None = None  # what an ablation wrote into the units of what is patched
         wanted = {*sites, *(entry(site) for site in sites)}
         changed = dict(edits or {})
 
@@ -166,9 +167,9 @@ class Run:
     ) -> Iterator[None]:
         """What the first and the last block of the pass need not compute."""
         layers, starts = self.model.n_layers, site.enters
-        forwards: dict[nn.Module, Any] = {}
+        forwards: dict[nn.Module, Any] = dict(quick_activations(self.model.layout.blocks[starts:]))
         if starts < layers and change.shape[1] > 1:
-            forwards = self._kept_elsewhere(site, rows, first, change)
+            forwards |= self._kept_elsewhere(site, rows, first, change)
             last = find_maps(self.model, layers - 1)
             forwards |= {m: at_last(m, m in last.wide) for m in last.stays if m not in forwards}
         with forwards_replaced(forwards):

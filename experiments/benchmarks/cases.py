@@ -1,0 +1,216 @@
+"""What is measured: random models of known shapes, a random TopK dictionary, a prompt pair and the edits that matter."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from saepatch.components import Edit
+from saepatch.dictionaries import Dictionary, adopt
+from saepatch.errors import UserError
+from saepatch.hooks import capture
+from saepatch.models import LanguageModel, wrap_model
+from saepatch.prompts import PromptPair
+from saepatch.sites import Site
+
+VOCABULARIES = {"gpt2": 50257, "llama": 32000}
+CONTEXT = 1024
+# With the usual 0.02 the later blocks hardly act, and the comparison of values would see little of them.
+SPREAD = 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large model and dictionary are."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 0  # 0: that of the shape
+    latents: int = 24576
+    k: int = 64
+
+    @property
+    def layer(self) -> int:
+        """The layer whose input is patched: `blocks.L.hook_resid_pre`, which is our `resid_post.L-1`."""
+        return self.layers // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, and a dictionary for the stream that its layer `layer` reads."""
+
+    shape: str
+    size: Size
+    model: LanguageModel
+    sae: Any
+    seed: int
+
+    @property
+    def hf(self) -> Any:
+        return self.model.hf
+
+    def dictionary(self, layer: int) -> Dictionary:
+        """The same weights, taken as the dictionary of whichever layer's input."""
+        return adopt(self.sae, Site(layer - 1, "resid_post"), f"random topk at {layer}")
+
+    @cached_property
+    def block_weights(self) -> int:
+        """Weights of one block's matrices: 12 · width² for GPT-2."""
+        return sum(p.numel() for p in self.model.layout.blocks[0].parameters() if p.ndim > 1)
+
+
+def make_subject(shape: str, size: Size, device: str, seed: int) -> Subject:
+    """A random model of one of the shapes, and its dictionary.
+
+    Raises:
+        UserError: there is no such shape.
+    """
+    if shape not in VOCABULARIES:
+        raise UserError(f"unknown shape {shape!r}: use {' or '.join(VOCABULARIES)}")
+    vocabulary = size.vocabulary or VOCABULARIES[shape]
+    torch.manual_seed(seed)
+    hf = AutoModelForCausalLM.from_config(_config(shape, size, vocabulary)).to(device)
+    model = wrap_model(hf, word_tokenizer(vocabulary), shape)
+    return Subject(shape, size, model, make_sae(size, device, seed), seed)
+
+
+def _config(shape: str, size: Size, vocabulary: int) -> Any:
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": SPREAD, "vocab_size": vocabulary}
+    if shape == "gpt2":
+        return GPT2Config(
+            n_embd=size.width, n_layer=size.layers, n_head=size.heads, n_positions=CONTEXT, n_ctx=CONTEXT,
+            architectures=["GPT2LMHeadModel"], **ends,
+        )  # fmt: skip
+    return LlamaConfig(
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=max(1, size.heads // 3),
+        intermediate_size=8 * size.width // 3,
+        max_position_embeddings=CONTEXT,
+        architectures=["LlamaForCausalLM"],
+        **ends,
+    )
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Token n is the word "wn", so that a text can be written for any row of ids."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(vocabulary)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def make_sae(size: Size, device: str, seed: int) -> Any:
+    """A random sae_lens TopK SAE: unit decoder rows, the encoder their transpose."""
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+    metadata = SAEMetadata(hook_name=f"blocks.{size.layer}.hook_resid_pre")
+    sae = TopKSAE(TopKSAEConfig(d_in=size.width, d_sae=size.latents, k=size.k, metadata=metadata, device=device))
+    generator = torch.Generator().manual_seed(seed)
+    rows = nn.functional.normalize(torch.randn(size.latents, size.width, generator=generator), dim=-1)
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+        sae.W_enc.copy_(rows.T)
+    return sae.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One prompt pair, and the edits (latent, position) in which its two runs differ most, the largest first.
+
+    `old` and `new` are the latents' values in the corrupted and the clean run; `deltas` is what the change of each
+    adds to the residual stream.
+    """
+
+    subject: Subject
+    layer: int
+    dictionary: Dictionary
+    pair: PromptPair
+    corrupted: Int[Tensor, "1 pos"]
+    answer: int
+    counter: int
+    latents: Int[Tensor, "edits"]
+    positions: Int[Tensor, "edits"]
+    new: Float[Tensor, "edits"]
+    deltas: Float[Tensor, "edits width"]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def tokens(self) -> int:
+        return self.corrupted.shape[1]
+
+    @property
+    def edits(self) -> list[tuple[int, Edit]]:
+        """The edits as `saepatch.patching.patch_edits` takes them."""
+        site = self.dictionary.site
+        return [(0, Edit(site, (j,), p)) for j, p in zip(self.latents.tolist(), self.positions.tolist(), strict=True)]
+
+    @property
+    def flops(self) -> float:
+        """Of one edit on average: the matrices of the later blocks, at the positions from the edit on."""
+        positions = float((self.tokens - self.positions).double().mean())
+        return 2 * self.subject.block_weights * (self.subject.size.layers - self.layer) * positions
+
+    def metric(self, logits: Float[Tensor, "batch vocab"]) -> list[float]:
+        """Logit difference, as `saepatch.metrics.logit_difference` defines it."""
+        return (logits[:, self.answer].double() - logits[:, self.counter].double()).tolist()
+
+    def first(self, edits: int) -> "Case":
+        """The same with the first edits only."""
+        part = slice(0, edits)
+        return replace(
+            self, latents=self.latents[part], positions=self.positions[part], new=self.new[part],
+            deltas=self.deltas[part],
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def make_case(subject: Subject, tokens: int, edits: int, layer: int | None = None) -> Case:
+    """Random tokens; every fourth differs between the two prompts, from the third on."""
+    layer = subject.size.layer if layer is None else layer
+    dictionary, device = subject.dictionary(layer), subject.model.device
+    generator = torch.Generator().manual_seed(subject.seed + tokens)
+    vocabulary = subject.hf.config.vocab_size
+    clean = torch.randint(1, vocabulary, (1, tokens), generator=generator)
+    other = torch.randint(1, vocabulary, (1, tokens), generator=generator)
+    corrupted = clean.clone()
+    corrupted[:, 2::4] = other[:, 2::4]
+    answer, counter = torch.randint(1, vocabulary, (2,), generator=generator).tolist()
+    pair = PromptPair(_text(clean), _text(corrupted), f" w{answer}", f" w{counter}")
+    acts = []
+    for ids in (corrupted, clean):
+        inputs = {"input_ids": ids.to(device), "use_cache": False}
+        seen = capture(subject.hf, subject.model.layout, [dictionary.site], inputs)[dictionary.site]
+        acts.append(dictionary.encode(seen).acts[0])
+    old, new = acts
+    size = (new - old).abs().flatten()
+    there = min(edits, int(size.count_nonzero()))
+    chosen = size.topk(there).indices
+    positions, latents = chosen // subject.size.latents, chosen % subject.size.latents
+    change = (new - old)[positions, latents]
+    return Case(
+        subject,
+        layer,
+        dictionary,
+        pair,
+        corrupted.to(device),
+        answer,
+        counter,
+        latents,
+        positions,
+        new[positions, latents],
+        change[:, None] * dictionary.rows[latents],
+    )
+
+
+def _text(ids: Int[Tensor, "1 pos"]) -> str:
+    return " ".join(f"w{n}" for n in ids[0].tolist())

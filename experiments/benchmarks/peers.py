@@ -1,0 +1,186 @@
+"""The same edits through other libraries, each set up the way its own users would for speed.
+
+Every function here takes a case and gives a `Runner`. Set-up is not timed: converting weights, and (where a library
+has a use for it) the cached residual stream and what each edit adds to it.
+"""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.benchmarks.cases import Case
+from saepatch.metrics import logit_difference
+from saepatch.patching import patch_edits
+
+# Runs some of the case's edits, named by their index, and gives the metric of each.
+Runner = Callable[[Sequence[int]], list[float]]
+Peer = Callable[[Case, int], Runner]
+
+
+def saepatch(case: Case, batch: int) -> Runner:
+    """Ours: a whole sweep, its two base runs included; the batches are its own choice."""
+    edits = case.edits
+
+    def run(chosen: Sequence[int]) -> list[float]:
+        wanted = [edits[i] for i in chosen]
+        return patch_edits(
+            case.subject.model, case.dictionary, [case.pair], wanted, direction="denoise", metric=logit_difference
+        ).tolist()
+
+    return run
+
+
+def hooks(case: Case, batch: int) -> Runner:
+    """Plain Hugging Face with a torch forward hook, one forward an edit; only the last position is unembedded."""
+    return _hooked(case, 1)
+
+
+def hooks_batched(case: Case, batch: int) -> Runner:
+    """The same with many edits in a forward: the plain batched loop."""
+    return _hooked(case, batch)
+
+
+def _hooked(case: Case, batch: int) -> Runner:
+    hf, block = case.subject.hf, case.subject.model.layout.blocks[case.layer - 1]
+
+    def run(chosen: Sequence[int]) -> list[float]:
+        values: list[float] = []
+        for rows, positions, deltas in _batches(case, chosen, batch):
+
+            def add(_module: Any, _args: Any, output: Any) -> Any:
+                x = output[0] if isinstance(output, tuple) else output
+                x[rows, positions] += deltas  # noqa: B023
+                return output
+
+            handle = block.register_forward_hook(add)
+            ids = case.corrupted.expand(len(rows), -1)
+            with torch.no_grad():
+                values += case.metric(hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
+            handle.remove()
+        return values
+
+    return run
+
+
+def transformer_lens(case: Case, batch: int) -> Runner:
+    """Many edits in a batch from the cached residual stream on; only the last position is normed and unembedded."""
+    from transformer_lens import HookedTransformer
+
+    model, name = _hooked_transformer(HookedTransformer, case), f"blocks.{case.layer}.hook_resid_pre"
+    with torch.no_grad():
+        _, cache = model.run_with_cache(case.corrupted, names_filter=name, stop_at_layer=case.layer + 1)
+    resid, layers = cache[name], case.subject.size.layers
+
+    def run(chosen: Sequence[int]) -> list[float]:
+        values: list[float] = []
+        for rows, positions, deltas in _batches(case, chosen, batch):
+            x = resid.repeat(len(rows), 1, 1)
+            x[rows, positions] += deltas
+            with torch.no_grad():
+                end = model(x, start_at_layer=case.layer, stop_at_layer=layers)
+                values += case.metric(model.unembed(model.ln_final(end[:, -1:]))[:, 0])
+        return values
+
+    return run
+
+
+def sae_lens(case: Case, batch: int) -> Runner:
+    """The SAE spliced in with its error term, one forward an edit with a hook that sets one latent."""
+    from sae_lens import HookedSAETransformer
+
+    model, sae = _hooked_transformer(HookedSAETransformer, case), case.subject.sae
+    model.add_sae(sae, use_error_term=True)
+    point = f"blocks.{case.layer}.hook_resid_pre.hook_sae_acts_post"
+
+    def run(chosen: Sequence[int]) -> list[float]:
+        values: list[float] = []
+        for i in chosen:
+
+            def patch(acts: Tensor, hook: Any) -> Tensor:
+                acts[:, case.positions[i], case.latents[i]] = case.new[i]  # noqa: B023
+                return acts
+
+            with torch.no_grad():
+                values += case.metric(model.run_with_hooks(case.corrupted, fwd_hooks=[(point, patch)])[:, -1])
+        return values
+
+    return run
+
+
+def nnsight(case: Case, batch: int) -> Runner:
+    """One trace an edit; only the last position is unembedded."""
+    return _traced(case, 1)
+
+
+def nnsight_batched(case: Case, batch: int) -> Runner:
+    """Many edits in one trace, a row each."""
+    return _traced(case, batch)
+
+
+def _traced(case: Case, batch: int) -> Runner:
+    import nnsight as library
+
+    # A copy: what it wraps keeps hooks of its own, which would slow the others.
+    model = library.NNsight(copy.deepcopy(case.subject.hf))
+    blocks = model.transformer.h if case.subject.shape == "gpt2" else model.model.layers
+    block = blocks[case.layer - 1]
+
+    def run(chosen: Sequence[int]) -> list[float]:
+        values: list[float] = []
+        for rows, positions, deltas in _batches(case, chosen, batch):
+            ids = case.corrupted.expand(len(rows), -1)
+            with torch.no_grad(), model.trace(ids, use_cache=False, logits_to_keep=1):
+                block.output[rows, positions] += deltas
+                logits = library.save(model.output.logits)
+            values += case.metric(logits[:, -1])
+        return values
+
+    return run
+
+
+def _batches(case: Case, chosen: Sequence[int], batch: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows, positions and deltas of the edits, so many at a time."""
+    parts = [torch.tensor(chosen[i : i + batch], device=case.deltas.device) for i in range(0, len(chosen), batch)]
+    return [(torch.arange(len(part), device=part.device), case.positions[part], case.deltas[part]) for part in parts]
+
+
+def _hooked_transformer(kind: Any, case: Case) -> Any:
+    """A transformer_lens model with the weights of the Hugging Face one, by its own loading, nothing folded."""
+    from transformer_lens import loading_from_pretrained as loading
+
+    hf = case.subject.hf
+    with tempfile.TemporaryDirectory(prefix="shape-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the class is to go in their version 4
+        hf.config.save_pretrained(folder)
+        cfg = loading.get_pretrained_model_config(folder, hf_cfg=hf.config.to_dict(), device=case.subject.model.device)
+        cfg.tokenizer_name = None
+        weights = loading.get_pretrained_state_dict(folder, cfg, hf)
+        model = kind(cfg)
+    model.load_and_process_state_dict(
+        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    return model.eval().requires_grad_(False)
+
+
+PEERS: dict[str, Peer] = {
+    "sae_lens": sae_lens,
+    "transformer_lens": transformer_lens,
+    "nnsight": nnsight,
+    "nnsight_batched": nnsight_batched,
+    "hooks": hooks,
+}
+OURS = "saepatch"
+
+
+def missing(peer: str) -> str | None:
+    """Why a peer cannot be run here; None where it can."""
+    library = peer.removesuffix("_batched")
+    if library != "hooks" and find_spec(library) is None:
+        return f"{library} is not installed"
+    return None

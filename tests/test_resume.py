@@ -1,0 +1,304 @@
+"""Resumed passes against whole ones with a bare hook: every family, every site, every way of resuming."""
+
+import logging
+
+import pytest
+import torch
+from tiny import FAMILIES, random_dictionary, tiny_model
+
+from saepatch import resume
+from saepatch.components import Directions, Edit, ErrorTerm, Heads, LatentUnits, Stream
+from saepatch.errors import UserError
+from saepatch.metrics import log_probability, logit_difference
+from saepatch.patching import patch_components, patch_edits, patch_heads, patch_latents, patch_streams
+from saepatch.prompts import PromptPair, batch_pairs
+from saepatch.resume import Run
+from saepatch.shortcuts import Maps, find_maps
+from saepatch.sites import Site
+from saepatch.splicing import splice
+
+PAIR = PromptPair("the cat sat on it", "the dog sat in it", "x", "y", "a")
+UNEQUAL = [PromptPair("a cat sat", "the horse sat", "x", "y"), PromptPair("abcdef", "abc", "x", "y")]
+
+
+def by_hand(model, site, tokens, changes):
+    """Next-token logits with a change added to a site, by a bare hook in one whole forward pass."""
+    module = model.layout.module(site)
+
+    def on_output(_module, _args, output):
+        return (output[0] + changes, *output[1:]) if isinstance(output, tuple) else output + changes
+
+    def on_input(_module, args, kwargs):
+        if args:
+            return (args[0] + changes, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + changes}
+
+    if site.stream in ("resid_pre", "z"):
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    try:
+        return model.logits(tokens)[:, -1]
+    finally:
+        handle.remove()
+
+
+def force(model, site, way):
+    resume._CHECKED[model.hf] = {site: (way, 10**6)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_gives_what_a_whole_pass_gives(family):
+    """At one to all blocks after the site, at the first, a middle and the last position, padded and not."""
+    model = tiny_model(family)
+    padded = model.pad([model.encode("a short one"), model.encode("one that is longer")], side="left")
+    plain = model.tokenize(["one text here", "two text here"])
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (plain, padded):
+        for layer in range(-1, model.n_layers):
+            site = Site(layer) if layer >= 0 else Site(0, "resid_pre")
+            run = Run(model, tokens, [site])
+            for first in (1, run.width // 2, run.width - 1):
+                change = torch.randn(2, run.width - first, model.d_model, generator=generator)
+                for one in (True, False):  # only one position edited, or all from there on
+                    edit = change.clone()
+                    edit[:, one or run.width :] = 0
+                    whole = torch.zeros(2, run.width, model.d_model)
+                    whole[:, first:] = edit
+                    expected = by_hand(model, site, tokens, whole)
+                    for way in resume.WAYS:
+                        force(model, site, way)
+                        found = run.resume(site, torch.tensor([0, 1]), first, edit)
+                        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+                        some = torch.tensor([7, 3, 200])
+                        found = run.resume(site, torch.tensor([1, 1]), first, edit[[1, 1]], some)
+                        torch.testing.assert_close(found, expected[[1, 1]][:, some], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_the_check_of_the_quickest_way(family, caplog):
+    """So that no family falls back in silence."""
+    model, dictionary = tiny_model(family), random_dictionary("resid_post.0")
+    with caplog.at_level(logging.INFO, "saepatch"):
+        patch_latents(model, dictionary, [PAIR])
+    assert resume._CHECKED[model.hf][dictionary.site] == (resume.WAYS[0], len(model.encode(PAIR.clean)))
+    assert not caplog.records
+
+
+def test_what_a_block_need_not_compute():
+    for family, own, stays in (("llama", 3, 5), ("gpt2", 1, 3), ("phi", 5, 4), ("opt", 3, 2)):
+        maps = find_maps(tiny_model(family), 1)
+        assert (len(maps.own), len(maps.stays)) == (own, stays), family
+
+
+def test_shortcuts_meet_where_one_block_is_left(monkeypatch):
+    """The only block is the first and the last: every shortcut of both kinds is in force at once."""
+    model, dictionary = tiny_model(), random_dictionary("resid_post.1")
+    used = []
+    plain = resume.forwards_replaced
+    monkeypatch.setattr(resume, "forwards_replaced", lambda forwards: used.append(set(forwards)) or plain(forwards))
+    effects = patch_latents(model, dictionary, [PAIR], each_position=True)
+    maps = find_maps(model, 2)
+    assert {*maps.own, *maps.stays} in used
+    monkeypatch.setattr(resume, "WAYS", ("whole",))
+    resume._CHECKED.pop(model.hf)
+    whole = patch_latents(model, dictionary, [PAIR], each_position=True)
+    assert effects.edits == whole.edits
+    torch.testing.assert_close(torch.tensor(effects.patched), torch.tensor(whole.patched), atol=2e-5, rtol=0)
+
+
+def test_a_way_that_is_wrong_is_dropped_with_a_warning(monkeypatch, caplog):
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    right = patch_latents(model, dictionary, [PAIR])
+    resume._CHECKED.pop(model.hf)
+    last = model.layout.blocks[-1]
+    wrong = Maps((), (last.self_attn.k_proj,), frozenset({last.self_attn.k_proj}))
+    monkeypatch.setattr(resume, "find_maps", lambda model, layer: wrong)
+    again = patch_latents(model, dictionary, [PAIR])
+    assert resume._CHECKED[model.hf][dictionary.site][0] == "cache"
+    assert "differs from whole passes" in caplog.text
+    torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
+
+
+def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog):
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    right = patch_latents(model, dictionary, [PAIR])
+    resume._CHECKED.pop(model.hf)
+
+    def broken(*_):
+        raise NotImplementedError("no such cache")
+
+    monkeypatch.setattr(Run, "_before", broken)
+    with caplog.at_level(logging.INFO, "saepatch"):
+        again = patch_latents(model, dictionary, [PAIR])
+    assert resume._CHECKED[model.hf][dictionary.site][0] == "whole"
+    assert "no such cache" in caplog.text
+    torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
+
+
+def test_longer_prompts_are_checked_again():
+    model, dictionary = tiny_model("mistral"), random_dictionary("resid_post.0")
+    patch_latents(model, dictionary, [PromptPair("ab", "ac", "x", "y")])
+    assert resume._CHECKED[model.hf][dictionary.site][1] == 3
+    patch_latents(model, dictionary, [PAIR])
+    assert resume._CHECKED[model.hf][dictionary.site][1] == 18
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_each_latent_at_each_position_equals_one_plain_pass(family, direction):
+    model, dictionary = tiny_model(family), random_dictionary("resid_post.0")
+    effects = patch_latents(model, dictionary, [PAIR], each_position=True, direction=direction)
+    batch = batch_pairs(model, [PAIR])
+    base, source = (batch.corrupted, batch.clean) if direction == "denoise" else (batch.clean, batch.corrupted)
+    acts = []
+    for tokens in (base, source):
+        with splice(model, dictionary, record=True) as run:
+            model.logits(tokens)
+        acts.append(run.latents[dictionary.site].acts[0])
+    differ = (acts[1] - acts[0]).nonzero().tolist()
+    differ = [(pos, latent) for pos, latent in differ if pos > 0]  # not at BOS
+    assert {(e.position, e.units[0]) for e in effects.edits} == set(map(tuple, differ))
+    assert effects.ran.all()
+    for number, edit in list(enumerate(effects.edits))[:: max(1, len(effects.edits) // 12)]:
+        change = torch.zeros(1, base.input_ids.shape[1], model.d_model)
+        difference = acts[1][edit.position, edit.units[0]] - acts[0][edit.position, edit.units[0]]
+        change[0, edit.position] = difference * dictionary.W_dec[edit.units[0]]
+        expected = logit_difference(by_hand(model, dictionary.site, base, change), batch)
+        assert abs(effects.patched[0, number] - float(expected)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_and_heads_equal_one_plain_pass(family):
+    model = tiny_model(family)
+    batch = batch_pairs(model, [PAIR])
+    sweeps = [(patch_streams(model, [PAIR], stream), stream) for stream in model.layout.streams if stream != "z"]
+    sweeps.append((patch_heads(model, [PAIR], each_position=True), "z"))
+    for effects, stream in sweeps:
+        assert {edit.site.layer for edit in effects.edits} == set(range(model.n_layers))
+        for number, edit in list(enumerate(effects.edits))[::5]:
+            clean, corrupted = (Run(model, t, [edit.site]).values[edit.site] for t in (batch.clean, batch.corrupted))
+            change = torch.zeros_like(clean)
+            change[:, edit.position] = (clean - corrupted)[:, edit.position]
+            if stream == "z":
+                by_head = change.unflatten(-1, (model.n_heads, -1))
+                by_head[:, :, [h for h in range(model.n_heads) if h != edit.units[0]]] = 0
+                change = by_head.flatten(-2)
+            expected = logit_difference(by_hand(model, edit.site, batch.corrupted, change), batch)
+            assert abs(effects.patched[0, number] - float(expected)) <= 1e-5, edit
+
+
+def test_the_first_and_last_cells_of_the_stream_map_are_known():
+    """Before any block, a position that does not differ does nothing; after the last one the last position is all."""
+    model = tiny_model()
+    effects = patch_streams(model, [PAIR], "resid_pre")
+    at_start = {edit.position for edit in effects.edits if edit.site.layer == 0}
+    ids = [model.encode(text) for text in (PAIR.clean, PAIR.corrupted)]
+    assert at_start == {i for i, (a, b) in enumerate(zip(*ids, strict=True)) if a != b}
+    last = patch_streams(model, [PAIR])
+    end = [e for e in last.edits if e.site.layer == model.n_layers - 1]
+    for edit in end:
+        expected = 1.0 if edit.position == len(ids[0]) - 1 else 0.0
+        assert last.of(edit).value == pytest.approx(expected, abs=1e-5)
+
+
+def test_latents_and_error_term_make_up_the_stream():
+    """All latents and the error term together are the whole site, for a component list in one sweep."""
+    model, dictionary = tiny_model(), random_dictionary("resid_post.1")
+    every = Edit(dictionary.site, tuple(range(48)), role="every")
+    error = Edit(dictionary.site, (0,), kind="error")
+    effects = patch_components(model, [LatentUnits(dictionary), ErrorTerm(dictionary)], [PAIR], [every, error])
+    assert effects.ran.all()
+    run = Run(model, batch_pairs(model, [PAIR]).corrupted, [dictionary.site])
+    source = Run(model, batch_pairs(model, [PAIR]).clean, [dictionary.site])
+    parts = [dictionary.encode(r.values[dictionary.site]).error for r in (run, source)]
+    change = parts[1] - parts[0]
+    change[:, 0] = 0
+    expected = logit_difference(by_hand(model, dictionary.site, run.tokens, change), batch_pairs(model, [PAIR]))
+    assert abs(effects.patched[0, 1] - float(expected)) <= 1e-5
+    whole = patch_components(model, Stream(dictionary.site), [PAIR])
+    change = source.values[dictionary.site] - run.values[dictionary.site]
+    expected = logit_difference(by_hand(model, dictionary.site, run.tokens, change), batch_pairs(model, [PAIR]))
+    assert abs(whole.patched[0, 0] - float(expected)) <= 1e-5
+
+
+def test_directions_together_are_the_whole_stream_and_have_to_be_orthonormal():
+    model = tiny_model()
+    site = Site(1)
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
+    directions = Directions(site, rotation, "random rotation")
+    together = [Edit(site, tuple(range(16)), kind="direction")]
+    found = patch_components(model, directions, [PAIR], together).patched
+    whole = patch_components(model, Stream(site), [PAIR]).patched
+    assert found == pytest.approx(whole, abs=1e-5)
+    with pytest.raises(UserError, match="not orthonormal"):
+        Directions(site, torch.ones(2, 16), "ones")
+    with pytest.raises(UserError, match="width 4"):
+        patch_components(model, Directions(site, torch.eye(4), "four"), [PAIR])
+
+
+def test_prompts_aligned_from_the_right_name_positions_from_the_end():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    effects = patch_latents(model, dictionary, UNEQUAL, each_position=True, align="right")
+    assert all(edit.position < 0 for edit in effects.edits)
+    listed = [(int(p), effects.edits[i]) for p, i in zip(*effects.ran.nonzero(), strict=True)]
+    again = patch_edits(model, dictionary, UNEQUAL, listed, align="right")
+    assert again == pytest.approx(effects.patched[effects.ran], abs=1e-5)
+
+
+def test_a_list_of_edits_equals_the_sweep_and_counts_what_changes_nothing():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.1")
+    pairs = [PAIR, PromptPair("abc", "abd", "r", "s", "c")]
+    effects = patch_latents(model, dictionary, pairs, each_position=True, metric=log_probability)
+    listed = [(int(p), effects.edits[i]) for p, i in zip(*effects.ran.nonzero(), strict=True)][::-3]
+    values = patch_edits(model, dictionary, pairs, listed, metric=log_probability)
+    expected = [effects.patched[p, effects.edits.index(e)] for p, e in listed]
+    assert values == pytest.approx(expected, abs=1e-5)
+    still = Edit(dictionary.site, (0,), 1)  # "t" or "a" is in both prompts
+    assert patch_edits(model, dictionary, pairs, [(1, still)], metric=log_probability)[0] == pytest.approx(
+        effects.corrupted[1], abs=1e-6
+    )
+    with pytest.raises(UserError, match="position 99 is out of range"):
+        patch_edits(model, dictionary, pairs, [(0, Edit(dictionary.site, (0,), 99))])
+    with pytest.raises(UserError, match="not among what is swept"):
+        patch_edits(model, dictionary, pairs, [(0, Edit(Site(0), (0,), 1))])
+
+
+def test_several_dictionaries_in_one_sweep_are_what_each_gives_alone():
+    model = tiny_model()
+    both = [random_dictionary("resid_post.0"), random_dictionary("mlp_out.1", seed=1)]
+    together = patch_latents(model, both, [PAIR], each_position=True)
+    alone = [patch_latents(model, one, [PAIR], each_position=True) for one in both]
+    assert together.edits == tuple(edit for one in alone for edit in one.edits)
+    expected = torch.cat([torch.tensor(one.patched) for one in alone], 1)
+    torch.testing.assert_close(torch.tensor(together.patched), expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="latents by site"):
+        patch_latents(model, both, [PAIR], [3])
+    named = patch_latents(model, both, [PAIR], {Site(1, "mlp_out"): [3]}, controls=0)
+    assert [edit.site for edit in named.edits] == [Site(1, "mlp_out")]
+
+
+def test_a_sweep_inside_a_splice_is_refused():
+    model, dictionary = tiny_model(), random_dictionary()
+    with splice(model, dictionary):
+        with pytest.raises(UserError, match="inside a splice"):
+            patch_latents(model, dictionary, [PAIR])
+        model.logits(model.tokenize(["a"]))
+
+
+def test_bfloat16_model_with_a_float32_dictionary():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    exact = patch_latents(model, dictionary, [PAIR], each_position=True)
+    model.hf.bfloat16()
+    resume._CHECKED.pop(model.hf)
+    rough = patch_latents(model, dictionary, [PAIR], each_position=True)
+    shared = [e for e in rough.edits if e in exact.edits]
+    assert len(shared) > 20
+    a = [exact.change[0, exact.edits.index(e)] for e in shared]
+    b = [rough.change[0, rough.edits.index(e)] for e in shared]
+    assert torch.corrcoef(torch.tensor([a, b]))[0, 1] > 0.9
+
+
+def test_heads_of_another_number_are_refused():
+    with pytest.raises(UserError, match="3 heads named"):
+        patch_components(tiny_model(), Heads(0, 3), [PAIR])
