@@ -21,7 +21,7 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo test lint format types test-fast test-slow organism constraints clean
+.PHONY: help setup demo test lint format types test-fast test-slow bench organism constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -66,11 +66,15 @@ test-fast: $(STAMP)  ## the default tests alone: CPU, offline
 test-slow: $(STAMP)  ## the tests that take minutes, the organism's retraining among them
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+bench: $(STAMP)  ## time exact sweeps beside sae-lens, TransformerLens, nnsight and plain hooks (ten minutes on one thread)
+	@$(PIP) -e '.[bench]' $(OR_SHOW)
+	@$(BIN)/python -m experiments.benchmarks.patching --out runs/bench-patching
+
 organism: $(STAMP)  ## retrain the embedded model and its SAEs from the seed (up to an hour on two cores)
 	$(BIN)/python -m training.organism
 
 constraints: $(STAMP)  ## rewrite constraints.txt from what .venv holds (run it after an upgrade that passed the tests)
-	$(PIP) -e '.[dev,dashboard]' $(OR_SHOW)
+	$(PIP) -e '.[dev,dashboard,bench]' $(OR_SHOW)
 	$(BIN)/python .ci/constraints.py >constraints.txt.new
 	mv constraints.txt.new constraints.txt
 	touch $(STAMP)

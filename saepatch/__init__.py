@@ -4,6 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saepatch.attention import attribute_attention as attribute_attention
+    from saepatch.attribution import FirstOrder as FirstOrder
+    from saepatch.attribution import GradDrop as GradDrop
+    from saepatch.attribution import IntegratedGradients as IntegratedGradients
+    from saepatch.attribution import attribute as attribute
+    from saepatch.components import Directions as Directions
+    from saepatch.components import Edit as Edit
+    from saepatch.components import ErrorTerm as ErrorTerm
+    from saepatch.corruptions import GaussianNoise as GaussianNoise
+    from saepatch.corruptions import Mean as Mean
+    from saepatch.corruptions import Zero as Zero
     from saepatch.dictionaries import Dictionary as Dictionary
     from saepatch.dictionaries import load_sae as load_sae
     from saepatch.dictionaries import load_saes as load_saes
@@ -17,11 +28,15 @@ if TYPE_CHECKING:
     from saepatch.models import LanguageModel as LanguageModel
     from saepatch.models import load_model as load_model
     from saepatch.models import wrap_model as wrap_model
+    from saepatch.patching import patch_components as patch_components
+    from saepatch.patching import patch_heads as patch_heads
     from saepatch.patching import patch_latents as patch_latents
+    from saepatch.patching import patch_streams as patch_streams
     from saepatch.positions import At as At
     from saepatch.prompts import PromptPair as PromptPair
     from saepatch.prompts import batch_pairs as batch_pairs
     from saepatch.prompts import load_pairs as load_pairs
+    from saepatch.prompts import resampled as resampled
     from saepatch.quality import latent_statistics as latent_statistics
     from saepatch.quality import splice_quality as splice_quality
     from saepatch.safety import restore as restore
@@ -31,6 +46,17 @@ if TYPE_CHECKING:
 
 # Names are imported on first use, so that `import saepatch` and `saepatch --help` stay quick.
 _HOME = {
+    "attribute_attention": "attention",
+    "FirstOrder": "attribution",
+    "GradDrop": "attribution",
+    "IntegratedGradients": "attribution",
+    "attribute": "attribution",
+    "Directions": "components",
+    "Edit": "components",
+    "ErrorTerm": "components",
+    "GaussianNoise": "corruptions",
+    "Mean": "corruptions",
+    "Zero": "corruptions",
     "Dictionary": "dictionaries",
     "load_sae": "dictionaries",
     "load_saes": "dictionaries",
@@ -44,11 +70,15 @@ _HOME = {
     "LanguageModel": "models",
     "load_model": "models",
     "wrap_model": "models",
+    "patch_components": "patching",
+    "patch_heads": "patching",
     "patch_latents": "patching",
+    "patch_streams": "patching",
     "At": "positions",
     "PromptPair": "prompts",
     "batch_pairs": "prompts",
     "load_pairs": "prompts",
+    "resampled": "prompts",
     "latent_statistics": "quality",
     "splice_quality": "quality",
     "restore": "safety",

@@ -1,12 +1,14 @@
 """The command line. Thin: it reads settings, calls the library and prints."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import saepatch
 from saepatch.commandline import run_commands
-from saepatch.config import DemoConfig, InspectConfig
+from saepatch.config import AttributeConfig, DemoConfig, InspectConfig, MergeConfig, PatchConfig, SweepConfig
 
 
 def demo(config: DemoConfig) -> None:
@@ -37,9 +39,31 @@ def inspect(config: InspectConfig) -> None:
     print("\n".join(lines))
 
 
+def sweep(config: SweepConfig) -> None:
+    from saepatch.runs import run_sweep
+
+    found = run_sweep(config)
+    if found.shards == 1:
+        merge(MergeConfig(config.out))
+    else:
+        print(f"shard {found.shard} of {found.shards} is finished ({found.parts} parts, {found.edits:,} edits)")
+        print(f"When all of them are: saepatch merge {shlex.quote(config.out)}")
+
+
+def merge(config: MergeConfig) -> None:
+    from saepatch.merging import merge_run
+
+    out = Path(config.out)
+    print(merge_run(out).table())
+    print(f"Rows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json")
+
+
 COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (DemoConfig, demo),
     "inspect": (InspectConfig, inspect),
+    "patch": (PatchConfig, sweep),
+    "attribute": (AttributeConfig, sweep),
+    "merge": (MergeConfig, merge),
 }
 
 

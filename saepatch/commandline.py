@@ -69,6 +69,9 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
     parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     parser.add_class_arguments(config, as_group=False, as_positional=positional)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # `--quiet` alone says true
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -99,8 +102,8 @@ def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, 
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted: {interrupted}\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"interrupted: {str(error) or interrupted}\n")
         return 130
     return 0
 

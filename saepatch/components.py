@@ -36,10 +36,12 @@ class Changes:
 
     def applied(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         """The site's value with all of them made."""
-        out = x.clone()
-        for some in torch.arange(len(self), device=self.row.device).split(2**16):  # as many vectors as surely fit
-            out.index_put_((self.row[some], self.pos[some]), self.vectors(some).to(x.dtype), accumulate=True)
-        return out
+        # in float32 at least: many small changes may add up at one position
+        dtype, place = torch.promote_types(x.dtype, torch.float32), self.row * x.shape[1] + self.pos
+        total = torch.zeros(x.shape[0] * x.shape[1], x.shape[2], dtype=dtype, device=x.device)
+        for some in torch.arange(len(self), device=x.device).split(2**14):  # as many vectors as surely fit
+            total.index_add_(0, place[some], self.vectors(some).to(dtype))
+        return (x + total.view(x.shape)).to(x.dtype)
 
 
 @runtime_checkable
@@ -89,7 +91,7 @@ class LatentUnits:
         self.dictionary.check(model)
 
     def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos units"]:
-        return self.dictionary.encode(x).acts
+        return self.dictionary.activations(x)[0]
 
     def write(
         self,
@@ -97,14 +99,14 @@ class LatentUnits:
         values: Float[Tensor, "batch pos units"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        mine = self.dictionary.encode(base)
-        change = values - mine.acts
+        acts, scale = self.dictionary.activations(base)
+        change = values - acts
         change *= where[..., None]
         row, pos, unit = change.nonzero(as_tuple=True)
         value = change[row, pos, unit]
-        if mine.scale is not None:  # a dictionary that normalises its input writes in the scale of the base run
-            value = value * mine.scale[row, pos, 0]
-        rows = mine.rows
+        if scale is not None:  # a dictionary that normalises its input writes in the scale of the base run
+            value = value * scale[row, pos, 0]
+        rows = self.dictionary.rows
         return Changes(row, pos, unit, lambda some: value[some, None] * rows[unit[some]])
 
 

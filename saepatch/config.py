@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from saepatch.errors import UserError
 
@@ -55,8 +55,9 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What sweeps share: model, dictionaries, pairs, positions, where results go."""
+    """What sweeps share: model, dictionaries, pairs, positions, where results go, how the work is cut."""
 
+    command: ClassVar[str]  # that has these settings
     model: str = "organism"
     """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
     sae: str = "organism"
@@ -76,6 +77,10 @@ class SweepConfig:
     """… its corrupted prompt."""
     answers: str = ""
     """… the answer after each, with a bar between and their leading spaces: --answers " Mary| John"."""
+    corruption: str = ""
+    """What makes the corrupted run. Empty: the corrupted prompt. Else the clean prompt, with noise on the embeddings of
+    a text's tokens ("noise: Mary"), or with everything at the one --site set to 0 (zero) or to its mean over the clean
+    prompts (mean)."""
     positions: str = "all"
     """Where to patch: all, last, an index (5, or -1 for the last), a span (3:7, or --positions=-3: with an equals
     sign), several (1,4), or the tokens of a text ("at: Mary")."""
@@ -90,7 +95,12 @@ class SweepConfig:
     batch_size: int = 0
     """Edits at a time; 0: as many as pay and fit."""
     seed: int = 0
-    """Seed of a task's pairs, of controls and of bootstrap draws."""
+    """Seed of a task's pairs, of noise, of controls and of bootstrap draws."""
+    shard: str = "0/1"
+    """Which share of the pairs: I/N counting from 0, or auto for the one that a Slurm job array or torchrun says (as in
+    torchrun --nproc-per-node 8 -m -- saepatch patch …: without the lone -- it takes --n for its own)."""
+    part: int = 16
+    """Pairs between two writes: what a kill can lose."""
     out: str = "runs/patch"
     """Folder for the results."""
     track: str = "none"
@@ -126,6 +136,12 @@ class SweepConfig:
             )
         if self.n < 0 or self.batch_size < 0:
             raise UserError(f"n = {self.n}, batch_size = {self.batch_size}: neither can be below 0")
+        if not re.fullmatch(r"(noise:.*\S.*|zero|mean)?", self.corruption):
+            raise UserError(f"corruption {self.corruption!r}: write 'noise: TEXT', zero or mean, or leave it empty")
+        if self.part < 1:
+            raise UserError(f"part = {self.part}: use at least 1")
+        if self.shard != "auto" and not _is_shard(self.shard):
+            raise UserError(f"shard {self.shard!r}: write I/N with I from 0 to N-1, as in 0/4, or auto")
         if not self.min_gap > 0:
             raise UserError(f"min_gap = {self.min_gap}: use a number above 0, such as 0.01")
         if self.device_map not in ("", "auto"):
@@ -138,29 +154,26 @@ class SweepConfig:
 class PatchConfig(SweepConfig):
     """Patch latents (or error terms, streams, heads) between paired prompts, exactly; can be stopped and resumed."""
 
+    command: ClassVar[str] = "patch"
     latents: str = ""
-    """Latents, each alone (417;281), or groups patched together (3,17;5); empty: every latent, each alone."""
+    """Latents, each alone (417;281), or groups patched together (3,17;5); of several sites each under its name
+    ("resid_post.3: 281; 3,17 | resid_post.4: 5"); empty: every latent, each alone."""
     component: Literal["latent", "error", "stream", "head"] = "latent"
     """What to patch at a site; streams and heads need no dictionary."""
     each_position: bool = False
     """Patch at each of the positions alone, instead of at all of them together."""
     controls: int = 5
     """Random sets, and as many matched in frequency and size, beside each of the given latents."""
-    shard: str = "0/1"
-    """Which share of the pairs: I/N counting from 0, or auto for the one that torchrun or a Slurm array says."""
-    part: int = 16
-    """Pairs between two writes: what a kill can lose."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.part < 1 or self.controls < 0:
-            raise UserError(f"part = {self.part}, controls = {self.controls}: use at least 1, and 0")
-        if self.shard != "auto" and not _is_shard(self.shard):
-            raise UserError(f"shard {self.shard!r}: write I/N with I from 0 to N-1, as in 0/4, or auto")
-        if not re.fullmatch(r"(\s*\d+\s*([,;]\s*\d+\s*)*)?", self.latents):
+        if self.controls < 0:
+            raise UserError(f"controls = {self.controls}: use at least 0")
+        ids, site = r"\s*\d+\s*([,;]\s*\d+\s*)*", r"\s*[\w.]+\s*:"
+        if self.latents.strip() and not re.fullmatch(rf"{ids}|{site}{ids}(\|{site}{ids})*", self.latents):
             raise UserError(
                 f"latents {self.latents!r}: write numbers, with semicolons between groups and commas inside one, as in "
-                "417 or 3,17;5"
+                "417 or 3,17;5; of several sites as in 'resid_post.3: 417 | resid_post.4: 3,17;5'"
             )
         if self.latents.strip() and self.component != "latent":
             raise UserError(f"latents are given, but component is {self.component}: leave one of them out")
@@ -168,8 +181,9 @@ class PatchConfig(SweepConfig):
 
 @dataclass(frozen=True)
 class AttributeConfig(SweepConfig):
-    """Estimate what every latent contributes from gradients, and verify the top ones by exact patching."""
+    """Estimate what every latent contributes from gradients, and run the top exactly; can be stopped and resumed."""
 
+    command: ClassVar[str] = "attribute"
     out: str = "runs/attribute"
     """Folder for the results."""
     method: Literal["first-order", "integrated-gradients", "graddrop"] = "integrated-gradients"
@@ -177,9 +191,10 @@ class AttributeConfig(SweepConfig):
     steps: int = 10
     """Points on the way from base to source, for integrated-gradients."""
     verify: int = 50
-    """Edits with the largest estimates that are run exactly; 0: none."""
+    """Edits with the largest estimates in each part of pairs (--part) that are run exactly; 0: none."""
     sample: int = 50
-    """Edits drawn at random from all others that are run exactly, too, to say how good the estimates are."""
+    """Edits drawn at random from all others in each part of pairs that are run exactly, too: they say how good the
+    estimates are, and how many large effects they can have missed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,7 +206,7 @@ class AttributeConfig(SweepConfig):
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Put the parts of a run that `saepatch patch` cut into shards together: results.parquet and summary.json."""
+    """Put the parts of a run that was cut into shards together: results.parquet and summary.json."""
 
     out: str
     """Folder of the run."""

@@ -4,6 +4,7 @@
 that noising one unit is ablating it. To resample instead, give pairs made by `saepatch.prompts.resampled`.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -47,8 +48,7 @@ class GaussianNoise:
     """The clean prompt with normal noise on the embeddings of its subject tokens: causal tracing.
 
     The noise has `sigma` times the standard deviation of all token embeddings of the model. Every sample of every pair
-    has its own, which depends on `seed`, the pair's place in the list and the sample's number only. The pairs' corrupted
-    prompts are not read.
+    has its own, which depends on `seed`, the clean prompt and the sample's number only. Corrupted prompts are not read.
 
     Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1; `sigma` and `samples` are
     theirs.
@@ -86,9 +86,10 @@ class GaussianNoise:
         where = _chosen(model, batch, self.subject, self.samples).cpu().numpy()
         width, spread = _embeddings(model)
         noise = np.zeros((*where.shape, width), dtype=np.float32)
-        for row, (pair, chosen) in enumerate(zip(batch.index.tolist(), where, strict=True)):
-            # drawn for the subject's tokens alone, on the CPU: the same under any padding, batch and device
-            draw = np.random.default_rng((self.seed, pair, row % self.samples))
+        for row, (pair, chosen) in enumerate(zip(batch.pairs, where, strict=True)):
+            # drawn for the subject's tokens alone, on the CPU: the same under any padding, batch, list and device
+            text = int.from_bytes(hashlib.sha256(pair.clean.encode()).digest()[:8], "big")
+            draw = np.random.default_rng((self.seed, text, row % self.samples))
             noise[row, chosen] = self.sigma * spread * draw.standard_normal((int(chosen.sum()), width))
         return torch.from_numpy(noise)
 
@@ -182,19 +183,18 @@ class Mean:
         self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
     ) -> Run:
         (component,) = components
-        if self.of not in (None, (component.site, component.kind)):
-            site, kind = self.of  # type: ignore[misc]
+        if self.of is not None and self.of != (component.site, component.kind):
             raise UserError(
-                f"means of kind {kind!r} at {site}, but {component.kind!r} at {component.site} is patched: take the "
-                "mean over the component that is patched"
+                f"means of {self.of[1]!r} at {self.of[0]}, but {component.kind!r} at {component.site} is patched: take "
+                "the mean over the component that is patched"
             )
         values = self.values.to(model.device)
         if values.ndim == 2:
-            for pair, length in zip(batch.pairs, batch.clean.lengths.tolist(), strict=True):
+            for row, length in enumerate(batch.clean.lengths.tolist()):
                 if length != len(values):
                     raise UserError(
-                        f"pair {pair.example or pair.clean!r}: the clean prompt has {length} tokens, the means are for "
-                        f"{len(values)} positions: take means over prompts of that length, or by_position=False"
+                        f"{_name(batch, row)} has {length} tokens, the means are for {len(values)} positions: take "
+                        "means over prompts of that length, or by_position=False"
                     )
             values = values[whole_prompt(model, batch.clean).index.clamp(min=0)]
         return _ablated(model, batch, components, clean, keep_cache, self.positions, values)
@@ -215,8 +215,8 @@ def _ablated(
     own = component.read(x)
     if values.ndim and values.shape[-1] != own.shape[-1]:
         raise UserError(
-            f"{values.shape[-1]} means, but {component.kind!r} at {component.site} has {own.shape[-1]} values: take the "
-            "mean over the component that is patched"
+            f"{values.shape[-1]} means, but {component.kind!r} at {component.site} has {own.shape[-1]} values: take "
+            "the mean over the component that is patched"
         )
     where = _chosen(model, batch, positions)
     written = torch.where(where[..., None], values.to(own), own)
@@ -232,17 +232,19 @@ def _chosen(
     """Where the clean prompts have these positions; rows come in runs of `samples` that are one pair."""
     rows = []
     for row in range(0, len(batch), samples):
-        pair, one = batch.pairs[row], batch.clean.rows([row])
         try:
-            where = whole_prompt(model, one).select(positions)
+            where = whole_prompt(model, batch.clean.rows([row])).select(positions)
         except UserError as error:
-            raise UserError(f"pair {pair.example or int(batch.index[row])}, {pair.clean!r}: {error}") from error
+            raise UserError(f"{_name(batch, row)}: {error}") from error
         if not bool(where.any()):
-            raise UserError(
-                f"pair {pair.example or int(batch.index[row])}: positions {positions!r} hold no token of {pair.clean!r}"
-            )
+            raise UserError(f"{_name(batch, row)}: positions {positions!r} hold no token of it: name others")
         rows.append(where)
     return torch.cat(rows).repeat_interleave(samples, 0)
+
+
+def _name(batch: PairBatch, row: int) -> str:
+    pair = batch.pairs[row]
+    return f"pair {pair.example or int(batch.index[row])}: the clean prompt {pair.clean!r}"
 
 
 @torch.no_grad()

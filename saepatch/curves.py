@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
-from tqdm import tqdm
 
 from saepatch.components import Edit
 from saepatch.controls import control_sets, differing_sets
@@ -13,7 +12,7 @@ from saepatch.dictionaries import Dictionary
 from saepatch.effects import Direction, Effects
 from saepatch.metrics import Metric, logit_difference
 from saepatch.models import LanguageModel
-from saepatch.patching import patch_components
+from saepatch.patching import patch_by_pair, patch_components
 from saepatch.positions import Positions
 from saepatch.prompts import PromptPair
 from saepatch.quality import LatentStatistics
@@ -75,18 +74,18 @@ def effect_curve_by_pair(
     progress: bool = False,
 ) -> Curve:
     """The same with a ranking of its own for each pair; `differing` says which latents differ in each pair."""
-    effects = []
-    bar = tqdm(pairs, direction, unit="pair", disable=not progress, leave=False)
-    for number, (pair, ranking, differs) in enumerate(zip(bar, rankings, differing, strict=True)):
-        edits = _edits(dictionary, ranking, sizes, statistics, seed + number)
-        edits += [
+    edits = []
+    for number, (ranking, differs) in enumerate(zip(rankings, differing, strict=True)):
+        own = _edits(dictionary, ranking, sizes, statistics, seed + number)
+        own += [
             Edit(dictionary.site, drawn, role="differing", beside=tuple(ranking[:k]))
             for k in sizes
             for drawn in differing_sets(ranking, k, differs, seed + number)
         ]
-        effects.append(
-            patch_components(model, dictionary, [pair], edits, positions=positions, direction=direction, metric=metric)
-        )
+        edits.append(own)
+    effects = patch_by_pair(
+        model, dictionary, pairs, edits, positions=positions, direction=direction, metric=metric, progress=progress
+    )
     return _curve(sizes, effects, seed)
 
 

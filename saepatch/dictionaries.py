@@ -66,19 +66,27 @@ class Dictionary:
     @cached_property
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all weights."""
-        return fingerprint(self.sae.state_dict().items())
+        return fingerprint(self.sae.state_dict())
 
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "batch pos d_in"]) -> Latents:
-        """Latents and error term of a site's value, in the dictionary's own precision."""
-        x = x.to(self.dtype)
-        acts = self.sae.encode(x)  # type: ignore[operator]
-        # sae_lens keeps the normalisation of this input as state, and `decode` uses it up: read it in between.
+    def activations(
+        self, x: Float[Tensor, "batch pos d_in"]
+    ) -> tuple[Float[Tensor, "batch pos d_sae"], Float[Tensor, "batch pos 1"] | None]:
+        """Latents of a site's value, and the scale they are decoded with (as in `Latents`); nothing is decoded."""
+        acts = self.sae.encode(x.to(self.dtype))  # type: ignore[operator]
+        # sae_lens keeps the normalisation of this input as state, and `decode` uses it up: read it before.
         scale: Any = None
         if self._cfg.normalize_activations == "layer_norm":
             scale = self.sae.ln_std
         elif self._cfg.normalize_activations == "constant_norm_rescale":
             scale = 1 / self.sae.x_norm_coeff  # type: ignore[operator]
+        return acts, scale
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch pos d_in"]) -> Latents:
+        """Latents and error term of a site's value, in the dictionary's own precision."""
+        x = x.to(self.dtype)
+        acts, scale = self.activations(x)
         reconstruction = self.sae.decode(acts)  # type: ignore[operator]
         return Latents(acts, x - reconstruction, reconstruction, self.rows, scale)
 

@@ -16,6 +16,8 @@ from saepatch.statistics import Interval, bootstrap_mean, bootstrap_ratio, false
 
 Direction = Literal["denoise", "noise"]
 CONTROLS = ("random", "matched", "differing")
+WHOLE = ("stream", "error")  # kinds of component that have one unit, so it goes without a name
+ROUNDING = 1e-4  # of the mean gap: passes of differently made batches differ by less than this in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,8 @@ class Effects:
     patched: Float[ndarray, "pairs edits"]
     ran: Bool[ndarray, "pairs edits"]
     min_gap: float = 1e-2
+    corruption: str = ""  # what made the corrupted runs, where it was not the pairs' corrupted prompts
+    rounding: float = ROUNDING
     method: str = "exact"
 
     @property
@@ -115,20 +119,25 @@ class Effects:
     def q_values(self) -> Float[ndarray, "edits"]:
         """False discovery rate at which each edit's mean change differs from 0 (Benjamini and Hochberg over edits).
 
-        NaN for controls, and for edits that ran on fewer than two pairs: nothing was tested there.
+        NaN for controls, and for edits that ran on fewer than two pairs: nothing was tested there. Changes of less than
+        `rounding` of the mean gap are taken as 0: rounding goes one way often enough to pass for an effect.
         """
-        return false_discovery(self.change, self.ran & ~self._is_control)
+        return false_discovery(self._beyond_rounding, self.ran & ~self._is_control)
 
     def p_max(self, draws: int = 2000, seed: int = 0) -> Float[ndarray, "edits"]:
         """Chance that the largest of all edits would move the metric as far if signs were random; NaN as above.
 
         Corrected for the number of edits by the permutation distribution of the maximum.
         """
-        return sign_flip_test(self.change, self.ran & ~self._is_control, draws, seed)
+        return sign_flip_test(self._beyond_rounding, self.ran & ~self._is_control, draws, seed)
+
+    @property
+    def _beyond_rounding(self) -> Float[ndarray, "pairs edits"]:
+        return np.where(np.abs(self.change) < self.rounding * np.abs(self.gap).mean(), 0.0, self.change)
 
     @property
     def _is_control(self) -> Bool[ndarray, "edits"]:
-        return np.array([edit.role in CONTROLS for edit in self.edits])
+        return np.array([edit.role in CONTROLS for edit in self.edits], dtype=bool)
 
     def map(self, k: int | None = None) -> "Map":
         """Ratio of means by unit (rows) and position (columns), of edits at one position each; the `k` largest rows.
@@ -160,11 +169,12 @@ class Effects:
     def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
         """Flat rows: each edit on each pair, with the base run's own value where the edit was nothing.
 
-        Of units that were swept alone ("single"), only the edits that ran: all others did nothing. `tokens` are the
-        texts of each pair's own tokens, to name the positions with.
+        Only those that ran, of units that were swept alone ("single") or at one position: all others did nothing.
+        `tokens` are the texts of each pair's own tokens, to name the positions with.
         """
         normalised = self.normalised
-        wanted = self.ran | np.array([edit.role != "single" for edit in self.edits])[None]
+        everywhere = [edit.role != "single" and edit.position is None for edit in self.edits]
+        wanted = self.ran | np.array(everywhere, dtype=bool)
         rows = []
         for pair, column in zip(*np.nonzero(wanted), strict=True):
             edit = self.edits[column]
@@ -182,6 +192,7 @@ class Effects:
                     direction=self.direction,
                     metric=self.metric,
                     method=self.method,
+                    corruption=self.corruption,
                     clean=float(self.clean[pair]),
                     corrupted=float(self.corrupted[pair]),
                     patched=float(self.patched[pair, column]),
@@ -193,14 +204,14 @@ class Effects:
 
 def describe(edit: Edit) -> str:
     """The units as a text: "417", "3,17", "all"; empty where the component has only one."""
-    if edit.kind in ("stream", "error"):
+    if edit.kind in WHOLE:
         return ""
     return "all" if edit.role == "every" else ",".join(map(str, edit.units))
 
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """Effects by unit and position; cells that no pair ran are NaN."""
+    """Effects by unit and position, controls left out; cells that no pair ran are NaN."""
 
     labels: tuple[str, ...]
     positions: tuple[int, ...]
@@ -210,15 +221,17 @@ class Map:
     def of(cls, effects: Effects, k: int | None = None) -> "Map":
         if any(edit.position is None for edit in effects.edits):
             raise UserError("a map needs edits at one position each: sweep with each_position=True")
-        ratios = effects.ratios()
-        positions = sorted({edit.position for edit in effects.edits if edit.position is not None})
-        keys = list(dict.fromkeys((edit.site, edit.units, edit.kind) for edit in effects.edits))
+        ratios, ran = effects.ratios(), np.asarray(effects.ran.any(0))
+        own = [(i, edit) for i, edit in enumerate(effects.edits) if edit.role not in CONTROLS]
+        positions = sorted({edit.position for _, edit in own if edit.position is not None})
+        keys = list(dict.fromkeys((edit.site, edit.units, edit.kind) for _, edit in own))
+        row, column = {key: i for i, key in enumerate(keys)}, {position: i for i, position in enumerate(positions)}
         values = np.full((len(keys), len(positions)), np.nan)
-        for edit, ratio, ran in zip(effects.edits, ratios.tolist(), list(effects.ran.any(0)), strict=True):
-            if ran and edit.position is not None:
-                values[keys.index((edit.site, edit.units, edit.kind)), positions.index(edit.position)] = ratio
-        names = [" ".join(filter(None, (str(s), ",".join(map(str, u)) if k in ("latent", "head", "direction") else "")))
-                 for s, u, k in keys]  # fmt: skip
+        for i, edit in own:
+            if ran[i] and edit.position is not None:
+                values[row[edit.site, edit.units, edit.kind], column[edit.position]] = ratios[i]
+        names = [" ".join(filter(None, (str(at), "" if kind in WHOLE else ",".join(map(str, units)))))
+                 for at, units, kind in keys]  # fmt: skip
         if k is not None and k < len(keys):
             best = np.argsort(-np.nan_to_num(np.abs(values)).max(1), kind="stable")[:k]
             names, values = [names[i] for i in best], values[best]

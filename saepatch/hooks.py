@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -277,3 +279,105 @@ def skip_blocks(layout: Layout, n: int) -> Iterator[None]:
 
     with forwards_replaced(dict.fromkeys(layout.blocks[:n], passing_through)):
         yield
+
+
+@contextmanager
+def graph_through(layout: Layout, sites: Collection[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Hold what the sites emit on a forward pass, in one autograd graph that starts at the first of them.
+
+    What runs before is not recorded: weights need no gradient, so the graph begins where a site is made a leaf.
+    """
+    held: dict[Site, Tensor] = {}
+
+    def hold(site: Site) -> Edit:
+        def run(x: Tensor) -> Tensor:
+            held[site] = x if x.requires_grad else x.detach().requires_grad_()
+            return held[site]
+
+        return run
+
+    with edit_sites(layout, {site: hold(site) for site in sites}):
+        yield held
+
+
+@dataclass
+class Dropped:
+    """Which block's contribution gradients leave out: None, none."""
+
+    layer: int | None = None
+
+
+class _Droppable(torch.autograd.Function):
+    """Gives what a block gives; backwards, past the block instead of through it while the block is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, entered: Tensor, left: Tensor, layer: int, dropped: Dropped) -> Tensor:
+        ctx.layer, ctx.dropped = layer, dropped
+        return left.view_as(left)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (grads[0], None, None, None) if ctx.dropped.layer == ctx.layer else (None, grads[0], None, None)
+
+
+@contextmanager
+def droppable_blocks(layout: Layout, layers: Collection[int]) -> Iterator[Dropped]:
+    """Let backward passes leave out one block at a time: `out = in + stopgrad(out − in)` where it is dropped.
+
+    The value that is yielded names the block, and may be changed between backward passes over one forward pass made
+    inside the context. Enter it before other hooks on the same blocks, so that they see what comes after the switch.
+    """
+    dropped = Dropped()
+
+    def switch(layer: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            entered = args[0] if args else kwargs["hidden_states"]
+            return _with_first(output, _Droppable.apply(entered, _first(output), layer, dropped))
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layout.blocks[layer].register_forward_hook(switch(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield dropped
+
+
+_ATTENTIONS = count()  # names of the attention functions that were registered, none of them twice
+
+
+@contextmanager
+def attention_replaced(hf: nn.Module, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Let every attention layer that goes through transformers' attention interface call `attend` instead.
+
+    It gets `(module, query, key, value, attention_mask, **options)` as transformers' own functions do, with the mask
+    that these would add to the scores: [batch, 1, queries, keys]. Layers that do not use the interface are untouched.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"saepatch_{next(_ATTENTIONS)}"
+    configs: dict[int, Any] = {}
+    for module in hf.modules():
+        _collect_configs(getattr(module, "config", None), configs)
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, eager_mask)
+    try:
+        for config in configs.values():
+            config._attn_implementation = name
+        yield
+    finally:
+        for key, config in configs.items():  # a whole hands its setting on to its parts, which come after it
+            config._attn_implementation = before[key]
+        for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            del table._global_mapping[name]
+
+
+def _collect_configs(config: Any, into: dict[int, Any]) -> None:
+    """The configs that say how attention is computed, each whole before its parts."""
+    if config is None or id(config) in into or not hasattr(config, "_attn_implementation"):
+        return
+    into[id(config)] = config
+    for part in getattr(config, "sub_configs", ()):
+        _collect_configs(getattr(config, part, None), into)

@@ -4,10 +4,10 @@ import hashlib
 import inspect
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+        """Where token ids go in, and where what is read from the model is kept."""
+        weight: Tensor = self.hf.get_input_embeddings().weight  # type: ignore[operator]
+        if weight.is_meta:  # offloaded: accelerate's hook knows where it runs
+            hook: Any = self.hf.get_input_embeddings()._hf_hook  # type: ignore[operator]
+            return torch.device(hook.execution_device)
+        return weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +112,7 @@ class LanguageModel:
     @cached_property
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all weights."""
-        return fingerprint(self.hf.state_dict().items())
+        return fingerprint(_weights(self.hf))
 
     @cached_property
     def _forward_arguments(self) -> frozenset[str]:
@@ -227,14 +232,28 @@ def ordinary(
     return real if bos_id is None else real & (input_ids != bos_id)
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def fingerprint(weights: Mapping[str, Tensor | Callable[[], Tensor]]) -> str:
     """First 16 hexadecimal digits of the SHA-256 over names, shapes, dtypes and bytes, in order of name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name in sorted(weights):
+        weight = weights[name]
+        tensor = weight if isinstance(weight, Tensor) else weight()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _weights(hf: nn.Module) -> dict[str, Tensor | Callable[[], Tensor]]:
+    """All weights; of those that accelerate has offloaded, functions that read them back one by one."""
+    found: dict[str, Tensor | Callable[[], Tensor]] = dict(hf.state_dict())
+    for name, module in hf.named_modules():
+        kept: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for own in dict(module.named_parameters(recurse=False)) if kept is not None else ():
+            whole = f"{name}.{own}"
+            if isinstance(tensor := found.get(whole), Tensor) and tensor.is_meta:
+                found[whole] = partial(kept.__getitem__, own)
+    return found
 
 
 def load_model(
@@ -243,11 +262,15 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     prepend_bos: bool = False,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | None = None,
 ) -> LanguageModel:
     """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
 
     `prepend_bos` puts a BOS in front of every text where the tokenizer does not (GPT-2's, say), as many dictionaries
-    were trained.
+    were trained. `device_map` ("auto", say) spreads a model that one device cannot hold over several and, within
+    `max_memory`, over main memory and `offload_folder`, as transformers and accelerate do; `device` is not used then.
 
     Raises:
         UserError: there is no such model or device, weights are missing, damaged or NaN, or its blocks cannot be found.
@@ -266,11 +289,13 @@ def load_model(
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     device = usable_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    spread = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    spread = {key: value for key, value in spread.items() if value is not None} if device_map is not None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         with _quiet_progress():
             both: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=resolved, use_safetensors=True, output_loading_info=True, **options
+                where, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **spread
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -283,7 +308,7 @@ def load_model(
         raise UserError(
             f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): the file is not whole, fetch it again"
         )
-    return replace(wrap_model(hf.to(device), tokenizer, name), prepend_bos=prepend_bos)
+    return replace(wrap_model(hf if spread else hf.to(device), tokenizer, name), prepend_bos=prepend_bos)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -308,7 +333,7 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
         UserError: weights that are not finite, or blocks that cannot be found.
     """
     for parameter, value in hf.named_parameters():
-        if not bool(torch.isfinite(value).all()):
+        if not value.is_meta and not bool(torch.isfinite(value).all()):
             raise UserError(
                 f"model {name!r} has NaN or infinite weights in {parameter}: the file is damaged, fetch it again"
             )
@@ -335,10 +360,11 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     as_tuple = blocks_return_tuples(model.hf, model.layout, inputs)
     model = replace(model, layout=replace(model.layout, tuple_blocks=as_tuple))
     seen = capture(model.hf, model.layout, model.layout.sites, inputs, stop=False)
-    z = seen[Site(0, "z")].shape if "z" in model.layout.streams else None
-    if z is not None and (z[:-1] != (1, 6) or z[-1] % model.n_heads):
-        log.warning("z of %r has shape %s, not %d heads side by side: not offered", model.name, tuple(z), model.n_heads)
-        model = replace(model, layout=model.layout.without("z"))
+    if "z" in model.layout.streams:
+        z = tuple(seen[Site(0, "z")].shape)
+        if z[:-1] != (1, 6) or z[-1] % model.n_heads:
+            log.warning("z of %r has shape %s, not %d heads side by side: not offered", model.name, z, model.n_heads)
+            model = replace(model, layout=model.layout.without("z"))
     widths = {site.stream: value.shape[-1] for site, value in seen.items()}
     model = replace(model, layout=replace(model.layout, widths=widths))
     for site, value in seen.items():

@@ -1,48 +1,29 @@
 """Exact activation patching: the effect of every edit, each run through the model's own later blocks."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from tqdm import tqdm
+from jaxtyping import Bool, Float, Int
 
-from saepatch.components import (
-    Changes,
-    Component,
-    Edit,
-    Heads,
-    Patchable,
-    Stream,
-    as_components,
-    between,
-)
-from saepatch.controls import DRAWS, control_sets
+from saepatch.components import Component, Edit, Heads, Patchable, Stream, as_components
+from saepatch.controls import DRAWS, Group, control_sets
 from saepatch.corruptions import Corruption
 from saepatch.dictionaries import Dictionary
 from saepatch.effects import Direction, Effects
 from saepatch.errors import UserError
-from saepatch.metrics import ANSWERS_ONLY, Metric, logit_difference, metric_name
-from saepatch.models import LanguageModel, Tokens
+from saepatch.metrics import Metric, logit_difference, metric_name
+from saepatch.models import LanguageModel
 from saepatch.positions import Positions
-from saepatch.prompts import PairBatch, PromptPair, batch_pairs, same_length_batches
+from saepatch.prompts import PromptPair
 from saepatch.quality import latent_statistics
-from saepatch.resume import Run
 from saepatch.sites import Site
-from saepatch.splicing import line_up, whole_prompt
+from saepatch.sweep import Align, Options, Progress, Swept, Wanted, sweep
 
 log = logging.getLogger(__name__)
-
-Group = tuple[int, ...]
-Align = Literal["equal", "right"]
-# Units that are patched together, and where: at one position, or (None) at all that were chosen.
-Wanted = tuple[Group, int | None]
-CPU_MEMORY = 2**28  # bytes that the activations of one batch of edits may take; more is no faster
-PAIRS_MEMORY = 2**29  # bytes that the latents of one batch of pairs may take
 
 
 def patch_latents(
@@ -60,7 +41,7 @@ def patch_latents(
     align: Align = "equal",
     batch_size: int | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Effects:
     """Patch each latent, or group of latents, between the runs of every pair, each alone, error term kept.
 
@@ -79,12 +60,13 @@ def patch_latents(
         align: As for `batch_pairs`.
         batch_size: Edits at a time; None: as many as pay and fit.
         seed: Of the controls.
+        progress: Show a bar; or a function that is told how many edits were just done.
 
     Raises:
         UserError: unknown latents, an unknown direction, or pairs that do not line up.
     """
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
-    options = _Options(direction, metric, corruption, positions, each_position, align, batch_size, progress)
+    options = Options(direction, metric, corruption, positions, each_position, align, batch_size, progress)
     if latents is None:
         return _effects(model, as_components(model, several), pairs, None, options, min_gap)
     if not isinstance(latents, Mapping):
@@ -113,7 +95,7 @@ def patch_components(
     min_gap: float = 1e-2,
     align: Align = "equal",
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Effects:
     """The same sweep over anything that `saepatch.components` holds: whole sites, heads, error terms, directions.
 
@@ -121,7 +103,7 @@ def patch_components(
     `patch_latents`.
     """
     found = as_components(model, components)
-    options = _Options(direction, metric, corruption, positions, each_position, align, batch_size, progress)
+    options = Options(direction, metric, corruption, positions, each_position, align, batch_size, progress)
     return _effects(model, found, pairs, edits, options, min_gap)
 
 
@@ -151,28 +133,80 @@ def patch_edits(
     corruption: Corruption | None = None,
     align: Align = "equal",
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Float[np.ndarray, "edits"]:
     """The metric under a list of edits, each of one pair (named by its index): what verifying a screen runs.
 
     The base run's own value where an edit changes nothing.
     """
-    found = as_components(model, components)
-    options = _Options(direction, metric, corruption, positions, False, align, batch_size, progress)
-    places = _places(found, [edit for _, edit in edits])
+    options = Options(direction, metric, corruption, positions, False, align, batch_size, progress)
+    swept, change, _ = _listed(model, as_components(model, components), pairs, edits, options)
+    base = swept.corrupted if direction == "denoise" else swept.clean
+    return base[[pair for pair, _ in edits]] + change
+
+
+def patch_by_pair(
+    model: LanguageModel,
+    components: Patchable | Sequence[Patchable],
+    pairs: Sequence[PromptPair],
+    edits: Sequence[Sequence[Edit]],
+    positions: Positions = "all",
+    direction: Direction = "denoise",
+    metric: Metric = logit_difference,
+    corruption: Corruption | None = None,
+    min_gap: float = 1e-2,
+    align: Align = "equal",
+    batch_size: int | None = None,
+    progress: Progress = False,
+) -> list[Effects]:
+    """One sweep in which every pair has edits of its own; the effects of each pair."""
+    options = Options(direction, metric, corruption, positions, False, align, batch_size, progress)
+    flat = [(number, edit) for number, own in enumerate(edits) for edit in own]
+    swept, change, ran = _listed(model, as_components(model, components), pairs, flat, options)
+    base = swept.corrupted if direction == "denoise" else swept.clean
+    bounds = np.cumsum([0, *map(len, edits)])
+    return [
+        Effects(
+            direction=direction,
+            metric=metric_name(metric),
+            positions=positions if isinstance(positions, str) else repr(positions),
+            edits=tuple(own),
+            examples=(pairs[number].example or str(number),),
+            clean=swept.clean[[number]],
+            corrupted=swept.corrupted[[number]],
+            patched=base[number] + change[None, bounds[number] : bounds[number + 1]],
+            ran=ran[None, bounds[number] : bounds[number + 1]],
+            min_gap=min_gap,
+            corruption=_name(corruption),
+            rounding=_rounding(model),
+        )
+        for number, own in enumerate(edits)
+    ]
+
+
+def _listed(
+    model: LanguageModel,
+    components: Sequence[Component],
+    pairs: Sequence[PromptPair],
+    edits: Sequence[tuple[int, Edit]],
+    options: Options,
+) -> tuple[Swept, Float[np.ndarray, "edits"], Bool[np.ndarray, "edits"]]:
+    """Run listed edits of listed pairs: what was swept, how far each edit moved its base run, and which ran."""
     asked: dict[tuple[int, int], list[int]] = {}
-    for number, ((pair, _), place) in enumerate(zip(edits, places, strict=True)):
+    for number, ((pair, _), place) in enumerate(zip(edits, _places(components, [e for _, e in edits]), strict=True)):
+        if not 0 <= pair < len(pairs):
+            raise UserError(f"an edit of pair {pair}: there are {len(pairs)} pairs, from 0")
         asked.setdefault((pair, place), []).append(number)
 
     def wanted(component: int, pair: int) -> list[Wanted]:
         return [(edits[i][1].units, edits[i][1].position) for i in asked.get((pair, component), ())]
 
-    swept = _sweep(model, found, pairs, wanted, options)
-    base = swept.corrupted if direction == "denoise" else swept.clean
-    values = np.array([base[pair] for pair, _ in edits])
-    for pair, component, group, value in zip(swept.pair, swept.component, swept.group, swept.change, strict=True):
-        values[asked[pair, component][group]] += value
-    return values
+    swept = sweep(model, components, pairs, wanted, options)
+    places = [asked[p, c][g] for p, c, g in zip(swept.pair, swept.component, swept.group, strict=True)]
+    change, ran = np.zeros(len(edits)), np.zeros(len(edits), dtype=bool)
+    np.add.at(change, places, swept.change)
+    ran[places] = True
+    return swept, change, ran
 
 
 def _groups(latents: Sequence[int | Sequence[int]], dictionary: Dictionary) -> list[Group]:
@@ -211,24 +245,6 @@ def _with_controls(
     return edits
 
 
-@dataclass(frozen=True)
-class _Options:
-    direction: Direction
-    metric: Metric
-    corruption: Corruption | None
-    positions: Positions
-    each_position: bool
-    align: Align
-    batch_size: int | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.direction not in ("denoise", "noise"):
-            raise UserError(f"unknown direction {self.direction!r}: use 'denoise' or 'noise'")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch_size = {self.batch_size}: use at least 1, or None to have it chosen")
-
-
 def _places(components: Sequence[Component], edits: Sequence[Edit]) -> list[int]:
     """Which component each edit is of."""
     known = {(component.site, component.kind): number for number, component in enumerate(components)}
@@ -248,7 +264,7 @@ def _effects(
     components: Sequence[Component],
     pairs: Sequence[PromptPair],
     edits: Sequence[Edit] | None,
-    options: _Options,
+    options: Options,
     min_gap: float,
 ) -> Effects:
     """Sweep, and lay what was found out as pairs × edits."""
@@ -258,7 +274,7 @@ def _effects(
     def wanted(component: int, pair: int) -> list[Wanted] | None:
         return None if edits is None else [(edits[i].units, edits[i].position) for i in numbers[component]]
 
-    swept = _sweep(model, components, pairs, wanted, options)
+    swept = sweep(model, components, pairs, wanted, options)
     pair, component, group, position = (
         np.array(column, dtype=np.int64) for column in (swept.pair, swept.component, swept.group, swept.position)
     )
@@ -269,9 +285,7 @@ def _effects(
         axis = list(edits)
         column = np.array([numbers[c][g] for c, g in zip(component, group, strict=True)], dtype=np.int64)
     if options.each_position:
-        keys, column = np.unique(np.stack([column, position]), axis=1, return_inverse=True)
-        axis = [replace(axis[number], position=int(at)) for number, at in keys.T]
-        column = column.reshape(-1)
+        axis, column = _apart(axis, column, position)
     base = swept.corrupted if options.direction == "denoise" else swept.clean
     patched = np.repeat(base[:, None], len(axis), axis=1)
     ran = np.zeros(patched.shape, dtype=bool)
@@ -289,222 +303,35 @@ def _effects(
         patched=patched,
         ran=ran,
         min_gap=min_gap,
+        corruption=_name(options.corruption),
+        rounding=_rounding(model),
     )
 
 
-@dataclass(eq=False)
-class _Swept:
-    """The runs' own metrics, and for each edit that ran how far it moved its pair's base run (a mean over samples)."""
-
-    clean: Float[np.ndarray, "pairs"]
-    corrupted: Float[np.ndarray, "pairs"]
-    pair: list[int] = field(default_factory=list)
-    component: list[int] = field(default_factory=list)
-    group: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)
-    change: list[float] = field(default_factory=list)
+def _name(corruption: Corruption | None) -> str:
+    return "" if corruption is None else str(corruption)
 
 
-def _sweep(
-    model: LanguageModel,
-    components: Sequence[Component],
-    pairs: Sequence[PromptPair],
-    wanted: Callable[[int, int], list[Wanted] | None],
-    options: _Options,
-) -> _Swept:
-    """Run every edit that `wanted(component, pair)` asks for (None: every unit alone) and that changes something."""
-    corruption = options.corruption
-    if corruption is not None and corruption.at_component and len(components) > 1:
-        raise UserError(f"{corruption} corrupts what is patched, so patch one component at a time")
-    samples = 1 if corruption is None else corruption.samples
-    whole = batch_pairs(model, pairs, align=options.align)
-    swept = _Swept(np.zeros(len(pairs)), np.zeros(len(pairs)))
-    at_once = _pairs_at_once(components, whole.clean.input_ids.shape[1] * samples, options.batch_size)
-    bar = tqdm(desc=f"{options.direction} {components[0].site}", unit="edit", disable=not options.progress, leave=False)
-    with bar:
-        for part in same_length_batches(whole, at_once):
-            part = part.rows([row for row in range(len(part)) for _ in range(samples)])
-            clean, corrupted = _two_runs(model, components, part, options)
-            base, source = (corrupted, clean) if options.direction == "denoise" else (clean, corrupted)
-            where = whole_prompt(model, base.tokens).select(options.positions) & line_up(base.tokens, source.tokens)
-            index = part.index.tolist()
-            for values, run in ((swept.clean, clean), (swept.corrupted, corrupted)):
-                np.add.at(values, index, _values(options.metric, run.logits, part) / samples)
-            own = _values(options.metric, base.logits, part)
-            for number, component in enumerate(components):
-                changes = between(component, base, source, where)
-                asked = [wanted(number, pair) for pair in index]
-                planned = _plan(changes, asked, base.tokens, options.each_position)
-                batches = _batches(model, component, base, planned, options.batch_size)
-                for edits, values in _run(component, base, part, changes, planned, batches, options.metric):
-                    rows = planned.row[edits]
-                    swept.pair += [index[row] for row in rows.tolist()]
-                    swept.component += [number] * len(edits)
-                    swept.group += planned.group[edits].tolist()
-                    swept.position += _own_positions(base.tokens, rows, planned.first[edits], options.align)
-                    swept.change += ((values - own[rows]) / samples).tolist()
-                    bar.update(len(edits))
-    return swept
+def _rounding(model: LanguageModel) -> float:
+    """Share of the mean gap that rounding alone may move a metric by."""
+    return 1e-4 if model.dtype == torch.float32 else 2e-2
 
 
-def _two_runs(
-    model: LanguageModel, components: Sequence[Component], part: PairBatch, options: _Options
-) -> tuple[Run, Run]:
-    sites = {component.site for component in components}
-    denoise = options.direction == "denoise"
-    clean = Run(model, part.clean, sites, keep_cache=not denoise)
-    if options.corruption is None:
-        return clean, Run(model, part.corrupted, sites, keep_cache=denoise)
-    return clean, options.corruption.run(model, part, components, clean, denoise)
+def _apart(
+    edits: Sequence[Edit], number: Int[np.ndarray, "ran"], position: Int[np.ndarray, "ran"]
+) -> tuple[list[Edit], Int[np.ndarray, "ran"]]:
+    """One edit a position where it ran, and each run's place among them.
 
-
-def _pairs_at_once(components: Sequence[Component], width: int, batch_size: int | None) -> int:
-    """Pairs whose runs are kept at a time, so that their latents fit."""
-    largest = max(component.units for component in components)
-    return max(1, min(batch_size or 64, PAIRS_MEMORY // (16 * width * max(largest, 1024))))
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """Edits to run, in order of the first column they change; `entries[starts[e]:starts[e + 1]]` are those of one."""
-
-    row: Int[Tensor, "edits"]
-    group: Int[Tensor, "edits"]
-    first: Int[Tensor, "edits"]
-    starts: Int[Tensor, "bounds"]
-    entries: Int[Tensor, "entries"]
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-
-def _plan(changes: Changes, asked: Sequence[list[Wanted] | None], tokens: Tokens, each_position: bool) -> _Plan:
-    row, pos, unit = (t.cpu().numpy() for t in (changes.row, changes.pos, changes.unit))
-    bounds = np.searchsorted(row, np.arange(len(asked) + 1))
-    width = tokens.input_ids.shape[1]
-    entries, groups = [], []
-    member = np.zeros(int(unit.max()) + 1 if len(unit) else 1, dtype=bool)
-    for number, (mine, length) in enumerate(zip(asked, tokens.lengths.tolist(), strict=True)):
-        here = np.arange(bounds[number], bounds[number + 1])
-        if mine is None:
-            entries.append(here)
-            groups.append(unit[here])
-            continue
-        for group, (units, position) in enumerate(mine):
-            ids = np.array([u for u in units if u < len(member)], dtype=np.int64)
-            member[ids] = True
-            found = here[member[unit[here]]]
-            member[ids] = False
-            if position is not None:
-                if not -length <= position < length:
-                    raise UserError(f"position {position} is out of range: the prompt has {length} tokens")
-                found = found[pos[found] == (width if position < 0 else width - length) + position]
-            entries.append(found)
-            groups.append(np.full(len(found), group))
-    entry = np.concatenate(entries) if entries else np.zeros(0, dtype=np.int64)
-    number_of = np.concatenate(groups) if groups else np.zeros(0, dtype=np.int64)
-    apart = pos[entry] if each_position else np.zeros(len(entry), dtype=np.int64)
-    keys, inverse = np.unique(np.stack([row[entry], number_of, apart]), axis=1, return_inverse=True)
-    edit, n = inverse.reshape(-1), keys.shape[1]
-    first = np.full(n, np.iinfo(np.int64).max)
-    np.minimum.at(first, edit, pos[entry])
-    order = np.lexsort((keys[1], keys[0], first))
-    place = np.empty(n, dtype=np.int64)
-    place[order] = np.arange(n)
-    sorted_entries = np.argsort(place[edit], kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(place[edit], minlength=n))])
-    return _Plan(*(torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for a in (
-        keys[0][order], keys[1][order], first[order], starts, entry[sorted_entries])))  # fmt: skip
-
-
-def _batches(
-    model: LanguageModel, component: Component, base: Run, planned: _Plan, batch_size: int | None
-) -> Iterator[slice]:
-    """Split the edits, which stand in order of their first column, into batches that start at one column.
-
-    An edit that starts later runs some columns for nothing; it joins the batch where that costs less than a pass of
-    its own would.
+    A control that changes nothing where its group acts counts as run there, without effect.
     """
-    first = planned.first.tolist()
-    most, worth = _tokens_at_once(model, base.width), _pass_worth(model)
-    start = 0
-    while start < len(first):
-        columns = base.width - first[start]
-        limit = batch_size or max(1, most // columns)
-        end, wasted = start, 0
-        while end < len(first) and end - start < limit:
-            after = end
-            while after < len(first) and first[after] == first[end]:
-                after += 1
-            wasted += (min(after, start + limit) - end) * (first[end] - first[start])
-            if wasted > worth:
-                break
-            end = min(after, start + limit)
-        yield slice(start, end)
-        start = end
-
-
-def _pass_worth(model: LanguageModel) -> int:
-    """Tokens through a block that cost as much as starting one more pass: reading its weights, and Python's share."""
-    if model.device.type != "cpu":
-        return 4096
-    block = sum(p.numel() for p in model.layout.blocks[0].parameters())
-    return 10 + 10_000_000 // max(block, 1)
-
-
-def _tokens_at_once(model: LanguageModel, width: int) -> int:
-    """Tokens of one batch of edits, so that a block's activations, its keys and values and its scores fit."""
-    config = model.config.get_text_config()
-    wide = getattr(config, "intermediate_size", None) or 4 * model.d_model
-    a_token = 4 * (4 * wide + 12 * model.d_model + 3 * model.n_heads * width)
-    memory = CPU_MEMORY
-    if model.device.type == "cuda":
-        memory = int(0.4 * torch.cuda.mem_get_info(model.device)[0])
-    return max(width, memory // a_token)
-
-
-def _run(
-    component: Component,
-    base: Run,
-    part: PairBatch,
-    changes: Changes,
-    planned: _Plan,
-    batches: Iterator[slice],
-    metric: Metric,
-) -> Iterator[tuple[Int[Tensor, "edits"], Float[np.ndarray, "edits"]]]:
-    """Indices into the plan, and the metric under these edits."""
-    for batch in batches:
-        edits = torch.arange(batch.start, batch.stop)
-        rows, first = planned.row[batch], int(planned.first[batch.start])
-        entries = planned.entries[int(planned.starts[batch.start]) : int(planned.starts[batch.stop])]
-        counts = planned.starts[batch.start + 1 : batch.stop + 1] - planned.starts[batch]
-        entries = entries.to(changes.row.device)
-        vectors = changes.vectors(entries)
-        change = vectors.new_zeros(len(rows), base.width - first, vectors.shape[-1])
-        edit = torch.repeat_interleave(edits - batch.start, counts).to(entries.device)
-        change.index_put_((edit, changes.pos[entries] - first), vectors, accumulate=True)
-        asking = part.rows(rows.tolist())
-        only = None
-        if metric in ANSWERS_ONLY:
-            only, places = torch.unique(torch.stack([asking.answer, asking.counter]), return_inverse=True)
-            asking = replace(asking, answer=places[0], counter=places[1])
-        values = _values(metric, base.resume(component.site, rows, first, change, only), asking)
-        if np.isnan(values).any():
-            example = asking.pairs[int(np.isnan(values).argmax())].example
-            raise UserError(f"the metric is NaN for pair {example!r} under an edit at {component.site}")
-        yield edits, values
-
-
-def _values(metric: Metric, logits: Tensor, batch: PairBatch) -> Float[np.ndarray, "batch"]:
-    return metric(logits, batch).double().cpu().numpy()
-
-
-def _own_positions(
-    tokens: Tokens, rows: Int[Tensor, "edits"], columns: Int[Tensor, "edits"], align: Align
-) -> list[int]:
-    """Columns as positions in the prompt: from 0, or back from -1 where prompts are aligned from the right."""
-    width = tokens.input_ids.shape[1]
-    if align == "right":
-        return (columns - width).tolist()
-    padding = (width - tokens.lengths).cpu()
-    return (columns - padding[rows]).tolist()
+    ran = list(zip(number.tolist(), position.tolist(), strict=True))
+    controls: dict[tuple[Site, Group], list[int]] = {}
+    for i, edit in enumerate(edits):
+        if edit.beside:
+            controls.setdefault((edit.site, edit.beside), []).append(i)
+    keys = set(ran)
+    for i, at in ran:
+        if not edits[i].beside:
+            keys |= {(control, at) for control in controls.get((edits[i].site, edits[i].units), ())}
+    place = {key: column for column, key in enumerate(sorted(keys))}
+    return [replace(edits[i], position=at) for i, at in place], np.array([place[key] for key in ran], dtype=np.int64)

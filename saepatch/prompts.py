@@ -126,20 +126,21 @@ def resampled(model: LanguageModel, pairs: Sequence[PromptPair], seed: int = 0) 
     Raises:
         UserError: a pair without such another.
     """
-    lengths = [len(model.encode(pair.clean)) for pair in pairs]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    out = []
-    for number, pair in enumerate(pairs):
-        place = order.index(number)
-        circle = [i for i in (*order[place + 1 :], *order[:place]) if lengths[i] == lengths[number]]
-        others = (pairs[i] for i in circle if pairs[i].answer != pair.answer and pairs[i].clean != pair.clean)
-        other = next(others, None)
-        if other is None:
-            raise UserError(
-                f"pair {pair.example or number}: no other clean prompt has {lengths[number]} tokens and another answer "
-                f"than {pair.answer!r}: leave the pair out, or add pairs of that length"
-            )
-        out.append(replace(pair, corrupted=other.clean, counter=other.answer))
+    circles: dict[int, list[int]] = {}
+    for number in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist():
+        circles.setdefault(len(model.encode(pairs[number].clean)), []).append(number)
+    out = list(pairs)
+    for length, circle in circles.items():
+        for place, number in enumerate(circle):
+            pair = pairs[number]
+            others = (pairs[i] for i in circle[place + 1 :] + circle[:place])
+            other = next((o for o in others if o.answer != pair.answer and o.clean != pair.clean), None)
+            if other is None:
+                raise UserError(
+                    f"pair {pair.example or number}: no other clean prompt has {length} tokens and another answer than "
+                    f"{pair.answer!r}: leave the pair out, or add pairs of that length"
+                )
+            out[number] = replace(pair, corrupted=other.clean, counter=other.answer)
     return out
 
 
@@ -208,7 +209,8 @@ def _pair(row: Mapping[str, Any], where: str, name: str) -> PromptPair:
     if missing := [key for key in COLUMNS if not isinstance(row.get(key), str)]:
         raise UserError(f"pair {where} lacks text for {', '.join(missing)}: each needs {', '.join(COLUMNS)}")
     own = row.get("example")
-    return PromptPair(*(row[key] for key in COLUMNS), name if own is None or own == "" else str(own))
+    named = name if own is None or own == "" else str(own)
+    return PromptPair(row["clean"], row["corrupted"], row["answer"], row["counter"], named)
 
 
 def _text(path: Path) -> str:
@@ -254,17 +256,20 @@ def _json_pair(path: Path, where: str, number: int, row: Any) -> PromptPair:
 
 def _read_csv(path: Path) -> Iterator[PromptPair]:
     lines = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    number = 1  # of the line that a row starts on: a text in quotes may go over several
     try:
         _check_columns(path, lines.fieldnames or ())
+        number = lines.line_num + 1
         for row in lines:
-            where = f"{path}, line {lines.line_num}"
             if None in row:  # where csv puts the cells that no column is left for
                 raise UserError(
-                    f"pair {where} has more cells than the header: put a text that holds a comma in double quotes"
+                    f"pair {path}, line {number}, has more cells than the header: put a text that holds a comma in "
+                    "double quotes"
                 )
-            yield _pair(row, where, f"{path.stem}-{lines.line_num}")
+            yield _pair(row, f"{path}, line {number}", f"{path.stem}-{number}")
+            number = lines.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {lines.line_num}, is not CSV: {error}") from error
+        raise UserError(f"{path}, line {number}, is not CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[PromptPair]:

@@ -6,15 +6,17 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from saepatch.errors import UserError
 
+ABOUT = b"saepatch"  # key of the metadata of a parquet file
 LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy")
 
 
@@ -22,10 +24,12 @@ LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy
 class Row:
     """One measured value: one edit of one example.
 
-    `component` says what was patched ("latent", "error", "stream", "head", "direction"). `latent` names its units and
+    `component` says what was patched ("latent", "error", "stream", "head", "direction", or what kind of direction:
+    "dimension", "principal component", "mean difference"). `latent` names its units and
     `position` the place, as texts ("417", "3,17", "all"); `token` is the text at a single position. `role` says why
     these units: "single", "top", "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1:
-    source run) and NaN where the clean and corrupted runs are too close to divide by.
+    source run) and NaN where the clean and corrupted runs are too close to divide by. `corruption` is what made the
+    corrupted run where it is not the pair's corrupted prompt.
     """
 
     task: str
@@ -43,6 +47,7 @@ class Row:
     corrupted: float
     patched: float
     effect: float
+    corruption: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,28 +82,57 @@ def command_line() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries a number can depend on."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found[library] = "not installed"
-    return found
+    return {"python": platform.python_version()} | {library: _version(library) for library in LIBRARIES}
 
 
-def write_rows(parts: Iterable[tuple[Sequence[Row], Provenance]], path: Path) -> None:
-    """Write rows, each part with its own provenance, to one parquet file; the file appears whole or not at all."""
+@cache  # asked for each part of a long run
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_rows(
+    parts: Iterable[tuple[Iterable[Row], Provenance]], path: Path, about: Mapping[str, Any] | None = None
+) -> int:
+    """Write rows, each part with its own provenance, to one parquet file; the file appears whole or not at all.
+
+    One part is held in memory at a time. `about`, anything that JSON holds, goes into the file's metadata: `read_about`
+    finds it without reading a row. Returns how many rows there were.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {f.name: [] for f in (*fields(Row), *fields(Provenance))}
-    for rows, provenance in parts:
-        constants = asdict(provenance)
-        for row in rows:
-            for name, value in (vars(row) | constants).items():
-                columns[name].append(value)
-    with atomic(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+    names = [f.name for f in (*fields(Row), *fields(Provenance))]
+    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64()}  # said, since no rows would say nothing
+    schema = pa.schema([(f.name, arrow[f.type]) for f in (*fields(Row), *fields(Provenance))])  # type: ignore[index]
+    if about is not None:
+        schema = schema.with_metadata({ABOUT: json.dumps(about)})
+    total = 0
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for rows, provenance in parts:
+            constants = asdict(provenance)
+            columns: dict[str, list[Any]] = {name: [] for name in names}
+            for row in rows:
+                for name, value in (vars(row) | constants).items():
+                    columns[name].append(value)
+            if columns["example"]:
+                writer.write_table(pa.table(columns, schema=schema))
+            total += len(columns["example"])
+    return total
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What was written about the rows; None where the file is missing, damaged or says nothing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        said = (pq.read_schema(path).metadata or {}).get(ABOUT)
+    except (OSError, pa.ArrowException):
+        return None
+    return None if said is None else json.loads(said)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -112,6 +146,14 @@ def write_json(value: Any, path: Path) -> None:
     """Write JSON atomically. NaN is not JSON: missing values are written as null."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_yaml(value: Mapping[str, Any], path: Path) -> None:
+    """Write settings atomically, in their order."""
+    import yaml
+
+    with atomic(path) as temporary:
+        temporary.write_text(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -128,16 +170,30 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """`with atomic(path) as temporary:` write to `temporary`; it replaces `path` when the block ends without error."""
+    """`with atomic(path) as temporary:` write to `temporary`; it replaces `path` when the block ends without error.
+
+    It is on the disk by then: a machine that fails right after leaves the old file or the new one, whole.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o644)
+        _to_disk(temporary)
         os.replace(temporary, path)
+        with suppress(OSError):  # not every file system syncs folders
+            _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(out: str | Path) -> None:

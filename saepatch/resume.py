@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from saepatch.errors import UserError
 from saepatch.hooks import Edit, edit_sites, forwards_replaced, is_spliced, only_logits_of, skip_blocks
@@ -59,24 +61,42 @@ class Run:
             def see(x: Tensor) -> Tensor:
                 new = changed[site](x) if site in changed else x
                 if site in wanted:
-                    self.values[site] = new
+                    self.values[site] = new.to(model.device)  # a model may be spread over several
                 return new
 
             return see
 
-        self._cache: Any = None
-        inputs = model.inputs(tokens)
-        if keep_cache and "past_key_values" in model._forward_arguments:
-            from transformers import DynamicCache
+        hooks = {site: keep(site) for site in {*wanted, *changed}}
+        with edit_sites(model.layout, hooks):
+            self._cache, self.logits = self._first_pass(keep_cache)
+        self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # what maps of the first block gave, by site
 
-            # without the config every layer keeps all positions, sliding windows too: the masks cut them
-            self._cache = DynamicCache()
-            inputs |= {"past_key_values": self._cache, "use_cache": True}
+    def _first_pass(self, keep_cache: bool) -> tuple[Any, Float[Tensor, "batch vocab"]]:
+        model, inputs = self.model, self.model.inputs(self.tokens)
         if "logits_to_keep" in model._forward_arguments:
             inputs["logits_to_keep"] = 1
-        with edit_sites(model.layout, {site: keep(site) for site in {*wanted, *changed}}):
-            self.logits: Float[Tensor, "batch vocab"] = model.hf(**inputs).logits[:, -1]
-        self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # what maps of the first block gave, by site
+        if keep_cache and "past_key_values" in model._forward_arguments:
+            # without the config every layer keeps all positions, sliding windows too: the masks cut them
+            cache = DynamicCache()
+            try:
+                logits = model.hf(**inputs | {"past_key_values": cache, "use_cache": True}).logits
+                return cache, logits[:, -1].to(model.device)
+            except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
+                log.info("%s runs without a cache of keys and values (%s): all passes are whole", model.name, error)
+        return None, model.hf(**inputs).logits[:, -1].to(model.device)
+
+    def split(self, n: int) -> tuple["Run", "Run"]:
+        """The first `n` rows and the others, as runs of their own; they share this one's memory."""
+        return self._part(slice(0, n)), self._part(slice(n, None))
+
+    def _part(self, rows: slice) -> "Run":
+        part: Run = object.__new__(Run)
+        part.model, part.tokens, part.logits = self.model, self.tokens.rows(rows), self.logits[rows]
+        part.values = {site: value[rows] for site, value in self.values.items()}
+        part.written, part._kept, part._cache = None, {}, None
+        if self._cache is not None and all(getattr(kept, "keys", None) is not None for kept in self._cache.layers):
+            part._cache = Cache(layers=[_Before(kept, rows) for kept in self._cache.layers])
+        return part
 
     @property
     def width(self) -> int:
@@ -115,7 +135,7 @@ class Run:
         edited = {site: (old + change).to(old.dtype)}
         if entry(site) != site:
             edited[entry(site)] = self.values[entry(site)][rows, first:]
-        inputs = self._inputs(rows, first, site.enters)
+        inputs = self._inputs(rows, first)
         with ExitStack() as stack:
             if way != "whole":
                 stack.enter_context(skip_blocks(model.layout, site.enters))
@@ -124,12 +144,12 @@ class Run:
             if only is not None:
                 stack.enter_context(only_logits_of(model.hf, only))
             stack.enter_context(edit_sites(model.layout, {at: _set_to(value) for at, value in edited.items()}))
-            logits = model.hf(**inputs).logits[:, -1]
+            logits = model.hf(**inputs).logits[:, -1].to(model.device)
         if only is not None and logits.shape[-1] != len(only):
             logits = logits[:, only]
         return logits
 
-    def _inputs(self, rows: Int[Tensor, "edits"], first: int, starts: int) -> dict[str, Any]:
+    def _inputs(self, rows: Int[Tensor, "edits"], first: int) -> dict[str, Any]:
         inputs = self.model.inputs(self.tokens.rows(rows))
         if "logits_to_keep" in self.model._forward_arguments:
             inputs["logits_to_keep"] = 1
@@ -137,29 +157,9 @@ class Run:
             inputs["input_ids"] = inputs["input_ids"][:, first:]
             if "position_ids" in inputs:
                 inputs["position_ids"] = inputs["position_ids"][:, first:]
-            inputs |= {"past_key_values": self._before(rows, first, starts), "use_cache": True}
+            layers: list[Any] = [_Before(kept, rows, first) for kept in self._cache.layers]
+            inputs |= {"past_key_values": Cache(layers=layers), "use_cache": True}
         return inputs
-
-    def _before(self, rows: Int[Tensor, "edits"], first: int, starts: int) -> Any:
-        """Keys and values of the positions before column `first`, as the model's own kind of cache."""
-        from transformers.cache_utils import Cache, DynamicLayer
-
-        one = bool((rows == rows[0]).all())
-        layers: list[Any] = []
-        for number, kept in enumerate(self._cache.layers):
-            layer = DynamicLayer()
-            layer.lazy_initialization(kept.keys, kept.values)
-            for name in ("keys", "values"):
-                before = getattr(kept, name)[:, :, :first]
-                if number < starts:  # skipped: only its length is looked at
-                    part = before[:1]
-                elif one:  # a view: the copy is made when the new positions are appended
-                    part = before[rows[:1]].expand(len(rows), -1, -1, -1)
-                else:
-                    part = before[rows]
-                setattr(layer, name, part)
-            layers.append(layer)
-        return Cache(layers=layers)
 
     @contextmanager
     def _shortcuts(
@@ -200,10 +200,10 @@ class Run:
     def _agrees(self, way: str, site: Site) -> bool:
         """Compare edits of one position, first and last among them, with whole passes."""
         worst, scale = 0.0, 1.0
-        row = torch.zeros(1, dtype=torch.long)
+        row = self.tokens.lengths.argmin().cpu().reshape(1)  # the most padded one
         generator = torch.Generator().manual_seed(0)
         for first in sorted({0, self.width // 2, self.width - 1}):
-            old = self.values[site][:1, first:]
+            old = self.values[site][row, first:]
             change = torch.zeros_like(old)
             noise = torch.randn(old.shape[-1], generator=generator).to(old)
             change[:, 0] = noise * old.std().clamp(min=1e-3)
@@ -222,6 +222,33 @@ class Run:
             )  # fmt: skip
             return False
         return True
+
+
+class _Before(DynamicLayer):
+    """Some rows of a kept run's keys and values, before a column, as the model's own kind of cache.
+
+    Nothing is copied before the block that needs it runs, and nothing is kept after.
+    """
+
+    def __init__(self, kept: DynamicLayer, rows: Int[Tensor, "edits"] | slice, first: int | None = None) -> None:
+        super().__init__()
+        assert kept.keys is not None, "the kept run has filled its cache"
+        assert kept.values is not None
+        self.lazy_initialization(kept.keys, kept.values)
+        self.keys, self.values = kept.keys[:, :, :first], kept.values[:, :, :first]
+        if isinstance(rows, slice):
+            self.keys, self.values = self.keys[rows], self.values[rows]
+            rows = torch.arange(len(self.keys))
+        self._before = self.keys, self.values
+        self._rows, self._one = rows, bool((rows == rows[0]).all())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self._before
+        return self._with(keys, key_states), self._with(values, value_states)
+
+    def _with(self, before: Tensor, new: Tensor) -> Tensor:
+        mine = before[self._rows[:1]].expand(len(new), -1, -1, -1) if self._one else before[self._rows]
+        return torch.cat([mine, new], -2)
 
 
 def entry(site: Site) -> Site:

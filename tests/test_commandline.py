@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from tiny import random_sae, tiny_model
 
 from saepatch.__main__ import main
@@ -72,6 +73,42 @@ def test_settings_from_yaml_and_unknown_keys(folders, capsys):
     assert "seed: 5" in capsys.readouterr().out
 
 
+def test_booleans_are_flags(folders, capsys):
+    def quiet(*given):
+        with pytest.raises(SystemExit) as stopped:
+            main(["patch", "--pairs", "ioi", *given, "--print_config"])
+        assert stopped.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)["quiet"]
+
+    config = folders / "c.yaml"
+    config.write_text("quiet: true\n")
+    assert [quiet(), quiet("--quiet"), quiet("--quiet", "--n", "3"), quiet("--config", str(config))] == [
+        False, True, True, True]  # fmt: skip
+    assert [quiet("--quiet", "true"), quiet("--quiet", "false"), quiet("--quiet=false")] == [True, False, False]
+    assert not quiet("--config", str(config), "--quiet", "false")
+    assert "unrecognized arguments: --loud" in failed(capsys, "patch", "--quiet", "--loud")
+    assert "Expected a <class 'bool'>. Got value: maybe" in failed(capsys, "patch", "--quiet", "maybe")
+    assert main(["inspect", str(folders / "model"), "--trust_remote_code"]) == 0
+    for command in ("patch", "attribute"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "[--quiet [{true,false}]]" in capsys.readouterr().out
+
+
+def test_help_of_a_command_says_how_pairs_and_answers_are_written(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["patch", "--help"])
+    assert stopped.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert '--answers " Mary| John"' in told
+    assert ".jsonl, .json, .csv or .parquet file with columns clean, corrupted, answer, counter" in told
+    assert "417;281" in told
+    assert '"resid_post.3: 281; 3,17 | resid_post.4: 5"' in told
+    with pytest.raises(SystemExit):
+        main(["attribute", "--help"])
+    assert "in each part of pairs (--part)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_and_import_load_neither_torch_nor_the_sae_library():
     """What makes them quick; the times themselves depend on the machine."""
     code = (
@@ -83,7 +120,7 @@ def test_help_and_import_load_neither_torch_nor_the_sae_library():
         "print(json.dumps([m for m in ('torch', 'sae_lens', 'transformers', 'wandb', 'datasets') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "demo" in done.stdout
+    assert all(f"\n    {command} " in done.stdout for command in ("demo", "inspect", "patch", "attribute", "merge"))
     assert json.loads(done.stdout.splitlines()[-1]) == []
     code = "import torch, sys, saepatch; print([m for m in ('sae_lens', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -78,7 +78,7 @@ def test_files(demo, summary):
     sixteen = [
         row
         for row in rows
-        if row["method"] == "exact, ranked on select" and row["role"] == "top" and row["latents"].count(",") == 15
+        if row["method"] == "exact, ranked on select" and row["role"] == "top" and row["latent"].count(",") == 15
     ]
     assert len(sixteen) == PAIRS
     change = sum(row["patched"] - row["corrupted"] for row in sixteen) / PAIRS

@@ -36,7 +36,7 @@ def model_folder(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_offers_its_streams(family):
     streams = set(tiny_model(family).layout.streams)
-    assert streams == {"resid_pre", "resid_post", "attn_out"} | ({"mlp_out"} if family != "opt" else set())
+    assert streams == {"resid_pre", "resid_post", "attn_out", "z"} | ({"mlp_out"} if family != "opt" else set())
 
 
 def test_an_unknown_family_is_read_off_its_structure(monkeypatch):
@@ -56,7 +56,7 @@ def test_streams_that_do_not_add_up_are_not_offered(caplog):
     sites.FAMILIES["granite"] = sites.FAMILIES["llama"]
     families["granite"] = COMMON | {"residual_multiplier": 0.3, "attention_multiplier": 1.0}
     try:
-        assert set(tiny_model("granite").layout.streams) == {"resid_pre", "resid_post"}
+        assert set(tiny_model("granite").layout.streams) == {"resid_pre", "resid_post", "z"}
     finally:
         del sites.FAMILIES["granite"], families["granite"]
     assert "do not add up" in caplog.text

@@ -1,9 +1,13 @@
 """Tokenisation, alignment, padding, answers, and the errors that show what does not fit."""
 
+import csv
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from tiny import tiny_model
 
 from saepatch.errors import UserError
@@ -68,20 +72,99 @@ def test_same_length_batches_hold_every_row_once_and_trim_padding():
             assert [pairs[i].example for i in part.index] == [p.example for p in part.pairs]
 
 
-def test_pairs_from_a_file(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"clean": "a", "corrupted": "b", "answer": "c", "counter": "d"} for _ in range(3)]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert len(load_pairs(str(path), n=2)) == 2
-    for text, complaint in [
-        ("{", "line 1, is not JSON"),
-        ("[1]", "line 1, is not a JSON object"),
-        ('{"clean": "a"}', "line 1 lacks text for corrupted, answer, counter"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(UserError, match=complaint):
-            load_pairs(str(path))
+ROWS = [{"clean": f"a, {i}", "corrupted": 'b "b"\n', "answer": " c", "counter": " d"} for i in range(3)]
+
+
+def write(path, rows):
+    """Rows in a file of the format that its name says."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)) + "\n\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_pairs_from_a_file(tmp_path, suffix):
+    source = write(tmp_path / f"pairs.{suffix}", ROWS)
+    pairs = load_pairs(source, n=2)
+    assert [(p.clean, p.corrupted, p.answer, p.counter) for p in pairs] == [tuple(row.values()) for row in ROWS[:2]]
+    assert len({p.example for p in pairs} | {f"pairs-{i}" for i in range(9)}) == 9
+    assert len(load_pairs(source, n=0)) == 3
+    named = load_pairs(write(tmp_path / f"pairs.{suffix}", [row | {"example": "x7", "more": "z"} for row in ROWS]))
+    assert {p.example for p in named} == {"x7"}
+    lacking = write(tmp_path / f"pairs.{suffix}", [{"clean": "a", "counter": "d"}])
+    with pytest.raises(
+        UserError, match=r"corrupted, answer.*(needs|name its columns) clean, corrupted, answer, counter"
+    ):
+        load_pairs(lacking)
     with pytest.raises(UserError, match="cannot read pairs"):
-        load_pairs(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match="unknown task 'nosuch': use one of ioi"):
+        load_pairs(str(tmp_path / f"none.{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("p.jsonl", "{", "line 1, is not JSON"),
+        ("p.jsonl", "\n[1]", "line 2, is not a JSON object"),
+        ("p.jsonl", '{"clean": "a"}', "line 1 lacks text for corrupted, answer, counter"),
+        ("p.json", "[1]", "item 1, is not a JSON object"),
+        ("p.json", "[", "is not JSON"),
+        ("p.csv", "", r"has no column clean, corrupted, answer, counter \(it has none\)"),
+        ("p.csv", "clean,corrupted,answer,counter\na,b,c,d,e", "line 2, has more cells than the header"),
+        ("p.csv", "clean,corrupted,answer,counter\na,b,c", "line 2 lacks text for counter"),
+        ("p.csv", 'clean,corrupted,answer,counter\n"a,b,c,d', "line 2, is not CSV"),
+        ("p.parquet", "no parquet", "cannot read pairs"),
+    ],
+)
+def test_files_that_will_not_do(tmp_path, name, text, complaint):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        load_pairs(str(tmp_path / name))
+
+
+def test_pairs_from_datasets(tmp_path, monkeypatch):
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "plain")
+    assert [p.example for p in load_pairs(str(tmp_path / "plain"), n=2)] == ["plain-0", "plain-1"]
+    DatasetDict({"train": rows, "report": rows.select([2])}).save_to_disk(tmp_path / "split")
+    assert load_pairs(str(tmp_path / "split"))[0].clean == "a, 2"
+    with pytest.raises(UserError, match="has no split 'tune': give one of train, report with --split"):
+        load_pairs(str(tmp_path / "split"), "tune")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is no dataset that `datasets` saved with save_to_disk"):
+        load_pairs(str(tmp_path / "empty"))
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match="pair 0 of .*other' lacks text for clean, corrupted, answer, counter"):
+        load_pairs(str(tmp_path / "other"))
+    asked = []
+
+    def loader(*given, split):
+        asked.append((*given, split))
+        return rows
+
+    monkeypatch.setattr("datasets.load_dataset", loader)
+    assert load_pairs("me/pairs:hard", "train", 1)[0].example == "pairs-0"
+    assert asked == [("me/pairs", "hard", "train")]
+
+
+def test_sources_that_are_not_there(monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'me/pairs' on the Hub\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(
+        UserError, match=r"cannot load dataset 'me/pairs', split 'train' \(Couldn't reach .* Hub\): check"
+    ):
+        load_pairs("me/pairs", "train")
+    with pytest.raises(UserError, match="there is no './here/pairs' here, and that is no OWNER/NAME"):
+        load_pairs("./here/pairs")
+    with pytest.raises(UserError, match=r"unknown task 'nosuch': use one of ioi.* a file \(.jsonl, .*\) of pairs"):
         load_pairs("nosuch")
+    with pytest.raises(UserError, match="n = -1 asks for no pairs"):
+        load_pairs("ioi", n=-1)

@@ -18,8 +18,12 @@ needs_stories = pytest.mark.skipif(
 )
 
 
+SIZES = [1, 4, 16]
+
+
 def run(*arguments):
-    return run_config(pronouns.PronounsConfig, pronouns.run, "pronouns", list(arguments))
+    small = ["--sizes", str(SIZES), "--verify", "20", "--sample", "20"]
+    return run_config(pronouns.PronounsConfig, pronouns.main, "pronouns", [*small, *arguments])
 
 
 def check(out, pairs):
@@ -27,10 +31,10 @@ def check(out, pairs):
     assert summary["pairs"] == pairs
     assert summary["site"] in summary["ce_recovered"]
     for key in ("denoise_top", "denoise_random", "denoise_matched", "noise_top", "noise_random", "noise_matched"):
-        assert [point[0] for point in summary[key]] == list(pronouns.SIZES)
+        assert [point[0] for point in summary[key]] == SIZES
         for _, value, low, high in summary[key]:
             assert low <= value <= high
-    for name in ("report.html", "results.parquet", "config.yaml", "denoise.svg", "noise.svg"):
+    for name in ("report.html", "results.parquet", "config.yaml", "denoise.svg", "noise.svg", "baselines.svg"):
         assert (out / name).stat().st_size > 0
     return summary
 
@@ -48,7 +52,7 @@ def test_story_pairs_line_up_and_splits_share_no_name_or_template():
     model = load_model(str(STORIES))
     words = {}
     for split in ("select", "report"):
-        pairs = pronouns.story_pairs(model, split, 1000, 0)
+        pairs = [one.pair for one in pronouns.story_pairs(model, split, 1000, 0)]
         assert len(pairs) > 40
         batch_pairs(model, pairs)  # raises where lengths or answers do not fit
         assert {pair.answer for pair in pairs} == {" She", " He"}

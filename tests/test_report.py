@@ -21,7 +21,9 @@ from saepatch.report import (
     Interval,
     LineChart,
     Page,
+    Points,
     Reference,
+    ScatterChart,
     Section,
     Series,
     Table,
@@ -30,7 +32,7 @@ from saepatch.report import (
     write_figure,
     write_page,
 )
-from saepatch.report.charts import NARROW, WIDE, bar_chart, heat_map, line_chart
+from saepatch.report.charts import NARROW, WIDE, bar_chart, heat_map, line_chart, scatter_chart
 from saepatch.report.scales import linear, logarithmic
 from saepatch.report.text import common_format, finite, number, visible
 
@@ -54,6 +56,7 @@ def every_block(text: str) -> list:
         LineChart(text, text, text, [Series(text, xs, gaps, gaps, gaps)], text, True, [Reference(0.5, text)]),
         BarChart(text, [text] * 5, [Bars(text, gaps, gaps, gaps)] * 2, text, text, [Reference(0.5, text)]),
         HeatMap(text, [text], [text] * 5, [gaps], text, text, text),
+        ScatterChart(text, text, text, [Points(text, xs, gaps, [text] * 5), Points(text, gaps, xs)], text, True, text),
         Comparison(text, [(text, text), ("b", text)], [text, "script", ""]),
         Tokens([text] * 5, gaps, text),
     ]
@@ -143,6 +146,10 @@ def test_missing_numbers_never_reach_a_drawing(evil_source):
         lambda width: heat_map(HeatMap("t", [], [], []), width),
         lambda width: heat_map(HeatMap("t", ["a"], ["b"], [[0.0]]), width),
         lambda width: heat_map(HeatMap("t", ["a"] * 60, ["b"] * 90, [[NAN] * 90] * 60), width),
+        lambda width: scatter_chart(ScatterChart("t", "x", "y", []), width),
+        lambda width: scatter_chart(ScatterChart("t", "x", "y", [Points("p", [NAN], [1.0])], identity=True), width),
+        lambda width: scatter_chart(ScatterChart("t", "x", "y", [Points("p", [2.0], [2.0])], identity=True), width),
+        lambda width: scatter_chart(ScatterChart("t", "x", "y", [Points("p", [1e30], [-1e30])], identity=True), width),
     ],
 )
 def test_charts_of_next_to_nothing(draw, width):
@@ -156,6 +163,33 @@ def test_lines_break_at_a_gap_and_bands_go_with_them():
     assert drawing.count("<polyline") == 2
     assert drawing.count("<polygon") == 2
     assert "s\nat 2: 2 [1, 3]" in drawing.replace("↵", "").replace("&#10;", "\n")
+
+
+def test_a_scatter_shows_every_point_and_the_line_of_equal_values():
+    points = Points("p", [0.0, 1.0, 4.0, None], [0.0, 2.0, 2.0, 1.0], ["a", "b", "c", "d"])
+    chart = ScatterChart("t", "exact", "estimate", [points, Points("q", [-1.0], [0.5])], "n = 4", identity=True)
+    root = ElementTree.fromstring(str(scatter_chart(chart, WIDE).svg()))
+    tips = [node.text for node in root.iter("title")]
+    assert tips == ["p, a: 0, 0", "p, b: 1, 2", "p, c: 4, 2", "q: −1, 0.500"]
+    places = {
+        tip: tuple(float(mark.find("circle").get(key)) for key in ("cx", "cy"))
+        for tip, mark in zip(tips, (node for node in root.iter("g") if node.get("class") == "mark"))
+    }
+    (line,) = [node for node in root.iter("line") if node.get("class") == "reference"]
+    (x1, y1), (x2, y2) = [(float(line.get(f"x{i}")), float(line.get(f"y{i}"))) for i in "12"]
+
+    def above(place):
+        """How far a place stands over the line."""
+        return y1 + (y2 - y1) * (place[0] - x1) / (x2 - x1) - place[1]
+
+    found = sorted(places.values())
+    assert [round(above(place), 1) == 0 for place in found] == [False, True, False, False]  # (0, 0) is on the line
+    assert [above(place) > 0 for place in (found[0], found[2], found[3])] == [True, True, False]
+    plain = scatter_chart(ScatterChart("t", "x", "y", [points]), WIDE).svg()
+    assert "reference" not in str(plain)
+    source = render(page_of(chart))
+    assert source.count('class="point"') == 4 * 2 + 2  # both widths, and the legend
+    assert "<bdi>c</bdi>" in source  # in the table behind it
 
 
 @pytest.mark.parametrize(
@@ -229,6 +263,8 @@ def test_a_table_shows_intervals_formats_and_gaps():
         (lambda: BarChart("t", ["a"], [Bars("b", [])]), "labels 1, values 0"),
         (lambda: HeatMap("t", ["a"], ["b"], [[1, 2]]), "columns 1, values 2"),
         (lambda: Tokens(["a"], []), "tokens 1, values 0"),
+        (lambda: Points("p", [1, 2], [1]), "x 2, y 1"),
+        (lambda: Points("p", [1], [1], []), "labels 0"),
         (lambda: LineChart("t", "x", "y", [Series("s", [-1], [1])], log_x=True), "negative x"),
     ],
 )
@@ -264,8 +300,8 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
 
 
 def test_a_figure_stands_alone(tmp_path):
-    line, bars, heat = every_block(EVIL)[3:6]
-    for name, chart in (("line", line), ("bars", bars), ("heat", heat)):
+    line, bars, heat, points = every_block(EVIL)[3:7]
+    for name, chart in (("line", line), ("bars", bars), ("heat", heat), ("points", points)):
         path = write_figure(chart, tmp_path / "figures" / f"{name}.svg")
         root = ElementTree.parse(path).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"

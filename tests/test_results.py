@@ -3,13 +3,39 @@
 import json
 import math
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from saepatch.errors import UserError
-from saepatch.results import Provenance, Row, atomic, output_folder, read_rows, write_json, write_rows
+from saepatch.results import (
+    Provenance,
+    Row,
+    atomic,
+    output_folder,
+    read_about,
+    read_rows,
+    write_json,
+    write_rows,
+    write_yaml,
+)
 
 ROW = Row(
-    "ioi", "e1", "resid_post.3", "4,17", "top", "all", "denoise", "logit_difference", "exact", 2.0, -1.0, 0.5, math.nan
+    task="ioi",
+    example="e1",
+    site="resid_post.3",
+    component="latent",
+    latent="4,17",
+    role="top",
+    position="all",
+    token="",
+    direction="denoise",
+    metric="logit_difference",
+    method="exact",
+    clean=2.0,
+    corrupted=-1.0,
+    patched=0.5,
+    effect=math.nan,
 )
 
 
@@ -18,11 +44,35 @@ def test_rows_and_provenance_survive_parquet(tmp_path):
     write_rows([([ROW], Provenance("m", "a1", "d", "b2", 7)), ([ROW, ROW], Provenance("m", "a1", "e", "b3", 7))], path)
     rows = read_rows(path)
     assert [row["dictionary_hash"] for row in rows] == ["b2", "b3", "b3"]
-    assert rows[0]["latents"] == "4,17"
+    assert rows[0]["latent"] == "4,17"
     assert math.isnan(rows[0]["effect"])
     assert json.loads(rows[0]["versions"])["torch"]
     assert "pytest" in rows[0]["command"]
+    assert {key: rows[0][key] for key in vars(ROW) if key != "effect"} == {
+        key: value for key, value in vars(ROW).items() if key != "effect"
+    }
     assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_what_is_said_about_rows_is_found_without_them(tmp_path):
+    path, provenance = tmp_path / "rows.parquet", Provenance("m", "a1", "d", "b2", 7)
+    assert read_about(path) is None
+    assert write_rows([], path, {"run": "x", "pairs": [[0, "e\N{LATIN SMALL LETTER E WITH ACUTE}", 1.5]]}) == 0
+    assert read_about(path) == {"run": "x", "pairs": [[0, "eé", 1.5]]}
+    assert read_rows(path) == []
+    empty = pq.read_schema(path)
+    assert write_rows((([ROW] * n, provenance) for n in (2, 0, 1)), path) == 3
+    assert read_about(path) is None
+    assert empty.remove_metadata().equals(pq.read_schema(path))  # parts without a row go together with others
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read_about(path) is None
+
+
+def test_settings_come_back_from_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    write_yaml({"z": " Mary| John", "a": 0.01, "n": 3, "s": "3:7", "t": "null"}, path)
+    assert yaml.safe_load(path.read_text()) == {"z": " Mary| John", "a": 0.01, "n": 3, "s": "3:7", "t": "null"}
+    assert path.read_text().startswith("z:")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

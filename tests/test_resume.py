@@ -4,12 +4,13 @@ import logging
 
 import pytest
 import torch
-from tiny import FAMILIES, random_dictionary, tiny_model
+from tiny import FAMILIES, byte_tokenizer, random_dictionary, tiny_model
 
 from saepatch import resume
 from saepatch.components import Directions, Edit, ErrorTerm, Heads, LatentUnits, Stream
 from saepatch.errors import UserError
 from saepatch.metrics import log_probability, logit_difference
+from saepatch.models import load_model
 from saepatch.patching import patch_components, patch_edits, patch_heads, patch_latents, patch_streams
 from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.resume import Run
@@ -125,10 +126,14 @@ def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog):
     right = patch_latents(model, dictionary, [PAIR])
     resume._CHECKED.pop(model.hf)
 
-    def broken(*_):
-        raise NotImplementedError("no such cache")
+    plain = Run._inputs
 
-    monkeypatch.setattr(Run, "_before", broken)
+    def broken(run, rows, first):
+        if first:
+            raise NotImplementedError("no such cache")
+        return plain(run, rows, first)
+
+    monkeypatch.setattr(Run, "_inputs", broken)
     with caplog.at_level(logging.INFO, "saepatch"):
         again = patch_latents(model, dictionary, [PAIR])
     assert resume._CHECKED[model.hf][dictionary.site][0] == "whole"
@@ -302,3 +307,65 @@ def test_bfloat16_model_with_a_float32_dictionary():
 def test_heads_of_another_number_are_refused():
     with pytest.raises(UserError, match="3 heads named"):
         patch_components(tiny_model(), Heads(0, 3), [PAIR])
+
+
+def test_a_model_that_is_offloaded_to_disk_gives_the_same_effects(tmp_path):
+    """Blocks that lie on disk run as in memory, and the model is known by the same fingerprint."""
+    tiny_model().hf.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    name = str(tmp_path / "model")
+    whole = load_model(name)
+    modules = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{layer}": "cpu" if layer == 0 else "disk" for layer in range(3)}
+    spread = load_model(name, device_map=modules | layers, offload_folder=str(tmp_path / "offload"))
+    assert any(parameter.is_meta for parameter in spread.hf.parameters())
+    assert spread.fingerprint == whole.fingerprint
+    for site in ("resid_post.0", "mlp_out.1"):
+        dictionary = random_dictionary(site)
+        found, expected = (patch_latents(model, dictionary, [PAIR], each_position=True) for model in (spread, whole))
+        assert found.edits == expected.edits
+        torch.testing.assert_close(torch.tensor(found.patched), torch.tensor(expected.patched), atol=1e-5, rtol=0)
+
+
+def test_a_family_without_attention_caches_runs_whole():
+    """Short convolutions keep a state that is no cache of keys and values."""
+    model = tiny_model("lfm2", layer_types=["conv", "full_attention", "conv"])
+    dictionary = random_dictionary("resid_post.0")
+    effects = patch_latents(model, dictionary, [PAIR], each_position=True)
+    assert resume._CHECKED[model.hf][dictionary.site][0] == "whole"
+    listed = [(0, edit) for edit in effects.edits]
+    batch = batch_pairs(model, [PAIR])
+    clean, corrupted = (
+        Run(model, t, [dictionary.site]).values[dictionary.site] for t in (batch.clean, batch.corrupted)
+    )
+    acts = [dictionary.encode(x).acts[0] for x in (corrupted, clean)]
+    for number, (_, edit) in list(enumerate(listed))[::10]:
+        change = torch.zeros_like(clean)
+        difference = acts[1][edit.position, edit.units[0]] - acts[0][edit.position, edit.units[0]]
+        change[0, edit.position] = difference * dictionary.W_dec[edit.units[0]]
+        expected = logit_difference(by_hand(model, dictionary.site, batch.corrupted, change), batch)
+        assert abs(effects.patched[0, number] - float(expected)) <= 1e-5
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog):
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    right = patch_latents(model, dictionary, [PAIR], each_position=True)
+    plain, sizes = Run.resume, []
+
+    def small(run, site, rows, *rest):
+        if len(rows) > 5:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(rows))
+        return plain(run, site, rows, *rest)
+
+    monkeypatch.setattr(Run, "resume", small)
+    again = patch_latents(model, dictionary, [PAIR], each_position=True)
+    assert sum(sizes) == len(right.edits) > 50
+    torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
+
+    def never(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Run, "resume", never)
+    with pytest.raises(UserError, match="one edit of a prompt of 18 tokens does not fit"):
+        patch_latents(model, dictionary, [PAIR])

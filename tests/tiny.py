@@ -43,7 +43,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> LanguageModel:
     """A random model of the family. Weights are large enough that every part of it matters to the logits."""
     torch.manual_seed(seed)
-    options = FAMILIES[family] | {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2} | changes
+    options = (
+        FAMILIES.get(family, COMMON)
+        | {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        | changes
+    )
     hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
     with torch.no_grad():
         for name, weight in hf.named_parameters():

@@ -1,4 +1,4 @@
-"""What is measured: random models of known shapes, a random TopK dictionary, a prompt pair and the edits that matter."""
+"""What is measured: random models of known shapes, a random TopK dictionary, a prompt pair and its largest edits."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -81,12 +81,10 @@ def make_subject(shape: str, size: Size, device: str, seed: int) -> Subject:
 
 
 def _config(shape: str, size: Size, vocabulary: int) -> Any:
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": SPREAD, "vocab_size": vocabulary}
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": SPREAD, "vocab_size": vocabulary}
     if shape == "gpt2":
-        return GPT2Config(
-            n_embd=size.width, n_layer=size.layers, n_head=size.heads, n_positions=CONTEXT, n_ctx=CONTEXT,
-            architectures=["GPT2LMHeadModel"], **ends,
-        )  # fmt: skip
+        ends |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": CONTEXT}  # as published; transformer_lens reads n_ctx
+        return GPT2Config(n_embd=size.width, n_layer=size.layers, n_head=size.heads, n_positions=CONTEXT, **ends)
     return LlamaConfig(
         hidden_size=size.width,
         num_hidden_layers=size.layers,
@@ -125,14 +123,14 @@ def make_sae(size: Size, device: str, seed: int) -> Any:
 class Case:
     """One prompt pair, and the edits (latent, position) in which its two runs differ most, the largest first.
 
-    `old` and `new` are the latents' values in the corrupted and the clean run; `deltas` is what the change of each
-    adds to the residual stream.
+    `new` holds the latents' values in the clean run; `deltas` is what setting each to it adds to the residual stream.
     """
 
     subject: Subject
     layer: int
     dictionary: Dictionary
     pair: PromptPair
+    clean: Int[Tensor, "1 pos"]
     corrupted: Int[Tensor, "1 pos"]
     answer: int
     counter: int
@@ -164,6 +162,11 @@ class Case:
         """Logit difference, as `saepatch.metrics.logit_difference` defines it."""
         return (logits[:, self.answer].double() - logits[:, self.counter].double()).tolist()
 
+    @torch.no_grad()
+    def base_value(self) -> float:
+        """The metric of the corrupted run."""
+        return self.metric(self.subject.hf(self.corrupted, use_cache=False, logits_to_keep=1).logits[:, -1])[0]
+
     def first(self, edits: int) -> "Case":
         """The same with the first edits only."""
         part = slice(0, edits)
@@ -174,8 +177,8 @@ class Case:
 
 
 @torch.no_grad()
-def make_case(subject: Subject, tokens: int, edits: int, layer: int | None = None) -> Case:
-    """Random tokens; every fourth differs between the two prompts, from the third on."""
+def make_case(subject: Subject, tokens: int, edits: int, differ: float, layer: int | None = None) -> Case:
+    """Random tokens; between the two prompts one differs, so many of them on, and so do all activations from there."""
     layer = subject.size.layer if layer is None else layer
     dictionary, device = subject.dictionary(layer), subject.model.device
     generator = torch.Generator().manual_seed(subject.seed + tokens)
@@ -183,7 +186,8 @@ def make_case(subject: Subject, tokens: int, edits: int, layer: int | None = Non
     clean = torch.randint(1, vocabulary, (1, tokens), generator=generator)
     other = torch.randint(1, vocabulary, (1, tokens), generator=generator)
     corrupted = clean.clone()
-    corrupted[:, 2::4] = other[:, 2::4]
+    place = max(1, min(int(differ * tokens), tokens - 1))
+    corrupted[:, place] = other[:, place]
     answer, counter = torch.randint(1, vocabulary, (2,), generator=generator).tolist()
     pair = PromptPair(_text(clean), _text(corrupted), f" w{answer}", f" w{counter}")
     acts = []
@@ -202,6 +206,7 @@ def make_case(subject: Subject, tokens: int, edits: int, layer: int | None = Non
         layer,
         dictionary,
         pair,
+        clean.to(device),
         corrupted.to(device),
         answer,
         counter,

@@ -91,7 +91,10 @@ def transformer_lens(case: Case, batch: int) -> Runner:
 
 
 def sae_lens(case: Case, batch: int) -> Runner:
-    """The SAE spliced in with its error term, one forward an edit with a hook that sets one latent."""
+    """The SAE spliced in with its error term, one forward an edit with a hook that sets one latent.
+
+    As its documentation has it: the forward pass unembeds every position.
+    """
     from sae_lens import HookedSAETransformer
 
     model, sae = _hooked_transformer(HookedSAETransformer, case), case.subject.sae
@@ -168,6 +171,28 @@ def _hooked_transformer(kind: Any, case: Case) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def bare_passes(case: Case) -> Callable[[], object]:
+    """What attribution cannot do without: two forwards, and one backward from the metric to the site."""
+    hf, block = case.subject.hf, case.subject.model.layout.blocks[case.layer - 1]
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            hf(case.clean, use_cache=False, logits_to_keep=1)
+        leaves: list[Tensor] = []
+
+        def cut(_module: Any, _args: Any, output: Any) -> Any:
+            x = output[0] if isinstance(output, tuple) else output
+            leaves.append(x.detach().requires_grad_())
+            return (leaves[0], *output[1:]) if isinstance(output, tuple) else leaves[0]
+
+        handle = block.register_forward_hook(cut)
+        logits = hf(case.corrupted, use_cache=False, logits_to_keep=1).logits[0, -1]
+        handle.remove()
+        return torch.autograd.grad(logits[case.answer] - logits[case.counter], leaves[0])[0]
+
+    return run
+
+
 PEERS: dict[str, Peer] = {
     "sae_lens": sae_lens,
     "transformer_lens": transformer_lens,
@@ -175,6 +200,7 @@ PEERS: dict[str, Peer] = {
     "nnsight_batched": nnsight_batched,
     "hooks": hooks,
 }
+ON_GPU: dict[str, Peer] = {"hooks_batched": hooks_batched}
 OURS = "saepatch"
 
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def _write(found: Findings, out: Path) -> None:
         ("ranked on the pair", p.noise),
         ("ranked on select", p.fixed),
     ):
-        rows += [row for one in curve.effects for row in one.rows("ioi", f"exact, {ranked}")]
+        rows += [row for one in curve.effects for row in replace(one, method=f"exact, {ranked}").rows("ioi")]
     dictionary = found.patching.dictionary
     provenance = Provenance(
         model=found.model.name,

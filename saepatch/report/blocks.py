@@ -150,6 +150,35 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class Points:
+    """One set of points of a :class:`ScatterChart`; one with a missing x or y is not drawn."""
+
+    name: str
+    x: Sequence[Number]
+    y: Sequence[Number]
+    labels: Sequence[str] | None = None
+    """What each point is, for its tooltip."""
+
+    def __post_init__(self) -> None:
+        _same_lengths(f"points {self.name!r}", x=self.x, y=self.y, labels=self.labels)
+
+
+@dataclass(frozen=True)
+class ScatterChart:
+    """Points by two values; with `identity`, beside the line where both are the same."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Points]
+    caption: str = ""
+    identity: bool = False
+    identity_label: str = "equal"
+    value_format: str = ""
+    """Python format of the values in tooltips and in the table; chosen by size where it is not given."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What a model wrote after one prompt under several conditions, side by side."""
 
@@ -172,7 +201,8 @@ class Tokens:
         _same_lengths("tokens", tokens=self.tokens, values=self.values)
 
 
-Block = Facts | Headline | Table | LineChart | BarChart | HeatMap | Comparison | Tokens
+Chart = LineChart | BarChart | HeatMap | ScatterChart
+Block = Facts | Headline | Table | Chart | Comparison | Tokens
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import BarChart, Bars, HeatMap, LineChart, Number, Series
+from saepatch.report.blocks import BarChart, Bars, Chart, HeatMap, LineChart, Number, Points, ScatterChart, Series
 from saepatch.report.scales import Scale, linear, logarithmic
 from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
 from saepatch.report.text import common_format, finite, number
@@ -33,10 +33,12 @@ def said(value: Number, span: Span, spec: str) -> str:
     return text
 
 
-def draw(chart: LineChart | BarChart | HeatMap, width: int) -> Drawing:
+def draw(chart: Chart, width: int) -> Drawing:
     """The chart, drawn so many pixels wide."""
     if isinstance(chart, LineChart):
         return line_chart(chart, width)
+    if isinstance(chart, ScatterChart):
+        return scatter_chart(chart, width)
     return bar_chart(chart, width) if isinstance(chart, BarChart) else heat_map(chart, width)
 
 
@@ -119,6 +121,44 @@ def _points(places: Sequence[tuple[float, ...]]) -> str:
     return " ".join(f"{x:g},{y:g}" for x, y in places)
 
 
+# Points
+
+
+def scatter_chart(chart: ScatterChart, width: int) -> Drawing:
+    """The points of a chart, the two zero lines and, where it is wanted, the line of equal values."""
+    drawn = [(x, y) for points in chart.series for x, y in zip(points.x, points.y) if finite(x) and finite(y)]
+    top, bottom, height = 30.0, (390.0 if width == WIDE else 290.0), (438.0 if width == WIDE else 338.0)
+    y_axis = linear([y for _, y in drawn], bottom, top)
+    y_spec = common_format(y_axis.ticks)
+    left = 14 + _CHARACTER * max(len(number(tick, y_spec)) for tick in y_axis.ticks)
+    x_axis = linear([x for x, _ in drawn], left, width - 14, 6 if width == WIDE else 4)
+    x_spec = common_format(x_axis.ticks)
+    parts = [label(0, 12, chart.y_label, "axis")]
+    for tick in y_axis.ticks:
+        parts.append(rule(left, y_axis(tick), width - 14, y_axis(tick), "zero" if tick == 0 else "grid"))
+        parts.append(label(left - 8, y_axis(tick) + 4, number(tick, y_spec), "tick", "end"))
+    for tick in x_axis.ticks:
+        parts.append(rule(x_axis(tick), top, x_axis(tick), bottom, "zero" if tick == 0 else "grid"))
+        parts.append(label(x_axis(tick), bottom + 19, number(tick, x_spec), "tick", "middle"))
+    parts.append(label((left + width - 14) / 2, bottom + 41, chart.x_label, "axis", "middle"))
+    for index, points in enumerate(chart.series):
+        parts.append(_cloud(points, index, x_axis, y_axis, chart.value_format))
+    low, high = max(x_axis.low, y_axis.low), min(x_axis.high, y_axis.high)
+    if chart.identity and low < high:  # over the points, which would hide it
+        parts.append(rule(x_axis(low), y_axis(low), x_axis(high), y_axis(high), "reference"))
+        parts.append(label(x_axis(low) + 2, y_axis(low) - 28, chart.identity_label, "note"))
+    return Drawing(width, height, chart.title, tuple(parts))
+
+
+def _cloud(points: Points, index: int, x_axis: Scale, y_axis: Scale, spec: str) -> Markup:
+    parts = []
+    for x, y, name in zip(points.x, points.y, points.labels or [""] * len(points.x)):
+        if finite(x) and finite(y):
+            tip = ", ".join(filter(None, (points.name, name))) + f": {number(x, spec)}, {number(y, spec)}"
+            parts.append(marker(index, x_axis(x), y_axis(y), tip, reach=5))
+    return element("g", {"class": f"s{index % PALETTE} cloud"}, *parts)
+
+
 # Bars
 
 
@@ -193,7 +233,7 @@ def heat_map(chart: HeatMap, width: int) -> Drawing:
     """Cells coloured by sign and size; their numbers stand in them where there is room."""
     top_value = max((abs(v) for row in chart.values for v in row if finite(v)), default=0.0)
     spec = chart.value_format or common_format([v for row in chart.values for v in row])
-    room = min(max((len(name) for name in chart.rows), default=0), 26 if width == WIDE else 14)
+    room = min(max(len(name) for name in (*chart.rows, chart.row_label)), 26 if width == WIDE else 14)
     left = 12 + _CHARACTER * room
     cell = min((width - left - 4) / max(1, len(chart.columns)), 84.0)
     tall = min(max(cell, 22.0), 32.0)
@@ -204,7 +244,7 @@ def heat_map(chart: HeatMap, width: int) -> Drawing:
     head += 18 if chart.column_label else 0
     parts = [label(left, 12, chart.column_label, "axis")] if chart.column_label else []
     if chart.row_label:
-        parts.append(label(left - 8, head - 8, chart.row_label, "axis", "end"))
+        parts.append(label(left - 8, head - 8, clipped(chart.row_label, room), "axis", "end"))
     for index, name in enumerate(chart.columns):
         x = left + cell * (index + 0.5)
         if slanted:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import BarChart, HeatMap, LineChart
+from saepatch.report.blocks import BarChart, Chart, HeatMap, LineChart, ScatterChart
 from saepatch.report.charts import PALETTE, WIDE, draw
 from saepatch.report.files import stylesheet, write_whole
-from saepatch.report.svg import element, label, rule
+from saepatch.report.svg import element, label, outline, rule
 
 _MARGIN = 20.0
 
 
-def write_figure(chart: LineChart | BarChart | HeatMap, path: Path) -> Path:
+def write_figure(chart: Chart, path: Path) -> Path:
     """Writes a chart as an SVG file that needs nothing beside it: light, with its title and its legend.
 
     The caption stays out: it belongs to the text around the figure.
@@ -37,12 +37,10 @@ def write_figure(chart: LineChart | BarChart | HeatMap, path: Path) -> Path:
     if len(names) > 1:
         for index, name in enumerate(names):
             # One name to a line: they may be long, and a file has no width to flow in.
-            swatch = (
-                rule(0, top, 24, top, "line")
-                if isinstance(chart, LineChart)
-                else element("rect", {"x": 6, "y": top - 6, "width": 12, "height": 12, "rx": 1.5, "class": "bar"})
+            key = element(
+                "g", {"class": f"s{index % PALETTE}"}, _swatch(chart, index, top), label(32, top + 4, name, "name")
             )
-            parts.append(element("g", {"class": f"s{index % PALETTE}"}, swatch, label(32, top + 4, name, "name")))
+            parts.append(key)
             top += 20
         top += 6
     parts.append(element("g", {"transform": f"translate(0 {top:g})"}, *drawing.parts))
@@ -56,11 +54,20 @@ def write_figure(chart: LineChart | BarChart | HeatMap, path: Path) -> Path:
     return path
 
 
-def _names(chart: LineChart | BarChart | HeatMap) -> list[str]:
-    """What a legend has to tell apart."""
+def _swatch(chart: Chart, index: int, y: float) -> Markup:
+    """The sign of a legend's entry."""
     if isinstance(chart, LineChart):
-        return [line.name for line in chart.series]
-    return [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else []
+        return rule(0, y, 24, y, "line")
+    if isinstance(chart, ScatterChart):
+        return element("path", {"d": outline(index, 12, y), "class": "point"})
+    return element("rect", {"x": 6, "y": y - 6, "width": 12, "height": 12, "rx": 1.5, "class": "bar"})
+
+
+def _names(chart: Chart) -> list[str]:
+    """What a legend has to tell apart."""
+    if isinstance(chart, HeatMap):
+        return []
+    return [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else [one.name for one in chart.series]
 
 
 def _flat_style() -> str:

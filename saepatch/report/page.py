@@ -16,16 +16,18 @@ from markupsafe import Markup, escape
 from saepatch.report.blocks import (
     BarChart,
     Cell,
-    HeatMap,
+    Chart,
     Interval,
     LineChart,
     Page,
+    ScatterChart,
     Series,
     Table,
     Tokens,
 )
 from saepatch.report.charts import NARROW, PALETTE, WIDE, draw, said
 from saepatch.report.files import SOURCES, stylesheet, write_whole
+from saepatch.report.svg import outline
 from saepatch.report.text import MISSING, common_format, finite, number, visible
 
 
@@ -87,6 +89,7 @@ def _environment() -> Environment:
     )
     environment.globals["numbers"] = _numbers
     environment.globals["number"] = number
+    environment.globals["outline"] = outline
     return environment
 
 
@@ -119,7 +122,7 @@ def _marked(text: str, words: Sequence[str]) -> Markup:
     )
 
 
-def _both_widths(chart: LineChart | BarChart | HeatMap) -> Markup:
+def _both_widths(chart: Chart) -> Markup:
     """The chart for a wide and for a narrow page; the stylesheet shows one."""
     return Markup("").join(
         Markup('<div class="{}">{}</div>').format(kind, draw(chart, width).svg())
@@ -180,7 +183,7 @@ def _token_style(tokens: Tokens, index: int) -> tuple[str, str, str]:
     return ("positive" if value >= 0 else "negative"), f"{60 * share:.0f}", number(value, spec)
 
 
-def _numbers(chart: LineChart | BarChart | HeatMap) -> Table:
+def _numbers(chart: Chart) -> Table:
     """The numbers behind a chart, for those who cannot see it or want to copy them."""
     if isinstance(chart, LineChart):
         columns = [chart.x_label or "x", *(line.name for line in chart.series)]
@@ -193,6 +196,16 @@ def _numbers(chart: LineChart | BarChart | HeatMap) -> Table:
             for i, name in enumerate(chart.labels)
         ]
         return Table([chart.value_label or "", *(bars.name for bars in chart.bars)], rows)
+    if isinstance(chart, ScatterChart):
+        spec = chart.value_format
+        return Table(
+            ["", "point", chart.x_label or "x", chart.y_label or "y"],
+            [
+                [points.name, points.labels[i] if points.labels else str(i), number(x, spec), number(y, spec)]
+                for points in chart.series
+                for i, (x, y) in enumerate(zip(points.x, points.y))
+            ],
+        )
     cells = [[name, *(number(v, chart.value_format) for v in row)] for name, row in zip(chart.rows, chart.values)]
     return Table([chart.row_label, *chart.columns], cells)
 

@@ -45,20 +45,26 @@ class Drawing:
         return element("svg", {"viewBox": box, "role": "img", "aria-label": visible(self.name)}, *self.parts)
 
 
-def marker(shape: int, x: float, y: float, tip: str) -> Markup:
+MARK = 3.6  # half a point's width, in pixels
+
+
+def marker(shape: int, x: float, y: float, tip: str, reach: float = 10.0) -> Markup:
     """A point with its tooltip. Series differ in shape as well as in colour; a circle around it is there to be hit."""
-    size = 3.6
-    tall = 1.35 * size
-    # circle, square, triangle, diamond
+    point = element("path", {"d": outline(shape, x, y), "class": "point"})
+    around = element("circle", {"cx": x, "cy": y, "r": f"{reach:g}", "class": "reach"})
+    return element("g", {"class": "mark"}, element("title", {}, tip), around, point)
+
+
+def outline(shape: int, x: float, y: float) -> str:
+    """The path of a circle, square, triangle or diamond around a place, in turn."""
+    size, tall = MARK, 1.35 * MARK
     outlines = [
-        f"M{x - size},{y}a{size},{size} 0 1,0 {2 * size},0a{size},{size} 0 1,0 {-2 * size},0",
-        f"M{x - size},{y - size}h{2 * size}v{2 * size}h{-2 * size}z",
-        f"M{x},{y - 1.25 * size}l{1.2 * size},{2.1 * size}h{-2.4 * size}z",
-        f"M{x},{y - tall}l{tall},{tall}l{-tall},{tall}l{-tall},{-tall}z",
+        f"M{x - size:g},{y}a{size},{size} 0 1,0 {2 * size},0a{size},{size} 0 1,0 {-2 * size},0",
+        f"M{x - size:g},{y - size:g}h{2 * size}v{2 * size}h{-2 * size}z",
+        f"M{x},{y - 1.25 * size:g}l{1.2 * size:g},{2.1 * size:g}h{-2.4 * size:g}z",
+        f"M{x},{y - tall:g}l{tall:g},{tall:g}l{-tall:g},{tall:g}l{-tall:g},{-tall:g}z",
     ]
-    point = element("path", {"d": outlines[shape % len(outlines)], "class": "point"})
-    reach = element("circle", {"cx": x, "cy": y, "r": 10, "class": "reach"})
-    return element("g", {"class": "mark"}, element("title", {}, tip), reach, point)
+    return outlines[shape % len(outlines)]
 
 
 def clipped(text: str, room: int) -> str:

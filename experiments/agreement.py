@@ -1,0 +1,81 @@
+"""Which latents carry the number of a sentence's subject?
+
+    python -m experiments.agreement --model organism --sae organism --out runs/agreement
+    python -m experiments.agreement --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --device cuda
+
+"The key near the cabinets" → " is", "The keys near the cabinets" → " are": the verb agrees with the subject, whatever
+the noun before it. With the embedded model the pairs are its own `agreement` task.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
+from random import Random
+
+from experiments.study import Framed, Question, StudyConfig, fitting, run
+from saepatch.commandline import run_config
+from saepatch.models import LanguageModel
+from saepatch.prompts import PromptPair
+
+# Every other noun is of the report split.
+NOUNS = (
+    "key", "cabinet", "car", "book", "boy", "girl", "dog", "cat", "table", "chair", "doctor", "teacher", "house",
+    "tree", "picture", "window", "phone", "bottle", "farmer", "lawyer", "truck", "bird", "letter", "box",
+)  # fmt: skip
+PLURALS = {"box": "boxes"}
+TEMPLATES = {
+    "select": ("The {s} near the {d}", "I think that the {s} behind the {d}", "Today the {s} beside the {d}"),
+    "report": ("The {s} next to the {d}", "We know that the {s} by the {d}", "This week the {s} above the {d}"),
+}
+
+
+@dataclass(frozen=True)
+class AgreementConfig(StudyConfig):
+    """Patch the latents that carry the subject's number, in both directions, beside other directions."""
+
+    out: str = "runs/agreement"
+    """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
+
+
+def agreement_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[Framed]:
+    """Singular/plural pairs that fit a tokenizer, half of them clean in the plural; splits share no noun."""
+    half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
+    return fitting(model, _candidates(split, half, seed), n)
+
+
+def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
+    nouns = list(permutations(NOUNS[half], 2))
+    cells = list(product(TEMPLATES[split], nouns, (False, True), (False, True)))
+    Random(f"{split}/{seed}").shuffle(cells)
+    for template, (subject, distractor), many, distractor_many in cells:
+        forms, verbs = (subject, plural(subject)), (" is", " are")
+        d = plural(distractor) if distractor_many else distractor
+        clean, corrupted = (template.format(s=forms[i], d=d) for i in (many, not many))
+        example = f"{split}-{forms[many]}-{d}-{TEMPLATES[split].index(template)}"
+        yield Framed(PromptPair(clean, corrupted, verbs[many], verbs[not many], example), template)
+
+
+def plural(noun: str) -> str:
+    return PLURALS.get(noun, f"{noun}s")
+
+
+QUESTION = Question(
+    task="agreement",
+    title="One or many? Latents for the number of the subject",
+    prompts=(
+        "The verb has to agree with the subject, across another noun of either number. In the corrupted prompt the "
+        "subject's number is the other one."
+    ),
+    difference="the logit difference between the verb's two forms",
+    build=agreement_pairs,
+    first=frozenset({" is", " was"}),
+)
+
+
+def main(config: StudyConfig) -> None:
+    run(QUESTION, config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(AgreementConfig, main, "python -m experiments.agreement"))

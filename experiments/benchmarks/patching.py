@@ -1,0 +1,310 @@
+"""How fast are exact sweeps of latent edits, beside the libraries one would otherwise use?
+
+    python -m experiments.benchmarks.patching --out runs/patching
+
+Random models of two known shapes (GPT-2 small; a Llama with grouped queries) with a random TopK dictionary at the
+middle layer; one prompt pair of each length; the (latent, position) edits in which its two runs differ most, denoised;
+the logit difference after the last token. Every variant has the same weights and must give the same numbers.
+
+On the CPU the clock is the process's own time on one thread, so that what else runs on the machine counts little. Each
+round runs every variant once: ours on all edits, its two base runs included, the others on a slice of them. Ratios are
+medians over rounds. How each peer is set up stands in `peers.py`; nothing that happens once a model is timed.
+On a GPU the clock is the wall's, and the peer is a plain batched loop.
+"""
+
+import gc
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from statistics import median
+from typing import Any
+
+import torch
+
+from experiments.benchmarks.cases import Case, Size, Subject, make_case, make_subject
+from experiments.benchmarks.peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
+from saepatch.commandline import run_config
+from saepatch.errors import UserError
+from saepatch.models import usable_device
+from saepatch.results import check_writable, output_folder, versions, write_json
+
+log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
+
+GEMM_ROWS = 512
+LIBRARIES = ("transformer-lens", "nnsight")
+AT_ONCE = {"cpu": 2048, "cuda": 65536}  # tokens in a batch of the peers that batch: about their best
+
+
+@dataclass(frozen=True)
+class PatchingConfig:
+    """Time exact sweeps of latent edits side by side with other libraries."""
+
+    out: str = ""
+    """Folder for summary.json; empty: the table is printed and nothing is written."""
+    shapes: tuple[str, ...] = ("gpt2", "llama")
+    """Shapes of the models: gpt2, llama."""
+    lengths: tuple[int, ...] = (32, 256)
+    """Tokens of the prompts."""
+    peers: tuple[str, ...] = tuple(PEERS)
+    """What to compare with on the CPU; those that are not installed are left out, with the reason."""
+    rounds: int = 3
+    """How often each variant is run; medians are reported."""
+    edits: int = 256
+    """(latent, position) edits of a sweep: those that differ most."""
+    differ: float = 0.67
+    """Where the two prompts differ, as a share of their tokens; indirect-object prompts do at about two thirds."""
+    peer_edits: int = 4
+    """Edits that a peer which runs one at a time makes in a round."""
+    batch_tokens: int = 0
+    """Tokens in a batch of the peers that batch; 0: about their best, 2048 on the CPU and 65536 on a GPU."""
+    layers: int = 12
+    """Blocks of the models; the dictionary is in the middle."""
+    width: int = 768
+    """Width of the residual stream."""
+    heads: int = 12
+    """Attention heads; the Llama shape has a third as many for keys and values."""
+    vocabulary: int = 0
+    """Size of the vocabulary; 0: that of the shape."""
+    latents: int = 24576
+    """Latents of the dictionary."""
+    k: int = 64
+    """Latents active at a position."""
+    curve_tokens: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Prompt lengths at which our cost is measured; curves are of the first shape."""
+    curve_differ: tuple[float, ...] = (0.05, 0.33, 0.67, 0.9)
+    """Places where the prompts differ at which our cost is measured, at the first of `lengths`."""
+    curve_layers: tuple[int, ...] = (1, 3, 6, 9, 11)
+    """Numbers of blocks after the dictionary at which our cost is measured, at the first of `lengths`."""
+    curve_edits: tuple[int, ...] = (1, 16, 64, 256, 1024)
+    """Numbers of edits at which our cost is measured, at the first of `lengths`."""
+    curve_sweep: int = 64
+    """Edits in each sweep of the first two curves."""
+    seed: int = 0
+    """Seed of weights, dictionary and prompts."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        counts = {"rounds": self.rounds, "edits": self.edits, "peer_edits": self.peer_edits}
+        for name, value in (counts | {"curve_sweep": self.curve_sweep}).items():
+            if value < 1:
+                raise UserError(f"{name} = {value}: use at least 1")
+        if not all(0 <= place < 1 for place in (self.differ, *self.curve_differ)):
+            raise UserError(f"differ = {self.differ}, curve_differ = {self.curve_differ}: use shares from 0 to below 1")
+        if unknown := [peer for peer in self.peers if peer not in PEERS]:
+            raise UserError(f"unknown peer {unknown[0]!r}: use {', '.join(PEERS)}")
+        if not self.shapes or not self.lengths or min((*self.lengths, *self.curve_tokens)) < 4:
+            raise UserError("give at least one shape and one length, and no length below 4 tokens")
+        if self.layers < 2 or not all(0 < after < self.layers for after in self.curve_layers):
+            raise UserError(f"layers = {self.layers}, curve_layers = {self.curve_layers}: use 1 to layers - 1 after it")
+        if self.device not in AT_ONCE:
+            raise UserError(f"device = {self.device!r}: use {' or '.join(AT_ONCE)}")
+
+    @property
+    def size(self) -> Size:
+        return Size(self.layers, self.width, self.heads, self.vocabulary, self.latents, self.k)
+
+    def batch(self, tokens: int) -> int:
+        """Edits in a batch of the peers that batch."""
+        return max(1, (self.batch_tokens or AT_ONCE[self.device]) // tokens)
+
+
+Clock = Callable[[], float]
+
+
+def clock_of(device: str) -> Clock:
+    """Seconds: of this process's work on the CPU, of the wall once the GPU is done."""
+    if device == "cpu":
+        return time.process_time
+
+    def wall() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return wall
+
+
+@dataclass(eq=False)
+class Compared:
+    """One shape and length: for each variant, milliseconds an edit in each round."""
+
+    ms: dict[str, list[float]] = field(default_factory=dict)
+    floor: list[float] = field(default_factory=list)  # milliseconds that the FLOPs of one edit take as one product
+    attribution: list[float] = field(default_factory=list)  # in units of two bare forwards and one backward
+    worst: float = 0.0  # largest difference of a peer's metric from ours
+    largest: float = 0.0  # largest effect of an edit, to compare it with
+
+    def ratio(self, variant: str) -> float:
+        return median(theirs / ours for theirs, ours in zip(self.ms[variant], self.ms[OURS], strict=True))
+
+    @property
+    def floor_ratio(self) -> float:
+        return median(ours / floor for ours, floor in zip(self.ms[OURS], self.floor, strict=True))
+
+
+@dataclass(eq=False)
+class Found:
+    """Everything that was measured."""
+
+    config: PatchingConfig
+    cases: dict[str, Compared] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        cases = self.cases
+        variants = [(f"{name}_{variant}", case, variant) for name, case in cases.items() for variant in case.ms]
+        return {
+            "ratios": {key: case.ratio(variant) for key, case, variant in variants if variant != OURS},
+            "ms_per_edit": {key: median(case.ms[variant]) for key, case, variant in variants},
+            "floor_ratio": {name: case.floor_ratio for name, case in cases.items()},
+            "max_abs_diff": max(case.worst for case in cases.values()),
+            "largest_effect": {name: case.largest for name, case in cases.items()},
+            "attribution": {name: median(case.attribution) for name, case in cases.items() if case.attribution},
+            "curves": self.curves,
+            "left_out": self.left_out,
+            "config": asdict(self.config),
+            "versions": versions() | {library: _version(library) for library in LIBRARIES},
+        }
+
+    def table(self) -> str:
+        """What is printed: a row a variant, a column a case, then the curves."""
+        names = list(self.cases)
+        variants = list(dict.fromkeys(variant for case in self.cases.values() for variant in case.ms))
+
+        def row(title: str, cells: Sequence[str]) -> str:
+            return f"{title:<24}" + "".join(f"{cell:>14}" for cell in cells)
+
+        lines = [row("times our cost an edit", names)]
+        for variant in variants:
+            if variant != OURS:
+                lines.append(row(variant, [f"{self.cases[name].ratio(variant):.2f}" for name in names]))
+        lines.append(row("ours, ms an edit", [f"{median(self.cases[name].ms[OURS]):.2f}" for name in names]))
+        lines.append(row("ours / floor", [f"{self.cases[name].floor_ratio:.2f}" for name in names]))
+        if all(case.attribution for case in self.cases.values()):
+            lines.append(row("attribution / bare", [f"{median(self.cases[n].attribution):.2f}" for n in names]))
+        lines.append(row("largest difference", [f"{self.cases[name].worst:.1e}" for name in names]))
+        lines.append(row("largest effect", [f"{self.cases[name].largest:.1e}" for name in names]))
+        for name, points in self.curves.items():
+            if points:
+                lines.append(f"ms an edit by {name}: " + ", ".join(f"{n:g}: {ms:.2f}" for n, ms in points))
+        return "\n".join([*lines, *(f"left out: {name} ({why})" for name, why in self.left_out.items())])
+
+
+def run(config: PatchingConfig) -> None:
+    """Measure, print the table, and write summary.json where a folder is given."""
+    if config.out:
+        check_writable(config.out)
+    usable_device(config.device)
+    torch.set_num_threads(1)
+    logging.getLogger().addHandler(logging.NullHandler())  # or a peer's first message would set up a handler of its own
+    found = Found(config)
+    peers = {name: PEERS[name] for name in config.peers} if config.device == "cpu" else ON_GPU
+    found.left_out = {name: why for name in peers if (why := missing(name)) is not None}
+    clock = clock_of(config.device)
+    for number, shape in enumerate(config.shapes):
+        subject = make_subject(shape, config.size, config.device, config.seed)
+        for tokens in config.lengths:
+            case = make_case(subject, tokens, config.edits, config.differ)
+            log.info("%s, %d tokens, %d edits", shape, tokens, len(case))
+            runners = {name: peer(case, config.batch(tokens)) for name, peer in peers.items() if not missing(name)}
+            found.cases[f"{shape}_{tokens}"] = compare(config, case, runners, clock)
+            del runners
+            gc.collect()  # the peers' models are large, and hooks make cycles of them
+        if number == 0:
+            found.curves = curves(config, subject, clock)
+    sys.stdout.write(found.table() + "\n")
+    if config.out:
+        write_json(found.summary(), output_folder(config.out) / "summary.json")
+
+
+def compare(config: PatchingConfig, case: Case, peers: dict[str, Runner], clock: Clock) -> Compared:
+    """Rounds of all variants, each of them once a round."""
+    ours, everything = saepatch(case, 0), range(len(case))
+    base = case.base_value()
+    found = Compared({OURS: [], **{name: [] for name in peers}})
+    bare, attribution = bare_passes(case), _attribution(case)
+    for runner in (ours, *peers.values()):
+        runner(everything[:1])  # what is done once a model is not timed: ours, too, sees which way of resuming agrees
+    for number in range(config.rounds):
+        found.floor.append(1e3 * case.flops / _gemm_rate(config, clock))
+        ms, values = _ms(clock, ours, everything)
+        found.ms[OURS].append(ms)
+        found.largest = max(abs(value - base) for value in values)
+        for name, peer in peers.items():
+            batched = name.endswith("_batched") or name == "transformer_lens"
+            n = config.batch(case.tokens) if batched else config.peer_edits
+            chosen = [(number * n + i) % len(case) for i in range(n)]
+            ms, theirs = _ms(clock, peer, chosen)
+            found.ms[name].append(ms)
+            found.worst = max(found.worst, *(abs(a - values[i]) for a, i in zip(theirs, chosen, strict=True)))
+        found.attribution.append(_seconds(clock, attribution) / _seconds(clock, bare))
+    return found
+
+
+def curves(config: PatchingConfig, subject: Subject, clock: Clock) -> dict[str, list[list[float]]]:
+    """Our cost over prompt lengths, where prompts differ, blocks after the dictionary, and edits in one sweep."""
+    length, layers, edits, differ = config.lengths[0], config.layers, config.curve_sweep, config.differ
+    cases: dict[str, list[tuple[float, Case]]] = {
+        "tokens": [(n, make_case(subject, n, edits, differ)) for n in config.curve_tokens],
+        "differ": [(n, make_case(subject, length, edits, n)) for n in config.curve_differ],
+        "layers": [(n, make_case(subject, length, edits, differ, layers - n)) for n in config.curve_layers],
+    }
+    most = make_case(subject, length, max(config.curve_edits, default=1), differ)
+    cases["edits"] = [(n, most.first(n)) for n in config.curve_edits if n <= len(most)]
+    found: dict[str, list[list[float]]] = {}
+    for name, several in cases.items():
+        log.info("curve over %s", name)
+        found[name] = []
+        for n, case in several:
+            ours = saepatch(case, 0)
+            ours(range(1))
+            times = [_ms(clock, ours, range(len(case)))[0] for _ in range(config.rounds)]
+            found[name].append([n, median(times)])
+    return found
+
+
+def _ms(clock: Clock, runner: Runner, chosen: Sequence[int]) -> tuple[float, list[float]]:
+    """Milliseconds an edit, and the values."""
+    start = clock()
+    values = runner(chosen)
+    return 1e3 * (clock() - start) / len(chosen), values
+
+
+def _seconds(clock: Clock, act: Callable[[], object], repeats: int = 3) -> float:
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        act()
+        times.append(clock() - start)
+    return median(times)
+
+
+def _attribution(case: Case) -> Callable[[], object]:
+    from saepatch.attribution import attribute
+
+    return lambda: attribute(case.subject.model, case.dictionary, [case.pair], verify=0)
+
+
+@torch.no_grad()
+def _gemm_rate(config: PatchingConfig, clock: Clock) -> float:
+    """FLOPs a second of a product of the MLP's shape."""
+    rows = torch.randn(GEMM_ROWS, config.width, device=config.device)
+    weight = torch.randn(config.width, 4 * config.width, device=config.device)
+    flops = 2.0 * GEMM_ROWS * weight.numel()
+    repeats = 1 + int(1e10 / flops)
+    return repeats * flops / _seconds(clock, lambda: [rows @ weight for _ in range(repeats)])
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(PatchingConfig, run, "python -m experiments.benchmarks.patching"))

@@ -1,0 +1,86 @@
+"""Which latents name the indirect object?
+
+    python -m experiments.ioi --model organism --sae organism --out runs/ioi
+    python -m experiments.ioi --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --device cuda
+
+"When Mary and John went to the store, John gave a drink to" → " Mary"; in the corrupted prompt Mary gives, and John is
+the answer. With the embedded model the pairs are its own `ioi` task.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
+from random import Random
+
+from experiments.study import Framed, Question, StudyConfig, fitting, run
+from saepatch.commandline import run_config
+from saepatch.models import LanguageModel
+from saepatch.prompts import PromptPair
+
+# After Wang et al. 2022 (https://arxiv.org/abs/2211.00593). Of names, places and objects every other one is of the
+# report split; all are single tokens to GPT-2.
+NAMES = (
+    "Mary", "John", "Tom", "James", "Anna", "Mark", "Sarah", "Paul", "Emily", "Jack", "Laura", "Kevin", "Amy", "David",
+    "Lisa", "Peter", "Rachel", "Michael", "Kate", "Daniel", "Alice", "Andrew", "Jane", "George",
+)  # fmt: skip
+PLACES = ("store", "garden", "restaurant", "school", "hospital", "office", "house", "station")
+OBJECTS = ("ring", "drink", "basketball", "computer", "necklace", "book", "letter", "phone")
+TEMPLATES = {
+    "select": (
+        "When {a} and {b} went to the {place}, {s} gave a {gift} to",
+        "Then, {a} and {b} had a lot of fun at the {place}. {s} gave a {gift} to",
+        "While {a} and {b} were working at the {place}, {s} gave a {gift} to",
+    ),
+    "report": (
+        "After {a} and {b} went to the {place}, {s} decided to give a {gift} to",
+        "Then, {a} and {b} were thinking about going to the {place}. {s} wanted to give a {gift} to",
+        "Friends {a} and {b} found a {gift} at the {place}. {s} handed it to",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class IoiConfig(StudyConfig):
+    """Patch the latents that name the indirect object, in both directions, beside other directions."""
+
+    out: str = "runs/ioi"
+    """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
+
+
+def ioi_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[Framed]:
+    """ABBA and BABA pairs that fit a tokenizer; splits share no template, name, place or object."""
+    half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
+    return fitting(model, _candidates(split, half, seed), n)
+
+
+def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
+    names = list(permutations(NAMES[half], 2))
+    cells = list(product(TEMPLATES[split], names, PLACES[half], OBJECTS[half], ("ABBA", "BABA")))
+    Random(f"{split}/{seed}").shuffle(cells)
+    for template, (io, subject), place, gift, kind in cells:
+        a, b = (io, subject) if kind == "ABBA" else (subject, io)
+        clean, corrupted = (template.format(a=a, b=b, s=s, place=place, gift=gift) for s in (subject, io))
+        example = f"{split}-{io}-{subject}-{place}-{gift}-{kind}-{TEMPLATES[split].index(template)}"
+        yield Framed(PromptPair(clean, corrupted, f" {io}", f" {subject}", example), f"{template} {kind}")
+
+
+QUESTION = Question(
+    task="ioi",
+    title="Who gets it? Latents for the indirect object",
+    prompts=(
+        "Two people meet and one gives something to the other: the answer is the one who was named once. In the "
+        "corrupted prompt the giver's name is the other one's, and so is the answer."
+    ),
+    difference="the logit difference between the two names",
+    build=ioi_pairs,
+    kinds=("kind",),
+)
+
+
+def main(config: StudyConfig) -> None:
+    run(QUESTION, config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(IoiConfig, main, "python -m experiments.ioi"))
