@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saepatch.attention import attribute_attention as attribute_attention
+    from saepatch.attention import patch_attention as patch_attention
     from saepatch.attribution import FirstOrder as FirstOrder
     from saepatch.attribution import GradDrop as GradDrop
     from saepatch.attribution import IntegratedGradients as IntegratedGradients
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 # Names are imported on first use, so that `import saepatch` and `saepatch --help` stay quick.
 _HOME = {
     "attribute_attention": "attention",
+    "patch_attention": "attention",
     "FirstOrder": "attribution",
     "GradDrop": "attribution",
     "IntegratedGradients": "attribution",

@@ -24,8 +24,8 @@ LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy
 class Row:
     """One measured value: one edit of one example.
 
-    `component` says what was patched ("latent", "error", "stream", "head", "direction", or what kind of direction:
-    "dimension", "principal component", "mean difference"). `latent` names its units and
+    `component` says what was patched: "latent", "error", "stream", "head", "query", "key", "value", or what kind of
+    direction ("direction", "dimension", "principal component", "mean difference"). `latent` names its units and
     `position` the place, as texts ("417", "3,17", "all"); `token` is the text at a single position. `role` says why
     these units: "single", "top", "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1:
     source run) and NaN where the clean and corrupted runs are too close to divide by. `corruption` is what made the

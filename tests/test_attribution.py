@@ -1,12 +1,10 @@
 """Attribution against what it approximates, exact patches, and against gradients taken by bare passes."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 from planted import cancelling_model, confident_model, linear_model, split_dictionary
-from tiny import FAMILIES, byte_tokenizer, random_dictionary, tiny_model
+from tiny import FAMILIES, random_dictionary, tiny_model
 
 from saepatch.attribution import (
     FirstOrder,
@@ -20,7 +18,6 @@ from saepatch.corruptions import GaussianNoise, Zero
 from saepatch.errors import UserError
 from saepatch.interventions import Patch
 from saepatch.metrics import answer_rank, logit_difference, probability
-from saepatch.models import wrap_model
 from saepatch.patching import patch_components, patch_latents
 from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.screen import ERROR
@@ -376,44 +373,3 @@ def test_no_hook_is_left_and_no_weight_has_a_gradient():
         assert not module._forward_pre_hooks
         assert "forward" not in module.__dict__
     assert all(p.grad is None and not p.requires_grad for p in model.hf.parameters())
-
-
-@pytest.mark.slow
-def test_time_of_a_screen():
-    """At most a quarter longer than two bare passes and a bare backward pass from the site, on GPT-2's shape."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model("gpt2", bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    model = wrap_model(AutoModelForCausalLM.from_config(config), byte_tokenizer(), "gpt2's shape")
-    dictionary = random_dictionary("resid_pre.6", d_in=768, d_sae=24576, k=32)
-    rng = np.random.default_rng(0)
-    texts = ["".join(rng.choice(list("abcdefgh"), 30)) for _ in range(8)]
-    pairs = [
-        PromptPair("i" + text, "j" + text[::-1], "x", "y") for text in texts
-    ]  # they differ from the first token on
-    batch = batch_pairs(model, pairs)
-    assert batch.clean.input_ids.shape == (8, 32)
-
-    def bare():
-        held = []
-
-        def leaf(_module, args):
-            held.append(args[0].detach().requires_grad_())
-            return (held[0], *args[1:])
-
-        with torch.no_grad():
-            model.hf(input_ids=batch.clean.input_ids, use_cache=False, logits_to_keep=1)
-        handle = model.layout.blocks[6].register_forward_pre_hook(leaf)
-        try:
-            logits = model.hf(input_ids=batch.corrupted.input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        finally:
-            handle.remove()
-        torch.autograd.grad(logit_difference(logits, batch).sum(), held[0])
-
-    def seconds(run):
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-
-    runs = [(seconds(bare), seconds(lambda: attribute(model, dictionary, pairs))) for _ in range(6)]
-    assert min(ours for _, ours in runs) <= 1.25 * min(theirs for theirs, _ in runs)

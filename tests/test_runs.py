@@ -536,7 +536,7 @@ def kill_after(commands, out, parts, delay, number, *given):
     ("work", "options"),
     [
         ("patch", ("--batch_size", "8")),
-        ("attribute", ("--site", "resid_post.0", "--verify", "3", "--sample", "3", "--n", "0")),
+        ("attribute", ("--site", "resid_post.0", "--verify", "3", "--sample", "3", "--steps", "40")),
     ],
 )
 def test_killed_at_any_moment_nothing_is_lost_or_repeated(commands, place, tmp_path, work, options):
@@ -547,7 +547,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_repeated(commands, place, tmp_p
     total, said = len(parts_of(tmp_path / "whole")), len(commands.log.read_text())
     for number in [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGINT]:
         kept = parts_of(out)
-        code = kill_after(commands, out, rng.randint(1, 4), rng.uniform(0, 0.05), number, *command)
+        code = kill_after(commands, out, rng.randint(1, total // 11), rng.uniform(0, 0.05), number, *command)
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
         assert len(kept) < len(parts_of(out)) < total
         assert kept.items() <= parts_of(out).items()  # what was there was not done again
