@@ -61,7 +61,7 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 test-fast: $(STAMP)  ## the default tests alone: CPU, offline
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes, the organism's retraining among them
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

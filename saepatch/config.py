@@ -186,7 +186,7 @@ class AttributeConfig(SweepConfig):
     command: ClassVar[str] = "attribute"
     out: str = "runs/attribute"
     """Folder for the results."""
-    method: Literal["first-order", "integrated-gradients", "graddrop"] = "integrated-gradients"
+    method: Literal["first-order", "integrated-gradients", "graddrop"] = "first-order"
     """How gradients are taken."""
     steps: int = 10
     """Points on the way from base to source, for integrated-gradients."""

@@ -1,12 +1,19 @@
 """Sets of latents that a chosen set is compared with."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
-from saepatch.quality import LatentStatistics
+from saepatch.components import Edit
+from saepatch.dictionaries import Dictionary
+from saepatch.models import LanguageModel
+from saepatch.prompts import PromptPair
+from saepatch.quality import LatentStatistics, latent_statistics
 from saepatch.statistics import matched_latents, random_latents
+
+log = logging.getLogger(__name__)
 
 DRAWS = 5
 Group = tuple[int, ...]
@@ -32,3 +39,35 @@ def differing_sets(ranking: Sequence[int], k: int, differs: Bool[np.ndarray, "d_
         left = np.array([differs.argmin()])
     rng = np.random.default_rng(seed)
     return [tuple(int(i) for i in rng.choice(left, size=min(k, len(left)), replace=False)) for _ in range(DRAWS)]
+
+
+def with_controls(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    pairs: Sequence[PromptPair],
+    groups: Sequence[Group],
+    draws: int,
+    seed: int,
+) -> list[Edit]:
+    """An edit for each group, and `draws` random and as many matched sets beside it.
+
+    How often latents fire is counted in the pairs' own prompts: over parts of the pairs, others would be drawn.
+    """
+    for group in groups:
+        dictionary.check_ids(group)
+    edits = [Edit(dictionary.site, group) for group in groups]
+    if not draws:
+        return edits
+    dictionary.check(model)
+    texts = [text for pair in pairs for text in (pair.clean, pair.corrupted)]
+    statistics = latent_statistics(model, dictionary, model.tokenize(texts))
+    alive = int(statistics.alive.sum())
+    for group in groups:
+        left = alive - int(statistics.alive[list(group)].sum())
+        if left < len(group):
+            log.warning("%d latents have no controls of their size: only %d others are alive", len(group), left)
+            continue
+        sets = control_sets(group, len(group), statistics, seed, draws)
+        for role, drawn in zip(("random", "matched"), sets, strict=True):
+            edits += [Edit(dictionary.site, tuple(sorted(one)), role=role, beside=group) for one in drawn]
+    return edits

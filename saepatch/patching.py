@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from saepatch.components import Component, Edit, Heads, Patchable, Stream, as_components
-from saepatch.controls import DRAWS, Group, control_sets
+from saepatch.controls import DRAWS, Group, with_controls
 from saepatch.corruptions import Corruption
 from saepatch.dictionaries import Dictionary
 from saepatch.effects import Direction, Effects
@@ -19,7 +19,6 @@ from saepatch.metrics import Metric, logit_difference, metric_name
 from saepatch.models import LanguageModel
 from saepatch.positions import Positions
 from saepatch.prompts import PromptPair
-from saepatch.quality import latent_statistics
 from saepatch.sites import Site
 from saepatch.sweep import Align, Options, Progress, Swept, Wanted, sweep
 
@@ -78,7 +77,7 @@ def patch_latents(
         raise UserError(f"latents for {unknown[0]}, but dictionaries are for {', '.join(map(str, by_site))}")
     edits: list[Edit] = []
     for site, given in latents.items():
-        edits += _with_controls(model, by_site[site], pairs, _groups(given, by_site[site]), controls, seed)
+        edits += with_controls(model, by_site[site], pairs, _groups(given, by_site[site]), controls, seed)
     return _effects(model, as_components(model, several), pairs, edits, options, min_gap)
 
 
@@ -216,33 +215,6 @@ def _groups(latents: Sequence[int | Sequence[int]], dictionary: Dictionary) -> l
     for group in groups:
         dictionary.check_ids(group)
     return groups
-
-
-def _with_controls(
-    model: LanguageModel,
-    dictionary: Dictionary,
-    pairs: Sequence[PromptPair],
-    groups: Sequence[Group],
-    draws: int,
-    seed: int,
-) -> list[Edit]:
-    """An edit for each group, and random and matched sets beside it; as large a set as is alive where one is not."""
-    edits = [Edit(dictionary.site, group) for group in groups]
-    if not draws:
-        return edits
-    dictionary.check(model)
-    statistics = latent_statistics(
-        model, dictionary, model.tokenize([t for p in pairs for t in (p.clean, p.corrupted)])
-    )
-    alive = int(statistics.alive.sum())
-    for group in groups:
-        k = min(len(group), alive - int(statistics.alive[list(group)].sum()))
-        if k < len(group):
-            log.warning("%d latents have no controls of their size: only %d others are alive", len(group), k)
-            continue
-        for role, sets in zip(("random", "matched"), control_sets(group, k, statistics, seed, draws), strict=True):
-            edits += [Edit(dictionary.site, drawn, role=role, beside=group) for drawn in sets]
-    return edits
 
 
 def _places(components: Sequence[Component], edits: Sequence[Edit]) -> list[int]:

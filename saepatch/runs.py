@@ -17,6 +17,7 @@ from numpy import ndarray
 from saepatch.attribution import attribute
 from saepatch.components import Component, LatentUnits
 from saepatch.config import AttributeConfig, PatchConfig, SweepConfig
+from saepatch.controls import with_controls
 from saepatch.corruptions import Corruption
 from saepatch.errors import UserError
 from saepatch.metrics import Metric
@@ -50,7 +51,6 @@ from saepatch.settings import (
     base_prompt,
     check_pairs,
     pairs_hash,
-    plan_edits,
     read_components,
     read_corruption,
     read_directions,
@@ -221,7 +221,7 @@ def _edits(
     for (component,) in groups:
         assert isinstance(component, LatentUnits)
         wanted = latents.get(component.site) or latents[None]
-        edits += plan_edits(model, component.dictionary, pairs, wanted, config.controls, config.seed)
+        edits += with_controls(model, component.dictionary, pairs, wanted, config.controls, config.seed)
     return [edit_facts(edit) for edit in edits]
 
 

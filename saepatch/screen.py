@@ -239,9 +239,10 @@ class Attribution:
 
         `patched` is the base run's metric moved by the estimate. `tokens` are the texts of each pair's own tokens.
         """
-        rows = list(self._rows(task, tokens, np.arange(len(self)), self.score, self.method))
-        if self.verified is not None:
-            rows += self._rows(task, tokens, self.verified.index, self.verified.exact, "exact")
+        rows = list(self._rows(task, tokens, np.arange(len(self)), self.score, self.method, "single"))
+        if (run := self.verified) is not None:
+            for role, some in (("top", slice(0, run.largest)), ("random", slice(run.largest, None))):
+                rows += self._rows(task, tokens, run.index[some], run.exact[some], "exact", role)
         return rows
 
     def _rows(
@@ -251,6 +252,7 @@ class Attribution:
         nodes: Int[ndarray, "some"],
         scores: Float[ndarray, "some"],
         method: str,
+        role: str,
     ) -> Iterator[Row]:
         sign, base = (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
         gap = self._usable_gap
@@ -263,7 +265,7 @@ class Attribution:
                 site=str(edit.site),
                 component=edit.kind,
                 latent=describe(edit),
-                role=edit.role,
+                role=role,
                 position=str(at),
                 token="" if tokens is None else tokens[pair][at],
                 direction=self.direction,

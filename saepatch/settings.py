@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from saepatch import metrics
-from saepatch.components import Component, Edit, ErrorTerm, Heads, LatentUnits, Stream
+from saepatch.components import Component, ErrorTerm, Heads, LatentUnits, Stream
 from saepatch.config import AttributeConfig, PatchConfig, SweepConfig
-from saepatch.controls import control_sets
 from saepatch.corruptions import Corruption, GaussianNoise, Mean, Zero
 from saepatch.dictionaries import Dictionary, load_sae, load_saes
 from saepatch.effects import Direction
@@ -24,7 +23,6 @@ from saepatch.metrics import Metric
 from saepatch.models import LanguageModel, Tokens, load_model
 from saepatch.positions import NAMED, At, Positions
 from saepatch.prompts import PromptPair, batch_pairs, load_pairs
-from saepatch.quality import latent_statistics
 from saepatch.sites import Site
 from saepatch.splicing import whole_prompt
 
@@ -286,34 +284,3 @@ def _latent_sites(config: PatchConfig) -> list[Site]:
             f"latents are given for {', '.join(map(str, named))}, but site is {config.site!r}: leave --site out"
         )
     return sites or named
-
-
-def plan_edits(
-    model: LanguageModel,
-    dictionary: Dictionary,
-    pairs: Sequence[PromptPair],
-    groups: Sequence[Group],
-    draws: int,
-    seed: int,
-) -> list[Edit]:
-    """An edit for each group, and `draws` random and as many matched sets beside it, drawn in view of all pairs.
-
-    Sweeps over parts of the pairs would draw others for each part.
-    """
-    for group in groups:
-        dictionary.check_ids(group)
-    edits = [Edit(dictionary.site, group) for group in groups]
-    if not draws:
-        return edits
-    texts = [text for pair in pairs for text in (pair.clean, pair.corrupted)]
-    statistics = latent_statistics(model, dictionary, model.tokenize(texts))
-    alive = int(statistics.alive.sum())
-    for group in groups:
-        left = alive - int(statistics.alive[list(group)].sum())
-        if left < len(group):
-            log.warning("%d latents have no controls of their size: only %d others are alive", len(group), left)
-            continue
-        sets = control_sets(group, len(group), statistics, seed, draws)
-        for role, drawn in zip(("random", "matched"), sets, strict=True):
-            edits += [Edit(dictionary.site, tuple(sorted(one)), role=role, beside=group) for one in drawn]
-    return edits

@@ -10,7 +10,8 @@ def test_the_python_in_the_readme_runs(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert re.search(r"^\(\d+,\) -?\d\.\d+ \[", printed, re.MULTILINE)
+    assert re.search(r"^resid_post.3 \d+ +all +-?\d\.\d+ \[", printed, re.MULTILINE)  # effects
+    assert "Pearson" in printed  # of the screen against exact runs
     assert printed.index("Sure, here is") < printed.index("I cannot help with that.")
     assert printed.rstrip().endswith("[' I cannot help with that.']")
 

@@ -12,6 +12,7 @@ from saepatch.results import (
     Provenance,
     Row,
     atomic,
+    command_line,
     output_folder,
     read_about,
     read_rows,
@@ -47,7 +48,7 @@ def test_rows_and_provenance_survive_parquet(tmp_path):
     assert rows[0]["latent"] == "4,17"
     assert math.isnan(rows[0]["effect"])
     assert json.loads(rows[0]["versions"])["torch"]
-    assert "pytest" in rows[0]["command"]
+    assert rows[0]["command"] == command_line() != ""
     assert {key: rows[0][key] for key in vars(ROW) if key != "effect"} == {
         key: value for key, value in vars(ROW).items() if key != "effect"
     }
