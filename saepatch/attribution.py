@@ -21,7 +21,7 @@ from saepatch.corruptions import Corruption
 from saepatch.dictionaries import Dictionary
 from saepatch.effects import Direction
 from saepatch.errors import UserError
-from saepatch.gradients import Base, FirstOrder, GradDrop, Gradients, IntegratedGradients, Method, Readout
+from saepatch.gradients import Base, FirstOrder, GradDrop, Gradients, IntegratedGradients, Method, Readout, products_of
 from saepatch.metrics import Metric, logit_difference, metric_name
 from saepatch.models import LanguageModel
 from saepatch.patching import patch_edits
@@ -47,7 +47,6 @@ FIRST_ORDER = FirstOrder()
 BY_POSITION = frozenset({"standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit"})
 ENCODE_MEMORY = 2**26  # bytes of latents that are encoded at a time
 PAIRS_MEMORY = 2**30  # bytes that activations of a batch of pairs may take
-PRODUCTS = 2**22  # numbers in the vectors that are multiplied with gradients at a time
 
 
 def attribute(
@@ -87,8 +86,8 @@ def attribute(
         seed: Of the random sample.
 
     Raises:
-        UserError: dictionaries of another model or of one tensor, pairs that do not line up, a metric without gradient,
-            or an unknown direction.
+        UserError: dictionaries of another model or of one tensor, pairs that do not line up, a metric without gradient
+            or of another shape than one value a pair, a model in training mode, or an unknown direction.
     """
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     if direction not in ("denoise", "noise"):
@@ -116,6 +115,8 @@ def attribute(
         min_gap=min_gap,
         sizes=found.absolute,
     )
+    if not isinstance(method, IntegratedGradients):
+        result.warn_if_flat("use IntegratedGradients")
     if not verify and not sample:
         return result
 
@@ -312,7 +313,7 @@ def _score(
     moved = way.ne(0).any(-1)
     if runs is None and _by_position(dictionary):
         latents = _latent_changes(dictionary, x, source, moved)
-        products = _products(latents, g)
+        products = products_of(latents, g)
         rest = whole.clone()  # the error term is all that is left, for latents add their rows unscaled
         for one, product in zip(rest, products, strict=True):
             one.index_put_((latents.row, latents.pos), -product, accumulate=True)
@@ -325,10 +326,10 @@ def _score(
         else:
             changes = [between(component, *runs, where) for component in mine[: 1 if latents_only else 2]]
         latents = changes[0]
-        products = _products(latents, g)
+        products = products_of(latents, g)
         row, pos, of_errors = latents.row[:0], latents.pos[:0], products[:, :0]
         if not latents_only:
-            row, pos, of_errors = changes[1].row, changes[1].pos, _products(changes[1], g)
+            row, pos, of_errors = changes[1].row, changes[1].pos, products_of(changes[1], g)
     return _Scored(
         torch.cat([latents.row, row]),
         torch.cat([latents.pos, pos]),
@@ -365,19 +366,6 @@ def _latent_changes(
     at, unit, value = (torch.cat(column) for column in zip(*found, strict=True)) if found else (row, row, both[0, :, 0])
     rows = dictionary.rows
     return Changes(row[at], pos[at], unit, lambda some: value[some, None] * rows[unit[some]])
-
-
-def _products(changes: Changes, gradients: Float[Tensor, "takes batch pos width"]) -> Float[Tensor, "takes nodes"]:
-    """Gradients along each change; vectors are made for some changes at a time."""
-    a_chunk = max(1, PRODUCTS // gradients.shape[-1])
-    out = gradients.new_empty(len(gradients), len(changes))
-    for start in range(0, len(changes), a_chunk):
-        some = torch.arange(start, min(start + a_chunk, len(changes)), device=changes.row.device)
-        vectors = changes.vectors(some).to(gradients.dtype)
-        for take, gradient in enumerate(gradients):
-            here = gradient[changes.row[some], changes.pos[some]]
-            out[take, some] = torch.linalg.vecdot(vectors, here)
-    return out
 
 
 def _exact(

@@ -10,6 +10,7 @@ from saepatch.components import Edit
 from saepatch.controls import control_sets, differing_sets
 from saepatch.dictionaries import Dictionary
 from saepatch.effects import Direction, Effects
+from saepatch.errors import UserError
 from saepatch.metrics import Metric, logit_difference
 from saepatch.models import LanguageModel
 from saepatch.patching import patch_by_pair, patch_components
@@ -94,6 +95,8 @@ def _edits(
 ) -> list[Edit]:
     site = dictionary.site
     edits = [Edit(site, tuple(range(dictionary.d_sae)), role="every")]
+    if max(sizes) > len(set(ranking)):
+        raise UserError(f"{max(sizes)} latents wanted of a ranking of {len(set(ranking))} different ones: rank more")
     for k in sizes:
         top = tuple(ranking[:k])
         edits.append(Edit(site, top, role="top"))

@@ -277,6 +277,8 @@ def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:
             raise UserError(
                 f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, make it anew"
             )
+    if getattr(sae, "hook_z_reshaping_mode", False):
+        sae.turn_off_forward_pass_hook_z_reshaping()  # type: ignore[operator]  # here, heads lie side by side
     dictionary = Dictionary(sae.eval().requires_grad_(False), site, name)
     _check_decoder(dictionary)
     return dictionary

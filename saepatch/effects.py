@@ -44,6 +44,10 @@ class Effects:
     rounding: float = ROUNDING
     method: str = "exact"
 
+    def __post_init__(self) -> None:
+        if not self.min_gap > 0:
+            raise UserError(f"min_gap = {self.min_gap}: use a number above 0, such as 0.01")
+
     @property
     def _sign_and_base(self) -> tuple[float, Float[ndarray, "pairs"]]:
         return (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
@@ -92,7 +96,7 @@ class Effects:
         columns = [
             i
             for i, other in enumerate(self.edits)
-            if other.role == role and other.site == mine.site and other.position == mine.position
+            if (other.role, other.kind, other.site, other.position) == (role, mine.kind, mine.site, mine.position)
             if (other.beside == mine.units if other.beside else len(other.units) == len(mine.units))
         ]
         return bootstrap_ratio(self.change[:, columns].mean(1), self.gap, seed=seed) if columns else None
@@ -112,6 +116,8 @@ class Effects:
 
     def top(self, k: int) -> list[Edit]:
         """The `k` edits with the largest ratio of means, largest first; controls are not among them."""
+        if k < 0:
+            raise UserError(f"the top {k}: ask for 0 or more")
         ratios = self.ratios()
         own = [i for i in np.argsort(-ratios, kind="stable") if self.edits[i].role not in CONTROLS]
         return [self.edits[i] for i in own[:k]]
@@ -211,7 +217,11 @@ def describe(edit: Edit) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """Effects by unit and position, controls left out; cells that no pair ran are NaN."""
+    """Effects by unit and position, controls left out; cells that no pair ran are NaN.
+
+    Shares are of the mean gap of all pairs, those that are too short for a position among them: for a map in which a
+    position means one thing, give pairs of one form.
+    """
 
     labels: tuple[str, ...]
     positions: tuple[int, ...]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saepatch.components import Changes
 from saepatch.errors import UserError
 from saepatch.hooks import (
     Dropped,
@@ -19,12 +20,15 @@ from saepatch.hooks import (
     only_logits_of,
     skip_blocks,
 )
-from saepatch.metrics import ANSWERS_ONLY, Metric, metric_name
-from saepatch.models import LanguageModel, Tokens
+from saepatch.metrics import Metric, answers_only, checked, metric_name
+from saepatch.models import LanguageModel, Tokens, refuse_training
 from saepatch.prompts import PairBatch
 from saepatch.resume import Run, entry
 from saepatch.shortcuts import quick_activations
 from saepatch.sites import Site
+
+ORDER = ("resid_post", "resid_pre", "z", "attn_out", "mlp_out")  # in which a pass comes by, of what enters one block
+PRODUCTS = 2**22  # numbers in the vectors that are multiplied with gradients at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +41,7 @@ class Readout:
 
     @classmethod
     def of(cls, metric: Metric, part: PairBatch) -> "Readout":
-        if metric not in ANSWERS_ONLY:
+        if not answers_only(metric):
             return cls(metric, part)
         only, places = torch.unique(torch.stack([part.answer, part.counter]), return_inverse=True)
         return cls(metric, replace(part, answer=places[0], counter=places[1]), only)
@@ -46,12 +50,12 @@ class Readout:
         """The metric of next-token logits, those of all the vocabulary or of the ids that are needed.
 
         Raises:
-            UserError: it is NaN.
+            UserError: it is NaN, or not one value an example.
         """
         logits = logits.to(self.part.answer.device)  # a model may be spread over several
         if self.only is not None and logits.shape[-1] != len(self.only):
             logits = logits[:, self.only]
-        value = self.metric(logits, self.part)
+        value = checked(self.metric, logits, self.part)
         if bool(value.isnan().any()):
             example = self.part.pairs[int(value.isnan().int().argmax())].example
             raise UserError(f"the metric {metric_name(self.metric)} is NaN for pair {example!r}: look at the pair")
@@ -81,6 +85,19 @@ class Gradients:
     absolute: bool = False
 
 
+def products_of(changes: Changes, gradients: Float[Tensor, "takes batch pos width"]) -> Float[Tensor, "takes nodes"]:
+    """Gradients along each change; vectors are made for some changes at a time."""
+    a_chunk = max(1, PRODUCTS // gradients.shape[-1])
+    out = gradients.new_empty(len(gradients), len(changes))
+    for start in range(0, len(changes), a_chunk):
+        some = torch.arange(start, min(start + a_chunk, len(changes)), device=changes.row.device)
+        vectors = changes.vectors(some).to(gradients.dtype)
+        for take, gradient in enumerate(gradients):
+            here = gradient[changes.row[some], changes.pos[some]]
+            out[take, some] = torch.linalg.vecdot(vectors, here)
+    return out
+
+
 class Base:
     """The base run of a batch. It is run by the method that takes gradients, so that one forward pass may do.
 
@@ -90,9 +107,10 @@ class Base:
     def __init__(
         self, model: LanguageModel, tokens: Tokens, sites: Sequence[Site], readout: Readout, run: Run | None = None
     ) -> None:
+        refuse_training(model)
         self.model, self.tokens, self.readout, self._given = model, tokens, readout, run
-        # in the order in which a forward pass comes by; of one block's parts the residual stream comes first
-        self.sites = sorted(sites, key=lambda s: (s.enters, entry(s) != s))
+        # gradients start at the first, so that all others have to come after it
+        self.sites = sorted(sites, key=lambda s: (s.enters, ORDER.index(s.stream)))
         self._inputs = model.inputs(tokens)
         if "logits_to_keep" in model._forward_arguments:
             self._inputs["logits_to_keep"] = 1

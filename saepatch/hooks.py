@@ -235,10 +235,10 @@ def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 def only_logits_of(hf: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
     """Unembed to some vocabulary ids only, in their order; what the model does to logits after that still happens.
 
-    Does nothing where the unembedding is not a plain linear map that is in memory.
+    Does nothing where the unembedding is not a plain linear map that is in memory, without hooks.
     """
     head: Any = hf.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or head.weight.is_meta:
+    if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
         return nullcontext()
     ids = ids.to(head.weight.device)
     parts = head.state_dict(keep_vars=True)

@@ -74,10 +74,30 @@ def refusal_score(refusal_ids: Collection[int]) -> Metric:
     return score
 
 
-# Metrics that look at the logits of answer and counter-answer alone: sweeps unembed no others for them.
-ANSWERS_ONLY: frozenset[Metric] = frozenset({logit_difference})
+def answers_only(metric: Metric) -> bool:
+    """Whether a metric looks at the logits of answer and counter-answer alone: sweeps unembed no others for it."""
+    return metric is logit_difference
+
+
+def checked(metric: Metric, logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
+    """The metric's values, once they are seen to be one an example.
+
+    Raises:
+        UserError: they are not.
+    """
+    # a metric that writes into its logits would change what others read
+    values = metric(logits if logits.requires_grad else logits.clone(), batch)
+    if values.shape != (len(batch),):
+        raise UserError(
+            f"metric {metric_name(metric)} gives values of shape {tuple(values.shape)} for {len(batch)} examples: "
+            "return one value for each"
+        )
+    return values
 
 
 def metric_name(metric: Metric) -> str:
     """How a metric is called in results."""
-    return getattr(metric, "__qualname__", repr(metric)).split(".<locals>")[0]
+    while hasattr(metric, "func"):  # functools.partial
+        metric = metric.func
+    name = getattr(metric, "__qualname__", None) or type(metric).__qualname__
+    return name.split(".<locals>")[0]

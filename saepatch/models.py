@@ -109,10 +109,17 @@ class LanguageModel:
     def bos_id(self) -> int | None:
         return self.tokenizer.bos_token_id
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of all weights."""
-        return fingerprint(_weights(self.hf))
+        """First 16 hexadecimal digits of the SHA-256 of all weights; taken again after they were changed in place."""
+        versions = tuple((id(weight), weight._version) for weight in self.hf.parameters())
+        if self._known_fingerprint.get("versions") != versions:
+            self._known_fingerprint.update(versions=versions, digits=fingerprint(_weights(self.hf)))
+        return str(self._known_fingerprint["digits"])
+
+    @cached_property
+    def _known_fingerprint(self) -> dict[str, Any]:
+        return {}
 
     @cached_property
     def _forward_arguments(self) -> frozenset[str]:
@@ -341,6 +348,12 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
     config: Any = hf.config
     layout = layout_of(hf, config.model_type, int(config.get_text_config().num_hidden_layers))
     return check_sites(LanguageModel(hf, tokenizer, name, layout))
+
+
+def refuse_training(model: LanguageModel) -> None:
+    """Raises UserError where a part of the model is in training mode: its passes would be random."""
+    if any(module.training for module in model.hf.modules()):
+        raise UserError(f"{model.name} is in training mode, so its passes are random: call model.hf.eval() first")
 
 
 @torch.no_grad()

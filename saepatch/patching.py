@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ def patch_latents(
     model: LanguageModel,
     dictionaries: Dictionary | Sequence[Dictionary],
     pairs: Sequence[PromptPair],
-    latents: Sequence[int | Sequence[int]] | Mapping[Site, Sequence[int | Sequence[int]]] | None = None,
+    latents: Sequence[int | Sequence[int]] | Mapping[Site | str, Sequence[int | Sequence[int]]] | None = None,
     positions: Positions = "all",
     each_position: bool = False,
     direction: Direction = "denoise",
@@ -72,11 +71,14 @@ def patch_latents(
         if len(several) > 1:
             raise UserError("several dictionaries: give the latents by site, as in {site: [3, 17]}")
         latents = {several[0].site: latents}
+    if controls < 0:
+        raise UserError(f"controls = {controls}: use 0 or more sets")
+    chosen = {Site.parse(site): given for site, given in latents.items()}
     by_site = {dictionary.site: dictionary for dictionary in several}
-    if unknown := [str(site) for site in latents if site not in by_site]:
+    if unknown := [str(site) for site in chosen if site not in by_site]:
         raise UserError(f"latents for {unknown[0]}, but dictionaries are for {', '.join(map(str, by_site))}")
     edits: list[Edit] = []
-    for site, given in latents.items():
+    for site, given in chosen.items():
         edits += with_controls(model, by_site[site], pairs, _groups(given, by_site[site]), controls, seed)
     return _effects(model, as_components(model, several), pairs, edits, options, min_gap)
 
@@ -107,18 +109,69 @@ def patch_components(
 
 
 def patch_streams(
-    model: LanguageModel, pairs: Sequence[PromptPair], stream: str = "resid_post", **options: Any
+    model: LanguageModel,
+    pairs: Sequence[PromptPair],
+    stream: str = "resid_post",
+    positions: Positions = "all",
+    each_position: bool = True,
+    direction: Direction = "denoise",
+    metric: Metric = logit_difference,
+    corruption: Corruption | None = None,
+    min_gap: float = 1e-2,
+    align: Align = "equal",
+    batch_size: int | None = None,
+    progress: Progress = False,
 ) -> Effects:
     """Patch the whole value of a stream at every layer and position, each alone: the classic layer × position map."""
+    model.layout.module(Site(0, stream))  # raises where the family does not offer it
     sites = [Stream(site) for site in model.layout.sites if site.stream == stream]
-    if not sites:
-        model.layout.module(Site(0, stream))
-    return patch_components(model, sites, pairs, **({"each_position": True} | options))
+    return patch_components(
+        model,
+        sites,
+        pairs,
+        None,
+        positions,
+        each_position,
+        direction,
+        metric,
+        corruption,
+        min_gap,
+        align,
+        batch_size,
+        progress,
+    )
 
 
-def patch_heads(model: LanguageModel, pairs: Sequence[PromptPair], **options: Any) -> Effects:
+def patch_heads(
+    model: LanguageModel,
+    pairs: Sequence[PromptPair],
+    positions: Positions = "all",
+    each_position: bool = False,
+    direction: Direction = "denoise",
+    metric: Metric = logit_difference,
+    corruption: Corruption | None = None,
+    min_gap: float = 1e-2,
+    align: Align = "equal",
+    batch_size: int | None = None,
+    progress: Progress = False,
+) -> Effects:
     """Patch the output z of every attention head at every layer: the classic layer × head map."""
-    return patch_components(model, [Heads(layer, model.n_heads) for layer in range(model.n_layers)], pairs, **options)
+    heads = [Heads(layer, model.n_heads) for layer in range(model.n_layers)]
+    return patch_components(
+        model,
+        heads,
+        pairs,
+        None,
+        positions,
+        each_position,
+        direction,
+        metric,
+        corruption,
+        min_gap,
+        align,
+        batch_size,
+        progress,
+    )
 
 
 def patch_edits(
@@ -209,11 +262,14 @@ def _listed(
 
 
 def _groups(latents: Sequence[int | Sequence[int]], dictionary: Dictionary) -> list[Group]:
-    groups = [(int(g),) if isinstance(g, (int, np.integer)) else tuple(int(i) for i in g) for g in latents]
+    listed = latents.tolist() if hasattr(latents, "tolist") else latents  # a tensor or array of ids
+    groups = [(int(g),) if isinstance(g, (int, np.integer)) else tuple(int(i) for i in g) for g in listed]
     if not groups or not all(groups):
         raise UserError("there are no latents to patch: give at least one, and no empty group")
     for group in groups:
         dictionary.check_ids(group)
+        if len(set(group)) != len(group):
+            raise UserError(f"latents {list(group)} name one twice: give each once")
     return groups
 
 
@@ -227,6 +283,8 @@ def _places(components: Sequence[Component], edits: Sequence[Edit]) -> list[int]
         place = known[edit.site, edit.kind]
         if not edit.units or not all(0 <= unit < components[place].units for unit in edit.units):
             raise UserError(f"{edit.kind} {edit.units} at {edit.site}: there are {components[place].units}, from 0")
+        if len(set(edit.units)) != len(edit.units):
+            raise UserError(f"{edit.kind} {edit.units} at {edit.site} name one twice: give each once")
         places.append(place)
     return places
 
@@ -297,13 +355,13 @@ def _apart(
     A control that changes nothing where its group acts counts as run there, without effect.
     """
     ran = list(zip(number.tolist(), position.tolist(), strict=True))
-    controls: dict[tuple[Site, Group], list[int]] = {}
+    controls: dict[tuple[Site, str, Group], list[int]] = {}
     for i, edit in enumerate(edits):
         if edit.beside:
-            controls.setdefault((edit.site, edit.beside), []).append(i)
+            controls.setdefault((edit.site, edit.kind, edit.beside), []).append(i)
     keys = set(ran)
     for i, at in ran:
         if not edits[i].beside:
-            keys |= {(control, at) for control in controls.get((edits[i].site, edits[i].units), ())}
+            keys |= {(control, at) for control in controls.get((edits[i].site, edits[i].kind, edits[i].units), ())}
     place = {key: column for column, key in enumerate(sorted(keys))}
     return [replace(edits[i], position=at) for i, at in place], np.array([place[key] for key in ran], dtype=np.int64)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -62,8 +63,8 @@ class Pass:
         if isinstance(positions, slice):
             return self._span(positions)
         wanted = torch.zeros_like(self.real)
-        for position in [positions] if isinstance(positions, int) else positions:
-            wanted |= self._one(position)
+        for position in [positions] if isinstance(positions, (int, np.integer)) else positions:
+            wanted |= self._one(int(position))
         return wanted
 
     def _named(self, name: str) -> Bool[Tensor, "batch pos"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saepatch.errors import UserError
@@ -42,6 +42,7 @@ class PairBatch:
     answer: Int[Tensor, "batch"]
     counter: Int[Tensor, "batch"]
     index: Int[Tensor, "batch"]  # each row's place in the list of pairs it was made from
+    where: Bool[Tensor, "batch pos"] | None = None  # positions that were chosen (`splicing.choose_positions`)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -56,6 +57,7 @@ class PairBatch:
             self.answer[rows],
             self.counter[rows],
             self.index[rows],
+            None if self.where is None else self.where[rows],
         )
 
 
@@ -76,6 +78,8 @@ def batch_pairs(
     """
     if not pairs:
         raise UserError("there are no prompt pairs: give at least one")
+    if align not in ("equal", "right"):
+        raise UserError(f"unknown alignment {align!r}: use 'equal' or 'right'")
     if align == "right":
         side = "left"
     tokens = model.tokenize([p.clean for p in pairs] + [p.corrupted for p in pairs], side)
@@ -161,7 +165,12 @@ def _trim(batch: PairBatch) -> PairBatch:
     def cut(tokens: Tokens) -> Tokens:
         return Tokens(tokens.input_ids[:, keep], tokens.attention_mask[:, keep], tokens.ordinary[:, keep])
 
-    return PairBatch(batch.pairs, cut(batch.clean), cut(batch.corrupted), batch.answer, batch.counter, batch.index)
+    return replace(
+        batch,
+        clean=cut(batch.clean),
+        corrupted=cut(batch.corrupted),
+        where=None if batch.where is None else batch.where[:, keep],
+    )
 
 
 def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) -> list[PromptPair]:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -20,16 +19,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from saepatch.errors import UserError
 from saepatch.hooks import Edit, edit_sites, forwards_replaced, is_spliced, only_logits_of, skip_blocks
-from saepatch.models import LanguageModel, Tokens
-from saepatch.shortcuts import at_edited, at_last, find_maps, kept_outputs, quick_activations
+from saepatch.models import LanguageModel, Tokens, refuse_training
+from saepatch.shortcuts import at_edited, at_last, find_maps, forget_maps, kept_outputs, quick_activations
 from saepatch.sites import Site
 
 log = logging.getLogger(__name__)
 
 Ways = tuple[str, ...]
 WAYS: Ways = ("shortcuts", "cache", "whole")  # from the quickest to the one that is always right
-# The ways that were seen to agree with whole passes, by model, for a site and up to a number of tokens.
-_CHECKED: WeakKeyDictionary[nn.Module, dict[Site, tuple[str, int]]] = WeakKeyDictionary()
+Checked = dict[Site, tuple[str, bool, int]]
 
 
 class Run:
@@ -47,12 +45,16 @@ class Run:
         edits: Mapping[Site, Edit] | None = None,
         keep_cache: bool = True,
     ) -> None:
+        refuse_training(model)
         if is_spliced(model.layout):
             raise UserError("a sweep runs the model itself, and it is inside a splice: leave the splice first")
         if not bool(tokens.attention_mask[:, -1].all()):
             raise ValueError("resuming needs prompts that end in the last column: pad on the left")
         self.model, self.tokens = model, tokens
         self.values: dict[Site, Tensor] = {}
+        # By site: the way that agrees with whole passes, whether it does where few logits are unembedded, and up to
+        # which number of tokens. Runs of one sweep share it; it is not kept for longer: models change in place.
+        self.checked: Checked = {}
         self.written: Tensor | None = None  # what an ablation wrote into the units of what is patched
         wanted = {*sites, *(entry(site) for site in sites)}
         changed = dict(edits or {})
@@ -93,7 +95,7 @@ class Run:
         part: Run = object.__new__(Run)
         part.model, part.tokens, part.logits = self.model, self.tokens.rows(rows), self.logits[rows]
         part.values = {site: value[rows] for site, value in self.values.items()}
-        part.written, part._kept, part._cache = None, {}, None
+        part.checked, part.written, part._kept, part._cache = {}, None, {}, None
         if self._cache is not None and all(getattr(kept, "keys", None) is not None for kept in self._cache.layers):
             part._cache = Cache(layers=[_Before(kept, rows) for kept in self._cache.layers])
         return part
@@ -115,7 +117,10 @@ class Run:
 
         `only` names the vocabulary ids whose logits are needed; None: all of them.
         """
-        return self._go(self._way(site), site, rows, first, change, only)
+        way, few = self._way(site)
+        if few or only is None:
+            return self._go(way, site, rows, first, change, only)
+        return self._go(way, site, rows, first, change, None)[:, only]
 
     @torch.no_grad()
     def _go(
@@ -167,7 +172,9 @@ class Run:
     ) -> Iterator[None]:
         """What the first and the last block of the pass need not compute."""
         layers, starts = self.model.n_layers, site.enters
-        forwards: dict[nn.Module, Any] = dict(quick_activations(self.model.layout.blocks[starts:]))
+        forwards: dict[nn.Module, Any] = {}
+        if self.model.dtype == torch.float32:  # in half precision another kernel rounds otherwise than the kept run's
+            forwards |= quick_activations(self.model.layout.blocks[starts:])
         if starts < layers and change.shape[1] > 1:
             forwards |= self._kept_elsewhere(site, rows, first, change)
             last = find_maps(self.model, layers - 1)
@@ -187,41 +194,54 @@ class Run:
         column = edited.int().argmax(-1)
         return {m: at_edited(m, out[rows, first:], column) for m, out in self._kept[site].items()}
 
-    def _way(self, site: Site) -> str:
-        """The quickest way that agrees with whole passes on a few of this run's rows; found once a site and length."""
-        known = _CHECKED.setdefault(self.model.hf, {})
-        way, width = known.get(site, ("", 0))
+    def _way(self, site: Site) -> tuple[str, bool]:
+        """The quickest way that agrees with whole passes on one of this run's rows; and whether few logits do, too."""
+        way, few, width = self.checked.get(site, ("", True, 0))
         if width < self.width:
             candidates = WAYS if self._cache is not None else WAYS[-1:]
-            way = next(way for way in candidates if way == WAYS[-1] or self._agrees(way, site))
-            known[site] = (way, self.width)
-        return way
+            way, few = next(found for way in candidates if (found := self._seen_to_agree(way, site)) is not None)
+            self.checked[site] = (way, few, self.width)
+        return way, few
 
-    def _agrees(self, way: str, site: Site) -> bool:
-        """Compare edits of one position, first and last among them, with whole passes."""
-        worst, scale = 0.0, 1.0
+    def _seen_to_agree(self, way: str, site: Site, again: bool = True) -> tuple[str, bool] | None:
+        if self._agrees(way, site, None):
+            return way, self._agrees(way, site, torch.tensor([self.logits.shape[-1] - 1, 0]))
+        if again and way == WAYS[0] and forget_maps(self.model):  # the model may have been another when it was probed
+            return self._seen_to_agree(way, site, again=False)
+        return None
+
+    def _agrees(self, way: str, site: Site, only: Int[Tensor, "some"] | None) -> bool:
+        """Compare edits of one position, in the middle and at the end, with whole passes."""
+        if way == WAYS[-1] and only is None:
+            return True
+        worst, scale, moved = 0.0, 0.0, 0.0
         row = self.tokens.lengths.argmin().cpu().reshape(1)  # the most padded one
         generator = torch.Generator().manual_seed(0)
-        for first in sorted({0, self.width // 2, self.width - 1}):
+        for first in sorted({self.width // 2, self.width - 1}):
             old = self.values[site][row, first:]
             change = torch.zeros_like(old)
             noise = torch.randn(old.shape[-1], generator=generator).to(old)
             change[:, 0] = noise * old.std().clamp(min=1e-3)
             whole = self._go(WAYS[-1], site, row, first, change, None).float()
+            before = self.logits[row].float()
             try:
-                found = self._go(way, site, row, first, change, None).float()
+                found = self._go(way, site, row, first, change, only).float()
             except Exception as error:  # whatever a family does not expect; whole passes always work
                 log.info("%s at %s: %s fails (%s), so the next way is taken", self.model.name, site, way, error)
                 return False
+            if only is not None:
+                whole, before = whole[:, only], before[:, only]
             worst, scale = max(worst, float((found - whole).abs().max())), max(scale, float(whole.abs().max()))
-        tolerance = (1e-4 if self.model.dtype == torch.float32 else 5e-2) * scale
-        if not worst <= tolerance:
-            log.warning(
-                "%s at %s: resuming by %r differs from whole passes by %.1e, so the next way is taken",
-                self.model.name, site, way, worst,
-            )  # fmt: skip
-            return False
-        return True
+            moved = max(moved, float((whole - before).abs().max()))
+        exact = self.model.dtype == torch.float32
+        if worst <= (1e-4 if exact else 5e-2) * scale and (worst <= 1e-6 * scale + 0.02 * moved or not exact):
+            return True
+        log.log(
+            logging.INFO if way == WAYS[0] else logging.WARNING,  # the next way costs little then, or a lot
+            "%s at %s: resuming by %r%s differs from whole passes by %.1e, so the next way is taken",
+            self.model.name, site, way, "" if only is None else " with few logits", worst,
+        )  # fmt: skip
+        return False
 
 
 class _Before(DynamicLayer):

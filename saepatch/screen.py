@@ -4,6 +4,7 @@ A node is one unit of one site at one position of one pair: a latent, an error t
 """
 
 import warnings
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,10 +13,12 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from saepatch.components import Edit
-from saepatch.effects import Direction, describe
+from saepatch.effects import ROUNDING, Direction, describe
 from saepatch.errors import UserError
 from saepatch.results import Row
 from saepatch.sites import Site
+
+log = logging.getLogger(__name__)
 
 Exact = Callable[[list[tuple[int, Edit]]], Float[ndarray, "nodes"]]
 ERROR = -1  # the unit of an error term
@@ -26,8 +29,10 @@ class Verification:
     """Exact effects of the nodes with the largest estimates and of a random sample of the others.
 
     `index` says which nodes; the first `largest` are the top of the screen, the others the sample, which was drawn
-    uniformly, without replacement, from the `others` nodes below the top. Effects are in units of the metric, and so
-    are estimates; with `sizes` these are of sizes (GradDrop), and are correlated with the sizes of exact effects.
+    uniformly, without replacement, from the `others` nodes below the top; or, where a screen was made in parts, from
+    those of each part apart: `parts` says how many were drawn out of how many, in the order of the sample. Effects are
+    in units of the metric, and so are estimates; with `sizes` these are of sizes (GradDrop), and are correlated with
+    the sizes of exact effects.
     """
 
     index: Int[ndarray, "verified"]
@@ -36,6 +41,7 @@ class Verification:
     largest: int
     others: int
     sizes: bool = False
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def sampled(self) -> int:
@@ -79,23 +85,23 @@ class Verification:
     def missed(self, k: int | None = None, level: float = 0.95) -> tuple[int, float, float]:
         """How many nodes below the top have an effect at least as large as `threshold(k)`.
 
-        Returns how many of the sample have, the upper Clopper-Pearson bound on their share among all nodes below the
-        top (one-sided, at `level`), and that share times the nodes that were not run: the bound on how many more
-        there are. Clopper and Pearson (1934); the sample is uniform, and the threshold does not depend on it.
+        Returns how many of the sample have, the upper bound on the share of the nodes that were not run that have (at
+        `level`, one-sided), and that share times these nodes: the bound on how many more there are. The bound is that
+        of the hypergeometric distribution: the sample is uniform, and the threshold does not depend on it. Of a screen
+        in parts it is the sum of bounds on each, all of which hold together at `level` (Bonferroni).
 
         Raises:
             UserError: as `threshold`, or there is no sample.
         """
-        from scipy.stats import beta
-
         if not self.sampled:
             raise UserError("a bound on what the screen missed needs a random sample: ask for sample=100, say")
-        large = int((np.abs(self.exact[self.largest :]) >= self.threshold(k)).sum())
-        left = self.others - self.sampled
-        share = 1.0 if large == self.sampled else float(beta.ppf(level, large + 1, self.sampled - large))
-        if not left:
-            share = large / self.sampled
-        return large, share, share * left
+        is_large = np.abs(self.exact[self.largest :]) >= self.threshold(k)
+        drawn, others = np.array(self.parts or [(self.sampled, self.others)], dtype=np.int64).T
+        part = np.repeat(np.arange(len(drawn)), drawn)
+        large = np.bincount(part[is_large], minlength=len(drawn))
+        chance = (1 - level) / max(1, int((drawn < others).sum()))  # of a part all of which was run nothing is unknown
+        most, left = int(_most(large, drawn, others, chance).sum()), self.others - self.sampled
+        return int(is_large.sum()), most / left if left else 0.0, float(most)
 
     def summary(self) -> str:
         """What was run and how far the screen can be trusted, in words."""
@@ -119,6 +125,20 @@ class Verification:
             f"effect ({self.threshold(k):.3g}); of the {self.others - self.sampled} nodes that were not run at most "
             f"{int(most)} are ({share:.2%}, 95 % confidence)"
         )
+
+
+def _most(
+    large: Int[ndarray, "parts"], drawn: Int[ndarray, "parts"], others: Int[ndarray, "parts"], chance: float
+) -> Int[ndarray, "parts"]:
+    """How many more large nodes a part can have: of more, so few drawn would have come with less than that chance."""
+    from scipy.stats import hypergeom
+
+    low, high = large, others - (drawn - large)
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        likely = hypergeom.cdf(large, others, middle, drawn) > chance
+        low, high = np.where(likely, middle, low), np.where(likely, high, middle - 1)
+    return low - large
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +179,29 @@ class Attribution:
 
     @property
     def normalised(self) -> Float[ndarray, "nodes"]:
-        """`score / gap` of each node's pair: 0 is the base run, 1 the source run; NaN where |gap| < `min_gap`."""
-        return self.score / self._usable_gap[self.pair]
+        """`score / gap` of each node's pair: 0 is the base run, 1 the source run; NaN where |gap| < `min_gap`.
+
+        Of sizes, `score / |gap|`.
+        """
+        gap = self._usable_gap[self.pair]
+        return self.score / (np.abs(gap) if self.sizes else gap)
 
     @property
     def _usable_gap(self) -> Float[ndarray, "pairs"]:
         return np.where(np.abs(self.gap) >= self.min_gap, self.gap, np.nan)
+
+    def shares(self, means: Float[ndarray, "edits"]) -> Float[ndarray, "edits"]:
+        """Mean scores as shares of the mean gap; those of sizes have no sign. NaN where the mean gap is too small."""
+        gap = float(self.gap.mean())
+        return means / (float("nan") if not abs(gap) >= self.min_gap else abs(gap) if self.sizes else gap)
+
+    def warn_if_flat(self, advice: str) -> None:
+        """Warn where all estimates are rounding although clean and corrupted runs differ."""
+        if len(self) and np.abs(self.score).max() < ROUNDING * np.abs(self.gap).mean():
+            log.warning(
+                "all estimates are below the rounding of the gap: the metric %s is flat at the base run (as KL is "
+                "against the base run itself), and gradients there say nothing: %s", self.metric, advice,
+            )  # fmt: skip
 
     @property
     def missing(self) -> int:
@@ -217,16 +254,17 @@ class Attribution:
                 f"the clean and corrupted runs differ by {gap:.2g} in {self.metric} on average, less than "
                 f"{self.min_gap}: there is no effect to rank by; look at the pairs and their answers"
             )
-        return np.argsort(-(np.abs(mean) if by_size else mean / gap), kind="stable")
+        return np.argsort(-(np.abs(mean) if by_size else self.shares(mean)), kind="stable")
 
     def summary(self, k: int = 10) -> str:
         """The edits with the largest estimates as a table, and what verifying them showed."""
         keys, mean = self._means(True)
+        shares = self.shares(mean)
         lines = [f"{'what':<32}{'at':>6}{self.method + ', mean':>32}{'of the gap':>12}"]
         for i in self._order(mean, False)[:k]:
             edit = self._named(keys[:, i], True)
             what = " ".join(filter(None, (str(edit.site), "" if edit.kind == "latent" else edit.kind, describe(edit))))
-            lines.append(f"{what:<32}{edit.position:>6}{mean[i]:>32.4f}{mean[i] / self.gap.mean():>12.3f}")
+            lines.append(f"{what:<32}{edit.position:>6}{mean[i]:>32.4f}{shares[i]:>12.3f}")
         lines.append(
             f"{self.direction}, {self.metric}: {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, "
             f"{len(self.examples)} pairs ({self.missing} with a gap below {self.min_gap}), positions {self.positions}; "
@@ -237,13 +275,21 @@ class Attribution:
     def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
         """Flat rows: every node with its estimate, then those that were verified once more, with method "exact".
 
-        `patched` is the base run's metric moved by the estimate. `tokens` are the texts of each pair's own tokens.
+        `patched` is the base run's metric moved by the estimate, and NaN for a size, which does not say which way.
+        `tokens` are the texts of each pair's own tokens. Rows that were run exactly have the role "top" (of the largest
+        estimates) or "random" (drawn from all others).
         """
-        rows = list(self._rows(task, tokens, np.arange(len(self)), self.score, self.method, "single"))
+        return list(self.rows_at(None, task, tokens))
+
+    def rows_at(self, site: int | None, task: str, tokens: Sequence[Sequence[str]] | None = None) -> Iterator[Row]:
+        """The rows of the nodes at one site (an index into `sites`), one by one; None: of all."""
+        kinds = [("single", np.arange(len(self)), self.score)]
         if (run := self.verified) is not None:
             for role, some in (("top", slice(0, run.largest)), ("random", slice(run.largest, None))):
-                rows += self._rows(task, tokens, run.index[some], run.exact[some], "exact", role)
-        return rows
+                kinds.append((role, run.index[some], run.exact[some]))
+        for role, nodes, scores in kinds:
+            mine = slice(None) if site is None else self.site[nodes] == site
+            yield from self._rows(task, tokens, nodes[mine], scores[mine], role)
 
     def _rows(
         self,
@@ -251,11 +297,11 @@ class Attribution:
         tokens: Sequence[Sequence[str]] | None,
         nodes: Int[ndarray, "some"],
         scores: Float[ndarray, "some"],
-        method: str,
         role: str,
     ) -> Iterator[Row]:
         sign, base = (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
-        gap = self._usable_gap
+        of_size = self.sizes and role == "single"
+        gap = np.abs(self._usable_gap) if of_size else self._usable_gap
         for node, score in zip(nodes.tolist(), scores.tolist(), strict=True):
             edit, pair = self.edit(node), int(self.pair[node])
             at = int(self.position[node])
@@ -270,10 +316,10 @@ class Attribution:
                 token="" if tokens is None else tokens[pair][at],
                 direction=self.direction,
                 metric=self.metric,
-                method=method,
+                method=self.method if role == "single" else "exact",
                 clean=float(self.clean[pair]),
                 corrupted=float(self.corrupted[pair]),
-                patched=float(base[pair] + sign * score),
+                patched=float("nan") if of_size else float(base[pair] + sign * score),
                 effect=score / float(gap[pair]),
             )
 

@@ -6,6 +6,7 @@ method "exact" and role "top" (of the largest estimates of its part) or "random"
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,26 +29,19 @@ def screen_rows(
     screen: Attribution, task: str, tokens: Sequence[Sequence[str]], corruption: str = ""
 ) -> Iterator[list[Row]]:
     """The rows of a part, some of one site at a time: one for every node, then one for each that was run exactly."""
-    plain = replace(screen, verified=None)
-    screens = [("single", plain)]
-    if (verified := screen.verified) is not None:
-        exact = replace(_some(plain, verified.index), score=verified.exact, method="exact")
-        order = np.arange(len(exact))
-        screens += [
-            ("top", _some(exact, order[: verified.largest])),
-            ("random", _some(exact, order[verified.largest :])),
-        ]
-    for role, one in screens:
-        for number in range(len(one.sites)):
-            nodes = np.flatnonzero(one.site == number)
-            for start in range(0, len(nodes), AT_ONCE):
-                rows = _some(one, nodes[start : start + AT_ONCE]).rows(task, tokens)
-                yield [replace(row, role=role, corruption=corruption) for row in rows]
+    for site in range(len(screen.sites)):
+        rows = _rows(screen, site, task, tokens)
+        while some := list(islice(rows, AT_ONCE)):
+            yield [replace(row, corruption=corruption) for row in some]
 
 
-def _some(screen: Attribution, nodes: Int[ndarray, "some"]) -> Attribution:
-    columns = {name: getattr(screen, name)[nodes] for name in ("pair", "site", "unit", "position", "score")}
-    return replace(screen, **columns)
+def _rows(screen: Attribution, site: int, task: str, tokens: Sequence[Sequence[str]]) -> Iterator[Row]:
+    if not screen.sizes:
+        yield from screen.rows_at(site, task, tokens)
+        return
+    # merging reads sizes back out of `patched`
+    for row in replace(screen, sizes=False).rows_at(site, task, tokens):
+        yield replace(row, effect=abs(row.effect)) if row.role == "single" else row
 
 
 def screen_about(screen: Attribution) -> dict[str, Any]:
@@ -80,7 +74,10 @@ class Screens:
         if screen.verified is None or len(nodes) == 1:
             return told
         parts = f"{len(nodes)} parts, of {min(nodes)} to {max(nodes)} nodes"
-        return f"{told}\n(these are the largest of each of {parts}, and draws from each, taken together)"
+        return (
+            f"{told}\n(these are the largest of each of {parts}, and draws from each, taken together; what was missed "
+            "is the sum of bounds on each part)"
+        )
 
 
 def read_screens(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[dict[str, Any]]) -> Screens:
@@ -134,12 +131,20 @@ def _read_screen(
     )
     if "others" not in parts[0]:
         return screen
-    exact = np.concatenate([top, rows("random")])
+    part_of = np.zeros(len(pairs.examples), dtype=np.int64)
+    for number, part in enumerate(parts):
+        part_of[[pair[0] for pair in part["pairs"]]] = number
+    random = rows("random")
+    random = random[np.argsort(part_of[changes.pair[random]], kind="stable")]
+    drawn = np.bincount(part_of[changes.pair[random]], minlength=len(parts)).tolist()
+    exact = np.concatenate([top, random])
     node = estimate[changes.key] * len(pairs.examples) + changes.pair
     order = np.argsort(node[single])
     index = order[np.searchsorted(node[single], node[exact], sorter=order)]
-    others = sum(part["others"] for part in parts)
-    verified = Verification(index, changes.change[exact], screen.score[index], len(top), others, screen.sizes)
+    others = [part["others"] for part in parts]
+    sampled = tuple(zip(drawn, others, strict=True))
+    estimated, sizes = screen.score[index], screen.sizes
+    verified = Verification(index, changes.change[exact], estimated, len(top), sum(others), sizes, sampled)
     return replace(screen, verified=verified)
 
 
@@ -161,16 +166,15 @@ def _figures(screen: Attribution) -> dict[str, float]:
 def _top(screen: Attribution) -> list[dict[str, Any]]:
     """The edits with the largest estimated effects, over all pairs."""
     edits, means = screen.means()
-    gap = float(screen.gap.mean())
-    usable = abs(gap) >= screen.min_gap
-    order = np.argsort(-np.sign(gap) * means, kind="stable")[:TOP]
+    shares = screen.shares(means)
+    order = np.argsort(-means if screen.sizes else -np.sign(screen.gap.mean()) * means, kind="stable")[:TOP]
     return [
         {
             "site": str(edits[i].site),
             "component": edits[i].kind,
             "latent": describe(edits[i]),
             "position": edits[i].position,
-            "effect": means[i] / gap if usable else float("nan"),
+            "effect": shares[i],
         }
         for i in order.tolist()
     ]

@@ -81,6 +81,12 @@ def find_maps(model: LanguageModel, layer: int) -> Maps:
     return _KNOWN[block]
 
 
+def forget_maps(model: LanguageModel) -> bool:
+    """Forget what probing the model's blocks has found; whether there was anything."""
+    known = [_KNOWN.pop(block, None) for block in model.layout.blocks]
+    return any(maps is not None for maps in known)
+
+
 @torch.no_grad()
 def kept_outputs(
     model: LanguageModel, layer: int, x: Float[Tensor, "batch pos d_model"], inputs: Mapping[str, Any]

@@ -26,7 +26,8 @@ from saepatch.hooks import (
 from saepatch.interventions import Intervention, Patch, Restore, ids_of
 from saepatch.latents import Latents
 from saepatch.models import LanguageModel, Tokens, ordinary
-from saepatch.positions import Pass, from_prompt
+from saepatch.positions import Pass, Positions, from_prompt
+from saepatch.prompts import PairBatch
 from saepatch.sites import Site
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,23 @@ def line_up(base: Tokens, source: Tokens) -> Bool[Tensor, "batch pos"]:
     """Where both batches hold a token, and no ordinary token stands against a BOS (prompts aligned from the right)."""
     both = base.attention_mask.bool() & source.attention_mask.bool()
     return both & (source.ordinary | ~base.ordinary)
+
+
+def choose_positions(model: LanguageModel, batch: PairBatch, positions: Positions) -> PairBatch:
+    """The same pairs with the positions where they may be patched, in either direction.
+
+    Positions are read off the clean prompts. Left out is what has no counterpart in the other prompt: padding, and an
+    ordinary token against a BOS where prompts are aligned from the right.
+
+    Raises:
+        UserError: nothing is left, or positions that a prompt does not have.
+    """
+    clean, corrupted = batch.clean, batch.corrupted
+    both = clean.attention_mask.bool() & corrupted.attention_mask.bool() & (clean.ordinary == corrupted.ordinary)
+    where = whole_prompt(model, clean).select(positions) & both
+    if not bool(where.any()):
+        raise UserError(f"positions {positions!r} hold no token of any pair, so there is nothing to patch")
+    return replace(batch, where=where)
 
 
 def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:

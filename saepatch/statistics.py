@@ -49,6 +49,8 @@ def bootstrap_ratio(
     n = len(top)
     if n == 0 or bottom.mean() == 0:
         return Interval(float("nan"), float("nan"), float("nan"), n)
+    if n == 1:  # one example says nothing about others
+        return Interval(float(top[0] / bottom[0]), float("nan"), float("nan"), n)
     index = np.random.default_rng(seed).integers(0, n, (draws, n))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = top[index].mean(1) / bottom[index].mean(1)
@@ -85,7 +87,7 @@ def false_discovery(
     """q values of the test that each column's mean is 0 (Benjamini and Hochberg 1995, over one-sample t tests).
 
     Columns that `tested` has in fewer than two rows are NaN: too little ran there to test. Rows where an edit did not
-    run are real zeros, and stay in the mean. Where all rows are equal t is infinite, so q is 0; or 1 where all are 0.
+    run are real zeros, and stay in the mean. No p value is below that of n equal signs, 2^(1-n).
     """
     from scipy import stats  # costs half a second, and most uses of this file need none of it
 
@@ -95,7 +97,9 @@ def false_discovery(
         n, share = len(change), _share_of_one_direction(change[:, columns])
         with np.errstate(divide="ignore"):
             t = share * np.sqrt(n - 1) / np.sqrt(1 - share**2)
-        q[columns] = stats.false_discovery_control(2 * stats.t.sf(t, n - 1))
+        # no test of n signs is surer than all of them being the same, whatever the t distribution says of n equal rows
+        p = np.maximum(2 * stats.t.sf(t, n - 1), 2.0 ** (1 - n))
+        q[columns] = stats.false_discovery_control(p)
     return q
 
 

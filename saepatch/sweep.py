@@ -20,12 +20,12 @@ from saepatch.components import Changes, Component, between
 from saepatch.corruptions import Corruption
 from saepatch.effects import Direction
 from saepatch.errors import UserError
-from saepatch.metrics import ANSWERS_ONLY, Metric
+from saepatch.metrics import Metric, answers_only, checked
 from saepatch.models import LanguageModel, Tokens
 from saepatch.positions import Positions
 from saepatch.prompts import PairBatch, PromptPair, batch_pairs, same_length_batches
-from saepatch.resume import Run
-from saepatch.splicing import line_up, whole_prompt
+from saepatch.resume import Checked, Run
+from saepatch.splicing import choose_positions
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,18 @@ def sweep(
     """Run every edit that `wanted(component, pair)` asks for (None: every unit alone) and that changes something."""
     corruption = options.corruption
     if corruption is not None and corruption.at_component and len(components) > 1:
-        raise UserError(f"{corruption} corrupts what is patched, so patch one component at a time")
+        raise UserError(
+            f"{corruption} corrupts what is patched, so patch one component at a time, as in "
+            "[patch_components(model, one, pairs, corruption=…) for one in components]"
+        )
     samples = 1 if corruption is None else corruption.samples
-    whole = batch_pairs(model, pairs, align=options.align)
+    if corruption is not None:  # the corrupted prompts are not read
+        pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
+    whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
     swept = Swept(np.zeros(len(pairs)), np.zeros(len(pairs)))
     at_once = _pairs_at_once(components, whole.clean.input_ids.shape[1] * samples, options.batch_size)
     shown = options.progress is True
+    ways: Checked = {}
     bar = tqdm(desc=f"{options.direction} {components[0].site}", unit="edit", disable=not shown, leave=False)
     done = options.progress if callable(options.progress) else bar.update
     with bar:
@@ -93,13 +99,16 @@ def sweep(
             part = part.rows([row for row in range(len(part)) for _ in range(samples)])
             clean, corrupted = _two_runs(model, components, part, options)
             base, source = (corrupted, clean) if options.direction == "denoise" else (clean, corrupted)
-            where = whole_prompt(model, base.tokens).select(options.positions) & line_up(base.tokens, source.tokens)
+            base.checked = ways
+            _check_padding(model, base)
             index = part.index.tolist()
-            for values, run in ((swept.clean, clean), (swept.corrupted, corrupted)):
-                np.add.at(values, index, _values(options.metric, run.logits, part) / samples)
-            own = _values(options.metric, base.logits, part)
+            ends = [_values(options.metric, run.logits, part) for run in (clean, corrupted)]
+            np.add.at(swept.clean, index, ends[0] / samples)
+            np.add.at(swept.corrupted, index, ends[1] / samples)
+            own = ends[1] if options.direction == "denoise" else ends[0]
+            assert part.where is not None
             for number, component in enumerate(components):
-                changes = between(component, base, source, where)
+                changes = between(component, base, source, part.where)
                 asked = [wanted(number, pair) for pair in index]
                 planned = _plan(changes, asked, base.tokens, options.each_position)
                 measure = _Measure(component, base, part, changes, planned, options.metric)
@@ -127,6 +136,26 @@ def _two_runs(
     if options.corruption is None:
         return clean, Run(model, part.corrupted, sites, keep_cache=denoise)
     return clean, options.corruption.run(model, part, components, clean, denoise)
+
+
+def _check_padding(model: LanguageModel, run: Run) -> None:
+    """See that the most padded prompt of a batch gives what it gives alone.
+
+    Raises:
+        UserError: it does not: the model does not know padding.
+    """
+    if not run.tokens.padded:
+        return
+    row = int(run.tokens.lengths.argmin())
+    alone = Tokens(*(t[row : row + 1, run.tokens.attention_mask[row].bool()] for t in vars(run.tokens).values()))
+    with torch.no_grad():
+        expected = model.next_logits(alone)[0].float()
+    worst = float((run.logits[row].float() - expected).abs().max())
+    if worst > (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max()):
+        raise UserError(
+            f"{model.name} computes something else where a prompt is padded (logits differ by {worst:.1e}): give pairs "
+            "of equal length (align='equal'), or one pair at a time"
+        )
 
 
 def _pairs_at_once(components: Sequence[Component], width: int, batch_size: int | None) -> int:
@@ -231,7 +260,7 @@ def _at_once(model: LanguageModel, width: int, metric: Metric) -> tuple[int, int
     if model.device.type == "cuda":
         memory = int(0.4 * torch.cuda.mem_get_info(model.device)[0])
     a_token = 4 * (4 * wide + 12 * model.d_model + 3 * getattr(config, "num_attention_heads", 1) * width)
-    an_edit = 8 * model.d_model * width + (0 if metric in ANSWERS_ONLY else 24 * int(config.vocab_size))
+    an_edit = 8 * model.d_model * width + (0 if answers_only(metric) else 24 * int(config.vocab_size))
     return memory // a_token, max(1, memory // an_edit)
 
 
@@ -278,7 +307,7 @@ class _Measure:
         for some, of in zip(entries.split(VECTORS), edit.split(VECTORS), strict=True):
             change.index_put_((of, changes.pos[some] - first), changes.vectors(some).to(change.dtype), accumulate=True)
         asking, only = self.part.rows(rows.tolist()), None
-        if self.metric in ANSWERS_ONLY:
+        if answers_only(self.metric):
             only, places = torch.unique(torch.stack([asking.answer, asking.counter]), return_inverse=True)
             asking = replace(asking, answer=places[0], counter=places[1])
         values = _values(self.metric, self.base.resume(self.component.site, rows, first, change, only), asking)
@@ -289,7 +318,7 @@ class _Measure:
 
 
 def _values(metric: Metric, logits: Tensor, batch: PairBatch) -> Float[np.ndarray, "batch"]:
-    return metric(logits, batch).double().cpu().numpy()
+    return checked(metric, logits, batch).double().cpu().numpy()
 
 
 def _own_positions(

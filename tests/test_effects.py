@@ -108,7 +108,8 @@ def test_top_leaves_controls_out():
 def test_tests_are_of_what_ran_and_is_no_control():
     effects = with_controls()
     own = [0, 5, 10]
-    p = [stats.ttest_1samp(effects.change[:, i], 0).pvalue for i in own]
+    # no surer than as many equal signs as there are pairs
+    p = [max(stats.ttest_1samp(effects.change[:, i], 0).pvalue, 2.0 ** (1 - len(effects.gap))) for i in own]
     q = effects.q_values()
     np.testing.assert_allclose(q[own], stats.false_discovery_control(p), rtol=1e-6)
     assert np.isnan(np.delete(q, own)).all()

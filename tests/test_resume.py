@@ -12,6 +12,7 @@ from saepatch.errors import UserError
 from saepatch.metrics import log_probability, logit_difference
 from saepatch.models import load_model
 from saepatch.patching import patch_components, patch_edits, patch_heads, patch_latents, patch_streams
+from saepatch.positions import At
 from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.resume import Run
 from saepatch.shortcuts import Maps, find_maps
@@ -44,8 +45,22 @@ def by_hand(model, site, tokens, changes):
         handle.remove()
 
 
-def force(model, site, way):
-    resume._CHECKED[model.hf] = {site: (way, 10**6)}
+def force(run, site, way):
+    run.checked[site] = (way, True, 10**6)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Which way every edited pass took, and how many columns its run had."""
+    taken, plain = [], Run._way
+
+    def spy(run, site):
+        way, few = plain(run, site)
+        taken.append((way, run.width))
+        return way, few
+
+    monkeypatch.setattr(Run, "_way", spy)
+    return taken
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +83,7 @@ def test_every_way_gives_what_a_whole_pass_gives(family):
                     whole[:, first:] = edit
                     expected = by_hand(model, site, tokens, whole)
                     for way in resume.WAYS:
-                        force(model, site, way)
+                        force(run, site, way)
                         found = run.resume(site, torch.tensor([0, 1]), first, edit)
                         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
                         some = torch.tensor([7, 3, 200])
@@ -77,12 +92,12 @@ def test_every_way_gives_what_a_whole_pass_gives(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_passes_the_check_of_the_quickest_way(family, caplog):
+def test_every_family_passes_the_check_of_the_quickest_way(family, caplog, ways):
     """So that no family falls back in silence."""
     model, dictionary = tiny_model(family), random_dictionary("resid_post.0")
     with caplog.at_level(logging.INFO, "saepatch"):
         patch_latents(model, dictionary, [PAIR])
-    assert resume._CHECKED[model.hf][dictionary.site] == (resume.WAYS[0], len(model.encode(PAIR.clean)))
+    assert set(ways) == {(resume.WAYS[0], len(model.encode(PAIR.clean)))}
     assert not caplog.records
 
 
@@ -102,30 +117,30 @@ def test_shortcuts_meet_where_one_block_is_left(monkeypatch):
     maps = find_maps(model, 2)
     assert {*maps.own, *maps.stays} in used
     monkeypatch.setattr(resume, "WAYS", ("whole",))
-    resume._CHECKED.pop(model.hf)
     whole = patch_latents(model, dictionary, [PAIR], each_position=True)
     assert effects.edits == whole.edits
     torch.testing.assert_close(torch.tensor(effects.patched), torch.tensor(whole.patched), atol=2e-5, rtol=0)
 
 
-def test_a_way_that_is_wrong_is_dropped_with_a_warning(monkeypatch, caplog):
+def test_a_way_that_is_wrong_is_dropped(monkeypatch, caplog, ways):
     model, dictionary = tiny_model(), random_dictionary("resid_post.0")
     right = patch_latents(model, dictionary, [PAIR])
-    resume._CHECKED.pop(model.hf)
+    ways.clear()
     last = model.layout.blocks[-1]
     wrong = Maps((), (last.self_attn.k_proj,), frozenset({last.self_attn.k_proj}))
     monkeypatch.setattr(resume, "find_maps", lambda model, layer: wrong)
-    again = patch_latents(model, dictionary, [PAIR])
-    assert resume._CHECKED[model.hf][dictionary.site][0] == "cache"
+    with caplog.at_level(logging.INFO, "saepatch"):
+        again = patch_latents(model, dictionary, [PAIR])
+    assert {way for way, _ in ways} == {"cache"}
     assert "differs from whole passes" in caplog.text
     torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
 
 
-def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog):
+def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog, ways):
     model, dictionary = tiny_model(), random_dictionary("resid_post.0")
     right = patch_latents(model, dictionary, [PAIR])
-    resume._CHECKED.pop(model.hf)
 
+    ways.clear()
     plain = Run._inputs
 
     def broken(run, rows, first):
@@ -136,17 +151,99 @@ def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog):
     monkeypatch.setattr(Run, "_inputs", broken)
     with caplog.at_level(logging.INFO, "saepatch"):
         again = patch_latents(model, dictionary, [PAIR])
-    assert resume._CHECKED[model.hf][dictionary.site][0] == "whole"
+    assert {way for way, _ in ways} == {"whole"}
     assert "no such cache" in caplog.text
     torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
 
 
-def test_longer_prompts_are_checked_again():
+def test_longer_prompts_are_checked_again(monkeypatch):
+    """What agrees within a sliding window may not beyond it."""
     model, dictionary = tiny_model("mistral"), random_dictionary("resid_post.0")
-    patch_latents(model, dictionary, [PromptPair("ab", "ac", "x", "y")])
-    assert resume._CHECKED[model.hf][dictionary.site][1] == 3
-    patch_latents(model, dictionary, [PAIR])
-    assert resume._CHECKED[model.hf][dictionary.site][1] == 18
+    checked, plain = [], Run._agrees
+    monkeypatch.setattr(Run, "_agrees", lambda run, *rest: checked.append(run.width) or plain(run, *rest))
+    patch_latents(model, dictionary, [PromptPair("ab", "ac", "x", "y"), PAIR, PAIR])
+    assert set(checked) == {3, 18}
+    assert len(checked) == 4  # each length with all logits and with few, and not once a pair
+
+
+def test_a_model_that_was_changed_in_place_is_probed_again():
+    """While the last attention wrote nothing, its queries and keys seemed not to matter to other positions."""
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    weight = model.layout.blocks[-1].self_attn.o_proj.weight
+    kept = weight.detach().clone()
+    before = model.fingerprint
+    weight.data.zero_()
+    patch_latents(model, dictionary, [PAIR], each_position=True)
+    with torch.no_grad():
+        weight.copy_(kept)
+    again = patch_latents(model, dictionary, [PAIR], each_position=True)
+    fresh = patch_latents(tiny_model(), dictionary, [PAIR], each_position=True)
+    torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(fresh.patched), atol=2e-5, rtol=0)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert model.fingerprint != before
+
+
+def test_a_hook_on_the_unembedding_is_heeded():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+
+    def add(_module, _args, out):
+        out = out.clone()
+        out[..., 0] += 5
+        return out
+
+    handle = model.hf.lm_head.register_forward_hook(add)
+    try:
+        found = patch_latents(model, dictionary, [PAIR])
+        every = patch_latents(model, dictionary, [PAIR], metric=lambda logits, batch: logit_difference(logits, batch))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(torch.tensor(found.patched), torch.tensor(every.patched), atol=2e-5, rtol=0)
+
+
+def test_a_model_in_training_mode_is_refused():
+    model, dictionary = tiny_model("gpt2"), random_dictionary("resid_post.0")
+    model.hf.train()
+    with pytest.raises(UserError, match="in training mode"):
+        patch_latents(model, dictionary, [PAIR])
+
+
+def test_padding_that_a_model_does_not_know_is_refused():
+    """Its recurrence runs over padding, too."""
+    model = tiny_model("recurrent_gemma", attention_window_size=8, lru_width=16, num_key_value_heads=4)
+    with pytest.raises(UserError, match="where a prompt is padded"):
+        patch_components(model, Stream(Site(0)), UNEQUAL, align="right")
+
+
+def test_metrics_that_are_not_one_value_an_example_are_refused_and_none_writes_into_the_logits():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    with pytest.raises(UserError, match=r"gives values of shape \(\) for 1 examples"):
+        patch_latents(model, dictionary, [PAIR], metric=lambda logits, batch: logit_difference(logits, batch).mean())
+
+    def in_place(logits, batch):
+        return logit_difference(logits.div_(2), batch)
+
+    halved = patch_latents(model, dictionary, [PAIR], metric=in_place)
+    whole = patch_latents(model, dictionary, [PAIR])
+    torch.testing.assert_close(torch.tensor(2 * halved.change), torch.tensor(whole.change), atol=2e-5, rtol=0)
+
+
+def test_positions_are_those_of_the_clean_prompts_in_both_directions():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    pairs = [PromptPair("the cat sat", "the dog sat", "x", "y"), PromptPair("a bad cat", "a bad dog", "x", "y")]
+    for direction in ("denoise", "noise"):
+        found = patch_latents(model, dictionary, pairs, positions=At("cat"), each_position=True, direction=direction)
+        at = [{found.edits[i].position for i in row.nonzero()[0]} for row in found.ran]
+        assert at[0] <= {5, 6, 7}
+        assert at[1] <= {7, 8, 9}
+        assert all(at)
+    batch = batch_pairs(model, [*pairs, PAIR])
+    mask = torch.zeros(3, batch.clean.input_ids.shape[1], dtype=torch.bool)
+    mask[0, 5], mask[1, 8], mask[2, 9] = True, True, True
+    found = patch_latents(model, dictionary, [*pairs, PAIR], positions=mask, each_position=True, batch_size=1)
+    assert {found.edits[i].position for _, i in zip(*found.ran.nonzero(), strict=True)} <= {5, 8, 9}
+    with pytest.raises(UserError, match="nothing to patch"):
+        patch_latents(model, dictionary, pairs, positions="generated")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -295,7 +392,6 @@ def test_bfloat16_model_with_a_float32_dictionary():
     model, dictionary = tiny_model(), random_dictionary("resid_post.0")
     exact = patch_latents(model, dictionary, [PAIR], each_position=True)
     model.hf.bfloat16()
-    resume._CHECKED.pop(model.hf)
     rough = patch_latents(model, dictionary, [PAIR], each_position=True)
     shared = [e for e in rough.edits if e in exact.edits]
     assert len(shared) > 20
@@ -327,12 +423,12 @@ def test_a_model_that_is_offloaded_to_disk_gives_the_same_effects(tmp_path):
         torch.testing.assert_close(torch.tensor(found.patched), torch.tensor(expected.patched), atol=1e-5, rtol=0)
 
 
-def test_a_family_without_attention_caches_runs_whole():
+def test_a_family_without_attention_caches_runs_whole(ways):
     """Short convolutions keep a state that is no cache of keys and values."""
     model = tiny_model("lfm2", layer_types=["conv", "full_attention", "conv"])
     dictionary = random_dictionary("resid_post.0")
     effects = patch_latents(model, dictionary, [PAIR], each_position=True)
-    assert resume._CHECKED[model.hf][dictionary.site][0] == "whole"
+    assert {way for way, _ in ways} == {"whole"}
     listed = [(0, edit) for edit in effects.edits]
     batch = batch_pairs(model, [PAIR])
     clean, corrupted = (
