@@ -55,9 +55,9 @@ def attribute_attention(
     """Estimate the effect of patching every query, key and value of every attention head, each alone.
 
     Two forward passes and one backward pass a batch. Queries and keys get the QK-fix, or (without `qk_fix`) the plain
-    first order, which is what values get: z is linear in v, but the metric is not linear in z, so that large differences
-    of values, as those of layer 0, are estimated badly (in the tiny organism Pearson 0.28 with exact effects, and close
-    to 1 once the differences are scaled down). Verify. Arguments are those of `saepatch.attribute`.
+    first order, which values get, too. z is linear in v, but the metric is not linear in z: large differences of values
+    (layer 0) are estimated badly. In the organism these estimates have Pearson 0.28 with exact effects, and near 1 once
+    the differences are scaled down: so verify. Arguments are those of `saepatch.attribute`.
 
     Raises:
         UserError: the model's attention does not go through transformers' interface, or computes something else than

@@ -3,8 +3,8 @@
 A node is one unit of one site at one position of one pair: a latent, an error term, a query of an attention head.
 """
 
-import warnings
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 

@@ -12,7 +12,7 @@ from saepatch.attention import PARTS, attribute_attention, patch_attention
 from saepatch.components import Edit
 from saepatch.errors import UserError
 from saepatch.hooks import attention_replaced
-from saepatch.metrics import answer_rank, logit_difference
+from saepatch.metrics import answer_rank, kl_divergence, logit_difference
 from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.sites import Site
 from saepatch.splicing import splice
@@ -248,15 +248,47 @@ def test_bad_input():
     with pytest.raises(UserError, match="answer_rank has no gradient"):
         attribute_attention(model, PAIRS, metric=answer_rank)
     for edit, complaint in [
-        (Edit(Site(7, "z"), (0,), 1, "query"), "layer 7"),
+        (Edit(Site(7, "z"), (0,), 1, "query"), "an edit of query at z.7"),
         (Edit(Site(1, "z"), (0,), 1, "latent"), "an edit of latent"),
+        (Edit(Site(1, "resid_post"), (0,), 1, "query"), "an edit of query at resid_post.1: use query, key, value at z"),
         (Edit(Site(1, "z"), (2,), 1, "key"), "there are 2"),
         (Edit(Site(1, "z"), (0,), 40, "key"), "position 40 is out of range"),
     ]:
         with pytest.raises(UserError, match=complaint):
             patch_attention(model, PAIRS, [(0, edit)])
+    for pair in (-1, 3):
+        with pytest.raises(UserError, match=f"an edit of pair {pair}: there are 3 pairs"):
+            patch_attention(model, PAIRS, [(0, Edit(Site(1, "z"), (0,), 1, "key")), (pair, edit)])
+    assert len(patch_attention(model, PAIRS, [])) == 0
+    with pytest.raises(UserError, match="gives values of shape"):
+        attribute_attention(model, PAIRS, metric=lambda logits, batch: logits)
+    model.hf.train()
+    with pytest.raises(UserError, match="in training mode"):
+        attribute_attention(model, PAIRS)
+    with pytest.raises(UserError, match="in training mode"):
+        patch_attention(model, PAIRS, [(0, Edit(Site(1, "z"), (0,), 1, "key"))])
+    model.hf.eval()
     with pytest.raises(UserError, match="splice"), splice(model, random_dictionary()):
         attribute_attention(model, PAIRS)
+
+
+def test_estimates_of_values_are_exact_where_the_difference_is_small():
+    """z is linear in v, the metric is not linear in z: estimates get right as the differences get small."""
+    model, pairs = tiny_model(), [PromptPair("abcdef", "abcdeg", "x", "y")]
+    g, f = model.encode("g")[1], model.encode("f")[1]
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight[f] = model.hf.get_input_embeddings().weight[g] + 1e-2
+    found = attribute_attention(model, pairs, verify=10**6)
+    values = np.array(found.kinds)[found.site[found.verified.index]] == "value"
+    estimated, exact = found.verified.estimated[values], found.verified.exact[values]
+    np.testing.assert_allclose(estimated, exact, atol=0.05 * np.abs(exact).max())
+
+
+def test_a_metric_that_is_flat_at_the_base_run(caplog):
+    model = tiny_model()
+    metric = kl_divergence(model.next_logits(batch_pairs(model, PAIRS).clean))
+    attribute_attention(model, PAIRS, direction="noise", metric=metric)
+    assert "the metric kl_divergence is flat at the base run" in caplog.text
 
 
 def test_nothing_of_the_replaced_attention_is_left():

@@ -17,7 +17,7 @@ from saepatch.components import ErrorTerm
 from saepatch.corruptions import GaussianNoise, Zero
 from saepatch.errors import UserError
 from saepatch.interventions import Patch
-from saepatch.metrics import answer_rank, logit_difference, probability
+from saepatch.metrics import answer_rank, kl_divergence, logit_difference, probability
 from saepatch.patching import patch_components, patch_latents
 from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.screen import ERROR
@@ -206,6 +206,19 @@ def test_several_sites_at_once_are_each_site_alone(family, method):
         attribute(model, [random_dictionary("resid_post.0"), random_dictionary("resid_pre.1")], PAIRS)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("method", [FirstOrder(), GradDrop()], ids=lambda m: m.name)
+def test_several_sites_of_a_corrupted_base_run_in_any_order(family, method):
+    model, corruption = tiny_model(family), GaussianNoise(slice(2, 6), samples=2)
+    several = [random_dictionary(site, "standard", seed=i) for i, site in enumerate(["attn_out.1", "z.1", "mlp_out.1"])]
+    apart = [attribute(model, one, PAIRS[:2], corruption=corruption, method=method) for one in several]
+    wanted = {key: value for one in apart for key, value in scores(one).items()}
+    for given in (several[:2], several[1::-1], several, several[::-1]):
+        together = scores(attribute(model, given, PAIRS[:2], corruption=corruption, method=method))
+        sites = {dictionary.site for dictionary in given}
+        assert together == pytest.approx({k: v for k, v in wanted.items() if k[1] in sites}, rel=1e-3, abs=2e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
 def test_prompts_aligned_from_the_right(family):
     """Equal prompts give the same nodes, counted from the end; of unequal ones, those that exact patching has, too."""
@@ -343,10 +356,53 @@ def test_corruptions(direction):
         attribute(model, several, PAIRS, corruption=Zero())
 
 
+def test_a_metric_that_is_flat_at_the_base_run(caplog):
+    model, dictionary = tiny_model(), random_dictionary()
+    metric = kl_divergence(model.next_logits(batch_pairs(model, PAIRS).clean))
+    options = {"direction": "noise", "metric": metric}
+    attribute(model, dictionary, PAIRS, **options)
+    assert "the metric kl_divergence is flat at the base run" in caplog.text
+    assert "use IntegratedGradients" in caplog.text
+    caplog.clear()
+    attribute(model, dictionary, PAIRS, method=IntegratedGradients(2), **options)
+    attribute(model, dictionary, PAIRS)
+    assert caplog.text == ""
+
+
+class TopLogit:
+    """A metric that cannot be hashed."""
+
+    def __eq__(self, other):
+        return True
+
+    def __call__(self, logits, batch):
+        return logits.max(-1).values
+
+
+def test_a_metric_that_cannot_be_hashed():
+    model, dictionary = tiny_model(), random_dictionary()
+    found = attribute(model, dictionary, PAIRS, metric=TopLogit(), verify=2)
+    assert found.metric == "TopLogit"
+    np.testing.assert_allclose(
+        found.clean, model.next_logits(batch_pairs(model, PAIRS).clean).max(-1).values, rtol=1e-5
+    )
+
+
+def mean_logit(logits, batch):
+    return logits.mean()
+
+
 def test_bad_input():
     model, dictionary = tiny_model(), random_dictionary()
     with pytest.raises(UserError, match="answer_rank has no gradient"):
         attribute(model, dictionary, PAIRS, metric=answer_rank)
+    with pytest.raises(UserError, match=r"metric mean_logit gives values of shape \(\) for \d examples"):
+        attribute(model, dictionary, PAIRS, metric=mean_logit)
+    for method in (FirstOrder(), IntegratedGradients(1)):
+        model.hf.train()
+        with pytest.raises(UserError, match="in training mode"):
+            attribute(model, dictionary, PAIRS, method=method)
+        model.hf.eval()
     with pytest.raises(UserError, match="batch_size = 0"):
         attribute(model, dictionary, PAIRS, batch_size=0)
     with pytest.raises(UserError, match="nothing to patch"):

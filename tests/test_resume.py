@@ -465,3 +465,41 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog):
     monkeypatch.setattr(Run, "resume", never)
     with pytest.raises(UserError, match="one edit of a prompt of 18 tokens does not fit"):
         patch_latents(model, dictionary, [PAIR])
+
+
+MORE_FAMILIES = {
+    "gpt_neo": {
+        "hidden_size": 16,
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1], [["global"], 1]],
+        "max_position_embeddings": 64,
+        "intermediate_size": 32,
+        "window_size": 4,
+    },
+    "gptj": {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "bloom": {"hidden_size": 16, "n_layer": 3, "n_head": 4},
+    "mixtral": {"num_local_experts": 3},
+    "qwen3_moe": {"num_experts": 3, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 4},
+    "cohere2": {"sliding_window": 4},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 4},
+    "phi3": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "granite": {},
+}
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_more_families_equal_whole_passes(family, monkeypatch):
+    """Mixtures of experts, position biases, other layouts: whatever way is taken, the numbers are the same."""
+    model, dictionary = tiny_model(family, **MORE_FAMILIES[family]), random_dictionary("resid_post.0")
+    for align, pairs in (("equal", [PAIR]), ("right", UNEQUAL)):
+        found = patch_latents(model, dictionary, pairs, each_position=True, align=align)
+        with monkeypatch.context() as patched:
+            patched.setattr(resume, "WAYS", ("whole",))
+            whole = patch_latents(model, dictionary, pairs, each_position=True, align=align)
+        assert found.edits == whole.edits
+        torch.testing.assert_close(torch.tensor(found.patched), torch.tensor(whole.patched), atol=1e-5, rtol=0)

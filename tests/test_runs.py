@@ -184,9 +184,7 @@ def test_corrupted_runs_are_made_as_the_library_makes_them(place, tmp_path, text
         for row in swept.rows("pairs"):
             values = found.pop((row.example, "latent", row.latent, "single", "all", direction))
             np.testing.assert_allclose(values[:3], [row.clean, row.corrupted, row.patched], atol=1e-4)
-        screen = attribute(
-            model, dictionary, pairs, direction=direction, corruption=corruption, method=IntegratedGradients(10)
-        )
+        screen = attribute(model, dictionary, pairs, direction=direction, corruption=corruption)
         for row in screen.rows("pairs"):
             token = tokens[row.example][int(row.position)]
             key = tuple({"token": token, "corruption": str(corruption)}.get(k, getattr(row, k)) for k in KEY)

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import hypergeom
 from tiny import random_dictionary, tiny_model
 
-from saepatch.attribution import attribute
+from saepatch.attribution import GradDrop, attribute
+from saepatch.effects import describe
 from saepatch.errors import UserError
 from saepatch.prompts import PromptPair
 from saepatch.screen import Verification
+from saepatch.screening import _top
 
 PAIRS = [
     PromptPair("the cat sat", "the dog sat", "x", "y"),
@@ -54,24 +57,48 @@ def test_means_ranking_and_rows():
     assert "4 drawn at random" in summary
 
 
+def test_sizes_have_no_direction():
+    """GradDrop: the largest sizes come first whichever way the gap goes, and do not move the metric anywhere."""
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    turned = [PromptPair(p.corrupted, p.clean, p.answer, p.counter) for p in PAIRS]
+    signs = set()
+    for pairs in (PAIRS, turned):
+        found = attribute(model, dictionary, pairs, method=GradDrop(), verify=4)
+        edits, means = found.means()
+        assert found.top(3) == [edits[i] for i in np.argsort(-means, kind="stable")[:3]] == found.top(3, by_size=True)
+        np.testing.assert_allclose(found.normalised, found.score / np.abs(found.gap[found.pair]))
+        signs.add(np.sign(found.gap.mean()))
+        rows = found.rows("task")
+        assert all(np.isnan(row.patched) and row.effect >= 0 for row in rows[: len(found)])
+        for row, exact, node in zip(rows[len(found) :], found.verified.exact, found.verified.index, strict=True):
+            assert row.patched == pytest.approx(found.corrupted[found.pair[node]] + exact)
+            assert row.effect == pytest.approx(exact / found.gap[found.pair[node]])
+        assert "-" not in found.summary(3).splitlines()[1].split()[-1]
+        best = _top(found)[:3]
+        assert [(one["latent"], one["position"]) for one in best] == [(describe(e), e.position) for e in found.top(3)]
+        assert best[0]["effect"] == pytest.approx(means.max() / abs(found.gap.mean()))
+    assert signs == {1, -1}
+
+
 def test_what_a_screen_may_have_missed():
-    """The bound is that of Clopper and Pearson: with none of R found, `1 - 0.05 ** (1 / R)` of the others."""
+    """The bound is the largest number of large nodes with which so few would be drawn with a chance above 5 %."""
     exact = np.array([5.0, -4.0, 0.1, *([0.5] * 20)])
     verified = Verification(np.arange(23), exact, exact, 3, 1020)
     assert verified.threshold(2) == 4
     assert verified.threshold() == pytest.approx(0.1)
     found, share, most = verified.missed(2)
     assert found == 0
-    assert share == pytest.approx(1 - 0.05 ** (1 / 20))
-    assert most == pytest.approx(1000 * share)
+    assert hypergeom.cdf(0, 1020, most, 20) > 0.05 >= hypergeom.cdf(0, 1020, most + 1, 20)
+    assert share == most / 1000
     assert verified.missed() == (20, 1.0, 1000.0)
     one = replace(verified, exact=np.array([5.0, -4.0, 3.0, 6.0, *([0.5] * 19)]))
-    assert one.missed()[1] == pytest.approx(0.2161, abs=1e-4)  # the usual tables: 1 of 20
-    assert replace(verified, others=20).missed()[2] == 0
+    most = one.missed()[2]
+    assert hypergeom.cdf(1, 1020, most + 1, 20) > 0.05 >= hypergeom.cdf(1, 1020, most + 2, 20)
+    assert replace(verified, others=20).missed() == (20, 0.0, 0.0)
     text = one.summary()
     assert "3 nodes with the largest estimates, and 20 drawn at random from the other 1020" in text
     assert "1 of the 20 drawn" in text
-    assert "at most 216 are" in text
+    assert f"of the 1000 nodes that were not run at most {int(most)} are ({most / 1000:.2%}, 95 % confidence)" in text
     for bad in (0, 4):
         with pytest.raises(UserError, match="k = "):
             verified.threshold(bad)
@@ -79,16 +106,45 @@ def test_what_a_screen_may_have_missed():
         Verification(np.arange(3), exact[:3], exact[:3], 3, 0).missed()
 
 
-def test_bound_holds_as_often_as_it_says():
-    """Draw samples of a population in which 40 of 1000 are large, many times: the bound is below 40 in few of them."""
-    population = np.where(np.arange(1000) < 40, 2.0, 0.0)
+def failures(parts, draws=2000):
+    """How often the bound is below what was not drawn; `parts` say of each its nodes, the large ones, and draws."""
     rng, below = np.random.default_rng(0), 0
-    for _ in range(400):
-        drawn = rng.permutation(1000)[:100]
-        verified = Verification(np.arange(101), np.concatenate([[1.0], population[drawn]]), np.zeros(101), 1, 1000)
-        large, _, most = verified.missed()
-        below += most < 40 - large
-    assert below <= 0.05 * 400
+    sampled = tuple((drawn, others) for others, _, drawn in parts)
+    found = np.stack([rng.hypergeometric(large, others - large, drawn, draws) for others, large, drawn in parts], 1)
+    missed, total = {}, sum(large for _, large, _ in parts)
+    for one in map(tuple, found.tolist()):
+        if one not in missed:
+            exact = np.concatenate([[1.0], *(np.arange(n) < k for k, (n, _) in zip(one, sampled, strict=True))])
+            index, others = np.arange(len(exact)), sum(n for n, *_ in parts)
+            missed[one] = Verification(index, exact, exact, 1, others, parts=sampled).missed()
+        assert missed[one][0] == sum(one)
+        below += missed[one][2] < total - sum(one)
+    return below / draws
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(1000, 40, 100)],
+        [(200, 3, 100)],  # many of few were drawn: the large ones left are not a share of all
+        [(200, 3, 100), (60, 0, 60)],  # nothing is unknown of the second part
+        [(50, 0, 50), (5000, 100, 50)],  # one part at 100 %, one at 1 %
+        [(100, 2, 50), (2000, 100, 20), (30, 1, 10)],
+    ],
+    ids=str,
+)
+def test_bound_holds_as_often_as_it_says(parts):
+    assert failures(parts) <= 0.05 + 2 * (0.05 * 0.95 / 2000) ** 0.5
+
+
+def test_bound_of_several_parts_is_the_sum_of_theirs():
+    exact = np.array([2.0, *([0.0] * 30)])
+    verified = Verification(np.arange(31), exact, exact, 1, 700, parts=((20, 200), (10, 500)))
+    apart = [Verification(np.arange(n + 1), exact[: n + 1], exact[: n + 1], 1, of) for n, of in verified.parts]
+    assert verified.missed()[2] == sum(one.missed(level=0.975)[2] for one in apart)
+    assert verified.missed()[1] == verified.missed()[2] / 670
+    unseen = replace(verified, parts=((30, 200), (0, 500)))  # nothing was drawn there
+    assert unseen.missed()[2] >= 500
 
 
 def test_correlations_with_exact_effects():
