@@ -31,7 +31,7 @@ from saepatch.positions import Positions
 from saepatch.prompts import PromptPair, batch_pairs, same_length_batches
 from saepatch.screen import Attribution
 from saepatch.sites import Site
-from saepatch.splicing import line_up, whole_prompt
+from saepatch.splicing import choose_positions
 from saepatch.sweep import Align
 
 PARTS = ("query", "key", "value")
@@ -65,7 +65,7 @@ def attribute_attention(
     """
     if direction not in ("denoise", "noise"):
         raise UserError(f"unknown direction {direction!r}: use 'denoise' or 'noise'")
-    whole = batch_pairs(model, pairs, align=align)
+    whole = choose_positions(model, batch_pairs(model, pairs, align=align), positions)
     denoise = direction == "denoise"
     clean, corrupted = np.zeros(len(pairs)), np.zeros(len(pairs))
     found: list[dict[str, ndarray]] = []
@@ -80,13 +80,13 @@ def attribute_attention(
         index = part.index.cpu().numpy()
         ends = (metric_there, metric_here) if denoise else (metric_here, metric_there)
         clean[index], corrupted[index] = (end.detach().double().cpu().numpy() for end in ends)
-        where = _where(model, tokens, others, positions)
+        assert part.where is not None
         shift = tokens.input_ids.shape[1] - (tokens.lengths if align == "equal" else 0)
         for number, layer in enumerate(layers):
             for offset, what in enumerate(PARTS):
                 change = source[layer].of(what) - base[layer].of(what)
                 score = _estimate(base[layer], source[layer], gradients[layer], what, qk_fix)
-                moved = change.ne(0).any(-1) & where[:, None]
+                moved = change.ne(0).any(-1) & part.where[:, None]
                 row, head, column = moved.nonzero(as_tuple=True)
                 position = column - (shift[row] if isinstance(shift, Tensor) else shift)
                 entries = {"unit": head, "position": position, "score": score[row, head, column].double()}
@@ -145,19 +145,20 @@ def patch_attention(
             raise UserError(f"an edit of pair {pair}: there are {len(pairs)} pairs, from 0")
     values = np.full(len(edits), np.nan)
     layers: list[int] = []
-    for part in same_length_batches(batch_pairs(model, pairs, align=align), 64):
+    whole = choose_positions(model, batch_pairs(model, pairs, align=align), positions)
+    for part in same_length_batches(whole, 64):
         place = {pair: row for row, pair in enumerate(part.index.tolist())}
         mine = [number for number, (pair, _) in enumerate(edits) if pair in place]
         if not mine:
             continue
         tokens, others = (part.corrupted, part.clean) if direction == "denoise" else (part.clean, part.corrupted)
         layers = layers or _checked_layers(model, tokens)
-        where = _where(model, tokens, others, positions)
+        assert part.where is not None
         source, _ = _run(model, others, Readout.of(metric, part))
         for start in range(0, len(mine), batch_size):
             some = mine[start : start + batch_size]
             rows = [place[edits[number][0]] for number in some]
-            edited = _Edited([edits[number][1] for number in some], rows, tokens, where, source)
+            edited = _Edited([edits[number][1] for number in some], rows, tokens, part.where, source)
             _, found = _run(model, tokens.rows(rows), Readout.of(metric, part.rows(rows)), edited)
             values[some] = found.double().cpu().numpy()
     return values
@@ -294,10 +295,6 @@ def _checked_layers(model: LanguageModel, tokens: Tokens) -> list[int]:
             f"differ by {gap:.1e}): patch heads' outputs instead (patch_heads)"
         )
     return sorted(attention.seen)
-
-
-def _where(model: LanguageModel, tokens: Tokens, others: Tokens, positions: Positions) -> Bool[Tensor, "batch pos"]:
-    return whole_prompt(model, tokens).select(positions) & line_up(tokens, others)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ Verifying runs the largest, and a random sample of the others, exactly.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from saepatch.positions import Positions
 from saepatch.prompts import PairBatch, PromptPair, batch_pairs, same_length_batches
 from saepatch.resume import Run
 from saepatch.screen import ERROR, Attribution, Verification
-from saepatch.splicing import line_up, whole_prompt
+from saepatch.splicing import choose_positions
 from saepatch.sweep import Align
 
 __all__ = [
@@ -203,7 +203,9 @@ def _screen(
     if corruption is not None and corruption.at_component and len(sites) > 1:
         raise UserError(f"{corruption} corrupts what is patched, so attribute one dictionary at a time")
     samples = 1 if corruption is None else corruption.samples
-    whole = batch_pairs(model, pairs, align=options.align)
+    if corruption is not None:  # the corrupted prompts are not read
+        pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
+    whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
     found = _Found(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
     at_once = options.batch_size or _pairs_at_once(model, whole.clean.input_ids.shape[1] * samples)
     bar = tqdm(desc=options.method.name, total=len(pairs), unit="pair", disable=not options.progress, leave=False)
@@ -244,7 +246,8 @@ def _screen_part(
         corrupted = corruption.run(model, part, components, clean, False)
         runs = (corrupted, clean) if denoise else (clean, corrupted)
         tokens, source = runs[0].tokens, runs[1]
-    where = whole_prompt(model, tokens).select(options.positions) & line_up(tokens, source.tokens)
+    where = part.where
+    assert where is not None
     alike = (tokens.input_ids == source.tokens.input_ids) & (tokens.attention_mask == source.tokens.attention_mask)
     alike = alike.cumprod(-1).bool()
     base = Base(model, tokens, sites, readout, None if runs is None else runs[0])

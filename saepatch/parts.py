@@ -266,8 +266,11 @@ def read_changes(rows: Any, pairs: Pairs, asked: Sequence[Key]) -> Changes:
     ]
     keys = list(dict.fromkeys([*zip(*columns, strict=True), *asked]))
     denoise = np.array([one[0] == "denoise" for one in keys], dtype=bool)[key]
-    clean, corrupted, patched = (rows[column].to_numpy() for column in ("clean", "corrupted", "patched"))
+    clean, corrupted, patched, effect = (
+        rows[column].to_numpy() for column in ("clean", "corrupted", "patched", "effect")
+    )
     change = np.where(denoise, patched - corrupted, clean - patched)
+    change = np.where(np.isnan(patched), effect * np.abs(clean - corrupted), change)  # sizes move the metric nowhere
     return Changes(tuple(keys), key, pair, change, len(pairs.examples))
 
 

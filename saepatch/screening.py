@@ -30,23 +30,17 @@ def screen_rows(
 ) -> Iterator[list[Row]]:
     """The rows of a part, some of one site at a time: one for every node, then one for each that was run exactly."""
     for site in range(len(screen.sites)):
-        rows = _rows(screen, site, task, tokens)
+        rows = screen.rows_at(site, task, tokens)
         while some := list(islice(rows, AT_ONCE)):
             yield [replace(row, corruption=corruption) for row in some]
-
-
-def _rows(screen: Attribution, site: int, task: str, tokens: Sequence[Sequence[str]]) -> Iterator[Row]:
-    if not screen.sizes:
-        yield from screen.rows_at(site, task, tokens)
-        return
-    # merging reads sizes back out of `patched`
-    for row in replace(screen, sizes=False).rows_at(site, task, tokens):
-        yield replace(row, effect=abs(row.effect)) if row.role == "single" else row
 
 
 def screen_about(screen: Attribution) -> dict[str, Any]:
     """What the rows of a part do not say."""
     about = {name: getattr(screen, name) for name in ("method", "positions", "sizes")} | {"nodes": len(screen)}
+    if screen.sizes:  # where rows have neither `patched` nor `effect`, in their order
+        lost = np.flatnonzero(np.isnan(screen.normalised))
+        about["lost"] = screen.score[lost[np.argsort(screen.site[lost], kind="stable")]].tolist()
     return about if screen.verified is None else about | {"others": screen.verified.others}
 
 
@@ -111,6 +105,8 @@ def _read_screen(
         return np.flatnonzero(wanted[changes.key])
 
     single, top = rows("single"), rows("top")
+    scores = changes.change[single]
+    scores[np.isnan(scores)] = [score for part in parts for score in part.get("lost", ())]
     screen = Attribution(
         direction=direction,
         metric=record.settings["metric"],
@@ -125,7 +121,7 @@ def _read_screen(
         site=place[changes.key[single], 0],
         unit=place[changes.key[single], 1],
         position=place[changes.key[single], 2],
-        score=changes.change[single],
+        score=scores,
         min_gap=record.settings["min_gap"],
         sizes=parts[0]["sizes"],
     )

@@ -125,12 +125,6 @@ def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens)
     return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
 
 
-def line_up(base: Tokens, source: Tokens) -> Bool[Tensor, "batch pos"]:
-    """Where both batches hold a token, and no ordinary token stands against a BOS (prompts aligned from the right)."""
-    both = base.attention_mask.bool() & source.attention_mask.bool()
-    return both & (source.ordinary | ~base.ordinary)
-
-
 def choose_positions(model: LanguageModel, batch: PairBatch, positions: Positions) -> PairBatch:
     """The same pairs with the positions where they may be patched, in either direction.
 
