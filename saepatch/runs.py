@@ -165,7 +165,7 @@ def prepare(config: SweepConfig) -> Sweep:
     model = read_model(config, config.shard)
     groups = read_components(config, model)
     mine = [pairs[i] for i in range(shard, len(pairs), shards)]
-    check_pairs(config, model, mine, positions, directions)
+    check_pairs(config, model, mine, positions)
     parts = cut_parts(len(pairs), shard, shards, config.part, len(groups), directions)
     record = Record(
         config.command,

@@ -20,7 +20,7 @@ from saepatch.effects import Direction
 from saepatch.errors import UserError
 from saepatch.gradients import FirstOrder, GradDrop, IntegratedGradients, Method
 from saepatch.metrics import Metric
-from saepatch.models import LanguageModel, Tokens, load_model
+from saepatch.models import LanguageModel, load_model
 from saepatch.positions import NAMED, At, Positions
 from saepatch.prompts import PromptPair, batch_pairs, load_pairs
 from saepatch.sites import Site
@@ -207,23 +207,19 @@ def check_pairs(
     model: LanguageModel,
     pairs: Sequence[PromptPair],
     positions: Positions,
-    directions: Sequence[Direction],
 ) -> None:
     """See before hours of work that every pair can be run.
 
     Raises:
         UserError: one cannot; it is named.
     """
-    wanted = [(base_prompt(config, direction), positions) for direction in directions]
-    if (subject := read_subject(config)) is not None:
-        wanted.append(("clean", subject))
+    wanted = [where for where in (positions, read_subject(config)) if where is not None]
     for start in range(0, len(pairs), 64):
         batch = batch_pairs(model, pairs[start : start + 64], align=config.align)
-        for prompt, where in wanted:
-            tokens: Tokens = getattr(batch, prompt)
-            for row, pair in enumerate(batch.pairs):
+        for row, pair in enumerate(batch.pairs):
+            for where in wanted:  # positions are read off the clean prompts
                 try:
-                    whole_prompt(model, tokens.rows([row])).select(where)
+                    whole_prompt(model, batch.clean.rows([row])).select(where)
                 except UserError as error:
                     raise UserError(f"pair {pair.example}: {error}") from error
 

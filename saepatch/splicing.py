@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
