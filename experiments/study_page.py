@@ -207,10 +207,11 @@ def _latents(found: Found, drawn: Mapping[str, Chart]) -> Section:
             (int(name), cell(denoise), q, *(None if c is None else c.value for c in controls), cell(noise))
             for name, denoise, *controls, noise, q, _, _ in found_latents
         ],
-        f"The first {len(found_latents)} latents of the ranking, each alone at all positions; n = {found.pairs} report "
-        "pairs. Controls of denoising: means over single random live latents, and over ones that fire as often and "
-        f"write as much. q: false discovery rate of denoising among these latents. {INTERVALS}",
-        {"latent": "d", "q": ".0e"} | dict.fromkeys(("denoising", "random", "matched", "noising"), ".3f"),
+        f"The first {len(found_latents)} latents of the ranking on select, in order of their effect on report, each "
+        f"alone at all positions; n = {found.pairs} report pairs. Controls of denoising: means over single random live "
+        "latents, and over ones that fire as often and write as much. q: false discovery rate of denoising among these "
+        f"latents. {INTERVALS}",
+        {"latent": "d", "q": ".2g"} | dict.fromkeys(("denoising", "random", "matched", "noising"), ".3f"),
     )
     text = (
         "All are ranked on `select`, so nothing here has been chosen on the prompts it is measured on. Error terms are "

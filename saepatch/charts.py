@@ -11,6 +11,7 @@ from saepatch.effects import Effects, Map
 from saepatch.screen import ERROR, Attribution
 from saepatch.statistics import Interval
 
+COLOURS = "Colours are relative to the largest cell of this map; – is not run, for nothing differs there."
 INTERVALS = "Intervals: 95 % bootstrap over prompts."
 
 
@@ -75,7 +76,7 @@ def position_map(
         found.labels if rows is None else rows,
         [tokens[position] for position in found.positions],
         found.values.tolist(),
-        caption,
+        f"{caption} {COLOURS}",
         value_format=".3f" if small else ".2f",
     )
 
@@ -93,7 +94,7 @@ def head_map(title: str, effects: Effects, n_heads: int, caption: str) -> report
         [str(layer) for layer in layers],
         [str(head) for head in range(n_heads)],
         values.tolist(),
-        caption,
+        f"{caption} {COLOURS}",
         row_label="layer",
         column_label="head",
         value_format=".2f",

@@ -296,7 +296,7 @@ class Edit:
     """What one run patches: some units of a component together, at one position or (None) at all that were chosen.
 
     `position` counts a prompt's own tokens from 0, or back from -1 where prompts are aligned from the right. `role`
-    says why these units: "single", "top", "random", "matched", "differing" or "every".
+    says why these units: "single" (all are swept), "given", "top", "random", "matched", "differing" or "every".
     """
 
     site: Site

@@ -100,7 +100,7 @@ class SweepConfig:
     """Which share of the pairs: I/N counting from 0, or auto for the one that a Slurm job array or torchrun says (as in
     torchrun --nproc-per-node 8 -m -- saepatch patch …: without the lone -- it takes --n for its own)."""
     part: int = 16
-    """Pairs between two writes: what a kill can lose."""
+    """Pairs between two writes: what a kill can lose. `attribute` verifies so many of each part."""
     out: str = "runs/patch"
     """Folder for the results."""
     track: str = "none"
@@ -127,8 +127,8 @@ class SweepConfig:
                 "which prompts? Give --pairs (a task such as ioi, or a file), or else --clean, --corrupted and "
                 '--answers " Mary| John"' + (", not both" if self.pairs else "")
             )
-        if any(inline) and not all(inline):
-            raise UserError("an inline pair needs all of --clean, --corrupted and --answers")
+        if any(inline) and not (self.clean and self.answers and (self.corrupted or self.corruption)):
+            raise UserError("an inline pair needs all of --clean, --corrupted (or --corruption) and --answers")
         if self.answers and not re.fullmatch(r"[^|]+\|[^|]+", self.answers):
             raise UserError(
                 f"answers {self.answers!r} are not two: write the one after the clean prompt, a bar and the other, "

@@ -55,7 +55,7 @@ def with_controls(
     """
     for group in groups:
         dictionary.check_ids(group)
-    edits = [Edit(dictionary.site, group) for group in groups]
+    edits = [Edit(dictionary.site, group, role="given") for group in groups]
     if not draws:
         return edits
     dictionary.check(model)

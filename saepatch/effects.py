@@ -158,13 +158,15 @@ class Effects:
         q = self.q_values()
         roles = [r for r in ("random", "matched") if self.where(r)]
         heads = ["effect [95 % interval]", *(f"{role} controls" for role in roles)]
-        lines = [f"{'what':<28}{'at':>6}" + "".join(f"{head:>28}" for head in heads) + f"{'q':>10}"]
+        lines = [f"{'what':<28}{'at':>6}" + "".join(f"{head:>28}" for head in heads) + f"{'differs in':>12}{'q':>10}"]
         for edit in self.top(k):
             cells = [self.of(edit), *(self.controls(edit, role) for role in roles)]
             at = "all" if edit.position is None else str(edit.position)
             what = f"{edit.site} {describe(edit)}"
             lines.append(
-                f"{what:<28}{at:>6}" + "".join(f"{cell!s:>28}" for cell in cells) + f"{q[self._index(edit)]:>10.2g}"
+                f"{what:<28}{at:>6}"
+                + "".join(f"{cell!s:>28}" for cell in cells)
+                + f"{self.ran[:, self._index(edit)].sum():>12}{q[self._index(edit)]:>10.2g}"
             )
         lines.append(
             f"{self.direction}, {self.metric}: {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, "

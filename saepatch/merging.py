@@ -129,18 +129,20 @@ class Summary:
         for direction, top in self.top.items():
             roles = [role for role in SHOWN if any(role in line.controls for line in top)]
             heads = ["effect [95 % interval]", *(f"{role} controls" for role in roles)]
-            lines.append(f"{direction:<28}{'at':>12}" + "".join(f"{head:>28}" for head in heads) + f"{'q':>10}")
+            lines.append(
+                f"{direction:<28}{'at':>12}" + "".join(f"{head:>28}" for head in heads) + f"{'differs in':>12}{'q':>10}"
+            )
             for line in top[:k]:
                 cells = [line.effect, *(line.controls.get(role, "") for role in roles)]
                 lines.append(
                     f"{line.what:<28}{line.key[-1]:>12}"
                     + "".join(f"{cell!s:>28}" for cell in cells)
-                    + f"{line.q:>10.2g}"
+                    + f"{line.pairs:>12}{line.q:>10.2g}"
                 )
         lines.append(
             f"{settings['metric']}: {self.pairs.clean.mean():.3f} clean, {self.pairs.corrupted.mean():.3f} corrupted, "
             f"{len(self.pairs.examples)} pairs ({self.pairs.missing(settings['min_gap'])} with a gap below "
-            f"{settings['min_gap']})"
+            f"{settings['min_gap']}). Effects are shares of the gap of all pairs; q: false discovery rate"
         )
         if not abs(gap) >= settings["min_gap"]:
             lines.append(f"The two runs differ by {gap:.2g} on average: too little to divide by, so look at the pairs")

@@ -244,7 +244,8 @@ class Changes:
 
     @property
     def counts(self) -> Int[ndarray, "edits"]:
-        return np.bincount(self.key, minlength=len(self.keys))
+        """In how many pairs each edit changes something; what was asked for has rows in all of them."""
+        return np.bincount(self.key, self.change != 0, minlength=len(self.keys)).astype(np.int64)
 
 
 def read_changes(rows: Any, pairs: Pairs, asked: Sequence[Key]) -> Changes:

@@ -226,7 +226,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read pairs from {str(path)!r}: {error}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read pairs from {str(path)!r} ({reason}): check the path") from error
 
 
 def _read_json(path: Path) -> Iterator[PromptPair]:
@@ -334,6 +335,10 @@ def _hub_dataset(source: str, split: str) -> Any:
 
     name, _, configuration = source.partition(":")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        if Path(source).is_file():
+            raise UserError(
+                f"{source!r} is no kind of file that pairs are read from: use .jsonl, .json, .csv or .parquet"
+            )
         raise UserError(f"there is no {source!r} here, and that is no OWNER/NAME of a dataset: check the path")
     try:
         return load_dataset(name, configuration or None, split=split)

@@ -27,7 +27,8 @@ class Row:
     `component` says what was patched: "latent", "error", "stream", "head", "query", "key", "value", or what kind of
     direction ("direction", "dimension", "principal component", "mean difference"). `latent` names its units and
     `position` the place, as texts ("417", "3,17", "all"); `token` is the text at a single position. `role` says why
-    these units: "single", "top", "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1:
+    these units: "single" (all are swept, and those that differ between a pair's runs have a row), "given", "top",
+    "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1:
     source run) and NaN where the clean and corrupted runs are too close to divide by. `corruption` is what made the
     corrupted run where it is not the pair's corrupted prompt.
     """

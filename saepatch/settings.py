@@ -130,7 +130,7 @@ def read_pairs(config: SweepConfig) -> tuple[str, list[PromptPair]]:
     """The task's name and all pairs, each under a name of its own."""
     if config.clean:
         answer, counter = config.answers.split("|")
-        return "inline", [PromptPair(config.clean, config.corrupted, answer, counter, "inline")]
+        return "inline", [PromptPair(config.clean, config.corrupted or config.clean, answer, counter, "inline")]
     pairs = load_pairs(config.pairs, config.split, config.n, config.seed)
     if not pairs:
         raise UserError(f"{config.pairs!r} holds no pairs: give another source")

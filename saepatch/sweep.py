@@ -88,6 +88,12 @@ def sweep(
     if corruption is not None:  # the corrupted prompts are not read
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
     whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
+    lengths = whole.clean.lengths.unique().tolist()
+    if options.each_position and options.align == "equal" and len(lengths) > 1:
+        log.warning(
+            "prompts have %d to %d tokens, so a position is not the same token in all of them, and its effect is a "
+            "share of the gap of all pairs: for a map of positions give pairs of one form", lengths[0], lengths[-1],
+        )  # fmt: skip
     swept = Swept(np.zeros(len(pairs)), np.zeros(len(pairs)))
     at_once = _pairs_at_once(components, whole.clean.input_ids.shape[1] * samples, options.batch_size)
     shown = options.progress is True

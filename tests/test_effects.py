@@ -146,6 +146,7 @@ def test_summary_names_intervals_controls_q_and_what_is_missing():
         "effect [95 % interval]",
         "random controls",
         "matched controls",
+        "differs in",
         "q",
     ]
     assert len(lines) == 1 + 3 + 1

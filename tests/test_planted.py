@@ -69,7 +69,7 @@ def test_groups_are_found_both_ways(direction):
     assert together == pytest.approx(by_and + by_or, abs=0.01)
     assert together == pytest.approx(1.0, abs=0.1)  # the other letters have the rest
     np.testing.assert_allclose(effects.change[:, 1], SCALE, atol=0.02)  # the encoder keeps a thousandth
-    assert effects.top(1) == [Edit(SITE, ids(AND + OR))]
+    assert effects.top(1) == [Edit(SITE, ids(AND + OR), role="given")]
 
 
 @pytest.mark.parametrize("direction", ["noise", "denoise"])

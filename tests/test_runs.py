@@ -105,12 +105,11 @@ def test_rows_are_those_of_one_sweep_and_the_summary_is_theirs(place, tmp_path, 
     site = Site(1)
     effects = patch_components(model, dictionary, pairs, [Edit(site, (3,)), Edit(site, (5, 7))])
     for column, latent in enumerate(("3", "5,7")):
-        mine = {key[0]: values for key, values in rows.items() if key[3] == latent and key[4] == "single"}
-        assert mine.keys() == {pair.example for pair, ran in zip(pairs, effects.ran[:, column]) if ran}
+        mine = {key[0]: values for key, values in rows.items() if key[3] == latent and key[4] == "given"}
+        assert mine.keys() == {pair.example for pair in pairs}  # with a row where it changes nothing, too
         for number, pair in enumerate(pairs):
-            if pair.example in mine:
-                expected = [effects.clean[number], effects.corrupted[number], effects.patched[number, column]]
-                np.testing.assert_allclose(mine[pair.example][:3], expected, atol=1e-5)
+            expected = [effects.clean[number], effects.corrupted[number], effects.patched[number, column]]
+            np.testing.assert_allclose(mine[pair.example][:3], expected, atol=1e-5)
     summary = json.loads((out / "summary.json").read_text())
     found = {line["latent"]: line for line in summary["top"]["denoise"]}
     for column, latent in enumerate(("3", "5,7")):
@@ -369,7 +368,8 @@ def test_what_ran_nowhere_has_no_effect_and_pairs_without_a_gap_are_counted(plac
     options = ("--site", "resid_post.1", "--latents", latents, "--controls", "0", "--positions", "1")
     assert main(["patch", *arguments(place, out, *options)]) == 0  # the first letter is the same in both prompts
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["rows"] == 0
+    assert summary["rows"] == 48 * summary["pairs"]  # what was asked for has its rows
+    assert {line["pairs"] for line in summary["top"]["denoise"]} == {0}
     assert {line["effect"]["value"] for line in summary["top"]["denoise"]} == {0.0}
     assert main(["patch", *arguments(place, tmp_path / "gap", "--site", "resid_post.1", "--min_gap", "100")]) == 0
     assert "11 pairs (11 with a gap below 100.0)" in (told := capsys.readouterr().out)
@@ -393,7 +393,7 @@ def test_mistakes_come_before_the_work(place, tmp_path, capsys):
         (("--site", "resid_post.1", "--component", "head"), "heads are at z.LAYER, as in --site z.1"),
         (("--positions", "first"), "unknown positions 'first'"),
         (("--positions", "40"), "pair pairs-1: position 40 is out of range"),
-        (("--positions", "at: cat"), "pair pairs-1: prompt 0 holds 'cat' as whole tokens 0 times"),
+        (("--positions", "at: zebra"), "pair pairs-1: prompt 0 holds 'zebra' as whole tokens 0 times"),
         (("--metric", "kl_divergence"), "unknown metric 'kl_divergence': use one of answer_rank, "),
         (("--direction", "up"), "direction"),
         (("--out", str(place / "pairs.jsonl")), "cannot write to"),
