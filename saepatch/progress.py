@@ -47,6 +47,10 @@ def stoppable() -> Iterator[Check]:
             if handler is not signal.SIG_IGN:  # as under nohup: who started this wants it so
                 signal.signal(number, check.hear)
         yield check
+    except Exception as error:
+        if check.asked:  # libraries turn an interrupt that comes in their midst into errors of their own
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
