@@ -586,3 +586,12 @@ def test_two_processes_under_torchrun(place, tmp_path):
     assert done.returncode == 0, done.stderr
     assert main(["merge", str(out)]) == 0
     assert_same_rows(whole, rows_of(out))
+
+
+def test_an_error_that_an_interrupt_caused_is_an_interrupt():
+    """numpy, hit in the middle of a comparison, reports a TypeError."""
+    with pytest.raises(KeyboardInterrupt), stoppable() as check:
+        check.asked = True
+        raise TypeError("cannot compare")
+    with pytest.raises(TypeError), stoppable():
+        raise TypeError("a mistake of ours")
