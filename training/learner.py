@@ -222,7 +222,7 @@ class Learner:
         losses = {name: float(value) for name, value in found.losses.items()}
         return {
             "loss": sum(losses.values()),
-            **{f"loss/{name}": value for name, value in losses.items() if len(losses) > 1},
+            **{f"loss/{name}": value for name, value in losses.items()},
             "fvu": losses["mse"] / max(float(variance), 1e-30),
             "l0": float(found.l0),
             "dead": float(self.dead.float().mean()),

@@ -220,8 +220,10 @@ class Run:
         return figures
 
     def _log(self, figures: dict[Site, dict[str, float]], rate: float, progress: Progress) -> None:
-        names = list(next(iter(figures.values())))
-        values = torch.tensor([[row[name] for name in names] for row in figures.values()], device=self.model.device)
+        names = list(dict.fromkeys(name for row in figures.values() for name in row))
+        # An auxiliary loss is there only where a site has dead latents.
+        rows = [[row.get(name, 0.0) for name in names] for row in figures.values()]
+        values = torch.tensor(rows, device=self.model.device)
         self.ranks.mean_([values])
         if not self.ranks.first:
             return

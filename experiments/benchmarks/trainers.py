@@ -6,12 +6,13 @@ Both start from their own weights, as their users' do, unless `start` gives them
 import resource
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -63,26 +64,39 @@ class Task:
         return [round(level * self.d_sae) for level in MATRYOSHKA_LEVELS]
 
 
-class Side(Protocol):
-    """A trainer with its dictionary."""
+class Side(ABC):
+    """A trainer with its dictionary.
 
+    Args:
+        task: What to train.
+        sample: Activations such as it will be trained on.
+    """
+
+    @abstractmethod
+    def __init__(self, task: Task, sample: Float[Tensor, "n d_in"]) -> None: ...
+
+    @abstractmethod
     def step(self, x: Float[Tensor, "batch d_in"]) -> None:
         """A whole training step."""
 
+    @abstractmethod
     def start(self, weights: Weights) -> None:
         """Replace the weights; named and laid out as `training.steps` has them, rows of `W_dec` of norm 1."""
 
+    @abstractmethod
     def kill(self, latents: Tensor) -> None:
         """Have these latents count as dead."""
 
+    @abstractmethod
     def loss(self, x: Float[Tensor, "batch d_in"]) -> float:
         """The squared error of a batch under the rule of training, summed over d_in; takes no step."""
 
+    @abstractmethod
     def dictionary(self) -> Any:
         """The inference dictionary that is saved, for the activations that were trained on."""
 
 
-class Ours:
+class Ours(Side):
     """This project's `Learner`, on activations as they come."""
 
     def __init__(self, task: Task, sample: Float[Tensor, "n d_in"]) -> None:
@@ -131,7 +145,7 @@ class Ours:
         return self.learner.finish()
 
 
-class SaeLens:
+class SaeLens(Side):
     """sae_lens' `SAETrainer`, with its defaults for the architecture."""
 
     def __init__(self, task: Task, sample: Float[Tensor, "n d_in"]) -> None:
@@ -180,7 +194,7 @@ class SaeLens:
             return SAE.load_from_disk(folder).eval().requires_grad_(False)
 
 
-SIDES: dict[str, type[Ours] | type[SaeLens]] = {OURS: Ours, SAE_LENS: SaeLens}
+SIDES: dict[str, type[Side]] = {OURS: Ours, SAE_LENS: SaeLens}
 
 
 def _options(task: Task) -> dict[str, Any]:
@@ -232,19 +246,31 @@ class Planted:
 
 
 @torch.no_grad()
-def quality(dictionary: Any, x: Float[Tensor, "n d_in"]) -> dict[str, float]:
-    """Of an inference dictionary on these rows: fraction of variance unexplained (fvu), active latents a row (l0)."""
+def quality(
+    dictionary: Any, x: Float[Tensor, "n d_in"], directions: Float[Tensor, "features d_in"]
+) -> dict[str, float]:
+    """Of an inference dictionary on rows that sum up these directions.
+
+    Returns:
+        fvu: Fraction of variance unexplained.
+        l0: Active latents a row.
+        mmcs: Mean over the directions of the largest cosine with a decoder row (mean max cosine similarity).
+    """
     acts = dictionary.encode(x)
     error = (dictionary.decode(acts) - x).square().sum()
-    fvu = error / (x - x.mean(0)).square().sum()
-    return {"fvu": float(fvu), "l0": float((acts != 0).float().sum(-1).mean())}
+    cosines = directions @ torch.nn.functional.normalize(dictionary.W_dec, dim=-1).T
+    return {
+        "fvu": float(error / (x - x.mean(0)).square().sum()),
+        "l0": float((acts != 0).float().sum(-1).mean()),
+        "mmcs": float(cosines.amax(-1).mean()),
+    }
 
 
 def fit(
-    side: type[Ours] | type[SaeLens],
+    side: type[Side],
     task: Task,
     rows: Callable[[int], Float[Tensor, "batch d_in"]],
-) -> Ours | SaeLens:
+) -> Side:
     """A side trained on the batches of steps 0, 1, ..."""
     made = side(task, rows(0))
     for step in range(task.steps):

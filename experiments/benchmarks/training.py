@@ -282,7 +282,7 @@ def _ms(side: Side, x: Tensor) -> tuple[float, float]:
     return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
 
 
-Figures = dict[str, dict[str, float]]  # by side: fvu, l0
+Figures = dict[str, dict[str, float]]  # by side: fvu, l0, mmcs
 
 
 def compare_quality(config: TrainingBenchmark, rate: float) -> dict[str, Figures]:
@@ -295,7 +295,7 @@ def compare_quality(config: TrainingBenchmark, rate: float) -> dict[str, Figures
         if (side, task) not in known:
             log.info("%s, %s, %s: penalty %.3g", side, task.architecture, task.precision, task.sparsity)
             fitted = fit(SIDES[side], task, lambda step: planted.rows(task.batch, step))
-            known[side, task] = quality(fitted.dictionary(), held_out)
+            known[side, task] = quality(fitted.dictionary(), held_out, planted.directions)
         return known[side, task]
 
     def both(variant: Variant) -> Figures:
@@ -368,8 +368,10 @@ class Found:
             "wall_ratios": {name: median(found) for name, found in walls.items()},
             "spread": {name: [min(found), max(found)] for name, found in ratios.items()},
             "ms": {name: self._ms(name) for name in speed.ours},
-            "fvu": {name: {side: found["fvu"] for side, found in sides.items()} for name, sides in last.items()},
-            "l0": {name: {side: found["l0"] for side, found in sides.items()} for name, sides in last.items()},
+            **{
+                what: {name: {side: found[what] for side, found in sides.items()} for name, sides in last.items()}
+                for what in ("fvu", "l0", "mmcs")
+            },
             "quality_by_rate": {f"{rate:g}": found for rate, found in self.quality.items()},
             "peak_mb": self.memory,
             "auxiliary": speed.auxiliary(),
@@ -386,19 +388,20 @@ class Found:
     def table(self) -> str:
         """What is printed: a row a variant."""
         summary = self.summary()
-        head = ("times sae_lens", "lowest", "highest", "wall", "ms", "theirs", "fvu", "theirs", "MB", "theirs")
+        head = ("times sae_lens", "lowest", "highest", "wall", "ms", "theirs", "MB", "theirs")
         lines = [f"{'':<24}" + "".join(f"{word:>9}" if i else f"{word:>16}" for i, word in enumerate(head))]
         for name in self.speed.ours:
             low, high = summary["spread"][name]
-            ms, fvu, mb = summary["ms"][name], summary["fvu"].get(name), summary["peak_mb"].get(name)
+            ms, mb = summary["ms"][name], summary["peak_mb"].get(name)
             cells = [f"{summary['ratios'][name]:16.2f}", f"{low:9.2f}", f"{high:9.2f}"]
             cells += [f"{summary['wall_ratios'][name]:9.2f}", f"{ms[OURS]:9.1f}", f"{ms[SAE_LENS]:9.1f}"]
-            cells += [f"{fvu[side]:9.4f}" if fvu else f"{'':9}" for side in (OURS, SAE_LENS)]
             cells += [f"{mb[side]:9.0f}" if mb else f"{'':9}" for side in (OURS, SAE_LENS)]
             lines.append(f"{name:<24}" + "".join(cells))
         for rate, found in self.quality.items():
-            ratios = ", ".join(f"{name} {s[OURS]['fvu'] / s[SAE_LENS]['fvu']:.3f}" for name, s in found.items())
-            lines.append(f"fvu, ours / theirs, at learning rate {rate:g}: {ratios}")
+            what = ("fvu", "l0", "mmcs")
+            lines.append(f"{f'learning rate {rate:g}':<24}" + "".join(f"{w:>9}{'theirs':>9}" for w in what))
+            for name, sides in found.items():
+                lines.append(f"{name:<24}" + "".join(f"{sides[s][w]:9.4f}" for w in what for s in (OURS, SAE_LENS)))
         if shares := summary["auxiliary"]:
             lines.append(
                 f"half a dead dictionary adds {shares[OURS]:.0%} to our step, {shares[SAE_LENS]:.0%} to theirs"
