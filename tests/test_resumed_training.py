@@ -214,3 +214,61 @@ def test_overwrite_starts_anew(monkeypatch, model, whole, tmp_path):
     stopped_run(monkeypatch, model, tmp_path, 3)
     train_saes(model, documents(), small(overwrite=True), tmp_path)
     assert_same_run(tmp_path, whole)
+
+
+def test_an_overwriting_run_that_is_stopped_is_gone_on_with(monkeypatch, model, tmp_path):
+    """What is left of the run that it replaces is taken neither for it nor for its result."""
+    first = train_saes(model, documents(), small(tokens=2048), tmp_path)
+    other = small(tokens=2048, lr=1e-3, overwrite=True)
+    stopped_run(monkeypatch, model, tmp_path, 3, other)
+    resumed = train_saes(model, documents(), replace(other, resume=True, overwrite=False), tmp_path)
+    assert resumed.figures != first.figures
+    train_saes(model, documents(), replace(other, overwrite=False), tmp_path.parent / "alone")
+    assert_same_run(tmp_path, tmp_path.parent / "alone")
+    with pytest.raises(UserError, match="another text"):
+        train_saes(model, documents(seed=1), replace(other, resume=True, overwrite=False), tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_does_not_cost_the_whole_ones(tmp_path):
+    tensors = {Site(0): {"weights/W": torch.arange(3.0)}}
+    for tokens in (100, 200):
+        checkpoints.save(tmp_path, Checkpoint(tokens, tensors, {}), keep=2)
+    (tmp_path / checkpoints.FOLDER / f"{200:015d}" / "state.json").write_text("{")
+    checkpoints.save(tmp_path, Checkpoint(150, tensors, {}), keep=1)
+    assert checkpoints.newest(tmp_path).tokens == 150
+
+
+def test_stopped_in_fine_tuning(monkeypatch, model, tmp_path):
+    """Sites that are done are kept; the one under way starts again, and ends alike."""
+    config = small(tokens=2048, sites=["resid_post.0", "resid_post.1"], finetune_tokens=1024, log_every=1)
+    train_saes(model, documents(), config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8 + 6)
+        assert train_saes(model, documents(), config, tmp_path / "run").stopped
+    found = checkpoints.newest(tmp_path / "run")
+    assert found.state["finetuned"] == 1
+    train_saes(model, documents(), replace(config, resume=True), tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_full_disk_at_the_end(monkeypatch, model, whole, tmp_path):
+    from sae_lens.saes.sae import SAE
+    from safetensors import SafetensorError
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAE, "save_model", full)
+        with pytest.raises(UserError, match=r"cannot write the dictionaries .*No space left.*--resume true"):
+            train_saes(model, documents(), small(), tmp_path)
+    train_saes(model, documents(), small(resume=True), tmp_path)
+    assert weights(tmp_path).keys() == weights(whole).keys()
+    assert all(torch.equal(weights(tmp_path)[s][n], v) for s, w in weights(whole).items() for n, v in w.items())
+
+
+def test_a_model_in_training_mode_is_refused(tmp_path):
+    model = tiny_model()
+    model.hf.train()
+    with pytest.raises(UserError, match="training mode"):
+        train_saes(model, documents(), small(), tmp_path)

@@ -102,7 +102,11 @@ class Trained:
             return Outcome({}, 512, stopped=True)
         figures = {site: dict.fromkeys(COLUMNS, config.sae.k + config.lr + site.layer) for site in config.sites_of(3)}
         out.mkdir(parents=True)
-        (out / "summary.json").write_text(json.dumps({"sites": {str(site): row for site, row in figures.items()}}))
+        summary = {
+            "identity": {"config": trainer.settings(config)},
+            "sites": {str(site): row for site, row in figures.items()},
+        }
+        (out / "summary.json").write_text(json.dumps(summary))
         return Outcome(figures, config.tokens)
 
     @property

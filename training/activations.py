@@ -149,11 +149,23 @@ class ActivationStream:
         with self._running:
             yield
 
-    def token_batches(self, seed: int) -> Iterator[Tokens]:
-        """Padded batches of the documents' tokens for other uses, without end, in an order of their own."""
+    def check_evaluated(self, tokens: Tokens) -> None:
+        """Warn where figures of these tokens will be of positions, too, that are not trained on."""
+        evaluated, trained = int(tokens.ordinary.sum()), int(text_positions(tokens, self._special).sum())
+        if trained < evaluated:
+            log.warning(
+                "%d of the %d held-out positions are special tokens, as a chat's markers: a splice acts there, and the "
+                "figures include them, but nothing is trained on them without --special_tokens true",
+                evaluated - trained,
+                evaluated,
+            )
+
+    def token_batches(self, seed: int, size: int) -> Iterator[Tokens]:
+        """Padded batches of at most `size` tokens of the documents for other uses, without end, in an order of their
+        own; a single row may be larger."""
         stream = replace(self, config=replace(self.config, seed=seed), epochs=None)
         for ids, end in stream._read(START):
-            parts = list(token_batches(self.model, ids, self.config.forward_tokens))
+            parts = list(token_batches(self.model, ids, size))
             for i in torch.randperm(len(parts), generator=_generator(seed, "parts", end.round)).tolist():
                 yield parts[i]
 

@@ -45,7 +45,7 @@ class RoundCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to cache {str(self.root)!r} ({error}): give another folder") from error
-        for path in self.root.rglob("*.partial"):
+        for path in self.root.glob("*/*.safetensors.*.partial"):
             if time.time() - _stat(path)[1] > _LEFT_OVER:
                 path.unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ class RoundCache:
         if self._full:
             return
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        used = sum(_stat(path)[0] for path in self.root.rglob("*.*"))
+        used = sum(_stat(path)[0] for path in self.root.glob("*/*.safetensors*"))
         if used + size > self.limit:
             self._stop(f"{used / 1e9:.2f} GB of {self.limit / 1e9:.2f} GB are used")
             return

@@ -71,7 +71,10 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise UserError(
             f"cannot write a checkpoint to {str(folder)!r} ({reason}): make room there and go on with --resume true"
         ) from error
-    for old in _folders(out)[keep:]:
+    # Those of later in the run were damaged, or this one would not have been written.
+    folders = _folders(out)
+    later = [path for path in folders if int(path.name) > checkpoint.tokens]
+    for old in later + folders[len(later) + keep :]:
         shutil.rmtree(old, ignore_errors=True)
     return place
 
@@ -96,6 +99,12 @@ def newest(out: Path, device: str = "cpu") -> Checkpoint | None:
 def any_in(out: Path) -> bool:
     """Whether `out` holds a checkpoint, whole or not."""
     return bool(_folders(out))
+
+
+def clear_parts(out: Path) -> None:
+    """Remove what a process that was killed while it wrote has left behind."""
+    for part in (out / FOLDER).glob(f"{_PART}*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def clear(out: Path) -> None:

@@ -199,7 +199,7 @@ class TrainingConfig:
     eval_tokens: int = 20_000
     eval_every: int = 0
     log_every: int = 50
-    checkpoint_every: int = 0
+    checkpoint_every: int = 2_000_000
     keep_checkpoints: int = 2
     seed: int = 0
     device: str = "cpu"

@@ -66,8 +66,8 @@ class _Rule:
     def at(self: _Self, latents: Tensor) -> _Self:
         return self
 
-    def priced(self: _Self, codes: tuple[Tensor, ...]) -> _Self:
-        """With the price of the batch, now that its values are known."""
+    def priced(self: _Self, codes: tuple[Tensor, ...], ranks: Ranks) -> _Self:
+        """With the price that the batch of all processes gives."""
         return self
 
 
@@ -93,11 +93,13 @@ class _Standard(_Rule):
         """The summed charge, before its price."""
         return codes[0].sum()
 
-    def priced(self, codes: tuple[Tensor, ...]) -> "_Standard":
+    def priced(self, codes: tuple[Tensor, ...], ranks: Ranks) -> "_Standard":
         if self.p is None:
             return self
         acts = codes[0].float()
-        return replace(self, price=self.price * acts.sum() / torch.pow(acts, self.p).sum().clamp(min=1e-30))
+        sums = torch.stack([acts.sum(), torch.pow(acts, self.p).sum().clamp(min=1e-30)])
+        ranks.mean_([sums])
+        return replace(self, price=self.price * sums[0] / sums[1])
 
     def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
         """Gradients of pre (as `b_enc`) and of each latent's own weights at every value, from those of the codes."""
@@ -237,7 +239,7 @@ def standard(
 ) -> Step:
     """A step of the standard SAE. Losses: mse, sparsity (L1, or while `now.p` is below 1 as `_Standard` has it)."""
     p = x.new_tensor(now.p, dtype=torch.float32) if now.p < 1 else None
-    return _step(_Standard(weights["b_enc"], _price(now, x), p), weights, x, config, passes)
+    return _step(_Standard(weights["b_enc"], _price(now, x), p), weights, x, config, ranks, passes)
 
 
 def gated(
@@ -253,7 +255,7 @@ def gated(
     As in sae_lens, the auxiliary loss reaches the decoder, too.
     """
     rule = _Gated(None, _price(now, x), weights["b_gate"], weights["b_mag"], weights["r_mag"].exp())
-    return _step(rule, weights, x, config, passes)
+    return _step(rule, weights, x, config, ranks, passes)
 
 
 def jumprelu(
@@ -266,7 +268,7 @@ def jumprelu(
 ) -> Step:
     """A step of the JumpReLU SAE; thresholds are 0 or more. Losses: mse, sparsity (`config.penalty`)."""
     rule = _JumpReLU(weights["b_enc"], _price(now, x), weights["threshold"], config)
-    return _step(rule, weights, x, config, passes)
+    return _step(rule, weights, x, config, ranks, passes)
 
 
 def compiled(step: StepFunction) -> StepFunction:
@@ -293,7 +295,7 @@ def _price(now: Moment, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _step(rule: _Rules, weights: Weights, x: Tensor, config: SAEConfig, passes: _Passes) -> Step:
+def _step(rule: _Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: Ranks, passes: _Passes) -> Step:
     dtype = product_dtype(config, x.device)
     on_cpu = x.device.type == "cpu"
     size = max(1, (_CHUNK if on_cpu else _CHUNK_ELSEWHERE) // (4 * len(weights["W_enc"])))
@@ -309,9 +311,9 @@ def _step(rule: _Rules, weights: Weights, x: Tensor, config: SAEConfig, passes: 
     chunks = chain([first], chunks)
     few = on_cpu and torch.count_nonzero(first[1] >= rule.low) <= _SPARSE_UP_TO[dtype] * first[1].numel()
     if few:
-        sums = _sparse(rule, encoder, chunks, weights["W_dec"])
+        sums = _sparse(rule, encoder, chunks, weights["W_dec"], ranks)
     else:
-        sums = _dense(rule, encoder, chunks, weights["W_dec"].to(dtype), passes)
+        sums = _dense(rule, encoder, chunks, weights["W_dec"].to(dtype), ranks, passes)
     losses = {"mse": sums["squares_0"] / len(x), "sparsity": rule.price * sums["charge"]}
     if isinstance(rule, _Gated):
         losses["auxiliary"] = sums["squares_1"] / len(x)
@@ -325,6 +327,7 @@ def _dense(
     encoder: Encoder,
     chunks: Iterable[tuple[int, Tensor]],
     W_dec: Shaped[Tensor, "d_sae d_in"],
+    ranks: Ranks,
     passes: _Passes,
 ) -> dict[str, Tensor]:
     """All products as dense ones; sums over the batch of the gradients, by name, and of what else a step tells."""
@@ -348,14 +351,18 @@ def _dense(
             slope = slope.to(W_dec.dtype)
             add(W_dec=product(slope.T, code.T))
             grads.append(product(slope, W_dec))
-        add(**passes.backward(rule.priced(codes), pre, tuple(grads), l0))
+        add(**passes.backward(rule.priced(codes, ranks), pre, tuple(grads), l0))
         add(W_enc=product(centred.to(W_dec.dtype).T, grads[0].T))
     # oneDNN is quickest at weight gradients of shape [d_in, d_sae].
     return sums | {name: sums[name].T.contiguous() for name in ("W_enc", "W_dec")}
 
 
 def _sparse(
-    rule: _Rules, encoder: Encoder, chunks: Iterable[tuple[int, Tensor]], W_dec: Float[Tensor, "d_sae d_in"]
+    rule: _Rules,
+    encoder: Encoder,
+    chunks: Iterable[tuple[int, Tensor]],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     """As `_dense`, with those values alone that can differ from 0 or have a gradient."""
     batch, d_sae = len(encoder.x), len(W_dec)
@@ -385,7 +392,7 @@ def _sparse(
         slopes.append(residual.mul_(2 / batch))
         # The gradient of the codes: dot products of slopes and decoder rows, at these places.
         grads.append(aten._embedding_bag_per_sample_weights_backward(slopes[-1], W_dec, latents, bags, rows, 0))
-    parts = local.priced(codes).gradients(value, tuple(grads), l0[rows])
+    parts = local.priced(codes, ranks).gradients(value, tuple(grads), l0[rows])
 
     order, ends = ordered(latents, d_sae)
     gathered = partial(embedding_bag, rows[order], offsets=ends, mode="sum", include_last_offset=True)

@@ -223,6 +223,7 @@ def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) ->
             config.buffer * d_in * width * (2 if config.prefetch else 1)
         ),
         "first batches": 4 * first * d_in,
+        "copies of the dictionaries in an evaluation": 4 * weights,
         "logits of an evaluation": _EVALUATED_RUNS * rows * config.context * widest * width,
     }
 

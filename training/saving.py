@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
@@ -39,22 +41,42 @@ def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> No
     check_writable(out)
 
 
-def finished(
-    out: Path, sites: Sequence[Site], settings: Mapping[str, Any] | None = None
-) -> dict[Site, dict[str, float]] | None:
-    """The metrics of a run that is complete, or None.
+@dataclass(frozen=True)
+class Finished:
+    """A run that is complete: the metrics of its sites, and what they follow from (`Run.identity`)."""
 
-    Raises:
-        UserError: it is complete, and was made with other settings than these.
-    """
+    figures: dict[Site, dict[str, float]]
+    identity: dict[str, Any]
+
+
+def finished(out: Path, sites: Sequence[Site]) -> Finished | None:
+    """The complete run in `out`, or None; an unfinished one that was begun in its place leaves none."""
+    if checkpoints.any_in(out):
+        return None
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        found = {site: summary["sites"][str(site)] for site in sites}
+        return Finished({site: summary["sites"][str(site)] for site in sites}, summary["identity"])
     except (OSError, ValueError, KeyError):
         return None
-    if settings is not None:
-        check_settings(summary.get("settings", {}), settings, out)
-    return found
+
+
+def begin(out: Path, overwrite: bool) -> None:
+    """Give up what an earlier run left, where this is asked for: its dictionaries stay until the new ones are there.
+
+    Without its summary it is complete no longer, so that nobody takes it for the new run once that is interrupted.
+    """
+    checkpoints.clear_parts(out)
+    if overwrite:
+        checkpoints.clear(out)
+        (out / SUMMARY).unlink(missing_ok=True)
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Raises UserError where what is in `out` is of other settings, text or model than a run that would go on there."""
+    for what in ("model", "text"):
+        if before[what] != now[what]:
+            raise UserError(f"{str(out)!r} holds a run of another {what}: {REMEDY}")
+    check_settings(before["config"], now["config"], out)
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
@@ -83,6 +105,7 @@ def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -
         "dataset_path": config.data,
         "dataset_documents": documents,
         "training_tokens": config.steps * config.batch_size,
+        "finetuning_tokens": config.finetune_tokens,
         "context_size": config.context,
         "prepend_bos": bool(sample) and sample[0] == model.bos_id,
         "normalization": "activations were scaled to a mean norm of sqrt(d_in); the scale is folded into the biases",
@@ -97,7 +120,7 @@ def write(
     figures: Mapping[Site, Mapping[str, float]],
     about: Mapping[str, Any],
     config: TrainingConfig,
-    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
 ) -> None:
     """Save dictionaries, metrics, summary and config: into a folder beside their place first, then moved there.
 
@@ -117,15 +140,18 @@ def write(
         (part / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         sites = {str(site): dict(row) for site, row in figures.items()}
         seconds = sum(row["seconds"] for row in figures.values())
-        _json(part / SUMMARY, {**about, "settings": settings, "seconds": seconds, "sites": sites})
+        _json(part / SUMMARY, {**about, "identity": identity, "seconds": seconds, "sites": sites})
         # The summary goes last: where it is, all of it is.
         for made in sorted(part.iterdir(), key=lambda path: path.name == SUMMARY):
             place = out / made.name
             if place.is_dir():
                 shutil.rmtree(place)
             made.replace(place)
-    except OSError as error:
-        raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): choose another --out") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot write the dictionaries to {str(out)!r} ({reason}): make room there and go on with --resume true"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -53,6 +53,7 @@ class Encoder:
         rows: Rows of a chunk.
         columns: Latents whose pre-activations are to be kept, or None.
         n_kept: Of so many rows, the first ones.
+        mean_kept: Rows that a process keeps on average over all of them.
         kept: What was kept in the last walk through the chunks.
     """
 
@@ -62,6 +63,7 @@ class Encoder:
     rows: int
     columns: Int[Tensor, "columns"] | None = None
     n_kept: int = 0
+    mean_kept: float = 0.0
     kept: list[Float[Tensor, "_ columns"]] = field(default_factory=list)
 
     @classmethod

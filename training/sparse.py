@@ -25,13 +25,13 @@ from training.steps import Moment, Step, Weights
 
 def topk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
     """The step of a TopK dictionary: the `config.k` largest latents of each position are active, where positive."""
-    encoder = _encoder(weights, x, config, now)
+    encoder = _encoder(weights, x, config, now, ranks)
     return _step(weights, encoder, select_rows(encoder, config.k), config, [len(weights["W_dec"])])
 
 
 def batchtopk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
     """The step of a BatchTopK dictionary: `config.k` latents are active on average, over all processes' batches."""
-    encoder = _encoder(weights, x, config, now)
+    encoder = _encoder(weights, x, config, now, ranks)
     entries, smallest = select_batch(encoder, config.k, ranks)
     return _step(weights, encoder, entries, config, [len(weights["W_dec"])], smallest)
 
@@ -41,7 +41,7 @@ def matryoshka(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConf
 
     The loss has a term `mse_WIDTH` for every inner level.
     """
-    encoder = _encoder(weights, x, config, now)
+    encoder = _encoder(weights, x, config, now, ranks)
     entries, smallest = select_batch(encoder, config.k, ranks)
     return _step(weights, encoder, entries, config, config.widths(len(weights["W_dec"])), smallest)
 
@@ -63,10 +63,13 @@ class Share:
     errors: Float[Tensor, "bags d_in"]
 
 
-def _encoder(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment) -> Encoder:
+def _encoder(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Encoder:
     encoder = Encoder.of(weights, x, config)
     if now.dead is not None and config.aux_coefficient and bool(now.dead.any()):
-        encoder.columns, encoder.n_kept = now.dead.nonzero().squeeze(1), math.ceil(config.aux_share * len(x))
+        encoder.columns = now.dead.nonzero().squeeze(1)
+        # The first rows of the batch of all processes, which is dealt out to them one row after the other.
+        rows = max(ranks.size, math.ceil(config.aux_share * len(x) * ranks.size))
+        encoder.n_kept, encoder.mean_kept = -((ranks.rank - rows) // ranks.size), rows / ranks.size
     return encoder
 
 
@@ -137,8 +140,8 @@ def _auxiliary(
     place = largest(pre, k)
     latent, value = dead[place], pre.gather(1, place)
     errors = embedding_bag(latent, W_dec, per_sample_weights=value, mode="sum").sub_(residual)
-    loss = errors.square().sum() * (weight / len(pre))
-    errors.mul_(2 * weight / len(pre))
+    loss = errors.square().sum() * (weight / encoder.mean_kept)
+    errors.mul_(2 * weight / encoder.mean_kept)
     # With so many entries a row, one dense product is cheaper than the dots of each of them.
     dtype = product_dtype(config, W_dec.device)
     pulls = product(errors.to(dtype), W_dec.index_select(0, dead).to(dtype)).gather(1, place).float()

@@ -184,12 +184,13 @@ def _write(every: Sequence[Point], n_layers: int, config: TrainingConfig) -> lis
 
 def _finished(every: Sequence[Point], n_layers: int) -> list[dict[str, Any]]:
     from training import saving
+    from training.trainer import settings
 
     runs = []
     for point in every:
-        figures = saving.finished(point.config.out, point.config.sites_of(n_layers))
-        if figures is not None:
-            sites = {str(site): row for site, row in figures.items()}
+        done = saving.finished(point.config.out, point.config.sites_of(n_layers))
+        if done is not None and done.identity["config"] == json.loads(json.dumps(settings(point.config))):
+            sites = {str(site): row for site, row in done.figures.items()}
             runs.append({"name": point.name, "values": dict(point.values), "sites": sites})
     return runs
 

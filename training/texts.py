@@ -204,7 +204,6 @@ def split(documents: Iterable[str] | Streamed, share: float, seed: int) -> tuple
         UserError: there are fewer than two different documents.
     """
     documents = as_documents(documents)
-    documents = as_documents(documents)
     if isinstance(documents, Streamed):
         return _split_stream(documents, share)
     digests = np.fromiter(map(digest, documents), dtype=np.uint64, count=len(documents))
@@ -226,9 +225,10 @@ def _split_stream(documents: Streamed, share: float) -> tuple[Streamed, list[str
         if characters >= _FIRST_CHARACTERS and len(different) > 1:
             break
     held = list(different.items())[: _held(len(different), share)]
-    mark = _hash(documents.fingerprint.encode() + np.array(list(different), dtype=np.uint64).tobytes())
     mixed = max(1, min(_MIXED_DOCUMENTS, _MIXED_CHARACTERS * read // characters))
     apart = documents.held_out | {key for key, _ in held}
+    facts = [len(different), *different, *sorted(apart)]
+    mark = _hash(documents.fingerprint.encode() + np.array(facts, dtype=np.uint64).tobytes())
     return replace(documents, held_out=apart, mixed=mixed, fingerprint=mark), [text for _, text in held]
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -14,7 +14,7 @@ import torch
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.models import LanguageModel, Tokens
+from saepatch.models import LanguageModel, Tokens, refuse_training
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
 from training import checkpoints, saving
@@ -79,14 +79,17 @@ def train_saes(
     sites = config.sites_of(model.n_layers)
     check_model(model, sites, config, ranks)
     saving.check_folder(out, sites, config)
-    if config.resume and (done := saving.finished(out, sites, settings(config))) is not None:
-        log.info("%s is finished already", out)
-        return Outcome(done, config.steps * config.batch_size)
+    refuse_training(model)
     train, held_out = split(as_documents(texts), config.held_out, config.seed)
     stream = ActivationStream(model, train, sites, config, ranks)
-    run = Run.begin(model, sites, config, out, ranks, stream)
-    tokens = held_out_tokens(model, held_out, config.context, config.eval_tokens)
-    run.held_out = tokens
+    run = Run(model, sites, config, out, ranks, stream)
+    if config.resume and (done := saving.finished(out, sites)) is not None:
+        saving.check_identity(done.identity, run.identity(), out)
+        log.info("%s is finished already", out)
+        return Outcome(done.figures, config.steps * config.batch_size)
+    run.begin()
+    run.held_out = held_out_tokens(model, held_out, config.context, config.eval_tokens)
+    stream.check_evaluated(run.held_out)
     with ExitStack() as stack:
         if ranks.first:
             opened = open_tracker(
@@ -95,19 +98,22 @@ def train_saes(
                 run=out.name,
                 config=config.to_dict(),
                 run_id=run.run_id,
-                resume_from=run.tokens if run.learners else None,
+                resume_from=run.logged if run.learners else None,
             )
             run.tracker = stack.enter_context(opened)
         with deferred_signals() as asked:
             run.asked = asked
             if not (run.fit() and run.finetune()):
                 return Outcome({}, run.tokens, stopped=True)
-        return Outcome(run.finish(len(train) if isinstance(train, Sequence) else None), run.tokens)
+            return Outcome(run.finish(len(train) if isinstance(train, Sequence) else None), run.tokens)
 
 
 @dataclass(eq=False)
 class Run:
-    """A run under way: what a checkpoint holds, and what it needs beside that."""
+    """A run under way: what a checkpoint holds, and what it needs beside that.
+
+    `finetuned` counts the sites whose fine-tuning is done.
+    """
 
     model: LanguageModel
     sites: Sequence[Site]
@@ -119,45 +125,41 @@ class Run:
     position: Position = field(default_factory=Position)
     step: int = 0
     seconds: float = 0.0
+    finetuned: int = 0
     run_id: str | None = None
     tracker: Tracker = field(init=False)
     held_out: Tokens = field(init=False)
     asked: Asked = field(init=False)
 
-    @classmethod
-    def begin(
-        cls,
-        model: LanguageModel,
-        sites: Sequence[Site],
-        config: TrainingConfig,
-        out: Path,
-        ranks: Ranks,
-        stream: ActivationStream,
-    ) -> "Run":
-        """A new run, or the one that the newest checkpoint is of.
+    def begin(self) -> None:
+        """Begin anew, or where the newest checkpoint is.
 
         Raises:
             UserError: that checkpoint is of a run with other settings, another model or other text.
         """
-        run = cls(model, sites, config, out, ranks, stream)
-        found = checkpoints.newest(out, str(model.device)) if config.resume else None
+        found = checkpoints.newest(self.out, str(self.model.device)) if self.config.resume else None
+        if self.ranks.first:
+            saving.begin(self.out, self.config.overwrite and found is None)
         if found is None:
-            if config.overwrite and ranks.first:
-                checkpoints.clear(out)
-            return run
+            return
         state = found.state
-        _check_same(state, run._identity(), out)
-        run.step, run.seconds, run.run_id = state["step"], state["seconds"], state["run_id"]
-        run.position = Position(**state["position"])
-        run.learners = {
-            site: Learner.restored(found.tensors[site], state["learners"][str(site)], config) for site in sites
+        saving.check_identity(state, self.identity(), self.out)
+        self.step, self.seconds, self.run_id = state["step"], state["seconds"], state["run_id"]
+        self.position, self.finetuned = Position(**state["position"]), state["finetuned"]
+        self.learners = {
+            site: Learner.restored(found.tensors[site], state["learners"][str(site)], self.config)
+            for site in self.sites
         }
         log.info("going on after %s tokens", f"{found.tokens:,}")
-        return run
 
     @property
     def tokens(self) -> int:
         return self.step * self.config.batch_size
+
+    @property
+    def logged(self) -> int:
+        """Where the log is once what is done so far is in it: tokens, those of fine-tuning after the others."""
+        return self.tokens + self.finetuned * self.config.finetune_tokens
 
     def fit(self) -> bool:
         """The training loop: every site takes a step on each batch of the stream. False if it was asked to stop.
@@ -212,8 +214,8 @@ class Run:
                 loss = sum(float(term) for term in found.losses.values())
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"the loss at {site} is {loss} at step {self.step}: lower lr (it is {self.config.lr}) and "
-                        "start anew with --overwrite true, or go on from the last checkpoint with --resume true"
+                        f"the loss at {site} is {loss} at step {self.step}: start anew with --overwrite true and a "
+                        f"lower lr (it is {self.config.lr})"
                     )
             if logged:
                 figures[site] = learner.figures(batch[site], found)
@@ -249,6 +251,8 @@ class Run:
             return
         with self.stream.paused():  # its thread would run the model inside the splices
             found = evaluate_all(self.model, list(self._dictionaries().values()), self.held_out)
+        for site, seen in zip(self.learners, found, strict=True):
+            self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.tokens)
         figures = {
             f"{site}/eval/{name}": value
             for site, seen in zip(self.learners, found, strict=True)
@@ -267,7 +271,9 @@ class Run:
         if not config.finetune_tokens:
             return True
         start = time.monotonic() - self.seconds
-        for site, learner in self.learners.items():
+        size = max(1, min(config.forward_tokens, config.batch_size) // self.ranks.size)
+        each = list(self.learners.items())
+        for site, learner in each[self.finetuned :]:
             if learner.average is not None:
                 learner.weights, learner.average = learner.average, None
             parameters = [value.requires_grad_(True) for value in learner.weights.values()]
@@ -276,19 +282,21 @@ class Run:
                 site,
                 reconstruction(learner.weights, learner.scale, learner.threshold, config.sae),
                 parameters,
-                islice(self.stream.token_batches(config.seed + 1), self.ranks.rank, None, self.ranks.size),
+                islice(self.stream.token_batches(config.seed + 1, size), self.ranks.rank, None, self.ranks.size),
                 config,
                 learner.constrain,
                 self.ranks,
             )
             for step, figures in enumerate(steps):
                 if step % config.log_every == 0 and self.ranks.first:
-                    self.tracker.log({f"{site}/finetune/{name}": x for name, x in figures.items()}, step=self.tokens)
+                    at = self.logged + min(round(figures["tokens"]), config.finetune_tokens)
+                    self.tracker.log({f"{site}/finetune/{name}": x for name, x in figures.items()}, step=at)
                 if self._asked_to_stop():
-                    return False  # the checkpoint of the end of training is there; fine-tuning starts again from it
+                    return False  # of this site, fine-tuning starts again
             for value in parameters:
                 value.requires_grad_(False)
-        self.seconds = time.monotonic() - start
+            self.finetuned, self.seconds = self.finetuned + 1, time.monotonic() - start
+            self.save()
         return True
 
     def finish(self, documents: int | None) -> dict[Site, dict[str, float]]:
@@ -299,11 +307,13 @@ class Run:
         # All sites are trained in one loop, so each is charged an equal part of its time.
         cost = {"tokens": self.tokens, "seconds": self.seconds / len(self.sites)}
         figures = {}
-        for site, seen in zip(dictionaries, evaluate_all(self.model, list(dictionaries.values()), self.held_out)):
+        with self.stream.paused():  # a thread that was slow to end
+            found = evaluate_all(self.model, list(dictionaries.values()), self.held_out)
+        for site, seen in zip(dictionaries, found, strict=True):
             figures[site] = {**seen.figures, **cost}
-            self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.tokens)
+            self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.logged)
         about = saving.notes(self.model, self.config, documents)
-        saving.write(self.out, dictionaries, figures, about, self.config, settings(self.config))
+        saving.write(self.out, dictionaries, figures, about, self.config, self.identity())
         self.tracker.summarise(
             {f"{site}/{name}": value for site, row in figures.items() for name, value in row.items()}
         )
@@ -324,8 +334,9 @@ class Run:
             if not all(bool(value.isfinite().all()) for value in learner.weights.values()):
                 raise UserError(f"the weights are not finite at step {self.step}: lower lr (it is {self.config.lr})")
         state = {
-            **self._identity(),
+            **self.identity(),
             "step": self.step,
+            "finetuned": self.finetuned,
             "seconds": self.seconds,
             "run_id": self.tracker.run_id,
             "position": asdict(self.position),
@@ -334,8 +345,8 @@ class Run:
         tensors = {site: learner.tensors() for site, learner in self.learners.items()}
         checkpoints.save(self.out, Checkpoint(self.tokens, tensors, state), self.config.keep_checkpoints)
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that goes on from it must agree in."""
+    def identity(self) -> dict[str, Any]:
+        """What a run and one that goes on with it must agree in."""
         return {"config": settings(self.config), "model": self.model.fingerprint, "text": self.stream.fingerprint}
 
 
@@ -343,13 +354,6 @@ def settings(config: TrainingConfig) -> dict[str, Any]:
     """What a run learns depends on, by name; those of the dictionary as `sae.NAME`."""
     flat = {name: value for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
     return flat | {f"sae.{name}": value for name, value in flat.pop("sae").items()}
-
-
-def _check_same(state: Mapping[str, Any], identity: Mapping[str, Any], out: Path) -> None:
-    for what in ("model", "text"):
-        if state[what] != identity[what]:
-            raise UserError(f"the checkpoint in {str(out)!r} is of another {what}: {saving.REMEDY}")
-    saving.check_settings(state["config"], identity["config"], out)
 
 
 def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingConfig, ranks: Ranks = ALONE) -> None:

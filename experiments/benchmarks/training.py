@@ -319,17 +319,17 @@ def at_l0(l0: float, figures: Callable[[float], dict[str, float]], runs: int = 6
     penalty, found = 1.0, figures(1.0)
     tried = [(penalty, found)]
     for _ in range(runs - 1):
-        away = math.log(found["l0"] / l0)
+        away = math.log(max(found["l0"], 1e-3) / l0)
         if abs(away) <= 0.02:
             break
         slope = -0.7
         if len(tried) > 1:
             (a, of_a), (b, of_b) = tried[-2:]
-            slope = min(-0.2, math.log(of_b["l0"] / of_a["l0"]) / math.log(b / a))
+            slope = min(-0.2, math.log(max(of_b["l0"], 1e-3) / max(of_a["l0"], 1e-3)) / math.log(b / a))
         penalty *= math.exp(-away / slope)
         found = figures(penalty)
         tried.append((penalty, found))
-    return min((of for _, of in tried), key=lambda of: abs(math.log(of["l0"] / l0)))
+    return min((of for _, of in tried), key=lambda of: abs(math.log(max(of["l0"], 1e-3) / l0)))
 
 
 def measure_memory(config: TrainingBenchmark) -> dict[str, dict[str, float]]:
