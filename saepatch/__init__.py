@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from saepatch.errors import UserError as UserError
     from saepatch.hooks import SpliceError as SpliceError
     from saepatch.interventions import Ablate as Ablate
+    from saepatch.interventions import AtLeast as AtLeast
     from saepatch.interventions import Clamp as Clamp
     from saepatch.interventions import Patch as Patch
-    from saepatch.interventions import Restore as Restore
     from saepatch.interventions import Steer as Steer
     from saepatch.models import LanguageModel as LanguageModel
     from saepatch.models import load_model as load_model
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from saepatch.prompts import resampled as resampled
     from saepatch.quality import latent_statistics as latent_statistics
     from saepatch.quality import splice_quality as splice_quality
+    from saepatch.restoring import CleanMeans as CleanMeans
+    from saepatch.restoring import CleanPrompts as CleanPrompts
+    from saepatch.restoring import OtherModel as OtherModel
+    from saepatch.restoring import Restore as Restore
     from saepatch.safety import restore as restore
     from saepatch.sites import Site as Site
     from saepatch.splicing import record_latents as record_latents
@@ -65,9 +69,9 @@ _HOME = {
     "UserError": "errors",
     "SpliceError": "hooks",
     "Ablate": "interventions",
+    "AtLeast": "interventions",
     "Clamp": "interventions",
     "Patch": "interventions",
-    "Restore": "interventions",
     "Steer": "interventions",
     "LanguageModel": "models",
     "load_model": "models",
@@ -83,6 +87,10 @@ _HOME = {
     "resampled": "prompts",
     "latent_statistics": "quality",
     "splice_quality": "quality",
+    "CleanMeans": "restoring",
+    "CleanPrompts": "restoring",
+    "OtherModel": "restoring",
+    "Restore": "restoring",
     "restore": "safety",
     "Site": "sites",
     "record_latents": "splicing",

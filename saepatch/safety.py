@@ -10,9 +10,10 @@ from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.interventions import Patch, Restore
+from saepatch.interventions import Patch
 from saepatch.models import LanguageModel
 from saepatch.prompts import PromptPair, batch_pairs
+from saepatch.restoring import CleanPrompts, Restore
 from saepatch.splicing import record_latents, splice, whole_prompt
 
 Outcome = Literal["refuse", "comply", "degenerate"]
@@ -126,6 +127,6 @@ def restore(
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
         donors = tuple(pair.clean for pair in part)
-        with splice(model, dictionary, Restore(donors, None if latents is None else tuple(latents), template)):
+        with splice(model, dictionary, Restore(CleanPrompts(donors, template), latents)):
             texts += model.generate([pair.corrupted for pair in part], max_new_tokens)
     return texts

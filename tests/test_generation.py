@@ -5,7 +5,8 @@ import torch
 from tiny import random_dictionary, tiny_model
 
 from saepatch.errors import UserError
-from saepatch.interventions import Patch, Restore, Steer
+from saepatch.interventions import Patch, Steer
+from saepatch.restoring import CleanPrompts, Restore
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 
@@ -68,21 +69,24 @@ def test_restoring_everything_from_the_donor(use_cache):
 
     wanted = model.generate_ids(model.tokenize(donors, "left"), 10)
     assert not torch.equal(run(), wanted)
-    with splice(model, dictionary, Restore(tuple(donors), template=3)):
+    with splice(model, dictionary, Restore(CleanPrompts(tuple(donors), template=3))):
         assert torch.equal(run(), wanted)
-    with splice(model, dictionary, Restore(tuple(recipients), template=3)):
+    with splice(model, dictionary, Restore(CleanPrompts(tuple(recipients), template=3))):
         restored_from_itself = run()
     assert torch.equal(restored_from_itself, run())
 
 
 def test_restore_refuses_what_it_cannot_follow():
     model, dictionary = tiny_model(), random_dictionary()
-    with pytest.raises(UserError, match="num_beams=1"), splice(model, dictionary, Restore(("abc",))):
+    with pytest.raises(UserError, match="num_beams=1"), splice(model, dictionary, Restore(CleanPrompts(("abc",)))):
         tokens = model.tokenize(["abc"])
         model.hf.generate(input_ids=tokens.input_ids, num_beams=2, max_new_tokens=3, pad_token_id=2)
-    with pytest.raises(UserError, match="2 donor prompts for 1"), splice(model, dictionary, Restore(("abc", "d"))):
+    with (
+        pytest.raises(UserError, match="2 donor prompts for 1"),
+        splice(model, dictionary, Restore(CleanPrompts(("abc", "d")))),
+    ):
         model.next_logits(model.tokenize(["abc"]))
-    with pytest.raises(UserError, match="side='left'"), splice(model, dictionary, Restore(("abc", "d"))):
+    with pytest.raises(UserError, match="side='left'"), splice(model, dictionary, Restore(CleanPrompts(("abc", "d")))):
         model.next_logits(model.tokenize(["abc", "d"], "right"))
 
 
@@ -103,10 +107,10 @@ def test_nested_splices_leave_a_donor_alone():
     model = tiny_model()
     below, above = random_dictionary("resid_post.0"), random_dictionary("resid_post.1", seed=1)
     tokens = model.tokenize(["abcdef"], "left")
-    donor = Restore(("xyzxyzxyz",), template=2)
+    donor = Restore(CleanPrompts(("xyzxyzxyz",), template=2))
     with splice(model, below, Steer(3, 5.0)), splice(model, above, donor):
         nested = model.next_logits(tokens)
-    both = [Steer(3, 5.0, site=Site(0)), Restore(("xyzxyzxyz",), template=2, site=Site(1))]
+    both = [Steer(3, 5.0, site=Site(0)), Restore(CleanPrompts(("xyzxyzxyz",), template=2), site=Site(1))]
     with splice(model, [below, above], both):
         torch.testing.assert_close(model.next_logits(tokens), nested)
 
@@ -114,7 +118,7 @@ def test_nested_splices_leave_a_donor_alone():
 def test_a_donor_never_lends_its_bos():
     model, dictionary = tiny_model(), random_dictionary()
     with pytest.raises(UserError, match="2 tokens beside BOS"):
-        with splice(model, dictionary, Restore(("xy",), template=3)):
+        with splice(model, dictionary, Restore(CleanPrompts(("xy",), template=3))):
             model.next_logits(model.tokenize(["abcdefg"], "left"))
 
 
@@ -138,7 +142,10 @@ def test_prompts_in_chunks_and_guessed_tokens_are_refused():
     options = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "pad_token_id": 2}
     with pytest.raises(UserError, match="in one pass"), splice(model, dictionary, Steer(3, 1.0, positions="last")):
         model.hf.generate(**options, max_new_tokens=3, prefill_chunk_size=4)
-    with pytest.raises(UserError, match="without an assistant"), splice(model, dictionary, Restore(("abc",))):
+    with (
+        pytest.raises(UserError, match="without an assistant"),
+        splice(model, dictionary, Restore(CleanPrompts(("abc",)))),
+    ):
         model.hf.generate(**options, max_new_tokens=3, prompt_lookup_num_tokens=3)
 
 
