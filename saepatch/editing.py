@@ -43,7 +43,9 @@ class SiteEdit:
         if not self.whole and all(ids is not None for ids in wanted):
             self.ids = sorted({latent for ids in wanted for latent in ids or ()})
             place = {latent: number for number, latent in enumerate(self.ids)}
-            self._columns = [[place[latent] for latent in ids or ()] for ids in wanted]
+            everything = list(range(len(self.ids)))
+            columns = [[place[latent] for latent in ids or ()] for ids in wanted]
+            self._columns = [slice(None) if some == everything else some for some in columns]
         self._rows = self.dictionary.rows if self.ids is None else self.dictionary.rows[self.ids]
         only_added = all(isinstance(intervention, Steer) for intervention in self.interventions)
         self.blind = self.ids is not None and only_added and not self.dictionary.normalises
@@ -88,9 +90,13 @@ class SiteEdit:
     ) -> Float[Tensor, "batch pos k"]:
         for intervention, columns, chosen in zip(self.interventions, self._columns, where, strict=True):
             if chosen is not None:
-                old, new = acts[..., columns], acts.clone()
-                new[..., columns] = torch.where(chosen, intervention.edit(old, seen), old)
-                acts = new
+                old = acts[..., columns]
+                new = torch.where(chosen, intervention.edit(old, seen), old)
+                if columns == slice(None):
+                    acts = new
+                else:
+                    acts = acts.clone()
+                    acts[..., columns] = new
         return acts
 
     def _through(
