@@ -170,13 +170,14 @@ def test_bos_and_padding_are_never_touched_while_generating():
         touched.append(args[0].detach().clone())
 
     handle = model.layout.blocks[2].register_forward_pre_hook(look)
-    for positions in (None, "all", 0):
+    for positions in (None, "all", 0, "every"):
         steer = Steer(3, 0.0) if positions is None else Steer(3, 1e3, positions=positions)
         with splice(model, dictionary, steer):
             generated(model, tokens, 2)
     handle.remove()
-    plain, everywhere, first = touched[0::2]
+    plain, everywhere, first, every = touched[0::2]
     assert torch.equal((everywhere - plain).abs().amax(-1) > 1, tokens.ordinary)
+    assert torch.equal((every - plain).abs().amax(-1) > 1, tokens.attention_mask.bool())
     assert torch.equal((first - plain).abs().amax(-1) > 1, (tokens.input_ids == 0) & tokens.attention_mask.bool())
 
 
