@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from saepatch.restoring import OtherModel as OtherModel
     from saepatch.restoring import Restore as Restore
     from saepatch.safety import restore as restore
+    from saepatch.safety_latents import clean_means as clean_means
+    from saepatch.safety_latents import find_safety_latents as find_safety_latents
     from saepatch.sites import Site as Site
     from saepatch.splicing import record_latents as record_latents
     from saepatch.splicing import splice as splice
@@ -92,6 +94,8 @@ _HOME = {
     "OtherModel": "restoring",
     "Restore": "restoring",
     "restore": "safety",
+    "clean_means": "safety_latents",
+    "find_safety_latents": "safety_latents",
     "Site": "sites",
     "record_latents": "splicing",
     "splice": "splicing",

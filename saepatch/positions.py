@@ -20,8 +20,9 @@ class At:
 
 
 # "all": prompt and generated tokens. "prompt", "generated", and "last" (the prompt's last token). None of these holds
-# padding or BOS. "every": all tokens, BOS among them. An int, a span (slice) or several ints count the prompt's own tokens from 0 (a BOS counts, padding
-# does not) or back from -1, and reach the BOS when they name it. A bool tensor [batch, pos] is taken as it is.
+# padding or BOS. "every": all tokens, BOS among them. An int, a span (slice) or several ints count the prompt's own
+# tokens from 0 (a BOS counts, padding does not) or back from -1, and reach the BOS when they name it. A bool tensor
+# [batch, pos] is taken as it is.
 Positions = str | int | slice | Sequence[int] | At | Tensor
 NAMED = ("all", "prompt", "generated", "last", "every")
 

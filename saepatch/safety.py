@@ -1,7 +1,9 @@
-"""Safety latents: find those that a jailbreak changes, restore them, and count refusals honestly."""
+"""Safety: judge answers, count refusals honestly, restore latents while a model answers."""
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,11 +12,16 @@ from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.interventions import Patch
-from saepatch.models import LanguageModel
+from saepatch.interventions import Ids, Patch, ids_of
+from saepatch.models import LanguageModel, Tokens
+from saepatch.positions import Positions
 from saepatch.prompts import PromptPair, batch_pairs
-from saepatch.restoring import CleanPrompts, Restore
-from saepatch.splicing import record_latents, splice, whole_prompt
+from saepatch.quality import SpliceQuality, splice_quality
+from saepatch.restoring import CleanPrompts, Donor, Restore
+from saepatch.sites import Site
+from saepatch.splicing import Dictionaries, by_site, record_latents, splice, whole_prompt
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["refuse", "comply", "degenerate"]
 
@@ -112,21 +119,73 @@ def refused_first_token(
 
 def restore(
     model: LanguageModel,
-    dictionary: Dictionary,
-    pairs: Sequence[PromptPair],
-    latents: Sequence[int] | None,
-    template: int = 1,
+    dictionaries: Dictionaries,
+    prompts: Sequence[str],
+    donor: Donor,
+    latents: Ids | Mapping[Site, Ids] = None,
+    positions: Positions = "all",
+    error: bool = False,
     max_new_tokens: int = 24,
     batch_size: int = 64,
 ) -> list[str]:
-    """Answers to the corrupted prompts while latents are restored from a run on the clean prompts.
+    """Greedy answers to prompts while latents are restored from a donor at every step.
 
-    At every step the donor reads its clean prompt and the tokens generated so far; see `interventions.Restore`.
+    Args:
+        dictionaries: One, or several at different sites.
+        donor: `OtherModel(aligned)`, `CleanPrompts(prompts)` (one for each prompt), or `CleanMeans(means)`; its
+            `template` says how many tokens at the end of prompts are restored besides the generated ones.
+        latents: Of one dictionary; of several as {site: latents}, where sites left out are not restored. None: all.
+        positions: Where to restore, of the positions that the donor has a counterpart of.
+        error: Restore the error term, too.
+        max_new_tokens: Length of an answer, at most.
+        batch_size: Prompts at a time.
+
+    Raises:
+        UserError: as many clean prompts as prompts are wanted, latents of a site without dictionary, or what
+            `restoring.Restore` refuses.
+
+    Source: dynamic activation patching (Chen et al. 2024), on latents.
     """
+    sites = by_site(model, dictionaries)
+    wanted: dict[Site, Ids] = dict(latents) if isinstance(latents, Mapping) else dict.fromkeys(sites, latents)
+    if not isinstance(latents, Mapping) and latents is not None and len(sites) > 1:
+        raise UserError(f"latents of which of {', '.join(map(str, sites))}? Give them as {{site: latents}}")
+    if unknown := [site for site in wanted if site not in sites]:
+        raise UserError(f"latents of {unknown[0]} are to be restored, but there is no dictionary for it")
+    if isinstance(donor, CleanPrompts) and len(donor.prompts) != len(prompts):
+        raise UserError(f"{len(donor.prompts)} clean prompts for {len(prompts)} prompts: give one for each")
     texts: list[str] = []
-    for start in range(0, len(pairs), batch_size):
-        part = pairs[start : start + batch_size]
-        donors = tuple(pair.clean for pair in part)
-        with splice(model, dictionary, Restore(CleanPrompts(donors, template), latents)):
-            texts += model.generate([pair.corrupted for pair in part], max_new_tokens)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        here = replace(donor, prompts=donor.prompts[part]) if isinstance(donor, CleanPrompts) else donor
+        edits = [Restore(here, ids, positions, error, site) for site, ids in wanted.items() if ids_of(ids) != ()]
+        with splice(model, [sites[site] for site in wanted], edits):
+            texts += model.generate(prompts[part], max_new_tokens)
     return texts
+
+
+def shared_quality(
+    model: LanguageModel, donor: LanguageModel, dictionary: Dictionary, tokens: Tokens, max_fvu: float = 0.5
+) -> tuple[SpliceQuality, SpliceQuality]:
+    """What one dictionary keeps of each of two models that are to share it: the model's and the donor's quality.
+
+    Raises:
+        UserError: of one of them the fraction of variance unexplained is above `max_fvu`, so that its latents say
+            little about that model.
+    """
+    both = tuple(splice_quality(one, dictionary, tokens) for one in (model, donor))
+    for one, quality in zip((model, donor), both, strict=True):
+        log.info(
+            "%s on %s: FVU %.3f, cross-entropy %.3f, spliced %.3f",
+            dictionary.name,
+            one.name,
+            quality.fvu,
+            quality.ce_model,
+            quality.ce_spliced,
+        )
+        if not quality.fvu <= max_fvu:
+            raise UserError(
+                f"dictionary {dictionary.name} leaves {quality.fvu:.2f} of the variance of {dictionary.site} in "
+                f"{one.name} unexplained (FVU; max_fvu is {max_fvu}): train one on both models, or allow more"
+            )
+    return both[0], both[1]

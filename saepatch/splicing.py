@@ -73,7 +73,7 @@ def splice(
         SpliceError: the model did not run through a spliced site inside the context, or no position of any run was one
             that an intervention acts on.
     """
-    sites = _by_site(model, dictionaries)
+    sites = by_site(model, dictionaries)
     if error not in ("keep", "drop"):
         raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
     chosen = list(interventions) if isinstance(interventions, Sequence) else [interventions]
@@ -180,7 +180,12 @@ def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
     )
 
 
-def _by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
+def by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
+    """Dictionaries by their site, each checked against the model.
+
+    Raises:
+        UserError: a dictionary that does not belong to the model or site, two for one tensor, or none.
+    """
     if isinstance(dictionaries, Dictionary):
         dictionaries = [dictionaries]
     named = dictionaries.items() if isinstance(dictionaries, Mapping) else [(d.site, d) for d in dictionaries]

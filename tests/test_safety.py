@@ -7,6 +7,7 @@ from tiny import random_dictionary, tiny_model
 from saepatch.errors import UserError
 from saepatch.interventions import Patch
 from saepatch.prompts import PromptPair, batch_pairs
+from saepatch.restoring import CleanPrompts
 from saepatch.safety import change_scores, first_tokens, judge, refused_first_token, restore
 from saepatch.splicing import record_latents, splice
 
@@ -71,10 +72,10 @@ def test_refusal_by_the_first_token_equals_a_patch_of_one_prompt_at_a_time():
 
 def test_restoring_nothing_but_itself_changes_nothing():
     model, dictionary = tiny_model(), random_dictionary()
-    same = [PromptPair(p.corrupted, p.corrupted, "S", "I") for p in PAIRS]
-    plain = model.generate([p.corrupted for p in PAIRS], 8)
-    assert restore(model, dictionary, same, None, template=3, max_new_tokens=8) == plain
-    assert restore(model, dictionary, PAIRS, None, template=5, max_new_tokens=8, batch_size=1) == restore(
-        model, dictionary, PAIRS, None, template=5, max_new_tokens=8
-    )
-    assert restore(model, dictionary, PAIRS, None, template=5, max_new_tokens=8) != plain
+    jailbroken = [p.corrupted for p in PAIRS]
+    same, clean = CleanPrompts(tuple(jailbroken), 3), CleanPrompts(tuple(p.clean for p in PAIRS), 5)
+    plain = model.generate(jailbroken, 8)
+    assert restore(model, dictionary, jailbroken, same, max_new_tokens=8) == plain
+    together = restore(model, dictionary, jailbroken, clean, max_new_tokens=8)
+    assert restore(model, dictionary, jailbroken, clean, max_new_tokens=8, batch_size=1) == together
+    assert together != plain
