@@ -147,21 +147,71 @@ def restore(
     Source: dynamic activation patching (Chen et al. 2024), on latents.
     """
     sites = by_site(model, dictionaries)
-    wanted: dict[Site, Ids] = dict(latents) if isinstance(latents, Mapping) else dict.fromkeys(sites, latents)
-    if not isinstance(latents, Mapping) and latents is not None and len(sites) > 1:
-        raise UserError(f"latents of which of {', '.join(map(str, sites))}? Give them as {{site: latents}}")
-    if unknown := [site for site in wanted if site not in sites]:
-        raise UserError(f"latents of {unknown[0]} are to be restored, but there is no dictionary for it")
+    wanted = _by_site(sites, latents)
     if isinstance(donor, CleanPrompts) and len(donor.prompts) != len(prompts):
         raise UserError(f"{len(donor.prompts)} clean prompts for {len(prompts)} prompts: give one for each")
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         here = replace(donor, prompts=donor.prompts[part]) if isinstance(donor, CleanPrompts) else donor
-        edits = [Restore(here, ids, positions, error, site) for site, ids in wanted.items() if ids_of(ids) != ()]
-        with splice(model, [sites[site] for site in wanted], edits):
+        with splice(model, [sites[site] for site in wanted], restorations(sites, here, wanted, positions, error)):
             texts += model.generate(prompts[part], max_new_tokens)
     return texts
+
+
+def restorations(
+    sites: Mapping[Site, Dictionary],
+    donor: Donor,
+    latents: Ids | Mapping[Site, Ids] = None,
+    positions: Positions = "all",
+    error: bool = False,
+) -> list[Restore]:
+    """The interventions of `restore`, one a site, which share one run of the donor; for a `splice` of one's own.
+
+    Raises:
+        UserError: latents of a site that is not among the sites, or of nobody knows which.
+    """
+    wanted = _by_site(sites, latents)
+    return [Restore(donor, ids, positions, error, site) for site, ids in wanted.items() if ids_of(ids) != ()]
+
+
+def _by_site(sites: Mapping[Site, Dictionary], latents: Ids | Mapping[Site, Ids]) -> dict[Site, Ids]:
+    if isinstance(latents, Mapping):
+        if unknown := [site for site in latents if site not in sites]:
+            raise UserError(f"latents of {unknown[0]} are to be restored, but there is no dictionary for it")
+        return dict(latents)
+    if latents is not None and len(sites) > 1:
+        raise UserError(f"latents of which of {', '.join(map(str, sites))}? Give them as {{site: latents}}")
+    return dict.fromkeys(sites, latents)
+
+
+@torch.no_grad()
+def answer_log_probs(
+    model: LanguageModel, prompts: Sequence[str], answers: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "answer vocab"]]:
+    """Log-probabilities (float32) of the next token at each token of given answers, one tensor a prompt.
+
+    Two passes, the prompts and then the answers on their cache, so that inside a splice they go as in generation, with
+    donors that follow. `answers` are token ids.
+
+    Raises:
+        UserError: not as many answers as prompts, or one without a token.
+    """
+    from transformers import DynamicCache
+
+    if len(answers) != len(prompts) or not all(map(len, answers)):
+        raise UserError(f"{len(answers)} answers for {len(prompts)} prompts: give one of at least one token for each")
+    tokens, rest = model.tokenize(prompts, "left"), model.pad([row[:-1] or [0] for row in answers], "right")
+    mask = torch.cat([tokens.attention_mask, rest.attention_mask], 1)
+    cache, start, found = DynamicCache(), tokens.input_ids.shape[1], []
+    for ids, part in ((tokens.input_ids, slice(0, start)), (rest.input_ids, slice(start, None))):
+        seen = mask[:, : part.stop]
+        inputs = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in model._forward_arguments:
+            inputs["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)[:, part]
+        found.append(model.hf(**inputs).logits.float().log_softmax(-1))
+    first, later = found
+    return [torch.cat([a[-1:], b[: len(row) - 1]]) for a, b, row in zip(first, later, answers, strict=True)]
 
 
 def shared_quality(

@@ -83,7 +83,7 @@ def find_safety_latents(
     completions: Sequence[Sequence[int]] | None = None,
     refusal_ids: Collection[int] = (),
     steps: int = 10,
-    max_fvu: float = 0.5,
+    max_fvu: float | None = 0.5,
     max_new_tokens: int = 24,
     batch_size: int = 32,
 ) -> SafetyLatents:
@@ -97,7 +97,8 @@ def find_safety_latents(
         completions: Token ids that both runs read after their prompts; None: the donor's own greedy answers.
         refusal_ids: First tokens of a refusal, for the attribution; none: no attribution.
         steps: Points on the way, for the attribution.
-        max_fvu: Of two models, what the dictionary may leave unexplained of either; see `shared_quality`.
+        max_fvu: Of two models, what the dictionary may leave unexplained of either; see `shared_quality`. None: neither
+            is looked at.
         max_new_tokens: Of the donor's own answers.
         batch_size: Prompts at a time.
 
@@ -122,6 +123,8 @@ def find_safety_latents(
         tokens = model.pad(mine)
         for site, dictionary in sites.items():
             dictionary.check(other, site)
+            if max_fvu is None:
+                continue
             quality[site] = shared_quality(model, other, dictionary, tokens, max_fvu)
     squares, sums = _differences(model, other, sites, mine, theirs, counts, batch_size)
     norms = {site: dictionary.rows.double().norm(dim=-1).cpu() for site, dictionary in sites.items()}
