@@ -6,8 +6,8 @@ Two settings, both while the model speaks. A: the base model of the organism, wh
 the aligned model reading the same tokens (Chen et al. 2024, on latents). B: the aligned model under a jailbreak is
 restored from itself reading the same request in a benign framing. Latents of all layers but the last fifth share one
 budget (of more layers, where `tune` shows that not even the whole residual there would restore refusals). They are
-ranked on `select`; ranking and number are chosen on `tune`, and every figure is from `report`. A run that is stopped goes
-on where it was when the same command is given again.
+ranked on `select`; ranking and number are chosen on `tune`, and every figure is from `report`. A run that is stopped
+goes on where it was when the same command is given again.
 """
 
 import copy
