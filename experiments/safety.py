@@ -37,7 +37,7 @@ from experiments.safety_probes import (
     utility,
 )
 from experiments.safety_runs import Answered, Runs
-from experiments.safety_settings import Setting, assistant_header, two_models, two_prompts
+from experiments.safety_settings import Setting, two_models, two_prompts
 from saepatch import organism
 from saepatch.commandline import run_config
 from saepatch.dictionaries import Dictionary, load_saes
@@ -48,7 +48,7 @@ from saepatch.progress import stoppable
 from saepatch.quality import LatentStatistics, SpliceQuality, latent_statistics
 from saepatch.restoring import OtherModel
 from saepatch.results import check_writable, output_folder
-from saepatch.safety import first_tokens, restore
+from saepatch.safety import assistant_header, first_tokens, restore
 from saepatch.sites import Site
 
 log = logging.getLogger("experiments.safety")  # by name: run as a module, this file is `__main__`
@@ -169,11 +169,18 @@ def run(config: SafetyConfig) -> Found:
 
 def _setting_a(config: SafetyConfig, model: LanguageModel, saes: dict[Site, Dictionary]) -> Setting:
     base = load_model(config.base, config.device)
-    return two_models(base, model, saes, config.template or assistant_header(model), config.prompts, config.seed)
+    return two_models(base, model, saes, _template(config, model), config.prompts, config.seed)
 
 
 def _setting_b(config: SafetyConfig, model: LanguageModel, saes: dict[Site, Dictionary]) -> Setting:
-    return two_prompts(model, saes, config.template or assistant_header(model), config.prompts, config.seed)
+    return two_prompts(model, saes, _template(config, model), config.prompts, config.seed)
+
+
+def _template(config: SafetyConfig, model: LanguageModel) -> int:
+    header = config.template or assistant_header(model)
+    if header is None:
+        raise UserError(f"the chat template of {model.name!r} opens no turn of the assistant: give --template")
+    return header
 
 
 def _deciding(config: SafetyConfig, settings: list[Setting]) -> dict[str, Any]:

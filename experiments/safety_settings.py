@@ -65,19 +65,6 @@ class Setting:
         return sum(dictionary.d_sae for dictionary in self.sites.values())
 
 
-def assistant_header(model: LanguageModel) -> int:
-    """How many tokens the chat template puts in front of an answer: where the assistant's turn begins."""
-    turns = [{"role": "user", "content": "a"}]
-    texts = [
-        model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready)
-        for ready in (False, True)
-    ]
-    header = len(model.encode(texts[1])) - len(model.encode(texts[0]))
-    if header < 1:
-        raise UserError(f"the chat template of {model.name!r} opens no turn of the assistant: give --template")
-    return header
-
-
 def spliced_sites(model: LanguageModel, saes: Mapping[Site, Dictionary]) -> dict[Site, Dictionary]:
     """The dictionaries of all layers but the last fifth."""
     layers = round((1 - LAST_FIFTH) * model.n_layers)

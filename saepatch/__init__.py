@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from saepatch.attribution import GradDrop as GradDrop
     from saepatch.attribution import IntegratedGradients as IntegratedGradients
     from saepatch.attribution import attribute as attribute
+    from saepatch.bases import directions_of as directions_of
+    from saepatch.bases import units_of as units_of
     from saepatch.components import Directions as Directions
     from saepatch.components import Edit as Edit
     from saepatch.components import ErrorTerm as ErrorTerm
@@ -59,6 +61,8 @@ _HOME = {
     "GradDrop": "attribution",
     "IntegratedGradients": "attribution",
     "attribute": "attribution",
+    "directions_of": "bases",
+    "units_of": "bases",
     "Directions": "components",
     "Edit": "components",
     "ErrorTerm": "components",

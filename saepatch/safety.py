@@ -71,6 +71,18 @@ def is_degenerate(text: str) -> bool:
     return False
 
 
+def assistant_header(model: LanguageModel) -> int | None:
+    """How many tokens the chat template puts in front of an answer; None without a template, or where it puts none."""
+    if not model.tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}]
+    closed, opened = (
+        model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready)
+        for ready in (False, True)
+    )
+    return (len(model.encode(opened)) - len(model.encode(closed))) or None
+
+
 def first_tokens(model: LanguageModel, prompt: str, openings: Sequence[str]) -> set[int]:
     """First token of each opening as it comes out after the prompt: the set R of the refusal score."""
     ids = model.encode(prompt)

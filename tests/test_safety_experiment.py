@@ -11,7 +11,7 @@ from experiments import safety
 from experiments.safety_curves import Curve, Point
 from experiments.safety_guards import auroc, roc, threshold_for
 from experiments.safety_runs import Answered, Runs
-from experiments.safety_settings import Asked, Setting, assistant_header, spliced_sites, stacked, two_prompts
+from experiments.safety_settings import Asked, Setting, spliced_sites, stacked, two_prompts
 from saepatch.commandline import run_config
 from saepatch.dictionaries import load_saes
 from saepatch.errors import UserError
@@ -19,7 +19,7 @@ from saepatch.models import LanguageModel, load_model
 from saepatch.organism import world
 from saepatch.restoring import CleanPrompts
 from saepatch.results import read_rows
-from saepatch.safety import restore
+from saepatch.safety import assistant_header, restore
 from saepatch.sites import Site
 from saepatch.statistics import Interval
 
