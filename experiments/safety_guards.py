@@ -18,11 +18,11 @@ from experiments.safety_settings import Asked, Setting, harmless_in_every_framin
 from saepatch.models import LanguageModel
 from saepatch.restoring import CleanMeans, Donor
 from saepatch.safety import restore
-from saepatch.safety_latents import clean_means
 from saepatch.splicing import record_latents
 from saepatch.statistics import Interval, wilson_share
 
-READ = (1, 4, 16)  # numbers of latents that detectors read
+READ = (1, 4, 16, 64)  # numbers of latents that detectors read
+READINGS = ("last", "largest")  # where: at the last prompt position, or anywhere in the prompt
 FALSE_ALARMS = 0.02  # share of harmless prompts that the threshold may let through to the guard on `tune`
 TIMED = 3  # repetitions of a timing
 Split = str
@@ -30,10 +30,11 @@ Split = str
 
 @dataclass(frozen=True, eq=False)
 class Detector:
-    """A weighted sum of a few latents at the last prompt position, over a threshold.
+    """A weighted sum of a few latents, over a threshold.
 
     Attributes:
         latents: Which, by site.
+        reading: Where it reads them: at the last prompt position, or the largest of the prompt.
         threshold: Set on `tune`: the lowest that lets at most `FALSE_ALARMS` of harmless prompts through.
         auroc: On `report`.
         roc: On `report`: false and true positive rates at every threshold.
@@ -42,6 +43,7 @@ class Detector:
     """
 
     latents: tuple[str, ...]
+    reading: str
     threshold: float
     auroc: float
     roc: tuple[tuple[float, float], ...]
@@ -73,27 +75,30 @@ def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Gua
     """What both guards do on `report`.
 
     Nobody has the clean prompt of a request that comes in. So the guard of setting A is the aligned model itself, as
-    everywhere in that setting; that of setting B restores means over the clean prompts of `select`.
+    everywhere in that setting; that of setting B sets latents, at the last prompt position, where the answer is
+    decided, to their means there over the clean prompts of `select`.
     """
     if setting.other is not None:
-        harmless = setting.harmless
+        harmless, positions = setting.harmless, "all"
         donor: Donor | None = None
     else:
         harmless = {split: harmless_in_every_framing(split, n, seed) for split in setting.harmless}
-        donor = _means(setting, top, runs)
+        donor, positions = _means(setting, top), "last"
     asked = setting.harmful["report"]
     found = detector(setting.model, setting.sites, setting.harmful, harmless)
     bare = runs.bare(setting, asked), runs.bare(setting, harmless["report"], harmful=False, name="guards: bare")
     always = (
-        runs.restored(setting, asked, "guard: always on", top, donor=donor),
-        runs.restored(setting, harmless["report"], "guard: always on", top, harmful=False, donor=donor),
+        runs.restored(setting, asked, "guard: always on", top, donor=donor, positions=positions),
+        runs.restored(
+            setting, harmless["report"], "guard: always on", top, harmful=False, donor=donor, positions=positions
+        ),
     )
     flags = found.caught, found.alarmed
     triggered = [
         wilson_share(np.where(flag, on.refused, off.refused).astype(float))
         for flag, on, off in zip(flags, always, bare, strict=True)
     ]
-    cost = overhead(setting, harmless["report"], top, donor, runs.tokens)
+    cost = overhead(setting, harmless["report"], top, donor, positions, runs.tokens)
     alarms = float(np.concatenate(flags).mean())
     return Guards(
         (
@@ -102,20 +107,20 @@ def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Gua
             Guard("triggered", triggered[0], triggered[1], 1 + alarms * (cost - 1)),
         ),
         found,
-        utility(setting, harmless["report"], top, "guards", runs, donor),
+        utility(setting, harmless["report"], top, "guards", runs, donor, positions),
         harmless["report"],
     )
 
 
-def _means(setting: Setting, top: Latents, runs: Runs) -> CleanMeans:
-    sites = {site: setting.sites[site] for site in top}
-    clean = setting.harmful["select"].clean
-    return clean_means(
-        setting.model, sites, clean, template=setting.template, max_new_tokens=runs.tokens, batch_size=len(clean)
-    )
+def _means(setting: Setting, top: Latents) -> CleanMeans:
+    clean, means = setting.harmful["select"].clean, {}
+    for site in top:
+        dictionary = setting.sites[site]
+        means[site] = read_latents(setting.model, {site: dictionary}, clean, "last").mean(0).to(dictionary.W_dec)
+    return CleanMeans(means, setting.template)
 
 
-def overhead(setting: Setting, asked: Asked, top: Latents, donor: Donor | None, tokens: int) -> float:
+def overhead(setting: Setting, asked: Asked, top: Latents, donor: Donor | None, positions: str, tokens: int) -> float:
     """Processor time of generation with restoration on, over that without."""
     model, n = setting.model, len(asked)
     given = donor or setting.donor(asked)
@@ -128,7 +133,9 @@ def overhead(setting: Setting, asked: Asked, top: Latents, donor: Donor | None, 
     ratios = []
     for _ in range(TIMED):
         on = seconds(
-            lambda: restore(model, setting.sites, asked.prompts, given, top, max_new_tokens=tokens, batch_size=n)
+            lambda: restore(
+                model, setting.sites, asked.prompts, given, top, positions, max_new_tokens=tokens, batch_size=n
+            )
         )
         ratios.append(on / max(seconds(lambda: model.generate(asked.prompts, tokens, n)), 1e-9))
     return median(ratios)
@@ -140,35 +147,55 @@ def detector(
     harmful: Mapping[Split, Asked],
     harmless: Mapping[Split, Asked],
 ) -> Detector:
-    """Latents by their difference in means over the spread on `select`, how many and the threshold on `tune`."""
+    """Latents by their difference in means over the spread on `select`; which reading of them, how many of them and the
+    threshold, on `tune`."""
+    tried = [(*_readings(model, sites, harmful, harmless, how, k), how) for how in READINGS for k in READ]
+    best = max(tried, key=lambda one: auroc(*one[0]["tune"]))
+    scores, latents, how = best
+    threshold = threshold_for(*scores["tune"])
+    yes, no = scores["report"]
+    return Detector(latents, how, threshold, auroc(yes, no), roc(yes, no), yes > threshold, no > threshold)
+
+
+Scores = tuple[Float[ndarray, "n"], Float[ndarray, "m"]]  # of harmful and of harmless prompts
+
+
+def _readings(
+    model: LanguageModel,
+    sites: Dictionaries,
+    harmful: Mapping[Split, Asked],
+    harmless: Mapping[Split, Asked],
+    how: str,
+    k: int,
+) -> tuple[dict[Split, Scores], tuple[str, ...]]:
+    """Scores of one detector on every split, and the latents that it reads."""
     values = {
-        split: tuple(last_latents(model, sites, asked[split].prompts) for asked in (harmful, harmless))
+        split: tuple(read_latents(model, sites, asked[split].prompts, how) for asked in (harmful, harmless))
         for split in ("select", "tune", "report")
     }
     positive, negative = values["select"]
+    gap = positive.mean(0) - negative.mean(0)
     variance = (positive.var(0, correction=0) + negative.var(0, correction=0)) / 2
-    weight = (positive.mean(0) - negative.mean(0)) / (variance + variance.mean() + 1e-12)
-    order = (weight.abs() * (positive.mean(0) - negative.mean(0)).abs()).argsort(descending=True, stable=True)
-
-    def scores(split: Split, k: int) -> tuple[Float[ndarray, "n"], Float[ndarray, "m"]]:
-        one, other = ((value[:, order[:k]] @ weight[order[:k]]).numpy() for value in values[split])
-        return one, other
-
-    k = max(READ, key=lambda k: (auroc(*scores("tune", k)), -k))
-    threshold = threshold_for(*scores("tune", k))
-    yes, no = scores("report", k)
+    weight = gap / (variance + variance.mean() + 1e-12)
+    order = (weight * gap).argsort(descending=True, stable=True)[:k]
     names = [f"{site}: {latent}" for site, dictionary in sites.items() for latent in range(dictionary.d_sae)]
-    return Detector(
-        tuple(names[i] for i in order[:k].tolist()), threshold, auroc(yes, no), roc(yes, no), yes > threshold,
-        no > threshold,
-    )  # fmt: skip
+    scores = {split: tuple((v[:, order] @ weight[order]).numpy() for v in both) for split, both in values.items()}
+    return scores, tuple(names[i] for i in order.tolist())  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def last_latents(model: LanguageModel, sites: Dictionaries, prompts: Sequence[str]) -> Float[Tensor, "prompts all"]:
-    """Latents of all sites, side by side, at each prompt's last position; in float64, on the CPU."""
-    tokens = model.tokenize(prompts, "left")
-    return torch.cat([record_latents(model, one, tokens).acts[:, -1].cpu().double() for one in sites.values()], 1)
+def read_latents(
+    model: LanguageModel, sites: Dictionaries, prompts: Sequence[str], how: str
+) -> Float[Tensor, "prompts all"]:
+    """Latents of all sites, side by side, in float64: at each prompt's last position, or their largest of it."""
+    tokens, found = model.tokenize(prompts, "left"), []
+    for dictionary in sites.values():
+        acts = record_latents(model, dictionary, tokens).acts
+        if how == "last":
+            found.append(acts[:, -1])
+        else:
+            found.append(acts.masked_fill(~tokens.ordinary[..., None], -torch.inf).amax(1))
+    return torch.cat(found, 1).cpu().double()
 
 
 def roc(yes: Float[ndarray, "n"], no: Float[ndarray, "m"]) -> tuple[tuple[float, float], ...]:

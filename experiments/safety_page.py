@@ -280,8 +280,9 @@ def _guards(result: "Result", drawn: Mapping[str, Chart]) -> Section:
     failed = [name.replace("_", " ") for name, value in acceptance(result).items() if value is False]
     text = (
         "What a guard would have at hand: in setting A the aligned model, in setting B, where nobody has the clean "
-        "prompt, means of the latents over clean prompts. The triggered guard restores only where a detector, which "
-        "reads latents at the last prompt position, is above its threshold.\n\n"
+        "prompt, means of the latents over clean prompts, set at the last prompt position. The triggered guard "
+        "restores only where a detector is above its threshold: a weighted sum of latents of the bare model's own run over the "
+        f"prompt ({'the largest' if result.guards.detector.reading == 'largest' else 'at the last position'}).\n\n"
         f"Held: {', '.join(held) or 'none'}. Failed: {', '.join(failed) or 'none'}."
     )
     return Section(f"{result.setting.name}: guards and utility", text, [table, drawn["roc"], utility])

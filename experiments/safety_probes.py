@@ -142,17 +142,25 @@ class Utility:
         return self.refused.value - self.refused_bare.value
 
 
-def utility(setting: Setting, asked: Asked, top: Latents, name: str, runs: Runs, donor: Donor | None = None) -> Utility:
+def utility(
+    setting: Setting,
+    asked: Asked,
+    top: Latents,
+    name: str,
+    runs: Runs,
+    donor: Donor | None = None,
+    positions: str = "all",
+) -> Utility:
     """Refusals of harmless prompts, KL(bare ‖ restored) and the cross-entropy of the bare answers."""
     bare = runs.bare(setting, asked, harmful=False, name=f"{name}: bare")
-    restored = runs.restored(setting, asked, f"{name}: restored", top, harmful=False, donor=donor)
+    restored = runs.restored(setting, asked, f"{name}: restored", top, harmful=False, donor=donor, positions=positions)
     model = setting.model
     answers = model.continue_ids(asked.prompts, runs.tokens, len(asked))
     spoken = [number for number, answer in enumerate(answers) if answer]
     some = Asked(*(tuple(column[i] for i in spoken) for column in (asked.prompts, asked.clean, asked.kinds)))
     given = [answers[i] for i in spoken]
     plain = answer_log_probs(model, some.prompts, given)
-    edits = restorations(setting.sites, donor or setting.donor(some), top)
+    edits = restorations(setting.sites, donor or setting.donor(some), top, positions)
     with splice(model, [setting.sites[edit.site] for edit in edits if isinstance(edit.site, Site)], edits):
         edited = answer_log_probs(model, some.prompts, given)
     kl, before, after = [], [], []

@@ -102,6 +102,7 @@ class Runs:
         error: bool = False,
         donor: Donor | None = None,
         draw: int = 0,
+        positions: str = "all",
     ) -> Answered:
         """Latents restored from the setting's donor, or from another; None: all, at all sites."""
         there = setting.sites if dictionaries is None else dictionaries
@@ -112,12 +113,12 @@ class Runs:
         size = sum(there[site].d_sae if ids is None else len(ids) for site, ids in wanted.items())
 
         def run() -> Answered:
-            edits = restorations(there, donor, wanted, error=error)
+            edits = restorations(there, donor, wanted, positions, error)
             inside = splice(setting.model, [there[site] for site in wanted], edits) if wanted else nullcontext()
             with inside:
                 return self._answers(setting.model, asked.prompts)
 
-        what = ["restored", type(donor).__name__, donor.template, asked.clean, told, error]
+        what = ["restored", type(donor).__name__, donor.template, asked.clean, told, error, positions]
         return self._keep(setting, asked, (name, size, draw), harmful, what, run)
 
     def reconstructed(self, setting: Setting, asked: Asked) -> Answered:

@@ -203,6 +203,7 @@ def setting_summary(result: "Result", sizes: Sequence[int]) -> dict[str, Any]:
         "guard_utility": _utility(result.guards.utility),
         "detector": {
             "latents": list(result.guards.detector.latents),
+            "reading": result.guards.detector.reading,
             "threshold": result.guards.detector.threshold,
             "auroc": result.guards.detector.auroc,
             "true_positive_rate": float(result.guards.detector.caught.mean()),

@@ -15,6 +15,7 @@ from saepatch.models import LanguageModel
 from saepatch.parts import Record
 from saepatch.report import BarChart, Bars, Comparison, Facts, Interval, Page, Section, Table, write_page
 from saepatch.results import AnswerRow, Provenance, versions, write_json, write_rows, write_yaml
+from saepatch.safety import Outcome
 from saepatch.statistics import Interval as Estimate
 from saepatch.statistics import bootstrap_mean, wilson_share
 
@@ -182,13 +183,8 @@ def write_answers(found: Answers, provenance: Provenance, out: Path) -> None:
 
 def page(found: Answers, provenance: Provenance) -> Page:
     """The report of a run."""
-    bare, restored = found.share("bare"), found.share("restored")
-    lead = (
-        f"Restoring {restored.latents:,} latents of {', '.join(found.record.dictionaries)} in "
-        f"{found.record.model['name']} changes refusals from {bare.outcomes['refuse']} to "
-        f"{restored.outcomes['refuse']} of {bare.prompts} prompts; degenerate answers from "
-        f"{bare.outcomes['degenerate']} to {restored.outcomes['degenerate']}."
-    )
+    groups = [group for group in ("yes", "no") if any(one.group == group for one in found.shares)] or [""]
+    lead = " ".join(_said(found, group) for group in groups)
     columns = ["condition", *OUTCOMES, "refusal score"]
     table = Table(
         columns,
@@ -221,6 +217,22 @@ def page(found: Answers, provenance: Provenance) -> Page:
         Section("Answers", f"The first {len(examples)} prompts; of random sets the first.", comparisons),
     ]
     return Page("Latents restored while the model answers", lead, sections, Facts(provenance.facts()))
+
+
+def _said(found: Answers, group: str) -> str:
+    """What restoration does to one group of prompts."""
+    bare, restored = found.share("bare", group), found.share("restored", group)
+
+    def change(outcome: Outcome) -> str:
+        after = restored.outcomes[outcome]
+        return f"{bare.outcomes[outcome].value:.0%} to {after.value:.0%} [{after.low:.0%}, {after.high:.0%}]"
+
+    kind = {"": "", "yes": "harmful ", "no": "harmless "}[group]
+    return (
+        f"Restoring {restored.latents:,} latents of {', '.join(found.record.dictionaries)} in "
+        f"{found.record.model['name']} changes refusals of {bare.prompts} {kind}prompts from {change('refuse')}, and "
+        f"degenerate answers from {change('degenerate')}."
+    )
 
 
 def _cell(estimate: Estimate) -> Interval:
