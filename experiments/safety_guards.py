@@ -149,7 +149,13 @@ def detector(
 ) -> Detector:
     """Latents by their difference in means over the spread on `select`; which reading of them, how many of them and the
     threshold, on `tune`."""
-    tried = [(*_readings(model, sites, harmful, harmless, how, k), how) for how in READINGS for k in READ]
+    tried = []
+    for how in READINGS:
+        values = {
+            split: tuple(read_latents(model, sites, asked[split].prompts, how) for asked in (harmful, harmless))
+            for split in ("select", "tune", "report")
+        }
+        tried += [(*_weighted(values, sites, k), how) for k in READ]
     best = max(tried, key=lambda one: auroc(*one[0]["tune"]))
     scores, latents, how = best
     threshold = threshold_for(*scores["tune"])
@@ -160,19 +166,10 @@ def detector(
 Scores = tuple[Float[ndarray, "n"], Float[ndarray, "m"]]  # of harmful and of harmless prompts
 
 
-def _readings(
-    model: LanguageModel,
-    sites: Dictionaries,
-    harmful: Mapping[Split, Asked],
-    harmless: Mapping[Split, Asked],
-    how: str,
-    k: int,
+def _weighted(
+    values: Mapping[Split, tuple[Tensor, ...]], sites: Dictionaries, k: int
 ) -> tuple[dict[Split, Scores], tuple[str, ...]]:
     """Scores of one detector on every split, and the latents that it reads."""
-    values = {
-        split: tuple(read_latents(model, sites, asked[split].prompts, how) for asked in (harmful, harmless))
-        for split in ("select", "tune", "report")
-    }
     positive, negative = values["select"]
     gap = positive.mean(0) - negative.mean(0)
     variance = (positive.var(0, correction=0) + negative.var(0, correction=0)) / 2

@@ -281,8 +281,8 @@ def _guards(result: "Result", drawn: Mapping[str, Chart]) -> Section:
     text = (
         "What a guard would have at hand: in setting A the aligned model, in setting B, where nobody has the clean "
         "prompt, means of the latents over clean prompts, set at the last prompt position. The triggered guard "
-        "restores only where a detector is above its threshold: a weighted sum of latents of the bare model's own run over the "
-        f"prompt ({'the largest' if result.guards.detector.reading == 'largest' else 'at the last position'}).\n\n"
+        "restores only where a detector is above its threshold: a weighted sum of latents of the bare model's own run "
+        f"over the prompt ({'the largest' if result.guards.detector.reading == 'largest' else 'at its end'}).\n\n"
         f"Held: {', '.join(held) or 'none'}. Failed: {', '.join(failed) or 'none'}."
     )
     return Section(f"{result.setting.name}: guards and utility", text, [table, drawn["roc"], utility])

@@ -23,7 +23,7 @@ from saepatch.safety import assistant_header, restore
 from saepatch.sites import Site
 from saepatch.statistics import Interval
 
-SMALL = ["--prompts", "6", "--sizes", "[4]", "--draws", "1", "--tokens", "8"]
+SMALL = ["--prompts", "6", "--sizes", "[4]", "--draws", "1", "--tokens", "5"]
 
 
 @pytest.fixture(scope="module")
