@@ -1,5 +1,6 @@
 """The safety experiment's report and the files beside it."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,10 +38,9 @@ WILSON = "Intervals: 95 % Wilson score over prompts."
 
 def write(found: "Found", out: Path) -> None:
     """Write the rows, the settings, the figures, the report and the summary."""
-    first = next(iter(found.dictionaries.values()))
-    provenance = Provenance(
-        found.model.name, found.model.fingerprint, found.config.sae, first.fingerprint, found.config.seed
-    )
+    hashes = " ".join(dictionary.fingerprint for dictionary in found.dictionaries.values())
+    whole = hashlib.sha256(hashes.encode()).hexdigest()[:16]  # of several dictionaries, over all of their hashes
+    provenance = Provenance(found.model.name, found.model.fingerprint, found.config.sae, whole, found.config.seed)
     write_rows([(found.runs.answer_rows(), provenance)], out / "results.parquet", kind=AnswerRow)
     lists = {"sizes": list(found.config.sizes), "settings": list(found.config.settings)}
     write_yaml(asdict(found.config) | lists, out / "config.yaml")

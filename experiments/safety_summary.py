@@ -15,8 +15,9 @@ RISE = 0.02  # of harmless refusals that is accepted
 
 
 def percent(share: float) -> str:
-    """A share in per cent, with a decimal where it is small."""
-    return f"{100 * share:.1f} %" if 0 < abs(share) < 0.0995 else f"{100 * share:.0f} %"
+    """A share in per cent, with decimals where it is small."""
+    size = abs(100 * share)
+    return f"{100 * share:.{2 if 0 < size < 0.995 else 1 if 0 < size < 9.95 else 0}f} %"
 
 
 def spoken(interval: Interval) -> str:

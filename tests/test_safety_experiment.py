@@ -73,6 +73,9 @@ def test_few_latents_restore_jailbroken_requests_and_controls_do_not(run):
     assert found["full_residual"] >= 0.9
     assert found["share_for_90"] <= 0.05
     assert found["reconstruction_only"][0] <= 0.5
+    always = found["guards"]["always on"]  # means of refused requests, whoever asks
+    assert always["refused"][0] >= 0.8
+    assert always["harmless_refused"][0] >= 0.8 > found["guards"]["triggered"]["harmless_refused"][0]
 
 
 def test_rows_and_report(run):
