@@ -21,11 +21,11 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo test lint format types test-fast test-slow bench bench-training organism constraints clean
+.PHONY: help setup demo test lint format types test-fast test-slow bench bench-generation bench-training organism constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+		printf '  make %-17s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP)  ## create .venv and install what constraints.txt pins
 
@@ -72,6 +72,10 @@ bench: $(STAMP)  ## time exact sweeps beside sae-lens, TransformerLens, nnsight 
 
 bench-training: $(STAMP)  ## time training steps beside sae-lens' trainer, and compare what they find (half an hour on one thread)
 	@$(BIN)/python -m experiments.benchmarks.training --out runs/bench-training
+
+bench-generation: $(STAMP)  ## time generation under a splice beside the bare model, sae-lens and nnsight (ten minutes on one thread)
+	@$(PIP) -e '.[bench]' $(OR_SHOW)
+	@$(BIN)/python -m experiments.benchmarks.generation --out runs/bench-generation
 
 organism: $(STAMP)  ## retrain the embedded model and its SAEs from the seed (up to an hour on two cores)
 	$(BIN)/python -m training.organism

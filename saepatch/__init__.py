@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from saepatch.attribution import GradDrop as GradDrop
     from saepatch.attribution import IntegratedGradients as IntegratedGradients
     from saepatch.attribution import attribute as attribute
+    from saepatch.bases import directions_of as directions_of
+    from saepatch.bases import units_of as units_of
     from saepatch.components import Directions as Directions
     from saepatch.components import Edit as Edit
     from saepatch.components import ErrorTerm as ErrorTerm
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
     from saepatch.errors import UserError as UserError
     from saepatch.hooks import SpliceError as SpliceError
     from saepatch.interventions import Ablate as Ablate
+    from saepatch.interventions import AtLeast as AtLeast
     from saepatch.interventions import Clamp as Clamp
     from saepatch.interventions import Patch as Patch
-    from saepatch.interventions import Restore as Restore
     from saepatch.interventions import Steer as Steer
     from saepatch.models import LanguageModel as LanguageModel
     from saepatch.models import load_model as load_model
@@ -40,7 +42,13 @@ if TYPE_CHECKING:
     from saepatch.prompts import resampled as resampled
     from saepatch.quality import latent_statistics as latent_statistics
     from saepatch.quality import splice_quality as splice_quality
+    from saepatch.restoring import CleanMeans as CleanMeans
+    from saepatch.restoring import CleanPrompts as CleanPrompts
+    from saepatch.restoring import OtherModel as OtherModel
+    from saepatch.restoring import Restore as Restore
     from saepatch.safety import restore as restore
+    from saepatch.safety_latents import clean_means as clean_means
+    from saepatch.safety_latents import find_safety_latents as find_safety_latents
     from saepatch.sites import Site as Site
     from saepatch.splicing import record_latents as record_latents
     from saepatch.splicing import splice as splice
@@ -53,6 +61,8 @@ _HOME = {
     "GradDrop": "attribution",
     "IntegratedGradients": "attribution",
     "attribute": "attribution",
+    "directions_of": "bases",
+    "units_of": "bases",
     "Directions": "components",
     "Edit": "components",
     "ErrorTerm": "components",
@@ -65,9 +75,9 @@ _HOME = {
     "UserError": "errors",
     "SpliceError": "hooks",
     "Ablate": "interventions",
+    "AtLeast": "interventions",
     "Clamp": "interventions",
     "Patch": "interventions",
-    "Restore": "interventions",
     "Steer": "interventions",
     "LanguageModel": "models",
     "load_model": "models",
@@ -83,7 +93,13 @@ _HOME = {
     "resampled": "prompts",
     "latent_statistics": "quality",
     "splice_quality": "quality",
+    "CleanMeans": "restoring",
+    "CleanPrompts": "restoring",
+    "OtherModel": "restoring",
+    "Restore": "restoring",
     "restore": "safety",
+    "clean_means": "safety_latents",
+    "find_safety_latents": "safety_latents",
     "Site": "sites",
     "record_latents": "splicing",
     "splice": "splicing",

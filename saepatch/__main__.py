@@ -15,6 +15,7 @@ from saepatch.config import (
     MergeConfig,
     PatchConfig,
     PushConfig,
+    RestoreConfig,
     SweepConfig,
 )
 
@@ -66,6 +67,13 @@ def merge(config: MergeConfig) -> None:
     print(f"Rows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json")
 
 
+def restore(config: RestoreConfig) -> None:
+    from saepatch.answering import run_restore
+
+    print(run_restore(config).table())
+    print(f"Report: {config.out}/report.html   Figures: {config.out}/summary.json   Rows: {config.out}/results.parquet")
+
+
 def push(config: PushConfig) -> None:
     from saepatch.hub import push as push_to_hub
 
@@ -86,6 +94,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "inspect": (InspectConfig, inspect),
     "patch": (PatchConfig, sweep),
     "attribute": (AttributeConfig, sweep),
+    "restore": (RestoreConfig, restore),
     "merge": (MergeConfig, merge),
     "push": (PushConfig, push),
 }

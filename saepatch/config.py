@@ -230,6 +230,92 @@ class PushConfig:
     """List what would go up, and upload nothing."""
 
 
+@dataclass(frozen=True)
+class RestoreConfig:
+    """Restore latents from a donor while the model answers, beside random latents; can be stopped and resumed."""
+
+    command: ClassVar[str] = "restore"
+    prompts: str = ""
+    """A .jsonl file, an object a line: prompt; clean (what the donor reads instead, where it is the model itself);
+    example (a name) and harmful (true or false) if you like."""
+    model: str = "organism"
+    """Model that answers: the embedded one (organism, organism-base), a folder, or a Hugging Face id."""
+    donor: str = "clean"
+    """clean: the model itself on each line's clean prompt; means: latents' means over the clean prompts of --select;
+    else another model that reads the same tokens, such as the aligned one of a base model."""
+    sae: str = "organism"
+    """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
+    site: str = ""
+    """One site or several, as in resid_post.3,resid_post.4; empty: every one there is a dictionary for."""
+    latents: str = ""
+    """What to restore: of one site 417,281, of several "resid_post.3: 281,17 | resid_post.4: 5"; empty: the first --k
+    of a ranking over the prompts of --select or, without one, all latents."""
+    select: str = ""
+    """A file like --prompts, of other prompts, to rank latents on."""
+    k: int = 64
+    """How many latents of the ranking, over all sites together."""
+    ranking: Literal["change", "signed", "attribution"] = "change"
+    """change: S·‖d‖ of Chen et al. 2024; signed: mean difference; attribution: of the refusal score."""
+    error: bool = False
+    """Restore error terms, too."""
+    template: int = -1
+    """Tokens at the end of prompts that are restored, beside those that are generated; -1: from the assistant's turn on
+    as the chat template opens it (1 without a chat template)."""
+    chat: bool = False
+    """Prompts are requests: put each into the model's chat template."""
+    judge: str = "keywords"
+    """keywords; a list of your own ("keywords: I cannot | I will not"); score (of --refusals, above 0); or
+    MODULE:FUNCTION, which gets a prompt and an answer and returns refuse, comply or degenerate."""
+    refusals: str = "I cannot|I can't|I'm sorry|Sorry|I will not"
+    """How refusals begin, with bars between: their first tokens make the refusal score."""
+    controls: int = 5
+    """Random sets of as many latents a site, and as many matched in frequency and size, beside the given ones."""
+    tokens: int = 40
+    """Tokens of an answer, at most."""
+    max_fvu: float = 0.5
+    """What a dictionary may leave unexplained of either of two models (fraction of variance)."""
+    n: int = 0
+    """Prompts, at most; 0: all."""
+    part: int = 32
+    """Prompts between two writes: what a kill can lose."""
+    seed: int = 0
+    """Seed of controls and bootstrap draws."""
+    out: str = "runs/restore"
+    """Folder for report.html, summary.json and results.parquet."""
+    track: str = "none"
+    """W&B beside the local log: none, wandb, wandb:offline or wandb:online."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1 or mps."""
+    dtype: str = "float32"
+    """Precision of the model: float32, bfloat16 or float16."""
+    prepend_bos: bool = False
+    """Put a BOS in front of prompts where the tokenizer does not."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave off unless you trust its author."""
+    progress: Literal["auto", "bar", "log"] = "auto"
+    """A bar, or a line in the log every half minute; auto: a bar on a terminal."""
+    quiet: bool = False
+    """Neither: only the results are said."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise UserError("which prompts? Give --prompts FILE.jsonl, an object with a prompt a line")
+        if self.n < 0 or self.controls < 0 or self.template < -1:
+            raise UserError(f"n = {self.n}, controls = {self.controls}, template = {self.template}: use 0, 0 and -1 on")
+        if min(self.k, self.tokens, self.part) < 1:
+            raise UserError(f"k = {self.k}, tokens = {self.tokens}, part = {self.part}: use at least 1 of each")
+        if not self.out:
+            raise UserError("out is empty: give a folder for the results")
+        if self.latents.strip() and self.select and self.donor != "means":
+            raise UserError("latents are given, and --select ranks others: leave one of them out")
+        if self.donor == "means" and not self.select:
+            raise UserError("donor means needs --select: a file whose clean prompts the means are taken over")
+        if self.donor == "means" and self.error:
+            raise UserError("error terms have no means over clean prompts: leave --error out")
+        if not [text for text in self.refusals.split("|") if text.strip()]:
+            raise UserError("refusals is empty: give how they begin, as in --refusals 'I cannot|Sorry'")
+
+
 def _is_shard(text: str) -> bool:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     return match is not None and int(match[1]) < int(match[2])

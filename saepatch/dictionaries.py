@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _SAID: set[tuple[int, int]] = set()  # warnings given, by dictionary and model
+BY_LATENT = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag"})
+FEW = 16  # positions at which finding the active latents is cheaper than decoding all
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,11 @@ class Dictionary:
         """First 16 hexadecimal digits of the SHA-256 of all weights."""
         return fingerprint(self.sae.state_dict())
 
+    @property
+    def normalises(self) -> bool:
+        """Whether inputs are brought to a scale first, and what is decoded back from it."""
+        return self._cfg.normalize_activations != "none"
+
     @torch.no_grad()
     def activations(
         self, x: Float[Tensor, "batch pos d_in"]
@@ -87,8 +96,65 @@ class Dictionary:
         """Latents and error term of a site's value, in the dictionary's own precision."""
         x = x.to(self.dtype)
         acts, scale = self.activations(x)
-        reconstruction = self.sae.decode(acts)  # type: ignore[operator]
+        reconstruction = self._decode(acts)
         return Latents(acts, x - reconstruction, reconstruction, self.rows, scale)
+
+    def _decode(self, acts: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_in"]:
+        """What the latents say, by the active rows alone where these are few: one step of generation."""
+        if acts.shape[:2].numel() <= FEW and self._rows_and_bias and not _hooked(self.sae):
+            active = acts.flatten(0, 1).ne(0).any(0).nonzero().flatten()
+            if 8 * len(active) <= self.d_sae:
+                return acts[..., active] @ self.W_dec[active] + self.sae.b_dec.detach()  # type: ignore[operator]
+        return self.sae.decode(acts)  # type: ignore[operator]
+
+    @cached_property
+    def _rows_and_bias(self) -> bool:
+        """Whether decoding is `acts @ W_dec + b_dec`."""
+        from sae_lens.saes.topk_sae import TopKSAE
+
+        if getattr(self._cfg, "rescale_acts_by_decoder_norm", False) or self.normalises:
+            return False
+        return type(self.sae) in (*_latent_by_latent(), TopKSAE)
+
+    def alone(self, ids: Sequence[int]) -> "Dictionary | None":
+        """Some latents as a dictionary of their own; None where each is computed together with all others.
+
+        Its encoder is the SAE's own, run on these latents' weights. It reads and adds to the site what these latents
+        do; its error term means nothing.
+        """
+        if not ids or not self._separable or _hooked(self.sae):
+            return None
+        return self._only(ids)
+
+    def _only(self, ids: Sequence[int]) -> "Dictionary":
+        sae: Any = copy(self.sae)
+        chosen = torch.tensor(list(ids), device=self.W_dec.device)
+        weights: dict[str, Any] = dict(self.sae._parameters)
+        for name, weight in weights.items():
+            if weight is not None and name != "b_dec":
+                few = weight.detach().index_select(1 if name == "W_enc" else 0, chosen)
+                weights[name] = nn.Parameter(few, requires_grad=False)
+        sae.__dict__["_parameters"] = weights
+        sae.cfg = copy(self._cfg)
+        sae.cfg.d_sae = len(ids)
+        return Dictionary(sae, self.site, self.name)
+
+    @cached_property
+    def _separable(self) -> bool:
+        """Whether a latent can be computed without the others: seen once, on inputs that make some latents active."""
+        if type(self.sae) not in _latent_by_latent() or self.normalises:
+            return False
+        if not {name for name, weight in self.sae._parameters.items() if weight is not None} <= BY_LATENT:
+            return False
+        ids = list(range(0, self.d_sae, 1 + self.d_sae // 8))
+        columns = self.sae.W_enc.detach()[:, ids].T  # type: ignore[operator]
+        x = torch.cat([size * columns / columns.norm(dim=-1, keepdim=True).clamp(min=1e-6) for size in (1, 10, 100)])
+        few, all_of_them = self._only(ids).activations(x[None])[0], self.activations(x[None])[0][..., ids]
+        close = 1e-4 if self.dtype == torch.float32 else 5e-2
+        same = torch.allclose(few, all_of_them, rtol=close, atol=close * float(all_of_them.abs().max()))
+        if not same:
+            log.info("%s: latents alone come out otherwise than together, so all are always encoded", self.name)
+        return same
 
     def check_ids(self, ids: tuple[int, ...]) -> None:
         """Raises UserError for a latent that the dictionary does not have."""
@@ -146,6 +212,20 @@ class Dictionary:
             raise UserError(
                 f"dictionary {self.name} is on {self.W_dec.device}, the model on {model.device}: load both alike"
             )
+
+
+def _latent_by_latent() -> tuple[type[nn.Module], ...]:
+    """sae_lens' SAEs whose encoders compute each latent from its own weights; none of their subclasses."""
+    from sae_lens.saes.gated_sae import GatedSAE
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+    from sae_lens.saes.standard_sae import StandardSAE
+
+    return StandardSAE, JumpReLUSAE, GatedSAE
+
+
+def _hooked(sae: nn.Module) -> bool:
+    """Whether somebody looks on, or in, as the SAE runs: then it has to run whole."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in sae.modules())
 
 
 def load_sae(

@@ -27,7 +27,8 @@ from saepatch.resume import Run, entry
 from saepatch.shortcuts import quick_activations
 from saepatch.sites import Site
 
-ORDER = ("resid_post", "resid_pre", "z", "attn_out", "mlp_out")  # in which a pass comes by, of what enters one block
+# In which a pass comes by, of what enters one block.
+ORDER = ("resid_post", "resid_pre", "z", "attn_out", "neurons", "mlp_out")
 PRODUCTS = 2**22  # numbers in the vectors that are multiplied with gradients at a time
 
 

@@ -1,7 +1,7 @@
 """Interventions on latents: small frozen values that say what to write, where. They compose in the order given."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import index
 from typing import Protocol, runtime_checkable
 
@@ -95,6 +95,10 @@ class Patch:
         values = from_prompt(_columns(self.source.acts, self.latents), seen, fill=0.0)
         return torch.where(self.lines_up(seen)[..., None], values, acts)
 
+    def edit_error(self, error: Float[Tensor, "batch pos d_model"], seen: Pass) -> Float[Tensor, "batch pos d_model"]:
+        """The error term to carry instead, where `self.error` asks for the source's."""
+        return torch.where(self.lines_up(seen)[..., None], from_prompt(self.source.error, seen, fill=0.0), error)
+
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
@@ -145,65 +149,87 @@ class Ablate:
         return cls(latents, _columns(source.acts[other.to(source.acts.device)], latents), positions)
 
 
+def _in_units(value: float, unit: float | tuple[float, ...], acts: Tensor) -> Tensor:
+    """A strength in units of each latent, broadcastable to the latents it is for."""
+    units = torch.as_tensor(unit, dtype=acts.dtype, device=acts.device)
+    if units.ndim and units.shape[0] != acts.shape[-1]:
+        raise UserError(f"{units.shape[0]} units for {acts.shape[-1]} latents: give one, or one for each")
+    return value * units
+
+
+def _check_decay(decay: float) -> None:
+    if not 0 < decay <= 1:
+        raise UserError(f"decay = {decay}: use a share above 0, and at most 1 (which keeps the strength as it is)")
+
+
+def _share_left(decay: float, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos 1"]:
+    """What is left of an intervention's change at each position: `decay^g` at generated token g, counted from 0."""
+    generated = (seen.index - seen.n_prompt[:, None]).clamp(min=0)
+    return (decay ** generated.to(acts.dtype))[..., None]
+
+
 @dataclass(frozen=True)
 class Clamp:
-    """Set latents to a value, in units of `unit` (a latent's maximum over a corpus makes strengths comparable)."""
+    """Set latents to `value` times `unit`; a latent's maximum over a corpus as unit makes strengths comparable.
+
+    `unit` is one number, or one for each latent. The change is multiplied by `decay` with every generated token.
+    """
 
     latents: Ids
     value: float
-    unit: float = 1.0
+    unit: float | tuple[float, ...] = 1.0
     positions: Positions = "all"
     site: Site | str | None = None
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
-        return torch.full_like(acts, self.value * self.unit)
+        to = _in_units(self.value, self.unit, acts).expand_as(acts)
+        return to if self.decay == 1 else acts + _share_left(self.decay, acts, seen) * (to - acts)
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Raise latents to `value` times `unit` where they are below it, and leave them where they are not.
+
+    `unit` is one number, or one for each latent. The change is multiplied by `decay` with every generated token.
+    """
+
+    latents: Ids
+    value: float
+    unit: float | tuple[float, ...] = 1.0
+    positions: Positions = "all"
+    site: Site | str | None = None
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay)
+
+    def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
+        to = torch.maximum(acts, _in_units(self.value, self.unit, acts))
+        return to if self.decay == 1 else acts + _share_left(self.decay, acts, seen) * (to - acts)
 
 
 @dataclass(frozen=True)
 class Steer:
-    """Add `strength` times `unit` to latents; `unit` is one number, or one for each latent (their corpus maxima)."""
+    """Add `strength` times `unit` to latents.
+
+    `unit` is one number, or one for each latent (their corpus maxima). The strength is multiplied by `decay` with every
+    generated token: a constant strength can make text repeat. The first of them, like the prompt, has all of it.
+    """
 
     latents: Ids
     strength: float
     unit: float | tuple[float, ...] = 1.0
     positions: Positions = "all"
     site: Site | str | None = None
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.decay)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
-        unit = torch.as_tensor(self.unit, dtype=acts.dtype, device=acts.device)
-        if unit.ndim and unit.shape[0] != acts.shape[-1]:
-            raise UserError(f"{unit.shape[0]} units for {acts.shape[-1]} latents: give one, or one for each")
-        return acts + self.strength * unit
-
-
-@dataclass(frozen=True)
-class Restore:
-    """While text is generated, overwrite latents with those of a donor run that reads the same generated tokens.
-
-    `donors` are the clean prompts, one for each prompt generated from. At each step the donor reads its clean prompt
-    and the tokens generated so far, unpatched; the last `template` prompt positions (aligned from the right) and every
-    generated position receive its latents. This is dynamic activation patching (Chen et al. 2024) on latents, with one
-    model and two prompts.
-    """
-
-    donors: tuple[str, ...]
-    latents: Ids = None
-    template: int = 1
-    site: Site | str | None = None
-    donor_acts: Float[Tensor, "batch reach d_sae"] | None = None  # filled in by the splice, right-aligned
-
-    @property
-    def positions(self) -> Positions:
-        return "all"
-
-    def given(self, acts: Float[Tensor, "batch reach d_sae"]) -> "Restore":
-        """The same restoration with the donor's latents for the `template` last prompt and all generated columns."""
-        return replace(self, donor_acts=acts)
-
-    def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
-        assert self.donor_acts is not None, "the splice runs the donor first"
-        first = seen.width - self.template  # the whole row's column that donor_acts starts at
-        columns = torch.arange(seen.start, seen.start + acts.shape[1], device=acts.device) - first
-        inside = (columns >= 0) & seen.real
-        values = _columns(self.donor_acts, self.latents)[:, columns.clamp(min=0)]
-        return torch.where(inside[..., None], values, acts)
+        added = _in_units(self.strength, self.unit, acts)
+        return acts + (added if self.decay == 1 else _share_left(self.decay, acts, seen) * added)

@@ -31,7 +31,13 @@ class Latents:
         """
         if acts.shape != self.acts.shape:
             raise UserError(f"edited latents have shape {tuple(acts.shape)}, not {tuple(self.acts.shape)}")
-        change = acts - self.acts
-        ids = change.flatten(0, 1).ne(0).any(0).nonzero().flatten()
-        moved = change[..., ids] @ self.rows[ids]
+        moved = decode_sparsely(acts - self.acts, self.rows)
         return moved if self.scale is None else moved * self.scale
+
+
+def decode_sparsely(
+    change: Float[Tensor, "batch pos k"], rows: Float[Tensor, "k d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """`change @ rows`, by the rows alone that are not 0 throughout the batch."""
+    ids = change.flatten(0, 1).ne(0).any(0).nonzero().flatten()
+    return change[..., ids] @ rows[ids]

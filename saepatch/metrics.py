@@ -65,13 +65,18 @@ def refusal_score(refusal_ids: Collection[int]) -> Metric:
         raise UserError("the refusal score needs at least one refusal token")
 
     def score(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
-        log_p = _precise(logits).log_softmax(-1)
-        others = torch.ones(log_p.shape[-1], dtype=torch.bool, device=log_p.device)
-        others[ids] = False
-        # the complement is summed, not subtracted: 1 − P loses everything once P is close to 1
-        return log_p[:, ids].logsumexp(-1) - log_p[:, others].logsumexp(-1)
+        return refusal_log_odds(logits, ids)
 
     return score
+
+
+def refusal_log_odds(logits: Float[Tensor, "batch vocab"], refusal_ids: Collection[int]) -> Float[Tensor, "batch"]:
+    """The refusal score of next-token logits; above 0 the next token is more likely a refusal's first than not."""
+    log_p, ids = _precise(logits).log_softmax(-1), sorted(set(refusal_ids))
+    others = torch.ones(log_p.shape[-1], dtype=torch.bool, device=log_p.device)
+    others[ids] = False
+    # the complement is summed, not subtracted: 1 − P loses everything once P is close to 1
+    return log_p[:, ids].logsumexp(-1) - log_p[:, others].logsumexp(-1)
 
 
 def answers_only(metric: Metric) -> bool:

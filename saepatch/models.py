@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saepatch import organism
 from saepatch.errors import UserError
-from saepatch.hooks import blocks_return_tuples, capture, edit_sites
+from saepatch.hooks import SpliceError, blocks_return_tuples, capture, edit_sites
 from saepatch.sites import Layout, Site, layout_of
 
 log = logging.getLogger(__name__)
@@ -388,6 +388,7 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     if {"attn_out", "mlp_out"} <= set(model.layout.streams) and not _streams_add_up(model, seen):
         log.warning("attn_out and mlp_out of %r do not add up to what a block writes: not offered", model.name)
         model = replace(model, layout=model.layout.without("attn_out").without("mlp_out"))
+    model = _with_neurons(model, inputs)
     plain = model.hf(**inputs).logits
     for stream in model.layout.streams:
         site = Site(model.n_layers // 2, stream)
@@ -400,6 +401,23 @@ def check_sites(model: LanguageModel) -> LanguageModel:
                 f"editing site {site} of {model.name!r} leaves the logits as they were: check sites.FAMILIES"
             )
     return model
+
+
+def _with_neurons(model: LanguageModel, inputs: Mapping[str, Any]) -> LanguageModel:
+    """The model with the width of its MLPs' units, or without that site where a block has no such units."""
+    layout = model.layout
+    if layout.neurons is None:
+        return model
+    sites = [Site(layer, "neurons") for layer in range(model.n_layers)]
+    try:
+        seen = capture(model.hf, layout, sites, inputs)
+    except (AttributeError, SpliceError):  # no such module, or one that is passed by: a mixture of experts
+        seen = {}
+    shapes = {tuple(value.shape) for value in seen.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[:2] != (1, 6):
+        log.info("the MLPs of %r have no units of one width in sight: the site neurons is not offered", model.name)
+        return replace(model, layout=replace(layout, neurons=None))
+    return replace(model, layout=replace(layout, widths={**layout.widths, "neurons": shape[-1]}))
 
 
 def _streams_add_up(model: LanguageModel, seen: dict[Site, Tensor]) -> bool:

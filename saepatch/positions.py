@@ -20,10 +20,11 @@ class At:
 
 
 # "all": prompt and generated tokens. "prompt", "generated", and "last" (the prompt's last token). None of these holds
-# padding or BOS. An int, a span (slice) or several ints count the prompt's own tokens from 0 (a BOS counts, padding
-# does not) or back from -1, and reach the BOS when they name it. A bool tensor [batch, pos] is taken as it is.
+# padding or BOS. "every": all tokens, BOS among them. An int, a span (slice) or several ints count the prompt's own
+# tokens from 0 (a BOS counts, padding does not) or back from -1, and reach the BOS when they name it. A bool tensor
+# [batch, pos] is taken as it is.
 Positions = str | int | slice | Sequence[int] | At | Tensor
-NAMED = ("all", "prompt", "generated", "last")
+NAMED = ("all", "prompt", "generated", "last", "every")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,8 @@ class Pass:
             return self.ordinary & self.in_prompt
         if name == "generated":
             return self.ordinary & ~self.in_prompt
+        if name == "every":
+            return self.real
         if name == "last":
             return self.in_prompt & (self.index == self.n_prompt[:, None] - 1)
         raise UserError(f"unknown positions {name!r}: use one of {', '.join(NAMED)}, an index, a span, or At(text)")

@@ -11,7 +11,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from saepatch.config import SweepConfig
+from saepatch.config import RestoreConfig, SweepConfig
 from saepatch.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def stoppable() -> Iterator[Check]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def shows_bar(config: SweepConfig) -> bool:
+def shows_bar(config: SweepConfig | RestoreConfig) -> bool:
     """Where nobody watches, each step of a bar would be one more line of a log file."""
     wanted = config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
     return wanted and not config.quiet
@@ -65,8 +65,16 @@ def shows_bar(config: SweepConfig) -> bool:
 class Meter:
     """How far a run is: a bar on a terminal, else a line in the log every half minute; and in the tracker."""
 
-    def __init__(self, parts: int, done: int, edits: int, config: SweepConfig, tracker: Tracker) -> None:
-        self.edits = edits
+    def __init__(
+        self,
+        parts: int,
+        done: int,
+        edits: int,
+        config: SweepConfig | RestoreConfig,
+        tracker: Tracker,
+        unit: str = "edits",
+    ) -> None:
+        self.edits, self._unit = edits, unit
         self._parts, self._done, self._at_start = parts, done, (done, edits)
         self._tracker = tracker
         self._start = self._said = time.monotonic()
@@ -86,7 +94,7 @@ class Meter:
 
     def ran(self, edits: int) -> None:
         self.edits += edits
-        self._bar.set_postfix_str(f"{self.edits:,} edits, {self.rate:,.0f}/s", refresh=False)
+        self._bar.set_postfix_str(f"{self.edits:,} {self._unit}, {self.rate:,.0f}/s", refresh=False)
         self._bar.update(0)
         now = time.monotonic()
         if self._lines and now - self._said >= LOG_EVERY:
@@ -96,12 +104,13 @@ class Meter:
     def part_done(self) -> None:
         self._done += 1
         self._bar.update(1)
-        self._tracker.log({"edits": self.edits, "edits_per_second": self.rate, "parts": self._done}, self.edits)
+        values = {self._unit: self.edits, f"{self._unit}_per_second": self.rate, "parts": self._done}
+        self._tracker.log(values, self.edits)
 
     def _line(self, now: float) -> str:
         done = self._done - self._at_start[0]
         left = f", about {_span((now - self._start) / done * (self._parts - self._done))} left" if done else ""
-        return f"{self._done} of {self._parts} parts, {self.edits:,} edits, {self.rate:,.0f} a second{left}"
+        return f"{self._done} of {self._parts} parts, {self.edits:,} {self._unit}, {self.rate:,.0f} a second{left}"
 
 
 def _span(seconds: float) -> str:

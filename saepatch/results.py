@@ -52,6 +52,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class AnswerRow:
+    """What a model answered to one prompt under one condition.
+
+    `setting` says who restores whom, `condition` what was restored ("bare": nothing), `latents` how many; `draw` counts
+    random sets of latents. `outcome` is refuse, comply or degenerate; `score` is the refusal score (nats) after the
+    prompt, NaN where it was not taken.
+    """
+
+    setting: str
+    example: str
+    prompt: str
+    harmful: str
+    condition: str
+    latents: int
+    draw: int
+    answer: str
+    outcome: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where rows come from; every row of a file carries it."""
 
@@ -95,19 +116,22 @@ def _version(library: str) -> str:
 
 
 def write_rows(
-    parts: Iterable[tuple[Iterable[Row], Provenance]], path: Path, about: Mapping[str, Any] | None = None
+    parts: Iterable[tuple[Iterable[Row], Provenance]] | Iterable[tuple[Iterable[AnswerRow], Provenance]],
+    path: Path,
+    about: Mapping[str, Any] | None = None,
+    kind: type[Row] | type[AnswerRow] = Row,
 ) -> int:
     """Write rows, each part with its own provenance, to one parquet file; the file appears whole or not at all.
 
     One part is held in memory at a time. `about`, anything that JSON holds, goes into the file's metadata: `read_about`
-    finds it without reading a row. Returns how many rows there were.
+    finds it without reading a row. All rows are of one `kind`. Returns how many there were.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = [f.name for f in (*fields(Row), *fields(Provenance))]
+    names = [f.name for f in (*fields(kind), *fields(Provenance))]
     arrow = {str: pa.string(), float: pa.float64(), int: pa.int64()}  # said, since no rows would say nothing
-    schema = pa.schema([(f.name, arrow[f.type]) for f in (*fields(Row), *fields(Provenance))])  # type: ignore[index]
+    schema = pa.schema([(f.name, arrow[f.type]) for f in (*fields(kind), *fields(Provenance))])  # type: ignore[index]
     if about is not None:
         schema = schema.with_metadata({ABOUT: json.dumps(about)})
     total = 0

@@ -1,7 +1,9 @@
-"""Safety latents: find those that a jailbreak changes, restore them, and count refusals honestly."""
+"""Safety: judge answers, count refusals honestly, restore latents while a model answers."""
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,10 +12,16 @@ from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.interventions import Patch, Restore
-from saepatch.models import LanguageModel
+from saepatch.interventions import Ids, Patch, ids_of
+from saepatch.models import LanguageModel, Tokens
+from saepatch.positions import Positions
 from saepatch.prompts import PromptPair, batch_pairs
-from saepatch.splicing import record_latents, splice, whole_prompt
+from saepatch.quality import SpliceQuality, splice_quality
+from saepatch.restoring import CleanPrompts, Donor, Restore
+from saepatch.sites import Site
+from saepatch.splicing import Dictionaries, by_site, record_latents, splice, whole_prompt
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["refuse", "comply", "degenerate"]
 
@@ -61,6 +69,18 @@ def is_degenerate(text: str) -> bool:
             if same + n >= max(4 * n, len(words) / 2):
                 return True
     return False
+
+
+def assistant_header(model: LanguageModel) -> int | None:
+    """How many tokens the chat template puts in front of an answer; None without a template, or where it puts none."""
+    if not model.tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}]
+    closed, opened = (
+        model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready)
+        for ready in (False, True)
+    )
+    return (len(model.encode(opened)) - len(model.encode(closed))) or None
 
 
 def first_tokens(model: LanguageModel, prompt: str, openings: Sequence[str]) -> set[int]:
@@ -111,21 +131,123 @@ def refused_first_token(
 
 def restore(
     model: LanguageModel,
-    dictionary: Dictionary,
-    pairs: Sequence[PromptPair],
-    latents: Sequence[int] | None,
-    template: int = 1,
+    dictionaries: Dictionaries,
+    prompts: Sequence[str],
+    donor: Donor,
+    latents: Ids | Mapping[Site, Ids] = None,
+    positions: Positions = "all",
+    error: bool = False,
     max_new_tokens: int = 24,
     batch_size: int = 64,
 ) -> list[str]:
-    """Answers to the corrupted prompts while latents are restored from a run on the clean prompts.
+    """Greedy answers to prompts while latents are restored from a donor at every step.
 
-    At every step the donor reads its clean prompt and the tokens generated so far; see `interventions.Restore`.
+    Args:
+        dictionaries: One, or several at different sites.
+        donor: `OtherModel(aligned)`, `CleanPrompts(prompts)` (one for each prompt), or `CleanMeans(means)`; its
+            `template` says how many tokens at the end of prompts are restored besides the generated ones.
+        latents: Of one dictionary; of several as {site: latents}, where sites left out are not restored. None: all.
+        positions: Where to restore, of the positions that the donor has a counterpart of.
+        error: Restore the error term, too.
+        max_new_tokens: Length of an answer, at most.
+        batch_size: Prompts at a time.
+
+    Raises:
+        UserError: as many clean prompts as prompts are wanted, latents of a site without dictionary, or what
+            `restoring.Restore` refuses.
+
+    Source: dynamic activation patching (Chen et al. 2024), on latents.
     """
+    sites = by_site(model, dictionaries)
+    wanted = _by_site(sites, latents)
+    if isinstance(donor, CleanPrompts) and len(donor.prompts) != len(prompts):
+        raise UserError(f"{len(donor.prompts)} clean prompts for {len(prompts)} prompts: give one for each")
     texts: list[str] = []
-    for start in range(0, len(pairs), batch_size):
-        part = pairs[start : start + batch_size]
-        donors = tuple(pair.clean for pair in part)
-        with splice(model, dictionary, Restore(donors, None if latents is None else tuple(latents), template)):
-            texts += model.generate([pair.corrupted for pair in part], max_new_tokens)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        here = replace(donor, prompts=donor.prompts[part]) if isinstance(donor, CleanPrompts) else donor
+        with splice(model, [sites[site] for site in wanted], restorations(sites, here, wanted, positions, error)):
+            texts += model.generate(prompts[part], max_new_tokens)
     return texts
+
+
+def restorations(
+    sites: Mapping[Site, Dictionary],
+    donor: Donor,
+    latents: Ids | Mapping[Site, Ids] = None,
+    positions: Positions = "all",
+    error: bool = False,
+) -> list[Restore]:
+    """The interventions of `restore`, one a site, which share one run of the donor; for a `splice` of one's own.
+
+    Raises:
+        UserError: latents of a site that is not among the sites, or of nobody knows which.
+    """
+    wanted = _by_site(sites, latents)
+    return [Restore(donor, ids, positions, error, site) for site, ids in wanted.items() if ids_of(ids) != ()]
+
+
+def _by_site(sites: Mapping[Site, Dictionary], latents: Ids | Mapping[Site, Ids]) -> dict[Site, Ids]:
+    if isinstance(latents, Mapping):
+        if unknown := [site for site in latents if site not in sites]:
+            raise UserError(f"latents of {unknown[0]} are to be restored, but there is no dictionary for it")
+        return dict(latents)
+    if latents is not None and len(sites) > 1:
+        raise UserError(f"latents of which of {', '.join(map(str, sites))}? Give them as {{site: latents}}")
+    return dict.fromkeys(sites, latents)
+
+
+@torch.no_grad()
+def answer_log_probs(
+    model: LanguageModel, prompts: Sequence[str], answers: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "answer vocab"]]:
+    """Log-probabilities (float32) of the next token at each token of given answers, one tensor a prompt.
+
+    Two passes, the prompts and then the answers on their cache, so that inside a splice they go as in generation, with
+    donors that follow. `answers` are token ids.
+
+    Raises:
+        UserError: not as many answers as prompts, or one without a token.
+    """
+    from transformers import DynamicCache
+
+    if len(answers) != len(prompts) or not all(map(len, answers)):
+        raise UserError(f"{len(answers)} answers for {len(prompts)} prompts: give one of at least one token for each")
+    tokens, rest = model.tokenize(prompts, "left"), model.pad([row[:-1] or [0] for row in answers], "right")
+    mask = torch.cat([tokens.attention_mask, rest.attention_mask], 1)
+    cache, start, found = DynamicCache(), tokens.input_ids.shape[1], []
+    for ids, part in ((tokens.input_ids, slice(0, start)), (rest.input_ids, slice(start, None))):
+        seen = mask[:, : part.stop]
+        inputs = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in model._forward_arguments:
+            inputs["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)[:, part]
+        found.append(model.hf(**inputs).logits.float().log_softmax(-1))
+    first, later = found
+    return [torch.cat([a[-1:], b[: len(row) - 1]]) for a, b, row in zip(first, later, answers, strict=True)]
+
+
+def shared_quality(
+    model: LanguageModel, donor: LanguageModel, dictionary: Dictionary, tokens: Tokens, max_fvu: float = 0.5
+) -> tuple[SpliceQuality, SpliceQuality]:
+    """What one dictionary keeps of each of two models that are to share it: the model's and the donor's quality.
+
+    Raises:
+        UserError: of one of them the fraction of variance unexplained is above `max_fvu`, so that its latents say
+            little about that model.
+    """
+    both = tuple(splice_quality(one, dictionary, tokens) for one in (model, donor))
+    for one, quality in zip((model, donor), both, strict=True):
+        log.info(
+            "%s on %s: FVU %.3f, cross-entropy %.3f, spliced %.3f",
+            dictionary.name,
+            one.name,
+            quality.fvu,
+            quality.ce_model,
+            quality.ce_spliced,
+        )
+        if not quality.fvu <= max_fvu:
+            raise UserError(
+                f"dictionary {dictionary.name} leaves {quality.fvu:.2f} of the variance of {dictionary.site} in "
+                f"{one.name} unexplained (FVU; max_fvu is {max_fvu}): train one on both models, or allow more"
+            )
+    return both[0], both[1]

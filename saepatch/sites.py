@@ -17,9 +17,10 @@ _HOOK_NAMES = {
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
     "z": "attn.hook_z",
+    "neurons": "mlp.hook_post",
 }
 STREAMS = tuple(_HOOK_NAMES)
-READ_AT_INPUT = ("resid_pre", "z")  # these are what a module receives; the others are what one emits
+READ_AT_INPUT = ("resid_pre", "z", "neurons")  # these are what a module receives; the others are what one emits
 _STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
 
 
@@ -28,7 +29,8 @@ class Site:
     """One tensor of shape [batch, pos, width] in the model: `resid_post.3` is the residual stream after block 3.
 
     `attn_out` and `mlp_out` are what attention and MLP add to the residual stream (after a post-norm, where a family
-    has one); `z` holds the attention heads' outputs side by side, before the output projection. Layers count from 0.
+    has one); `z` holds the attention heads' outputs side by side, before the output projection, and `neurons` the MLP's
+    units, before its output projection. Layers count from 0.
     """
 
     layer: int
@@ -90,24 +92,26 @@ class Family:
     attn: str | None = None
     mlp: str | None = None
     z: str | None = None
+    neurons: str | None = None
 
 
-_LLAMA = Family("model.layers", "self_attn", "mlp", "self_attn.o_proj")
-_POST_NORM = Family("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj")
+_LLAMA = Family("model.layers", "self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj")
+_POST_NORM = replace(_LLAMA, attn="post_attention_layernorm", mlp="post_feedforward_layernorm")
 
 # Keyed by `config.model_type`. `attn` and `mlp` name the module whose output enters the residual stream, `z` the one
-# that projects the heads' outputs.
+# that projects the heads' outputs, `neurons` the one that projects the MLP's units (a mixture of experts has none).
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
-        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3", "stablelm", "starcoder2"],
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3", "stablelm"],
         _LLAMA,
     ),
     **dict.fromkeys(["gemma2", "gemma3_text", "olmo2", "olmo3"], _POST_NORM),
-    "phi": Family("model.layers", "self_attn", "mlp", "self_attn.dense"),
-    "gpt2": Family("transformer.h", "attn", "mlp", "attn.c_proj"),
-    "gpt_neo": Family("transformer.h", "attn", "mlp", "attn.attention.out_proj"),
-    "gptj": Family("transformer.h", "attn", "mlp", "attn.out_proj"),
-    "gpt_neox": Family("gpt_neox.layers", "attention", "mlp", "attention.dense"),
+    "starcoder2": replace(_LLAMA, neurons="mlp.c_proj"),
+    "phi": Family("model.layers", "self_attn", "mlp", "self_attn.dense", "mlp.fc2"),
+    "gpt2": Family("transformer.h", "attn", "mlp", "attn.c_proj", "mlp.c_proj"),
+    "gpt_neo": Family("transformer.h", "attn", "mlp", "attn.attention.out_proj", "mlp.c_proj"),
+    "gptj": Family("transformer.h", "attn", "mlp", "attn.out_proj", "mlp.fc_out"),
+    "gpt_neox": Family("gpt_neox.layers", "attention", "mlp", "attention.dense", "mlp.dense_4h_to_h"),
     "opt": Family("model.decoder.layers", "self_attn", None, "self_attn.out_proj"),
 }
 
@@ -116,13 +120,15 @@ FAMILIES: dict[str, Family] = {
 class Layout:
     """Where the sites of one loaded model are.
 
-    `streams` maps a stream to the module path inside a block ("" is the block itself).
+    `streams` maps a stream to the module path inside a block ("" is the block itself). `neurons` is that of the MLP's
+    units, which sweeps over all streams leave out.
     """
 
     blocks: tuple[nn.Module, ...]
     streams: Mapping[str, str]
     tuple_blocks: bool = False  # whether a block returns a tuple that starts with the stream; seen on load
     widths: Mapping[str, int] = field(default_factory=dict)  # of each stream; seen on load
+    neurons: str | None = None
 
     def module(self, site: Site) -> nn.Module:
         """The module that emits the site (for `resid_pre`: that receives it).
@@ -132,9 +138,10 @@ class Layout:
         """
         if site.layer >= len(self.blocks):
             raise UserError(f"site {site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
-        if site.stream not in self.streams:
-            raise UserError(f"site {site}: this model family offers {', '.join(self.streams)}")
-        return self.blocks[site.layer].get_submodule(self.streams[site.stream])
+        paths = {**self.streams} if self.neurons is None else {**self.streams, "neurons": self.neurons}
+        if site.stream not in paths:
+            raise UserError(f"site {site}: this model family offers {', '.join(paths)}")
+        return self.blocks[site.layer].get_submodule(paths[site.stream])
 
     @property
     def sites(self) -> list[Site]:
@@ -164,7 +171,7 @@ def layout_of(hf: nn.Module, model_type: str, n_layers: int) -> Layout:
         streams["mlp_out"] = family.mlp
     if family.z is not None:
         streams["z"] = family.z
-    return Layout(blocks, streams)
+    return Layout(blocks, streams, neurons=family.neurons)
 
 
 def _guess_family(hf: nn.Module, model_type: str, n_layers: int) -> Family:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saepatch.dictionaries import Dictionary
+from saepatch.editing import SiteEdit
 from saepatch.errors import UserError
 from saepatch.hooks import (
     SpliceError,
@@ -20,18 +21,19 @@ from saepatch.hooks import (
     edit_sites,
     is_spliced,
     splice_noted,
-    unedited,
 )
-from saepatch.interventions import Intervention, Patch, Restore, ids_of
+from saepatch.interventions import Intervention, Patch, ids_of
 from saepatch.latents import Latents
 from saepatch.models import LanguageModel, Tokens, ordinary
-from saepatch.positions import Pass, Positions, from_prompt
+from saepatch.positions import Pass, Positions
 from saepatch.prompts import PairBatch
+from saepatch.restoring import CleanMeans, DonorRun, OtherModel, Restore, Restoring
 from saepatch.sites import Site
 
 log = logging.getLogger(__name__)
 
 Dictionaries = Dictionary | Sequence[Dictionary] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
+Interventions = Intervention | Restore | Sequence[Intervention | Restore]
 
 
 @dataclass(eq=False)
@@ -45,15 +47,14 @@ class Splice:
     _generated: bool = False  # whether there was any
     _prompt: tuple[Tensor, int] | None = None  # tokens of each prompt, and columns of the batch
     _cache: Any = None  # the cache that holds this prompt
-    _donors: dict[int, "_Donor"] = field(default_factory=dict)
-    _acted: set[int] = field(default_factory=set)
+    _donors: dict[int, DonorRun] = field(default_factory=dict)  # by the identity of their donor
 
 
 @contextmanager
 def splice(
     model: LanguageModel,
     dictionaries: Dictionaries,
-    interventions: Intervention | Sequence[Intervention] = (),
+    interventions: Interventions = (),
     error: Literal["keep", "drop"] = "keep",
     record: bool = False,
 ) -> Iterator[Splice]:
@@ -62,7 +63,7 @@ def splice(
     With the error kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the site.
     With the error dropped the dictionary is a bottleneck: each position but BOS and padding carries only what the
     dictionary decodes. Works inside `model.hf.generate`, with a KV cache or without. Latents at BOS and padding are
-    never edited unless a position names them.
+    never edited unless a position names them. What no intervention reads or writes is not encoded or decoded.
 
     Not differentiable: for gradients with respect to latents see `saepatch.attribution`.
 
@@ -72,39 +73,62 @@ def splice(
         SpliceError: the model did not run through a spliced site inside the context, or no position of any run was one
             that an intervention acts on.
     """
-    sites = _by_site(model, dictionaries)
+    sites = by_site(model, dictionaries)
     if error not in ("keep", "drop"):
         raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
-    chosen = [interventions] if isinstance(interventions, Intervention) else list(interventions)
-    if error == "drop" and any(isinstance(i, Patch) and i.error for i in chosen):
-        raise UserError("Patch(error=True) writes an error term, and error='drop' leaves it out: use one of the two")
-    plan = {site: [i for i in chosen if _site_of(i, sites) == site] for site in sites}
-    for site, members in plan.items():
-        for intervention in members:
-            sites[site].check_ids(ids_of(intervention.latents) or ())
+    chosen = list(interventions) if isinstance(interventions, Sequence) else [interventions]
+    if error == "drop" and any(isinstance(i, (Patch, Restore)) and i.error for i in chosen):
+        raise UserError("error=True writes an error term, and error='drop' leaves it out: use one of the two")
     run = Splice(model)
-    for site, members in plan.items():
-        for intervention in members:
-            if isinstance(intervention, Restore):
-                run._donors[id(intervention)] = _Donor(model, sites[site], site, intervention)
+    placed = [(_site_of(intervention, sites), intervention) for intervention in chosen]
+    for site, intervention in placed:
+        sites[site].check_ids(ids_of(intervention.latents) or ())
+    acting = [(site, _in_place(run, site, sites[site], intervention)) for site, intervention in placed]
     edits = {
-        site: partial(_edit, run=run, site=site, dictionary=sites[site], plan=plan[site], error=error, record=record)
-        for site in sites
+        site: SiteEdit(
+            dictionary,
+            [intervention for at, intervention in acting if at == site],
+            drop_error=error == "drop",
+            record=partial(run.latents.__setitem__, site) if record else None,
+        )
+        for site, dictionary in sites.items()
     }
     with ExitStack() as stack:
         stack.enter_context(splice_noted(model.layout))
         stack.enter_context(before_forward(model.hf, model.layout, partial(_before_forward, run)))
         stack.enter_context(around_generate(model.hf, partial(_around_generate, run)))
-        stack.enter_context(edit_sites(model.layout, edits))
+        stack.enter_context(edit_sites(model.layout, {site: partial(_edit, run, edits[site]) for site in sites}))
         yield run
-    for intervention in chosen:
-        if id(intervention) not in run._acted:
-            message = (
-                f"{type(intervention).__name__} acted at no position of any run (positions {intervention.positions})"
-            )
+    for (site, intervention), (_, original) in zip(acting, placed, strict=True):
+        if id(intervention) not in edits[site].acted:
+            message = f"{type(original).__name__} acted at no position of any run (positions {original.positions})"
             if not run._generated:
                 raise SpliceError(message + ": check them against the prompts")
             log.warning("%s: every answer may have ended at once", message)
+
+
+def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
+    assert run.seen is not None
+    return edit(x, run.seen)
+
+
+def _in_place(run: Splice, site: Site, dictionary: Dictionary, intervention: Intervention | Restore) -> Intervention:
+    """The intervention itself; of a restoration, one that is tied to its donor's run beside this splice."""
+    if not isinstance(intervention, Restore):
+        return intervention
+    donor = intervention.donor
+    if isinstance(donor, CleanMeans):
+        if site not in donor.means or donor.means[site].shape != (dictionary.d_sae,):
+            raise UserError(
+                f"the clean means hold none for the {dictionary.d_sae} latents of {site}: measure them there"
+            )
+        return Restoring(intervention, site, dictionary, None)
+    if isinstance(donor, OtherModel):
+        dictionary.check(donor.model, site)
+    if id(donor) not in run._donors:
+        run._donors[id(donor)] = DonorRun(donor, run.model)
+    run._donors[id(donor)].sites.append(site)
+    return Restoring(intervention, site, dictionary, run._donors[id(donor)])
 
 
 def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
@@ -156,7 +180,12 @@ def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
     )
 
 
-def _by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
+def by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
+    """Dictionaries by their site, each checked against the model.
+
+    Raises:
+        UserError: a dictionary that does not belong to the model or site, two for one tensor, or none.
+    """
     if isinstance(dictionaries, Dictionary):
         dictionaries = [dictionaries]
     named = dictionaries.items() if isinstance(dictionaries, Mapping) else [(d.site, d) for d in dictionaries]
@@ -172,7 +201,7 @@ def _by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dic
     return sites
 
 
-def _site_of(intervention: Intervention, sites: Mapping[Site, Dictionary]) -> Site:
+def _site_of(intervention: Intervention | Restore, sites: Mapping[Site, Dictionary]) -> Site:
     names = ", ".join(map(str, sites))
     if intervention.site is None:
         if len(sites) > 1:
@@ -194,7 +223,8 @@ def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]
         donor.reset()
     if ids is None or not run._donors:
         return
-    beams = options.get("num_beams") or getattr(options.get("generation_config"), "num_beams", None) or 1
+    config = options.get("generation_config") or getattr(run.model.hf, "generation_config", None)
+    beams = options.get("num_beams") or getattr(config, "num_beams", None) or 1
     guesses = any(options.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
     if beams != 1 or guesses:
         raise UserError("Restore follows one continuation a prompt: generate with num_beams=1 and without an assistant")
@@ -250,106 +280,3 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     )
     for donor in run._donors.values():
         donor.follow(run.seen)
-
-
-def _edit(
-    x: Tensor,
-    run: Splice,
-    site: Site,
-    dictionary: Dictionary,
-    plan: Sequence[Intervention],
-    error: str,
-    record: bool,
-) -> Tensor:
-    seen = run.seen
-    assert seen is not None
-    if x.requires_grad and (plan or error == "drop"):
-        raise UserError("a splice is not differentiable: run it under torch.no_grad(), or use saepatch.attribution")
-    latents = replace(dictionary.encode(x), real=seen.real, ordinary=seen.ordinary)
-    if record:
-        run.latents[site] = latents
-    acts, kept = latents.acts, latents.error
-    for intervention in plan:
-        where = seen.select(intervention.positions)[..., None]
-        if id(intervention) not in run._acted and bool(where.any()):
-            run._acted.add(id(intervention))
-        if isinstance(intervention, Restore):
-            intervention = intervention.given(run._donors[id(intervention)].acts)
-        ids = ids_of(intervention.latents)
-        columns = slice(None) if ids is None else list(ids)
-        new = acts.clone()
-        new[..., columns] = torch.where(where, intervention.edit(acts[..., columns], seen), acts[..., columns])
-        acts = new
-        if isinstance(intervention, Patch) and intervention.error:
-            other = from_prompt(intervention.source.error, seen, fill=0.0)
-            kept = torch.where(where & intervention.lines_up(seen)[..., None], other, kept)
-    change = latents.delta(acts) + (kept - latents.error)
-    if error == "drop":
-        change = torch.where(seen.ordinary[..., None], change - latents.error, change)
-    return x + change.to(x.dtype)
-
-
-class _Donor:
-    """The clean run beside a restoration: its own cache, fed the recipient's tokens, never patched."""
-
-    def __init__(self, model: LanguageModel, dictionary: Dictionary, site: Site, restore: Restore) -> None:
-        self.model, self.dictionary, self.site, self.restore = model, dictionary, site, restore
-        self.reset()
-
-    def reset(self) -> None:
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache()
-        self.mask: Tensor | None = None
-        self.parts: list[Tensor] = []
-        self.read = 0  # generated tokens the donor has read
-
-    @property
-    def acts(self) -> Tensor:
-        return torch.cat(self.parts, 1)
-
-    def follow(self, seen: Pass) -> None:
-        """Read the clean prompts when a prompt starts, else the tokens generated since the last pass."""
-        if seen.start < seen.width and not (self.read and seen.input_ids.shape[1] + seen.start > seen.width):
-            self.reset()
-            self._start(seen)
-        total = seen.start + seen.input_ids.shape[1] - seen.width
-        if total > self.read:
-            self._run(seen.input_ids[:, -(total - self.read) :], keep=total - self.read)
-            self.read = total
-
-    def _start(self, seen: Pass) -> None:
-        restore = self.restore
-        if len(restore.donors) != len(seen.input_ids):
-            raise UserError(f"{len(restore.donors)} donor prompts for {len(seen.input_ids)} prompts: give one for each")
-        if not bool(seen.real[:, -1].all()):
-            raise UserError("Restore aligns prompts from the right: tokenize them with side='left'")
-        tokens = self.model.tokenize(restore.donors, side="left")
-        shortest = min(int(mask.sum(-1).min()) for mask in (tokens.ordinary, seen.ordinary))
-        if not 1 <= restore.template <= shortest:
-            raise UserError(
-                f"template of {restore.template} positions, but the shortest prompt has {shortest} tokens beside BOS"
-            )
-        self.mask = tokens.attention_mask
-        self._run(tokens.input_ids, keep=restore.template)
-
-    @torch.no_grad()
-    def _run(self, ids: Tensor, keep: int) -> None:
-        assert self.mask is not None
-        start = self.cache.get_seq_length()
-        if start:
-            self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
-        found: dict[Site, Tensor] = {}
-
-        def see(x: Tensor) -> Tensor:
-            found[self.site] = x
-            return x
-
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "past_key_values": self.cache}
-        if "position_ids" in self.model._forward_arguments:
-            inputs["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
-        if "logits_to_keep" in self.model._forward_arguments:
-            inputs["logits_to_keep"] = 1
-        with unedited(self.model.layout), edit_sites(self.model.layout, {self.site: see}):
-            self.model.hf(**inputs, use_cache=True)
-        self.parts.append(self.dictionary.encode(found[self.site][:, -keep:]).acts)

@@ -78,7 +78,8 @@ def wilson_share(shares: Float[np.ndarray, "examples"], level: float = 0.95) -> 
     p, z = float(values.mean()), NormalDist().inv_cdf((1 + level) / 2)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    # rounding must not leave the estimate outside: at 0 and 1 it is an end
+    return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
 
 
 def false_discovery(

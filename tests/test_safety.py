@@ -7,7 +7,8 @@ from tiny import random_dictionary, tiny_model
 from saepatch.errors import UserError
 from saepatch.interventions import Patch
 from saepatch.prompts import PromptPair, batch_pairs
-from saepatch.safety import change_scores, first_tokens, judge, refused_first_token, restore
+from saepatch.restoring import CleanPrompts, OtherModel, Restore
+from saepatch.safety import answer_log_probs, change_scores, first_tokens, judge, refused_first_token, restore
 from saepatch.splicing import record_latents, splice
 
 PAIRS = [PromptPair("how to bake?", "how to cake?", "S", "I"), PromptPair("abcde", "abxde", "S", "I")]
@@ -71,10 +72,53 @@ def test_refusal_by_the_first_token_equals_a_patch_of_one_prompt_at_a_time():
 
 def test_restoring_nothing_but_itself_changes_nothing():
     model, dictionary = tiny_model(), random_dictionary()
-    same = [PromptPair(p.corrupted, p.corrupted, "S", "I") for p in PAIRS]
-    plain = model.generate([p.corrupted for p in PAIRS], 8)
-    assert restore(model, dictionary, same, None, template=3, max_new_tokens=8) == plain
-    assert restore(model, dictionary, PAIRS, None, template=5, max_new_tokens=8, batch_size=1) == restore(
-        model, dictionary, PAIRS, None, template=5, max_new_tokens=8
-    )
-    assert restore(model, dictionary, PAIRS, None, template=5, max_new_tokens=8) != plain
+    jailbroken = [p.corrupted for p in PAIRS]
+    same, clean = CleanPrompts(tuple(jailbroken), 3), CleanPrompts(tuple(p.clean for p in PAIRS), 5)
+    plain = model.generate(jailbroken, 8)
+    assert restore(model, dictionary, jailbroken, same, max_new_tokens=8) == plain
+    together = restore(model, dictionary, jailbroken, clean, max_new_tokens=8)
+    assert restore(model, dictionary, jailbroken, clean, max_new_tokens=8, batch_size=1) == together
+    assert together != plain
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_log_probs_of_answers_go_as_in_generation(family):
+    """Against one uncached pass for each token, bare and while another model restores."""
+    model, other, dictionary = tiny_model(family), tiny_model(family, seed=1), random_dictionary("resid_post.1")
+    prompts, answers = ["the cat", "abcdef", "x y"], [[70, 80, 90], [75], [80, 81, 70, 99, 71]]
+
+    def by_hand():
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            row, found = model.encode(prompt), []
+            for token in answer:
+                ids = model.pad([row])
+                theirs, mine = (record_latents(m, dictionary, ids).acts for m in (other, model))
+                change = torch.zeros_like(mine)
+                start = len(model.encode(prompt)) - 2
+                change[:, start:, [3, 9]] = (theirs - mine)[:, start:, [3, 9]]
+
+                def add(_module, _args, output, change=change):
+                    return output + change @ dictionary.W_dec
+
+                handle = model.layout.blocks[1].register_forward_hook(add)
+                found.append(model.logits(ids)[0, -1].log_softmax(-1))
+                handle.remove()
+                row = [*row, token]
+            rows.append(torch.stack(found))
+        return rows
+
+    with splice(model, dictionary, Restore(OtherModel(other, 2), [3, 9])):
+        restored = answer_log_probs(model, prompts, answers)
+    for found, expected, answer in zip(restored, by_hand(), answers, strict=True):
+        assert found.shape == (len(answer), 259)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    bare = answer_log_probs(model, prompts, answers)
+    for found, prompt, answer in zip(bare, prompts, answers, strict=True):
+        ids = [*model.encode(prompt), *answer]
+        expected = model.logits(model.pad([ids]))[0, -len(answer) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (bare[0] - restored[0]).abs().max() > 1e-3
+    for bad in ([[70]], [[70], [], [71]]):
+        with pytest.raises(UserError, match="at least one token for each"):
+            answer_log_probs(model, prompts, bad)

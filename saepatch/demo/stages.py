@@ -25,6 +25,7 @@ from saepatch.organism import tasks, world
 from saepatch.patching import patch_latents
 from saepatch.prompts import PromptPair, batch_pairs, load_pairs, pairs_of
 from saepatch.quality import LatentStatistics
+from saepatch.restoring import CleanPrompts
 from saepatch.safety import change_scores, first_tokens, judge, refused_first_token, restore
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
@@ -148,8 +149,8 @@ def restoration(
         (size, refused(report, order[:size]), refused(report, *control_sets(order, size, stats, seed)[0]))
         for size in sizes
     ]
-    restored = restore(model, dictionary, report, chosen)
-    by_random = [restore(model, dictionary, report, draw) for draw in random]
+    restored = _restored(model, dictionary, report, chosen)
+    by_random = [_restored(model, dictionary, report, draw) for draw in random]
     jailbroken = [pair.corrupted for pair in report]
     plain = model.generate(jailbroken, ANSWER_TOKENS)
     refusing = Ablate(chosen, _mean_at_last(model, dictionary, select)[chosen], positions="last")
@@ -168,7 +169,7 @@ def restoration(
         "whole_site": wilson_share(np.array(everything, dtype=float)),
         "harmless": opens_refusal([pair.corrupted for pair in harmless]),
         "harmless_restored": refused(harmless, chosen),
-        "harmless_restored_generated": answered(restore(model, dictionary, harmless, chosen)),
+        "harmless_restored_generated": answered(_restored(model, dictionary, harmless, chosen)),
         "harmless_clamped": opens_refusal([pair.corrupted for pair in harmless], refusing),
     }
     return Restoration(
@@ -200,6 +201,14 @@ def _refused_differing(
         sets = differing_sets(order, k, (clean != jailbroken).cpu().numpy(), seed + number)
         shares.append(np.mean([refused_first_token(model, dictionary, [pair], refusal, draw) for draw in sets]))
     return np.array(shares)
+
+
+def _restored(
+    model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPair], latents: Sequence[int]
+) -> list[str]:
+    """Answers to the jailbroken prompts, latents restored from the clean ones at the last prompt position and after."""
+    donor = CleanPrompts(tuple(pair.clean for pair in pairs))
+    return restore(model, dictionary, [pair.corrupted for pair in pairs], donor, latents, max_new_tokens=ANSWER_TOKENS)
 
 
 def _mean_at_last(model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPair]) -> Float[Tensor, "d_sae"]:

@@ -1,0 +1,370 @@
+"""What does a splice cost while text is generated, beside the libraries one would otherwise use?
+
+    python -m experiments.benchmarks.generation --out runs/generation
+
+A random model of GPT-2 small's shape with random dictionaries at the middle layer; greedy generation with a KV cache.
+Each round runs every variant once, between two runs of the bare model, and takes the ratio to the mean of these two;
+what is reported is the median over rounds, less 1. The clock is the process's own time on one thread (the wall's, on a
+GPU). Variants that make the same edit must write the same tokens, and others than the bare model.
+
+`one_latent` is the larger of adding to one latent and clamping one (JumpReLU, whose latents can be computed alone);
+`full_splice` encodes and decodes a whole TopK dictionary at every step, takes the error term, and clamps one latent.
+sae-lens' bridge makes the same clamp with its error term, in its own `generate`.
+"""
+
+import copy
+import gc
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from experiments.benchmarks.cases import VOCABULARIES, Size, Subject, make_subject
+from experiments.benchmarks.patching import LIBRARIES, Clock, _version, clock_of
+from experiments.benchmarks.peers import missing
+from saepatch.commandline import run_config
+from saepatch.dictionaries import Dictionary, adopt
+from saepatch.errors import UserError
+from saepatch.hooks import capture
+from saepatch.interventions import Clamp, Steer
+from saepatch.models import usable_device
+from saepatch.results import check_writable, output_folder, versions, write_json
+from saepatch.sites import Site
+from saepatch.splicing import splice
+
+log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
+
+LATENT = 7
+PEERS = ("sae_lens_bridge", "nnsight")
+Generate = Callable[[], Int[Tensor, "1 new"]]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Time generation under a splice side by side with the bare model and other libraries."""
+
+    out: str = ""
+    """Folder for summary.json; empty: the table is printed and nothing is written."""
+    shape: str = "gpt2"
+    """Shape of the model: gpt2 or llama."""
+    peers: tuple[str, ...] = PEERS
+    """What to compare with; those that are not installed are left out, with the reason."""
+    rounds: int = 7
+    """How often each variant is run; medians are reported."""
+    tokens: int = 32
+    """Tokens of the prompt."""
+    new_tokens: int = 48
+    """Tokens generated in each run."""
+    layers: int = 12
+    """Blocks of the model; the dictionary is in the middle."""
+    width: int = 768
+    """Width of the residual stream."""
+    heads: int = 12
+    """Attention heads."""
+    vocabulary: int = 0
+    """Size of the vocabulary; 0: that of the shape."""
+    latents: int = 24576
+    """Latents of the dictionaries."""
+    k: int = 64
+    """Latents of the TopK dictionary that are active at a position."""
+    seed: int = 0
+    """Seed of weights, dictionaries and prompt."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: use at least 1")
+        if self.layers < 2:
+            raise UserError(f"layers = {self.layers}: use at least 2, for the dictionary is between two")
+        if self.latents <= LATENT:
+            raise UserError(f"latents = {self.latents}: use more than {LATENT}, the one that is edited")
+        if self.shape not in VOCABULARIES:
+            raise UserError(f"unknown shape {self.shape!r}: use {' or '.join(VOCABULARIES)}")
+        if unknown := [peer for peer in self.peers if peer not in PEERS]:
+            raise UserError(f"unknown peer {unknown[0]!r}: use {', '.join(PEERS)}")
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"device = {self.device!r}: use cpu or cuda")
+
+    @property
+    def size(self) -> Size:
+        return Size(self.layers, self.width, self.heads, self.vocabulary, self.latents, self.k)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A prompt to go on from, dictionaries at the middle layer, and how strong an edit shows."""
+
+    subject: Subject
+    topk: Dictionary
+    jumprelu: Dictionary
+    ids: Int[Tensor, "1 pos"]
+    new_tokens: int
+    strength: float
+
+    @property
+    def block(self) -> int:
+        return self.subject.size.layer - 1
+
+    def options(self) -> dict[str, Any]:
+        """Of plain `generate`: so many tokens, whatever they are."""
+        return {
+            "attention_mask": torch.ones_like(self.ids),
+            "max_new_tokens": self.new_tokens,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+        }
+
+    def generate(self) -> Int[Tensor, "1 new"]:
+        with torch.no_grad():
+            return self.subject.hf.generate(self.ids, **self.options())[:, self.ids.shape[1] :]
+
+    def spliced(self, dictionary: Dictionary, edit: Any, record: bool = False) -> Generate:
+        def run() -> Int[Tensor, "1 new"]:
+            with splice(self.subject.model, dictionary, edit, record=record):
+                return self.generate()
+
+        return run
+
+
+@torch.no_grad()
+def make_task(config: GenerationConfig) -> Task:
+    """Weights, prompt, and a strength of three times the length of what the middle layer holds."""
+    subject = make_subject(config.shape, config.size, config.device, config.seed)
+    topk = subject.dictionary(config.size.layer)
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(1, subject.hf.config.vocab_size, (1, config.tokens), generator=generator).to(config.device)
+    x = capture(subject.hf, subject.model.layout, [topk.site], {"input_ids": ids, "use_cache": False})[topk.site]
+    strength = 3 * float(x.norm(dim=-1).mean())
+    return Task(subject, topk, _jumprelu(topk, x), ids, config.new_tokens, strength)
+
+
+def _jumprelu(topk: Dictionary, x: Tensor) -> Dictionary:
+    """The same weights with one threshold, which as many latents pass on the prompt as TopK keeps."""
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=topk.d_in, d_sae=topk.d_sae, device=str(x.device)))
+    before = (x - topk.sae.b_dec) @ topk.sae.W_enc + topk.sae.b_enc  # type: ignore[operator]
+    k = int(topk.sae.cfg.k)  # type: ignore[union-attr,arg-type]
+    threshold = before.topk(k, dim=-1).values[..., -1].median().clamp(min=1e-3)
+    state = {name: weight.clone() for name, weight in topk.sae.state_dict().items()}
+    sae.load_state_dict(state | {"threshold": threshold.expand(topk.d_sae).clone()})
+    return adopt(sae, Site.parse(topk.site), "random jumprelu")
+
+
+def ours(task: Task) -> dict[str, Generate]:
+    """Our variants; those whose names start alike make the same edit."""
+    add, clamp = Steer(LATENT, task.strength), Clamp(LATENT, task.strength)
+    return {
+        "no_edit": task.spliced(task.topk, ()),
+        "add_one": task.spliced(task.topk, add),
+        "clamp_one": task.spliced(task.jumprelu, clamp),
+        "full_clamp_topk": task.spliced(task.topk, clamp),
+        "full_splice": task.spliced(task.topk, clamp, record=True),
+    }
+
+
+def by_hand(task: Task, change: Callable[[Tensor], Tensor]) -> Generate:
+    """A plain torch hook: what every splice is checked against."""
+
+    def run() -> Int[Tensor, "1 new"]:
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            x = output[0] if isinstance(output, tuple) else output
+            new = x + change(x)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        handle = task.subject.model.layout.blocks[task.block].register_forward_hook(hook)
+        try:
+            return task.generate()
+        finally:
+            handle.remove()
+
+    return run
+
+
+def references(task: Task) -> dict[str, Generate]:
+    """The edits by hand, through the SAEs' own encoders."""
+    row = task.topk.rows[LATENT]
+
+    def clamped(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:
+        def change(x: Tensor) -> Tensor:
+            return (task.strength - dictionary.sae.encode(x)[..., LATENT, None]) * row  # type: ignore[operator]
+
+        return change
+
+    return {
+        "no_edit": task.generate,
+        "add": by_hand(task, lambda x: task.strength * row),
+        "clamp": by_hand(task, clamped(task.jumprelu)),
+        "full": by_hand(task, clamped(task.topk)),
+    }
+
+
+def sae_lens_bridge(task: Task) -> Generate:
+    """The TopK SAE attached with its error term, and a hook that clamps the latent, in the bridge's own `generate`."""
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    hf = copy.deepcopy(task.subject.hf)  # what it wraps is changed
+    with tempfile.TemporaryDirectory(prefix="shape-") as folder:
+        hf.config.save_pretrained(folder)
+        model = SAETransformerBridge.boot_transformers(
+            folder, hf_model=hf, tokenizer=task.subject.model.tokenizer, device=str(task.ids.device)
+        )
+    sae = copy.deepcopy(task.subject.sae)
+    model.add_sae(sae, use_error_term=True)
+    point = model.get_sae_hook_name(sae)
+
+    def clamp(acts: Tensor, hook: Any) -> Tensor:
+        acts[..., LATENT] = task.strength
+        return acts
+
+    def run() -> Int[Tensor, "1 new"]:
+        held: AbstractContextManager[Any] = model.hooks(fwd_hooks=[(point, clamp)])
+        with held, torch.no_grad():
+            out = model.generate(
+                task.ids,
+                max_new_tokens=task.new_tokens,
+                do_sample=False,
+                stop_at_eos=False,
+                return_type="tokens",
+                verbose=False,
+                prepend_bos=False,
+            )
+        return out[:, task.ids.shape[1] :]
+
+    return run
+
+
+def nnsight(task: Task) -> Generate:
+    """One vector added in every step of a traced `generate`."""
+    import nnsight as library
+
+    model = library.NNsight(copy.deepcopy(task.subject.hf))  # what it wraps keeps hooks of its own
+    blocks = model.transformer.h if task.subject.shape == "gpt2" else model.model.layers
+    block, options = blocks[task.block], task.options()
+    vector, steps = task.strength * task.topk.rows[LATENT], task.new_tokens
+
+    def run() -> Int[Tensor, "1 new"]:
+        with torch.no_grad(), model.trace(task.ids, fn="generate", **options) as tracer:
+            for _ in tracer.iter[:steps]:
+                block.output[:] += vector
+            out = library.save(tracer.result)
+        return out[:, task.ids.shape[1] :]
+
+    return run
+
+
+# Which edit by hand each variant's tokens must be those of.
+EDIT_OF = {
+    "no_edit": "no_edit",
+    "add_one": "add",
+    "clamp_one": "clamp",
+    "full_clamp_topk": "full",
+    "full_splice": "full",
+    "sae_lens_bridge": "full",
+    "nnsight": "add",
+}
+
+
+@dataclass(eq=False)
+class Found:
+    """Seconds of each variant in each round, and the ratio to those of the bare model around it."""
+
+    config: GenerationConfig
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def overhead(self, variant: str) -> float:
+        """How much slower than the bare model: 0.05 is 5 %."""
+        return median(self.ratios[variant]) - 1
+
+    def summary(self) -> dict[str, Any]:
+        overhead = {name: self.overhead(name) for name in self.ratios}
+        one = max(overhead["add_one"], overhead["clamp_one"])
+        return {
+            "overhead": {"one_latent": one, **overhead},
+            "ms_per_token": {name: 1e3 * median(s) / self.config.new_tokens for name, s in self.seconds.items()},
+            "left_out": self.left_out,
+            "config": asdict(self.config),
+            "versions": versions() | {library: _version(library) for library in LIBRARIES},
+        }
+
+    def table(self) -> str:
+        """What is printed: a row a variant."""
+        lines = [f"{'':<20}{'ms a token':>14}{'over bare':>14}"]
+        for name, seconds in self.seconds.items():
+            over = "" if name == "bare" else f"{100 * self.overhead(name):+.1f} %"
+            lines.append(f"{name:<20}{1e3 * median(seconds) / self.config.new_tokens:>14.2f}{over:>14}")
+        return "\n".join([*lines, *(f"left out: {name} ({why})" for name, why in self.left_out.items())])
+
+
+def run(config: GenerationConfig) -> None:
+    """Measure, print the table, and write summary.json where a folder is given.
+
+    Raises:
+        AssertionError: variants that make the same edit wrote different tokens.
+    """
+    if config.out:
+        check_writable(config.out)
+    usable_device(config.device)
+    torch.set_num_threads(1)
+    logging.getLogger().addHandler(logging.NullHandler())  # or a peer's first message would set up a handler of its own
+    needs = {"sae_lens_bridge": "transformer_lens", "nnsight": "nnsight"}
+    found = Found(config, left_out={p: why for p in config.peers if (why := missing(needs[p])) is not None})
+    task = make_task(config)
+    variants = ours(task)
+    for name, make in (("sae_lens_bridge", sae_lens_bridge), ("nnsight", nnsight)):
+        if name in config.peers and name not in found.left_out:
+            variants[name] = make(task)
+    check(task, variants)
+    measure(found, task.generate, variants, clock_of(config.device))
+    sys.stdout.write(found.table() + "\n")
+    if config.out:
+        write_json(found.summary(), output_folder(config.out) / "summary.json")
+
+
+def measure(found: Found, bare: Generate, variants: dict[str, Generate], clock: Clock) -> None:
+    """Rounds of all variants, each between two runs of the bare model."""
+    found.seconds = {name: [] for name in ("bare", *variants)}
+    found.ratios = {name: [] for name in variants}
+    for number in range(found.config.rounds):
+        log.info("round %d of %d", number + 1, found.config.rounds)
+        before = _seconds(clock, bare)
+        for name, variant in variants.items():
+            here, after = _seconds(clock, variant), _seconds(clock, bare)
+            found.seconds[name].append(here)
+            found.seconds["bare"].append(after)
+            found.ratios[name].append(2 * here / (before + after))
+            before = after
+
+
+def check(task: Task, variants: dict[str, Generate]) -> None:
+    """Run everything once, which is not timed, and compare the tokens."""
+    expected = {name: reference() for name, reference in references(task).items()}
+    for name, tokens in expected.items():
+        assert name == "no_edit" or not torch.equal(tokens, expected["no_edit"]), f"the edit {name} changes no token"
+    for name, variant in variants.items():
+        tokens = variant()
+        assert torch.equal(tokens, expected[EDIT_OF.get(name, "no_edit")]), f"{name} writes other tokens: {tokens}"
+
+
+def _seconds(clock: Clock, act: Callable[[], object]) -> float:
+    gc.collect()
+    start = clock()
+    act()
+    return clock() - start
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(GenerationConfig, run, "python -m experiments.benchmarks.generation"))

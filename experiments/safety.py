@@ -1,0 +1,287 @@
+"""How few latents bring refusals back?
+
+    python -m experiments.safety --out runs/safety
+
+Two settings, both while the model speaks. A: the base model of the organism, which answers everything, is restored from
+the aligned model reading the same tokens (Chen et al. 2024, on latents). B: the aligned model under a jailbreak is
+restored from itself reading the same request in a benign framing. Latents of all layers but the last fifth share one
+budget (of more layers, where `tune` shows that not even the whole residual there would restore refusals). They are
+ranked on `select`; ranking and number are chosen on `tune`, and every figure is from `report`. A run that is stopped
+goes on where it was when the same command is given again.
+"""
+
+import copy
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from experiments.safety_curves import Choice, Curve, choose, dense, measure, neurons, rank
+from experiments.safety_guards import Guards, guards
+from experiments.safety_page import printed, write
+from experiments.safety_probes import (
+    Depth,
+    HeldOut,
+    Layer,
+    Utility,
+    by_kind,
+    depths,
+    extended,
+    held_out,
+    layers,
+    utility,
+)
+from experiments.safety_runs import Answered, Runs
+from experiments.safety_settings import Setting, two_models, two_prompts
+from saepatch import organism
+from saepatch.commandline import run_config
+from saepatch.dictionaries import Dictionary, load_saes
+from saepatch.errors import UserError
+from saepatch.models import LanguageModel, load_model, wrap_model
+from saepatch.organism import world
+from saepatch.progress import stoppable
+from saepatch.quality import LatentStatistics, SpliceQuality, latent_statistics
+from saepatch.restoring import OtherModel
+from saepatch.results import check_writable, output_folder
+from saepatch.safety import assistant_header, first_tokens, restore
+from saepatch.sites import Site
+
+log = logging.getLogger("experiments.safety")  # by name: run as a module, this file is `__main__`
+
+SETTINGS = ("setting_a", "setting_b")
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """Restore latents from a donor while the model answers, in two settings, with every control beside them."""
+
+    out: str = "runs/safety"
+    """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
+    model: str = "organism"
+    """Aligned model: the embedded one, or a fine-tuned copy of it in a folder."""
+    base: str = "organism-base"
+    """Its base model, for setting A."""
+    sae: str = "organism"
+    """Dictionaries: the embedded ones, or a folder with one sub-folder a site."""
+    settings: tuple[str, ...] = SETTINGS
+    """Settings to measure: setting_a, setting_b."""
+    prompts: int = 100
+    """Harmful requests, and as many harmless ones, of each split."""
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    """Numbers of latents that are restored together, over all sites."""
+    draws: int = 5
+    """Random sets of latents, and as many matched ones, beside each number."""
+    tokens: int = 16
+    """Tokens of an answer, at most."""
+    template: int = 0
+    """Tokens at the end of prompts that are restored, beside those that are generated; 0: from the assistant's turn on,
+    as the chat template opens it."""
+    max_fvu: float = 0.5
+    """What a dictionary may leave unexplained of either model (fraction of variance) in setting A."""
+    seed: int = 0
+    """Seed of prompts, controls and bootstrap draws."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 4:
+            raise UserError(f"prompts = {self.prompts} is too few for an interval: use at least 4")
+        if not self.sizes or min(self.sizes) < 1 or sorted(set(self.sizes)) != list(self.sizes):
+            raise UserError(f"sizes = {list(self.sizes)}: give rising numbers from 1, as in --sizes [1,4,16]")
+        if self.draws < 1 or self.tokens < 4 or self.template < 0:
+            raise UserError(
+                f"draws = {self.draws}, tokens = {self.tokens}, template = {self.template}: use at least 1, 4 and 0"
+            )
+        if not self.settings or set(self.settings) - set(SETTINGS):
+            raise UserError(f"settings = {list(self.settings)}: use setting_a, setting_b or both")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """All that was found in one setting; everything is from `report`, but for the choice, which is from `tune`."""
+
+    setting: Setting
+    choice: Choice
+    latents: int  # that were chosen
+    curve: Curve
+    neurons: Curve | None
+    dense: Answered
+    residual: Answered
+    everything: Answered  # all latents of the sites
+    reconstruction: Answered
+    depths: list[Depth]
+    layers: list[Layer]
+    kinds: dict[str, float]
+    held_out: list[HeldOut]
+    utility: Utility
+    guards: Guards
+    quality: dict[Site, tuple[SpliceQuality, SpliceQuality]]
+    exact: bool | None  # setting A: the donor's tokens come back where the models differ only up to the site
+    examples: tuple[Answered, ...]  # bare, restored, all latents restored, donor
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The whole experiment."""
+
+    config: SafetyConfig
+    model: LanguageModel
+    dictionaries: dict[Site, Dictionary]
+    results: list[Result]
+    runs: Runs
+    seconds: dict[str, float]
+
+
+def run(config: SafetyConfig) -> Found:
+    """Measure both settings; files go to `config.out`, and tables to the terminal.
+
+    Raises:
+        UserError: an output folder that cannot be written or holds another run, models and dictionaries that do not
+            fit, or an organism that does not refuse what it is to refuse.
+    """
+    with stoppable():
+        torch.manual_seed(config.seed)
+        check_writable(config.out)
+        clock: dict[str, float] = {}
+        out = output_folder(config.out)
+        with _stage("load", clock):
+            model = load_model(config.model, config.device)
+            saes = load_saes(config.sae, config.device)
+            settings = [make(config, model, saes) for make in (_setting_a, _setting_b)]
+            settings = [setting for setting in settings if setting.name in config.settings]
+            refusal_ids = first_tokens(model, world.chat("a"), [f" {text}" for text in world.REFUSAL_OPENINGS])
+            runs = Runs(out, _deciding(config, settings), refusal_ids, config.tokens)
+        try:
+            results = [_measure(config, setting, refusal_ids, runs, clock) for setting in settings]
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("answers that were given are kept; the same command goes on from there") from None
+    found = Found(config, model, saes, results, runs, clock)
+    write(found, out)
+    runs.forget()
+    sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    return found
+
+
+def _setting_a(config: SafetyConfig, model: LanguageModel, saes: dict[Site, Dictionary]) -> Setting:
+    base = load_model(config.base, config.device)
+    return two_models(base, model, saes, _template(config, model), config.prompts, config.seed)
+
+
+def _setting_b(config: SafetyConfig, model: LanguageModel, saes: dict[Site, Dictionary]) -> Setting:
+    return two_prompts(model, saes, _template(config, model), config.prompts, config.seed)
+
+
+def _template(config: SafetyConfig, model: LanguageModel) -> int:
+    header = config.template or assistant_header(model)
+    if header is None:
+        raise UserError(f"the chat template of {model.name!r} opens no turn of the assistant: give --template")
+    return header
+
+
+def _deciding(config: SafetyConfig, settings: list[Setting]) -> dict[str, Any]:
+    """What has to be the same for answers to belong to one run."""
+    free = ("out", "device", "settings")
+    decides = {name: value for name, value in asdict(config).items() if name not in free} | {
+        "sizes": list(config.sizes)
+    }
+    for setting in settings:
+        decides[f"weights of {setting.model.name}"] = setting.model.fingerprint
+        if setting.other is not None:
+            decides[f"weights of {setting.other.name}"] = setting.other.fingerprint
+        decides |= {f"dictionary {site}": one.fingerprint for site, one in setting.every.items()}
+    return decides
+
+
+def _measure(
+    config: SafetyConfig, setting: Setting, refusal_ids: set[int], runs: Runs, clock: dict[str, float]
+) -> Result:
+    sizes, seed, name = list(config.sizes), config.seed, setting.name
+    with _stage(f"{name}: ranking", clock):
+        setting = extended(setting, runs)
+        asked = setting.harmful["report"]
+        ranked = rank(setting, setting.harmful["select"], refusal_ids, runs, config.max_fvu)
+        choice = choose(setting, ranked, setting.harmful["tune"], sizes, runs)
+        top = ranked.top(choice.latents, choice.ranking)
+    with _stage(f"{name}: curve", clock):
+        text, prompts = _statistics(setting)
+        curve = measure(setting, ranked, choice.ranking, sizes, text, prompts, runs, config.draws, seed)
+    with _stage(f"{name}: baselines", clock):
+        units = neurons(setting, sizes, runs, config.draws, seed)
+        direction = dense(setting, runs)
+        residual = runs.restored(setting, asked, "full residual", None, error=True)
+        everything = runs.restored(setting, asked, "all latents", None)
+        reconstruction = runs.reconstructed(setting, asked)
+    with _stage(f"{name}: layers and framings", clock):
+        by_depth, by_layer = depths(setting, runs), layers(setting, top, runs)
+        others = held_out(setting, top, sizes, refusal_ids, runs)
+    with _stage(f"{name}: utility and guards", clock):
+        cost = utility(setting, setting.harmless["report"], top, "utility", runs)
+        guarded = guards(setting, top, runs, config.prompts, seed)
+    restored = runs.restored(setting, asked, "top", top)
+    return Result(
+        setting=setting,
+        choice=choice,
+        latents=sum(map(len, top.values())),
+        curve=curve,
+        neurons=units,
+        dense=direction,
+        residual=residual,
+        everything=everything,
+        reconstruction=reconstruction,
+        depths=by_depth,
+        layers=by_layer,
+        kinds=dict(by_kind(setting, restored)),
+        held_out=others,
+        utility=cost,
+        guards=guarded,
+        quality=dict(ranked.quality),
+        exact=_exact(setting, runs) if setting.other is not None else None,
+        examples=(curve.bare, restored, everything, curve.donor),
+    )
+
+
+def _statistics(setting: Setting) -> tuple[dict[Site, LatentStatistics], dict[Site, LatentStatistics]]:
+    """How often latents fire: over held-out text, and over what both sides read on `select`."""
+    model, asked = setting.model, setting.harmful["select"]
+    text = model.tokenize(organism.texts())
+    prompts = model.tokenize([*asked.prompts, *asked.clean])
+    over_text, over_prompts = (
+        {site: latent_statistics(model, one, tokens) for site, one in setting.sites.items()}
+        for tokens in (text, prompts)
+    )
+    return over_text, over_prompts
+
+
+def _exact(setting: Setting, runs: Runs) -> bool:
+    """Whether a model that differs from the donor only up to the last site, restored there whole, is the donor."""
+    donor, last = setting.other, max(setting.sites)
+    assert donor is not None
+    mixed = wrap_model(copy.deepcopy(donor.hf), donor.tokenizer, "mixed")
+    for layer in range(last.layer + 1):
+        mixed.layout.blocks[layer].load_state_dict(setting.model.layout.blocks[layer].state_dict())
+    prompts = setting.harmful["report"].prompts[:16]
+    texts = restore(
+        mixed, setting.sites[last], prompts, OtherModel(donor), None, "every", error=True, max_new_tokens=runs.tokens
+    )
+    return texts == donor.generate(prompts, runs.tokens)
+
+
+@contextmanager
+def _stage(name: str, clock: dict[str, float]) -> Iterator[None]:
+    log.info("%s …", name)
+    start = time.monotonic()
+    yield
+    clock[name] = round(time.monotonic() - start, 2)
+
+
+def main(config: SafetyConfig) -> None:
+    run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(SafetyConfig, main, "python -m experiments.safety"))

@@ -1,0 +1,239 @@
+"""Prompts in, judged answers out: the files that `saepatch restore` reads and writes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saepatch.config import RestoreConfig
+from saepatch.errors import UserError
+from saepatch.judges import OUTCOMES
+from saepatch.models import LanguageModel
+from saepatch.parts import Record
+from saepatch.report import BarChart, Bars, Comparison, Facts, Interval, Page, Section, Table, write_page
+from saepatch.results import AnswerRow, Provenance, versions, write_json, write_rows, write_yaml
+from saepatch.safety import Outcome
+from saepatch.statistics import Interval as Estimate
+from saepatch.statistics import bootstrap_mean, wilson_share
+
+SHOWN = 8  # prompts whose answers stand side by side in the report
+ORDER = ("bare", "restored", "random", "matched", "donor")
+WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt."
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, what the donor reads instead (None: nothing is said), and whether it is harmful ("": not said)."""
+
+    example: str
+    prompt: str
+    clean: str | None
+    harmful: str
+
+
+def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
+    """Prompts of a .jsonl file, the first `n` (0: all); with `chat` put into the model's chat template.
+
+    Raises:
+        UserError: a file that cannot be read, a line that holds no prompt, two prompts of one name, or one that the
+            model cannot read.
+    """
+    path, found = Path(source), list[Request]()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read prompts from {source!r} ({reason}): check the path") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found.append(_request(line, f"line {number} of {source!r}", f"{path.stem}-{len(found):04d}", model, chat))
+        if n and len(found) == n:
+            break
+    if not found:
+        raise UserError(f"{source!r} holds no prompt: write one object with a prompt a line")
+    names = [one.example for one in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(
+            f"two prompts of {source!r} are called {twice!r}: give each an example name of its own, or none"
+        )
+    texts = [text for one in found for text in (one.prompt, one.clean) if text is not None]
+    for start in range(0, len(texts), 64):
+        model.tokenize(texts[start : start + 64], "left")
+    return found
+
+
+def _request(line: str, where: str, name: str, model: LanguageModel, chat: bool) -> Request:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON ({error}): write one object a line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f'{where} has no text for prompt: write {{"prompt": "…", "clean": "…"}}')
+    clean, harmful = row.get("clean"), row.get("harmful")
+    if not isinstance(clean, str | None) or not isinstance(harmful, bool | None):
+        raise UserError(f"{where}: clean is to be a text and harmful true or false, if they are there")
+    prompt, clean = (text if text is None or not chat else model.chat(text) for text in (row["prompt"], clean))
+    said = "" if harmful is None else "yes" if harmful else "no"
+    return Request(str(row.get("example") or name), prompt or "", clean, said)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One condition over one group of prompts ("": all): each outcome's share of prompts, and the refusal score."""
+
+    condition: str
+    group: str
+    latents: int
+    prompts: int
+    outcomes: dict[str, Estimate]
+    score: Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a run of `saepatch restore` found."""
+
+    config: RestoreConfig
+    record: Record
+    rows: Sequence[AnswerRow]
+    shares: Sequence[Share]
+
+    @classmethod
+    def of(cls, config: RestoreConfig, record: Record, rows: Sequence[AnswerRow]) -> "Answers":
+        groups = sorted({row.harmful for row in rows} - {""})
+        wanted = [("", list(rows)), *((group, [r for r in rows if r.harmful == group]) for group in groups)]
+        shares = []
+        for group, some in wanted:
+            for condition in ORDER:
+                if mine := [row for row in some if row.condition == condition]:
+                    shares.append(_share(condition, group, mine, config.seed))
+        return cls(config, record, rows, shares)
+
+    def share(self, condition: str, group: str = "") -> Share:
+        return next(one for one in self.shares if (one.condition, one.group) == (condition, group))
+
+    def table(self) -> str:
+        """The outcomes as text."""
+        wide = 2 + max(len(self.label(one)) for one in self.shares)
+        lines = [f"{'':<{wide}}" + "".join(f"{name:>22}" for name in OUTCOMES) + f"{'refusal score':>16}"]
+        for one in self.shares:
+            cells = [f"{one.outcomes[name]!s:>22}" for name in OUTCOMES]
+            lines.append(f"{self.label(one):<{wide}}" + "".join(cells) + f"{one.score.value:>16.2f}")
+        return "\n".join([*lines, f"{self.shares[0].prompts} prompts. {WILSON}"])
+
+    def label(self, one: Share) -> str:
+        kind = {"": "", "yes": ", harmful", "no": ", harmless"}[one.group]
+        return f"{one.condition}{f' ({one.latents} latents)' if one.latents else ''}{kind}"
+
+    def summary(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        restored = next(given for given in self.record.edits or () if given["condition"] == "restored")
+        return {
+            "settings": self.record.settings,
+            "model": self.record.model,
+            "dictionaries": self.record.dictionaries,
+            "latents": restored["latents"],
+            "conditions": [
+                {
+                    "condition": one.condition,
+                    "harmful": {"": None, "yes": True, "no": False}[one.group],
+                    "latents": one.latents,
+                    "prompts": one.prompts,
+                    **{name: [e.value, e.low, e.high] for name, e in one.outcomes.items()},
+                    "refusal_score": [one.score.value, one.score.low, one.score.high],
+                }
+                for one in self.shares
+            ],
+            "versions": versions(),
+        }
+
+
+def _share(condition: str, group: str, rows: Sequence[AnswerRow], seed: int) -> Share:
+    """Draws of one condition are put together prompt by prompt."""
+    examples = list(dict.fromkeys(row.example for row in rows))
+    place = {example: number for number, example in enumerate(examples)}
+    count, scores = np.zeros(len(examples)), np.zeros(len(examples))
+    hits: dict[str, np.ndarray] = {name: np.zeros(len(examples)) for name in OUTCOMES}
+    for row in rows:
+        at = place[row.example]
+        count[at] += 1
+        scores[at] += row.score
+        hits[row.outcome][at] += 1
+    return Share(
+        condition,
+        group,
+        rows[0].latents,
+        len(examples),
+        {name: wilson_share(some / count) for name, some in hits.items()},
+        bootstrap_mean(scores / count, seed=seed),
+    )
+
+
+def write_answers(found: Answers, provenance: Provenance, out: Path) -> None:
+    """Write results.parquet, summary.json, config.yaml and report.html."""
+    write_rows([(found.rows, provenance)], out / "results.parquet", kind=AnswerRow)
+    write_yaml(asdict(found.config), out / "config.yaml")
+    write_json(found.summary(), out / "summary.json")
+    write_page(page(found, provenance), out / "report.html")
+
+
+def page(found: Answers, provenance: Provenance) -> Page:
+    """The report of a run."""
+    groups = [group for group in ("yes", "no") if any(one.group == group for one in found.shares)] or [""]
+    lead = " ".join(_said(found, group) for group in groups)
+    columns = ["condition", *OUTCOMES, "refusal score"]
+    table = Table(
+        columns,
+        [(found.label(s), *(_cell(s.outcomes[name]) for name in OUTCOMES), _cell(s.score)) for s in found.shares],
+        f"{WILSON} Refusal score: log odds of a refusal's first token after the prompt, in nats, with a bootstrap "
+        "interval.",
+        dict.fromkeys(OUTCOMES, ".0%") | {"refusal score": ".2f"},
+    )
+    all_of_them = [one for one in found.shares if not one.group]
+    bars = [Bars(name, [one.outcomes[name].value for one in all_of_them]) for name in OUTCOMES]
+    chart = BarChart(
+        "Outcomes", [found.label(one) for one in all_of_them], bars, "share of prompts", WILSON,
+        value_range=(0.0, 1.0), value_format=".0%",
+    )  # fmt: skip
+    answers = {(row.condition, row.draw, row.example): row for row in found.rows}
+    examples = list(dict.fromkeys(row.example for row in found.rows))[:SHOWN]
+    comparisons = [
+        Comparison(
+            answers["bare", 0, example].prompt,
+            [
+                (f"{name} ({row.outcome})", row.answer)
+                for name in ORDER
+                if (row := answers.get((name, 0, example))) is not None
+            ],
+        )
+        for example in examples
+    ]
+    sections = [
+        Section("Outcomes", f"Judge: `{found.config.judge}`. Donor: `{found.config.donor}`.", [chart, table]),
+        Section("Answers", f"The first {len(examples)} prompts; of random sets the first.", comparisons),
+    ]
+    return Page("Latents restored while the model answers", lead, sections, Facts(provenance.facts()))
+
+
+def _said(found: Answers, group: str) -> str:
+    """What restoration does to one group of prompts."""
+    bare, restored = found.share("bare", group), found.share("restored", group)
+
+    def change(outcome: Outcome) -> str:
+        after = restored.outcomes[outcome]
+        return f"{bare.outcomes[outcome].value:.0%} to {after.value:.0%} [{after.low:.0%}, {after.high:.0%}]"
+
+    kind = {"": "", "yes": "harmful ", "no": "harmless "}[group]
+    return (
+        f"Restoring {restored.latents:,} latents of {', '.join(found.record.dictionaries)} in "
+        f"{found.record.model['name']} changes refusals of {bare.prompts} {kind}prompts from {change('refuse')}, and "
+        f"degenerate answers from {change('degenerate')}."
+    )
+
+
+def _cell(estimate: Estimate) -> Interval:
+    return Interval(estimate.value, estimate.low, estimate.high)
