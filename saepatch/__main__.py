@@ -8,7 +8,15 @@ from typing import Any
 
 import saepatch
 from saepatch.commandline import run_commands
-from saepatch.config import AttributeConfig, DemoConfig, InspectConfig, MergeConfig, PatchConfig, SweepConfig
+from saepatch.config import (
+    AttributeConfig,
+    DemoConfig,
+    InspectConfig,
+    MergeConfig,
+    PatchConfig,
+    PushConfig,
+    SweepConfig,
+)
 
 
 def demo(config: DemoConfig) -> None:
@@ -58,12 +66,28 @@ def merge(config: MergeConfig) -> None:
     print(f"Rows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json")
 
 
+def push(config: PushConfig) -> None:
+    from saepatch.hub import push as push_to_hub
+
+    files = push_to_hub(
+        config.folder,
+        config.repo_id,
+        private=config.private,
+        branch=config.branch,
+        message=config.message,
+        dry_run=config.dry_run,
+    )
+    print("\n".join(files))
+    print(f"{len(files)} files {'would go' if config.dry_run else 'went'} to {config.repo_id}")
+
+
 COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (DemoConfig, demo),
     "inspect": (InspectConfig, inspect),
     "patch": (PatchConfig, sweep),
     "attribute": (AttributeConfig, sweep),
     "merge": (MergeConfig, merge),
+    "push": (PushConfig, push),
 }
 
 
