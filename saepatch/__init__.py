@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from saepatch.attribution import GradDrop as GradDrop
     from saepatch.attribution import IntegratedGradients as IntegratedGradients
     from saepatch.attribution import attribute as attribute
+    from saepatch.choosing import attribution_contrast as attribution_contrast
+    from saepatch.choosing import auroc_contrast as auroc_contrast
+    from saepatch.choosing import corpus_maxima as corpus_maxima
+    from saepatch.choosing import output_scores as output_scores
     from saepatch.components import Directions as Directions
     from saepatch.components import Edit as Edit
     from saepatch.components import ErrorTerm as ErrorTerm
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
     from saepatch.sites import Site as Site
     from saepatch.splicing import record_latents as record_latents
     from saepatch.splicing import splice as splice
+    from saepatch.steering import contrast as contrast
+    from saepatch.steering import equal_norm_steer as equal_norm_steer
 
 # Names are imported on first use, so that `import saepatch` and `saepatch --help` stay quick.
 _HOME = {
@@ -59,6 +65,10 @@ _HOME = {
     "GradDrop": "attribution",
     "IntegratedGradients": "attribution",
     "attribute": "attribution",
+    "attribution_contrast": "choosing",
+    "auroc_contrast": "choosing",
+    "corpus_maxima": "choosing",
+    "output_scores": "choosing",
     "Directions": "components",
     "Edit": "components",
     "ErrorTerm": "components",
@@ -99,6 +109,8 @@ _HOME = {
     "Site": "sites",
     "record_latents": "splicing",
     "splice": "splicing",
+    "contrast": "steering",
+    "equal_norm_steer": "steering",
 }
 __all__ = list(_HOME)
 
