@@ -1,7 +1,8 @@
 """Choosing latents to steer by: contrasts of two sets of prompts, the output score, and maxima over a corpus.
 
 Every contrast gives one score a latent, larger for latents that go with the concept: `steering.contrast` (difference of
-means), `auroc_contrast` and `attribution_contrast` here. `first_alive` ranks by a score, `refine` keeps what also writes what it says.
+means), `auroc_contrast` and `attribution_contrast` here. `first_alive` ranks by a score, `refine` keeps those that also
+write what they stand for.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -60,7 +60,7 @@ def test_attribution_is_the_slope_of_the_gap_between_predictions(family, positio
 
 def test_attribution_needs_predictions_that_differ():
     with pytest.raises(UserError, match="predicts the same"):
-        attribution(tiny_model(), random_dictionary(), WITH, WITH)
+        attribution_contrast(tiny_model(), random_dictionary(), WITH, WITH)
 
 
 def test_the_lens_is_norm_and_unembedding():
