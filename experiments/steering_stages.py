@@ -190,8 +190,7 @@ class Bench:
     ) -> dict[str, Any]:
         self.tick()
         prompts = self.prompts(split)
-        # without an intervention the dictionary is not used
-        out = generate_steered(self.model, dictionary, prompts, steer, self.concept.shown, self.new_tokens, prefix)  # type: ignore[arg-type]
+        out = generate_steered(self.model, dictionary, prompts, steer, self.concept.shown, self.new_tokens, prefix)
         kl = None
         if divergence and dictionary is not None and steer is not None:
             kl = [None if math.isnan(value) else value for value in self._kl(split, dictionary, steer)]

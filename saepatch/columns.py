@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from saepatch.report.text import visible
 
@@ -29,6 +29,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
+@runtime_checkable
 class Output(Protocol):
     """What a terminal, or a file, is to those who write there."""
 

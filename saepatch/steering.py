@@ -123,7 +123,7 @@ class Steered:
 
 def generate_steered(
     model: LanguageModel,
-    dictionary: Dictionary,
+    dictionary: Dictionary | None,
     prompts: Sequence[str],
     intervention: Intervention | None,
     shows_concept: Callable[[str], bool],
@@ -133,11 +133,17 @@ def generate_steered(
     """Continue prompts greedily under an intervention (or none), judge each continuation, and price it.
 
     Args:
+        dictionary: What the intervention acts in; not used without one.
         prefix: Text in front of every prompt that asks for the concept in words, instead of an intervention. The
             continuations are priced without it.
+
+    Raises:
+        UserError: an intervention without a dictionary.
     """
+    if intervention is not None and dictionary is None:
+        raise UserError("an intervention acts in a dictionary: give the one whose latents it names")
     asked = [with_prefix(model, prefix, prompt) for prompt in prompts]
-    with splice(model, dictionary, intervention) if intervention is not None else nullcontext():
+    with nullcontext() if intervention is None or dictionary is None else splice(model, dictionary, intervention):
         ids = model.continue_ids(asked, max_new_tokens)
     texts = model.tokenizer.batch_decode(ids)
     return Steered(

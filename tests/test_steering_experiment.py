@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import random_sae, tiny_model
+from tiny import random_dictionary, random_sae, tiny_model
 
 from experiments import concepts, steering, steering_page
 from experiments.cells import Cells
-from experiments.steering_stages import Point
+from experiments.steering_stages import Point, Site
 from saepatch.commandline import run_config
 from saepatch.errors import UserError
 from saepatch.models import load_model
-from saepatch.organism.concepts import is_french, organism_concepts, shows_polarity
+from saepatch.organism.concepts import french, is_french, organism_concepts, shows_polarity
+from saepatch.quality import latent_statistics
 from saepatch.results import read_rows
 
 SMALL = ["--site", "resid_post.3", "--sizes", "[1,3]", "--strengths", "[1.0,2.0]", "--divergences", "[0.05]"]
@@ -136,7 +137,7 @@ def point(shown, norm=1.0):
 
 
 def test_words_follow_from_numbers():
-    concept = replace(organism_concepts.__globals__["french"](12), name="c")
+    concept = replace(french(12), name="c")
     none, every = [False] * 40, [True] * 40
     kept = {
         "concept": concept,
@@ -147,7 +148,8 @@ def test_words_follow_from_numbers():
         "by_order": {},
         "prefix": "",
     }
-    site = type("S", (), {"dictionary": type("D", (), {"site": "resid_post.1"})})
+    model, dictionary = tiny_model(), random_dictionary()
+    site = Site(dictionary, latent_statistics(model, dictionary, model.tokenize(["ab"])))
     ways = {"top-1": [point(none), point(every)], "top-2": [point(every), point(every)]}
     found = steering.Found(site=site, unsteered=point(none), prompting=None, norms=ways,
                            divergences={"top-1": [None], "top-2": [None]},
