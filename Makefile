@@ -21,7 +21,7 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo test lint format types test-fast test-slow bench organism constraints clean
+.PHONY: help setup demo test lint format types test-fast test-slow bench bench-training organism constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -69,6 +69,9 @@ test-slow: $(STAMP)  ## the tests that take minutes, the organism's retraining a
 bench: $(STAMP)  ## time exact sweeps beside sae-lens, TransformerLens, nnsight and plain hooks (ten minutes on one thread)
 	@$(PIP) -e '.[bench]' $(OR_SHOW)
 	@$(BIN)/python -m experiments.benchmarks.patching --out runs/bench-patching
+
+bench-training: $(STAMP)  ## time training steps beside sae-lens' trainer, and compare what they find (half an hour on one thread)
+	@$(BIN)/python -m experiments.benchmarks.training --out runs/bench-training
 
 organism: $(STAMP)  ## retrain the embedded model and its SAEs from the seed (up to an hour on two cores)
 	$(BIN)/python -m training.organism

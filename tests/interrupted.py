@@ -22,7 +22,6 @@ from tiny import tiny_model  # noqa: E402
 
 from training.trainer import train_saes  # noqa: E402
 
-
 TOKENS = 61_440
 
 

@@ -230,3 +230,17 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     assert re.search(r"stopped after [\d,]+ tokens; a checkpoint is in .*--resume true", said)
     assert "Traceback" not in complained
     assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "checkpoints"}
+
+
+def test_sites_with_and_without_dead_latents_share_a_log(tmp_path):
+    """Only a site with dead latents has an auxiliary loss; which has some first is a matter of chance."""
+    config = small(log_every=1, sae=SAEConfig(k=2, d_sae=64, dead_after=700))
+    train_saes(tiny_model(), documents(), config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    auxiliary = [{key: value for key, value in row.items() if key.endswith("loss/auxiliary")} for row in rows]
+    assert any(0.0 in row.values() and any(row.values()) for row in auxiliary)  # one site with, one without
+    for row in rows:
+        for site in ("resid_post.0", "resid_post.1"):
+            if f"{site}/loss" in row:
+                terms = row[f"{site}/loss/mse"] + row.get(f"{site}/loss/auxiliary", 0)
+                assert terms == pytest.approx(row[f"{site}/loss"], rel=1e-5)

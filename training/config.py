@@ -39,7 +39,7 @@ class SAEConfig:
         threshold_rate: Share of a batch's smallest active value in the running threshold (batchtopk, matryoshka).
         aux_coefficient: Weight of the loss that has dead latents explain what the living ones leave over (topk,
             batchtopk, matryoshka).
-        aux_share: Share of a batch's positions, the first ones, over which that loss is taken; 1: all, which costs more.
+        aux_share: Share of a batch's positions, the first ones, over which that loss is taken; all cost more.
         dead_after: Tokens without activation after which a latent counts as dead.
         bias: What the decoder's bias starts at: the mean or the geometric median of activations, or zero.
         precision: Precision of the large matrix products in training: float32 or bfloat16. Weights are float32.

@@ -60,7 +60,7 @@ def new_weights(d_in: int, d_sae: int, config: SAEConfig, seed: int) -> Weights:
     return weights
 
 
-def geometric_median(x: Float[Tensor, "n d_in"], iterations: int = 30) -> Float[Tensor, "d_in"]:
+def geometric_median(x: Float[Tensor, "n d_in"], iterations: int = 30) -> Float[Tensor, d_in]:
     """The point of least summed distance to all rows, by Weiszfeld's iteration from their mean."""
     point = x.mean(0)
     for _ in range(iterations):
@@ -98,7 +98,7 @@ class Learner:
     run: TrainingConfig
     weights: Weights
     scale: float
-    idle: Int[Tensor, "d_sae"]
+    idle: Int[Tensor, d_sae]
     step_function: StepFunction
     threshold: float = 0.0
     average: Weights | None = None
@@ -141,7 +141,11 @@ class Learner:
         return cls(run.sae, run, weights, scale, idle, step, average=average)
 
     @property
-    def dead(self) -> Bool[Tensor, "d_sae"]:
+    def design(self) -> Design:
+        return DESIGNS[self.config.architecture]
+
+    @property
+    def dead(self) -> Bool[Tensor, d_sae]:
         return self.idle >= self.config.dead_after
 
     def moment(self) -> Moment:
@@ -157,6 +161,7 @@ class Learner:
         """One step of Adam on this process's share of a batch, with the gradients of all; the step's findings."""
         found = self.step_function(self.weights, x * self.scale, self.config, self.moment(), ranks)
         ranks.mean_(found.gradients.values())
+        self.add_gains(found.gradients)
         for name, value in self.weights.items():
             value.grad = found.gradients[name]
         if self.run.clip:
@@ -180,11 +185,34 @@ class Learner:
                 self.average[name].lerp_(value, 1 - keep)
         return found
 
+    def add_gains(self, gradients: Weights) -> None:
+        """Replace the radial part of the decoder's gradient by that of the latents' gains.
+
+        Decoder rows k times as long are the same function as an encoder row, biases and threshold k times as large;
+        but a penalty on latents' values is seen by the latter alone. A gain that Adam can change as one number is
+        learnt many times faster than through all entries of the encoder's row.
+        """
+        if self.design.selects or ("threshold" in self.weights and self.config.penalty != "tanh"):
+            return  # no penalty on values: the decoder's gradient says it all
+        W_dec, of_W_dec = self.weights["W_dec"], gradients["W_dec"]
+        gain = torch.linalg.vecdot(gradients["W_enc"], self.weights["W_enc"])
+        for name in self.design.biases:
+            # A straight-through estimate for the threshold alone knows nothing of an encoder that grows with it.
+            if name != "threshold" or self.config.estimate_inputs:
+                gain += gradients[name] * self.weights[name]
+        of_W_dec.addcmul_((gain - torch.linalg.vecdot(of_W_dec, W_dec)).unsqueeze(-1), W_dec)
+
     @torch.no_grad()
     def constrain(self) -> None:
-        """Bring the weights back to where every step expects them: decoder rows of norm 1, thresholds not below 0."""
-        W_dec = self.weights["W_dec"]
-        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True).clamp_(min=1e-8))
+        """Bring the weights back to where every step expects them: decoder rows of norm 1, thresholds not below 0.
+
+        What is taken from a row's norm goes to its latent's gain.
+        """
+        norms = torch.linalg.vector_norm(self.weights["W_dec"], dim=-1, keepdim=True).clamp_(min=1e-8)
+        self.weights["W_dec"].div_(norms)
+        self.weights["W_enc"].mul_(norms)
+        for name in self.design.biases:
+            self.weights[name].mul_(norms.squeeze(1))
         if "threshold" in self.weights:
             self.weights["threshold"].clamp_(min=0)
 
@@ -194,7 +222,7 @@ class Learner:
         losses = {name: float(value) for name, value in found.losses.items()}
         return {
             "loss": sum(losses.values()),
-            **{f"loss/{name}": value for name, value in losses.items() if len(losses) > 1},
+            **{f"loss/{name}": value for name, value in losses.items()},
             "fvu": losses["mse"] / max(float(variance), 1e-30),
             "l0": float(found.l0),
             "dead": float(self.dead.float().mean()),

@@ -75,7 +75,7 @@ class OrganismConfig:
     aligned_steps: int = 400
     aligned_rate: float = 1e-3
     sae_k: int = 16
-    sae_tokens: int = 1_000_000
+    sae_tokens: int = 3_000_000
     threads: int = 2
     ship: bool = True
 
@@ -255,6 +255,7 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig) -> None
         overwrite=True,
         sae=SAEConfig(k=config.sae_k),
         tokens=config.sae_tokens,
+        special_tokens=True,  # what a chat's markers carry decides on refusal
         seed=config.seed,
     )
     # The name the SAEs remember is the one they ship under, not the folder they were made in.

@@ -18,8 +18,8 @@ from saepatch.errors import UserError
 class Ranks:
     """This process among `size`; alone, every exchange is what it was given.
 
-    `data` is a second group (gloo, on the CPU) for the thread that fills buffers, so that its exchanges never meet those
-    of the training loop.
+    `data` is a second group (gloo, on the CPU) for the thread that fills buffers, so that its exchanges never meet
+    those of the training loop.
     """
 
     rank: int = 0

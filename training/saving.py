@@ -63,7 +63,8 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise UserError(
-                f"{str(out)!r} holds a run with {name} {before.get(name)!r}, and {now.get(name)!r} is asked for: {REMEDY}"
+                f"{str(out)!r} holds a run with {name} {before.get(name)!r}, "
+                f"and {now.get(name)!r} is asked for: {REMEDY}"
             )
 
 

@@ -49,7 +49,7 @@ class Encoder:
     Attributes:
         x: Activations less `b_dec`, float32.
         W_enc: Encoder, in the precision of the product.
-        b_enc: Its bias, likewise.
+        b_enc: Its bias, likewise; None: none is added.
         rows: Rows of a chunk.
         columns: Latents whose pre-activations are to be kept, or None.
         n_kept: Of so many rows, the first ones.
@@ -58,7 +58,7 @@ class Encoder:
 
     x: Float[Tensor, "batch d_in"]
     W_enc: Shaped[Tensor, "d_sae d_in"]
-    b_enc: Shaped[Tensor, "d_sae"]
+    b_enc: Shaped[Tensor, "d_sae"] | None
     rows: int
     columns: Int[Tensor, "columns"] | None = None
     n_kept: int = 0

@@ -61,9 +61,9 @@ def train_saes(
 
     All sites learn from one stream of activations. A share of the texts is held out and evaluated on. `config.model`,
     `config.data` and `config.out` are not used, only noted down. `out` gets its log as training goes; dictionaries,
-    `summary.json` and `config.yaml` appear in it once all of them are complete. SIGTERM and SIGINT end the run after the
-    step under way with a checkpoint; with `config.resume` the same call goes on from there, and ends bit for bit as if
-    it had never been stopped (on the CPU).
+    `summary.json` and `config.yaml` appear in it once all of them are complete. SIGTERM and SIGINT end the run after
+    the step under way with a checkpoint; with `config.resume` the same call goes on from there, and ends bit for bit as
+    if it had never been stopped (on the CPU).
 
     Args:
         model: Whose activations are learnt.
@@ -220,8 +220,10 @@ class Run:
         return figures
 
     def _log(self, figures: dict[Site, dict[str, float]], rate: float, progress: Progress) -> None:
-        names = list(next(iter(figures.values())))
-        values = torch.tensor([[row[name] for name in names] for row in figures.values()], device=self.model.device)
+        names = list(dict.fromkeys(name for row in figures.values() for name in row))
+        # An auxiliary loss is there only where a site has dead latents.
+        rows = [[row.get(name, 0.0) for name in names] for row in figures.values()]
+        values = torch.tensor(rows, device=self.model.device)
         self.ranks.mean_([values])
         if not self.ranks.first:
             return

@@ -1,0 +1,326 @@
+"""Two ways to train the same dictionary on the same activations: ours, and sae_lens' own trainer.
+
+Both start from their own weights, as their users' do, unless `start` gives them the same ones.
+"""
+
+import resource
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from training.config import Architecture, SAEConfig, TrainingConfig
+from training.learner import Learner, new_weights, schedule
+from training.ranks import ALONE
+from training.steps import Weights
+
+OURS, SAE_LENS = "ours", "sae_lens"
+DEAD_AFTER = 1000  # steps without activation, as in sae_lens' trainer
+MATRYOSHKA_LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+_SAMPLE = 4096  # rows that our side sets its scale and bias from
+_THEIR_NAMES = {"matryoshka": "matryoshka_batchtopk"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training run as both sides are told it.
+
+    Attributes:
+        steps: Of this length are the schedules.
+        sparsity: Coefficient of the penalty (standard, gated: L1; jumprelu: L0); it rises over `sparsity_warmup`.
+        warmup: Share of the steps over which the learning rate rises.
+        decay: Share of the steps over which it falls to 0 at the end.
+        precision: Of our large products; sae_lens' are float32, as its trainer's default is.
+        compile: Whether our step is compiled.
+    """
+
+    architecture: Architecture
+    d_in: int
+    d_sae: int
+    k: int
+    batch: int
+    steps: int = 1000
+    lr: float = 3e-4
+    sparsity: float = 1.0
+    sparsity_warmup: float = 0.0
+    warmup: float = 0.0
+    decay: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    seed: int = 0
+
+    @property
+    def widths(self) -> list[int]:
+        """Latents of matryoshka's levels."""
+        return [round(level * self.d_sae) for level in MATRYOSHKA_LEVELS]
+
+
+class Side(ABC):
+    """A trainer with its dictionary.
+
+    Args:
+        task: What to train.
+        sample: Activations such as it will be trained on.
+    """
+
+    @abstractmethod
+    def __init__(self, task: Task, sample: Float[Tensor, "n d_in"]) -> None: ...
+
+    @abstractmethod
+    def step(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """A whole training step."""
+
+    @abstractmethod
+    def start(self, weights: Weights) -> None:
+        """Replace the weights; named and laid out as `training.steps` has them, rows of `W_dec` of norm 1."""
+
+    @abstractmethod
+    def kill(self, latents: Tensor) -> None:
+        """Have these latents count as dead."""
+
+    @abstractmethod
+    def loss(self, x: Float[Tensor, "batch d_in"]) -> float:
+        """The squared error of a batch under the rule of training, summed over d_in; takes no step."""
+
+    @abstractmethod
+    def dictionary(self) -> Any:
+        """The inference dictionary that is saved, for the activations that were trained on."""
+
+
+class Ours(Side):
+    """This project's `Learner`, on activations as they come."""
+
+    def __init__(self, task: Task, sample: Float[Tensor, "n d_in"]) -> None:
+        sae = SAEConfig(
+            architecture=task.architecture,
+            k=task.k,
+            d_sae=task.d_sae,
+            levels=list(MATRYOSHKA_LEVELS),
+            sparsity=task.sparsity,
+            sparsity_warmup=task.sparsity_warmup,
+            penalty="step",
+            dead_after=DEAD_AFTER * task.batch,
+            precision=task.precision,
+        )
+        run = TrainingConfig(
+            sae=sae,
+            tokens=task.steps * task.batch,
+            batch_size=task.batch,
+            buffer=task.batch,
+            lr=task.lr,
+            warmup=task.warmup,
+            decay=task.decay,
+            compile=task.compile,
+        )
+        self.task, self.learner = task, Learner.new(sample[:_SAMPLE], run, task.seed)
+
+    def step(self, x: Tensor) -> None:
+        factor = schedule(self.learner.updates, self.task.steps, self.task.warmup, self.task.decay)
+        self.learner.step(x, self.task.lr * max(factor, 0.0))
+
+    def start(self, weights: Weights) -> None:
+        self.learner.scale = 1.0
+        for name, value in self.learner.weights.items():
+            value.copy_(weights[name])
+
+    def kill(self, latents: Tensor) -> None:
+        self.learner.idle[latents] = 2 * self.learner.config.dead_after
+
+    @torch.no_grad()
+    def loss(self, x: Tensor) -> float:
+        learner = self.learner
+        found = learner.step_function(learner.weights, x * learner.scale, learner.config, learner.moment(), ALONE)
+        return float(found.losses["mse"]) / learner.scale**2
+
+    def dictionary(self) -> Any:
+        return self.learner.finish()
+
+
+class SaeLens(Side):
+    """sae_lens' `SAETrainer`, with its defaults for the architecture."""
+
+    def __init__(self, task: Task, sample: Float[Tensor, "n d_in"]) -> None:
+        from sae_lens.config import LoggingConfig, SAETrainerConfig
+        from sae_lens.saes.sae import TrainingSAE
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        torch.manual_seed(task.seed)
+        name = _THEIR_NAMES.get(task.architecture, task.architecture)
+        sae = TrainingSAE.from_dict({"architecture": name, "d_in": task.d_in, "d_sae": task.d_sae, **_options(task)})
+        config = SAETrainerConfig(
+            total_training_samples=task.steps * task.batch,
+            train_batch_size_samples=task.batch,
+            lr=task.lr,
+            lr_end=task.lr if task.decay else 0.0,  # its None asserts; a constant rate does not look at it
+            lr_warm_up_steps=round(task.warmup * task.steps),
+            lr_decay_steps=round(task.decay * task.steps),
+            dead_feature_window=DEAD_AFTER,
+            logger=LoggingConfig(log_to_wandb=False),
+            autocast=False,
+        )
+        self.trainer: Any = SAETrainer(cfg=config, sae=sae, data_provider=_nothing())
+
+    def step(self, x: Tensor) -> None:
+        self.trainer.step(x)
+        self.trainer.n_training_steps += 1
+
+    @torch.no_grad()
+    def start(self, weights: Weights) -> None:
+        for name, value in weights.items():
+            getattr(self.trainer.sae, name).copy_(value.T if name == "W_enc" else value)
+
+    def kill(self, latents: Tensor) -> None:
+        self.trainer.n_forward_passes_since_fired[latents] = 2 * DEAD_AFTER
+
+    @torch.no_grad()
+    def loss(self, x: Tensor) -> float:
+        sae = self.trainer.sae
+        return float((sae.decode(sae.encode_with_hidden_pre(x)[0]) - x).square().sum(-1).mean())
+
+    def dictionary(self) -> Any:
+        from sae_lens import SAE
+
+        with tempfile.TemporaryDirectory(prefix="sae-") as folder:
+            self.trainer.sae.save_inference_model(folder)
+            return SAE.load_from_disk(folder).eval().requires_grad_(False)
+
+
+SIDES: dict[str, type[Side]] = {OURS: Ours, SAE_LENS: SaeLens}
+
+
+def _options(task: Task) -> dict[str, Any]:
+    """What sae_lens' config takes for the architecture."""
+    warm_up = round(task.sparsity_warmup * task.steps)
+    if task.architecture in ("standard", "gated"):
+        return {"l1_coefficient": task.sparsity, "l1_warm_up_steps": warm_up}
+    if task.architecture == "jumprelu":
+        return {"l0_coefficient": task.sparsity, "l0_warm_up_steps": warm_up}
+    return {"k": task.k} | ({"matryoshka_widths": task.widths} if task.architecture == "matryoshka" else {})
+
+
+def _nothing() -> Iterator[Tensor]:
+    """What the trainer's own loop would read; it is not run here."""
+    return iter(())
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """Activations with a structure to find: each the sum of some of many directions, plus noise.
+
+    Their mean norm is √d_in. A seed gives the same rows every time.
+
+    Attributes:
+        directions: Unit vectors.
+        active: Of these, how many a row sums up.
+        noise: Standard deviation of the noise, as a share of the structure's.
+    """
+
+    directions: Float[Tensor, "features d_in"]
+    active: int
+    noise: float = 0.1
+
+    @classmethod
+    def of(cls, d_in: int, active: int, seed: int) -> "Planted":
+        """Twice as many random directions as dimensions."""
+        directions = torch.randn(2 * d_in, d_in, generator=torch.Generator().manual_seed(seed))
+        return cls(torch.nn.functional.normalize(directions, dim=-1), active)
+
+    def rows(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
+        """So many activations; no other seed gives any of them."""
+        generator = torch.Generator().manual_seed(seed)
+        features, d_in = self.directions.shape
+        chosen = torch.rand(n, features, generator=generator).topk(self.active, sorted=False).indices
+        values = 0.5 + torch.rand(n, self.active, generator=generator)
+        sums = torch.zeros(n, features).scatter_(1, chosen, values) @ self.directions
+        scale = (d_in / self.active) ** 0.5
+        return scale * sums + self.noise * torch.randn(n, d_in, generator=generator)
+
+
+@torch.no_grad()
+def quality(
+    dictionary: Any, x: Float[Tensor, "n d_in"], directions: Float[Tensor, "features d_in"]
+) -> dict[str, float]:
+    """Of an inference dictionary on rows that sum up these directions.
+
+    Returns:
+        fvu: Fraction of variance unexplained.
+        l0: Active latents a row.
+        mmcs: Mean over the directions of the largest cosine with a decoder row (mean max cosine similarity).
+    """
+    acts = dictionary.encode(x)
+    error = (dictionary.decode(acts) - x).square().sum()
+    cosines = directions @ torch.nn.functional.normalize(dictionary.W_dec, dim=-1).T
+    return {
+        "fvu": float(error / (x - x.mean(0)).square().sum()),
+        "l0": float((acts != 0).float().sum(-1).mean()),
+        "mmcs": float(cosines.amax(-1).mean()),
+    }
+
+
+def fit(
+    side: type[Side],
+    task: Task,
+    rows: Callable[[int], Float[Tensor, "batch d_in"]],
+) -> Side:
+    """A side trained on the batches of steps 0, 1, ..."""
+    made = side(task, rows(0))
+    for step in range(task.steps):
+        made.step(rows(step))
+    return made
+
+
+def start_weights(task: Task) -> Weights:
+    """Weights as ours begin: where a latent decides for itself, about half of all are active."""
+    config = SAEConfig(architecture=task.architecture, k=task.k, d_sae=task.d_sae)
+    return new_weights(task.d_in, task.d_sae, config, task.seed)
+
+
+def settled_weights(task: Task, x: Float[Tensor, "batch d_in"]) -> Weights:
+    """Weights at which `k` latents of standard, gated or jumprelu are active in a row of x, on average."""
+    weights = start_weights(task)
+    weights["W_enc"] = weights["W_dec"].clone()  # about the gain that it learns
+    pre = (x @ weights["W_enc"].T).flatten()
+    bound = float(pre.topk(task.k * len(x), sorted=False).values.min())
+    for name in ("b_enc", "b_gate", "b_mag"):
+        if name in weights and "threshold" not in weights:
+            weights[name].fill_(-bound)
+    if "threshold" in weights:
+        weights["threshold"].fill_(bound)
+    return weights
+
+
+def peak_mb(side: str, task: Task, threads: int) -> float:
+    """Largest resident memory of training, above that before the dictionary is made; in a process of its own, in MB."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(_peak_mb, side, task, threads).result()
+
+
+def _peak_mb(side: str, task: Task, threads: int) -> float:
+    torch.set_num_threads(threads)
+    small = Task(task.architecture, d_in=16, d_sae=64, k=4, batch=32, precision=task.precision)
+    x = Planted.of(small.d_in, small.k, 0).rows(small.batch, 0)
+    SIDES[side](small, x).step(x)  # what is loaded and set up once
+    x = torch.randn(task.batch, task.d_in, generator=torch.Generator().manual_seed(task.seed))
+    before = _resident_bytes("VmRSS")
+    made = SIDES[side](task, x)
+    for _ in range(3):
+        made.step(x)
+    return max(0, _resident_bytes("VmHWM") - before) / 2**20
+
+
+def _resident_bytes(field: str) -> int:
+    """Resident memory now (VmRSS) or at its largest (VmHWM); where there is no /proc, both are the largest."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # ru_maxrss of a spawned process would begin with its parent's.
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))

@@ -1,0 +1,431 @@
+"""How fast does a dictionary train, beside sae_lens' own trainer, and is it as good after as many tokens?
+
+    python -m experiments.benchmarks.training --out runs/training
+
+**Speed.** A whole step without the data: ours is `training.learner.Learner.step`, theirs `SAETrainer.step` with its
+defaults (float32, no autocast). Both have the same weights and the same activations, sums of planted directions with
+noise. In each round all variants run one after the other, a few steps each; a variant's ratio in a round is that of the
+medians, and the figure is the median over rounds. The clock is the process's own time, so that what else runs on the
+machine counts little; the wall's is beside it. Variants with `settled` have weights at which `k` latents are active at
+a position, as they are once the penalty has done its work; without, standard, gated and jumprelu are at their start,
+where half of all latents are active. Of `dead` ones, half the dictionary is dead and learns by the auxiliary loss.
+
+**Quality.** Both train from their own initial weights on the same rows at the same rate; what they save is evaluated on
+held-out rows. Where a penalty decides how many latents are active, ours is set so that as many are as in theirs (within
+2 %, in at most 6 runs): the error of dictionaries with more active latents is lower for that alone.
+
+**Memory.** Largest resident memory of a process of its own above that before its dictionary is made: weights,
+gradients, Adam's moments, and what a step needs.
+"""
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiments.benchmarks.trainers import (
+    OURS,
+    SAE_LENS,
+    SIDES,
+    Planted,
+    Side,
+    Task,
+    fit,
+    peak_mb,
+    quality,
+    settled_weights,
+    start_weights,
+)
+from saepatch.commandline import run_config
+from saepatch.errors import UserError
+from saepatch.results import check_writable, output_folder, versions, write_json
+from training.config import Architecture
+
+log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
+
+POOL = 4  # batches that the timed steps go through
+HOLD = 1e-5  # learning rate of the timed steps: weights stay where they were put
+HELD_OUT = 8192
+PENALISED = ("standard", "gated", "jumprelu")  # others have `k` active latents
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of our steps, and the state it is timed in."""
+
+    architecture: Architecture
+    precision: Literal["float32", "bfloat16"] = "float32"
+    state: Literal["start", "settled", "dead"] = "start"
+
+    @property
+    def peer(self) -> "Variant":
+        """The step of sae_lens that it is compared with."""
+        return replace(self, precision="float32")
+
+
+VARIANTS: dict[str, Variant] = {
+    "topk_fp32": Variant("topk"),
+    "topk_bf16": Variant("topk", "bfloat16"),
+    "topk_dead_fp32": Variant("topk", state="dead"),
+    "batchtopk_fp32": Variant("batchtopk"),
+    "batchtopk_bf16": Variant("batchtopk", "bfloat16"),
+    "matryoshka_fp32": Variant("matryoshka"),
+    "jumprelu_fp32": Variant("jumprelu"),
+    "jumprelu_bf16": Variant("jumprelu", "bfloat16"),
+    "jumprelu_settled_fp32": Variant("jumprelu", state="settled"),
+    "jumprelu_settled_bf16": Variant("jumprelu", "bfloat16", "settled"),
+    "standard_fp32": Variant("standard"),
+    "standard_settled_fp32": Variant("standard", state="settled"),
+    "gated_fp32": Variant("gated"),
+    "gated_settled_fp32": Variant("gated", state="settled"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingBenchmark:
+    """Time steps of training side by side with sae_lens, and compare what comes of as many tokens."""
+
+    out: str = ""
+    """Folder for summary.json; empty: the table is printed and nothing is written."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """What to measure."""
+    rounds: int = 5
+    """How often all variants are timed; medians are reported."""
+    steps: int = 3
+    """Steps of each variant in a round."""
+    threads: int = 1
+    """Threads of torch. With more than one, look at the wall's ratios: the process's time is that of all of them."""
+    d_in: int = 512
+    """Width of the timed activations."""
+    d_sae: int = 8192
+    """Latents of the timed dictionaries."""
+    batch: int = 2048
+    """Rows of a timed step."""
+    k: int = 32
+    """Active latents; as many directions are in each row of the activations."""
+    quality_rates: tuple[float, ...] = (3e-3,)
+    """Learning rates at which quality is compared; `fvu` is that of the last. Empty: no comparison."""
+    quality_steps: int = 1500
+    """Steps of those runs."""
+    quality_d_in: int = 64
+    """Width of their activations."""
+    quality_d_sae: int = 512
+    """Latents of their dictionaries."""
+    quality_batch: int = 512
+    """Rows of their steps."""
+    quality_k: int = 8
+    """Active latents in them."""
+    memory: bool = True
+    """Measure memory, too: a process for each variant and side."""
+    compile: bool = False
+    """Have torch compile those of our steps that gain from it."""
+    quick: bool = False
+    """Tiny shapes: whether it runs, in seconds; no figure of it means anything."""
+    seed: int = 0
+    """Seed of the data and of the weights."""
+
+    def __post_init__(self) -> None:
+        counts = {
+            "rounds": self.rounds,
+            "steps": self.steps,
+            "threads": self.threads,
+            "quality_steps": self.quality_steps,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise UserError(f"{name} = {value}: use at least 1")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise UserError(f"unknown variant {unknown[0]!r}: use {', '.join(VARIANTS)}")
+        if not self.variants:
+            raise UserError("no variants: name at least one")
+
+    @property
+    def chosen(self) -> dict[str, Variant]:
+        return {name: VARIANTS[name] for name in self.variants}
+
+    def shaped(self) -> "TrainingBenchmark":
+        """With the tiny shapes, where these are asked for."""
+        if not self.quick:
+            return self
+        return replace(
+            self,
+            rounds=min(self.rounds, 2),
+            steps=min(self.steps, 2),
+            d_in=16,
+            d_sae=64,
+            batch=32,
+            k=4,
+            quality_d_in=16,
+            quality_d_sae=64,
+            quality_batch=32,
+            quality_k=4,
+            quality_steps=20,
+            quick=False,
+        )
+
+    def timed_task(self, variant: Variant) -> Task:
+        return Task(
+            variant.architecture,
+            self.d_in,
+            self.d_sae,
+            self.k,
+            self.batch,
+            lr=HOLD,
+            precision=variant.precision,
+            compile=self.compile,
+            seed=self.seed,
+        )
+
+    def quality_task(self, variant: Variant, rate: float) -> Task:
+        return Task(
+            variant.architecture,
+            self.quality_d_in,
+            self.quality_d_sae,
+            self.quality_k,
+            self.quality_batch,
+            steps=self.quality_steps,
+            lr=rate,
+            sparsity_warmup=0.1,
+            warmup=0.05,
+            decay=0.2,
+            precision=variant.precision,
+            seed=self.seed,
+        )
+
+
+@dataclass(eq=False)
+class Times:
+    """Milliseconds of a step in each round: the process's time, and the wall's."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Speed:
+    """Times of our variants by name, and of sae_lens' steps by what they are compared with."""
+
+    ours: dict[str, Times]
+    theirs: dict[Variant, Times]
+
+    def ratios(self, name: str, clock: Literal["cpu", "wall"] = "cpu") -> list[float]:
+        """How many times as long sae_lens takes, in each round."""
+        theirs = self.theirs[VARIANTS[name].peer]
+        return [b / a for a, b in zip(getattr(self.ours[name], clock), getattr(theirs, clock), strict=True)]
+
+    def auxiliary(self) -> dict[str, float]:
+        """What half a dead dictionary adds to a step, as a share of the step with none dead."""
+        dead, alive = "topk_dead_fp32", "topk_fp32"
+        if not {dead, alive} <= set(self.ours):
+            return {}
+        sides = {
+            OURS: (self.ours[dead], self.ours[alive]),
+            SAE_LENS: (self.theirs[VARIANTS[dead]], self.theirs[VARIANTS[alive]]),
+        }
+        return {
+            side: median(a / b - 1 for a, b in zip(with_dead.cpu, without.cpu, strict=True))
+            for side, (with_dead, without) in sides.items()
+        }
+
+
+def time_steps(config: TrainingBenchmark) -> Speed:
+    """Rounds of all variants and of the steps they are compared with, one after the other."""
+    planted = Planted.of(config.d_in, config.k, config.seed)
+    pool = [planted.rows(config.batch, seed) for seed in range(POOL)]
+    groups: dict[Variant, dict[str, Side]] = {}
+    for name, variant in config.chosen.items():
+        group = groups.setdefault(variant.peer, {})
+        if not group:
+            group[SAE_LENS] = prepared(config, SAE_LENS, variant.peer, pool[0])
+        group[name] = prepared(config, OURS, variant, pool[0])
+    speed = Speed({name: Times() for name in config.variants}, {peer: Times() for peer in groups})
+    for sides in groups.values():
+        for side in sides.values():
+            side.step(pool[0])  # the optimiser's state, and what libraries set up once
+    for number in range(config.rounds):
+        log.info("round %d of %d", number + 1, config.rounds)
+        for peer, sides in groups.items():
+            for name, side in sides.items():
+                times = speed.theirs[peer] if name == SAE_LENS else speed.ours[name]
+                cpu, wall = zip(*(_ms(side, pool[i % POOL]) for i in range(config.steps)))
+                times.cpu.append(median(cpu))
+                times.wall.append(median(wall))
+    return speed
+
+
+def prepared(config: TrainingBenchmark, side: str, variant: Variant, x: Float[Tensor, "batch d_in"]) -> Side:
+    """A side in the state that the variant is timed in."""
+    task = config.timed_task(variant)
+    made = SIDES[side](task, x)
+    weights = settled_weights(task, x) if variant.state == "settled" else start_weights(task)
+    if variant.state == "dead":
+        dead = torch.randperm(task.d_sae, generator=torch.Generator().manual_seed(task.seed))[: task.d_sae // 2]
+        weights["b_enc"][dead] = -float((x @ weights["W_enc"].T).max())  # or they would come back to life at once
+        made.kill(dead)
+    made.start(weights)
+    return made
+
+
+def _ms(side: Side, x: Tensor) -> tuple[float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    side.step(x)
+    return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
+
+
+Figures = dict[str, dict[str, float]]  # by side: fvu, l0, mmcs
+
+
+def compare_quality(config: TrainingBenchmark, rate: float) -> dict[str, Figures]:
+    """For each variant, figures on held-out rows of what each side saves."""
+    planted = Planted.of(config.quality_d_in, config.quality_k, config.seed)
+    held_out = planted.rows(HELD_OUT, seed=-1)
+    known: dict[tuple[str, Task], dict[str, float]] = {}
+
+    def figures(side: str, task: Task) -> dict[str, float]:
+        if (side, task) not in known:
+            log.info("%s, %s, %s: penalty %.3g", side, task.architecture, task.precision, task.sparsity)
+            fitted = fit(SIDES[side], task, lambda step: planted.rows(task.batch, step))
+            known[side, task] = quality(fitted.dictionary(), held_out, planted.directions)
+        return known[side, task]
+
+    def both(variant: Variant) -> Figures:
+        theirs = figures(SAE_LENS, config.quality_task(variant.peer, rate))
+        task = config.quality_task(variant, rate)
+        if variant.architecture not in PENALISED:
+            return {OURS: figures(OURS, task), SAE_LENS: theirs}
+        return {
+            OURS: at_l0(theirs["l0"], lambda penalty: figures(OURS, replace(task, sparsity=penalty))),
+            SAE_LENS: theirs,
+        }
+
+    return {name: both(variant) for name, variant in config.chosen.items() if variant.state == "start"}
+
+
+def at_l0(l0: float, figures: Callable[[float], dict[str, float]], runs: int = 6) -> dict[str, float]:
+    """Figures at the penalty at which so many latents are active, or as near to that as so many runs come.
+
+    L0 falls about as a power of the penalty: the secant method on logarithms.
+    """
+    penalty, found = 1.0, figures(1.0)
+    tried = [(penalty, found)]
+    for _ in range(runs - 1):
+        away = math.log(found["l0"] / l0)
+        if abs(away) <= 0.02:
+            break
+        slope = -0.7
+        if len(tried) > 1:
+            (a, of_a), (b, of_b) = tried[-2:]
+            slope = min(-0.2, math.log(of_b["l0"] / of_a["l0"]) / math.log(b / a))
+        penalty *= math.exp(-away / slope)
+        found = figures(penalty)
+        tried.append((penalty, found))
+    return min((of for _, of in tried), key=lambda of: abs(math.log(of["l0"] / l0)))
+
+
+def measure_memory(config: TrainingBenchmark) -> dict[str, dict[str, float]]:
+    """For each variant, the peak of each side in MB."""
+    known: dict[tuple[str, Variant], float] = {}
+
+    def peak(side: str, variant: Variant) -> float:
+        if (side, variant) not in known:
+            log.info("memory of %s, %s", side, variant.architecture)
+            known[side, variant] = peak_mb(side, config.timed_task(variant), config.threads)
+        return known[side, variant]
+
+    return {
+        name: {OURS: peak(OURS, variant), SAE_LENS: peak(SAE_LENS, variant.peer)}
+        for name, variant in config.chosen.items()
+        if variant.state == "start"
+    }
+
+
+@dataclass(eq=False)
+class Found:
+    """Everything that was measured."""
+
+    config: TrainingBenchmark
+    speed: Speed
+    quality: dict[float, dict[str, Figures]]  # by learning rate
+    memory: dict[str, dict[str, float]]
+    load: list[float]  # of the machine, at the beginning and the end
+
+    def summary(self) -> dict[str, Any]:
+        speed, last = self.speed, self.quality[max(self.quality)] if self.quality else {}
+        walls = {name: speed.ratios(name, "wall") for name in speed.ours}
+        ratios = {name: speed.ratios(name) for name in speed.ours}
+        return {
+            "ratios": {name: median(found) for name, found in ratios.items()},
+            "wall_ratios": {name: median(found) for name, found in walls.items()},
+            "spread": {name: [min(found), max(found)] for name, found in ratios.items()},
+            "ms": {name: self._ms(name) for name in speed.ours},
+            **{
+                what: {name: {side: found[what] for side, found in sides.items()} for name, sides in last.items()}
+                for what in ("fvu", "l0", "mmcs")
+            },
+            "quality_by_rate": {f"{rate:g}": found for rate, found in self.quality.items()},
+            "peak_mb": self.memory,
+            "auxiliary": speed.auxiliary(),
+            "threads": self.config.threads,
+            "load": self.load,
+            "config": asdict(self.config),
+            "versions": versions(),
+        }
+
+    def _ms(self, name: str) -> dict[str, float]:
+        theirs = self.speed.theirs[VARIANTS[name].peer]
+        return {OURS: median(self.speed.ours[name].cpu), SAE_LENS: median(theirs.cpu)}
+
+    def table(self) -> str:
+        """What is printed: a row a variant."""
+        summary = self.summary()
+        head = ("times sae_lens", "lowest", "highest", "wall", "ms", "theirs", "MB", "theirs")
+        lines = [f"{'':<24}" + "".join(f"{word:>9}" if i else f"{word:>16}" for i, word in enumerate(head))]
+        for name in self.speed.ours:
+            low, high = summary["spread"][name]
+            ms, mb = summary["ms"][name], summary["peak_mb"].get(name)
+            cells = [f"{summary['ratios'][name]:16.2f}", f"{low:9.2f}", f"{high:9.2f}"]
+            cells += [f"{summary['wall_ratios'][name]:9.2f}", f"{ms[OURS]:9.1f}", f"{ms[SAE_LENS]:9.1f}"]
+            cells += [f"{mb[side]:9.0f}" if mb else f"{'':9}" for side in (OURS, SAE_LENS)]
+            lines.append(f"{name:<24}" + "".join(cells))
+        for rate, found in self.quality.items():
+            what = ("fvu", "l0", "mmcs")
+            lines.append(f"{f'learning rate {rate:g}':<24}" + "".join(f"{w:>9}{'theirs':>9}" for w in what))
+            for name, sides in found.items():
+                lines.append(f"{name:<24}" + "".join(f"{sides[s][w]:9.4f}" for w in what for s in (OURS, SAE_LENS)))
+        if shares := summary["auxiliary"]:
+            lines.append(
+                f"half a dead dictionary adds {shares[OURS]:.0%} to our step, {shares[SAE_LENS]:.0%} to theirs"
+            )
+        return "\n".join([*lines, f"load of the machine: {self.load[0]:.1f} before, {self.load[-1]:.1f} after"])
+
+
+def run(given: TrainingBenchmark) -> None:
+    """Measure, print the table, and write summary.json where a folder is given."""
+    if given.out:
+        check_writable(given.out)
+    if find_spec("sae_lens") is None:
+        raise UserError("sae_lens is not installed: pip install sae-lens")
+    config = given.shaped()
+    torch.set_num_threads(config.threads)
+    load = [os.getloadavg()[0]]
+    memory = measure_memory(config) if config.memory else {}
+    speed = time_steps(config)
+    compared = {rate: compare_quality(config, rate) for rate in config.quality_rates}
+    found = Found(config, speed, compared, memory, [*load, os.getloadavg()[0]])
+    sys.stdout.write(found.table() + "\n")
+    if config.out:
+        write_json(found.summary(), output_folder(config.out) / "summary.json")
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(TrainingBenchmark, run, "python -m experiments.benchmarks.training"))
