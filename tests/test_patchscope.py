@@ -1,14 +1,20 @@
 """Reading a latent by writing it into an explanation prompt."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import random_dictionary, tiny_model
 
+from experiments import patchscope as experiment
+from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
 from saepatch.hooks import edit_sites
+from saepatch.models import load_model
 from saepatch.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.positions import At
 from saepatch.sites import Site
+from saepatch.statistics import Interval
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -66,3 +72,22 @@ def test_mistakes():
     ):
         with pytest.raises(UserError, match=said):
             read_by_patchscope(model, dictionary, *given)
+
+
+def test_the_organism_reads_words_and_not_its_latents():
+    model = load_model("organism")
+    site = Site.parse("resid_post.1")
+    config = experiment.PatchscopeConfig(latents=1, random=2)
+    found = experiment.measure(config, model, {site: load_sae("organism", site)})
+    assert [(one.written_at, one.concept) for one in found] == [
+        (at, concept) for at in ("resid_pre.0", "resid_post.1") for concept in ("refusal", "positive sentiment")
+    ]
+    assert all((one.own.n, one.random.n) == (7, 14) for one in found)
+    assert all(one.own.value <= one.own_any.value for one in found)
+    best, at_any = experiment.words_named(model)
+    assert at_any.value >= 0.9  # the control: through these prompts a word's embedding can be read
+    share = Interval(0.9, 0.8, 1.0, 7)
+    known = [replace(one, own=share) for one in found if one.concept == "refusal"]
+    assert "Refusal: named beyond chance (resid_post.1 written at resid_pre.0" in experiment.verdict(known, best)
+    nothing = [replace(one, own=one.random) for one in found]
+    assert "Refusal: named at no site" in experiment.verdict(nothing, best)
