@@ -123,7 +123,8 @@ class Found:
     """What steering towards one concept gave, on `report` unless said otherwise.
 
     `norms` has every way at every strength, `divergences` at every divergence (None: out of its reach), `chosen` at the
-    strength that was best on `tune`. `by_site` and `by_order` are the choices, on `tune`.
+    strength that was best on `tune`. `fluent` says which of `norms` are within the limit on perplexity, `by_site` and
+    `by_order` are the choices; these are on `tune`.
     """
 
     concept: Concept
@@ -139,18 +140,29 @@ class Found:
     norms: Mapping[str, Sequence[Point]]
     divergences: Mapping[str, Sequence[Point | None]]
     chosen: Mapping[str, Point]
+    fluent: Mapping[str, Sequence[bool]]
 
-    def compared(self, size: int, points: Mapping[str, Sequence[Point | None]], level: float) -> Interval:
-        """How much more often `size` latents succeed than one, averaged over all strengths (or divergences) that both
-        reach; paired by prompt."""
-        pairs = [(a, b) for a, b in zip(points[f"top-{size}"], points["top-1"], strict=True) if a and b]
-        if not pairs:
-            return Interval(float("nan"), float("nan"), float("nan"), 0)
-        return bootstrap_mean(np.mean([a.shown - b.shown for a, b in pairs], 0), level)
+    def at_equal_norm(self, size: int, level: float) -> Interval:
+        """How much more often `size` latents succeed than one, averaged over the strengths at which both are fluent."""
+        fluent = zip(self.fluent[f"top-{size}"], self.fluent["top-1"], strict=True)
+        pairs = zip(self.norms[f"top-{size}"], self.norms["top-1"], strict=True)
+        return _difference([pair for pair, both in zip(pairs, fluent, strict=True) if all(both)], level)
+
+    def at_equal_divergence(self, size: int, level: float) -> Interval:
+        """The same, averaged over the divergences that both reach."""
+        pairs = zip(self.divergences[f"top-{size}"], self.divergences["top-1"], strict=True)
+        return _difference([(a, b) for a, b in pairs if a and b], level)
 
     def at_chosen(self, size: int, level: float) -> Interval:
         """The same, each at its own strength."""
-        return bootstrap_mean(self.chosen[f"top-{size}"].shown - self.chosen["top-1"].shown, level)
+        return _difference([(self.chosen[f"top-{size}"], self.chosen["top-1"])], level)
+
+
+def _difference(pairs: Sequence[tuple[Point, Point]], level: float) -> Interval:
+    """Mean over pairs of points of the first's success less the second's; the interval is over prompts."""
+    if not pairs:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    return bootstrap_mean(np.mean([a.shown - b.shown for a, b in pairs], 0), level)
 
 
 def run(config: SteeringConfig) -> list[Found]:
@@ -236,12 +248,13 @@ def _steer(
     unit = site.unit(order[0])
     ways = [top(bench, site, order, k) for k in config.sizes]
     ways += [random_way(bench, site, order, config.draws, config.seed), dense(bench, site)]
-    norms, reached, chosen = {}, {}, {}
+    norms, reached, chosen, fluent = {}, {}, {}, {}
     for way in ways:
         log.info("%s: %s …", concept.name, way.name)
         tune = [bench.at(way, strength, unit, "tune", divergence=False) for strength in config.strengths]
         norms[way.name] = [bench.at(way, strength, unit, "report") for strength in config.strengths]
         reached[way.name] = [bench.at_divergence(way, t, unit, config.strengths) for t in config.divergences]
+        fluent[way.name] = list(map(bench.fluent, tune))
         chosen[way.name] = norms[way.name][tune.index(bench.best(tune))]
     prefix = ""
     if concept.prefixes:
@@ -261,6 +274,7 @@ def _steer(
         norms,
         reached,
         chosen,
+        fluent,
     )
 
 

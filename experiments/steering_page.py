@@ -60,8 +60,7 @@ def level(sizes: Sequence[int]) -> float:
     return 1 - 0.05 / max(1, len(sizes) - 1)
 
 
-def _said(found: "Found", sizes: Sequence[int], points: Mapping[str, Sequence[Point | None]], at: str) -> str:
-    gaps = {k: found.compared(k, points, level(sizes)) for k in sizes[1:]}
+def _said(gaps: Mapping[int, Interval], at: str) -> str:
     reached = {k: gap for k, gap in gaps.items() if gap.n}
     if not reached:
         return f"At equal {at} nothing can be compared."
@@ -71,7 +70,7 @@ def _said(found: "Found", sizes: Sequence[int], points: Mapping[str, Sequence[Po
         k = max(reached, key=lambda size: abs(reached[size].value))
         return f"At equal {at} no number of latents differs from one beyond chance (most, {k}: {reached[k]})."
     parts = [f"{', '.join(more)} latents show it more often than one"] if more else []
-    parts += [f"{', '.join(fewer)} less often"] if fewer else []
+    parts += [f"{', '.join(fewer)} {'less often' if more else 'latents show it less often than one'}"] if fewer else []
     return f"At equal {at} {' and '.join(parts)}."
 
 
@@ -87,7 +86,9 @@ def verdict(found: "Found", sizes: Sequence[int]) -> str:
     )
     if best != 1:
         words += f", {best} latents in {rival.success.value:.0%} at {rival.perplexity.value:.2f}"
-    return f"{words}. {_said(found, sizes, found.norms, 'norm')} {_said(found, sizes, found.divergences, 'divergence')}"
+    norm = {k: found.at_equal_norm(k, level(sizes)) for k in sizes[1:]}
+    divergence = {k: found.at_equal_divergence(k, level(sizes)) for k in sizes[1:]}
+    return f"{words}. {_said(norm, 'norm')} {_said(divergence, 'divergence')}"
 
 
 def _shown(interval: Interval) -> str:
@@ -143,15 +144,15 @@ def _method(config: "SteeringConfig") -> Section:
 
 
 def _section(found: "Found", config: "SteeringConfig") -> Section:
-    columns = ["way", "strength", "success", "degenerate", "perplexity", "KL", "distinct-1", "distinct-2", "repeated"]
+    columns = ["way", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
     table = Table(
         columns,
-        [(p.way, p.norm, cell(p.success), p.degenerate.value, cell(p.perplexity), cell(p.kl),
-          p.distinct(1).value, p.distinct(2).value, p.repetition.value) for p in _lines(found)],
+        [(p.way, p.norm, cell(p.success), p.degenerate.value, cell(p.perplexity), p.kl.value,
+          p.distinct(2).value, p.repetition.value) for p in _lines(found)],
         f"Each at its own strength, chosen on `tune`; n = {len(found.concept.report)} report prompts. Success: 95 % "
         "Wilson score intervals; others: 95 % bootstrap.",
         {"success": ".0%", "degenerate": ".0%", "perplexity": ".2f", "KL": ".2f", "strength": ".2g",
-         "distinct-1": ".2f", "distinct-2": ".2f", "repeated": ".2f"},
+         "distinct-2": ".2f", "repeated": ".2f"},
     )  # fmt: skip
     share = level(config.sizes)
     gaps = Table(
@@ -159,13 +160,14 @@ def _section(found: "Found", config: "SteeringConfig") -> Section:
         [
             (
                 k,
-                cell(found.compared(k, found.norms, share)),
-                cell(found.compared(k, found.divergences, share)),
+                cell(found.at_equal_norm(k, share)),
+                cell(found.at_equal_divergence(k, share)),
                 cell(found.at_chosen(k, share)),
             )
             for k in config.sizes[1:]
         ],
-        "How much more often K latents succeed than one, averaged over the strengths (or divergences) that both reach; "
+        "How much more often K latents succeed than one, averaged over the strengths at which both stay within the "
+        "limit on perplexity (on `tune`), or the divergences that both reach; "
         f"paired by prompt, {share:.2%} bootstrap intervals (95 % for all rows together).",
         {"latents": "d"} | dict.fromkeys(("at equal norm", "at equal divergence", "each at its own strength"), "+.2f"),
     )
@@ -308,8 +310,8 @@ def _figures(found: "Found", config: "SteeringConfig") -> dict[str, Any]:
         },
         "more_than_one_latent": {
             str(k): {
-                "norm": _list(found.compared(k, found.norms, share)),
-                "divergence": _list(found.compared(k, found.divergences, share)),
+                "norm": _list(found.at_equal_norm(k, share)),
+                "divergence": _list(found.at_equal_divergence(k, share)),
                 "own": _list(found.at_chosen(k, share)),
             }
             for k in config.sizes[1:]

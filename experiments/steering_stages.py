@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -146,13 +146,19 @@ class Bench:
     def _name(self, *parts: object) -> str:
         return "/".join(map(str, (self.concept.name, *parts)))
 
+    def _judged(self, *name: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A measurement and what the concept's judge says of it; that is not kept, so that the judge may change."""
+        kept = self.cells.get(self._name(*name), measure)
+        return {**kept, "shown": [self.concept.shown(text) for text in kept["texts"]]}
+
     def unsteered(self, split: str) -> Point:
-        name = self._name(UNSTEERED, split)
-        return Point(UNSTEERED, 0.0, (self.cells.get(name, lambda: self._run(split, None, None, divergence=False)),))
+        run = self._judged(UNSTEERED, split, measure=lambda: self._run(split, None, None, divergence=False))
+        return Point(UNSTEERED, 0.0, (run,))
 
     def prompting(self, split: str, prefix: str) -> Point:
-        name = self._name(PROMPTING, split, prefix)
-        run = self.cells.get(name, lambda: self._run(split, None, None, prefix, divergence=False))
+        run = self._judged(
+            PROMPTING, split, prefix, measure=lambda: self._run(split, None, None, prefix, divergence=False)
+        )
         return Point(PROMPTING, 0.0, (run,))
 
     def at(self, way: Way, norm: float, unit: float, split: str, divergence: bool = True) -> Point:
@@ -160,14 +166,9 @@ class Bench:
         draws = []
         for draw in range(len(way.sets)):
             steer = way.steer(draw, norm * unit)
-            ids = ",".join(map(str, way.sets[draw]))
-            name = self._name(way.dictionary.site, way.name, ids, split, f"{norm * unit:.8g}", divergence)
-            draws.append(
-                self.cells.get(
-                    name,
-                    lambda steer=steer: self._run(split, way.dictionary, steer, divergence=divergence),  # type: ignore[misc]
-                )
-            )
+            what = (way.dictionary.site, way.name, ",".join(map(str, way.sets[draw])), split, f"{norm * unit:.8g}")
+            run = partial(self._run, split, way.dictionary, steer, divergence=divergence)
+            draws.append(self._judged(*what, divergence, measure=run))
         return Point(way.name, norm, tuple(draws))
 
     def divergence(self, way: Way, norm: float) -> float:
@@ -197,7 +198,6 @@ class Bench:
         return {
             "texts": out.texts,
             "ids": out.ids,
-            "shown": out.shown,
             "nll": out.nll,
             "tokens": [len(ids) for ids in out.ids],
             "kl": kl,
@@ -209,10 +209,13 @@ class Bench:
 
     # Choices, all made on `tune`
 
+    def fluent(self, point: Point) -> bool:
+        """Whether a point of `tune` is within the limit on perplexity."""
+        return point.perplexity.value <= self.limit * self.unsteered("tune").perplexity.value
+
     def best(self, points: Sequence[Point]) -> Point:
         """The most successful point, of equal ones the most fluent, among those that are not beyond the limit."""
-        most = self.limit * self.unsteered("tune").perplexity.value
-        fluent = [point for point in points if point.perplexity.value <= most]
+        fluent = [point for point in points if self.fluent(point)]
         if not fluent:
             return min(points, key=lambda point: point.norm)
         return max(fluent, key=lambda point: (point.success.value, -point.perplexity.value))

@@ -153,14 +153,17 @@ def test_words_follow_from_numbers():
     ways = {"top-1": [point(none), point(every)], "top-2": [point(every), point(every)]}
     found = steering.Found(site=site, unsteered=point(none), prompting=None, norms=ways,
                            divergences={"top-1": [None], "top-2": [None]},
-                           chosen={"top-1": point(every), "top-2": point(every)}, **kept)  # fmt: skip
-    assert found.compared(2, found.norms, 0.95).value == 0.5
+                           chosen={"top-1": point(every), "top-2": point(every)},
+                           fluent={"top-1": [True, True], "top-2": [True, True]}, **kept)  # fmt: skip
+    assert found.at_equal_norm(2, 0.95).value == 0.5
+    garbled = replace(found, fluent={"top-1": [True, True], "top-2": [False, True]})
+    assert garbled.at_equal_norm(2, 0.95).value == 0  # at the first strength one of them writes no text
     words = steering_page.verdict(found, (1, 2))
     assert "one latent at its own best strength succeeds in 100% of prompts" in words
     assert "At equal norm 2 (+0.50) latents show it more often than one." in words
     assert "At equal divergence nothing can be compared." in words
     worse = replace(found, norms={"top-1": ways["top-2"], "top-2": ways["top-1"]})
-    assert "At equal norm 2 (-0.50) less often." in steering_page.verdict(worse, (1, 2))
+    assert "At equal norm 2 (-0.50) latents show it less often than one." in steering_page.verdict(worse, (1, 2))
 
 
 def test_judges_and_splits_of_the_organisms_concepts():
