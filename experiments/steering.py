@@ -74,7 +74,7 @@ class SteeringConfig:
     """How many of them, at most."""
     sizes: tuple[int, ...] = (1, 2, 5, 10, 20)
     """Numbers of latents that steer together."""
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
     """Norms of the perturbation, in units of the first latent's largest activation times its length."""
     divergences: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     """Divergences at which ways are compared, in nats a token."""

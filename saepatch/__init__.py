@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from saepatch.splicing import splice as splice
     from saepatch.steering import contrast as contrast
     from saepatch.steering import equal_norm_steer as equal_norm_steer
+    from saepatch.texts import load_texts as load_texts
 
 # Names are imported on first use, so that `import saepatch` and `saepatch --help` stay quick.
 _HOME = {
@@ -111,6 +112,7 @@ _HOME = {
     "splice": "splicing",
     "contrast": "steering",
     "equal_norm_steer": "steering",
+    "load_texts": "texts",
 }
 __all__ = list(_HOME)
 
