@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saepatch.errors import UserError
+from saepatch.results import atomic
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ class Cells:
             self.known[line["name"]] = line["value"]
         if self.known:
             log.info("%d measurements are there already", len(self.known))
-        path.write_text("".join(json.dumps(line) + "\n" for line in (whole or [{"key": key}])), encoding="utf-8")
+        with atomic(path) as temporary:  # without the line that was cut short
+            kept = whole or [{"key": key}]
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:

@@ -28,8 +28,8 @@ from experiments.cells import Cells
 from experiments.steering_page import printed, write
 from experiments.steering_stages import (
     Bench,
+    KnownDictionary,
     Point,
-    Site,
     choose_order,
     choose_site,
     dense,
@@ -44,13 +44,14 @@ from saepatch.models import LanguageModel
 from saepatch.organism.concepts import organism_concepts
 from saepatch.quality import latent_statistics
 from saepatch.results import check_writable, output_folder, versions
-from saepatch.sites import Site as Place
+from saepatch.sites import Site
 from saepatch.statistics import Interval, bootstrap_mean
 from saepatch.steering import Concept
 from saepatch.texts import load_texts
 
 log = logging.getLogger("experiments.steering")  # also where this file is the program
 
+OWN = ("organism", "organism-base")  # models that have concepts and reference texts of their own
 LONGEST = 128  # tokens of a reference text
 
 
@@ -111,7 +112,7 @@ class SteeringConfig:
                 raise UserError(f"{name} = {getattr(self, name)}: use at least {least}")
         if self.limit < 1:
             raise UserError(f"limit = {self.limit}: use at least 1")
-        if not self.reference and not self.model.startswith("organism"):
+        if not self.reference and self.model not in OWN:
             raise UserError(f"which texts are latents' maxima in {self.model} taken over? Give --reference FILE")
 
 
@@ -128,7 +129,7 @@ class Found:
     """
 
     concept: Concept
-    site: Site
+    site: KnownDictionary
     unit: float
     order: Sequence[int]
     order_name: str
@@ -195,7 +196,7 @@ def run(config: SteeringConfig) -> list[Found]:
 def _concepts(config: SteeringConfig, model: LanguageModel) -> list[Concept]:
     if config.concepts:
         wanted = concepts.read_concepts(config.concepts)
-    elif config.model.startswith("organism"):
+    elif config.model in OWN:
         wanted = organism_concepts(model, config.prompts, config.seed)
     else:
         wanted = [concepts.gender(model, config.new_tokens)]
@@ -206,14 +207,14 @@ def _concepts(config: SteeringConfig, model: LanguageModel) -> list[Concept]:
     ]
 
 
-def _sites(config: SteeringConfig, model: LanguageModel, saes: Mapping[Place, Dictionary]) -> list[Site]:
+def _sites(config: SteeringConfig, model: LanguageModel, saes: Mapping[Site, Dictionary]) -> list[KnownDictionary]:
     """The dictionaries that may be steered with, and how their latents behave on the reference texts."""
-    wanted = [d for place, d in saes.items() if not config.site or place.same_tensor(Place.parse(config.site))]
+    wanted = [d for place, d in saes.items() if not config.site or place.same_tensor(Site.parse(config.site))]
     if not wanted:
         raise UserError(f"there is no dictionary for {config.site}: there are {', '.join(map(str, saes))}")
     texts = load_texts(config.reference or "organism")[: config.reference_texts]
     tokens = model.pad([model.encode(text)[:LONGEST] for text in texts])
-    return [Site(dictionary, latent_statistics(model, dictionary, tokens)) for dictionary in wanted]
+    return [KnownDictionary(dictionary, latent_statistics(model, dictionary, tokens)) for dictionary in wanted]
 
 
 def _key(
@@ -229,7 +230,7 @@ def _key(
 def _steer(
     config: SteeringConfig,
     model: LanguageModel,
-    sites: Sequence[Site],
+    sites: Sequence[KnownDictionary],
     concept: Concept,
     cells: Cells,
     bar: "tqdm[Any]",

@@ -38,7 +38,7 @@ REFINED = "mean difference, refined by output score"
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class KnownDictionary:
     """A dictionary, how its latents behave on the reference texts, and what moves its site."""
 
     dictionary: Dictionary
@@ -247,18 +247,18 @@ class Bench:
 # Ways to steer
 
 
-def top(bench: Bench, site: Site, order: Sequence[int], k: int) -> Way:
+def top(bench: Bench, site: KnownDictionary, order: Sequence[int], k: int) -> Way:
     chosen = tuple(order[:k])
     return Way(f"top-{k}", site.dictionary, (chosen,), site.statistics.maximum, bench.concept.positions)
 
 
-def random_way(bench: Bench, site: Site, order: Sequence[int], draws: int, seed: int) -> Way:
+def random_way(bench: Bench, site: KnownDictionary, order: Sequence[int], draws: int, seed: int) -> Way:
     sets = random_latents(site.statistics.alive, order[:CANDIDATES], 1, draws, seed)
     return Way(RANDOM, site.dictionary, tuple(sets), site.statistics.maximum, bench.concept.positions)
 
 
 @torch.no_grad()
-def dense(bench: Bench, site: Site) -> Way:
+def dense(bench: Bench, site: KnownDictionary) -> Way:
     """The direction from the mean of the site without the concept to the mean with it."""
     at = site.dictionary.site
     held = []
@@ -273,7 +273,7 @@ def dense(bench: Bench, site: Site) -> Way:
     return Way(DENSE, direction, ((0,),), ones, bench.concept.positions)
 
 
-def orders(bench: Bench, site: Site, k: int) -> dict[str, list[int]]:
+def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
     """The first `k` latents, at least, by each way of choosing."""
     concept, many = bench.concept, max(CANDIDATES, k)
     many = min(many, int(site.statistics.alive.sum()))
@@ -310,7 +310,7 @@ def _choice(tried: Sequence[Sequence[Point]], best: Sequence[Point]) -> Choice:
 
 
 def _try(
-    bench: Bench, site: Site, order: Sequence[int], sizes: Sequence[int], strengths: Sequence[float]
+    bench: Bench, site: KnownDictionary, order: Sequence[int], sizes: Sequence[int], strengths: Sequence[float]
 ) -> tuple[Choice, list[Point]]:
     """How well a ranking steers on `tune`, over all sizes alike, and the best point of each size."""
     unit = site.unit(order[0])
@@ -322,8 +322,8 @@ def _try(
 
 
 def choose_site(
-    bench: Bench, sites: Sequence[Site], sizes: Sequence[int], strengths: Sequence[float]
-) -> tuple[Site, dict[str, list[Point]]]:
+    bench: Bench, sites: Sequence[KnownDictionary], sizes: Sequence[int], strengths: Sequence[float]
+) -> tuple[KnownDictionary, dict[str, list[Point]]]:
     """Where latents chosen by mean difference steer best, over all sizes alike; and each site's best points."""
     concept, found = bench.concept, []
     for site in sites:
@@ -335,7 +335,7 @@ def choose_site(
 
 
 def choose_order(
-    bench: Bench, site: Site, sizes: Sequence[int], longest: int, strengths: Sequence[float]
+    bench: Bench, site: KnownDictionary, sizes: Sequence[int], longest: int, strengths: Sequence[float]
 ) -> tuple[str, list[int], dict[str, list[Point]]]:
     """The way of choosing latents that steers best, over all sizes alike; its ranking, at least `longest` long; and
     each way's best points."""

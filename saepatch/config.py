@@ -293,7 +293,7 @@ class SteerConfig:
             raise UserError(
                 f"max_new_tokens = {self.max_new_tokens}, temperature = {self.temperature}: use at least 1 and 0"
             )
-        own = self.model.startswith("organism")
+        own = self.model in ("organism", "organism-base")
         if not (own or self.reference or self.unit or self.act == "ablate"):
             raise UserError(
                 f"what is a strength of {self.strength:g} in {self.model}? Give --reference FILE, with texts that "

@@ -57,15 +57,17 @@ class Session:
             for turns in self.turns:
                 turns.append({"role": "user", "content": prompt})
             prompts = (self._rendered(self.turns[0]), self._rendered(self.turns[1]))
+        sampling = Sampling(self.config.max_new_tokens, self.config.temperature, self.config.seed)
         both = (Written(), Written())
         try:
-            sampling = Sampling(self.config.max_new_tokens, self.config.temperature, self.config.seed)
             for both in side_by_side(self.model, self.dictionaries, self.interventions(), prompts, sampling):
                 yield both
-        finally:
-            if self.chats:
-                for turns, written in zip(self.turns, both, strict=True):
-                    turns.append({"role": "assistant", "content": written.text.strip()})
+        except BaseException:  # a request without an answer is no part of a chat
+            for turns in self.turns if self.chats else ():
+                turns.pop()
+            raise
+        for turns, written in zip(self.turns, both, strict=True) if self.chats else ():
+            turns.append({"role": "assistant", "content": written.text.strip()})
 
     def _rendered(self, turns: Sequence[dict[str, str]]) -> str:
         return self.model.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)

@@ -124,6 +124,6 @@ def side_by_side(
                 steered = steered if steered.ended else next(runs[1])
                 yield bare, steered
     except SpliceError as error:
-        if steered.ids:
+        if len(steered.ids) > 1:
             raise
-        log.warning("%s (the steered answer ended at once)", error)
+        log.warning("%s (the steered answer ended with its first token)", error)

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from tiny import random_dictionary, random_sae, tiny_model
 
 from saepatch.__main__ import main
 from saepatch.columns import Live, columns
+from saepatch.config import SteerConfig
 from saepatch.errors import UserError
 from saepatch.interventions import Ablate, Clamp, Steer
 from saepatch.quality import latent_statistics
+from saepatch.session import open_session
 from saepatch.splicing import splice
 from saepatch.streaming import Sampling, side_by_side, stream
 from saepatch.texts import load_texts
@@ -58,6 +61,9 @@ def test_a_stream_stops_at_the_end_of_text_at_a_loop_and_at_the_context():
     assert [(w.ids, w.ended) for w in stream(stopping, "ab")] == [((), "end")]
     steps = list(side_by_side(stopping, random_dictionary(), Ablate(3, positions="generated"), ("ab", "ab")))
     assert [one.ended for one in steps[-1]] == ["end", "end"]
+    one = list(side_by_side(tiny_model(), random_dictionary(), Steer(3, 9.0, positions="generated"), ("ab", "ab"),
+                            Sampling(1)))  # fmt: skip
+    assert [len(each.ids) for each in one[-1]] == [1, 1]  # no generated token was read, so nothing was edited
     for given in ({"max_new_tokens": 0}, {"temperature": -1.0}):
         with pytest.raises(UserError, match="use"):
             Sampling(**given)
@@ -140,6 +146,17 @@ def test_strength_is_in_units_of_the_largest_activation(tmp_path, capsys):
     assert float(maximum[dead]) == 0
     assert main([*given, "--latent", f"resid_post.1:{dead}"]) == 2
     assert "never fires in the 2 reference texts" in capsys.readouterr().err
+
+
+def test_a_request_that_failed_is_no_part_of_the_chat():
+    config = SteerConfig(latent="resid_post.3:5", unit=1.0, interactive=True, positions="5000")
+    session = open_session(config)
+    with pytest.raises(UserError, match="out of range"):
+        list(session.answer("Hello!"))
+    assert session.turns == ([], [])
+    session.config = replace(config, positions="all", max_new_tokens=4)
+    last = list(session.answer("Hello!"))[-1]
+    assert [turns[1]["content"] for turns in session.turns] == [one.text.strip() for one in last]
 
 
 def test_mistakes(capsys, tmp_path):

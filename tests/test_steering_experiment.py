@@ -9,7 +9,7 @@ from tiny import random_dictionary, random_sae, tiny_model
 
 from experiments import concepts, steering, steering_page
 from experiments.cells import Cells
-from experiments.steering_stages import Point, Site
+from experiments.steering_stages import KnownDictionary, Point
 from saepatch.commandline import run_config
 from saepatch.errors import UserError
 from saepatch.models import load_model
@@ -149,7 +149,7 @@ def test_words_follow_from_numbers():
         "prefix": "",
     }
     model, dictionary = tiny_model(), random_dictionary()
-    site = Site(dictionary, latent_statistics(model, dictionary, model.tokenize(["ab"])))
+    site = KnownDictionary(dictionary, latent_statistics(model, dictionary, model.tokenize(["ab"])))
     ways = {"top-1": [point(none), point(every)], "top-2": [point(every), point(every)]}
     found = steering.Found(site=site, unsteered=point(none), prompting=None, norms=ways,
                            divergences={"top-1": [None], "top-2": [None]},
