@@ -1,6 +1,7 @@
 """The command line. Thin: it reads settings, calls the library and prints."""
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -121,9 +122,12 @@ def steer(config: SteerConfig) -> None:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"strength {text!r} is no number: write one, as in /strength 1.5") from error
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"strength {text!r} is no number: write one, as in /strength 1.5")
+    return value
 
 
 def _answer(session: "Session", prompt: str) -> None:

@@ -285,6 +285,8 @@ class SteerConfig:
             )
         if bool(self.prompt) == self.interactive:
             raise UserError("what is to be answered? Give --prompt TEXT or --interactive, one of the two")
+        if not abs(self.strength) < float("inf"):
+            raise UserError(f"strength = {self.strength}: use a number")
         if self.unit < 0:
             raise UserError(f"unit = {self.unit}: use a number above 0, or leave it out")
         if not 0 < self.decay <= 1:
