@@ -42,7 +42,7 @@ def trained(model, tmp_path_factory):
 
 def test_what_a_run_leaves(trained, model):
     out, found = trained
-    files = {"config.yaml", "metrics.jsonl", "metrics.summary.json", "summary.json"}
+    files = {"config.yaml", "metrics.jsonl", "metrics.summary.json", "summary.json", "artifacts.jsonl"}
     assert {p.name for p in out.iterdir()} == files | {"resid_post.0", "resid_post.1", "resid_post.2"}
     summary = json.loads((out / "summary.json").read_text())
     for site, row in found.items():

@@ -156,6 +156,7 @@ class TrainingConfig:
         dtype: Precision of the model; dictionaries are float32.
         compile: Have torch compile the steps that gain from it (takes a C++ compiler, and a minute at the start).
         track: none, wandb, wandb:offline or wandb:online. A local log is always written.
+        upload: Have W&B keep a copy of the dictionaries; otherwise it is told where they lie, and their hash.
         sweep: Fields and the values to try, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: a run for every combination,
             each in a folder of `out` such as sae.k=8,lr=0.001.
         shard: Which share of a sweep's runs: I/N, I from 0 to N-1.
@@ -205,6 +206,7 @@ class TrainingConfig:
     dtype: str = "float32"
     compile: bool = False
     track: str = "none"
+    upload: bool = False
     sweep: dict[str, list[Any]] = field(default_factory=dict)
     shard: str = "0/1"
     dry_run: bool = False

@@ -20,7 +20,7 @@ DENSITY_EDGES = tuple(
     -6 + i / 4 for i in range(25)
 )  # log10 of the share of positions; what is rarer is in the first bin
 
-_ELEMENTS = 2**26  # of the largest tensor to hold: logits or latents of a batch, cosines of some latents with all
+ELEMENTS = 2**26  # of the largest tensor to hold: logits or latents of a batch, cosines of some latents with all
 _COMPARED = 8192  # latents whose nearest neighbour is looked for; of wider dictionaries, as many, evenly spread
 
 
@@ -97,7 +97,7 @@ def evaluate_all(
     """`evaluate` of several dictionaries, each spliced alone; they share the model's own passes."""
     if batch_size is None:
         widest = max(int(model.config.get_text_config().vocab_size), *(d.d_sae for d in dictionaries))
-        batch_size = max(1, min(64, _ELEMENTS // (widest * tokens.input_ids.shape[1])))
+        batch_size = max(1, min(64, ELEMENTS // (widest * tokens.input_ids.shape[1])))
     measured = splice_qualities(model, dictionaries, tokens, batch_size)
     return [_evaluation(d, quality, found) for d, (quality, found) in zip(dictionaries, measured, strict=True)]
 
@@ -153,7 +153,7 @@ def _nearest(rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n"]:
         return rows.new_zeros(n)
     chosen = torch.linspace(0, n - 1, min(n, _COMPARED), dtype=torch.float64).round().long().to(rows.device)
     found = []
-    for some in chosen.split(max(1, _ELEMENTS // 4 // n)):
+    for some in chosen.split(max(1, ELEMENTS // 4 // n)):
         cosines = rows[some] @ rows.T
         cosines[torch.arange(len(some), device=rows.device), some] = -1
         found.append(cosines.amax(-1))

@@ -16,10 +16,10 @@ from saepatch.errors import UserError
 from saepatch.models import LanguageModel, usable_device
 from saepatch.sites import Site, layout_of
 from training.config import TrainingConfig
+from training.evaluate import ELEMENTS
+from training.trainer import FIRST_TOKENS
 
-_FIRST_TOKENS = 16_384  # activations of all sites, in float32, that a run's first dictionaries are made from
-_EVALUATED = 2**26  # logits or latents of held-out text that are there at a time (of at most 64 rows), ...
-_EVALUATED_RUNS = 3  # ... of this many runs of the model
+_EVALUATED_RUNS = 3  # of the model, whose logits or latents of held-out text are there at a time
 _SAMPLED = 200  # documents that are tokenised to tell how many tokens there are
 _CALIBRATION = 0.1  # seconds for each of the kinds of work
 _MATRICES = {"standard": 5, "jumprelu": 5, "gated": 8}  # dense products a step; the others have one
@@ -208,9 +208,9 @@ def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) ->
     d_in = sum(s.d_in for s in shapes)
     low = config.sae.precision == "bfloat16" and config.sae.architecture not in _MATRICES
     inner = 4 * model.d_model + 3 * int(getattr(text, "intermediate_size", 0) or 4 * model.d_model)
-    first = max(1, min(config.steps, _FIRST_TOKENS // config.batch_size)) * config.batch_size
+    first = max(1, min(config.steps, FIRST_TOKENS // config.batch_size)) * config.batch_size
     widest = max(int(text.vocab_size), largest.d_sae)
-    rows = max(1, min(64, _EVALUATED // (widest * config.context), -(-config.eval_tokens // config.context)))
+    rows = max(1, min(64, ELEMENTS // (widest * config.context), -(-config.eval_tokens // config.context)))
     return {
         "model": sum(t.numel() * t.itemsize for t in (*model.hf.parameters(), *model.hf.buffers())),
         "its forward (roughly)": config.forward_tokens * (d_in + inner) * width,

@@ -30,12 +30,12 @@ from training.texts import Streamed, as_documents, split
 
 log = logging.getLogger(__name__)
 
-_CALIBRATION_TOKENS = 16_384  # activations that scale and decoder bias are set from
+FIRST_TOKENS = 16_384  # activations that scale and decoder bias are set from
 
 # What a run may go on with otherwise than it began: where it runs, what it says and keeps, not what it learns.
 _MAY_DIFFER = {
     *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "prefetch", "cache", "cache_gb"),
-    *("track", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
+    *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
 }
 
 
@@ -194,7 +194,7 @@ class Run:
         """The stream from where the run is; a new run's dictionaries are made from what comes first in it."""
         with closing(self.stream.batches(self.position)) as batches:
             if not self.learners:
-                wanted = max(1, min(self.config.steps, _CALIBRATION_TOKENS // self.config.batch_size))
+                wanted = max(1, min(self.config.steps, FIRST_TOKENS // self.config.batch_size))
                 first = list(islice(batches, wanted))
                 for site in self.sites:
                     sample = torch.cat([batch[site] for batch, _ in first])
@@ -307,6 +307,8 @@ class Run:
         self.tracker.summarise(
             {f"{site}/{name}": value for site, row in figures.items() for name, value in row.items()}
         )
+        for site in dictionaries:
+            self.tracker.artifact(str(site), self.out / str(site), self.config.upload)
         checkpoints.clear(self.out)
         return figures
 
