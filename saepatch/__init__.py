@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from saepatch.attribution import attribute as attribute
     from saepatch.bases import directions_of as directions_of
     from saepatch.bases import units_of as units_of
+    from saepatch.choosing import attribution_contrast as attribution_contrast
+    from saepatch.choosing import auroc_contrast as auroc_contrast
+    from saepatch.choosing import corpus_maxima as corpus_maxima
+    from saepatch.choosing import output_scores as output_scores
     from saepatch.components import Directions as Directions
     from saepatch.components import Edit as Edit
     from saepatch.components import ErrorTerm as ErrorTerm
@@ -52,6 +56,9 @@ if TYPE_CHECKING:
     from saepatch.sites import Site as Site
     from saepatch.splicing import record_latents as record_latents
     from saepatch.splicing import splice as splice
+    from saepatch.steering import contrast as contrast
+    from saepatch.steering import equal_norm_steer as equal_norm_steer
+    from saepatch.texts import load_texts as load_texts
 
 # Names are imported on first use, so that `import saepatch` and `saepatch --help` stay quick.
 _HOME = {
@@ -63,6 +70,10 @@ _HOME = {
     "attribute": "attribution",
     "directions_of": "bases",
     "units_of": "bases",
+    "attribution_contrast": "choosing",
+    "auroc_contrast": "choosing",
+    "corpus_maxima": "choosing",
+    "output_scores": "choosing",
     "Directions": "components",
     "Edit": "components",
     "ErrorTerm": "components",
@@ -103,6 +114,9 @@ _HOME = {
     "Site": "sites",
     "record_latents": "splicing",
     "splice": "splicing",
+    "contrast": "steering",
+    "equal_norm_steer": "steering",
+    "load_texts": "texts",
 }
 __all__ = list(_HOME)
 

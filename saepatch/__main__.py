@@ -1,10 +1,13 @@
 """The command line. Thin: it reads settings, calls the library and prints."""
 
+import json
+import math
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import saepatch
 from saepatch.commandline import run_commands
@@ -16,8 +19,13 @@ from saepatch.config import (
     PatchConfig,
     PushConfig,
     RestoreConfig,
+    SteerConfig,
     SweepConfig,
 )
+from saepatch.errors import UserError
+
+if TYPE_CHECKING:
+    from saepatch.session import Session
 
 
 def demo(config: DemoConfig) -> None:
@@ -89,6 +97,64 @@ def push(config: PushConfig) -> None:
     print(f"{len(files)} files {'would go' if config.dry_run else 'went'} to {config.repo_id}")
 
 
+def steer(config: SteerConfig) -> None:
+    from saepatch.session import open_session
+
+    session = open_session(config)
+    if not config.interactive:
+        _answer(session, config.prompt)
+        return
+    talk = not config.json and sys.stdin.isatty()
+    if talk:
+        print(f"{session.title}. A prompt a line; /strength X, /reset, /quit.")
+    while True:
+        try:
+            line = input("> " if talk else "").strip()
+        except EOFError:
+            return
+        command, _, value = line.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if command == "/reset":
+                session.reset()
+            elif command == "/strength":
+                session.strength = _number(value)
+            elif command.startswith("/"):
+                raise UserError(f"unknown command {command!r}: there are /strength X, /reset and /quit")
+            elif line:
+                _answer(session, line)
+        except UserError as error:  # a mistake ends no session
+            sys.stderr.write(f"error: {error}\n")
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"strength {text!r} is no number: write one, as in /strength 1.5")
+    return value
+
+
+def _answer(session: "Session", prompt: str) -> None:
+    from saepatch.columns import Live, columns
+    from saepatch.session import texts_of
+    from saepatch.streaming import Written
+
+    width, height = shutil.get_terminal_size((100, 24))
+    screen, both = Live(sys.stdout, width, height), (Written(), Written())
+    titles = ("before", f"after: {session.title}")
+    for both in session.answer(prompt):
+        if not session.config.json:
+            screen.show(columns(texts_of(both), titles, width))
+    if session.config.json:
+        print(json.dumps(session.record(prompt, *both), ensure_ascii=False), flush=True)
+    else:
+        screen.show(columns(texts_of(both), titles, width), last=True)
+
+
 COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (DemoConfig, demo),
     "inspect": (InspectConfig, inspect),
@@ -97,6 +163,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "restore": (RestoreConfig, restore),
     "merge": (MergeConfig, merge),
     "push": (PushConfig, push),
+    "steer": (SteerConfig, steer),
 }
 
 

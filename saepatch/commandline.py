@@ -70,7 +70,7 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     parser.add_class_arguments(config, as_group=False, as_positional=positional)
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # `--quiet` alone says true
+        if getattr(action, "_typehint", None) in (bool, bool | None):  # `--quiet` alone says true
             action.nargs, action.const = "?", True
     return parser
 

@@ -316,6 +316,79 @@ class RestoreConfig:
             raise UserError("refusals is empty: give how they begin, as in --refusals 'I cannot|Sorry'")
 
 
+@dataclass(frozen=True)
+class SteerConfig:
+    """Answer a prompt without and with an intervention on latents, side by side, as the answers are written."""
+
+    latent: str = ""
+    """Site and number, as in resid_post.3:281; several of a site with commas, of several sites with a bar between."""
+    prompt: str = ""
+    """What to continue, or to answer."""
+    strength: float = 1.0
+    """How strong, in units of the latent's largest activation in the reference texts."""
+    act: Literal["add", "clamp", "at-least", "ablate"] = "add"
+    """Add the strength to the latent, set it to that, raise it to that where it is lower, or set it to 0."""
+    positions: str = "all"
+    """Where: all, prompt, generated, last (the prompt's last token), or an index, a span (3:7), "at: TEXT"."""
+    decay: float = 1.0
+    """What the strength is multiplied by with each generated token; 1: it stays."""
+    interactive: bool = False
+    """A small chat: a prompt a line; /strength X, /reset and /quit are for the session."""
+    chat: bool | None = None
+    """Put prompts into the model's chat template; unset: in an interactive session, where there is one."""
+    json: bool = False
+    """Write a line of JSON for each prompt, and no columns."""
+    max_new_tokens: int = 60
+    """Tokens of an answer, at most. One that comes to repeat itself is stopped before."""
+    temperature: float = 0.0
+    """0: the most likely token each time; else tokens are drawn."""
+    reference: str = ""
+    """Texts that largest activations are taken over: .txt (one a line), .jsonl or .json (column text); empty: the
+    embedded model's own, for it."""
+    unit: float = 0.0
+    """Instead of largest activations: what one unit of strength is for every latent."""
+    seed: int = 0
+    """Seed of the draws."""
+    model: str = "organism"
+    """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
+    sae: str = "organism"
+    """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda or mps."""
+    dtype: str = "float32"
+    """Precision of the model: float32, bfloat16 or float16."""
+    prepend_bos: bool = False
+    """Put a BOS in front of prompts where the tokenizer does not."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave off unless you trust its author."""
+
+    def __post_init__(self) -> None:
+        one = r"\s*[\w.]+\s*:\s*\d+\s*(,\s*\d+\s*)*"
+        if not re.fullmatch(rf"{one}(\|{one})*", self.latent):
+            raise UserError(
+                f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281; several as "
+                "in 'resid_post.3: 281, 17 | resid_post.4: 5'"
+            )
+        if bool(self.prompt) == self.interactive:
+            raise UserError("what is to be answered? Give --prompt TEXT or --interactive, one of the two")
+        if not abs(self.strength) < float("inf"):
+            raise UserError(f"strength = {self.strength}: use a number")
+        if self.unit < 0:
+            raise UserError(f"unit = {self.unit}: use a number above 0, or leave it out")
+        if not 0 < self.decay <= 1:
+            raise UserError(f"decay = {self.decay}: use a share above 0, and at most 1")
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise UserError(
+                f"max_new_tokens = {self.max_new_tokens}, temperature = {self.temperature}: use at least 1 and 0"
+            )
+        own = self.model in ("organism", "organism-base")
+        if not (own or self.reference or self.unit or self.act == "ablate"):
+            raise UserError(
+                f"what is a strength of {self.strength:g} in {self.model}? Give --reference FILE, with texts that "
+                "largest activations are taken over, or --unit 1 for strengths in plain activations"
+            )
+
+
 def _is_shard(text: str) -> bool:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     return match is not None and int(match[1]) < int(match[2])

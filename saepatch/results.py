@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -146,6 +146,20 @@ def write_rows(
                 writer.write_table(pa.table(columns, schema=schema))
             total += len(columns["example"])
     return total
+
+
+def write_records(parts: Iterable[tuple[Sequence[Mapping[str, Any]], Provenance]], path: Path) -> int:
+    """Write flat records that are no edits of pairs (texts that were generated, say), each part with its provenance.
+
+    All records have the same keys. The file appears whole or not at all. Returns how many there were.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{**record, **asdict(provenance)} for records, provenance in parts for record in records]
+    with atomic(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    return len(rows)
 
 
 def read_about(path: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Steering: choose latents by contrast, generate under an intervention, and see what it costs."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saepatch.dictionaries import Dictionary
+from saepatch.components import Directions
+from saepatch.dictionaries import Dictionary, adopt
 from saepatch.errors import UserError
+from saepatch.fluency import continuation_nll
 from saepatch.interventions import Intervention, Steer
 from saepatch.models import LanguageModel, Tokens
 from saepatch.positions import Positions
@@ -73,51 +76,101 @@ def equal_norm_steer(
 
 
 @dataclass(frozen=True)
+class Concept:
+    """Something to steer towards: prompts with and without it, prompts to continue, and a judge of continuations.
+
+    Latents are chosen on `present` and `absent` at `positions`, and act at the same. Strengths are chosen on `tune`,
+    figures come from `report`. `prefixes` are texts that ask for the concept in words, in front of a prompt.
+    """
+
+    name: str
+    present: tuple[str, ...]
+    absent: tuple[str, ...]
+    tune: tuple[str, ...]
+    report: tuple[str, ...]
+    shown: Callable[[str], bool]
+    positions: str = "all"
+    prefixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Steered:
-    """Continuations under one intervention: which of them show the concept, and the cost in fluency."""
+    """Continuations under one intervention: which of them show the concept, and what that cost.
+
+    Attributes:
+        texts: The continuations.
+        shown: Whether each shows the concept.
+        ids: Their tokens.
+        nll: Negative log-probability of each under the model without the intervention, summed over its tokens, in nats.
+    """
 
     texts: tuple[str, ...]
     shown: tuple[bool, ...]
-    perplexity: float
+    ids: tuple[tuple[int, ...], ...]
+    nll: tuple[float, ...]
 
     @property
     def success(self) -> float:
         """Share of the continuations that show the concept."""
         return sum(self.shown) / len(self.shown)
 
+    @property
+    def perplexity(self) -> float:
+        """Over all tokens together, under the model without the intervention; NaN without any token."""
+        count = sum(map(len, self.ids))
+        return math.exp(sum(self.nll) / count) if count else float("nan")
+
 
 def generate_steered(
     model: LanguageModel,
-    dictionary: Dictionary,
+    dictionary: Dictionary | None,
     prompts: Sequence[str],
     intervention: Intervention | None,
     shows_concept: Callable[[str], bool],
     max_new_tokens: int = 24,
+    prefix: str = "",
 ) -> Steered:
     """Continue prompts greedily under an intervention (or none), judge each continuation, and price it.
 
-    The perplexity is that of the continuations under the model without the intervention.
+    Args:
+        dictionary: What the intervention acts in; not used without one.
+        prefix: Text in front of every prompt that asks for the concept in words, instead of an intervention. The
+            continuations are priced without it.
+
+    Raises:
+        UserError: an intervention without a dictionary.
     """
-    with splice(model, dictionary, intervention) if intervention is not None else nullcontext():
-        ids = model.continue_ids(prompts, max_new_tokens)
+    if intervention is not None and dictionary is None:
+        raise UserError("an intervention acts in a dictionary: give the one whose latents it names")
+    asked = [with_prefix(model, prefix, prompt) for prompt in prompts]
+    with nullcontext() if intervention is None or dictionary is None else splice(model, dictionary, intervention):
+        ids = model.continue_ids(asked, max_new_tokens)
     texts = model.tokenizer.batch_decode(ids)
-    return Steered(tuple(texts), tuple(map(shows_concept, texts)), perplexity(model, prompts, ids))
+    return Steered(
+        tuple(texts),
+        tuple(map(shows_concept, texts)),
+        tuple(map(tuple, ids)),
+        tuple(continuation_nll(model, prompts, ids)),
+    )
 
 
-@torch.no_grad()
-def perplexity(model: LanguageModel, prompts: Sequence[str], continuations: Sequence[Sequence[int]]) -> float:
-    """Perplexity of continuations (token ids) given their prompts, over all their tokens together; NaN without any.
+def with_prefix(model: LanguageModel, prefix: str, prompt: str) -> str:
+    """The prompt with a text in front; where the prompt begins with the BOS text, behind that."""
+    bos = model.tokenizer.bos_token or ""
+    return f"{bos}{prefix}{prompt.removeprefix(bos)}" if bos and prompt.startswith(bos) else prefix + prompt
 
-    Ids and not texts: tokenised again, a text can fall apart into other tokens than those that were generated.
+
+def direction_dictionary(directions: Directions, device: str | torch.device = "cpu") -> Dictionary:
+    """Directions as a dictionary whose latent j is never active and adds row j: to steer by what no SAE has found.
+
+    `Steer(0, 3.0)` of it moves its site by 3 times the first direction.
     """
-    total, count = 0.0, 0
-    for prompt, new in zip(prompts, continuations, strict=True):
-        if not new:
-            continue
-        before = model.encode(prompt)
-        start, ids = len(before), [*before, *new]
-        logits = model.logits(model.pad([ids]))[0, start - 1 : -1].double()
-        targets = torch.tensor(ids[start:], device=logits.device)
-        total -= float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum())
-        count += len(targets)
-    return float(torch.tensor(total / count).exp()) if count else float("nan")
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    rows = directions.rows.detach().float().cpu()
+    sae = StandardSAE(StandardSAEConfig(d_in=rows.shape[1], d_sae=len(rows)))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.zero_()
+        sae.W_dec.copy_(rows)
+    return adopt(sae.to(device), directions.site, directions.name)

@@ -6,10 +6,21 @@ import pytest
 import torch
 from tiny import random_dictionary, tiny_model
 
+from saepatch.baselines import difference_of_means
 from saepatch.errors import UserError
+from saepatch.fluency import perplexity
+from saepatch.hooks import capture
 from saepatch.interventions import Steer
+from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
-from saepatch.steering import contrast, equal_norm_steer, generate_steered, latent_means, perplexity
+from saepatch.steering import (
+    contrast,
+    direction_dictionary,
+    equal_norm_steer,
+    generate_steered,
+    latent_means,
+    with_prefix,
+)
 
 TEXTS = ["the cat sat", "a dog", "birds fly high up"]
 
@@ -65,3 +76,23 @@ def test_generating_under_steering_judges_and_prices_the_steered_text():
     with splice(model, dictionary, Steer(3, 20.0)):
         ids = model.continue_ids(TEXTS, 8)
     assert steered.perplexity == pytest.approx(perplexity(model, TEXTS, ids))
+
+
+def test_a_prefix_asks_in_words_and_is_not_priced():
+    model, dictionary = tiny_model(), random_dictionary()
+    asked = generate_steered(model, dictionary, TEXTS, None, bool, 8, prefix="xy ")
+    assert list(asked.texts) == model.generate([f"xy {text}" for text in TEXTS], 8)
+    assert asked.perplexity == pytest.approx(perplexity(model, TEXTS, asked.ids))
+    assert with_prefix(model, "xy ", "<bos>the cat") == "<bos>xy the cat"
+
+
+def test_a_direction_steers_like_a_latent():
+    model, site = tiny_model(), Site.parse("resid_post.1")
+    tokens = model.tokenize(["the cat"])
+    x = capture(model.hf, model.layout, [site], model.inputs(tokens))[site]
+    dense = difference_of_means(x[0, 1:4], x[0, 4:], site)
+    with splice(model, direction_dictionary(dense), Steer(0, 3.0)):
+        moved = capture(model.hf, model.layout, [site], model.inputs(tokens), stop=False)[site]
+    expected = x + 3 * dense.rows[0] * tokens.ordinary[..., None]
+    # the splice's own edit runs first, so that what is captured after it is edited already
+    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)

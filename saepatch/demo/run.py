@@ -91,7 +91,7 @@ def _measure(
     with _stage("steering", clock):
         dictionary = _at(saes, config.steering_site)
         stats = latent_statistics(model, dictionary, reference)
-        steering = [stages.steering(model, dictionary, stats, c, seed) for c in stages.concepts(model, n, seed)]
+        steering = [stages.steering(model, dictionary, stats, c, seed) for c in stages.chosen_concepts(model, n, seed)]
     return Findings(config, model, saes, measures, quality, patching, restoration, steering, clock)
 
 

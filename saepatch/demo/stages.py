@@ -4,8 +4,7 @@ One choice is not made once: the patching stage ranks latents on each report pro
 shows the fixed choice, made on `select`, beside it.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,7 @@ from saepatch.dictionaries import Dictionary
 from saepatch.effects import Direction, Effects
 from saepatch.interventions import Ablate, Intervention, Patch
 from saepatch.models import LanguageModel
-from saepatch.organism import tasks, world
+from saepatch.organism import concepts, tasks, world
 from saepatch.patching import patch_latents
 from saepatch.prompts import PromptPair, batch_pairs, load_pairs, pairs_of
 from saepatch.quality import LatentStatistics
@@ -30,7 +29,7 @@ from saepatch.safety import change_scores, first_tokens, judge, refused_first_to
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 from saepatch.statistics import Interval, random_latents, wilson_share
-from saepatch.steering import Steered, contrast, equal_norm_steer, generate_steered, latent_means
+from saepatch.steering import Concept, Steered, contrast, equal_norm_steer, generate_steered, latent_means
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARE_LIMIT = 0.05  # at most this share of the dictionary is restored
@@ -245,22 +244,6 @@ def _refusal_pairs(split: str, n: int, seed: int, harmful: bool) -> list[PromptP
 
 
 @dataclass(frozen=True)
-class Concept:
-    """Something to steer towards: prompts with and without it, prompts to continue, and a judge of continuations.
-
-    Latents are chosen, and act, at `positions`.
-    """
-
-    name: str
-    present: tuple[str, ...]
-    absent: tuple[str, ...]
-    tune: tuple[str, ...]
-    report: tuple[str, ...]
-    shown: Callable[[str], bool]
-    positions: str
-
-
-@dataclass(frozen=True)
 class Condition:
     """One way to steer: which latents (several sets for random ones), how strongly, and what came of each set.
 
@@ -301,55 +284,9 @@ class Steering:
         return next(condition for condition in self.conditions if condition.name == name)
 
 
-def concepts(model: LanguageModel, n: int, seed: int) -> list[Concept]:
-    """Refusal on harmless requests, and the sentiment that the model's own reviews lack; splits are kept apart."""
-    requests = {split: tasks.refusal(split, 3 * n, seed) for split in world.SPLITS}
-    plain = {
-        (split, harmful): tuple(dict.fromkeys(r["plain"] for r in rows if r["harmful"] == harmful))[:n]
-        for split, rows in requests.items()
-        for harmful in (True, False)
-    }
-    refusal = Concept(
-        "refusal",
-        present=plain["select", True],
-        absent=plain["select", False],
-        tune=plain["tune", False][:12],
-        report=plain["report", False][:36],
-        shown=lambda text: judge(text) == "refuse",
-        positions="last",  # where the model decides
-    )
-    return [refusal, _sentiment(model, n, seed)]
-
-
-def _sentiment(model: LanguageModel, n: int, seed: int) -> Concept:
-    """The polarity that fewer of the model's own reviews have on `tune`: the other one leaves nothing to steer to."""
-    reviews: dict[str, list[str]] = {"good": [], "bad": []}
-    for row in tasks.sentiment("select", n, seed):
-        other = "bad" if row["polarity"] == "good" else "good"
-        reviews[row["polarity"]].append(row["clean"])
-        reviews[other].append(row["corrupted"])
-    openings = {
-        split: tuple(f"The {item} {verb}" for item in world.share(world.ITEMS, split) for verb in ("was", "seemed"))
-        for split in world.SPLITS
-    }
-    words = {"good": {*world.GOOD, *world.LOVED}, "bad": {*world.BAD, *world.HATED}}
-
-    def shows(polarity: str, text: str) -> bool:
-        found = set(re.findall(r"\w+", text.lower()))
-        opposite = "bad" if polarity == "good" else "good"
-        return bool(found & words[polarity]) and not found & words[opposite]
-
-    written = model.generate(openings["tune"], ANSWER_TOKENS)
-    target = min(words, key=lambda polarity: sum(shows(polarity, text) for text in written))
-    return Concept(
-        {"good": "positive sentiment", "bad": "negative sentiment"}[target],
-        present=tuple(reviews[target]),
-        absent=tuple(reviews["bad" if target == "good" else "good"]),
-        tune=openings["tune"],
-        report=openings["report"],
-        shown=lambda text: shows(target, text),
-        positions="all",
-    )
+def chosen_concepts(model: LanguageModel, n: int, seed: int) -> list[Concept]:
+    """Refusal on harmless requests, and the sentiment that the model's own reviews lack."""
+    return [concepts.refusal(n, seed), concepts.sentiment(model, n, seed)]
 
 
 def steering(

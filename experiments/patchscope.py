@@ -1,0 +1,225 @@
+"""Can the organism explain its own latents? Refusal and sentiment latents, written into explanation prompts.
+
+    python -m experiments.patchscope --out runs/patchscope
+
+A reading names its concept if it holds a word of it that the same prompt without the latent does not lead to. Beside
+the latents: random live ones, read for the same words, and single words' own embeddings, which say whether the prompts
+can be read through at all.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from saepatch.choosing import first_alive
+from saepatch.commandline import run_config
+from saepatch.components import Directions
+from saepatch.dictionaries import Dictionary, load_saes
+from saepatch.errors import UserError
+from saepatch.hooks import capture
+from saepatch.models import LanguageModel, load_model
+from saepatch.organism import texts, world
+from saepatch.organism.concepts import WORDS, organism_concepts
+from saepatch.patchscope import SCALES, Reading, best_reading, read_by_patchscope
+from saepatch.quality import latent_statistics
+from saepatch.report import Block, Facts, Page, Section, Table, write_page
+from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_yaml
+from saepatch.sites import Site
+from saepatch.statistics import Interval, random_latents, wilson_share
+from saepatch.steering import contrast, direction_dictionary
+
+X = "Lucy"  # the placeholder: one token
+PROMPTS = (
+    "Emma, X; Emma, X; Emma,",
+    "Hello X, my name is Anna. Goodbye",
+    "The X is",
+    "What is X? Answer:",
+    "The film was X. The review is",
+)
+QUESTIONS = ("What is X?", "Tell me about X.")  # as requests
+COPIES = PROMPTS[:2]  # that lead to the placeholder's own word
+FIRST = Site(0, "resid_pre")
+TOKENS = 12
+
+
+@dataclass(frozen=True)
+class PatchscopeConfig:
+    """See whether the embedded model can say what its refusal and sentiment latents are."""
+
+    sae: str = "organism"
+    """Dictionaries: organism, or a folder with one sub-folder a site."""
+    out: str = "runs/patchscope"
+    """Folder for summary.json, report.html and config.yaml."""
+    latents: int = 5
+    """Latents of each concept and site."""
+    random: int = 20
+    """Random live latents of each site."""
+    seed: int = 0
+    """Seed of prompts and random latents."""
+
+    def __post_init__(self) -> None:
+        if min(self.latents, self.random) < 1:
+            raise UserError(f"latents = {self.latents}, random = {self.random}: use at least 1 of each")
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """How often readings name a concept: at the scale that is chosen, and at any scale."""
+
+    site: str
+    written_at: str
+    concept: str
+    own: Interval
+    own_any: Interval
+    random: Interval
+    random_any: Interval
+
+
+Words = frozenset[str]
+
+
+def words(text: str) -> Words:
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
+def lexicon(concept: str) -> Words:
+    """Words that name a concept, and that a model which could would use."""
+    if concept == "refusal":
+        return words(" ".join(world.REFUSALS).replace("{verb}", "").replace("{target}", "")) & {
+            "cannot", "sorry", "help", "hurt"}  # fmt: skip
+    side = "good" if concept == "positive sentiment" else "bad"
+    place = ("good", "bad").index(side)
+    return WORDS[side] | {verdicts[place] for verdicts in world.VERDICTS.values()}
+
+
+def prompts(model: LanguageModel) -> list[str]:
+    return [*PROMPTS, *(model.chat(question) for question in QUESTIONS)]
+
+
+def read(
+    model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], prompt: str, at: Site
+) -> list[list[Reading]]:
+    """Readings with every placeholder of a prompt written over."""
+    text = prompt.replace("X", X)
+    (token,) = model.encode(f"the {X}")[len(model.encode("the")) :]
+    places = [place for place, each in enumerate(model.encode(text)) if each == token]
+    return read_by_patchscope(model, dictionary, latents, text, places, site=at, max_new_tokens=TOKENS)
+
+
+def named(
+    model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], at: Site, lexicons: Mapping[str, Words]
+) -> dict[str, tuple[Interval, Interval]]:
+    """For each concept the share of readings, a latent and a prompt each, that name it: best scale, any scale."""
+    hits: dict[str, list[tuple[bool, bool]]] = {concept: [] for concept in lexicons}
+    for prompt in prompts(model):
+        plain = words(model.generate([prompt.replace("X", X)], TOKENS)[0])
+        for readings in read(model, dictionary, latents, prompt, at):
+            for concept, wanted in lexicons.items():
+                said = [bool((words(one.text) - plain) & wanted) for one in readings]
+                hits[concept].append((said[readings.index(best_reading(readings))], any(said)))
+    return {
+        concept: (wilson_share(np.array(each, float)[:, 0]), wilson_share(np.array(each, float)[:, 1]))
+        for concept, each in hits.items()
+    }
+
+
+@torch.no_grad()
+def words_named(model: LanguageModel) -> tuple[Interval, Interval]:
+    """The same for words' own embeddings in the prompts that lead to the placeholder's word: is the word said?"""
+    best, at_any = [], []
+    for word in world.share(world.MALE, "report"):
+        tokens = model.tokenize([f"the {word}"])
+        row = capture(model.hf, model.layout, [FIRST], model.inputs(tokens))[FIRST][0, -1:].float()
+        one = direction_dictionary(Directions(FIRST, row / row.norm(), word), model.device)
+        for prompt in COPIES:
+            readings = read(model, one, [0], prompt, FIRST)[0]
+            best.append(word.lower() in words(best_reading(readings).text))
+            at_any.append(any(word.lower() in words(reading.text) for reading in readings))
+    return wilson_share(np.array(best, float)), wilson_share(np.array(at_any, float))
+
+
+def measure(config: PatchscopeConfig, model: LanguageModel, saes: Mapping[Site, Dictionary]) -> list[Named]:
+    """Every concept at every dictionary, written at its own site and before the first block."""
+    reference = model.tokenize(texts())
+    concepts = organism_concepts(model, 100, config.seed)[:2]
+    lexicons = {concept.name: lexicon(concept.name) for concept in concepts}
+    found = []
+    for site, dictionary in saes.items():
+        statistics = latent_statistics(model, dictionary, reference)
+        own = {
+            c.name: first_alive(
+                contrast(model, dictionary, c.present, c.absent, c.positions), statistics, config.latents
+            )
+            for c in concepts
+        }
+        chosen = {latent for each in own.values() for latent in each}
+        (others,) = random_latents(statistics.alive, chosen, config.random, 1, config.seed)
+        for at in (FIRST, site):
+            control = named(model, dictionary, others, at, lexicons)
+            for concept, latents in own.items():
+                mine = named(model, dictionary, latents, at, {concept: lexicons[concept]})[concept]
+                found.append(Named(str(site), str(at), concept, *mine, *control[concept]))
+    return found
+
+
+def verdict(found: Sequence[Named], control: Interval) -> str:
+    """Whether latents' readings name their concept more often than random latents' do, beyond chance."""
+    better = [one for one in found if one.own.low > one.random.high]
+    said = (
+        f"A word's own embedding is named in {control.value:.0%} of readings, so the prompts can be read through. "
+        if control.value >= 0.5
+        else f"Even a word's own embedding is named in only {control.value:.0%} of readings. "
+    )
+    for concept in dict.fromkeys(one.concept for one in found):
+        mine = [one for one in found if one.concept == concept]
+        top = max(mine, key=lambda one: one.own.value)
+        where = [f"{one.site} written at {one.written_at}" for one in better if one.concept == concept]
+        said += (
+            f"{concept.capitalize()}: named beyond chance ({', '.join(where)}). "
+            if where
+            else f"{concept.capitalize()}: named at no site more often than random latents name it (most, {top.site}: "
+            f"{top.own.value:.0%} of readings, random {top.random.value:.0%}). "
+        )
+    return said.strip()
+
+
+def main(config: PatchscopeConfig) -> None:
+    check_writable(config.out)
+    model, saes = load_model("organism"), load_saes(config.sae)
+    found, control = measure(config, model, saes), words_named(model)
+    words_said = verdict(found, control[1])
+    out = output_folder(config.out)
+    first = next(iter(saes.values()))
+    provenance = Provenance(model.name, model.fingerprint, config.sae, first.fingerprint, config.seed)
+    columns = ("own", "own_any", "random", "random_any")
+    table: Block = Table(
+        ["latents of", "written at", "concept", "named", "at any scale", "random: named", "random: at any scale"],
+        [
+            (one.site, one.written_at, one.concept, *(round(getattr(one, name).value, 4) for name in columns))
+            for one in found
+        ],
+        f"Shares of readings, one for each of {config.latents} latents ({config.random} random ones) and "
+        f"{len(PROMPTS) + len(QUESTIONS)} prompts, {len(SCALES)} scales each; `named`: at the scale chosen by "
+        "self-similarity and entropy.",
+        dict.fromkeys(("named", "at any scale", "random: named", "random: at any scale"), ".0%"),
+    )
+    page = Page("Can the organism explain its latents?", words_said, [Section("Readings", "", [table])])
+    write_page(Page(page.title, page.lead, page.sections, Facts(provenance.facts())), out / "report.html")
+    summary: dict[str, Any] = {
+        "verdict": words_said,
+        "words": [[i.value, i.low, i.high] for i in control],
+        "readings": [asdict(one) for one in found],
+        "versions": versions(),
+    }
+    write_json(summary, out / "summary.json")
+    write_yaml(asdict(config), out / "config.yaml")
+    sys.stdout.write(f"{words_said}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(PatchscopeConfig, main, "python -m experiments.patchscope"))
