@@ -8,7 +8,18 @@ from typing import Any
 
 import saepatch
 from saepatch.commandline import run_commands
-from saepatch.config import AttributeConfig, DemoConfig, InspectConfig, MergeConfig, PatchConfig, SweepConfig
+from saepatch.config import (
+    AttributeConfig,
+    CompareConfig,
+    DemoConfig,
+    InspectConfig,
+    LatentConfig,
+    MergeConfig,
+    PatchConfig,
+    ReportConfig,
+    RunsConfig,
+    SweepConfig,
+)
 
 
 def demo(config: DemoConfig) -> None:
@@ -44,7 +55,13 @@ def sweep(config: SweepConfig) -> None:
 
     found = run_sweep(config)
     if found.shards == 1:
-        merge(MergeConfig(config.out))
+        from saepatch.merging import merge_run
+        from saepatch.pages.gather import write_reading
+
+        out = Path(config.out)
+        merged = merge_run(out)
+        write_reading(found.sweep, out)
+        _told(merged.table(), out)
     else:
         print(f"shard {found.shard} of {found.shards} is finished ({found.parts} parts, {found.edits:,} edits)")
         print(f"When all of them are: saepatch merge {shlex.quote(config.out)}")
@@ -54,8 +71,58 @@ def merge(config: MergeConfig) -> None:
     from saepatch.merging import merge_run
 
     out = Path(config.out)
-    print(merge_run(out).table())
+    _told(merge_run(out).table(), out)
+
+
+def _told(table: str, out: Path) -> None:
+    from saepatch.pages import write_report
+
+    print(table)
     print(f"Rows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json")
+    print(f"Report: {write_report(out)}")
+
+
+def report(config: ReportConfig) -> None:
+    from saepatch.pages import write_report
+
+    out = Path(config.run)
+    if config.read:
+        from saepatch.pages.gather import read_again
+
+        read_again(out)
+    print(f"Report: {write_report(out)}")
+
+
+def runs(config: RunsConfig) -> None:
+    from saepatch.runfolders import runs_table
+
+    print(runs_table(Path(config.root)))
+
+
+def compare(config: CompareConfig) -> None:
+    from saepatch.runfolders import compare_runs, read_run
+
+    found = compare_runs(read_run(Path(config.one)), read_run(Path(config.other)))
+    print(found.table())
+    if config.html:
+        from saepatch.pages import compare_page
+        from saepatch.report import write_page
+
+        print(f"\nPage: {write_page(compare_page(found), Path(config.html))}")
+
+
+def latent(config: LatentConfig) -> None:
+    from saepatch.pages.latent import latent_lines, read_latent
+
+    card = read_latent(config)
+    print("\n".join(latent_lines(card)))
+    if config.html:
+        from saepatch.pages.cards import latent_page
+        from saepatch.report import write_page
+        from saepatch.results import command_line
+
+        facts = {"model": config.model, "dictionary": card.dictionary, "command": command_line()}
+        print(f"\nPage: {write_page(latent_page(card, facts), Path(config.html))}")
 
 
 COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
@@ -64,6 +131,10 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "patch": (PatchConfig, sweep),
     "attribute": (AttributeConfig, sweep),
     "merge": (MergeConfig, merge),
+    "report": (ReportConfig, report),
+    "runs": (RunsConfig, runs),
+    "compare": (CompareConfig, compare),
+    "latent": (LatentConfig, latent),
 }
 
 

@@ -212,6 +212,66 @@ class MergeConfig:
     """Folder of the run."""
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html of a finished run of patch or attribute, from the files in its folder."""
+
+    run: str
+    """Folder of the run."""
+    read: bool = False
+    """First read the run's prompts and top latents with the model again, as a run in shards has not done."""
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """List the runs in a folder with their headline figures."""
+
+    root: str = "runs"
+    """Folder that the runs' folders are in, at any depth."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Show two runs of one command side by side: settings, figures and largest effects."""
+
+    one: str
+    """Folder of a run."""
+    other: str
+    """Folder of another run."""
+    html: str = ""
+    """File to write the comparison to as a page, too."""
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Print what one latent is about: its top examples, how often it fires, what it writes, its neighbours."""
+
+    latent: str
+    """Site and number, as in resid_post.3:281."""
+    model: str = "organism"
+    """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
+    sae: str = "organism"
+    """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
+    data: str = ""
+    """Texts to look for examples in, a line each; empty: the embedded model's own."""
+    html: str = ""
+    """File to write the card to as a page, too."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda or mps."""
+    dtype: str = "float32"
+    """Precision of the model: float32, bfloat16 or float16."""
+    prepend_bos: bool = False
+    """Put a BOS in front of texts where the tokenizer does not."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave off unless you trust its author."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.]+:\d+", self.latent):
+            raise UserError(f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281")
+        if not self.data and not self.model.startswith("organism"):
+            raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
+
+
 def _is_shard(text: str) -> bool:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     return match is not None and int(match[1]) < int(match[2])

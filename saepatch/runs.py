@@ -119,13 +119,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Finished:
-    """How far a run is: `shards` of them were there, `parts` files are in this one."""
+    """How far a run is: `shards` of them were there, `parts` files are in this one; what it worked with."""
 
     out: Path
     shard: int
     shards: int
     parts: int
     edits: int
+    sweep: Sweep
 
 
 def run_sweep(config: SweepConfig) -> Finished:
@@ -240,7 +241,7 @@ def _work(sweep: Sweep, left: Sequence[Part], check: Check) -> Finished:
             _write_part(sweep, part, meter, check)
             meter.part_done()
     _write_record(sweep)
-    return Finished(Path(config.out), record.shard, record.shards, len(sweep.parts), meter.edits)
+    return Finished(Path(config.out), record.shard, record.shards, len(sweep.parts), meter.edits, sweep)
 
 
 def _write_record(sweep: Sweep) -> None:

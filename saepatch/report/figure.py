@@ -7,8 +7,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import BarChart, Chart, HeatMap, LineChart, ScatterChart
-from saepatch.report.charts import PALETTE, WIDE, draw
+from saepatch.report.blocks import BarChart, Chart, HeatMap, Histogram, LineChart, ScatterChart
+from saepatch.report.charts import PALETTE, WIDE, draw, map_width
 from saepatch.report.files import stylesheet, write_whole
 from saepatch.report.svg import element, label, outline, rule
 
@@ -30,7 +30,7 @@ def write_figure(chart: Chart, path: Path) -> Path:
     Raises:
         UserError: The file cannot be written there.
     """
-    drawing = draw(chart, WIDE)
+    drawing = draw(chart, max(WIDE, map_width(chart)) if isinstance(chart, HeatMap) else WIDE)
     parts = [label(0, 14, chart.title, "title")] if chart.title else []
     top = 34.0 if chart.title else 0.0
     names = _names(chart)
@@ -44,11 +44,11 @@ def write_figure(chart: Chart, path: Path) -> Path:
             top += 20
         top += 6
     parts.append(element("g", {"transform": f"translate(0 {top:g})"}, *drawing.parts))
-    width, height = WIDE + 2 * _MARGIN, top + drawing.height + 2 * _MARGIN
+    width, height = drawing.width + 2 * _MARGIN, top + drawing.height + 2 * _MARGIN
     size = {"xmlns": "http://www.w3.org/2000/svg", "width": f"{width:g}", "height": f"{height:g}"}
     body = element("g", {"class": "chart", "transform": f"translate({_MARGIN:g} {_MARGIN:g})"}, *parts)
     paper = element("rect", {"width": "100%", "height": "100%", "class": "paper"})
-    style = element("style", {}, Markup(_flat_style()))
+    style = element("style", {}, Markup(flat_style()))
     text = element("svg", {**size, "viewBox": f"0 0 {width:g} {height:g}"}, style, paper, body)
     write_whole(path, str(text) + "\n", "the figure")
     return path
@@ -65,12 +65,12 @@ def _swatch(chart: Chart, index: int, y: float) -> Markup:
 
 def _names(chart: Chart) -> list[str]:
     """What a legend has to tell apart."""
-    if isinstance(chart, HeatMap):
+    if isinstance(chart, (HeatMap, Histogram)):
         return []
     return [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else [one.name for one in chart.series]
 
 
-def _flat_style() -> str:
+def flat_style() -> str:
     """The charts' style with every variable put in: what turns SVG into PDF knows neither variables nor colour-mix."""
     palette = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", stylesheet("palette").partition("}")[0]))
     sheet = re.sub(r"/\*.*?\*/", "", stylesheet("chart", "figure"), flags=re.DOTALL)

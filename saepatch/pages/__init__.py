@@ -1,0 +1,6 @@
+"""Pages about runs, each made of the files in a run's folder alone: `report.html`, and two runs side by side."""
+
+from saepatch.pages.compare import compare_page
+from saepatch.pages.run import run_page, write_report
+
+__all__ = ["compare_page", "run_page", "write_report"]
