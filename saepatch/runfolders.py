@@ -178,7 +178,7 @@ class Comparison:
     def table(self) -> str:
         """As text."""
         names = ["", str(self.one.path), str(self.other.path)]
-        edits = [(name, *(_effect(line) for line in lines)) for name, *lines in self.edits]
+        edits = [(name, _effect(line), _effect(other)) for name, line, other in self.edits]
         blocks = [("set otherwise", self.settings), ("figures", self.figures), ("largest effects", edits)]
         lines: list[str] = []
         for title, rows in blocks:
@@ -211,7 +211,7 @@ def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
     settings = [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
     tops = [_tops(run) for run in (one, other)]
     edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
-    figures = [(name, *(_figure(run, name) for run in (one, other))) for name in FIGURES]
+    figures = [(name, _figure(one, name), _figure(other, name)) for name in FIGURES]
     different = tuple(row for row in settings if row[1] != row[2])
     return Comparison(one, other, different, tuple(figures), tuple(edits))
 

@@ -147,6 +147,8 @@ class Left:
         if "corrupted" not in sides or not prompts["same_length"]:
             return (names, None) if prompts["same_length"] else (plain, None)
         below = _names(sides["corrupted"], positions)
+        if set(below) == {"…"}:
+            return names, None
         return names, ["=" if one == other and one != "…" else other for one, other in zip(clean, below)]
 
 

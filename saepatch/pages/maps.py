@@ -16,9 +16,9 @@ EDITS = 600  # rows of the table of edits, of a direction
 EACH = 4  # of them, of each cell of a map
 COLOURS = (
     "Colours are relative to the largest cell of this map, orange towards the source run, blue away from it; "
-    "a gap: nothing was run there."
+    "–: nothing was run there, for nothing differs."
 )
-PAIRS = 4  # pairs that have maps of their own
+PAIRS = 3  # pairs that have maps of their own
 
 Values = np.ndarray  # of each edit
 
@@ -86,27 +86,36 @@ def _columns(left: Left, own: Sequence[int], effects: Values) -> list[int]:
     for number in own:
         position = int(left.changes.keys[number][5])
         largest[position] = max(largest.get(position, 0.0), abs(float(np.nan_to_num(effects[number]))))
-    kept = sorted(largest, key=lambda position: -largest[position])[:COLUMNS]
-    return sorted(kept)
+    return sorted(sorted(largest, key=lambda position: -largest[position])[:COLUMNS])
+
+
+def _whole_prompt(left: Left, columns: list[int], pair: int | None) -> list[int]:
+    """All positions of the prompts, where they are known and not too many."""
+    if left.reading is None:
+        return columns
+    prompts = left.reading["prompts"]
+    length = len((prompts["shared"] if pair is None else prompts["first"][pair])["clean"])
+    return list(range(max(length, columns[-1] + 1))) if length <= COLUMNS else columns
 
 
 def _by_site(left: Left, own: Sequence[int], effects: Values, pair: int | None, direction: str) -> list[Simple]:
     """Component and site against position; of many units the sum of their effects."""
     keys = left.changes.keys
-    columns = _columns(left, own, effects)
+    columns = _whole_prompt(left, _columns(left, own, effects), pair)
     kinds = sorted({keys[n][2] for n in own if keys[n][2] != "head"})
     rows = sorted(
-        {(Site.parse(keys[n][1]), keys[n][2]) for n in own if keys[n][2] in kinds}, key=lambda r: (r[0].layer, str(r))
+        {(Site.parse(keys[n][1]), keys[n][2]) for n in own if keys[n][2] in kinds},
+        key=lambda r: (r[1] == "error", r[0].layer, str(r)),
     )
     if not rows:
         return []
     values = np.full((len(rows), len(columns)), np.nan)
-    place = {row: i for i, row in enumerate(rows)}
+    place, column = {row: i for i, row in enumerate(rows)}, {position: i for i, position in enumerate(columns)}
     for number in own:
         _, site, kind, _, _, position = keys[number]
         row = place.get((Site.parse(site), kind))
-        if row is not None and int(position) in columns:
-            cell = row, columns.index(int(position))
+        if row is not None and int(position) in column:
+            cell = row, column[int(position)]
             values[cell] = np.nan_to_num(values[cell]) + effects[number]
     summed = "latent" in kinds
     names, below = left.tokens_at(columns, pair)
@@ -275,9 +284,10 @@ def _mapped(key: Key) -> bool:
 
 def _tokens(left: Left, positions: Sequence[int]) -> list[str]:
     names, below = left.tokens_at(positions, None if len(left.pairs.examples) > 1 or not left.reading else 0)
+    names = [name.removesuffix(" …") for name in names]
     if below is None:
         return names
-    return [name if other == "=" or name.endswith("…") else f"{name} / {other}" for name, other in zip(names, below)]
+    return [name if other == "=" else f"{name} / {other}" for name, other in zip(names, below)]
 
 
 def _unit(left: Left, site: str, component: str, latent: str) -> Cell:

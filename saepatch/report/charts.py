@@ -20,7 +20,7 @@ from saepatch.report.blocks import (
 )
 from saepatch.report.scales import Scale, linear, logarithmic
 from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
-from saepatch.report.text import common_format, finite, number, visible
+from saepatch.report.text import common_format, finite, number
 
 WIDE, NARROW = 720, 360
 PALETTE = 7  # colours in the stylesheet
@@ -271,20 +271,19 @@ _CELL = 34.0  # pixels: the least that a number of two decimals fits
 
 def map_width(chart: HeatMap) -> int:
     """How wide a map wants to be: a page that is narrower scrolls it."""
-    return round(max(NARROW, _names_width(chart, WIDE) + _CELL * len(chart.columns) + 4))
+    return round(max(NARROW, _names_width(chart) + _CELL * len(chart.columns) + 4))
 
 
-def _names_width(chart: HeatMap, width: float) -> float:
-    """Room for the names of the rows."""
-    longest = max(len(name) for name in (*chart.rows, chart.row_label))
-    return 12 + _CHARACTER * min(longest, 26 if width >= WIDE else 14)
+def _names_width(chart: HeatMap, most: int = 26) -> float:
+    """Room for the names of the rows, of so many letters at most."""
+    return 12 + _CHARACTER * min(max(len(name) for name in (*chart.rows, chart.row_label)), most)
 
 
 def heat_map(chart: HeatMap, width: int) -> Drawing:
     """Cells coloured by sign and size; their numbers stand in them where there is room."""
     top_value = max((abs(v) for row in chart.values for v in row if finite(v)), default=0.0)
     spec = chart.value_format or common_format([v for row in chart.values for v in row])
-    left = _names_width(chart, width)
+    left = _names_width(chart, 26 if width >= map_width(chart) else 14)
     room = int((left - 12) / _CHARACTER + 0.5)
     cell = min((width - left - 4) / max(1, len(chart.columns)), 84.0)
     tall = min(max(cell, 22.0), 32.0)
@@ -345,7 +344,7 @@ def _cell(
     kind = "none" if not finite(value) else "positive" if value >= 0 else "negative"
     place = {"x": round(x + 1, 2), "y": round(y + 1, 2), "width": round(wide - 2, 2), "height": round(tall - 2, 2)}
     parts = [element("title", {}, tip), element("rect", {**place, "rx": 2, "class": "plate"})]
-    if share:
+    if share > 0.004:
         parts.append(element("rect", {**place, "rx": 2, "class": kind, "fill-opacity": round(share, 3)}))
     if numbered:
         strong = "cell strong" if share > 0.6 else "cell"
@@ -353,5 +352,5 @@ def _cell(
     if key is None:
         return element("g", {"class": "mark"}, *parts)
     row, column, name = key
-    button = {"class": "mark pick", "role": "button", "tabindex": -1, "aria-label": visible(tip)}
+    button: dict[str, str | int] = {"class": "mark pick", "role": "button", "tabindex": -1}  # its title is its name
     return element("g", {**button, "data-r": row, "data-c": column, "data-key": name}, *parts)

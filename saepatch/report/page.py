@@ -149,6 +149,8 @@ def _drawings(chart: Chart) -> Markup:
             '<div style="width:{}px">{}</div></div>'
             '<p class="sideways" aria-hidden="true">↔ wider than the page: scrolls sideways</p>'
         ).format(visible(chart.title), width, draw(chart, width).svg())
+    if isinstance(chart, Histogram):  # small, so one will do
+        return Markup('<div class="drawing small">{}</div>').format(draw(chart, NARROW).svg())
     both = Markup("").join(
         Markup('<div class="{}">{}</div>').format(kind, draw(chart, width).svg())
         for width, kind in ((WIDE, "wide"), (NARROW, "narrow"))

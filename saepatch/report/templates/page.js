@@ -126,7 +126,7 @@ function pick(figure, key) {
   panel.replaceChildren();
   if (!cells.length) return;
   cells.forEach((cell) => cell.classList.add("chosen"));
-  panel.append(make("p", {}, make("strong", { textContent: cells[0].getAttribute("aria-label") })));
+  panel.append(make("p", {}, make("strong", { textContent: cells[0].querySelector("title").textContent })));
   const found = all("figure.table tbody tr[data-cells]").filter((row) => row.dataset.cells.split(" ").includes(key));
   if (!found.length) panel.append(make("p", { textContent: "None of the rows in the tables of this page is of this cell." }));
   for (const source of new Set(found.map((row) => row.closest("table")))) {
