@@ -68,7 +68,11 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
     summary = (config.__doc__ or "").strip().split("\n\n")[0]
     parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
-    parser.add_class_arguments(config, as_group=False, as_positional=positional)
+    optional = getattr(config, "positional", "") if positional else ""  # a field that may stand without its name
+    parser.add_class_arguments(config, as_group=False, as_positional=positional, skip={optional} if optional else set())
+    if optional:
+        default = getattr(config, optional)
+        parser.add_argument(optional, type=str, nargs="?", default=default, help=f"default: {default}")
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # `--quiet` alone says true
             action.nargs, action.const = "?", True

@@ -224,10 +224,11 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """List the runs in a folder with their headline figures."""
+    """List the runs in a folder, at any depth, with their headline figures."""
 
+    positional: ClassVar[str] = "root"
     root: str = "runs"
-    """Folder that the runs' folders are in, at any depth."""
+    """Folder that the runs' folders are in."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ def compare_page(found: Comparison) -> Page:
         values = [[_value(line) for line in lines] for lines in zip(*((one, other) for _, one, other in both))]
         names = [name for name, _, _ in both]
         charts = [
-            ScatterChart("Edits on top of both runs", a, b, [Points("edits", values[0], values[1], names)], identity=True),
+            ScatterChart(
+                "Edits on top of both runs", a, b, [Points("edits", values[0], values[1], names)], identity=True
+            ),
             BarChart(
                 "The same, one by one",
                 names[:SHOWN],
