@@ -119,7 +119,7 @@ def read_latents(
 @torch.no_grad()
 def _activations(
     model: LanguageModel, dictionary: Dictionary, ids: Tensor, tokens: Tokens, batch_size: int
-) -> list[Float[Tensor, "pos latents"]]:
+) -> list[Float[Tensor, "_ latents"]]:
     """Of each text the latents at its own tokens; 0 at a BOS."""
     found = []
     for batch in tokens.batches(batch_size):
@@ -132,7 +132,7 @@ def _activations(
 def _card(
     dictionary: Dictionary,
     latent: int,
-    acts: Sequence[Float[Tensor, "pos"]],
+    acts: Sequence[Float[Tensor, "_"]],
     tokens: Tokens,
     texts: Sequence[Sequence[str]],
     examples: int,

@@ -109,7 +109,8 @@ def changes(rows):
 
 
 def gap(rows):
-    return np.mean([clean - corrupted for clean, corrupted in {r["example"]: (r["clean"], r["corrupted"]) for r in rows}.values()])  # fmt: skip
+    own = {row["example"]: row["clean"] - row["corrupted"] for row in rows}
+    return np.mean(list(own.values()))
 
 
 def test_maps_are_sums_over_rows(swept):
@@ -183,7 +184,8 @@ def test_heads_by_layer(heads):
         row["change"] = change
     for layer in range(3):
         for head in range(4):
-            mine = [r["change"] for r in rows if (r["site"], r["latent"], r["direction"]) == (f"z.{layer}", str(head), "denoise")]  # fmt: skip
+            key = (f"z.{layer}", str(head), "denoise")
+            mine = [r["change"] for r in rows if (r["site"], r["latent"], r["direction"]) == key]
             assert heat.values[layer][head] == pytest.approx(sum(mine) / 4 / gap(rows), abs=1e-9)
 
 
@@ -193,7 +195,8 @@ def test_estimates_stand_against_exact_effects(screened):
     estimates = {key(r): c for r, c in zip(rows, changes(rows)) if r["role"] == "single"}
     for scatter, direction in zip(blocks(run_page(read_left(screened)), ScatterChart), ("denoise", "noise")):
         for points, role in zip(scatter.series, ("top", "random")):
-            mine = [(c, estimates[key(r)]) for r, c in zip(rows, changes(rows)) if (r["role"], r["direction"]) == (role, direction)]  # fmt: skip
+            told = [(r, c) for r, c in zip(rows, changes(rows)) if (r["role"], r["direction"]) == (role, direction)]
+            mine = [(change, estimates[key(row)]) for row, change in told]
             assert len(mine) >= 4
             np.testing.assert_allclose(sorted(zip(points.x, points.y)), sorted(mine))
 
@@ -370,7 +373,7 @@ def quiet(browser):
 @pytest.mark.browser
 def test_a_report_in_a_browser(browser, swept):
     browser.get((swept / "report.html").as_uri())
-    cell = next(c for c in all_of(browser, ".view:not([hidden]) .pick") if "resid_post.1/latent/3" in c.get_attribute("data-key"))  # fmt: skip
+    cell = browser.find_element("css selector", ".view:not([hidden]) .pick[data-key*='resid_post.1/latent/3']")
     cell.click()
     panel = browser.find_element("css selector", ".view:not([hidden]) .picked")
     rows = panel.find_elements("css selector", "tbody tr")
@@ -385,7 +388,7 @@ def test_a_report_in_a_browser(browser, swept):
     assert "resid_post.1, 4 ␣" in panel.text
 
     # A latent's card opens by its link, and the address says so.
-    link = panel.find_element("css selector", "a") if panel.find_elements("css selector", "a") else all_of(browser, "figure.table td a")[0]  # fmt: skip
+    link = all_of(browser, "figure.table td a")[0]
     name = link.get_attribute("href").partition("#")[2]
     browser.execute_script("arguments[0].click()", link)
     card = browser.find_element("id", name)
@@ -441,7 +444,8 @@ def test_copies_and_figures(browser, swept, screened):
         summary = json.loads((out / "summary.json").read_text())
         if out == swept:
             top = summary["top"]["denoise"][0]
-            (mine,) = [r for r in rows if (r["site"], r["unit"], r["position"].split()[0]) == (top["site"], top["latent"], top["position"])]  # fmt: skip
+            key = (top["site"], top["latent"], top["position"])
+            (mine,) = [r for r in rows if (r["site"], r["unit"], r["position"].split()[0]) == key]
             for column, key in (("effect", "value"), ("effect low", "low"), ("effect high", "high")):
                 assert float(mine[column]) == pytest.approx(top["effect"][key], rel=1e-8)
         texts = browser.execute_script(

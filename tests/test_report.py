@@ -14,12 +14,18 @@ from saepatch.errors import UserError
 from saepatch.report import (
     BarChart,
     Bars,
+    Card,
+    Chips,
+    Choice,
     Comparison,
     Facts,
     Headline,
     HeatMap,
+    Histogram,
     Interval,
     LineChart,
+    Link,
+    Notices,
     Page,
     Points,
     Reference,
@@ -58,6 +64,22 @@ def every_block(text: str) -> list:
         HeatMap(text, [text], [text] * 5, [gaps], text, text, text),
         ScatterChart(text, text, text, [Points(text, xs, gaps, [text] * 5), Points(text, gaps, xs)], text, True, text),
         Comparison(text, [(text, text), ("b", text)], [text, "script", ""]),
+        Comparison(text, [(text, "a"), ("b", text)], changes=True),
+        Notices([text]),
+        Histogram(text, text, text, [0, 1, 2], [3, 0], text),
+        Chips(text, [(text, 1.0), (Link(text, "latent-x"), NAN)]),
+        HeatMap(
+            text,
+            [text],
+            [text] * 12,
+            [[NAN, *range(11)]],
+            text,
+            columns_below=[text] * 12,
+            keys=[[text] * 12],
+            anchors=["latent-x"],
+        ),
+        Choice(text, [(text, [Table([text], [[Link(text, "latent-x")]], text, keys=[[text]])]), (text, [])]),
+        Card("latent-x", text, text, [Facts({text: text})]),
         Tokens([text] * 5, gaps, text),
     ]
 
@@ -271,6 +293,21 @@ def test_a_table_shows_intervals_formats_and_gaps():
 def test_blocks_that_do_not_fit_together(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_changed_words_are_marked():
+    columns = [
+        ("before", "Sure, here is <a> plan"),
+        ("after", "I cannot, here is <b> plan"),
+        ("same", "Sure, here is <a> plan"),
+    ]
+    source = render(page_of(Comparison("p", columns, changes=True)))
+    answers = re.findall(r'<bdi class="model">(.*?)</bdi></div>', source)
+    assert answers == [
+        "Sure, here is &lt;a&gt; plan",
+        "<mark>I cannot, </mark>here is <mark>&lt;b&gt; </mark>plan",
+        "Sure, here is &lt;a&gt; plan",
+    ]
 
 
 def test_prose_and_anchors():

@@ -7,6 +7,7 @@ from saepatch.charts import INTERVALS, band, cell, effect_chart
 from saepatch.controls import DRAWS
 from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
 from saepatch.results import Provenance
+from saepatch.safety import judge
 from saepatch.statistics import wilson_share
 
 if TYPE_CHECKING:
@@ -168,10 +169,20 @@ def _restoration(found: "Findings") -> Section:
         f"{r.rates['restored_degenerate_generated'].value:.0%} of those answers are degenerate text."
     )
     comparisons = [
-        Comparison(prompt, [("jailbroken", before), ("restored", after), ("random latents", control)], ["cannot"])
-        for prompt, before, after, control in r.examples
+        Comparison(
+            prompt,
+            [
+                (f"{name}: {OUTCOMES[judge(text)]}", text)
+                for name, text in zip(("jailbroken", "restored", "random latents"), texts)
+            ],
+            changes=True,
+        )
+        for prompt, *texts in r.examples
     ]
     return Section("Restoration: refusals under jailbreak", text, [chart, lines, *comparisons])
+
+
+OUTCOMES = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
 
 
 def _sets(condition: "Condition") -> str:

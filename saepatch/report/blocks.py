@@ -229,6 +229,8 @@ class Comparison:
     columns: Sequence[tuple[str, str]]
     highlight: Sequence[str] = ()
     """Words to mark in the texts, whatever their case."""
+    changes: bool = False
+    """Mark, in every text but the first, the words that differ from the first."""
 
 
 @dataclass(frozen=True)

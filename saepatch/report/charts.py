@@ -20,7 +20,7 @@ from saepatch.report.blocks import (
 )
 from saepatch.report.scales import Scale, linear, logarithmic
 from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
-from saepatch.report.text import common_format, finite, number
+from saepatch.report.text import common_format, finite, number, visible
 
 WIDE, NARROW = 720, 360
 PALETTE = 7  # colours in the stylesheet
@@ -353,4 +353,4 @@ def _cell(
         return element("g", {"class": "mark"}, *parts)
     row, column, name = key
     button: dict[str, str | int] = {"class": "mark pick", "role": "button", "tabindex": -1}  # its title is its name
-    return element("g", {**button, "data-r": row, "data-c": column, "data-key": name}, *parts)
+    return element("g", {**button, "data-r": row, "data-c": column, "data-key": visible(name)}, *parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import hashlib
 import re
 from collections import Counter
@@ -102,12 +103,14 @@ def _environment() -> Environment:
     environment.tests["of"] = lambda block, name: type(block).__name__ == name
     environment.filters["prose"] = _prose
     environment.filters["marked"] = _marked
+    environment.filters["changed"] = _changed
     environment.globals.update(
         drawings=_drawings, table_rows=_table_rows, numeric=_numeric, token_style=_token_style, palette=PALETTE
     )
     environment.globals["numbers"] = _numbers
     environment.globals["number"] = number
     environment.globals["outline"] = outline
+    environment.globals["joined"] = " ".join
     return environment
 
 
@@ -138,6 +141,17 @@ def _marked(text: str, words: Sequence[str]) -> Markup:
     return Markup("").join(
         Markup("<mark>{}</mark>").format(part) if index % 2 else escape(part) for index, part in enumerate(parts)
     )
+
+
+def _changed(text: str, before: str) -> Markup:
+    """The text with the words marked that the one before does not have there."""
+    words, old = re.findall(r"\S+\s*|\s+", text), [word.strip() for word in re.findall(r"\S+\s*|\s+", before)]
+    matcher = difflib.SequenceMatcher(None, old, [word.strip() for word in words], autojunk=False)
+    parts = []
+    for kind, _, _, start, end in matcher.get_opcodes():
+        piece = escape(visible("".join(words[start:end])))
+        parts.append(piece if kind == "equal" or not piece else Markup("<mark>{}</mark>").format(piece))
+    return Markup("").join(parts)
 
 
 def _drawings(chart: Chart) -> Markup:
