@@ -56,12 +56,12 @@ def sweep(config: SweepConfig) -> None:
     found = run_sweep(config)
     if found.shards == 1:
         from saepatch.merging import merge_run
-        from saepatch.pages.gather import write_reading
+        from saepatch.pages.gather import try_reading
 
         out = Path(config.out)
-        merged = merge_run(out)
-        write_reading(found.sweep, out)
-        _told(merged.table(), out)
+        _say(merge_run(out).table(), out)
+        try_reading(found.sweep, out)
+        _write_report(out)
     else:
         print(f"shard {found.shard} of {found.shards} is finished ({found.parts} parts, {found.edits:,} edits)")
         print(f"When all of them are: saepatch merge {shlex.quote(config.out)}")
@@ -71,26 +71,28 @@ def merge(config: MergeConfig) -> None:
     from saepatch.merging import merge_run
 
     out = Path(config.out)
-    _told(merge_run(out).table(), out)
+    _say(merge_run(out).table(), out)
+    _write_report(out)
 
 
-def _told(table: str, out: Path) -> None:
-    from saepatch.pages import write_report
-
+def _say(table: str, out: Path) -> None:
     print(table)
     print(f"Rows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json")
+
+
+def _write_report(out: Path) -> None:
+    from saepatch.pages import write_report
+
     print(f"Report: {write_report(out)}")
 
 
 def report(config: ReportConfig) -> None:
-    from saepatch.pages import write_report
-
     out = Path(config.run)
     if config.read:
         from saepatch.pages.gather import read_again
 
         read_again(out)
-    print(f"Report: {write_report(out)}")
+    _write_report(out)
 
 
 def runs(config: RunsConfig) -> None:

@@ -192,7 +192,7 @@ def _histogram(active: Float[Tensor, "n"]) -> tuple[tuple[int, ...], tuple[float
 def _neighbours(dictionary: Dictionary, ids: Tensor, top: int) -> list[tuple[tuple[int, float], ...]]:
     rows = nn.functional.normalize(dictionary.rows.float(), dim=-1)
     cosines = rows[ids.to(rows.device)] @ rows.T
-    cosines[torch.arange(len(ids)), ids.to(rows.device)] = -2.0  # not itself
+    cosines[torch.arange(len(ids), device=rows.device), ids.to(rows.device)] = -2.0  # not itself
     best = cosines.topk(min(top, rows.shape[0] - 1))
     return [
         tuple((int(latent), round(float(value), 4)) for latent, value in zip(found, values))
@@ -233,8 +233,7 @@ def logit_lens(model: LanguageModel, dictionary: Dictionary, latents: Sequence[i
     norm = final_norm(model)
     how = "through the final norm" if norm is not None else "through the unembedding alone: no final norm was found"
     directions = nn.functional.normalize(dictionary.rows[list(latents)].float(), dim=-1) * model.d_model
-    weight = next(norm.parameters(), head.weight) if norm is not None else head.weight
-    x = torch.cat([directions, torch.zeros_like(directions[:1])]).to(weight)[None]
+    x = torch.cat([directions, torch.zeros_like(directions[:1])]).to(head.weight)[None]
     logits = head((x if norm is None else norm(x)).to(head.weight))[0].float()
     logits = logits[:-1] - logits[-1]
     logits -= logits.mean(-1, keepdim=True)

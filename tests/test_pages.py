@@ -225,6 +225,18 @@ def test_shards_are_read_again_when_asked(place, tmp_path, swept):
     assert json.loads((out / "reading.json").read_text()) == json.loads((swept / "reading.json").read_text())
 
 
+def test_a_run_stands_where_its_reading_fails(place, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr("saepatch.pages.gather.read_latents", full)
+    out = run(place, tmp_path / "full", "patch", "--latents", "3", "--site", "resid_post.1")
+    said = capsys.readouterr()
+    assert "left out of the report: out of memory\n" in said.err
+    assert "Report: " in said.out
+    assert "need the model" in (out / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -55,8 +55,9 @@ def card_blocks(one: Reading, known: set[str]) -> list[Simple]:
     if one.counts:
         blocks.append(Histogram("Activations that are not 0", "activation", "tokens", one.edges, one.counts))
     if one.lens:
-        blocks.append(Chips(f"its direction raises ({one.lens})", one.raises, ".2f"))
-        blocks.append(Chips("and lowers", one.lowers, ".2f"))
+        raises, lowers = ([(token_text(token), value) for token, value in side] for side in (one.raises, one.lowers))
+        blocks.append(Chips(f"its direction raises ({one.lens})", raises, ".2f"))
+        blocks.append(Chips("and lowers", lowers, ".2f"))
     near: list[tuple[str | Link, float | int | None]] = []
     for latent, cosine in one.neighbours:
         name = f"latent-{one.site}-{latent}"

@@ -96,7 +96,7 @@ def _bars(title: str, lines: list[dict[str, Any]]) -> Chart:
     ]
     return BarChart(
         f"Effects, {title}",
-        [line["latent"] for line in ranked],
+        [line["latent"] + (f" at {line['position']}" if line["position"].isdigit() else "") for line in ranked],
         bars,
         "share of the gap",
         f"n = {ranked[0]['effect']['n']} pairs. {INTERVALS}",

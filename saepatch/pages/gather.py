@@ -1,5 +1,6 @@
 """What a report needs of the model: written to `reading.json` while the model is still there."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from saepatch.reading import read_latents, token_texts
 from saepatch.results import write_json
 from saepatch.runfolders import read_json, read_run
 from saepatch.runs import Sweep, prepare
+
+log = logging.getLogger(__name__)
 
 READING = "reading.json"
 LATENTS = 24  # that get a card
@@ -56,6 +59,15 @@ def write_reading(sweep: Sweep, out: Path) -> None:
             cards += [asdict(card) for card in found]
     prompts = _prompts(sweep.model, sweep.pairs, bool(sweep.corruption))
     write_json({"prompts": prompts, "splice": splice, "latents": cards}, out / READING)
+
+
+def try_reading(sweep: Sweep, out: Path) -> None:
+    """The same at the end of a run, whose results are there already: what goes wrong is said, and the run stands."""
+    (out / READING).unlink(missing_ok=True)  # of an earlier start
+    try:
+        write_reading(sweep, out)
+    except (UserError, RuntimeError) as error:  # a device that is full, say
+        log.warning("tokens and cards are left out of the report: %s", str(error).partition("\n")[0])
 
 
 def _texts(sweep: Sweep, pair: PromptPair) -> tuple[str, ...]:

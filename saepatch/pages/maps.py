@@ -7,7 +7,6 @@ import numpy as np
 from saepatch.pages.left import Left
 from saepatch.parts import Key
 from saepatch.report import Cell, Choice, HeatMap, Link, Section, Simple, Table
-from saepatch.settings import read_positions
 from saepatch.sites import Site
 
 ROWS = 24  # units of a map by position
@@ -35,7 +34,8 @@ def maps(left: Left) -> Section | None:
         there = np.zeros(len(left.changes.keys), dtype=bool)
         there[own] = True
         drawn = _maps(left, own, left.effects, there, None, direction)
-        options.append((f"{direction}, all {len(left.pairs.examples)} pairs", drawn))
+        count = len(left.pairs.examples)
+        options.append((f"{direction}, all {count} pairs" if count > 1 else direction, drawn))
     shown = left.reading["prompts"]["first"] if left.reading else []
     if len(left.pairs.examples) > 1:
         for pair, prompts in enumerate(shown[:PAIRS]):
@@ -300,6 +300,5 @@ def _unit(left: Left, site: str, component: str, latent: str) -> Cell:
 def positions_of(left: Left) -> str:
     """Where edits act, in words."""
     settings = left.run.settings
-    where = read_positions(settings["positions"])
     each = left.is_screen or settings.get("each_position")
-    return f"{where}, each alone" if each else f"{where}, together"
+    return f"{settings['positions']}, {'each alone' if each else 'together'}"
