@@ -16,6 +16,7 @@ from saepatch.config import (
     LatentConfig,
     MergeConfig,
     PatchConfig,
+    PushConfig,
     ReportConfig,
     RunsConfig,
     SweepConfig,
@@ -127,6 +128,21 @@ def latent(config: LatentConfig) -> None:
         print(f"\nPage: {write_page(latent_page(card, facts), Path(config.html))}")
 
 
+def push(config: PushConfig) -> None:
+    from saepatch.hub import push as push_to_hub
+
+    files = push_to_hub(
+        config.folder,
+        config.repo_id,
+        private=config.private,
+        branch=config.branch,
+        message=config.message,
+        dry_run=config.dry_run,
+    )
+    print("\n".join(files))
+    print(f"{len(files)} files {'would go' if config.dry_run else 'went'} to {config.repo_id}")
+
+
 COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (DemoConfig, demo),
     "inspect": (InspectConfig, inspect),
@@ -137,6 +153,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
     "runs": (RunsConfig, runs),
     "compare": (CompareConfig, compare),
     "latent": (LatentConfig, latent),
+    "push": (PushConfig, push),
 }
 
 

@@ -273,6 +273,24 @@ class LatentConfig:
             raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
 
 
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload dictionaries to a repository of the Hugging Face hub, for sae_lens and saepatch to load."""
+
+    folder: str
+    """Folder of one dictionary, or what training leaves: one with a sub-folder a site."""
+    repo_id: str
+    """Repository on the hub, OWNER/NAME; made if there is none."""
+    private: bool = False
+    """Make the repository private; one that is there already has to be."""
+    branch: str = ""
+    """Branch to commit to; empty: the main one."""
+    message: str = ""
+    """Message of the commit."""
+    dry_run: bool = False
+    """List what would go up, and upload nothing."""
+
+
 def _is_shard(text: str) -> bool:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     return match is not None and int(match[1]) < int(match[2])

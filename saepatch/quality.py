@@ -1,8 +1,7 @@
 """What a dictionary keeps of a model, and how often each of its latents is active."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,10 +10,11 @@ from torch.nn.functional import log_softmax
 
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.hooks import Edit, capture, edit_sites
+from saepatch.hooks import capture
+from saepatch.latents import Latents
 from saepatch.models import LanguageModel, Tokens
+from saepatch.passes import WholePass, can_skip, edited_logits, whole_pass
 from saepatch.sites import Site
-from saepatch.splicing import splice
 
 
 @dataclass(frozen=True)
@@ -94,30 +94,28 @@ def splice_quality(model: LanguageModel, dictionary: Dictionary, tokens: Tokens,
 
     Source: the loss recovered of Bricken et al. 2023 ("Towards Monosemanticity"), with both common ablations.
     """
-    sums = _site_sums(model, dictionary, tokens, batch_size)
-    mean = (sums.x / sums.n).to(model.dtype)
-    total = _LossSums()
+    return splice_qualities(model, [dictionary], tokens, batch_size)[0][0]
+
+
+def splice_qualities(
+    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int = 32
+) -> list[tuple[SpliceQuality, LatentStatistics]]:
+    """`splice_quality` and `latent_statistics` of several dictionaries, each spliced alone.
+
+    They share the model's own passes, and each of the four edited passes that one takes begins at its site.
+
+    Raises:
+        UserError: a dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
+    """
+    for dictionary in dictionaries:
+        dictionary.check(model)
+    means = _means(model, list({d.site for d in dictionaries}), tokens, batch_size)
+    measures = [_Measure(model, dictionary, means[dictionary.site]) for dictionary in dictionaries]
     for batch in _batches(tokens, batch_size):
-        _add_losses(total, model, dictionary, batch, mean)
-    if not total.n:
-        raise UserError("no ordinary token is followed by another: give texts of at least two tokens beside BOS")
-    ce = {name: value / total.n for name, value in total.ce.items()}
-    variance = sums.xx - float((sums.x**2).sum()) / sums.n
-    return SpliceQuality(
-        site=dictionary.site,
-        tokens=sums.n,
-        ce_model=ce["model"],
-        ce_spliced=ce["spliced"],
-        ce_zero=ce["zero"],
-        ce_mean=ce["mean"],
-        ce_recovered=_recovered(ce, "zero"),
-        ce_recovered_mean=_recovered(ce, "mean"),
-        kl=total.kl / total.n,
-        fvu=sums.residual / variance if variance > 0 else float("nan"),
-        l0=float(sums.active.sum()) / sums.n,
-        alive_share=float((sums.active > 0).double().mean()),
-        identity_error=total.identity,
-    )
+        kept = whole_pass(model, [d.site for d in dictionaries], batch)
+        for measure in measures:
+            measure.add(kept)
+    return [(measure.quality(), measure.sums.statistics(measure.dictionary)) for measure in measures]
 
 
 def latent_statistics(
@@ -130,14 +128,17 @@ def latent_statistics(
     Raises:
         UserError: the dictionary does not belong to the model, or there is no ordinary position.
     """
-    sums = _site_sums(model, dictionary, tokens, batch_size)
-    return LatentStatistics(
-        frequency=(sums.active / sums.n).float(),
-        mean_active=(sums.acts / sums.active.clamp(min=1)).float(),
-        maximum=sums.maximum.float(),
-        norm=dictionary.rows.float().norm(dim=-1),
-        tokens=sums.n,
-    )
+    dictionary.check(model)
+    sums, site = _SiteSums.of(dictionary), dictionary.site
+    for batch in _batches(tokens, batch_size):
+        x = capture(model.hf, model.layout, [site], model.inputs(batch))[site]
+        sums.add(dictionary.encode(x), x, batch)
+    if not sums.n:
+        raise UserError(_NOTHING)
+    return sums.statistics(dictionary)
+
+
+_NOTHING = "the tokens hold nothing beside BOS and padding: give at least one ordinary token"
 
 
 @dataclass(eq=False)
@@ -152,93 +153,127 @@ class _SiteSums:
     residual: float = 0.0
     n: int = 0
 
+    @classmethod
+    def of(cls, dictionary: Dictionary) -> "_SiteSums":
+        zeros = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=_accurate(dictionary.W_dec[:1]).device)
+        return cls(zeros.new_zeros(dictionary.d_in), zeros, zeros.clone(), zeros.clone())
 
-@torch.no_grad()
-def _site_sums(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int) -> _SiteSums:
-    dictionary.check(model)
-    site, zeros = dictionary.site, partial(torch.zeros, dtype=torch.float64, device=model.device)
-    sums = _SiteSums(zeros(dictionary.d_in), zeros(dictionary.d_sae), zeros(dictionary.d_sae), zeros(dictionary.d_sae))
-    for batch in _batches(tokens, batch_size):
-        x = capture(model.hf, model.layout, [site], model.inputs(batch))[site]
-        latents = dictionary.encode(x)
-        acts, x = latents.acts[batch.ordinary], x[batch.ordinary].double()
-        sums.x += x.sum(0)
-        sums.xx += float((x**2).sum())
-        sums.residual += float((latents.error[batch.ordinary].double() ** 2).sum())
+    @torch.no_grad()
+    def add(self, latents: Latents, x: Float[Tensor, "batch pos d_model"], batch: Tokens) -> None:
+        acts, ordinary = latents.acts[batch.ordinary], _accurate(x[batch.ordinary])
+        self.x += ordinary.sum(0)
+        self.xx += float((ordinary**2).sum())
+        self.residual += float((_accurate(latents.error[batch.ordinary]) ** 2).sum())
         # Within a batch a fp32 sum is exact enough; over batches it would not be.
-        sums.active += (acts != 0).sum(0)
-        sums.acts += acts.sum(0)
+        self.active += _accurate((acts != 0).sum(0))
+        self.acts += _accurate(acts.sum(0))
         if len(acts):
-            sums.maximum = torch.maximum(sums.maximum, acts.amax(0))
-        sums.n += len(acts)
-    if not sums.n:
-        raise UserError("the tokens hold nothing beside BOS and padding: give at least one ordinary token")
-    return sums
+            self.maximum = torch.maximum(self.maximum, _accurate(acts.amax(0)))
+        self.n += len(acts)
+
+    def statistics(self, dictionary: Dictionary) -> LatentStatistics:
+        device = dictionary.W_dec.device
+        return LatentStatistics(
+            frequency=(self.active / self.n).float().to(device),
+            mean_active=(self.acts / self.active.clamp(min=1)).float().to(device),
+            maximum=self.maximum.float().to(device),
+            norm=dictionary.rows.float().norm(dim=-1),
+            tokens=self.n,
+        )
 
 
-@dataclass(eq=False)
-class _LossSums:
-    ce: dict[str, float] = field(default_factory=dict)
-    kl: float = 0.0
-    identity: float = 0.0
-    n: int = 0
+def _accurate(x: Tensor) -> Tensor:
+    """The values in float64; on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 @torch.no_grad()
-def _add_losses(
-    total: _LossSums,
-    model: LanguageModel,
-    dictionary: Dictionary,
-    batch: Tokens,
-    mean: Float[Tensor, "d_model"],
-) -> None:
-    # A target stands one column to the right of its predictor, whichever side the padding is on.
-    counted = batch.ordinary[:, :-1] & batch.ordinary[:, 1:]
-    targets = batch.input_ids[:, 1:][counted]
-    if not len(targets):
-        return
-    real, where = batch.attention_mask.bool(), batch.ordinary[..., None]
-    logits = model.logits(batch)
-    plain = log_softmax(logits[:, :-1][counted].float(), -1)
-
-    written = _edited(model, dictionary.site, batch, partial(_rewritten, dictionary))
-    total.identity = max(total.identity, float((written - logits)[real].abs().max()))
-    del logits, written
-    with splice(model, dictionary, error="drop"):
-        spliced = log_softmax(model.logits(batch)[:, :-1][counted].float(), -1)
-    # A token the model rules out altogether (-inf) adds nothing to the divergence, and must not make it NaN.
-    gap = torch.where(plain.isneginf(), 0.0, plain - spliced)
-    total.kl += float((plain.exp() * gap).sum(-1).double().sum())
-    _add_ce(total, "model", plain, targets)
-    _add_ce(total, "spliced", spliced, targets)
-    del plain, spliced, gap
-    for name, value in {"zero": torch.zeros_like(mean), "mean": mean}.items():
-        ablated = _edited(model, dictionary.site, batch, partial(_replaced, where, value))
-        _add_ce(total, name, log_softmax(ablated[:, :-1][counted].float(), -1), targets)
-    total.n += len(targets)
+def _means(
+    model: LanguageModel, sites: Sequence[Site], tokens: Tokens, batch_size: int
+) -> dict[Site, Float[Tensor, "d_model"]]:
+    """What each site holds at ordinary positions, on average; one pass that stops at the last of the sites."""
+    sums: dict[Site, Tensor] = {}
+    n = 0
+    for batch in _batches(tokens, batch_size):
+        for site, x in capture(model.hf, model.layout, sites, model.inputs(batch)).items():
+            ordinary = _accurate(x[batch.ordinary]).sum(0)
+            sums[site] = sums[site] + ordinary if site in sums else ordinary
+        n += int(batch.ordinary.sum())
+    if not n:
+        raise UserError(_NOTHING)
+    return {site: (total / n).to(model.dtype).to(model.device) for site, total in sums.items()}
 
 
-def _add_ce(
-    total: _LossSums, name: str, log_probabilities: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]
-) -> None:
-    loss = -log_probabilities.gather(-1, targets[:, None]).double().sum()
-    total.ce[name] = total.ce.get(name, 0.0) + float(loss)
+class _Measure:
+    """What one dictionary keeps of the model, summed over batches."""
 
+    def __init__(self, model: LanguageModel, dictionary: Dictionary, mean: Float[Tensor, "d_model"]) -> None:
+        self.model, self.dictionary, self.mean = model, dictionary, mean
+        self.sums = _SiteSums.of(dictionary)
+        self.ce: dict[str, float] = {}
+        self.kl = self.identity = 0.0
+        self.n = 0
+        self._skip: bool | None = None  # whether edited passes can begin at the site; seen on the first batch
 
-def _edited(model: LanguageModel, site: Site, batch: Tokens, edit: Edit) -> Float[Tensor, "batch pos vocab"]:
-    with edit_sites(model.layout, {site: edit}):
-        return model.logits(batch)
+    @torch.no_grad()
+    def add(self, kept: WholePass) -> None:
+        batch, x = kept.tokens, kept.values[self.dictionary.site]
+        latents = self.dictionary.encode(x)
+        self.sums.add(latents, x, batch)
+        # A target stands one column to the right of its predictor, whichever side the padding is on.
+        counted = batch.ordinary[:, :-1] & batch.ordinary[:, 1:]
+        targets = batch.input_ids[:, 1:][counted]
+        if not len(targets):
+            return
+        if self._skip is None:
+            self._skip = can_skip(self.model, kept, self.dictionary.site)
+        where = batch.ordinary[..., None]
+        written = self._logits(kept, (latents.reconstruction + latents.error).to(x.dtype))
+        gaps = (written - kept.logits)[batch.attention_mask.bool()]
+        self.identity = max(self.identity, float(gaps.abs().max()))
+        del written, gaps
 
+        plain = log_softmax(kept.logits[:, :-1][counted].float(), -1)
+        bottleneck = x - torch.where(where, latents.error, 0).to(x.dtype)  # as `splice` writes it
+        spliced = log_softmax(self._logits(kept, bottleneck)[:, :-1][counted].float(), -1)
+        # A token the model rules out altogether (-inf) adds nothing to the divergence, and must not make it NaN.
+        gap = torch.where(plain.isneginf(), 0.0, plain - spliced)
+        self.kl += float(_accurate((plain.exp() * gap).sum(-1)).sum())
+        self._add_ce("model", plain, targets)
+        self._add_ce("spliced", spliced, targets)
+        del plain, spliced, gap
+        for name, value in {"zero": torch.zeros_like(self.mean), "mean": self.mean}.items():
+            ablated = self._logits(kept, torch.where(where, value, x))
+            self._add_ce(name, log_softmax(ablated[:, :-1][counted].float(), -1), targets)
+        self.n += len(targets)
 
-def _rewritten(dictionary: Dictionary, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-    latents = dictionary.encode(x)
-    return (latents.reconstruction + latents.error).to(x.dtype)
+    def _logits(self, kept: WholePass, value: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+        return edited_logits(self.model, kept, self.dictionary.site, value, bool(self._skip))
 
+    def _add_ce(self, name: str, log_probabilities: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]) -> None:
+        loss = -_accurate(log_probabilities.gather(-1, targets[:, None])).sum()
+        self.ce[name] = self.ce.get(name, 0.0) + float(loss)
 
-def _replaced(
-    where: Bool[Tensor, "batch pos 1"], value: Float[Tensor, "d_model"], x: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "batch pos d_model"]:
-    return torch.where(where, value, x)
+    def quality(self) -> SpliceQuality:
+        if not self.n:
+            raise UserError("no ordinary token is followed by another: give texts of at least two tokens beside BOS")
+        sums, ce = self.sums, {name: value / self.n for name, value in self.ce.items()}
+        variance = sums.xx - float((sums.x**2).sum()) / sums.n
+        return SpliceQuality(
+            site=self.dictionary.site,
+            tokens=sums.n,
+            ce_model=ce["model"],
+            ce_spliced=ce["spliced"],
+            ce_zero=ce["zero"],
+            ce_mean=ce["mean"],
+            ce_recovered=_recovered(ce, "zero"),
+            ce_recovered_mean=_recovered(ce, "mean"),
+            kl=self.kl / self.n,
+            fvu=sums.residual / variance if variance > 0 else float("nan"),
+            l0=float(sums.active.sum()) / sums.n,
+            alive_share=float((sums.active > 0).double().mean()),
+            identity_error=self.identity,
+        )
 
 
 def _recovered(ce: dict[str, float], ablation: str) -> float:

@@ -226,7 +226,7 @@ def test_shards_are_read_again_when_asked(place, tmp_path, swept):
 
 
 def test_a_run_stands_where_its_reading_fails(place, tmp_path, monkeypatch, capsys):
-    def full(*_):
+    def full(*_, batch_size):
         raise RuntimeError("out of memory\nmore")
 
     monkeypatch.setattr("saepatch.pages.gather.read_latents", full)

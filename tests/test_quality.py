@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from tiny import random_dictionary, random_sae, tiny_model
+from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
 
+from saepatch import quality as measuring
 from saepatch.dictionaries import Dictionary, adopt
 from saepatch.errors import UserError
 from saepatch.hooks import capture, edit_sites
 from saepatch.models import Tokens
-from saepatch.quality import latent_statistics, splice_quality
+from saepatch.quality import latent_statistics, splice_qualities, splice_quality
 from saepatch.sites import Site
+from saepatch.splicing import splice
 
 TEXTS = ["the cat sat on the mat", "a dog", "birds fly high up in the sky", "two of them"]
 SITE = Site(1)
@@ -106,6 +108,48 @@ def test_padding_and_batches_change_nothing(model, architecture):
         assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-5), name
         assert alone[name] == pytest.approx(right[name], rel=1e-4, abs=1e-5), name
     assert right["identity_error"] < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_from_the_site_on_are_as_good_as_whole_ones(family, monkeypatch):
+    model = tiny_model(family)
+    tokens = model.tokenize(TEXTS)
+    sites = [f"{stream}.1" for stream in model.layout.streams]
+    dictionaries = [random_dictionary(site, d_in=model.width(Site.parse(site))) for site in sites]
+    quick = splice_qualities(model, dictionaries, tokens)
+    monkeypatch.setattr(measuring, "can_skip", lambda *_: False)
+    for (one, _), (other, _) in zip(quick, splice_qualities(model, dictionaries, tokens), strict=True):
+        assert one.site == other.site
+        for name in vars(one).keys() - {"site"}:
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-4, abs=1e-5), (one.site, name)
+
+
+def test_it_measures_what_a_splice_does(model):
+    dictionary, tokens = random_dictionary("resid_post.1"), model.tokenize(TEXTS)
+    with splice(model, dictionary, error="drop"):
+        spliced = model.logits(tokens).double().log_softmax(-1)[:, :-1]
+    follow = tokens.ordinary[:, :-1] & tokens.ordinary[:, 1:]
+    loss = -spliced.gather(-1, tokens.input_ids[:, 1:, None])[..., 0][follow].mean()
+    assert splice_quality(model, dictionary, tokens).ce_spliced == pytest.approx(float(loss), abs=1e-6)
+
+
+def test_a_model_that_hands_on_more_than_the_stream_is_run_whole(model, monkeypatch):
+    """A block whose output depends on another having run: going on from the site would leave that out."""
+    tokens, dictionary = model.tokenize(TEXTS), random_dictionary("resid_post.1")
+    first, last = model.layout.blocks[0].mlp, model.layout.blocks[2].mlp
+    seen = {}
+    handles = [
+        first.register_forward_hook(lambda _m, _a, output: seen.update(handed=output)),
+        last.register_forward_hook(lambda _m, _a, output: output + seen.pop("handed", 0)),
+    ]
+    try:
+        quick = splice_quality(model, dictionary, tokens)
+        monkeypatch.setattr(measuring, "can_skip", lambda *_: False)
+        seen.clear()
+        assert splice_quality(model, dictionary, tokens) == quick
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_nothing_is_left_on_the_model(model):

@@ -3,15 +3,22 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 # Before torch: threads that spin while they wait are up to twenty times slower on a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from saepatch.commandline import read_config, run_config
+from saepatch.errors import UserError
 from training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from training.sweep import Swept
 
 PROG = "python -m training"
 COLUMNS = ("ce_recovered", "ce_recovered_mean", "kl", "fvu", "l0", "alive_share", "dense_share", "identity_error")
+GO_ON = "the same command with --resume true goes on from there"
 
 
 def read(arguments: Sequence[str]) -> TrainingConfig:
@@ -20,18 +27,97 @@ def read(arguments: Sequence[str]) -> TrainingConfig:
 
 
 def run(config: TrainingConfig) -> None:
-    """Load what the config names, train, and print the metrics of each site."""
-    from saepatch.models import load_model
+    """Train what the config describes, a run or a sweep of them, and print the metrics; or print the plan of it.
+
+    Raises:
+        UserError: something that the config names cannot be used, or a run of a sweep failed.
+    """
+    if config.dry_run:
+        show_plan(config)
+        return
+    from saepatch.models import load_model, usable_device
     from saepatch.results import check_writable
-    from training.activations import texts
+    from training.ranks import joined
+    from training.sweep import points, run_sweep
+    from training.texts import texts
     from training.trainer import train_saes
 
+    points(config)  # so that a field that does not exist is said before anything is loaded
     check_writable(config.out)
-    documents = texts(config.data, config.text_column)
-    model = load_model(config.model, config.device, config.dtype)
-    found = train_saes(model, documents, config, config.out)
-    print(table({str(site): row for site, row in found.items()}))
+    config = replace(config, device=own_device(config.device))
+    with joined(usable_device(config.device)) as ranks:
+        documents = texts(config.data, config.text_column, config.subset, config.split, config.streaming)
+        model = load_model(
+            config.model,
+            config.device,
+            config.dtype,
+            prepend_bos=config.prepend_bos,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if config.sweep:
+            swept = run_sweep(model, documents, config, ranks)
+            if ranks.first:
+                show_sweep(swept, config)
+            return
+        outcome = train_saes(model, documents, config, config.out, ranks)
+    if not ranks.first:
+        return
+    if outcome.stopped:
+        print(f"stopped after {outcome.tokens:,} tokens; a checkpoint is in {config.out}: {GO_ON}")
+        return
+    print(table({str(site): row for site, row in outcome.figures.items()}))
     print(f"dictionaries, summary.json and metrics.jsonl are in {config.out}")
+
+
+def own_device(device: str) -> str:
+    """The device of this process: each that torchrun starts on a machine has a GPU of its own.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if device != "cuda" or local is None:
+        return device
+    import torch
+
+    if int(local) >= torch.cuda.device_count():
+        raise UserError(f"process {local} has no GPU, there are {torch.cuda.device_count()}: start as many processes")
+    torch.cuda.set_device(int(local))
+    return f"cuda:{local}"
+
+
+def show_plan(config: TrainingConfig) -> None:
+    """Print what the run would take; of a sweep, which runs there are, and what the first of this shard takes."""
+    from training.plan import plan
+    from training.sweep import points, share
+
+    mine = share(points(config), config.shard)
+    if config.sweep:
+        print("\n".join([f"{len(mine)} runs:", *(f"  {point.name}" for point in mine)]))
+        if not mine:
+            return
+        print(f"each of them much as {mine[0].name}:")
+        config = mine[0].config
+    print("\n".join(plan(config).lines()))
+
+
+def show_sweep(swept: "Swept", config: TrainingConfig) -> None:
+    """Print a line for each finished run.
+
+    Raises:
+        UserError: one that ran here failed.
+    """
+    from training.sweep import SUMMARY, table
+
+    print("\n".join(table(swept.runs, COLUMNS)))
+    print(
+        f"figures of {len(swept.runs)} finished runs, means over their sites; all of them are in {config.out}/{SUMMARY}"
+    )
+    if swept.stopped:
+        print(f"stopped with a checkpoint: {GO_ON}")
+    elif swept.failed:
+        first, reason = next(iter(swept.failed.items()))
+        raise UserError(f"{len(swept.failed)} runs of the sweep failed, {first} first: {reason}")
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -43,7 +129,7 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    nothing = "no dictionary was written; the same command starts from the beginning"
+    nothing = f"the run under way wrote no dictionary; if there is a checkpoint, {GO_ON}"
     return run_config(TrainingConfig, run, PROG, arguments, interrupted=nothing)
 
 

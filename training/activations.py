@@ -1,229 +1,388 @@
-"""Activations of several sites out of one forward pass, as a stream of shuffled batches."""
+"""Activations of several sites out of one forward pass, as a stream of shuffled batches that can begin anywhere."""
 
+import atexit
 import logging
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import queue
+import threading
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from saepatch.errors import UserError
 from saepatch.hooks import capture
 from saepatch.models import LanguageModel, Tokens
 from saepatch.sites import Site
+from training.cache import RoundCache, cache_key, model_facts
+from training.config import TrainingConfig
+from training.ranks import ALONE, Ranks
+from training.rows import Body, bos_before, cut, token_batches, tokenised
+from training.texts import Streamed, fingerprint, in_order, mixed_seed
 
 log = logging.getLogger(__name__)
 
-Batch = dict[Site, Float[Tensor, "batch d_model"]]
+Batch = dict[Site, Float[Tensor, "batch _"]]
+Rows = dict[Site, Shaped[Tensor, "n _"]]
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-_DOCUMENTS_AT_ONCE = 512  # tokenised and sorted by length together: enough for little padding, little to hold
-
-
-def texts(data: str, text_column: str = "text") -> Sequence[str]:
-    """The documents of a file, a folder of files, or a dataset on the hub; read from disk as they are needed.
-
-    A line of a .txt file is a document.
-
-    Raises:
-        UserError: there is no such data, it has no such column, or it holds no text.
-    """
-    import datasets
-
-    if not data:
-        raise UserError("no data to train on: give --data a .jsonl, .parquet or .txt file, a folder or a hub dataset")
-    datasets.disable_progress_bars()
-    path = Path(data).expanduser()
-    try:
-        if path.exists():
-            kind, files = _files(path)
-            loaded = datasets.load_dataset(kind, data_files=files, split="train")
-        elif path.suffix in FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
-            raise UserError(f"no file or folder {data!r}: check the path, or give the id of a dataset on the hub")
-        else:
-            loaded = datasets.load_dataset(data, split="train")
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file and an unknown id fail in many ways inside `datasets`
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot read data {data!r} (a file, a folder or a hub dataset id): {reason[0]}") from error
-    if text_column not in loaded.column_names:
-        columns = ", ".join(loaded.column_names) or "none"
-        raise UserError(f"data {data!r} has no column {text_column!r}: set --text_column to one it has ({columns})")
-    full = loaded.filter(_has_text, input_columns=[text_column], keep_in_memory=True)
-    if not len(full):
-        raise UserError(f"data {data!r} holds no text in column {text_column!r}: give at least two documents")
-    if not isinstance(full[0][text_column], str):
-        raise UserError(f"column {text_column!r} of {data!r} holds {type(full[0][text_column]).__name__}, not text")
-    return full[text_column]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that activations are kept in; any other becomes float32
+_POLL = 0.2  # seconds after which a thread that waits for the model looks whether it should end
+_PATIENCE = 10.0  # seconds to wait for a thread to end
 
 
-def _has_text(text: object) -> bool:
-    return text is not None and (not isinstance(text, str) or bool(text.strip()))
-
-
-def _files(path: Path) -> tuple[str, list[str]]:
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in FORMATS and p.is_file())
-    kinds = {FORMATS.get(p.suffix) for p in found}
-    if len(kinds) != 1 or None in kinds:
-        what = "no file" if not found else "files of several kinds" if len(kinds) > 1 else "a kind of file"
-        raise UserError(f"data {str(path)!r} is or holds {what} that cannot be read: use one of {', '.join(FORMATS)}")
-    return str(kinds.pop()), [str(p) for p in found]
+class _Stopped(Exception):
+    """Raised in the thread that fills rounds when nobody wants them any more."""
 
 
 @dataclass(frozen=True)
-class Documents(Sequence[str]):
-    """Some of the documents of a sequence, by index; nothing is copied."""
+class Position:
+    """Where a stream is; plain numbers, so that `dataclasses.asdict` of it can be written down.
 
-    source: Sequence[str]
-    chosen: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, at: Any) -> Any:
-        return Documents(self.source, self.chosen[at]) if isinstance(at, slice) else self.source[self.chosen[at]]
-
-
-def split(documents: Sequence[str], share: float, seed: int) -> tuple[Sequence[str], list[str]]:
-    """Documents to train on, and documents held out: a share of the different texts, each with all of its copies.
-
-    Raises:
-        UserError: there are fewer than two different documents.
+    Attributes:
+        epoch: Reading of the documents that the round begins in.
+        document: Place in the epoch's order that it begins at.
+        offset: Tokens of that document that earlier rounds had.
+        round: Number of the round.
+        batch: Batches of the round that were given out.
     """
-    keys = [hash(text) for text in documents]  # to tell copies without holding the texts
-    first: dict[int, int] = {}
-    for i, key in enumerate(keys):
-        first.setdefault(key, i)
-    if len(first) < 2:
-        raise UserError(f"{len(first)} different documents leave none to train on once one is held out: give more text")
-    different = list(first.values())
-    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(max(1, round(share * len(different))), len(different) - 1)
-    held = [different[i] for i in order[:count]]
-    apart = {keys[i] for i in held}
-    rest = tuple(i for i, key in enumerate(keys) if key not in apart)
-    return Documents(documents, rest), [documents[i] for i in held]
+
+    epoch: int = 0
+    document: int = 0
+    offset: int = 0
+    round: int = 0
+    batch: int = 0
 
 
-def rows(model: LanguageModel, documents: Sequence[str], context: int, pack: bool = False) -> list[list[int]]:
-    """Token ids of documents, cut to rows of at most `context` tokens.
-
-    Each row begins with BOS where the tokenizer puts one before a text. With `pack`, rows are filled with document
-    after document, each begun by its own BOS, and what does not fill the last row is left as a shorter one.
-    """
-    bos = model.bos_id
-    pieces: list[list[int]] = []
-    stream: list[int] = []
-    starts = False
-    for text in documents:
-        ids = model.encode(text)
-        starts = bool(ids) and ids[0] == bos
-        if pack:
-            stream += ids
-            continue
-        pieces += _cut(ids, context, bos if starts else None)
-    if pack:
-        pieces = _cut(stream, context, bos if starts else None)
-    return [piece for piece in pieces if any(token != bos for token in piece)]
+START = Position()
 
 
-def _cut(ids: list[int], context: int, bos: int | None) -> list[list[int]]:
-    if bos is None:
-        return [ids[start : start + context] for start in range(0, len(ids), context)]
-    # Every row has the BOS that its first token would otherwise have to stand in for.
-    body = ids[1:]
-    return [[bos, *body[start : start + context - 1]] for start in range(0, len(body), context - 1)]
-
-
-def token_batches(model: LanguageModel, ids: Sequence[list[int]], forward_tokens: int) -> Iterator[Tokens]:
-    """Padded batches of rows of like length, none with more than `forward_tokens` places unless a single row has."""
-    batch: list[list[int]] = []
-    for row in sorted(ids, key=len):
-        if batch and (len(batch) + 1) * len(row) > forward_tokens:
-            yield model.pad(batch)
-            batch = []
-        batch.append(row)
-    if batch:
-        yield model.pad(batch)
+@dataclass(frozen=True, eq=False)
+class _Round:
+    start: Position
+    end: Position
+    rows: Rows  # shuffled already
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationStream:
-    """Activations at ordinary positions (no BOS, no padding) of several sites, from one forward pass for all.
+    """Activations at ordinary positions (no BOS, padding or other special token) of several sites, one forward for all.
 
-    Iterating gives batches `{site: [batch_size, d_model]}`; row i of every site is the same token. Without `epochs` it
-    never ends: the documents are read again, each time in another order. With it, the last batch may be smaller. One
-    seed and the same sizes give the same batches; other sizes give the same activations in another order.
+    The stream goes in rounds: documents are read until they hold `config.buffer` tokens, the model runs over them, and
+    the activations are given out in a random order, `config.batch_size` at a time. What does not fill a round's last
+    batch, a random few of its tokens, is left out. The documents are read again when they end, each time in another
+    order. All of it follows from `config.seed`, the documents and the sizes: neither prefetching, the cache nor the
+    number of processes changes a batch.
+
+    Attributes:
+        model: Whose activations; its forward stops at the last site that is needed.
+        documents: Texts; each cut to rows of `config.context` tokens, or with `config.pack` rows filled with several.
+        sites: Where to look; row i of every site is the same token.
+        config: The sizes, the seed, prefetching and the cache.
+        ranks: The processes that share the forwards of a round; each gets every size-th row of a batch. They are to
+            take the same batches and to stop at the same one.
+        epochs: How often to read the documents; then every batch is given out, a round's last one perhaps smaller.
+
+    Raises:
+        UserError: the batch cannot be divided among the processes.
     """
 
     model: LanguageModel
-    documents: Sequence[str]
+    documents: Sequence[str] | Streamed
     sites: Sequence[Site]
-    batch_size: int
-    context: int = 256
-    pack: bool = False
-    forward_tokens: int = 8192
-    buffer: int = 65_536
-    seed: int = 0
+    config: TrainingConfig
+    ranks: Ranks = ALONE
     epochs: int | None = None
+    _running: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        size, batch_size = self.ranks.size, self.config.batch_size
+        if batch_size % size:
+            more = -(-batch_size // size) * size
+            raise UserError(
+                f"batch_size {batch_size} cannot be divided among {size} processes: use a multiple, as in {more}"
+            )
+
+    @cached_property
+    def _special(self) -> set[int]:
+        """Tokens that are not learnt from: BOS and padding, and unless the run asks for them all others beside text."""
+        tokenizer = self.model.tokenizer
+        if self.config.special_tokens:
+            return {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
+        return set(tokenizer.all_special_ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells other documents, or another order of them, apart."""
+        return fingerprint(self.documents)
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(self.seed)
-        held: list[dict[Site, Tensor]] = []
-        n = 0
-        for part in self._parts(generator):
-            held.append(part)
-            n += len(part[self.sites[0]])
-            if n >= self.buffer:
-                # Half goes out, half stays to be mixed with what comes: neighbours in the text end up far apart.
-                out = max(1, n // 2 // self.batch_size)
-                batches, rest = self._mixed(held, out * self.batch_size, generator)
-                held, n = [rest], len(rest[self.sites[0]])
-                yield from batches
-        if n:
-            yield from self._mixed(held, n, generator)[0]
+        with closing(self.batches()) as batches:
+            for batch, _ in batches:
+                yield batch
 
-    def _mixed(
-        self, held: Sequence[dict[Site, Tensor]], n_out: int, generator: torch.Generator
-    ) -> tuple[Iterator[Batch], dict[Site, Tensor]]:
-        """The first `n_out` of what is held in a random order, as batches, and the rest."""
-        n = sum(len(part[self.sites[0]]) for part in held)
-        order = torch.randperm(n, generator=generator).to(held[0][self.sites[0]].device)
-        whole = {site: torch.cat([part[site] for part in held]) for site in self.sites}
-        rest = {site: x[order[n_out:]] for site, x in whole.items()}
-        chunks = order[:n_out].split(self.batch_size)
-        return ({site: x[chunk] for site, x in whole.items()} for chunk in chunks), rest
+    def batches(self, start: Position = START) -> Generator[tuple[Batch, Position], None, None]:
+        """Batches `{site: [batch_size, width]}` in float32 on the model's device, each with the position after it.
 
-    def _parts(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Activations of one forward pass after the other, epoch after epoch."""
-        epoch = 0
+        From any of these positions a stream of the same documents and settings gives what this one gives from there,
+        bit for bit, at the cost of the forwards of one round. Close the generator to end its thread.
+
+        Raises:
+            UserError: the documents hold no text, or cannot be read.
+        """
+        stopping = threading.Event()
+        rounds = self._rounds(start, stopping)
+        if self.config.prefetch:
+            rounds = ahead(rounds, stopping)
+        with closing(rounds):
+            skipped = start.batch
+            for found in rounds:
+                yield from self._given(found, skipped)
+                skipped = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No forward of the stream runs inside: for whoever runs or splices the model, and would meet its hooks."""
+        with self._running:
+            yield
+
+    def token_batches(self, seed: int) -> Iterator[Tokens]:
+        """Padded batches of the documents' tokens for other uses, without end, in an order of their own."""
+        stream = replace(self, config=replace(self.config, seed=seed), epochs=None)
+        for ids, end in stream._read(START):
+            parts = list(token_batches(self.model, ids, self.config.forward_tokens))
+            for i in torch.randperm(len(parts), generator=_generator(seed, "parts", end.round)).tolist():
+                yield parts[i]
+
+    def _given(self, found: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
+        n, size = len(next(iter(found.rows.values()))), self.config.batch_size
+        count = n // size if self.epochs is None else -(-n // size)
+        for i in range(skipped, count):
+            mine = slice(i * size + self.ranks.rank, min((i + 1) * size, n), self.ranks.size)
+            # Copied, so that who keeps a batch does not keep the round.
+            batch = {
+                site: x[mine].to(self.model.device, torch.float32, copy=True).contiguous()
+                for site, x in found.rows.items()
+            }
+            yield batch, replace(found.start, batch=i + 1) if i + 1 < count else found.end
+
+    def _rounds(self, start: Position, stopping: threading.Event) -> Generator[_Round, None, None]:
+        cache = self._cache()
+        place, reading = replace(start, batch=0), None
+        while True:
+            found = self._kept(cache, place) if cache is not None else None
+            if found is not None:
+                reading = None  # it would be behind
+            else:
+                reading = reading or self._read(place)
+                try:
+                    read = next(reading, None)
+                except BaseException:
+                    self._agreed(False)  # the others ask each other in `_exchange`, and stop too
+                    raise
+                if read is None:
+                    return
+                ids, end = read
+                found = _Round(place, end, self._filled(ids, place.round, stopping))
+                if cache is not None and self.ranks.first:
+                    tensors = {str(site): x for site, x in found.rows.items()}
+                    cache.write(_name(place), tensors, {"end": vars(end)})
+            place = found.end
+            yield found
+
+    def _cache(self) -> RoundCache | None:
+        config = self.config
+        if not config.cache:
+            return None
+        sizes = {
+            name: getattr(config, name)
+            for name in ("context", "pack", "buffer", "forward_tokens", "seed", "special_tokens")
+        }
+        facts = {**sizes, "model": model_facts(self.model), "documents": self.fingerprint, "epochs": self.epochs}
+        return RoundCache(Path(config.cache).expanduser(), cache_key(facts), config.cache_gb * 1e9)
+
+    def _kept(self, cache: RoundCache, place: Position) -> _Round | None:
+        """The round from the cache, if every process has it there: otherwise all must help to compute it."""
+        found = cache.read(_name(place), [str(site) for site in self.sites])
+        if not self._agreed(found is not None) or found is None:
+            return None
+        tensors, notes = found
+        return _Round(place, Position(**notes["end"]), {site: tensors[str(site)] for site in self.sites})
+
+    def _agreed(self, yes: bool) -> bool:
+        if self.ranks.size == 1:
+            return yes
+        from torch import distributed
+
+        answer = torch.tensor([int(yes)])
+        distributed.all_reduce(answer, op=distributed.ReduceOp.MIN, group=self.ranks.data)
+        return bool(answer)
+
+    def _read(self, start: Position) -> Iterator[tuple[list[list[int]], Position]]:
+        """Rows of token ids of one round after the other, and where the next one begins."""
+        special = self._special
+        ids: list[list[int]] = []
+        n, number = 0, start.round + 1
+        bodies = self._bodies(start)
+        for row, (epoch, document, offset) in cut(
+            bodies, self.config.context, bos_before(self.model), self.config.pack, special
+        ):
+            ids.append(row)
+            n += sum(token not in special for token in row)
+            if n >= self.config.buffer:
+                yield ids, Position(epoch, document, offset, number)
+                ids, n, number = [], 0, number + 1
+        if ids:
+            yield ids, Position(self.epochs or 0, round=number)
+
+    def _bodies(self, start: Position) -> Iterator[Body]:
+        """Documents as tokens, epoch after epoch."""
+        special = self._special
+        epoch, document, offset = start.epoch, start.document, start.offset
         while self.epochs is None or epoch < self.epochs:
-            order = torch.randperm(len(self.documents), generator=generator).tolist()
-            seen = 0
-            for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
-                chosen = [self.documents[i] for i in order[start : start + _DOCUMENTS_AT_ONCE]]
-                ids = rows(self.model, chosen, self.context, self.pack)
-                for part in _shuffled(list(token_batches(self.model, ids, self.forward_tokens)), generator):
-                    activations = forward(self.model, self.sites, part)
-                    seen += len(activations[self.sites[0]])
-                    yield activations
+            read = in_order(self.documents, self.config.seed, epoch, document)
+            seen = document > 0
+            for place, ids in tokenised(self.model, read):
+                seen = seen or not special.issuperset(ids)
+                yield Body(epoch, place, ids, offset)
+                offset = 0
             if not seen:
                 raise UserError("the documents hold no token beside BOS: give text")
-            epoch += 1
-            log.info("epoch %d of the documents done: %d tokens", epoch, seen)
+            epoch, document = epoch + 1, 0
+            log.info("the documents were read to their end %d times", epoch)
+
+    def _filled(self, ids: list[list[int]], number: int, stopping: threading.Event) -> Rows:
+        """Activations of a round in the order they are given out in."""
+        parts = list(token_batches(self.model, ids, self.config.forward_tokens))
+        sizes = [int(text_positions(part, self._special).sum()) for part in parts]
+        n = sum(sizes)
+        # Each row is put where the shuffle wants it: a copy is spared, and the cache is read in sequence.
+        places = torch.randperm(n, generator=_generator(self.config.seed, "round", number))
+        dtype = self.model.dtype if self.model.dtype in _DTYPES else torch.float32
+        alone = self.ranks.size == 1
+        device = self.model.device if alone and not self.config.cache else torch.device("cpu")
+        filled = {site: torch.empty(n, self.model.width(site), dtype=dtype, device=device) for site in self.sites}
+        if alone:
+            for part, at in zip(parts, places.to(device).split(sizes), strict=True):
+                for site, x in self._forward(part, stopping).items():
+                    filled[site][at] = x.to(device, dtype)
+        else:
+            self._exchange(parts, places.split(sizes), filled, stopping)
+        return filled
+
+    def _forward(self, part: Tokens, stopping: threading.Event) -> Rows:
+        while not self._running.acquire(timeout=_POLL):
+            _go_on(stopping)
+        try:
+            _go_on(stopping)
+            return forward(self.model, self.sites, part, self._special)
+        finally:
+            self._running.release()
+
+    def _exchange(
+        self, parts: Sequence[Tokens], places: Sequence[Tensor], filled: Rows, stopping: threading.Event
+    ) -> None:
+        """Compute every size-th part here, and have what the other processes compute of the rest."""
+        from torch import distributed
+
+        rank, size, group = self.ranks.rank, self.ranks.size, self.ranks.data
+        own: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        failure: BaseException | None = None
+        try:
+            for part in parts[rank::size]:
+                for site, x in self._forward(part, stopping).items():
+                    own[site].append(x.to("cpu", filled[site].dtype))
+        except BaseException as error:  # told to the others before it is raised: they would wait for ever
+            failure = error
+        if not self._agreed(failure is None):
+            raise failure or UserError(
+                "another process of the run failed or stopped while activations were computed: see what it says, and "
+                "go on from the last checkpoint with --resume true"
+            )
+        for source in range(size):
+            if not places[source::size]:
+                continue
+            at = torch.cat(list(places[source::size]))
+            for site, x in filled.items():
+                block = torch.cat(own.pop(site)) if source == rank else x.new_empty(len(at), x.shape[1])
+                distributed.broadcast(block.view(torch.uint8), src=source, group=group)  # as bytes: of any dtype
+                x[at] = block
 
 
-def forward(model: LanguageModel, sites: Sequence[Site], tokens: Tokens) -> Batch:
-    """What each site emits at the ordinary positions of a batch, in float32."""
-    seen = capture(model.hf, model.layout, sites, model.inputs(tokens))
-    return {site: seen[site][tokens.ordinary].float() for site in sites}
+def ahead(items: Iterator[_Round], stopping: threading.Event) -> Generator[_Round, None, None]:
+    """The items, each made in a thread while the one before it is in use: two exist at a time.
+
+    An exception of the thread is raised here. Closing this generator sets `stopping`, which `items` is to look at, and
+    waits for the thread; not for ever, as a connection or another process may keep it.
+    """
+    wanted = threading.Semaphore()
+    made: queue.SimpleQueue[tuple[_Round | None, BaseException | None]] = queue.SimpleQueue()
+    threads = torch.get_num_threads()
+
+    def work() -> None:
+        torch.set_num_threads(threads)  # a new thread has the library's default, and sums in another order with it
+        try:
+            while True:
+                wanted.acquire()
+                _go_on(stopping)
+                item = next(items, None)
+                made.put((item, None))
+                if item is None:
+                    return
+        except _Stopped:
+            made.put((None, None))
+        except BaseException as error:
+            made.put((None, error))
+
+    thread = threading.Thread(target=work, name="activations", daemon=True)
+
+    def end() -> None:
+        stopping.set()
+        wanted.release()
+        if thread is not threading.current_thread():  # where the garbage collector closes the generator
+            thread.join(_PATIENCE)
+
+    thread.start()
+    atexit.register(end)  # the interpreter must not end under a thread that is in the midst of a forward
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            wanted.release()
+            yield item
+    finally:
+        end()
+        atexit.unregister(end)
 
 
-def _shuffled(items: list[Tokens], generator: torch.Generator) -> Iterator[Tokens]:
-    for i in torch.randperm(len(items), generator=generator).tolist():
-        yield items[i]
+def _go_on(stopping: threading.Event) -> None:
+    if stopping.is_set():
+        raise _Stopped
+
+
+def forward(model: LanguageModel, sites: Sequence[Site], tokens: Tokens, special: Collection[int]) -> Rows:
+    """What each site emits at the positions of a batch that are learnt from, as the model gives it (device, dtype)."""
+    with torch.no_grad():
+        seen = capture(model.hf, model.layout, sites, model.inputs(tokens))
+    kept = text_positions(tokens, special)
+    return {site: seen[site][kept.to(seen[site].device)] for site in sites}
+
+
+def text_positions(tokens: Tokens, special: Collection[int]) -> Bool[Tensor, "batch pos"]:
+    """True where a token is learnt from: no padding, no BOS, none of the special ones."""
+    ids = torch.tensor(sorted(special), dtype=torch.long, device=tokens.input_ids.device)
+    return tokens.ordinary & ~torch.isin(tokens.input_ids, ids)
+
+
+def _name(place: Position) -> str:
+    return f"{place.round:06d}-{place.epoch}-{place.document}-{place.offset}"
+
+
+def _generator(*facts: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(mixed_seed(*facts))

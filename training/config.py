@@ -1,15 +1,20 @@
 """What a training run is told. Written to disk beside what it makes."""
 
-from __future__ import annotations
-
 import math
+import re
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from saepatch.errors import UserError
-from saepatch.sites import Site
 from saepatch.tracking import SPECS
+
+# It stands on torch, and --help is to be quick. (jsonargparse would import it to read annotations that are postponed.)
+if TYPE_CHECKING:
+    from saepatch.sites import Site
+
+Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"]
 
 
 @dataclass
@@ -17,32 +22,83 @@ class SAEConfig:
     """The dictionary that is trained at each site.
 
     Attributes:
-        k: Latents active at each position (TopK).
+        architecture: standard (L1), gated, jumprelu, topk, batchtopk or matryoshka (nested BatchTopK).
+        k: Latents active at a position: at each (topk), on average (batchtopk, matryoshka), aimed at (jumprelu's
+            quadratic penalty). Others have as many as `sparsity` leaves them.
         expansion: Latents per dimension of the model, where `d_sae` does not say.
-        d_sae: Number of latents; none for `expansion` times the model's width.
-        aux_coefficient: Weight of the loss that has dead latents explain what the living ones leave over.
+        d_sae: Number of latents; none for `expansion` times the site's width.
+        levels: Shares of the dictionary that must each explain the activations alone (matryoshka); ends with 1.
+        sparsity: Coefficient of the sparsity penalty (standard, gated, jumprelu).
+        sparsity_warmup: Share of the steps over which that coefficient rises to its value.
+        p_end: Exponent that the L1 penalty is annealed to (standard); 1 keeps L1.
+        penalty: What jumprelu is charged: step (its L0), tanh, or quadratic (the squared distance of its L0 from `k`).
+        tanh_scale: Steepness of the tanh penalty.
+        threshold: Value that jumprelu's thresholds start at.
+        bandwidth: Width of the straight-through estimator of jumprelu's jump.
+        estimate_inputs: Pass the straight-through estimate on to the encoder too (jumprelu).
+        threshold_rate: Share of a batch's smallest active value in the running threshold (batchtopk, matryoshka).
+        aux_coefficient: Weight of the loss that has dead latents explain what the living ones leave over (topk,
+            batchtopk, matryoshka).
+        aux_share: Share of a batch's positions, the first ones, over which that loss is taken; 1: all, which costs more.
         dead_after: Tokens without activation after which a latent counts as dead.
+        bias: What the decoder's bias starts at: the mean or the geometric median of activations, or zero.
+        precision: Precision of the large matrix products in training: float32 or bfloat16. Weights are float32.
     """
 
+    architecture: Architecture = "topk"
     k: int = 32
     expansion: int = 8
     d_sae: int | None = None
+    levels: list[float] = field(default_factory=lambda: [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0])
+    sparsity: float = 1.0
+    sparsity_warmup: float = 0.1
+    p_end: float = 1.0
+    penalty: Literal["step", "tanh", "quadratic"] = "quadratic"
+    tanh_scale: float = 4.0
+    threshold: float = 0.01
+    bandwidth: float = 0.05
+    estimate_inputs: bool = False
+    threshold_rate: float = 0.01
     aux_coefficient: float = 1.0
+    aux_share: float = 0.125
     dead_after: int = 100_000
+    bias: Literal["mean", "median", "zero"] = "mean"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        _positive("sae", k=self.k, expansion=self.expansion, dead_after=self.dead_after)
+        _positive("sae", k=self.k, expansion=self.expansion, dead_after=self.dead_after, bandwidth=self.bandwidth)
+        _positive("sae", tanh_scale=self.tanh_scale, aux_share=self.aux_share)
+        _shares("sae", aux_share=self.aux_share)
+        _shares("sae", sparsity_warmup=self.sparsity_warmup, threshold_rate=self.threshold_rate)
         if self.d_sae is not None:
             _positive("sae", d_sae=self.d_sae)
             self.check_width(self.d_sae)
-        if not (math.isfinite(self.aux_coefficient) and self.aux_coefficient >= 0):
-            raise UserError(f"sae.aux_coefficient is {self.aux_coefficient}: use 0 or more")
+        for name in ("aux_coefficient", "sparsity", "threshold"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"sae.{name} is {value}: use 0 or more")
+        if not 0 < self.p_end <= 1:
+            raise UserError(f"sae.p_end is {self.p_end}: use more than 0 and at most 1 (1 keeps the L1 penalty)")
+        levels = self.levels
+        if not levels or levels[-1] != 1 or levels[0] <= 0 or any(a >= b for a, b in pairwise(levels)):
+            raise UserError(f"sae.levels is {levels}: use rising shares that end with 1, as in [0.25, 1]")
 
-    def width(self, d_model: int) -> int:
-        """Number of latents for a model of this width."""
-        width = self.d_sae if self.d_sae is not None else self.expansion * d_model
+    def width(self, d_in: int) -> int:
+        """Number of latents at a site of this width."""
+        width = self.d_sae if self.d_sae is not None else self.expansion * d_in
         self.check_width(width)
         return width
+
+    def widths(self, d_sae: int) -> list[int]:
+        """Latents of each of matryoshka's levels.
+
+        Raises:
+            UserError: two levels come out alike.
+        """
+        widths = [round(level * d_sae) for level in self.levels]
+        if widths[0] < 1 or any(a >= b for a, b in pairwise(widths)):
+            raise UserError(f"sae.levels {self.levels} of {d_sae} latents are {widths}: leave out the smallest levels")
+        return widths
 
     def check_width(self, d_sae: int) -> None:
         """Raises UserError when there are fewer latents than `k`."""
@@ -56,57 +112,115 @@ class TrainingConfig:
 
     Attributes:
         model: `organism`, `organism-base`, a folder, or a Hugging Face id.
+        prepend_bos: Begin every row with BOS where the tokenizer puts none, as GPT-2's.
+        trust_remote_code: Run code that comes with the model. Leave off unless you trust its author.
         data: A .jsonl, .json, .parquet, .csv or .txt file, a folder of such files, or the id of a dataset on the hub.
+        subset: Configuration of a hub dataset that has several.
+        split: Split of a hub dataset.
+        streaming: Read a hub dataset as it is needed instead of downloading it first.
         text_column: Where the text stands in each record.
         sites: Site strings such as resid_post.3, or `all`: resid_post of every layer.
-        out: Folder for the dictionaries, the log and the summary.
+        out: Folder for the dictionaries, the log, the checkpoints and the summary.
         overwrite: Replace dictionaries that are in `out` already.
+        resume: Go on from the newest whole checkpoint in `out`, if there is one.
         sae: The dictionary.
         tokens: Tokens to train on; the text is read again, in another order, where it is shorter.
-        batch_size: Tokens in a training step.
+        batch_size: Tokens in a training step, over all processes.
         context: Tokens in a row given to the model, BOS included; longer documents are cut.
         pack: Fill rows with several documents instead of padding them.
+        special_tokens: Learn from the tokenizer's special tokens too, as a chat template's markers are (never from BOS
+            and padding).
         forward_tokens: Tokens in a forward pass of the model, padding included.
         buffer: Activations that are mixed at a time, in tokens.
+        prefetch: Fill the next buffer in a thread while the dictionaries learn from this one.
+        cache: Folder that keeps the activations for other runs over the same text; empty: none.
+        cache_gb: Size that the cache may grow to; what does not fit is computed again.
         lr: Learning rate of Adam.
+        beta1: Adam's decay of the mean gradient.
+        beta2: Adam's decay of the mean squared gradient.
         warmup: Share of the steps over which the learning rate rises to `lr`.
         decay: Share of the steps over which it falls to 0 at the end.
+        clip: Norm that each dictionary's gradient is cut to; 0: not cut.
+        ema: Decay of the running mean of the weights that is saved in their place; 0: the weights themselves.
+        finetune_tokens: Tokens of fine-tuning through the splice (KL of the model's predictions and squared error),
+            after `tokens`; 0: none.
+        finetune_lr: Learning rate of that fine-tuning.
         held_out: Share of the documents that is kept for evaluation and never trained on.
         eval_tokens: Tokens of held-out text to evaluate on.
+        eval_every: Tokens between two evaluations while training; 0: at the end alone.
         log_every: Steps between two lines of the log.
+        checkpoint_every: Tokens between two checkpoints; 0: none but when the run is stopped.
+        keep_checkpoints: Checkpoints to keep, the newest.
         seed: Seed of everything random.
         device: Where the model and the dictionaries are, such as cpu or cuda.
         dtype: Precision of the model; dictionaries are float32.
+        compile: Have torch compile the steps that gain from it (takes a C++ compiler, and a minute at the start).
         track: none, wandb, wandb:offline or wandb:online. A local log is always written.
+        sweep: Fields and the values to try, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: a run for every combination,
+            each in a folder of `out` such as sae.k=8,lr=0.001.
+        shard: Which share of a sweep's runs: I/N, I from 0 to N-1.
+        dry_run: Print shapes, memory and an estimate of the time instead of training; no weights are loaded.
     """
 
     model: str = "organism"
+    prepend_bos: bool = False
+    trust_remote_code: bool = False
     data: str = ""
+    subset: str | None = None
+    split: str = "train"
+    streaming: bool = False
     text_column: str = "text"
     sites: list[str] | str = "all"
     out: Path = Path("runs/saes")
     overwrite: bool = False
+    resume: bool = False
     sae: SAEConfig = field(default_factory=SAEConfig)
     tokens: int = 2_000_000
     batch_size: int = 1024
     context: int = 256
     pack: bool = False
+    special_tokens: bool = False
     forward_tokens: int = 8192
     buffer: int = 65_536
+    prefetch: bool = True
+    cache: str = ""
+    cache_gb: float = 20.0
     lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
     warmup: float = 0.02
     decay: float = 0.3
+    clip: float = 1.0
+    ema: float = 0.0
+    finetune_tokens: int = 0
+    finetune_lr: float = 1e-4
     held_out: float = 0.05
     eval_tokens: int = 20_000
+    eval_every: int = 0
     log_every: int = 50
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    compile: bool = False
     track: str = "none"
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    shard: str = "0/1"
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         _positive("", tokens=self.tokens, batch_size=self.batch_size, forward_tokens=self.forward_tokens)
-        _positive("", lr=self.lr, eval_tokens=self.eval_tokens, log_every=self.log_every)
+        _positive("", lr=self.lr, finetune_lr=self.finetune_lr, eval_tokens=self.eval_tokens, log_every=self.log_every)
+        _positive("", keep_checkpoints=self.keep_checkpoints, cache_gb=self.cache_gb)
+        for name in ("checkpoint_every", "eval_every", "finetune_tokens", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} is {value}: use 0 or more")
+        for name in ("beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError(f"{name} is {value}: use 0 or more, and less than 1")
         if self.track not in SPECS:
             raise UserError(f"track is {self.track!r}: use one of {', '.join(SPECS)}")
         if self.context < 2:
@@ -115,17 +229,18 @@ class TrainingConfig:
             raise UserError(f"tokens is {self.tokens}, less than one batch of {self.batch_size}: raise it")
         if self.buffer < self.batch_size:
             raise UserError(f"buffer is {self.buffer}, less than one batch of {self.batch_size}: raise it")
-        for name, share in {"warmup": self.warmup, "decay": self.decay}.items():
-            if not 0 <= share <= 1:
-                raise UserError(f"{name} is {share}: use a share of the steps between 0 and 1")
+        _shares("", warmup=self.warmup, decay=self.decay)
         if self.warmup + self.decay > 1:
             raise UserError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run: lower one")
         if not 0 < self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}: use a share of the documents between 0 and 1, as in 0.05")
         if isinstance(self.sites, list) and not self.sites:
             raise UserError("sites is empty: name at least one, as in resid_post.3, or use 'all'")
-        for site in [] if self.sites == "all" else self.site_names:
-            Site.parse(site)
+        if self.sites != "all":
+            self.sites_of(0)
+        share = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if share is None or int(share[1]) >= int(share[2]):
+            raise UserError(f"shard {self.shard!r}: write I/N with I from 0 to N-1, as in 0/4")
 
     @property
     def site_names(self) -> list[str]:
@@ -135,8 +250,10 @@ class TrainingConfig:
     def steps(self) -> int:
         return self.tokens // self.batch_size
 
-    def sites_of(self, n_layers: int) -> list[Site]:
+    def sites_of(self, n_layers: int) -> "list[Site]":
         """The sites of a model with this many layers, each once, by layer."""
+        from saepatch.sites import Site
+
         if self.sites == "all":
             return [Site(layer) for layer in range(n_layers)]
         return sorted({Site.parse(site) for site in self.site_names})
@@ -150,3 +267,9 @@ def _positive(prefix: str, **values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{prefix + '.' if prefix else ''}{name} is {value}: use a number above 0")
+
+
+def _shares(prefix: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{prefix + '.' if prefix else ''}{name} is {value}: use a share between 0 and 1")

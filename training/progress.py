@@ -1,0 +1,93 @@
+"""How far a training run is, and how it is asked to stop."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+_SAID_EVERY = 30.0  # seconds between two lines where there is no terminal for a bar
+
+
+@dataclass
+class Asked:
+    """Whether a signal asked the run to stop."""
+
+    stop: bool = False
+
+
+@contextmanager
+def deferred_signals() -> Iterator[Asked]:
+    """Note SIGTERM (of a scheduler) and SIGINT, so that the step under way is finished; a second SIGINT interrupts."""
+    asked = Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if asked.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.stop = True
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup: who started this wants it so
+                signal.signal(number, hear)
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line in the log now and then."""
+
+    def __init__(self, total: int, done: int, shown: bool) -> None:
+        self._shown, self._total, self._done = shown, total, done
+        self._at_start, self._start = done, time.monotonic()
+        self._said = self._start
+        bar = shown and sys.stderr.isatty()
+        self._lines = shown and not bar
+        self._bar = tqdm(
+            total=total, initial=done, unit="tok", unit_scale=True, desc="training", mininterval=0.5, disable=not bar
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second since this process began."""
+        return (self._done - self._at_start) / max(time.monotonic() - self._start, 1e-9)
+
+    def add(self, tokens: int) -> None:
+        self._done += tokens
+        self._bar.update(tokens)
+
+    def say(self, figures: dict[str, float]) -> None:
+        told = {name: f"{value:.3g}" for name, value in figures.items()}
+        self._bar.set_postfix(told, refresh=False)
+        now = time.monotonic()
+        if self._lines and now - self._said >= _SAID_EVERY:
+            self._said = now
+            left = (self._total - self._done) / max(self.rate, 1e-9)
+            line = ", ".join(f"{name} {value}" for name, value in told.items())
+            log.info(
+                "%s of %s tokens, %.0f a second, %.0f s left: %s",
+                *(f"{n:,}" for n in (self._done, self._total)),
+                self.rate,
+                left,
+                line,
+            )

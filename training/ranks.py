@@ -1,0 +1,93 @@
+"""The processes of a data-parallel run, and what they tell each other."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from saepatch.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`; alone, every exchange is what it was given.
+
+    `data` is a second group (gloo, on the CPU) for the thread that fills buffers, so that its exchanges never meet those
+    of the training loop.
+    """
+
+    rank: int = 0
+    size: int = 1
+    data: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process logs and saves."""
+        return self.rank == 0
+
+    def mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        if self.size == 1:
+            return
+        from torch import distributed
+
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+            tensor /= self.size
+
+    def any(self, mask: Bool[Tensor, "n"]) -> Bool[Tensor, "n"]:
+        """Where the mask is true in one process or more."""
+        if self.size == 1:
+            return mask
+        from torch import distributed
+
+        found = mask.to(torch.uint8)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return found.bool()
+
+    def gathered(self, values: Shaped[Tensor, "n"]) -> Shaped[Tensor, "m"]:
+        """The values of all processes one after the other; each process gives as many."""
+        if self.size == 1:
+            return values
+        from torch import distributed
+
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """The processes that `torchrun` started, this one among them; alone where it did not.
+
+    Raises:
+        UserError: they do not find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    from torch import distributed
+
+    # One process evaluates and saves while the others wait for it.
+    patience = timedelta(hours=2)
+    try:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        data = distributed.new_group(backend="gloo", timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes do not find each other ({str(error).splitlines()[0]}): start them with "
+            "torchrun --nproc-per-node N -m training CONFIG.yaml"
+        ) from error
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), data)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,133 @@
+"""The folder that a finished run leaves: dictionaries in sae_lens' format, metrics, the run's summary and config."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saepatch.dictionaries import Dictionary
+from saepatch.errors import UserError
+from saepatch.models import LanguageModel
+from saepatch.results import check_writable, versions
+from saepatch.sites import Site
+from training import checkpoints
+from training.config import TrainingConfig
+
+SUMMARY = "summary.json"
+REMEDY = "use what it began with, another --out, or --overwrite true without --resume"
+
+
+def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> None:
+    """See, before any work, that the dictionaries can be put where they are wanted.
+
+    Raises:
+        UserError: the folder cannot be written, or holds dictionaries or checkpoints that neither `resume` goes on with
+            nor `overwrite` gives up.
+    """
+    taken = [str(site) for site in sites if (out / str(site)).exists()]
+    if taken and not (config.overwrite or config.resume):
+        raise UserError(f"{str(out)!r} holds {', '.join(taken)} already: choose another --out, or add --overwrite true")
+    if checkpoints.any_in(out) and not (config.overwrite or config.resume):
+        raise UserError(
+            f"{str(out)!r} holds checkpoints of a run that was stopped: go on with --resume true, "
+            "or start anew with --overwrite true"
+        )
+    check_writable(out)
+
+
+def finished(
+    out: Path, sites: Sequence[Site], settings: Mapping[str, Any] | None = None
+) -> dict[Site, dict[str, float]] | None:
+    """The metrics of a run that is complete, or None.
+
+    Raises:
+        UserError: it is complete, and was made with other settings than these.
+    """
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        found = {site: summary["sites"][str(site)] for site in sites}
+    except (OSError, ValueError, KeyError):
+        return None
+    if settings is not None:
+        check_settings(summary.get("settings", {}), settings, out)
+    return found
+
+
+def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Raises UserError where what is in `out` was made with other settings than a run that would go on with it."""
+    now = json.loads(json.dumps(now))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{str(out)!r} holds a run with {name} {before.get(name)!r}, and {now.get(name)!r} is asked for: {REMEDY}"
+            )
+
+
+def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -> dict[str, Any]:
+    """What every dictionary's metadata says, site and metrics aside."""
+    import sae_lens
+
+    sample = model.encode("a")
+    return {
+        # Without its version, sae_lens takes a file for an old one and drops the rest of the metadata.
+        "sae_lens_version": sae_lens.__version__,
+        "sae_lens_training_version": sae_lens.__version__,
+        "saepatch_version": versions()["saepatch"],
+        "model_name": model.name,
+        "model_fingerprint": model.fingerprint,
+        "dataset_path": config.data,
+        "dataset_documents": documents,
+        "training_tokens": config.steps * config.batch_size,
+        "context_size": config.context,
+        "prepend_bos": bool(sample) and sample[0] == model.bos_id,
+        "normalization": "activations were scaled to a mean norm of sqrt(d_in); the scale is folded into the biases",
+        "training_architecture": config.sae.architecture,
+        "seed": config.seed,
+    }
+
+
+def write(
+    out: Path,
+    dictionaries: Mapping[Site, Dictionary],
+    figures: Mapping[Site, Mapping[str, float]],
+    about: Mapping[str, Any],
+    config: TrainingConfig,
+    settings: Mapping[str, Any],
+) -> None:
+    """Save dictionaries, metrics, summary and config: into a folder beside their place first, then moved there.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    from sae_lens.saes.sae import SAEMetadata
+
+    part = out / f".part-{os.getpid()}"
+    try:
+        for site, dictionary in dictionaries.items():
+            sae: Any = dictionary.sae
+            metadata = {**sae.cfg.metadata.to_dict(), **about, "hook_name": site.hook_name}
+            sae.cfg.metadata = SAEMetadata(**metadata, metrics=dict(figures[site]))
+            sae.save_model(part / str(site))
+            _json(part / str(site) / "metrics.json", figures[site])
+        (part / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        sites = {str(site): dict(row) for site, row in figures.items()}
+        seconds = sum(row["seconds"] for row in figures.values())
+        _json(part / SUMMARY, {**about, "settings": settings, "seconds": seconds, "sites": sites})
+        # The summary goes last: where it is, all of it is.
+        for made in sorted(part.iterdir(), key=lambda path: path.name == SUMMARY):
+            place = out / made.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            made.replace(place)
+    except OSError as error:
+        raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): choose another --out") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,274 @@
+"""Documents: read from files, folders and the hub, and divided into those to train on and those held out."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saepatch.errors import UserError
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+# How far into a stream held-out documents are looked for, and how much of it is mixed at a time.
+_FIRST_DOCUMENTS, _FIRST_CHARACTERS = 10_000, 16_000_000
+_MIXED_DOCUMENTS, _MIXED_CHARACTERS = 10_000, 64_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Sequence[str]):
+    """Some of the documents of a sequence, by index; nothing is copied.
+
+    Attributes:
+        source: All documents.
+        chosen: Indices of those that belong, [n] int64.
+        fingerprint: Tells other texts, or another order of them, apart.
+    """
+
+    source: Sequence[str]
+    chosen: np.ndarray
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self.source[i] for i in self.chosen[at].tolist()]
+        return self.source[int(self.chosen[at])]
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """Documents of a `datasets.IterableDataset`, read as they are needed, and again for every epoch.
+
+    Attributes:
+        dataset: Where they come from.
+        column: Where the text stands in a record.
+        name: What it is called in messages.
+        fingerprint: Tells other data apart: by name, by size and time of local files and, after `split`, by the first
+            documents. A change further on in a dataset on the hub goes unnoticed.
+        held_out: Digests of the texts that are left out wherever they turn up.
+        mixed: Documents that are held at a time to shuffle them.
+    """
+
+    dataset: Any
+    column: str
+    name: str
+    fingerprint: str
+    held_out: frozenset[int] = frozenset()
+    mixed: int = 1000
+
+    def read(self, seed: int | None = None, start: int = 0) -> Iterator[tuple[int, str]]:
+        """Documents with their numbers, from one number on: as they stand, or in the order that a seed gives.
+
+        What is left out (blank, held out) has a number too. Those before `start` are read and thrown away: the shuffle
+        has no other exact way there.
+
+        Raises:
+            UserError: the data cannot be read, or holds something else than text.
+        """
+        dataset = self.dataset if seed is None else self.dataset.shuffle(seed=seed, buffer_size=self.mixed)
+        try:
+            for number, record in enumerate(dataset.skip(start) if start else dataset, start):
+                text = record[self.column]
+                if has_text(text) and digest(text) not in self.held_out:
+                    yield number, text
+        except (UserError, GeneratorExit):
+            raise
+        except Exception as error:  # files and connections fail in many ways inside `datasets`
+            raise _unreadable(self.name, error) from error
+
+
+def texts(
+    data: str, text_column: str = "text", subset: str | None = None, split: str = "train", streaming: bool = False
+) -> Sequence[str] | Streamed:
+    """The documents of a file, a folder of files, or a dataset on the hub; read from disk as they are needed.
+
+    A line of a .txt file is a document. Records without text are left out.
+
+    Args:
+        data: Path or hub id.
+        text_column: Where the text stands in each record.
+        subset: Configuration of a hub dataset that has several.
+        split: Split of a hub dataset.
+        streaming: Read while it is used, nothing downloaded or prepared first.
+
+    Raises:
+        UserError: there is no such data, it has no such column, or it holds no text.
+    """
+    if not data:
+        raise UserError("no data to train on: give --data a .jsonl, .parquet or .txt file, a folder or a hub dataset")
+    loaded, files = _load(data, subset, split, streaming)
+    columns = loaded.column_names
+    if columns is None:  # a stream that does not know before it is read
+        columns = list(next(iter(loaded), {}))
+    if text_column not in columns:
+        known = ", ".join(columns) or "none"
+        raise UserError(f"data {data!r} has no column {text_column!r}: set --text_column to one it has ({known})")
+    if streaming:
+        facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        mark = _hash(repr((data, subset, split, text_column, facts)).encode())
+        stream = Streamed(loaded.select_columns([text_column]), text_column, data, mark)
+        if next(stream.read(), None) is None:
+            raise _no_text(data, text_column)
+        return stream
+    full = loaded.filter(_keep, input_columns=[text_column], keep_in_memory=True)
+    if not len(full):
+        raise _no_text(data, text_column)
+    if not isinstance(full[0][text_column], str):
+        raise UserError(f"column {text_column!r} of {data!r} holds {type(full[0][text_column]).__name__}, not text")
+    return full[text_column]
+
+
+def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[Any, list[Path]]:
+    """The dataset, and the files it is read from where they are local."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(data).expanduser()
+    files: list[Path] = []
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
+    try:
+        if path.exists():
+            kind, files = _files(path)
+            loaded = datasets.load_dataset(kind, data_files=[str(p) for p in files], **options)
+        elif path.suffix in FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
+            raise UserError(f"no file or folder {data!r}: check the path, or give the id of a dataset on the hub")
+        else:
+            loaded = datasets.load_dataset(data, subset, **options)
+        if streaming and loaded.column_names is None:
+            next(iter(loaded), None)  # a damaged file shows only once it is read
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file and an unknown id fail in many ways inside `datasets`
+        raise _unreadable(data, error) from error
+    return loaded, files
+
+
+def _files(path: Path) -> tuple[str, list[Path]]:
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in FORMATS and p.is_file())
+    kinds = {FORMATS.get(p.suffix) for p in found}
+    if len(kinds) != 1 or None in kinds:
+        what = "no file" if not found else "files of several kinds" if len(kinds) > 1 else "a kind of file"
+        raise UserError(f"data {str(path)!r} is or holds {what} that cannot be read: use one of {', '.join(FORMATS)}")
+    return str(kinds.pop()), found
+
+
+def _unreadable(data: str, error: Exception) -> UserError:
+    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"cannot read data {data!r} (a file, a folder or a hub dataset id): {reason[0]}")
+
+
+def _no_text(data: str, column: str) -> UserError:
+    return UserError(f"data {data!r} holds no text in column {column!r}: give at least two documents")
+
+
+def _keep(text: object) -> bool:
+    return text is not None and (not isinstance(text, str) or bool(text.strip()))
+
+
+def has_text(text: object) -> bool:
+    """Whether a record's text is there and not blank.
+
+    Raises:
+        UserError: it is something else than text.
+    """
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"a document is {type(text).__name__}, not text: give strings, or another --text_column")
+    return bool(text and text.strip())
+
+
+def as_documents(given: Iterable[str] | Streamed) -> Sequence[str] | Streamed:
+    """Documents as the stream of activations takes them; an iterable that is no sequence is read to its end.
+
+    Raises:
+        UserError: it is one string instead of several.
+    """
+    if isinstance(given, str):
+        raise UserError(f"the documents are one string ({given[:20]!r}…): give a list of strings")
+    return given if isinstance(given, Sequence | Streamed) else list(given)
+
+
+def split(documents: Iterable[str] | Streamed, share: float, seed: int) -> tuple[Sequence[str] | Streamed, list[str]]:
+    """Documents to train on, and documents held out: a share of the different texts, each with all of its copies.
+
+    From a stream, the first documents are held out, as many as that share of its first 10,000 (or of its first 16
+    million characters, where these are fewer).
+
+    Raises:
+        UserError: there are fewer than two different documents.
+    """
+    documents = as_documents(documents)
+    documents = as_documents(documents)
+    if isinstance(documents, Streamed):
+        return _split_stream(documents, share)
+    digests = np.fromiter(map(digest, documents), dtype=np.uint64, count=len(documents))
+    _, first = np.unique(digests, return_index=True)  # to tell copies without holding the texts
+    first.sort()
+    count = _held(len(first), share)
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).numpy()
+    held = first[order[:count]]
+    rest = np.flatnonzero(~np.isin(digests, digests[held]))
+    return Documents(documents, rest, _hash(digests[rest].tobytes())), [documents[i] for i in held.tolist()]
+
+
+def _split_stream(documents: Streamed, share: float) -> tuple[Streamed, list[str]]:
+    different: dict[int, str] = {}
+    read = characters = 0
+    for _, text in islice(documents.read(), _FIRST_DOCUMENTS):
+        different.setdefault(digest(text), text)
+        read, characters = read + 1, characters + len(text)
+        if characters >= _FIRST_CHARACTERS and len(different) > 1:
+            break
+    held = list(different.items())[: _held(len(different), share)]
+    mark = _hash(documents.fingerprint.encode() + np.array(list(different), dtype=np.uint64).tobytes())
+    mixed = max(1, min(_MIXED_DOCUMENTS, _MIXED_CHARACTERS * read // characters))
+    apart = documents.held_out | {key for key, _ in held}
+    return replace(documents, held_out=apart, mixed=mixed, fingerprint=mark), [text for _, text in held]
+
+
+def _held(different: int, share: float) -> int:
+    if different < 2:
+        raise UserError(f"{different} different documents leave none to train on once one is held out: give more text")
+    return min(max(1, round(share * different)), different - 1)
+
+
+def fingerprint(documents: Sequence[str] | Streamed) -> str:
+    """16 hexadecimal digits that tell other texts, or another order of them, apart."""
+    if isinstance(documents, Documents | Streamed):
+        return documents.fingerprint
+    return _hash(np.fromiter(map(digest, documents), dtype=np.uint64, count=len(documents)).tobytes())
+
+
+def digest(text: str) -> int:
+    """64 bits of a text's BLAKE2b hash: the same in every process, other than Python's own hash."""
+    has_text(text)
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def mixed_seed(*facts: int | str) -> int:
+    """A seed for one purpose out of several: equal facts give equal seeds, others unrelated ones."""
+    return int(_hash(repr(facts).encode()), 16) >> 1
+
+
+def in_order(documents: Sequence[str] | Streamed, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[int, str]]:
+    """The documents of an epoch with their places in its order, from one place on.
+
+    The order follows from the seed and the epoch alone.
+    """
+    seed = mixed_seed(seed, "epoch", epoch)
+    if isinstance(documents, Streamed):
+        yield from documents.read(seed, start)
+        return
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    for place in range(start, len(order)):
+        yield place, documents[int(order[place])]
