@@ -30,7 +30,7 @@ from saepatch.charts import (
     position_map,
 )
 from saepatch.effects import Map, describe
-from saepatch.report import Chart, Facts, Page, Section, Table, write_figure, write_page
+from saepatch.report import KEPT, Chart, Facts, Page, Section, Table, keep_page, write_figure, write_page
 from saepatch.results import Provenance, Row, versions, write_json, write_rows, write_yaml
 from saepatch.statistics import Interval
 
@@ -44,7 +44,9 @@ def write(found: Found, out: Path) -> None:
     drawn = charts(found)
     for name, chart in drawn.items():
         write_figure(chart, out / f"{name}.svg")
-    write_page(page(found, drawn, provenance), out / "report.html")
+    drawn_page = page(found, drawn, provenance)
+    keep_page(drawn_page, out / KEPT)
+    write_page(drawn_page, out / "report.html")
     write_json(summary(found), out / "summary.json")
 
 

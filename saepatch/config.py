@@ -214,7 +214,7 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html of a finished run of patch or attribute, from the files in its folder."""
+    """Write report.html of a finished run, from the files in its folder alone."""
 
     run: str
     """Folder of the run."""

@@ -1,5 +1,6 @@
 """The report: nothing in it runs, nothing in it loads, nothing missing breaks it."""
 
+import json
 import math
 import os
 import re
@@ -34,6 +35,8 @@ from saepatch.report import (
     Series,
     Table,
     Tokens,
+    keep_page,
+    read_page,
     render,
     write_figure,
     write_page,
@@ -263,6 +266,20 @@ def test_axes():
     assert logarithmic([1, 7, 30, 100, 700, 1000], 0, 100, count=4).ticks == (1, 10, 100, 1000)
 
 
+def test_a_logarithmic_axis_of_less_than_two_powers_of_ten():
+    """Values that are too many to be ticks themselves."""
+    assert logarithmic([1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.3, 2.4], 0, 100, 8).ticks == (2.0,)
+    assert logarithmic(np.linspace(1.5, 95, 30).tolist(), 0, 100, 8).ticks == (2.0, 5.0, 10.0, 20.0, 50.0)
+    assert logarithmic(np.linspace(1.1, 1.9, 30).tolist(), 0, 100, 8).ticks == (pytest.approx(1.1), pytest.approx(1.9))
+
+
+def test_the_numbers_along_an_axis_have_their_format():
+    drawn = "".join(
+        line_chart(LineChart("t", "x", "y", [Series("s", [0.01, 0.25], [1, 2])], x_format=".0%"), WIDE).parts
+    )
+    assert "at 25\u00a0%: " in drawn
+
+
 def test_a_table_shows_intervals_formats_and_gaps():
     source = render(
         page_of(
@@ -317,6 +334,17 @@ def test_prose_and_anchors():
     ids = re.findall(r'<section id="([^"]+)"', source)
     assert len(set(ids)) == 3
     assert all(f'href="#{name}"' in source for name in ids)
+
+
+def test_a_kept_page_is_the_same_page(tmp_path):
+    card = Card("c", EVIL, "s", [Facts({"block": "mapping", EVIL: "x"})], [(EVIL, "https://a.org")])
+    blocks = [*every_block(EVIL), card, Choice(EVIL, [(EVIL, [Table(["n"], [[np.float64(2)], [-INF]])])])]
+    page = page_of(*blocks, title=EVIL)
+    kept = json.loads(keep_page(page, tmp_path / "page.json").read_text("utf-8"))
+    assert render(read_page(kept)) == render(page)
+    for spoiled in ({"block": "Facts", "items": []}, {"block": "Page", "pears": 1}, {}, [], {"block": "Any"}, 3):
+        with pytest.raises(UserError, match="run its command again"):
+            read_page(spoiled)
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path):

@@ -116,6 +116,7 @@ class Restoration:
     rates: Mapping[str, Interval]
     curve: tuple[tuple[int, Interval, Interval], ...]  # number of latents, top, random
     examples: tuple[tuple[str, str, str, str], ...]  # prompt, then answers: jailbroken, restored, random latents
+    donors: tuple[str, ...]  # the benign prompts of the examples
 
 
 def restoration(
@@ -180,6 +181,7 @@ def restoration(
         rates=rates,
         curve=tuple(curve),
         examples=tuple(zip(jailbroken[:6], plain[:6], restored[:6], by_random[0][:6], strict=True)),
+        donors=tuple(pair.clean for pair in report[:6]),
     )
 
 
@@ -287,6 +289,7 @@ class Steering:
     positions: str
     prompts: tuple[str, ...]
     conditions: tuple[Condition, ...]
+    tried: tuple[Condition, ...]  # every strength, on `tune`
 
     def of(self, name: str) -> Condition:
         return next(condition for condition in self.conditions if condition.name == name)
@@ -364,6 +367,7 @@ def steering(
 
     bare = generate_steered(model, dictionary, concept.report, None, concept.shown, ANSWER_TOKENS)
     conditions = [Condition("unsteered", (), 0.0, (bare,))]
+    every: list[Condition] = []
     for name, sets in plans.items():
         tried = [
             Condition(name, tuple(sets), strength, tuple(run(concept.tune, one, strength) for one in sets))
@@ -372,4 +376,7 @@ def steering(
         best = max(tried, key=lambda condition: (condition.success, -condition.perplexity))
         outcomes = tuple(run(concept.report, one, best.strength) for one in sets)
         conditions.append(replace(best, outcomes=outcomes))
-    return Steering(concept.name, str(dictionary.site), concept.positions, concept.report, tuple(conditions))
+        every += tried
+    return Steering(
+        concept.name, str(dictionary.site), concept.positions, concept.report, tuple(conditions), tuple(every)
+    )

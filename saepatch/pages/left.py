@@ -147,7 +147,7 @@ class Left:
         if "corrupted" not in sides or not prompts["same_length"]:
             return (names, None) if prompts["same_length"] else (plain, None)
         below = _names(sides["corrupted"], positions)
-        if set(below) == {"…"}:
+        if set(below[1:]) <= {"…"}:  # the BOS apart
             return names, None
         return names, ["=" if one == other and one != "…" else other for one, other in zip(clean, below)]
 
@@ -169,8 +169,6 @@ def read_left(out: Path) -> Left:
         UserError: it holds no finished run of `patch` or `attribute`, or a file is damaged.
     """
     run = read_run(out)
-    if run.work == "demo":
-        raise UserError(f"{str(out)!r} is of the demo, which writes its report itself: see {out / 'report.html'}")
     if run.work not in ("patch", "attribute"):
         raise UserError(f"{str(out)!r} holds no run of patch or attribute: give the folder of one")
     reading = read_json(out / READING) if (out / READING).exists() else None

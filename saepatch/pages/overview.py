@@ -63,9 +63,8 @@ def _headline(left: Left) -> dict[str, str]:
     }
     for direction in left.directions:
         if top := _top(left, direction):
-            value = top[0]["effect"]["value"] if isinstance(top[0]["effect"], dict) else top[0]["effect"]
-            items[f"largest {'estimate' if left.is_screen else 'effect'}, {direction}: {name_of(top[0])}"] = number(
-                value, ".3f"
+            items[f"largest {'estimate' if left.is_screen else 'effect'}, {direction}: {name_of(top[0])}"] = _effect(
+                top[0]
             )
         if left.is_screen and (pearson := summary["screens"][direction].get("pearson")) is not None:
             items[f"Pearson of estimates with exact effects, {direction}"] = number(pearson, ".3f")

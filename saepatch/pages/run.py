@@ -7,16 +7,21 @@ from saepatch.pages.curves import groups, verified
 from saepatch.pages.left import Left, read_left
 from saepatch.pages.maps import edits, maps
 from saepatch.pages.overview import facts, lead, overview
-from saepatch.report import Page, write_page
+from saepatch.report import KEPT, Page, read_page, write_page
+from saepatch.runfolders import read_json
 
 
 def write_report(out: Path) -> Path:
     """Write `report.html` into a finished run's folder, from the files there alone.
 
+    Runs of `patch` and `attribute` are drawn from their rows and summary; of any other, the page that it kept.
+
     Raises:
-        UserError: it holds no finished run of `patch` or `attribute`, or cannot be written.
+        UserError: the folder holds neither, or cannot be written.
     """
-    return write_page(run_page(read_left(out)), out / "report.html")
+    kept = out / KEPT
+    page = read_page(read_json(kept)) if kept.exists() else run_page(read_left(out))
+    return write_page(page, out / "report.html")
 
 
 def run_page(left: Left) -> Page:

@@ -35,10 +35,12 @@ from saepatch.report.blocks import (
     Tokens,
 )
 from saepatch.report.figure import write_figure
+from saepatch.report.kept import KEPT, keep_page, read_page
 from saepatch.report.page import render, write_page
 from saepatch.report.text import token_text
 
 __all__ = [
+    "KEPT",
     "BarChart",
     "Bars",
     "Block",
@@ -65,6 +67,8 @@ __all__ = [
     "Simple",
     "Table",
     "Tokens",
+    "keep_page",
+    "read_page",
     "render",
     "token_text",
     "write_figure",

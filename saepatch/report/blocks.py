@@ -42,7 +42,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Headline:
-    """A few large figures: label to value, already formatted (``{"refused, restored": "94 %"}``)."""
+    """A few large figures: label to value, already formatted (``{"refused, restored": "94 % [90 %, 97 %]"}``)."""
 
     items: Mapping[str, str]
 
@@ -112,6 +112,8 @@ class LineChart:
     y_range: tuple[float, float] | None = None
     y_format: str = ""
     """Python format of the values (``.0%``); chosen by size where it is not given."""
+    x_format: str = ""
+    """The same of the numbers along the axis."""
 
     def __post_init__(self) -> None:
         if self.log_x and any(x < 0 for line in self.series for x in line.x):

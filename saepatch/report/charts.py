@@ -79,14 +79,14 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
         parts.append(label(left - 8, y + 4, number(tick, spec), "tick", "end"))
     for tick in x_axis.ticks:
         parts.append(rule(x_axis(tick), bottom, x_axis(tick), bottom + 5, "zero"))
-        parts.append(label(x_axis(tick), bottom + 19, number(tick), "tick", "middle"))
+        parts.append(label(x_axis(tick), bottom + 19, number(tick, chart.x_format), "tick", "middle"))
     parts.append(label((left + width - 14) / 2, bottom + 41, chart.x_label, "axis", "middle"))
     for reference in chart.references:
         y = y_axis(reference.value)
         parts.append(rule(left, y, width - 14, y, "reference"))
         parts.append(label(left + 6, y - 5 if y - 5 > top else y + 13, reference.label, "note"))
     for index, line in enumerate(chart.series):
-        parts.append(_line(line, index, x_axis, y_axis, chart.y_format))
+        parts.append(_line(line, index, x_axis, y_axis, chart))
     return Drawing(width, height, chart.title, tuple(parts))
 
 
@@ -95,8 +95,8 @@ def _ends(xs: Sequence[float]) -> tuple[float, float] | None:
     return (min(found), max(found)) if found and min(found) < max(found) else None
 
 
-def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, spec: str) -> Markup:
-    parts = []
+def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, chart: LineChart) -> Markup:
+    parts, spec = [], chart.y_format
     spans = _spans(line.low, line.high, len(line.x))
     banded = [
         (x_axis(x), y_axis(span[0]), y_axis(span[1])) if finite(x) and finite(span[0]) and finite(span[1]) else None
@@ -112,7 +112,7 @@ def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, spec: str) -> 
     parts += [element("polyline", {"points": _points(run), "class": "line"}) for run in _runs(drawn) if len(run) > 1]
     for place, x, y, span in zip(drawn, line.x, line.y, spans):
         if place is not None:
-            parts.append(marker(index, *place, f"{line.name}\nat {number(x)}: {said(y, span, spec)}"))
+            parts.append(marker(index, *place, f"{line.name}\nat {number(x, chart.x_format)}: {said(y, span, spec)}"))
     # Points closer than they are wide show only under the pointer.
     reach = x_axis.end - x_axis.start
     dense = " dense" if len(line.x) * 12 > reach else ""
@@ -302,7 +302,9 @@ def heat_map(chart: HeatMap, width: int) -> Drawing:
             key = (row, index, chart.keys[row][index]) if chart.keys and finite(value) else None
             parts.append(_cell(value, top_value, (left + cell * index, y, cell, tall), tip, spec, numbered, key))
     height = head + tall * len(chart.rows) + 6
-    return Drawing(width, height, chart.title, tuple(parts), interactive=chart.keys is not None)
+    return Drawing(
+        width, height, chart.title, tuple(parts), interactive=chart.keys is not None or any(chart.anchors or ())
+    )
 
 
 def _column(chart: HeatMap, index: int) -> str:

@@ -241,7 +241,7 @@ def _numbers(chart: Chart) -> Table:
         names = [chart.x_label or "x", *(line.name for line in chart.series)]
         xs = sorted({x for line in chart.series for x in line.x if finite(x)})
         rows: list[list[Cell]] = [[x, *(_at(line, x) for line in chart.series)] for x in xs]
-        return Table(names, rows, formats=_formats(names[1:], chart.y_format))
+        return Table(names, rows, formats=_formats(names[1:], chart.y_format) | _formats(names[:1], chart.x_format))
     if isinstance(chart, BarChart):
         names = [chart.value_label or "", *(bars.name for bars in chart.bars)]
         rows = [
