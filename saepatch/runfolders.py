@@ -153,6 +153,27 @@ def runs_table(root: Path) -> str:
     return "\n".join(aligned(rows)) if len(rows) > 1 else f"no runs in {root}"
 
 
+def runs_facts(root: Path) -> dict[str, Any]:
+    """The same, for programs."""
+    runs = find_runs(root)
+    return {
+        "runs": [
+            {
+                "path": str(run.path),
+                "command": run.work,
+                "model": run.model,
+                "task": run.task,
+                "sites": run.sites,
+                "finished": run.finished,
+                "headline": headline(run),
+                "settings": run.settings,
+            }
+            for run in runs
+        ],
+        "unfinished": [str(path) for path in unfinished(root, runs)],
+    }
+
+
 def _short(text: str, room: int = 28) -> str:
     return text if len(text) <= room else text[: room - 1] + "…"
 
@@ -185,6 +206,17 @@ class Comparison:
             lines += aligned([[title, *names[1:]], *rows]) if rows else [f"{title}: none"]
             lines.append("")
         return "\n".join(lines).rstrip()
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "runs": [str(self.one.path), str(self.other.path)],
+            "settings": [list(row) for row in self.settings],
+            "figures": [list(row) for row in self.figures],
+            "edits": [
+                {"edit": name, "effects": [line and line["effect"] for line in lines]} for name, *lines in self.edits
+            ],
+        }
 
 
 def _effect(line: dict[str, Any] | None) -> str:

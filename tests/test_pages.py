@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -341,15 +342,15 @@ def test_nothing_hostile_gets_into_a_page(swept, grouped, screened, heads):
         assert not re.search("[\u202a-\u202e\u200b]", source)
 
 
-@pytest.fixture
-def browser(tmp_path, monkeypatch):
+@contextmanager
+def chromium(folder):
+    """A headless Chromium; where there is none, the test is skipped."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     binary = next((found for name in names if (found := shutil.which(name))), None)
     driver = shutil.which("chromedriver")
     if not binary or not driver:
         pytest.skip("no Chromium with chromedriver on this machine")
-    monkeypatch.setenv("SE_OFFLINE", "true")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in (
@@ -361,11 +362,20 @@ def browser(tmp_path, monkeypatch):
         "force-prefers-reduced-motion",
     ):
         options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.add_argument(f"--user-data-dir={folder / 'profile'}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver, log_output=os.devnull))
-    yield session
-    session.quit()
+    try:
+        yield session
+    finally:
+        session.quit()
+
+
+@pytest.fixture
+def browser(tmp_path, monkeypatch):
+    monkeypatch.setenv("SE_OFFLINE", "true")
+    with chromium(tmp_path) as session:
+        yield session
 
 
 def all_of(browser, selector):

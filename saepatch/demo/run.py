@@ -19,9 +19,10 @@ from saepatch.dictionaries import Dictionary, load_saes
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.organism.checks import Measures, evaluate_organism
+from saepatch.pages import track_page
 from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
 from saepatch.reading import Card
-from saepatch.report import KEPT, keep_page, write_figure, write_page
+from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
 from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
@@ -67,17 +68,24 @@ def run_demo(config: DemoConfig) -> Findings:
             if site:
                 _at(saes, site)
     out = output_folder(config.out)
-    with open_tracker(config.track, out, run="demo", config=asdict(config)) as tracker:
+    with open_tracker(
+        config.track,
+        out,
+        run="demo",
+        config=asdict(config),
+        job_type="demo",
+        axes={"splice/*": "layer"},
+    ) as tracker:
         findings = _measure(config, model, saes, clock, tracker)
         tracker.summarise(_headline(findings))
-        _write(findings, out)
+        track_page(_write(findings, out), out / "report.html", tracker)
     return findings
 
 
 def _measure(
     config: DemoConfig, model: LanguageModel, saes: dict[Site, Dictionary], clock: dict[str, float], tracker: Tracker
 ) -> Findings:
-    n, seed = config.pairs, config.seed
+    n, seed, bars = config.pairs, config.seed, not (config.quiet or config.json)
     with _stage("tasks", clock):
         measures = evaluate_organism(model.hf, model.tokenizer, seed=seed)  # type: ignore[arg-type]
     with _stage("splice", clock):
@@ -86,10 +94,10 @@ def _measure(
         for layer, dictionary in enumerate(saes.values()):
             quality.append(splice_quality(model, dictionary, reference))
             row = {"splice/ce_recovered": quality[-1].ce_recovered, "splice/fvu": quality[-1].fvu}
-            tracker.log(row | {"layer": layer}, layer)
+            tracker.log(row, layer)
     with _stage("patching", clock):
         dictionary = _at(saes, config.ioi_site)
-        patching = stages.patching(model, dictionary, latent_statistics(model, dictionary, reference), n, seed)
+        patching = stages.patching(model, dictionary, latent_statistics(model, dictionary, reference), n, seed, bars)
     with _stage("restoration", clock):
         site = config.safety_site
         dictionary = _at(saes, site) if site else stages.choose_safety_site(model, saes, n, seed)
@@ -220,7 +228,7 @@ def _steering(one: stages.Steering) -> dict[str, Any]:
     }
 
 
-def _write(found: Findings, out: Path) -> None:
+def _write(found: Findings, out: Path) -> Page:
     import yaml
 
     p = found.patching
@@ -248,3 +256,4 @@ def _write(found: Findings, out: Path) -> None:
     drawn = page(found, provenance)
     keep_page(drawn, out / KEPT)
     write_page(drawn, out / "report.html")
+    return drawn

@@ -57,17 +57,19 @@ class Patching:
     dictionary: Dictionary
 
 
-def patching(model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int) -> Patching:
+def patching(
+    model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int, bars: bool = False
+) -> Patching:
     """Patch the latents of one site on `report`, in both directions: alone, and the top ones together."""
     select = load_pairs("ioi", "select", n, seed)
     report = load_pairs("ioi", "report", n, seed)
     fixed = _ranked(integrated_gradients(model, dictionary, select)[0].mean(0))
     own = [_ranked(row) for row in integrated_gradients(model, dictionary, report)[0]]
     directions: tuple[Direction, Direction] = ("denoise", "noise")
-    singles = [patch_latents(model, dictionary, report, direction=d, progress=True) for d in directions]
+    singles = [patch_latents(model, dictionary, report, direction=d, progress=bars) for d in directions]
     curves = [
         effect_curve_by_pair(
-            model, dictionary, report, own, singles[0].ran, SIZES, stats, direction, seed=seed, progress=True
+            model, dictionary, report, own, singles[0].ran, SIZES, stats, direction, seed=seed, progress=bars
         )
         for direction in directions
     ]

@@ -2,5 +2,6 @@
 
 from saepatch.pages.compare import compare_page
 from saepatch.pages.run import run_page, write_report
+from saepatch.pages.tracked import track_page, track_run
 
-__all__ = ["compare_page", "run_page", "write_report"]
+__all__ = ["compare_page", "run_page", "track_page", "track_run", "write_report"]

@@ -30,6 +30,12 @@ def write_figure(chart: Chart, path: Path) -> Path:
     Raises:
         UserError: The file cannot be written there.
     """
+    write_whole(path, svg_of(chart) + "\n", "the figure")
+    return path
+
+
+def svg_of(chart: Chart) -> str:
+    """The same as text."""
     drawing = draw(chart, max(WIDE, map_width(chart)) if isinstance(chart, HeatMap) else WIDE)
     parts = [label(0, 14, chart.title, "title")] if chart.title else []
     top = 34.0 if chart.title else 0.0
@@ -49,9 +55,7 @@ def write_figure(chart: Chart, path: Path) -> Path:
     body = element("g", {"class": "chart", "transform": f"translate({_MARGIN:g} {_MARGIN:g})"}, *parts)
     paper = element("rect", {"width": "100%", "height": "100%", "class": "paper"})
     style = element("style", {}, Markup(flat_style()))
-    text = element("svg", {**size, "viewBox": f"0 0 {width:g} {height:g}"}, style, paper, body)
-    write_whole(path, str(text) + "\n", "the figure")
-    return path
+    return str(element("svg", {**size, "viewBox": f"0 0 {width:g} {height:g}"}, style, paper, body))
 
 
 def _swatch(chart: Chart, index: int, y: float) -> Markup:
