@@ -20,7 +20,7 @@ CALL_TIMEOUT = 60.0  # seconds after which a call that has not returned counts a
 
 @dataclass(frozen=True)
 class About:
-    """What a guest is told of a run when it starts; :func:`saepatch.tracking.open_tracker` says what each means."""
+    """What a guest is told of a run when it starts; `saepatch.tracking.open_tracker` says what each means."""
 
     out: Path
     run: str

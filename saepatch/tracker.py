@@ -26,7 +26,7 @@ FINISH_TIMEOUT = 60.0  # seconds; without a limit, a connection lost on the way 
 
 
 class Tracker:
-    """Where a run writes its numbers. Made by :func:`saepatch.tracking.open_tracker`.
+    """Where a run writes its numbers. Made by `saepatch.tracking.open_tracker`.
 
     Attributes:
         out: Folder of the local log.
@@ -76,7 +76,7 @@ class Tracker:
             name: Name of the histogram.
             counts: How many fall between an edge and the next.
             edges: Edges of the bins, one more than there are counts.
-            step: As for :meth:`log`.
+            step: As for `log`.
 
         Raises:
             TypeError, ValueError: The edges do not fit the counts, a value is not one finite number, or the name is

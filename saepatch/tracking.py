@@ -1,10 +1,10 @@
 """Experiment tracking: a local log that always works; Weights & Biases and trackio beside it when asked for.
 
-The local log is a folder: ``metrics.jsonl`` (one line for each :meth:`Tracker.log` and :meth:`Tracker.histogram`,
+The local log is a folder: ``metrics.jsonl`` (one line for each `Tracker.log` and `Tracker.histogram`,
 flushed at once, so that a killed run keeps every line), ``metrics.summary.json``, ``artifacts.jsonl``, one
 ``<name>.jsonl`` for each table and curve, and ``figures/``. The others are guests: each is spoken to from a thread of
 its own, so that it costs the run microseconds, whatever it does. When one fails or hangs, at the start, in the middle
-or at the end, that is said once through :mod:`logging`, and the run goes on with the local log.
+or at the end, that is said once through `logging`, and the run goes on with the local log.
 
 This is the only module that knows W&B, and it imports it only once it is asked for.
 """
@@ -79,7 +79,7 @@ def open_tracker(
         project: Project of W&B and trackio.
         resume: Append to the log that is there; otherwise it is begun afresh. A line cut short by a kill is taken out.
         resume_from: The same for a run that goes on from this step: lines of later steps are taken out, too.
-        run_id: Guests' id of the run, as :attr:`Tracker.run_id` gave it before; a new one where there is none.
+        run_id: Guests' id of the run, as `Tracker.run_id` gave it before; a new one where there is none.
         group: Runs of one study share it, so that W&B lines them up; by default the folder that `out` is in.
         job_type: What kind of run of the study this is: train, patch, steer.
         axes: What steps count, by the names of metrics (``{"*": "tokens"}``): W&B draws these over it.

@@ -34,7 +34,7 @@ from saepatch.report.blocks import (
     Table,
     Tokens,
 )
-from saepatch.report.figure import svg_of, write_figure
+from saepatch.report.figure import svg_of, write_figure, write_figures
 from saepatch.report.kept import KEPT, keep_page, read_page
 from saepatch.report.page import render, write_page
 from saepatch.report.text import token_text
@@ -73,5 +73,6 @@ __all__ = [
     "svg_of",
     "token_text",
     "write_figure",
+    "write_figures",
     "write_page",
 ]

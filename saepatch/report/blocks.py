@@ -24,7 +24,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Link:
-    """A table cell, or a name, that leads to a :class:`Card` of the same page."""
+    """A table cell, or a name, that leads to a `Card` of the same page."""
 
     text: str
     anchor: str
@@ -64,7 +64,7 @@ class Table:
     formats: Mapping[str, str] = field(default_factory=dict)
     """Python format of a column's numbers, by column name: ``{"recovered": ".1%", "latent": "d"}``; else by size."""
     keys: Sequence[Sequence[str]] = ()
-    """Of each row, the cells of heat maps that it belongs to (:attr:`HeatMap.keys`)."""
+    """Of each row, the cells of heat maps that it belongs to (`HeatMap.keys`)."""
 
     def __post_init__(self) -> None:
         if self.keys:
@@ -78,7 +78,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a :class:`LineChart`; a missing y interrupts it."""
+    """One line of a `LineChart`; a missing y interrupts it."""
 
     name: str
     x: Sequence[float]
@@ -122,7 +122,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Bars:
-    """One set of bars of a :class:`BarChart`, a value for each label."""
+    """One set of bars of a `BarChart`, a value for each label."""
 
     name: str
     values: Sequence[Number]
@@ -168,7 +168,7 @@ class HeatMap:
     keys: Sequence[Sequence[str]] | None = None
     """A key of each cell: a click shows the rows of the page's tables that have it."""
     anchors: Sequence[str] | None = None
-    """Of each row, the :class:`Card` that its name leads to; empty where there is none."""
+    """Of each row, the `Card` that its name leads to; empty where there is none."""
 
     def __post_init__(self) -> None:
         name = f"heat map {self.title!r}"
@@ -180,7 +180,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Points:
-    """One set of points of a :class:`ScatterChart`; one with a missing x or y is not drawn."""
+    """One set of points of a `ScatterChart`; one with a missing x or y is not drawn."""
 
     name: str
     x: Sequence[Number]
@@ -271,7 +271,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Card:
-    """One thing by itself, folded up until it is opened or a :class:`Link` leads to it."""
+    """One thing by itself, folded up until it is opened or a `Link` leads to it."""
 
     anchor: str
     title: str

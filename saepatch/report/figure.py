@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -31,6 +32,30 @@ def write_figure(chart: Chart, path: Path) -> Path:
         UserError: The file cannot be written there.
     """
     write_whole(path, svg_of(chart) + "\n", "the figure")
+    return path
+
+
+def write_figures(charts: Sequence[Chart], path: Path, columns: int = 2) -> Path:
+    """Writes several charts as one SVG file, side by side in so many columns.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: The file cannot be written there.
+    """
+    drawn = [svg_of(chart) for chart in charts]
+    sizes = [tuple(float(n) for n in re.findall(r'(?:width|height)="([\d.]+)"', one)[:2]) for one in drawn]
+    wide, parts, y = max(width for width, _ in sizes), [], 0.0
+    for first in range(0, len(drawn), columns):
+        row = range(first, min(first + columns, len(drawn)))
+        parts += [drawn[i].replace("<svg ", f'<svg x="{wide * (i - first):g}" y="{y:g}" ', 1) for i in row]
+        y += max(sizes[i][1] for i in row)
+    size = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {wide * min(columns, len(drawn)):g} {y:g}"}
+    paper = element("rect", {"width": "100%", "height": "100%", "class": "paper"})
+    style = element("style", {}, Markup(flat_style()))
+    whole = element("svg", size, style, paper, *map(Markup, parts))
+    write_whole(path, str(whole) + "\n", "the figures")
     return path
 
 

@@ -31,7 +31,7 @@ def keep_page(page: Page, path: Path) -> Path:
 
 
 def read_page(given: Any) -> Page:
-    """The page that :func:`keep_page` wrote, out of its JSON.
+    """The page that `keep_page` wrote, out of its JSON.
 
     Raises:
         UserError: it holds something that no page has, as one of another version may.
