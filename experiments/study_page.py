@@ -35,8 +35,8 @@ from saepatch.results import Provenance, Row, versions, write_json, write_rows, 
 from saepatch.statistics import Interval
 
 
-def write(found: Found, out: Path) -> None:
-    """Write the rows, the settings, the figures, the report and the summary."""
+def write(found: Found, out: Path) -> Page:
+    """Write the rows, the settings, the figures, the report and the summary; returns the report."""
     sae, model = found.best.dictionary, found.model
     provenance = Provenance(model.name, model.fingerprint, sae.name, sae.fingerprint, found.config.seed)
     write_rows([(rows(found), provenance)], out / "results.parquet")
@@ -48,6 +48,7 @@ def write(found: Found, out: Path) -> None:
     keep_page(drawn_page, out / KEPT)
     write_page(drawn_page, out / "report.html")
     write_json(summary(found), out / "summary.json")
+    return drawn_page
 
 
 def rows(found: Found) -> list[Row]:

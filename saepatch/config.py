@@ -210,7 +210,7 @@ class AttributeConfig(SweepConfig):
     command: ClassVar[str] = "attribute"
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch attribute --pairs ioi --verify 50 --sample 50 --out runs/screen",
-        'saepatch attribute --clean "The key is" --corrupted "The keys are" --answers " old| new" --out runs/one',
+        'saepatch attribute --clean "Tom was late as" --corrupted "Mary was late as" --answers " he| she" --out runs/b',
     )
     out: str = "runs/attribute"
     """Folder for the results."""

@@ -56,6 +56,13 @@ def test_the_examples_of_every_command_are_commands(capsys, monkeypatch):
             assert yaml.safe_load(capsys.readouterr().out)
 
 
+def test_the_pair_that_is_spelt_out_in_an_example_is_one(tmp_path, capsys):
+    (example,) = [one for one in COMMANDS["attribute"][0].examples if "--clean" in one]
+    words = shlex.split(example)
+    assert main([*words[1 : words.index("--out")], "--out", str(tmp_path / "one"), "--quiet"]) == 0
+    assert "Pearson" in capsys.readouterr().out
+
+
 def test_every_command_says_json(place, patched, capsys):
     model, saes = str(place / "model"), str(place / "saes")
 
