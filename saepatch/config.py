@@ -210,7 +210,8 @@ class AttributeConfig(SweepConfig):
     command: ClassVar[str] = "attribute"
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch attribute --pairs ioi --verify 50 --sample 50 --out runs/screen",
-        'saepatch attribute --clean "Tom was late as" --corrupted "Mary was late as" --answers " he| she" --out runs/b',
+        'saepatch attribute --clean "Tom was late when" --corrupted "Mary was late when" --answers " he| she" '
+        "--out runs/one",
     )
     out: str = "runs/attribute"
     """Folder for the results."""
