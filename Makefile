@@ -21,7 +21,8 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo test lint format types test-fast test-slow bench bench-generation bench-training organism constraints clean
+.PHONY: help setup demo picture docs test lint format types test-fast test-slow bench bench-generation bench-training organism \
+	constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -77,6 +78,18 @@ bench-generation: $(STAMP)  ## time generation under a splice beside the bare mo
 	@$(PIP) -e '.[bench]' $(OR_SHOW)
 	@$(BIN)/python -m experiments.benchmarks.generation --out runs/bench-generation
 
+# Every module by name: the package's own __all__ names what users import, and not where concepts are explained.
+MODULES = saepatch $(subst /,.,$(basename $(wildcard saepatch/[a-z]*.py))) \
+	saepatch.report saepatch.pages saepatch.demo saepatch.organism training
+
+docs: $(STAMP)  ## every concept's documentation, from the docstrings, into docs/index.html
+	@rm -rf docs
+	@$(BIN)/python -W error::UserWarning -m pdoc --docformat google --output-directory docs $(MODULES)
+	@echo "Documentation: docs/index.html"
+
+picture: $(STAMP)  ## the README's picture, from the report of `make demo`
+	@$(BIN)/python -m experiments.picture --run $(OUT)
+
 organism: $(STAMP)  ## retrain the embedded model and its SAEs from the seed (up to an hour on two cores)
 	$(BIN)/python -m training.organism
 
@@ -87,5 +100,5 @@ constraints: $(STAMP)  ## rewrite constraints.txt from what .venv holds (run it 
 	touch $(STAMP)
 
 clean:  ## remove the environment, caches and builds; keeps runs/
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist docs .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,10 +22,12 @@ from saepatch.dictionaries import Dictionary, load_saes
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.organism import tasks
+from saepatch.pages import track_page
 from saepatch.prompts import PromptPair, batch_pairs, pairs_of
 from saepatch.quality import latent_statistics
 from saepatch.results import check_writable, output_folder
 from saepatch.sites import Site
+from saepatch.tracking import open_tracker, read_spec
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class StudyConfig:
     """Where to run: cpu, cuda or mps."""
     dtype: str = "float32"
     """Precision of the model: float32, bfloat16 or float16."""
+    track: str = "none"
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
     prepend_bos: bool | None = None
     """Put a BOS in front of texts whose tokenizer adds none; unset: where the dictionaries were trained so."""
 
@@ -67,6 +71,7 @@ class StudyConfig:
             raise UserError(f"sizes = {list(self.sizes)}: give rising numbers from 1, as in --sizes [1,4,16]")
         if min(self.verify, self.sample) < 2:
             raise UserError(f"verify = {self.verify}, sample = {self.sample}: use at least 2 of each")
+        read_spec(self.track)
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,8 @@ def run(question: Question, config: StudyConfig) -> Found:
     settings = replace(config, prepend_bos=model.prepend_bos)
     found = _measure(question, settings, model, list(saes.values()), select, report, clock)
     out = output_folder(config.out)
-    write(found, out)
+    with open_tracker(config.track, out, run=question.task, config=asdict(settings), job_type="experiment") as tracker:
+        track_page(write(found, out), out / "report.html", tracker)
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return found
 

@@ -30,13 +30,13 @@ from saepatch.charts import (
     position_map,
 )
 from saepatch.effects import Map, describe
-from saepatch.report import Chart, Facts, Page, Section, Table, write_figure, write_page
+from saepatch.report import KEPT, Chart, Facts, Page, Section, Table, keep_page, write_figure, write_page
 from saepatch.results import Provenance, Row, versions, write_json, write_rows, write_yaml
 from saepatch.statistics import Interval
 
 
-def write(found: Found, out: Path) -> None:
-    """Write the rows, the settings, the figures, the report and the summary."""
+def write(found: Found, out: Path) -> Page:
+    """Write the rows, the settings, the figures, the report and the summary; returns the report."""
     sae, model = found.best.dictionary, found.model
     provenance = Provenance(model.name, model.fingerprint, sae.name, sae.fingerprint, found.config.seed)
     write_rows([(rows(found), provenance)], out / "results.parquet")
@@ -44,8 +44,11 @@ def write(found: Found, out: Path) -> None:
     drawn = charts(found)
     for name, chart in drawn.items():
         write_figure(chart, out / f"{name}.svg")
-    write_page(page(found, drawn, provenance), out / "report.html")
+    drawn_page = page(found, drawn, provenance)
+    keep_page(drawn_page, out / KEPT)
+    write_page(drawn_page, out / "report.html")
     write_json(summary(found), out / "summary.json")
+    return drawn_page
 
 
 def rows(found: Found) -> list[Row]:

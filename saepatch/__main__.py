@@ -6,83 +6,182 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import saepatch
-from saepatch.commandline import run_commands
+from saepatch.commandline import Said, run_commands
 from saepatch.config import (
     AttributeConfig,
+    CompareConfig,
     DemoConfig,
     InspectConfig,
+    LatentConfig,
     MergeConfig,
     PatchConfig,
     PushConfig,
+    ReportConfig,
     RestoreConfig,
+    RunsConfig,
     SteerConfig,
     SweepConfig,
 )
 from saepatch.errors import UserError
 
 if TYPE_CHECKING:
+    from saepatch.runs import Finished
     from saepatch.session import Session
+    from saepatch.tracking import Tracker
 
 
-def demo(config: DemoConfig) -> None:
+def demo(config: DemoConfig) -> Said:
     from saepatch.demo import run_demo
+    from saepatch.runfolders import read_json
 
     found = run_demo(config)
     p, rates = found.patching, found.restoration.rates
     sixteen = p.denoise.sizes.index(16)
-    print(f"IOI at {p.site}, share of the logit difference restored [95 % interval]")
-    print(f"     16 latents, each prompt's own: {p.denoise.top[sixteen]}")
-    print(f"     16 latents, one set chosen on other names: {p.fixed.top[sixteen]}")
-    print(f"     16 random latents: {p.denoise.random[sixteen]}")
-    print(f"Jailbroken requests refused: {rates['jailbroken']}")
-    print(f"     with {len(found.restoration.latents)} latents restored: {rates['restored']}")
-    print(f"     with as many random ones: {rates['random']}")
-    print(f"Report: {config.out}/report.html   Figures: {config.out}/summary.json   Rows: {config.out}/results.parquet")
+    out = config.out
+    lines = [
+        f"IOI at {p.site}, share of the logit difference restored [95 % interval]",
+        f"     16 latents, each prompt's own: {p.denoise.top[sixteen]}",
+        f"     16 latents, one set chosen on other names: {p.fixed.top[sixteen]}",
+        f"     16 random latents: {p.denoise.random[sixteen]}",
+        f"Jailbroken requests refused: {rates['jailbroken']}",
+        f"     with {len(found.restoration.latents)} latents restored: {rates['restored']}",
+        f"     with as many random ones: {rates['random']}",
+        f"Report: {out}/report.html   Figures: {out}/summary.json   Rows: {out}/results.parquet",
+    ]
+    return Said("\n".join(lines), {"out": out, "summary": read_json(Path(out) / "summary.json")})
 
 
-def inspect(config: InspectConfig) -> None:
+def inspect(config: InspectConfig) -> Said:
     from saepatch.dictionaries import load_saes
-    from saepatch.inspection import dictionary_lines, model_lines
+    from saepatch.inspection import dictionary_lines, facts, model_lines
     from saepatch.models import load_model
 
     model = load_model(config.model, config.device, config.dtype, config.trust_remote_code)
-    lines = model_lines(model)
-    if config.sae:
-        lines += dictionary_lines(model, load_saes(config.sae, config.device))
-    print("\n".join(lines))
+    dictionaries = load_saes(config.sae, config.device) if config.sae else {}
+    lines = model_lines(model) + (dictionary_lines(model, dictionaries) if config.sae else [])
+    return Said("\n".join(lines), facts(model, dictionaries))
 
 
-def sweep(config: SweepConfig) -> None:
+def sweep(config: SweepConfig) -> Said:
     from saepatch.runs import run_sweep
 
-    found = run_sweep(config)
-    if found.shards == 1:
-        merge(MergeConfig(config.out))
-    else:
-        print(f"shard {found.shard} of {found.shards} is finished ({found.parts} parts, {found.edits:,} edits)")
-        print(f"When all of them are: saepatch merge {shlex.quote(config.out)}")
+    said: list[Said] = []
+
+    def conclude(found: "Finished", tracker: "Tracker") -> None:
+        from saepatch.pages.gather import try_reading
+
+        said.append(_merged(Path(config.out), tracker, lambda: try_reading(found.sweep, found.out)))
+
+    found = run_sweep(config, conclude)
+    if said:
+        return said[0]
+    facts = {"out": config.out, "shard": found.shard, "shards": found.shards, "edits": found.edits}
+    lines = [
+        f"shard {found.shard} of {found.shards} is finished ({found.parts} parts, {found.edits:,} edits)",
+        f"When all of them are: saepatch merge {shlex.quote(config.out)}",
+    ]
+    return Said("\n".join(lines), facts)
 
 
-def merge(config: MergeConfig) -> None:
-    from saepatch.merging import merge_run
+def merge(config: MergeConfig) -> Said:
+    from saepatch.runfolders import read_json
+    from saepatch.tracking import open_tracker
 
     out = Path(config.out)
-    print(merge_run(out).table())
-    print(f"Rows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json")
+    if config.track == "none":
+        return _merged(out, None)
+    with open_tracker(
+        config.track,
+        out,
+        run=f"merge-{out.name}",
+        config=asdict(config),
+        job_type="merge",
+        group=out.absolute().parent.name,
+    ) as tracker:
+        said = _merged(out, tracker)
+        tracker.configure(read_json(out / "summary.json")["settings"])
+    return said
 
 
-def restore(config: RestoreConfig) -> None:
+def restore(config: RestoreConfig) -> Said:
     from saepatch.answering import run_restore
+    from saepatch.runfolders import read_json
 
-    print(run_restore(config).table())
-    print(f"Report: {config.out}/report.html   Figures: {config.out}/summary.json   Rows: {config.out}/results.parquet")
+    table, out = run_restore(config).table(), config.out
+    text = f"{table}\nReport: {out}/report.html   Figures: {out}/summary.json   Rows: {out}/results.parquet"
+    return Said(text, {"out": out, "summary": read_json(Path(out) / "summary.json")})
 
 
-def push(config: PushConfig) -> None:
+def _merged(out: Path, tracker: "Tracker | None", before: Callable[[], None] = lambda: None) -> Said:
+    """Put a run's parts together, write its report, and show both to a tracker."""
+    from saepatch.merging import merge_run
+    from saepatch.pages import track_run, write_report
+    from saepatch.runfolders import read_json
+
+    table = merge_run(out).table()
+    before()
+    report = write_report(out)
+    if tracker is not None:
+        track_run(out, tracker)
+    text = (
+        f"{table}\nRows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json\n"
+        f"Report: {report}"
+    )
+    return Said(text, {"out": str(out), "report": str(report), "summary": read_json(out / "summary.json")})
+
+
+def report(config: ReportConfig) -> Said:
+    from saepatch.pages import write_report
+
+    out = Path(config.run)
+    if config.read:
+        from saepatch.pages.gather import read_again
+
+        read_again(out)
+    path = write_report(out)
+    return Said(f"Report: {path}", {"report": str(path)})
+
+
+def runs(config: RunsConfig) -> Said:
+    from saepatch.runfolders import runs_facts, runs_table
+
+    return Said(runs_table(Path(config.root)), runs_facts(Path(config.root)))
+
+
+def compare(config: CompareConfig) -> Said:
+    from saepatch.runfolders import compare_runs, read_run
+
+    found = compare_runs(read_run(Path(config.one)), read_run(Path(config.other)))
+    text = found.table()
+    if config.html:
+        from saepatch.pages import compare_page
+        from saepatch.report import write_page
+
+        text += f"\n\nPage: {write_page(compare_page(found), Path(config.html))}"
+    return Said(text, found.facts())
+
+
+def latent(config: LatentConfig) -> Said:
+    from saepatch.pages.latent import latent_lines, read_latent
+
+    card = read_latent(config)
+    text = "\n".join(latent_lines(card))
+    if config.html:
+        from saepatch.pages.cards import latent_page
+        from saepatch.report import write_page
+        from saepatch.results import command_line
+
+        facts = {"model": config.model, "dictionary": card.dictionary, "command": command_line()}
+        text += f"\n\nPage: {write_page(latent_page(card, facts), Path(config.html))}"
+    return Said(text, asdict(card))
+
+
+def push(config: PushConfig) -> Said:
     from saepatch.hub import push as push_to_hub
 
     files = push_to_hub(
@@ -93,8 +192,8 @@ def push(config: PushConfig) -> None:
         message=config.message,
         dry_run=config.dry_run,
     )
-    print("\n".join(files))
-    print(f"{len(files)} files {'would go' if config.dry_run else 'went'} to {config.repo_id}")
+    went = f"{len(files)} files {'would go' if config.dry_run else 'went'} to {config.repo_id}"
+    return Said("\n".join([*files, went]), {"files": list(files), "repo_id": config.repo_id, "dry_run": config.dry_run})
 
 
 def steer(config: SteerConfig) -> None:
@@ -155,13 +254,17 @@ def _answer(session: "Session", prompt: str) -> None:
         screen.show(columns(texts_of(both), titles, width), last=True)
 
 
-COMMANDS: Mapping[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: Mapping[str, tuple[type, Callable[[Any], Said | None]]] = {
     "demo": (DemoConfig, demo),
     "inspect": (InspectConfig, inspect),
     "patch": (PatchConfig, sweep),
     "attribute": (AttributeConfig, sweep),
     "restore": (RestoreConfig, restore),
     "merge": (MergeConfig, merge),
+    "report": (ReportConfig, report),
+    "runs": (RunsConfig, runs),
+    "compare": (CompareConfig, compare),
+    "latent": (LatentConfig, latent),
     "push": (PushConfig, push),
     "steer": (SteerConfig, steer),
 }

@@ -45,7 +45,7 @@ from saepatch.tracking import open_tracker
 log = logging.getLogger(__name__)
 
 # Settings that say where and how a run goes, not what comes out of it: they may change from one start to the next.
-FREE = ("out", "track", "device", "progress", "quiet", "trust_remote_code")
+FREE = ("out", "track", "device", "progress", "quiet", "json", "trust_remote_code")
 FOLDER = "answers"  # of the parts
 
 

@@ -20,7 +20,7 @@ def cell(interval: Interval | None) -> report.Interval | None:
     return None if interval is None else report.Interval(interval.value, interval.low, interval.high)
 
 
-def band(name: str, sizes: Sequence[int], points: Sequence[Interval]) -> report.Series:
+def band(name: str, sizes: Sequence[float], points: Sequence[Interval]) -> report.Series:
     """A line over sizes with its interval as a band."""
     return report.Series(name, sizes, [p.value for p in points], [p.low for p in points], [p.high for p in points])
 

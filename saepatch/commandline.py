@@ -1,15 +1,25 @@
 """What every command line of the project shares: settings from a dataclass, and one line for a user's mistake."""
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from saepatch.errors import UserError
 
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command says when it is done: lines for people, and the same for programs (anything that JSON holds)."""
+
+    text: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Config:
@@ -38,27 +48,62 @@ def run_config(
 
 
 def run_commands(
-    commands: Mapping[str, tuple[type, Callable[[Any], None]]],
+    commands: Mapping[str, tuple[type, Callable[[Any], Said | None]]],
     prog: str,
     description: str,
     version: Callable[[], str],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Read a command and its dataclass from the command line and run it; returns the exit code."""
+    """Read a command and its dataclass from the command line, run it and print what it says; returns the exit code.
+
+    A dataclass may have the fields `quiet` (nothing but errors and what the command says) and `json` (what it says as
+    one JSON object).
+    """
 
     def run(given: list[str]) -> None:
-        from jsonargparse import ArgumentParser
+        from jsonargparse import ArgumentParser, set_parsing_settings
 
-        parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+        set_parsing_settings(add_print_completion_argument=True)
+        parser = ArgumentParser(
+            prog=prog, description=description, exit_on_error=False, epilog=COMPLETION, formatter_class=_formatter()
+        )
         parser.add_argument("--version", action="version", version=version())
         several = parser.add_subcommands(dest="command", required=True)
         for name, (config, _) in commands.items():
             several.add_subcommand(name, _parser(config, positional=True), help=(config.__doc__ or "").strip())
         name = _parsed(parser, given).command
-        config, command = commands[name]
-        command(_instantiate(parser, given, config, name))
+        kind, command = commands[name]
+        config = _instantiate(parser, given, kind, name)
+        as_json = getattr(config, "json", False)
+        if as_json or getattr(config, "quiet", False):
+            for logger in LOGGERS:
+                logging.getLogger(logger).setLevel(logging.WARNING)
+        if (said := command(config)) is not None:
+            sys.stdout.write((_json(said.facts) if as_json else said.text) + "\n")
+            sys.stdout.flush()
 
     return _guarded(run, arguments, "files that were written are whole")
+
+
+COMPLETION = 'Completion in a shell: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'
+LOGGERS = ("saepatch", "training", "experiments")
+
+
+def _json(facts: Mapping[str, Any]) -> str:
+    from saepatch.results import plain
+
+    return json.dumps(plain(dict(facts)), ensure_ascii=False, allow_nan=False, indent=2)
+
+
+def _formatter() -> type:
+    """How help is set: as argparse sets it, with examples left as they are."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+    return Formatter
 
 
 def _parser(config: type, prog: str | None = None, positional: bool = False) -> Any:
@@ -66,9 +111,17 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
     summary = (config.__doc__ or "").strip().split("\n\n")[0]
-    parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
+    examples = getattr(config, "examples", ())
+    told = "\n  ".join(["examples:", *examples]) if examples else None
+    parser = ArgumentParser(
+        prog=prog, description=summary, exit_on_error=False, epilog=told, formatter_class=_formatter()
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
-    parser.add_class_arguments(config, as_group=False, as_positional=positional)
+    optional = getattr(config, "positional", "") if positional else ""  # a field that may stand without its name
+    parser.add_class_arguments(config, as_group=False, as_positional=positional, skip={optional} if optional else set())
+    if optional:
+        default = getattr(config, optional)
+        parser.add_argument(optional, type=str, nargs="?", default=default, help=f"default: {default}")
     for action in parser._actions:
         if getattr(action, "_typehint", None) in (bool, bool | None):  # `--quiet` alone says true
             action.nargs, action.const = "?", True
@@ -105,6 +158,9 @@ def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, 
     except KeyboardInterrupt as error:
         sys.stderr.write(f"interrupted: {str(error) or interrupted}\n")
         return 130
+    except BrokenPipeError:  # as before `| head`: nobody reads any more, and Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -112,7 +168,7 @@ def _show_log() -> None:
     # Ours alone: libraries have handlers of their own, and would say everything twice through the root logger.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("saepatch", "training", "experiments"):
+    for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers = [handler]  # a new one each time: the stream may have been replaced since the last
         logger.setLevel(logging.INFO)

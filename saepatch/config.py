@@ -7,9 +7,24 @@ from typing import ClassVar, Literal
 from saepatch.errors import UserError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a command speaks."""
+
+    json: bool = False
+    """Say what is found as one JSON object on the standard output, for programs; implies quiet."""
+    quiet: bool = False
+    """No progress and no notes: warnings, errors and results alone."""
+
+
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Output):
     """Patch, steer and restore single latents in the embedded model, and write a report."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch demo --out runs/demo",
+        "saepatch demo --pairs 40 --track wandb:offline,trackio --out runs/small",
+    )
 
     out: str = "runs/demo"
     """Folder for report.html, summary.json and results.parquet."""
@@ -28,7 +43,7 @@ class DemoConfig:
     seed: int = 0
     """Seed of pairs, controls and bootstrap draws."""
     track: str = "none"
-    """W&B beside the local log: none, wandb, wandb:offline or wandb:online."""
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
     device: str = "cpu"
     """Where to run: cpu, cuda or mps."""
 
@@ -38,8 +53,13 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Output):
     """Print a model's sites and, where dictionaries are given, what each of them keeps."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch inspect organism --sae organism",
+        "saepatch inspect gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --json",
+    )
 
     model: str
     """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
@@ -54,7 +74,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Output):
     """What sweeps share: model, dictionaries, pairs, positions, where results go, how the work is cut."""
 
     command: ClassVar[str]  # that has these settings
@@ -104,7 +124,7 @@ class SweepConfig:
     out: str = "runs/patch"
     """Folder for the results."""
     track: str = "none"
-    """W&B beside the local log: none, wandb, wandb:offline or wandb:online."""
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1 or mps."""
     dtype: str = "float32"
@@ -117,8 +137,6 @@ class SweepConfig:
     """Run code that comes with the model. Leave off unless you trust its author."""
     progress: Literal["auto", "bar", "log"] = "auto"
     """A bar, or a line in the log every half minute; auto: a bar on a terminal."""
-    quiet: bool = False
-    """Neither: only the results are said."""
 
     def __post_init__(self) -> None:
         inline = (self.clean, self.corrupted, self.answers)
@@ -155,6 +173,12 @@ class PatchConfig(SweepConfig):
     """Patch latents (or error terms, streams, heads) between paired prompts, exactly; can be stopped and resumed."""
 
     command: ClassVar[str] = "patch"
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch patch --pairs ioi --site resid_post.3 --each_position --direction both --out runs/sweep",
+        'saepatch patch --pairs ioi --site resid_post.3 --latents "281; 3,17" --track wandb --out runs/groups',
+        "saepatch patch --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.csv --out runs/gpt2",
+        "saepatch patch --config runs/sweep/config.yaml --out runs/again",
+    )
     latents: str = ""
     """Latents, each alone (417;281), or groups patched together (3,17;5); of several sites each under its name
     ("resid_post.3: 281; 3,17 | resid_post.4: 5"); empty: every latent, each alone."""
@@ -184,6 +208,11 @@ class AttributeConfig(SweepConfig):
     """Estimate what every latent contributes from gradients, and run the top exactly; can be stopped and resumed."""
 
     command: ClassVar[str] = "attribute"
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch attribute --pairs ioi --verify 50 --sample 50 --out runs/screen",
+        'saepatch attribute --clean "Tom was late when" --corrupted "Mary was late when" --answers " he| she" '
+        "--out runs/one",
+    )
     out: str = "runs/attribute"
     """Folder for the results."""
     method: Literal["first-order", "integrated-gradients", "graddrop"] = "first-order"
@@ -205,16 +234,109 @@ class AttributeConfig(SweepConfig):
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(Output):
     """Put the parts of a run that was cut into shards together: results.parquet and summary.json."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch merge runs/sweep",
+        "saepatch merge runs/sweep --track wandb:online",
+    )
 
     out: str
     """Folder of the run."""
+    track: str = "none"
+    """Where the results go beside the folder: as for `patch`."""
 
 
 @dataclass(frozen=True)
-class PushConfig:
+class ReportConfig(Output):
+    """Write report.html of a finished run, from the files in its folder alone."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch report runs/sweep",
+        "saepatch report runs/sweep --read",
+    )
+
+    run: str
+    """Folder of the run."""
+    read: bool = False
+    """First read the run's prompts and top latents with the model again, as a run in shards has not done."""
+
+
+@dataclass(frozen=True)
+class RunsConfig(Output):
+    """List the runs in a folder, at any depth, with their headline figures."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch runs",
+        "saepatch runs runs/study --json",
+    )
+
+    positional: ClassVar[str] = "root"
+    root: str = "runs"
+    """Folder that the runs' folders are in."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(Output):
+    """Show two runs of one command side by side: settings, figures and largest effects."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch compare runs/a runs/b",
+        "saepatch compare runs/a runs/b --html both.html",
+    )
+
+    one: str
+    """Folder of a run."""
+    other: str
+    """Folder of another run."""
+    html: str = ""
+    """File to write the comparison to as a page, too."""
+
+
+@dataclass(frozen=True)
+class LatentConfig(Output):
+    """Print what one latent is about: its top examples, how often it fires, what it writes, its neighbours."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch latent resid_post.3:281",
+        "saepatch latent resid_pre.8:417 --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --data texts.txt",
+    )
+
+    latent: str
+    """Site and number, as in resid_post.3:281."""
+    model: str = "organism"
+    """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
+    sae: str = "organism"
+    """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
+    data: str = ""
+    """Texts to look for examples in, a line each; empty: the embedded model's own."""
+    html: str = ""
+    """File to write the card to as a page, too."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda or mps."""
+    dtype: str = "float32"
+    """Precision of the model: float32, bfloat16 or float16."""
+    prepend_bos: bool = False
+    """Put a BOS in front of texts where the tokenizer does not."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave off unless you trust its author."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.]+:\d+", self.latent):
+            raise UserError(f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281")
+        if not self.data and not self.model.startswith("organism"):
+            raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
+
+
+@dataclass(frozen=True)
+class PushConfig(Output):
     """Upload dictionaries to a repository of the Hugging Face hub, for sae_lens and saepatch to load."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch push runs/saes OWNER/NAME --dry_run",
+        "saepatch push runs/saes/resid_post.3 OWNER/NAME --private",
+    )
 
     folder: str
     """Folder of one dictionary, or what training leaves: one with a sub-folder a site."""
@@ -231,7 +353,7 @@ class PushConfig:
 
 
 @dataclass(frozen=True)
-class RestoreConfig:
+class RestoreConfig(Output):
     """Restore latents from a donor while the model answers, beside random latents; can be stopped and resumed."""
 
     command: ClassVar[str] = "restore"
@@ -294,8 +416,6 @@ class RestoreConfig:
     """Run code that comes with the model. Leave off unless you trust its author."""
     progress: Literal["auto", "bar", "log"] = "auto"
     """A bar, or a line in the log every half minute; auto: a bar on a terminal."""
-    quiet: bool = False
-    """Neither: only the results are said."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -317,8 +437,11 @@ class RestoreConfig:
 
 
 @dataclass(frozen=True)
-class SteerConfig:
-    """Answer a prompt without and with an intervention on latents, side by side, as the answers are written."""
+class SteerConfig(Output):
+    """Answer a prompt without and with an intervention on latents, side by side, as the answers are written.
+
+    With `json` a line for each prompt, and no columns.
+    """
 
     latent: str = ""
     """Site and number, as in resid_post.3:281; several of a site with commas, of several sites with a bar between."""
@@ -336,8 +459,6 @@ class SteerConfig:
     """A small chat: a prompt a line; /strength X, /reset and /quit are for the session."""
     chat: bool | None = None
     """Put prompts into the model's chat template; unset: in an interactive session, where there is one."""
-    json: bool = False
-    """Write a line of JSON for each prompt, and no columns."""
     max_new_tokens: int = 60
     """Tokens of an answer, at most. One that comes to repeat itself is stopped before."""
     temperature: float = 0.0

@@ -5,13 +5,32 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from saepatch.report import Chart
 
 WAITING = 10_000  # messages that may wait for a guest: minutes of any sensible logging, and some 50 MB at most
 CALL_TIMEOUT = 60.0  # seconds after which a call that has not returned counts as hanging
+
+
+@dataclass(frozen=True)
+class About:
+    """What a guest is told of a run when it starts; `saepatch.tracking.open_tracker` says what each means."""
+
+    out: Path
+    run: str
+    config: Mapping[str, Any]
+    project: str
+    run_id: str
+    resumed: bool
+    group: str
+    job_type: str | None
+    axes: Mapping[str, str]
 
 
 @runtime_checkable
@@ -32,6 +51,14 @@ class Guest(Protocol):
     def summarise(self, values: Mapping[str, float]) -> None: ...
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+    def curve(self, name: str, x: str, points: Sequence[tuple[float, Mapping[str, float]]]) -> None: ...
+
+    def figure(self, name: str, chart: Chart, step: int) -> None: ...
+
+    def page(self, name: str, path: Path, step: int) -> None: ...
+
+    def configure(self, settings: Mapping[str, Any]) -> None: ...
 
     def artifact(self, name: str, folder: Path, about: Mapping[str, Any], upload: bool) -> None: ...
 

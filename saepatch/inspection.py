@@ -1,5 +1,7 @@
 """What `saepatch inspect` prints: a model's sites, and the dictionaries that fit them."""
 
+from typing import Any
+
 from saepatch.dictionaries import Dictionary
 from saepatch.models import LanguageModel
 from saepatch.sites import Site
@@ -36,3 +38,23 @@ def dictionary_lines(model: LanguageModel, dictionaries: dict[Site, Dictionary])
             f"  {site!s:<14}{dictionary.architecture}, {dictionary.d_sae:,} latents ({dictionary.fingerprint})"
         )
     return lines
+
+
+def facts(model: LanguageModel, dictionaries: dict[Site, Dictionary]) -> dict[str, Any]:
+    """The same, for programs."""
+    return {
+        "model": {"name": model.name, "hash": model.fingerprint, "type": model.config.model_type},
+        "parameters": sum(p.numel() for p in model.hf.parameters()),
+        "layers": model.n_layers,
+        "width": model.d_model,
+        "streams": list(model.layout.streams),
+        "dictionaries": {
+            str(site): {
+                "architecture": one.architecture,
+                "latents": one.d_sae,
+                "name": one.name,
+                "hash": one.fingerprint,
+            }
+            for site, one in dictionaries.items()
+        },
+    }

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+METRICS, SUMMARY, ARTIFACTS = "metrics.jsonl", "metrics.summary.json", "artifacts.jsonl"
+
 
 def number(value: Any) -> float:
     """The value as one float; integers stay what they are."""

@@ -45,6 +45,7 @@ def merge_run(out: Path) -> "Summary | Screens":
     changes = read_changes(rows, pairs, _asked(first))
     found = (read_screens if first.work == "attribute" else summarise)(first, pairs, changes, abouts)
     facts = {
+        "work": first.work,
         "settings": first.settings,
         "model": first.model,
         "dictionaries": first.dictionaries,

@@ -59,7 +59,7 @@ def stoppable() -> Iterator[Check]:
 def shows_bar(config: SweepConfig | RestoreConfig) -> bool:
     """Where nobody watches, each step of a bar would be one more line of a log file."""
     wanted = config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
-    return wanted and not config.quiet
+    return wanted and not (config.quiet or config.json)
 
 
 class Meter:
@@ -78,7 +78,7 @@ class Meter:
         self._parts, self._done, self._at_start = parts, done, (done, edits)
         self._tracker = tracker
         self._start = self._said = time.monotonic()
-        self._lines = not config.quiet and not shows_bar(config)
+        self._lines = not (config.quiet or config.json) and not shows_bar(config)
         self._bar = tqdm(total=parts, initial=done, unit="part", disable=not shows_bar(config))
 
     def __enter__(self) -> "Meter":

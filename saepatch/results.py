@@ -184,7 +184,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def write_json(value: Any, path: Path) -> None:
     """Write JSON atomically. NaN is not JSON: missing values are written as null."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_yaml(value: Mapping[str, Any], path: Path) -> None:
@@ -195,11 +195,12 @@ def write_yaml(value: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NumPy's numbers as Python's, NaN as null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and value != value:

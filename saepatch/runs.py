@@ -3,6 +3,7 @@
 What is on the disk is said in `saepatch.parts`; `saepatch.merging` puts the parts together.
 """
 
+import json
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -63,12 +64,12 @@ from saepatch.settings import (
     read_shard,
     token_texts,
 )
-from saepatch.tracking import open_tracker
+from saepatch.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
 # Settings that say where and how a run goes, not what comes out of it: they may change from one start to the next.
-FREE = ("out", "shard", "track", "device", "device_map", "batch_size", "progress", "quiet", "trust_remote_code")
+FREE = ("out", "shard", "track", "device", "device_map", "batch_size", "progress", "quiet", "json", "trust_remote_code")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +120,23 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Finished:
-    """How far a run is: `shards` of them were there, `parts` files are in this one."""
+    """How far a run is: `shards` of them were there, `parts` files are in this one; what it worked with."""
 
     out: Path
     shard: int
     shards: int
     parts: int
     edits: int
+    sweep: Sweep
 
 
-def run_sweep(config: SweepConfig) -> Finished:
+Conclude = Callable[[Finished, Tracker], None]
+
+
+def run_sweep(config: SweepConfig, conclude: Conclude | None = None) -> Finished:
     """Work through the parts of a shard that are not there yet.
+
+    `conclude` is called at the end of a run of one shard, while its tracker is still open.
 
     Raises:
         UserError: settings that do not fit, or a folder that holds another run.
@@ -140,7 +147,7 @@ def run_sweep(config: SweepConfig) -> Finished:
         sweep = prepare(config)
         left = sweep.left
         try:
-            return _work(sweep, left, check)
+            return _work(sweep, left, check, conclude)
         except KeyboardInterrupt:
             total = len(sweep.parts)
             again = f"saepatch {config.command} --config {shlex.quote(str(sweep.folder / 'config.yaml'))}"
@@ -225,7 +232,7 @@ def _edits(
     return [edit_facts(edit) for edit in edits]
 
 
-def _work(sweep: Sweep, left: Sequence[Part], check: Check) -> Finished:
+def _work(sweep: Sweep, left: Sequence[Part], check: Check, conclude: Conclude | None) -> Finished:
     config, record = sweep.config, sweep.record
     done = len(sweep.parts) - len(left)
     before = sum((read_about(part_file(sweep.folder, n)) or {}).get("edits", 0) for n in range(len(sweep.parts)))
@@ -233,14 +240,44 @@ def _work(sweep: Sweep, left: Sequence[Part], check: Check) -> Finished:
         log.info("%d of %d parts are there already", done, len(sweep.parts))
     where = Path(config.out) if record.shards == 1 else sweep.folder
     name = f"{config.command}-{sweep.task}"
-    tracker = open_tracker(config.track, where, run=name, config=asdict(config), resume=done > 0)
-    with tracker, Meter(len(sweep.parts), done, before, config, tracker) as meter:
-        for part in left:
-            check()
-            _write_part(sweep, part, meter, check)
-            meter.part_done()
-    _write_record(sweep)
-    return Finished(Path(config.out), record.shard, record.shards, len(sweep.parts), meter.edits)
+    tracker = open_tracker(
+        config.track,
+        where,
+        run=name,
+        config=asdict(config),
+        resume=done > 0,
+        run_id=_known_run(sweep.folder),
+        group=Path(config.out).absolute().parent.name,
+        job_type=config.command,
+        axes={"*": "edits"},
+    )
+    _keep_run(sweep.folder, tracker.run_id)
+    with tracker:
+        with Meter(len(sweep.parts), done, before, config, tracker) as meter:
+            for part in left:
+                check()
+                _write_part(sweep, part, meter, check)
+                meter.part_done()
+        _write_record(sweep)
+        found = Finished(Path(config.out), record.shard, record.shards, len(sweep.parts), meter.edits, sweep)
+        if conclude is not None and record.shards == 1:
+            conclude(found, tracker)
+    return found
+
+
+RUN_ID = "tracked.json"  # what trackers call this run, so that a resumed one is the same
+
+
+def _known_run(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep_run(folder: Path, run_id: str | None) -> None:
+    if run_id is not None:
+        write_json({"run_id": run_id}, folder / RUN_ID)
 
 
 def _write_record(sweep: Sweep) -> None:

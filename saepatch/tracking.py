@@ -1,10 +1,10 @@
-"""Experiment tracking: a local log that always works, Weights & Biases beside it when asked for.
+"""Experiment tracking: a local log that always works; Weights & Biases and trackio beside it when asked for.
 
-The local log is a folder: ``metrics.jsonl`` (one line for each :meth:`Tracker.log` and :meth:`Tracker.histogram`,
-flushed at once, so that a killed run keeps every line), ``metrics.summary.json``, ``artifacts.jsonl`` and one
-``<name>.jsonl`` for each table. W&B is a guest: it is spoken to from a thread of its own, so that it costs the run
-microseconds, whatever it does. When it fails or hangs, at the start, in the middle or at the end, that is said once
-through :mod:`logging`, and the run goes on with the local log.
+The local log is a folder: ``metrics.jsonl`` (one line for each `Tracker.log` and `Tracker.histogram`,
+flushed at once, so that a killed run keeps every line), ``metrics.summary.json``, ``artifacts.jsonl``, one
+``<name>.jsonl`` for each table and curve, and ``figures/``. The others are guests: each is spoken to from a thread of
+its own, so that it costs the run microseconds, whatever it does. When one fails or hangs, at the start, in the middle
+or at the end, that is said once through `logging`, and the run goes on with the local log.
 
 This is the only module that knows W&B, and it imports it only once it is asked for.
 """
@@ -13,33 +13,34 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import netrc
 import os
 import re
 import secrets
 import shlex
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from saepatch.errors import UserError
-from saepatch.guests import Courier, Guest, reason
-from saepatch.logfiles import contents, cut, number, plain_name, plain_values, read_summary
+from saepatch.guests import About, Guest
+from saepatch.logfiles import ARTIFACTS, METRICS, SUMMARY, cut
+from saepatch.tracker import FINISH_TIMEOUT, Tracker
+
+if TYPE_CHECKING:
+    from saepatch.report import Chart
+
+__all__ = ["SPECS", "Tracker", "open_tracker", "read_spec"]
 
 logger = logging.getLogger(__name__)
 
-SPECS = ("none", "wandb", "wandb:offline", "wandb:online")
+SPECS = ("none", "wandb", "wandb:offline", "wandb:online", "trackio")
 INIT_TIMEOUT = 20.0  # seconds; W&B's own 90 are a long silence on a machine without network
-FINISH_TIMEOUT = 60.0  # seconds; without a limit, a connection lost on the way holds a finished run for ever
 GIT_TIMEOUT = 5.0  # seconds
-
-_METRICS, _SUMMARY, _ARTIFACTS = "metrics.jsonl", "metrics.summary.json", "artifacts.jsonl"
 
 
 def open_tracker(
@@ -52,8 +53,11 @@ def open_tracker(
     resume: bool = False,
     resume_from: int | None = None,
     run_id: str | None = None,
+    group: str | None = None,
+    job_type: str | None = None,
+    axes: Mapping[str, str] | None = None,
 ) -> Tracker:
-    """Opens the local log in `out` and, if `spec` asks for it, a W&B run beside it.
+    """Opens the local log in `out` and, if `spec` asks for it, guests beside it.
 
     Use it as a context manager, so that the run is closed after an exception too::
 
@@ -66,236 +70,81 @@ def open_tracker(
 
     Args:
         spec: ``none`` for the local log alone; ``wandb`` for W&B in its configured mode, offline where there is no key;
-            ``wandb:offline`` and ``wandb:online`` to say which.
+            ``wandb:offline`` and ``wandb:online`` to say which; ``trackio`` for its local dashboard; or both, with a
+            comma between.
         out: Folder of the run; made if need be. W&B's own folder goes to ``out/wandb``.
         run: Name of the run.
         config: What the run was configured with, nested as you like; values that JSON cannot hold go as text. W&B gets
             the versions of the libraries and the commit of the working directory with it.
-        project: W&B project.
+        project: Project of W&B and trackio.
         resume: Append to the log that is there; otherwise it is begun afresh. A line cut short by a kill is taken out.
         resume_from: The same for a run that goes on from this step: lines of later steps are taken out, too.
-        run_id: W&B's id of the run, as :attr:`Tracker.run_id` gave it before; a new one where there is none.
+        run_id: Guests' id of the run, as `Tracker.run_id` gave it before; a new one where there is none.
+        group: Runs of one study share it, so that W&B lines them up; by default the folder that `out` is in.
+        job_type: What kind of run of the study this is: train, patch, steer.
+        axes: What steps count, by the names of metrics (``{"*": "tokens"}``): W&B draws these over it.
 
     Raises:
-        UserError: The spec is unknown, or `out` cannot be written to. Nothing W&B does is raised.
+        UserError: The spec is unknown, or `out` cannot be written to. Nothing a guest does is raised.
     """
-    if spec not in SPECS:
-        raise UserError(f"unknown tracker {spec!r}: use one of {', '.join(SPECS)}")
+    wanted = read_spec(spec)
     resume = resume or resume_from is not None
     try:
         out.mkdir(parents=True, exist_ok=True)
         if resume:
-            cut(out / _METRICS, resume_from)
-            cut(out / _ARTIFACTS, resume_from)
+            cut(out / METRICS, resume_from)
+            cut(out / ARTIFACTS, resume_from)
         else:
-            (out / _SUMMARY).unlink(missing_ok=True)
-            (out / _ARTIFACTS).unlink(missing_ok=True)
-        lines = (out / _METRICS).open("a" if resume else "w", encoding="utf-8")
+            (out / SUMMARY).unlink(missing_ok=True)
+            (out / ARTIFACTS).unlink(missing_ok=True)
+        lines = (out / METRICS).open("a" if resume else "w", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write the log to {str(out)!r} ({error.strerror or error}): choose another --out"
         ) from error
-    if spec == "none":
+    if not wanted:
         return Tracker(out, lines, run_id)
     known, run_id = run_id is not None, run_id or secrets.token_hex(4)
-    mode, here = spec.partition(":")[2] or None, Path.cwd()
-    settings = json.loads(json.dumps(config, default=str))
-    return Tracker(
-        out,
-        lines,
-        run_id,
-        lambda: _WandbRun(out, run, {**_surroundings(here), **settings}, project, mode, run_id, known),
+    settings = {**_surroundings(Path.cwd()), **json.loads(json.dumps(config, default=str))}
+    about = About(
+        out, run, settings, project, run_id, known, group or out.absolute().parent.name, job_type, dict(axes or {})
     )
+    guests: dict[str, Callable[[], Guest]] = {}
+    for one in wanted:
+        if one == "trackio":
+            guests["trackio"] = lambda: _trackio(about)
+        else:
+            guests["W&B"] = partial(lambda mode: _WandbRun(about, mode), one.partition(":")[2] or None)
+    return Tracker(out, lines, run_id, guests, FINISH_TIMEOUT)
 
 
-class Tracker:
-    """Where a run writes its numbers. Made by :func:`open_tracker`.
+def read_spec(spec: str) -> tuple[str, ...]:
+    """The guests that a `--track` names, none or several with commas between.
 
-    Attributes:
-        out: Folder of the local log.
-        run_id: W&B's id of the run, for a checkpoint to keep; None for a run that never had one.
+    Raises:
+        UserError: one is unknown, or two are of a kind.
     """
+    wanted = [one.strip() for one in spec.split(",")]
+    if unknown := [one for one in wanted if one not in SPECS]:
+        raise UserError(
+            f"unknown tracker {unknown[0]!r}: use one of {', '.join(SPECS)}, or several with commas between"
+        )
+    named = tuple(one for one in wanted if one != "none")
+    if len({one.partition(":")[0] for one in named}) < len(named):
+        raise UserError(f"trackers {spec!r} name one of them twice: name each once")
+    return named
 
-    def __init__(
-        self, out: Path, lines: TextIO, run_id: str | None = None, start: Callable[[], Guest] | None = None
-    ) -> None:
-        self.out, self.run_id = out, run_id
-        self._lines = lines
-        self._last_step = 0
-        self._summary = read_summary(out / _SUMMARY)
-        self._warned: set[str] = set()
-        self._courier = Courier(start, self._complain) if start is not None else None
 
-    @property
-    def sync_command(self) -> str | None:
-        """The shell line that uploads an offline W&B run; None when there is nothing to upload."""
-        return self._courier.sync_command if self._courier is not None else None
+def _trackio(about: About) -> Guest:
+    from saepatch.dashboard import TrackioRun
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Writes one line of metrics.
-
-        Args:
-            metrics: Numbers by name: Python's, NumPy's or one-element tensors. NaN and infinities are kept, as text.
-            step: Position of the line on the time axis: optimiser steps, tokens, whatever the run counts. It should not
-                fall: W&B has no place for a row that goes back (the local log keeps it).
-
-        Raises:
-            TypeError, ValueError: A value is not one number, or is called ``step`` or ``time``.
-        """
-        values = {name: number(value) for name, value in metrics.items()}
-        if self._write_line(plain_values(values), step):
-            self._tell("log", lambda guest: guest.log(values, step))
-
-    def histogram(self, name: str, counts: Iterable[Any], edges: Iterable[Any], step: int) -> None:
-        """Writes a histogram: to ``metrics.jsonl`` a line ``{"step", "time", name: {"counts", "edges"}}``, and to W&B.
-
-        Args:
-            name: Name of the histogram.
-            counts: How many fall between an edge and the next.
-            edges: Edges of the bins, one more than there are counts.
-            step: As for :meth:`log`.
-
-        Raises:
-            TypeError, ValueError: The edges do not fit the counts, a value is not one finite number, or the name is
-                ``step`` or ``time``.
-        """
-        heights, bounds = [number(x) for x in counts], [number(x) for x in edges]
-        if len(bounds) != len(heights) + 1:
-            raise ValueError(f"histogram {name!r} has {len(bounds)} edges for {len(heights)} counts: give one more")
-        if not all(map(math.isfinite, heights + bounds)):
-            raise ValueError(f"histogram {name!r} has a count or an edge that is not finite: give finite ones")
-        if self._write_line({name: {"counts": heights, "edges": bounds}}, step):
-            self._tell("take a histogram", lambda guest: guest.histogram(name, heights, bounds, step))
-
-    def summarise(self, metrics: Mapping[str, Any]) -> None:
-        """Sets headline figures of the run: ``metrics.summary.json``, and W&B's run summary. A later value wins.
-
-        Raises:
-            TypeError, ValueError: A value is not one number.
-        """
-        values = {name: number(value) for name, value in metrics.items()}
-        self._summary.update(plain_values(values))
-        with self._local(_SUMMARY):
-            fresh = self.out / f"{_SUMMARY}.tmp"
-            fresh.write_text(json.dumps(self._summary, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            fresh.replace(self.out / _SUMMARY)
-        self._tell("take the summary", lambda guest: guest.summarise(values))
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Writes a table to ``<name>.jsonl``, one object a row, and to W&B.
-
-        Args:
-            name: Name of the table. Writing the same name again replaces the local file.
-            columns: Names of the columns.
-            rows: Rows, each as long as `columns`.
-
-        Raises:
-            ValueError: A row is not as long as the columns are, or the name is that of a part of the log itself.
-        """
-        for index, row in enumerate(rows):
-            if len(row) != len(columns):
-                raise ValueError(f"table {name!r}: row {index} has {len(row)} cells for {len(columns)} columns")
-        stem = plain_name(name)
-        if f"{stem}.jsonl" in (_METRICS, _ARTIFACTS):
-            raise ValueError(f"a table cannot be called {stem!r}: that file is part of the log; choose another name")
-        kept = [list(row) for row in rows]  # W&B gets them later, and they are the caller's
-        with self._local(f"{stem}.jsonl"), (self.out / f"{stem}.jsonl").open("w", encoding="utf-8") as lines:
-            for row in kept:
-                cells = plain_values(dict(zip(columns, row)))
-                lines.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
-        step = self._last_step
-        self._tell("take a table", lambda guest: guest.table(name, list(columns), kept, step))
-
-    def artifact(self, name: str, folder: Path, upload: bool = False) -> None:
-        """Notes a folder that the run made, in ``artifacts.jsonl`` and as an artifact of W&B: its path, size and hash.
-
-        Args:
-            name: Name of the artifact.
-            folder: The folder; it is read through.
-            upload: Have W&B keep a copy of the files, not only a reference to them.
-
-        Raises:
-            UserError: There is no such folder.
-        """
-        if not folder.is_dir():
-            raise UserError(f"no folder {str(folder)!r} to note as an artifact: check the path")
-        folder = folder.absolute()
-        with self._local(_ARTIFACTS):
-            about = {"path": str(folder), **contents(folder)}
-            row = {"step": self._last_step, "time": round(time.time(), 3), "name": name, **about}
-            with (self.out / _ARTIFACTS).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._tell("take an artifact", lambda guest: guest.artifact(name, folder, about, upload))
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Closes the log and the W&B run, which shows as failed with an exit code other than 0; safe to call twice."""
-        with self._local(_METRICS):
-            self._lines.close()
-        courier, self._courier = self._courier, None
-        if courier is not None and courier.finish(exit_code, FINISH_TIMEOUT) and (command := courier.sync_command):
-            logger.info("W&B ran offline; to upload the run: %s", command)
-
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.finish(0 if kind is None else 1)
-
-    def _write_line(self, values: Mapping[str, Any], step: int) -> bool:
-        """Puts a line into the log; False where it goes back, so that W&B has no place for it."""
-        if clash := values.keys() & {"step", "time"}:
-            raise ValueError(
-                f"a metric cannot be called {min(clash)!r}: every line has one already; choose another name"
-            )
-        row = {"step": step, "time": round(time.time(), 3), **values}
-        with self._local(_METRICS):
-            self._lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._lines.flush()
-        if step < self._last_step:
-            self._warn(
-                "steps", f"step {step} comes after step {self._last_step}: W&B would drop it, the local log has it"
-            )
-            return False
-        self._last_step = step
-        return True
-
-    def _tell(self, what: str, say: Callable[[Guest], None]) -> None:
-        if self._courier is not None:
-            self._courier.send(what, say)
-
-    def _complain(self, what: str) -> None:
-        self._warn("W&B", f"W&B {what}; the local log in {self.out} goes on")
-
-    def _warn(self, about: str, message: str) -> None:
-        """Says it the first time only."""
-        if about not in self._warned:
-            self._warned.add(about)
-            logger.warning("%s", message)
-
-    @contextmanager
-    def _local(self, name: str) -> Iterator[None]:
-        """A full disk must not stop a run either: its checkpoints will say so soon enough."""
-        try:
-            yield
-        except OSError as error:
-            self._warn(name, f"cannot write {self.out / name} ({reason(error)}): lines are being lost")
+    return TrackioRun(about)
 
 
 class _WandbRun:
     """One W&B run; every method may raise whatever W&B raises."""
 
-    def __init__(
-        self,
-        out: Path,
-        run: str,
-        config: Mapping[str, Any],
-        project: str,
-        mode: str | None,
-        run_id: str,
-        resumed: bool,
-    ) -> None:
+    def __init__(self, about: About, mode: str | None) -> None:
         import wandb
 
         # What goes wrong is told through logging, once; W&B's own chatter stays out of the terminal.
@@ -311,33 +160,46 @@ class _WandbRun:
             # Asking for one would stop a run that nobody watches.
             logger.warning("W&B has no key (WANDB_API_KEY, or `wandb login`): the run is kept offline")
             mode = "offline"
-        self._staging = out.absolute() / "wandb"
+        self._staging = about.out.absolute() / "wandb"
         self._run = wandb.init(
-            project=project,
-            name=run,
-            dir=out,
+            project=about.project,
+            name=about.run,
+            dir=about.out,
             mode=mode,  # type: ignore[arg-type]
-            config=dict(config),
+            config=dict(about.config),
             settings=settings,
             reinit="create_new",
-            id=run_id,
-            resume="allow" if resumed else None,
+            id=about.run_id,
+            resume="allow" if about.resumed else None,
+            group=about.group,
+            job_type=about.job_type,
         )
+        self._axes = about.axes
+        for axis in dict.fromkeys(self._axes.values()):
+            self._run.define_metric(axis, hidden=True)
+        for metrics, axis in self._axes.items():
+            self._run.define_metric(metrics, step_metric=axis)
         self.sync_command: str | None = None
         if self._run.offline and not self._run.disabled:
             # A resumed run has a folder for each part of it; W&B uploads them as one.
-            folders = Path(self._run.dir).parents[1].glob(f"offline-run-*-{run_id}*")
+            folders = Path(self._run.dir).parents[1].glob(f"offline-run-*-{about.run_id}*")
             self.sync_command = shlex.join(["wandb", "sync", *map(str, sorted(folders))])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**dict.fromkeys(self._axes.values(), step), **values}, step=step)
+
+    def curve(self, name: str, x: str, points: Sequence[tuple[float, Mapping[str, float]]]) -> None:
+        self._run.define_metric(x, hidden=True)
+        self._run.define_metric(f"{name}/*", step_metric=x)
+        for place, values in points:  # steps of W&B's own: a step is a row, and the axis is another
+            self._run.log({**values, x: place})
 
     def histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         import numpy as np
         import wandb
 
         histogram = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-        self._run.log({name: histogram}, step=step)
+        self._run.log({name: histogram}, step=self._open(step))
 
     def summarise(self, values: Mapping[str, float]) -> None:
         self._run.summary.update(dict(values))
@@ -347,7 +209,30 @@ class _WandbRun:
 
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
         with self._staged_with_the_run():
-            self._run.log({name: table}, step=step)  # without a step, W&B would move its own on by one
+            self._run.log({name: table}, step=self._open(step))  # without a step, W&B would move its own on by one
+
+    def _open(self, step: int) -> int:
+        """The step, or W&B's own where a curve has moved that on: it drops rows of earlier ones."""
+        return max(step, self._run.step)
+
+    def figure(self, name: str, chart: Chart, step: int) -> None:
+        import wandb
+
+        from saepatch.plots import plotly_figure, svg_page
+
+        figure = plotly_figure(chart)
+        with self._staged_with_the_run():
+            media = wandb.Plotly(figure) if figure is not None else wandb.Html(svg_page(chart))
+            self._run.log({name: media}, step=self._open(step))
+
+    def page(self, name: str, path: Path, step: int) -> None:
+        import wandb
+
+        with self._staged_with_the_run():
+            self._run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)}, step=self._open(step))
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        self._run.config.update(dict(settings), allow_val_change=True)
 
     def artifact(self, name: str, folder: Path, about: Mapping[str, Any], upload: bool) -> None:
         import wandb

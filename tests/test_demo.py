@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ from saepatch.demo import stages
 from saepatch.dictionaries import load_sae
 from saepatch.models import load_model
 from saepatch.quality import latent_statistics
+from saepatch.report import Card, read_page
 from saepatch.results import read_rows
 
 PAIRS = 24
@@ -83,7 +86,7 @@ def test_files(demo, summary):
     assert len(sixteen) == PAIRS
     change = sum(row["patched"] - row["corrupted"] for row in sixteen) / PAIRS
     assert change / gap == pytest.approx(dict(summary["patching"]["denoise_fixed"])[16], abs=1e-6)
-    assert {row["role"] for row in rows} == {"single", "top", "random", "matched", "differing", "every"}
+    assert {row["role"] for row in rows} == {"single", "given", "top", "random", "matched", "differing", "every"}
     for name in ("denoise", "noise", "denoise_fixed"):
         assert (demo / f"{name}.svg").read_text().startswith("<svg")
     page = (demo / "report.html").read_text()
@@ -92,7 +95,56 @@ def test_files(demo, summary):
     assert yaml.safe_load((demo / "config.yaml").read_text())["pairs"] == PAIRS
     assert (demo / "metrics.jsonl").read_text().count("\n") == 6
     assert summary["seed"] == 0
-    assert set(summary["seconds"]) == {"load", "tasks", "splice", "patching", "restoration", "steering"}
+    assert set(summary["seconds"]) == {
+        "load",
+        "tasks",
+        "splice",
+        "patching",
+        "restoration",
+        "steering",
+        "single latents",
+    }
+
+
+def test_maps_of_the_report_are_means_over_rows_of_one_form(demo):
+    page = read_page(json.loads((demo / "page.json").read_text()))
+    (where,) = [section for section in page.sections if section.title == "Where: maps"]
+    (_, (layers, heads, latents)), *_ = where.blocks[0].options
+    rows = [row for row in read_rows(demo / "results.parquet") if row["direction"] == "denoise"]
+    for heat, component, single in ((layers, "stream", True), (latents, "latent", True), (heads, "head", False)):
+        mine = [row for row in rows if row["component"] == component and row["position"].isdigit() == single]
+        gaps = {row["example"]: row["clean"] - row["corrupted"] for row in mine}
+        totals = {}
+        for row in mine:
+            where_at = int(row["position"]) if single else int(row["latent"])
+            name = {"stream": row["site"], "latent": row["latent"], "head": row["site"].removeprefix("z.")}[component]
+            totals[name, where_at] = totals.get((name, where_at), 0.0) + row["patched"] - row["corrupted"]
+        told = {(name, at): v for name, values in zip(heat.rows, heat.values) for at, v in enumerate(values)}
+        told = {key: value for key, value in told.items() if not math.isnan(value)}
+        assert told.keys() == totals.keys()
+        for key, total in totals.items():
+            assert told[key] == pytest.approx(total / sum(gaps.values()), abs=1e-6)
+    for values in latents.values:  # patched alone, the last of the streams is everything
+        assert max(v for v in values if not math.isnan(v)) <= 1.2
+
+
+def test_the_report_is_written_anew_from_its_folder_alone(demo, tmp_path):
+    for name in ("page.json", "summary.json"):
+        shutil.copy(demo / name, tmp_path / name)
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_bytes() == (demo / "report.html").read_bytes()
+    assert len((demo / "report.html").read_bytes()) < 3_000_000
+    (tmp_path / "page.json").write_text('{"block": "Sculpture"}')
+    assert main(["report", str(tmp_path)]) == 2
+
+
+def test_every_latent_of_the_report_has_its_card(demo):
+    page = read_page(json.loads((demo / "page.json").read_text()))
+    cards = [block for section in page.sections for block in section.blocks if isinstance(block, Card)]
+    assert len(cards) == len({card.anchor for card in cards}) >= 8
+    source = (demo / "report.html").read_text()
+    for name in set(re.findall(r'href="#(latent-[^"]+)"', source)):
+        assert f'id="{name}"' in source
 
 
 class _Stop(Exception):

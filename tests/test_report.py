@@ -1,5 +1,6 @@
 """The report: nothing in it runs, nothing in it loads, nothing missing breaks it."""
 
+import json
 import math
 import os
 import re
@@ -14,12 +15,18 @@ from saepatch.errors import UserError
 from saepatch.report import (
     BarChart,
     Bars,
+    Card,
+    Chips,
+    Choice,
     Comparison,
     Facts,
     Headline,
     HeatMap,
+    Histogram,
     Interval,
     LineChart,
+    Link,
+    Notices,
     Page,
     Points,
     Reference,
@@ -28,6 +35,8 @@ from saepatch.report import (
     Series,
     Table,
     Tokens,
+    keep_page,
+    read_page,
     render,
     write_figure,
     write_page,
@@ -58,6 +67,22 @@ def every_block(text: str) -> list:
         HeatMap(text, [text], [text] * 5, [gaps], text, text, text),
         ScatterChart(text, text, text, [Points(text, xs, gaps, [text] * 5), Points(text, gaps, xs)], text, True, text),
         Comparison(text, [(text, text), ("b", text)], [text, "script", ""]),
+        Comparison(text, [(text, "a"), ("b", text)], changes=True),
+        Notices([text]),
+        Histogram(text, text, text, [0, 1, 2], [3, 0], text),
+        Chips(text, [(text, 1.0), (Link(text, "latent-x"), NAN)]),
+        HeatMap(
+            text,
+            [text],
+            [text] * 12,
+            [[NAN, *range(11)]],
+            text,
+            columns_below=[text] * 12,
+            keys=[[text] * 12],
+            anchors=["latent-x"],
+        ),
+        Choice(text, [(text, [Table([text], [[Link(text, "latent-x")]], text, keys=[[text]])]), (text, [])]),
+        Card("latent-x", text, text, [Facts({text: text})]),
         Tokens([text] * 5, gaps, text),
     ]
 
@@ -241,6 +266,20 @@ def test_axes():
     assert logarithmic([1, 7, 30, 100, 700, 1000], 0, 100, count=4).ticks == (1, 10, 100, 1000)
 
 
+def test_a_logarithmic_axis_of_less_than_two_powers_of_ten():
+    """Values that are too many to be ticks themselves."""
+    assert logarithmic([1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.3, 2.4], 0, 100, 8).ticks == (2.0,)
+    assert logarithmic(np.linspace(1.5, 95, 30).tolist(), 0, 100, 8).ticks == (2.0, 5.0, 10.0, 20.0, 50.0)
+    assert logarithmic(np.linspace(1.1, 1.9, 30).tolist(), 0, 100, 8).ticks == (pytest.approx(1.1), pytest.approx(1.9))
+
+
+def test_the_numbers_along_an_axis_have_their_format():
+    drawn = "".join(
+        line_chart(LineChart("t", "x", "y", [Series("s", [0.01, 0.25], [1, 2])], x_format=".0%"), WIDE).parts
+    )
+    assert "at 25\u00a0%: " in drawn
+
+
 def test_a_table_shows_intervals_formats_and_gaps():
     source = render(
         page_of(
@@ -273,6 +312,21 @@ def test_blocks_that_do_not_fit_together(make, message):
         make()
 
 
+def test_changed_words_are_marked():
+    columns = [
+        ("before", "Sure, here is <a> plan"),
+        ("after", "I cannot, here is <b> plan"),
+        ("same", "Sure, here is <a> plan"),
+    ]
+    source = render(page_of(Comparison("p", columns, changes=True)))
+    answers = re.findall(r'<bdi class="model">(.*?)</bdi></div>', source)
+    assert answers == [
+        "Sure, here is &lt;a&gt; plan",
+        "<mark>I cannot, </mark>here is <mark>&lt;b&gt; </mark>plan",
+        "Sure, here is &lt;a&gt; plan",
+    ]
+
+
 def test_prose_and_anchors():
     page = Page("t", "One.\n\nTwo `a<b` 5 %, 7%.", [Section("Same"), Section("Same"), Section("日本")])
     source = render(page)
@@ -280,6 +334,17 @@ def test_prose_and_anchors():
     ids = re.findall(r'<section id="([^"]+)"', source)
     assert len(set(ids)) == 3
     assert all(f'href="#{name}"' in source for name in ids)
+
+
+def test_a_kept_page_is_the_same_page(tmp_path):
+    card = Card("c", EVIL, "s", [Facts({"block": "mapping", EVIL: "x"})], [(EVIL, "https://a.org")])
+    blocks = [*every_block(EVIL), card, Choice(EVIL, [(EVIL, [Table(["n"], [[np.float64(2)], [-INF]])])])]
+    page = page_of(*blocks, title=EVIL)
+    kept = json.loads(keep_page(page, tmp_path / "page.json").read_text("utf-8"))
+    assert render(read_page(kept)) == render(page)
+    for spoiled in ({"block": "Facts", "items": []}, {"block": "Page", "pears": 1}, {}, [], {"block": "Any"}, 3):
+        with pytest.raises(UserError, match="run its command again"):
+            read_page(spoiled)
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path):

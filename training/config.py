@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from saepatch.errors import UserError
-from saepatch.tracking import SPECS
+from saepatch.tracking import read_spec
 
 # It stands on torch, and --help is to be quick. (jsonargparse would import it to read annotations that are postponed.)
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ class TrainingConfig:
         device: Where the model and the dictionaries are, such as cpu or cuda.
         dtype: Precision of the model; dictionaries are float32.
         compile: Have torch compile the steps that gain from it (takes a C++ compiler, and a minute at the start).
-        track: none, wandb, wandb:offline or wandb:online. A local log is always written.
+        track: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between. A local log is always
+            written.
         upload: Have W&B keep a copy of the dictionaries; otherwise it is told where they lie, and their hash.
         sweep: Fields and the values to try, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: a run for every combination,
             each in a folder of `out` such as sae.k=8,lr=0.001.
@@ -223,8 +224,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise UserError(f"{name} is {value}: use 0 or more, and less than 1")
-        if self.track not in SPECS:
-            raise UserError(f"track is {self.track!r}: use one of {', '.join(SPECS)}")
+        read_spec(self.track)
         if self.context < 2:
             raise UserError(f"context is {self.context}: a row needs at least 2 tokens")
         if self.tokens < self.batch_size:

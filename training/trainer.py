@@ -99,6 +99,8 @@ def train_saes(
                 config=config.to_dict(),
                 run_id=run.run_id,
                 resume_from=run.logged if run.learners else None,
+                job_type="train",
+                axes={"*": "tokens"},
             )
             run.tracker = stack.enter_context(opened)
         with deferred_signals() as asked:

@@ -1,15 +1,19 @@
 """The demo's report: what was found, said in words first."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from saepatch import report
 from saepatch.charts import INTERVALS, band, cell, effect_chart
 from saepatch.controls import DRAWS
+from saepatch.demo.sections import cards, overview, texts, trade_off, where
 from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
 from saepatch.results import Provenance
+from saepatch.safety import judge
 from saepatch.statistics import wilson_share
 
 if TYPE_CHECKING:
+    from saepatch.demo.looks import ReadText
     from saepatch.demo.run import Findings
     from saepatch.demo.stages import Condition, Steering
 
@@ -31,7 +35,9 @@ def page(found: "Findings", provenance: Provenance) -> Page:
         f"refusals of jailbroken requests from {percent(rates['jailbroken'].value)} to "
         f"{percent(rates['restored'].value)}; as many random latents reach {percent(rates['random'].value)}."
     )
-    sections = [_model(found), _splice(found), _patching(found), _restoration(found), *map(_steering, found.steering)]
+    sections = [overview(found), _model(found), _splice(found), _patching(found), where(found), _restoration(found)]
+    sections += [_steering(one, found.steering_texts.get(one.concept, ())) for one in found.steering]
+    sections.append(cards(found))
     facts = provenance.facts() | {
         "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items())
     }
@@ -141,18 +147,22 @@ def _restoration(found: "Findings") -> Section:
         value_format=".0%",
     )
     sizes = tuple(k for k, _, _ in r.curve)
+    width = len(r.latents) / r.share_of_dictionary
+    shares = tuple(k / width for k in sizes)
     lines = LineChart(
-        "Refusals against the number of latents restored",
-        "latents restored",
+        "Refusals against the share of latents restored",
+        f"share of the dictionary's {width:,.0f} latents restored (log scale)",
         "share refused",
         [
-            band("top latents", sizes, tuple(top for _, top, _ in r.curve)),
-            band("random live latents", sizes, tuple(other for _, _, other in r.curve)),
+            band("top latents", shares, tuple(top for _, top, _ in r.curve)),
+            band("random live latents", shares, tuple(other for _, _, other in r.curve)),
         ],
-        f"n = {n} jailbroken requests (report split); random: mean of {DRAWS} draws. {SHARES}",
+        f"n = {n} jailbroken requests (report split), {', '.join(map(str, sizes))} latents; random: mean of {DRAWS} "
+        f"draws. {SHARES}",
         log_x=True,
         y_range=(0.0, 1.0),
         y_format=".0%",
+        x_format=".1%",
     )
     text = (
         "Each harmful request is asked in a benign and in a jailbreak framing of equal length. Latents at "
@@ -168,10 +178,21 @@ def _restoration(found: "Findings") -> Section:
         f"{r.rates['restored_degenerate_generated'].value:.0%} of those answers are degenerate text."
     )
     comparisons = [
-        Comparison(prompt, [("jailbroken", before), ("restored", after), ("random latents", control)], ["cannot"])
-        for prompt, before, after, control in r.examples
+        Comparison(
+            prompt,
+            [
+                (f"{name}: {OUTCOMES[judge(text)]}", text)
+                for name, text in zip(("jailbroken", "restored", "random latents"), texts)
+            ],
+            changes=True,
+        )
+        for prompt, *texts in r.examples
     ]
-    return Section("Restoration: refusals under jailbreak", text, [chart, lines, *comparisons])
+    blocks: list[Block] = [chart, lines, *comparisons, *texts(found.restoration_texts)]
+    return Section("Restoration: refusals under jailbreak", text, blocks)
+
+
+OUTCOMES = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
 
 
 def _sets(condition: "Condition") -> str:
@@ -180,7 +201,7 @@ def _sets(condition: "Condition") -> str:
     return ", ".join(map(str, *condition.sets)) if condition.sets else "–"
 
 
-def _steering(s: "Steering") -> Section:
+def _steering(s: "Steering", read: Sequence["ReadText"]) -> Section:
     rows = [(c.name, _sets(c), c.strength, cell(wilson_share(c.shown)), c.perplexity) for c in s.conditions]
     table = Table(
         ["condition", "latents", "strength", "success", "perplexity"],
@@ -195,7 +216,14 @@ def _steering(s: "Steering") -> Section:
         "latent's largest activation)."
     )
     comparisons = [
-        Comparison(prompt, [(c.name, c.outcomes[0].texts[i]) for c in s.conditions])
+        Comparison(
+            prompt,
+            [(f"{c.name}: {SHOWN[c.outcomes[0].shown[i]]}", c.outcomes[0].texts[i]) for c in s.conditions],
+            changes=True,
+        )
         for i, prompt in enumerate(s.prompts[:4])
     ]
-    return Section(f"Steering: {s.concept}", text, [table, *comparisons])
+    return Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *texts(read)])
+
+
+SHOWN = {True: "shows it", False: "does not"}

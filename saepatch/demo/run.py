@@ -13,14 +13,16 @@ import torch
 from saepatch import organism
 from saepatch.charts import effect_chart
 from saepatch.config import DemoConfig
-from saepatch.demo import stages
+from saepatch.demo import looks, stages
 from saepatch.demo.page import page
 from saepatch.dictionaries import Dictionary, load_saes
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.organism.checks import Measures, evaluate_organism
+from saepatch.pages import track_page
 from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
-from saepatch.report import write_figure, write_page
+from saepatch.reading import Card
+from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
 from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
 from saepatch.tracking import Tracker, open_tracker
@@ -40,6 +42,11 @@ class Findings:
     patching: stages.Patching
     restoration: stages.Restoration
     steering: list[stages.Steering]
+    maps: looks.Maps
+    cards: tuple[Card, ...]
+    restoration_texts: tuple[looks.ReadText, ...]
+    steering_texts: dict[str, tuple[looks.ReadText, ...]]
+    """By concept."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -61,17 +68,24 @@ def run_demo(config: DemoConfig) -> Findings:
             if site:
                 _at(saes, site)
     out = output_folder(config.out)
-    with open_tracker(config.track, out, run="demo", config=asdict(config)) as tracker:
+    with open_tracker(
+        config.track,
+        out,
+        run="demo",
+        config=asdict(config),
+        job_type="demo",
+        axes={"splice/*": "layer"},
+    ) as tracker:
         findings = _measure(config, model, saes, clock, tracker)
         tracker.summarise(_headline(findings))
-        _write(findings, out)
+        track_page(_write(findings, out), out / "report.html", tracker)
     return findings
 
 
 def _measure(
     config: DemoConfig, model: LanguageModel, saes: dict[Site, Dictionary], clock: dict[str, float], tracker: Tracker
 ) -> Findings:
-    n, seed = config.pairs, config.seed
+    n, seed, bars = config.pairs, config.seed, not (config.quiet or config.json)
     with _stage("tasks", clock):
         measures = evaluate_organism(model.hf, model.tokenizer, seed=seed)  # type: ignore[arg-type]
     with _stage("splice", clock):
@@ -80,10 +94,10 @@ def _measure(
         for layer, dictionary in enumerate(saes.values()):
             quality.append(splice_quality(model, dictionary, reference))
             row = {"splice/ce_recovered": quality[-1].ce_recovered, "splice/fvu": quality[-1].fvu}
-            tracker.log(row | {"layer": layer}, layer)
+            tracker.log(row, layer)
     with _stage("patching", clock):
         dictionary = _at(saes, config.ioi_site)
-        patching = stages.patching(model, dictionary, latent_statistics(model, dictionary, reference), n, seed)
+        patching = stages.patching(model, dictionary, latent_statistics(model, dictionary, reference), n, seed, bars)
     with _stage("restoration", clock):
         site = config.safety_site
         dictionary = _at(saes, site) if site else stages.choose_safety_site(model, saes, n, seed)
@@ -92,7 +106,35 @@ def _measure(
         dictionary = _at(saes, config.steering_site)
         stats = latent_statistics(model, dictionary, reference)
         steering = [stages.steering(model, dictionary, stats, c, seed) for c in stages.chosen_concepts(model, n, seed)]
-    return Findings(config, model, saes, measures, quality, patching, restoration, steering, clock)
+    with _stage("single latents", clock):
+        best = [edit.units[0] for edit in patching.singles[0].top(looks.BY_POSITION)]
+        maps = looks.read_maps(model, patching.dictionary, best, n, seed)
+        wanted = [(patching.dictionary, best), (_at(saes, restoration.site), restoration.latents)]
+        wanted += [(_at(saes, one.site), one.of("top10").sets[0]) for one in steering]
+        cards = looks.read_cards(model, wanted)
+        restored = looks.read_texts(model, _at(saes, restoration.site), restoration.latents, _answers(restoration))
+        steered = {
+            one.concept: looks.read_texts(model, _at(saes, one.site), one.of("top1").sets[0], _continued(one))
+            for one in steering
+        }
+    return Findings(
+        config, model, saes, measures, quality, patching, restoration, steering, maps, cards, restored, steered, clock
+    )
+
+
+def _answers(found: stages.Restoration) -> list[tuple[str, str]]:
+    """Prompts with their answers: as the jailbroken model reads them, and as the donor does, whose latents act."""
+    named = []
+    for (prompt, plain, restored, _), donor in zip(found.examples[:2], found.donors):
+        named.append(("Jailbroken, nothing restored", prompt + plain))
+        named.append(("What is restored: the donor reads the benign prompt and the answer", donor + restored))
+    return named
+
+
+def _continued(found: stages.Steering) -> list[tuple[str, str]]:
+    """The first prompt's continuations, read again without steering."""
+    one = found.prompts[0]
+    return [(f"{name}, read again", one + found.of(name).outcomes[0].texts[0]) for name in ("unsteered", "top1")]
 
 
 @contextmanager
@@ -186,7 +228,7 @@ def _steering(one: stages.Steering) -> dict[str, Any]:
     }
 
 
-def _write(found: Findings, out: Path) -> None:
+def _write(found: Findings, out: Path) -> Page:
     import yaml
 
     p = found.patching
@@ -197,6 +239,7 @@ def _write(found: Findings, out: Path) -> None:
         ("ranked on select", p.fixed),
     ):
         rows += [row for one in curve.effects for row in replace(one, method=f"exact, {ranked}").rows("ioi")]
+    rows += found.maps.rows()
     dictionary = found.patching.dictionary
     provenance = Provenance(
         model=found.model.name,
@@ -210,4 +253,7 @@ def _write(found: Findings, out: Path) -> None:
     for name, curve in {"denoise": p.denoise, "noise": p.noise, "denoise_fixed": p.fixed}.items():
         write_figure(effect_chart(f"ioi at {p.site}: {name}", curve, p.pairs), out / f"{name}.svg")
     write_json(summary(found), out / "summary.json")
-    write_page(page(found, provenance), out / "report.html")
+    drawn = page(found, provenance)
+    keep_page(drawn, out / KEPT)
+    write_page(drawn, out / "report.html")
+    return drawn

@@ -57,17 +57,19 @@ class Patching:
     dictionary: Dictionary
 
 
-def patching(model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int) -> Patching:
+def patching(
+    model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int, bars: bool = False
+) -> Patching:
     """Patch the latents of one site on `report`, in both directions: alone, and the top ones together."""
     select = load_pairs("ioi", "select", n, seed)
     report = load_pairs("ioi", "report", n, seed)
     fixed = _ranked(integrated_gradients(model, dictionary, select)[0].mean(0))
     own = [_ranked(row) for row in integrated_gradients(model, dictionary, report)[0]]
     directions: tuple[Direction, Direction] = ("denoise", "noise")
-    singles = [patch_latents(model, dictionary, report, direction=d, progress=True) for d in directions]
+    singles = [patch_latents(model, dictionary, report, direction=d, progress=bars) for d in directions]
     curves = [
         effect_curve_by_pair(
-            model, dictionary, report, own, singles[0].ran, SIZES, stats, direction, seed=seed, progress=True
+            model, dictionary, report, own, singles[0].ran, SIZES, stats, direction, seed=seed, progress=bars
         )
         for direction in directions
     ]
@@ -116,6 +118,7 @@ class Restoration:
     rates: Mapping[str, Interval]
     curve: tuple[tuple[int, Interval, Interval], ...]  # number of latents, top, random
     examples: tuple[tuple[str, str, str, str], ...]  # prompt, then answers: jailbroken, restored, random latents
+    donors: tuple[str, ...]  # the benign prompts of the examples
 
 
 def restoration(
@@ -180,6 +183,7 @@ def restoration(
         rates=rates,
         curve=tuple(curve),
         examples=tuple(zip(jailbroken[:6], plain[:6], restored[:6], by_random[0][:6], strict=True)),
+        donors=tuple(pair.clean for pair in report[:6]),
     )
 
 
@@ -279,6 +283,7 @@ class Steering:
     positions: str
     prompts: tuple[str, ...]
     conditions: tuple[Condition, ...]
+    tried: tuple[Condition, ...]  # every strength, on `tune`
 
     def of(self, name: str) -> Condition:
         return next(condition for condition in self.conditions if condition.name == name)
@@ -310,6 +315,7 @@ def steering(
 
     bare = generate_steered(model, dictionary, concept.report, None, concept.shown, ANSWER_TOKENS)
     conditions = [Condition("unsteered", (), 0.0, (bare,))]
+    every: list[Condition] = []
     for name, sets in plans.items():
         tried = [
             Condition(name, tuple(sets), strength, tuple(run(concept.tune, one, strength) for one in sets))
@@ -318,4 +324,7 @@ def steering(
         best = max(tried, key=lambda condition: (condition.success, -condition.perplexity))
         outcomes = tuple(run(concept.report, one, best.strength) for one in sets)
         conditions.append(replace(best, outcomes=outcomes))
-    return Steering(concept.name, str(dictionary.site), concept.positions, concept.report, tuple(conditions))
+        every += tried
+    return Steering(
+        concept.name, str(dictionary.site), concept.positions, concept.report, tuple(conditions), tuple(every)
+    )

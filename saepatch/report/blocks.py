@@ -22,7 +22,15 @@ class Interval:
     high: Number
 
 
-Cell = str | bool | float | int | Interval | None
+@dataclass(frozen=True)
+class Link:
+    """A table cell, or a name, that leads to a `Card` of the same page."""
+
+    text: str
+    anchor: str
+
+
+Cell = str | bool | float | int | Interval | Link | None
 
 
 @dataclass(frozen=True)
@@ -34,22 +42,33 @@ class Facts:
 
 @dataclass(frozen=True)
 class Headline:
-    """A few large figures: label to value, already formatted (``{"refused, restored": "94 %"}``)."""
+    """A few large figures: label to value, already formatted (``{"refused, restored": "94 % [90 %, 97 %]"}``)."""
 
     items: Mapping[str, str]
 
 
 @dataclass(frozen=True)
+class Notices:
+    """What a reader has to know before trusting the figures, a sentence each."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table that sorts by a click on its header; numbers stand to the right."""
+    """A table that sorts by a click on its header, filters, and copies as CSV; numbers stand to the right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     formats: Mapping[str, str] = field(default_factory=dict)
     """Python format of a column's numbers, by column name: ``{"recovered": ".1%", "latent": "d"}``; else by size."""
+    keys: Sequence[Sequence[str]] = ()
+    """Of each row, the cells of heat maps that it belongs to (`HeatMap.keys`)."""
 
     def __post_init__(self) -> None:
+        if self.keys:
+            _same_lengths("table", rows=self.rows, keys=self.keys)
         for index, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(f"table row {index} has {len(row)} cells for {len(self.columns)} columns")
@@ -59,7 +78,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a :class:`LineChart`; a missing y interrupts it."""
+    """One line of a `LineChart`; a missing y interrupts it."""
 
     name: str
     x: Sequence[float]
@@ -93,6 +112,8 @@ class LineChart:
     y_range: tuple[float, float] | None = None
     y_format: str = ""
     """Python format of the values (``.0%``); chosen by size where it is not given."""
+    x_format: str = ""
+    """The same of the numbers along the axis."""
 
     def __post_init__(self) -> None:
         if self.log_x and any(x < 0 for line in self.series for x in line.x):
@@ -101,7 +122,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Bars:
-    """One set of bars of a :class:`BarChart`, a value for each label."""
+    """One set of bars of a `BarChart`, a value for each label."""
 
     name: str
     values: Sequence[Number]
@@ -142,16 +163,24 @@ class HeatMap:
     row_label: str = ""
     column_label: str = ""
     value_format: str = ""
+    columns_below: Sequence[str] | None = None
+    """A second name of each column, under the first: the corrupted prompt's tokens under the clean one's."""
+    keys: Sequence[Sequence[str]] | None = None
+    """A key of each cell: a click shows the rows of the page's tables that have it."""
+    anchors: Sequence[str] | None = None
+    """Of each row, the `Card` that its name leads to; empty where there is none."""
 
     def __post_init__(self) -> None:
-        _same_lengths(f"heat map {self.title!r}", rows=self.rows, values=self.values)
-        for row in self.values:
-            _same_lengths(f"heat map {self.title!r}", columns=self.columns, values=row)
+        name = f"heat map {self.title!r}"
+        _same_lengths(name, rows=self.rows, values=self.values, keys=self.keys, anchors=self.anchors)
+        _same_lengths(name, columns=self.columns, columns_below=self.columns_below)
+        for index, row in enumerate(self.values):
+            _same_lengths(name, columns=self.columns, values=row, keys=self.keys[index] if self.keys else None)
 
 
 @dataclass(frozen=True)
 class Points:
-    """One set of points of a :class:`ScatterChart`; one with a missing x or y is not drawn."""
+    """One set of points of a `ScatterChart`; one with a missing x or y is not drawn."""
 
     name: str
     x: Sequence[Number]
@@ -179,6 +208,22 @@ class ScatterChart:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Counts of values between edges."""
+
+    title: str
+    x_label: str
+    y_label: str
+    edges: Sequence[float]
+    counts: Sequence[int]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.edges) != len(self.counts) + 1:
+            raise ValueError(f"histogram {self.title!r}: {len(self.edges)} edges for {len(self.counts)} counts")
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What a model wrote after one prompt under several conditions, side by side."""
 
@@ -186,6 +231,8 @@ class Comparison:
     columns: Sequence[tuple[str, str]]
     highlight: Sequence[str] = ()
     """Words to mark in the texts, whatever their case."""
+    changes: bool = False
+    """Mark, in every text but the first, the words that differ from the first."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +248,45 @@ class Tokens:
         _same_lengths("tokens", tokens=self.tokens, values=self.values)
 
 
-Chart = LineChart | BarChart | HeatMap | ScatterChart
-Block = Facts | Headline | Table | Chart | Comparison | Tokens
+@dataclass(frozen=True)
+class Chips:
+    """Short texts in a row, each with a value: the tokens that a latent raises, the latents beside it."""
+
+    label: str
+    items: Sequence[tuple[str | Link, Number]]
+    value_format: str = ""
+
+
+Chart = LineChart | BarChart | HeatMap | ScatterChart | Histogram
+Simple = Facts | Headline | Notices | Table | Chart | Comparison | Tokens | Chips
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several views at a time, chosen from a list; without the script, and on paper, the first."""
+
+    label: str
+    options: Sequence[tuple[str, Sequence[Simple]]]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One thing by itself, folded up until it is opened or a `Link` leads to it."""
+
+    anchor: str
+    title: str
+    summary: str
+    blocks: Sequence[Simple]
+    links: Sequence[tuple[str, str]] = ()
+    """(text, https address) of pages elsewhere; nothing is loaded from there."""
+
+    def __post_init__(self) -> None:
+        for _, address in self.links:
+            if not address.startswith("https://"):
+                raise ValueError(f"card {self.title!r}: {address!r} is no https address")
+
+
+Block = Simple | Choice | Card
 
 
 @dataclass(frozen=True)

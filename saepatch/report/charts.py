@@ -6,10 +6,21 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import BarChart, Bars, Chart, HeatMap, LineChart, Number, Points, ScatterChart, Series
+from saepatch.report.blocks import (
+    BarChart,
+    Bars,
+    Chart,
+    HeatMap,
+    Histogram,
+    LineChart,
+    Number,
+    Points,
+    ScatterChart,
+    Series,
+)
 from saepatch.report.scales import Scale, linear, logarithmic
 from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
-from saepatch.report.text import common_format, finite, number
+from saepatch.report.text import common_format, finite, number, visible
 
 WIDE, NARROW = 720, 360
 PALETTE = 7  # colours in the stylesheet
@@ -39,6 +50,8 @@ def draw(chart: Chart, width: int) -> Drawing:
         return line_chart(chart, width)
     if isinstance(chart, ScatterChart):
         return scatter_chart(chart, width)
+    if isinstance(chart, Histogram):
+        return histogram(chart, width)
     return bar_chart(chart, width) if isinstance(chart, BarChart) else heat_map(chart, width)
 
 
@@ -66,14 +79,14 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
         parts.append(label(left - 8, y + 4, number(tick, spec), "tick", "end"))
     for tick in x_axis.ticks:
         parts.append(rule(x_axis(tick), bottom, x_axis(tick), bottom + 5, "zero"))
-        parts.append(label(x_axis(tick), bottom + 19, number(tick), "tick", "middle"))
+        parts.append(label(x_axis(tick), bottom + 19, number(tick, chart.x_format), "tick", "middle"))
     parts.append(label((left + width - 14) / 2, bottom + 41, chart.x_label, "axis", "middle"))
     for reference in chart.references:
         y = y_axis(reference.value)
         parts.append(rule(left, y, width - 14, y, "reference"))
         parts.append(label(left + 6, y - 5 if y - 5 > top else y + 13, reference.label, "note"))
     for index, line in enumerate(chart.series):
-        parts.append(_line(line, index, x_axis, y_axis, chart.y_format))
+        parts.append(_line(line, index, x_axis, y_axis, chart))
     return Drawing(width, height, chart.title, tuple(parts))
 
 
@@ -82,8 +95,8 @@ def _ends(xs: Sequence[float]) -> tuple[float, float] | None:
     return (min(found), max(found)) if found and min(found) < max(found) else None
 
 
-def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, spec: str) -> Markup:
-    parts = []
+def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, chart: LineChart) -> Markup:
+    parts, spec = [], chart.y_format
     spans = _spans(line.low, line.high, len(line.x))
     banded = [
         (x_axis(x), y_axis(span[0]), y_axis(span[1])) if finite(x) and finite(span[0]) and finite(span[1]) else None
@@ -99,7 +112,7 @@ def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, spec: str) -> 
     parts += [element("polyline", {"points": _points(run), "class": "line"}) for run in _runs(drawn) if len(run) > 1]
     for place, x, y, span in zip(drawn, line.x, line.y, spans):
         if place is not None:
-            parts.append(marker(index, *place, f"{line.name}\nat {number(x)}: {said(y, span, spec)}"))
+            parts.append(marker(index, *place, f"{line.name}\nat {number(x, chart.x_format)}: {said(y, span, spec)}"))
     # Points closer than they are wide show only under the pointer.
     reach = x_axis.end - x_axis.start
     dense = " dense" if len(line.x) * 12 > reach else ""
@@ -226,55 +239,120 @@ def _bar(bars: Bars, row: int, index: int, axis: Scale, y: float, thick: float, 
     return element("g", {"class": f"mark s{index % PALETTE}"}, *parts)
 
 
+# Counts
+
+
+def histogram(chart: Histogram, width: int) -> Drawing:
+    """Bars from edge to edge; their heights are counts."""
+    top, bottom, height = 26.0, 126.0, 166.0
+    y_axis = linear([0.0, *map(float, chart.counts)], bottom, top, 3)
+    left = 14 + _CHARACTER * max(len(number(tick)) for tick in y_axis.ticks)
+    x_axis = linear(chart.edges, left, width - 14, 6 if width == WIDE else 4, fixed=_ends(chart.edges))
+    parts = [label(0, 12, chart.y_label, "axis")]
+    for tick in y_axis.ticks:
+        parts.append(rule(left, y_axis(tick), width - 14, y_axis(tick), "zero" if tick == 0 else "grid"))
+        parts.append(label(left - 8, y_axis(tick) + 4, number(tick), "tick", "end"))
+    for tick in x_axis.ticks:
+        parts.append(label(x_axis(tick), bottom + 16, number(tick), "tick", "middle"))
+    for low, high, count in zip(chart.edges, chart.edges[1:], chart.counts):
+        x, y = x_axis(low), y_axis(float(count))
+        box = {"x": round(x + 0.5, 2), "y": y, "width": round(max(0.5, x_axis(high) - x - 1), 2)}
+        bar = element("rect", {**box, "height": round(bottom - y, 2), "class": "bar"})
+        tip = element("title", {}, f"{number(low)} to {number(high)}: {number(count)}")
+        parts.append(element("g", {"class": "mark s0"}, tip, bar))
+    parts.append(label((left + width - 14) / 2, bottom + 34, chart.x_label, "axis", "middle"))
+    return Drawing(width, height, chart.title, tuple(parts))
+
+
 # Heat maps
+
+_CELL = 34.0  # pixels: the least that a number of two decimals fits
+
+
+def map_width(chart: HeatMap) -> int:
+    """How wide a map wants to be: a page that is narrower scrolls it."""
+    return round(max(NARROW, _names_width(chart) + _CELL * len(chart.columns) + 4))
+
+
+def _names_width(chart: HeatMap, most: int = 26) -> float:
+    """Room for the names of the rows, of so many letters at most."""
+    return 12 + _CHARACTER * min(max(len(name) for name in (*chart.rows, chart.row_label)), most)
 
 
 def heat_map(chart: HeatMap, width: int) -> Drawing:
     """Cells coloured by sign and size; their numbers stand in them where there is room."""
     top_value = max((abs(v) for row in chart.values for v in row if finite(v)), default=0.0)
     spec = chart.value_format or common_format([v for row in chart.values for v in row])
-    room = min(max(len(name) for name in (*chart.rows, chart.row_label)), 26 if width == WIDE else 14)
-    left = 12 + _CHARACTER * room
+    left = _names_width(chart, 26 if width >= map_width(chart) else 14)
+    room = int((left - 12) / _CHARACTER + 0.5)
     cell = min((width - left - 4) / max(1, len(chart.columns)), 84.0)
     tall = min(max(cell, 22.0), 32.0)
     widest = max((len(number(v, spec)) for row in chart.values for v in row), default=0)
     numbered = cell >= _CHARACTER * widest + 6
-    slanted = any(_CHARACTER * len(name) > cell - 4 for name in chart.columns)
-    head = 14.0 + (min(max(len(name) for name in chart.columns), 16) * 4.6 if slanted else 14.0)
-    head += 18 if chart.column_label else 0
-    parts = [label(left, 12, chart.column_label, "axis")] if chart.column_label else []
+    parts, head = _column_names(chart, left, cell)
     if chart.row_label:
         parts.append(label(left - 8, head - 8, clipped(chart.row_label, room), "axis", "end"))
-    for index, name in enumerate(chart.columns):
-        x = left + cell * (index + 0.5)
-        if slanted:
-            turn = {"transform": f"translate({x:g},{head - 8:g}) rotate(-40)", "class": "tick"}
-            parts.append(element("text", turn, clipped(name, 16)))
-        else:
-            parts.append(label(x, head - 8, name, "tick", "middle"))
     for row, (name, values) in enumerate(zip(chart.rows, chart.values)):
         y = head + tall * row
-        parts.append(label(left - 8, y + tall / 2 + 4, clipped(name, room), "name", "end"))
+        shown = label(left - 8, y + tall / 2 + 4, clipped(name, room), "name", "end")
+        anchor = chart.anchors[row] if chart.anchors else ""
+        parts.append(element("a", {"href": f"#{anchor}"}, shown) if anchor else shown)
         for index, value in enumerate(values):
-            tip = f"{name}, {chart.columns[index]}: {number(value, spec)}"
-            parts.append(_cell(value, top_value, (left + cell * index, y, cell, tall), tip, spec, numbered))
+            tip = f"{name}, {_column(chart, index)}: {number(value, spec)}"
+            key = (row, index, chart.keys[row][index]) if chart.keys and finite(value) else None
+            parts.append(_cell(value, top_value, (left + cell * index, y, cell, tall), tip, spec, numbered, key))
     height = head + tall * len(chart.rows) + 6
-    return Drawing(width, height, chart.title, tuple(parts))
+    return Drawing(
+        width, height, chart.title, tuple(parts), interactive=chart.keys is not None or any(chart.anchors or ())
+    )
+
+
+def _column(chart: HeatMap, index: int) -> str:
+    """A column in words."""
+    below = chart.columns_below[index] if chart.columns_below else ""
+    return f"{chart.columns[index]} / {below}" if below else chart.columns[index]
+
+
+def _column_names(chart: HeatMap, left: float, cell: float) -> tuple[list[Markup], float]:
+    """The names over the columns, and where the cells begin. Names that do not fit side by side are slanted."""
+    lines = [chart.columns] if chart.columns_below is None else [chart.columns, chart.columns_below]
+    longest = [max((len(name) for name in names), default=0) for names in lines]
+    slanted = any(_CHARACTER * count > cell - 4 for count in longest)
+    head = 18.0 if chart.column_label else 0.0
+    parts = [label(left, 12, chart.column_label, "axis")] if chart.column_label else []
+    for names, count in zip(lines, longest):
+        head += 14 + (min(count, 16) * 4.6 if slanted else 4.0)
+        for index, name in enumerate(names):
+            x = left + cell * (index + 0.5)
+            if slanted:
+                turn = {"transform": f"translate({x:g},{head:g}) rotate(-40)", "class": "tick"}
+                parts.append(element("text", turn, clipped(name, 16)))
+            else:
+                parts.append(label(x, head, name, "tick", "middle"))
+    return parts, head + 8
 
 
 def _cell(
-    value: Number, top: float, box: tuple[float, float, float, float], tip: str, spec: str, numbered: bool
+    value: Number,
+    top: float,
+    box: tuple[float, float, float, float],
+    tip: str,
+    spec: str,
+    numbered: bool,
+    key: tuple[int, int, str] | None,
 ) -> Markup:
     x, y, wide, tall = box
     share = abs(value) / top if finite(value) and top else 0.0
     kind = "none" if not finite(value) else "positive" if value >= 0 else "negative"
     place = {"x": round(x + 1, 2), "y": round(y + 1, 2), "width": round(wide - 2, 2), "height": round(tall - 2, 2)}
-    parts = [
-        element("title", {}, tip),
-        element("rect", {**place, "rx": 2, "class": "plate"}),
-        element("rect", {**place, "rx": 2, "class": kind, "fill-opacity": round(share, 3)}),
-    ]
+    parts = [element("title", {}, tip), element("rect", {**place, "rx": 2, "class": "plate"})]
+    if share > 0.004:
+        parts.append(element("rect", {**place, "rx": 2, "class": kind, "fill-opacity": round(share, 3)}))
     if numbered:
         strong = "cell strong" if share > 0.6 else "cell"
         parts.append(label(x + wide / 2, y + tall / 2 + 4, number(value, spec), strong, "middle"))
-    return element("g", {"class": "mark"}, *parts)
+    if key is None:
+        return element("g", {"class": "mark"}, *parts)
+    row, column, name = key
+    button: dict[str, str | int] = {"class": "mark pick", "role": "button", "tabindex": -1}  # its title is its name
+    return element("g", {**button, "data-r": row, "data-c": column, "data-key": visible(name)}, *parts)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import BarChart, Chart, HeatMap, LineChart, ScatterChart
-from saepatch.report.charts import PALETTE, WIDE, draw
+from saepatch.report.blocks import BarChart, Chart, HeatMap, Histogram, LineChart, ScatterChart
+from saepatch.report.charts import PALETTE, WIDE, draw, map_width
 from saepatch.report.files import stylesheet, write_whole
 from saepatch.report.svg import element, label, outline, rule
 
@@ -30,7 +31,37 @@ def write_figure(chart: Chart, path: Path) -> Path:
     Raises:
         UserError: The file cannot be written there.
     """
-    drawing = draw(chart, WIDE)
+    write_whole(path, svg_of(chart) + "\n", "the figure")
+    return path
+
+
+def write_figures(charts: Sequence[Chart], path: Path, columns: int = 2) -> Path:
+    """Writes several charts as one SVG file, side by side in so many columns.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: The file cannot be written there.
+    """
+    drawn = [svg_of(chart) for chart in charts]
+    sizes = [tuple(float(n) for n in re.findall(r'(?:width|height)="([\d.]+)"', one)[:2]) for one in drawn]
+    wide, parts, y = max(width for width, _ in sizes), [], 0.0
+    for first in range(0, len(drawn), columns):
+        row = range(first, min(first + columns, len(drawn)))
+        parts += [drawn[i].replace("<svg ", f'<svg x="{wide * (i - first):g}" y="{y:g}" ', 1) for i in row]
+        y += max(sizes[i][1] for i in row)
+    size = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {wide * min(columns, len(drawn)):g} {y:g}"}
+    paper = element("rect", {"width": "100%", "height": "100%", "class": "paper"})
+    style = element("style", {}, Markup(flat_style()))
+    whole = element("svg", size, style, paper, *map(Markup, parts))
+    write_whole(path, str(whole) + "\n", "the figures")
+    return path
+
+
+def svg_of(chart: Chart) -> str:
+    """The same as text."""
+    drawing = draw(chart, max(WIDE, map_width(chart)) if isinstance(chart, HeatMap) else WIDE)
     parts = [label(0, 14, chart.title, "title")] if chart.title else []
     top = 34.0 if chart.title else 0.0
     names = _names(chart)
@@ -44,14 +75,12 @@ def write_figure(chart: Chart, path: Path) -> Path:
             top += 20
         top += 6
     parts.append(element("g", {"transform": f"translate(0 {top:g})"}, *drawing.parts))
-    width, height = WIDE + 2 * _MARGIN, top + drawing.height + 2 * _MARGIN
+    width, height = drawing.width + 2 * _MARGIN, top + drawing.height + 2 * _MARGIN
     size = {"xmlns": "http://www.w3.org/2000/svg", "width": f"{width:g}", "height": f"{height:g}"}
     body = element("g", {"class": "chart", "transform": f"translate({_MARGIN:g} {_MARGIN:g})"}, *parts)
     paper = element("rect", {"width": "100%", "height": "100%", "class": "paper"})
-    style = element("style", {}, Markup(_flat_style()))
-    text = element("svg", {**size, "viewBox": f"0 0 {width:g} {height:g}"}, style, paper, body)
-    write_whole(path, str(text) + "\n", "the figure")
-    return path
+    style = element("style", {}, Markup(flat_style()))
+    return str(element("svg", {**size, "viewBox": f"0 0 {width:g} {height:g}"}, style, paper, body))
 
 
 def _swatch(chart: Chart, index: int, y: float) -> Markup:
@@ -65,12 +94,12 @@ def _swatch(chart: Chart, index: int, y: float) -> Markup:
 
 def _names(chart: Chart) -> list[str]:
     """What a legend has to tell apart."""
-    if isinstance(chart, HeatMap):
+    if isinstance(chart, (HeatMap, Histogram)):
         return []
     return [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else [one.name for one in chart.series]
 
 
-def _flat_style() -> str:
+def flat_style() -> str:
     """The charts' style with every variable put in: what turns SVG into PDF knows neither variables nor colour-mix."""
     palette = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", stylesheet("palette").partition("}")[0]))
     sheet = re.sub(r"/\*.*?\*/", "", stylesheet("chart", "figure"), flags=re.DOTALL)

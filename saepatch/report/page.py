@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,15 +19,19 @@ from saepatch.report.blocks import (
     BarChart,
     Cell,
     Chart,
+    HeatMap,
+    Histogram,
     Interval,
     LineChart,
+    Link,
     Page,
     ScatterChart,
     Series,
     Table,
     Tokens,
 )
-from saepatch.report.charts import NARROW, PALETTE, WIDE, draw, said
+from saepatch.report.charts import NARROW, PALETTE, WIDE, draw, map_width
+from saepatch.report.figure import flat_style
 from saepatch.report.files import SOURCES, stylesheet, write_whole
 from saepatch.report.svg import outline
 from saepatch.report.text import MISSING, common_format, finite, number, visible
@@ -66,8 +72,21 @@ def render(page: Page) -> str:
             policy=policy,
             script=Markup(script),
             style=Markup(stylesheet("palette", "page", "chart")),
+            figure_style=Markup(flat_style()),
+            fresh=_ids(),
         )
     )
+
+
+def _ids() -> Callable[[str], str]:
+    """Names of the parts of a page whose state the address holds: t1, t2, c1, … in the order of the page."""
+    counts: Counter[str] = Counter()
+
+    def fresh(kind: str) -> str:
+        counts[kind] += 1
+        return f"{kind}{counts[kind]}"
+
+    return fresh
 
 
 @lru_cache(maxsize=1)
@@ -84,12 +103,14 @@ def _environment() -> Environment:
     environment.tests["of"] = lambda block, name: type(block).__name__ == name
     environment.filters["prose"] = _prose
     environment.filters["marked"] = _marked
+    environment.filters["changed"] = _changed
     environment.globals.update(
-        both_widths=_both_widths, table_rows=_table_rows, numeric=_numeric, token_style=_token_style, palette=PALETTE
+        drawings=_drawings, table_rows=_table_rows, numeric=_numeric, token_style=_token_style, palette=PALETTE
     )
     environment.globals["numbers"] = _numbers
     environment.globals["number"] = number
     environment.globals["outline"] = outline
+    environment.globals["joined"] = " ".join
     return environment
 
 
@@ -122,12 +143,33 @@ def _marked(text: str, words: Sequence[str]) -> Markup:
     )
 
 
-def _both_widths(chart: Chart) -> Markup:
-    """The chart for a wide and for a narrow page; the stylesheet shows one."""
-    return Markup("").join(
+def _changed(text: str, before: str) -> Markup:
+    """The text with the words marked that the one before does not have there."""
+    words, old = re.findall(r"\S+\s*|\s+", text), [word.strip() for word in re.findall(r"\S+\s*|\s+", before)]
+    matcher = difflib.SequenceMatcher(None, old, [word.strip() for word in words], autojunk=False)
+    parts = []
+    for kind, _, _, start, end in matcher.get_opcodes():
+        piece = escape(visible("".join(words[start:end])))
+        parts.append(piece if kind == "equal" or not piece else Markup("<mark>{}</mark>").format(piece))
+    return Markup("").join(parts)
+
+
+def _drawings(chart: Chart) -> Markup:
+    """The chart for a wide and for a narrow page, of which the stylesheet shows one; or one that scrolls."""
+    if isinstance(chart, HeatMap) and map_width(chart) > NARROW:
+        width = max(map_width(chart), min(WIDE, 60 * len(chart.columns)))
+        return Markup(
+            '<div class="drawing scroll" tabindex="0" role="region" aria-label="{}">'
+            '<div style="width:{}px">{}</div></div>'
+            '<p class="sideways" aria-hidden="true">↔ wider than the page: scrolls sideways</p>'
+        ).format(visible(chart.title), width, draw(chart, width).svg())
+    if isinstance(chart, Histogram):  # small, so one will do
+        return Markup('<div class="drawing small">{}</div>').format(draw(chart, NARROW).svg())
+    both = Markup("").join(
         Markup('<div class="{}">{}</div>').format(kind, draw(chart, width).svg())
         for width, kind in ((WIDE, "wide"), (NARROW, "narrow"))
     )
+    return Markup('<div class="drawing">{}</div>').format(both)
 
 
 @dataclass(frozen=True)
@@ -137,6 +179,9 @@ class _ShownCell:
     """What the cell sorts by; empty for a missing value, which goes last."""
     numeric: bool
     note: str = ""
+    low: str = ""
+    high: str = ""
+    anchor: str = ""
 
 
 def _numeric(table: Table, column: int) -> bool:
@@ -157,7 +202,7 @@ def _table_rows(table: Table) -> list[list[_ShownCell]]:
 
 
 def _value(cell: Cell) -> str | bool | float | int | None:
-    return cell.value if isinstance(cell, Interval) else cell
+    return cell.value if isinstance(cell, Interval) else cell.text if isinstance(cell, Link) else cell
 
 
 def _shown(cell: Cell, spec: str) -> _ShownCell:
@@ -165,11 +210,18 @@ def _shown(cell: Cell, spec: str) -> _ShownCell:
     if isinstance(value, bool):
         return _ShownCell("yes" if value else "no", "1" if value else "0", False)
     if isinstance(value, str):
-        return _ShownCell(value, value.casefold(), False)
-    note = ""
+        anchor = cell.anchor if isinstance(cell, Link) else ""
+        return _ShownCell(value, value.casefold(), False, anchor=anchor)
+    key = _exact(value)
     if isinstance(cell, Interval) and finite(cell.low) and finite(cell.high):
         note = f"[{number(cell.low, spec)}, {number(cell.high, spec)}]"
-    return _ShownCell(number(value, spec), repr(float(value)) if finite(value) else "", True, note)
+        return _ShownCell(number(value, spec), key, True, note, _exact(cell.low), _exact(cell.high))
+    return _ShownCell(number(value, spec), key, True)
+
+
+def _exact(value: float | int | None) -> str:
+    """A number to sort by and to copy; empty where there is none."""
+    return f"{float(value):.9g}" if finite(value) else ""
 
 
 def _token_style(tokens: Tokens, index: int) -> tuple[str, str, str]:
@@ -186,37 +238,45 @@ def _token_style(tokens: Tokens, index: int) -> tuple[str, str, str]:
 def _numbers(chart: Chart) -> Table:
     """The numbers behind a chart, for those who cannot see it or want to copy them."""
     if isinstance(chart, LineChart):
-        columns = [chart.x_label or "x", *(line.name for line in chart.series)]
+        names = [chart.x_label or "x", *(line.name for line in chart.series)]
         xs = sorted({x for line in chart.series for x in line.x if finite(x)})
-        rows = [[number(x), *(_at(line, x, chart.y_format) for line in chart.series)] for x in xs]
-        return Table(columns, rows)
+        rows: list[list[Cell]] = [[x, *(_at(line, x) for line in chart.series)] for x in xs]
+        return Table(names, rows, formats=_formats(names[1:], chart.y_format) | _formats(names[:1], chart.x_format))
     if isinstance(chart, BarChart):
+        names = [chart.value_label or "", *(bars.name for bars in chart.bars)]
         rows = [
-            [name, *(said(b.values[i], _span(b.low, b.high, i), chart.value_format) for b in chart.bars)]
-            for i, name in enumerate(chart.labels)
+            [name, *(_cell(b.values[i], b.low, b.high, i) for b in chart.bars)] for i, name in enumerate(chart.labels)
         ]
-        return Table([chart.value_label or "", *(bars.name for bars in chart.bars)], rows)
+        return Table(names, rows, formats=_formats(names[1:], chart.value_format))
+    if isinstance(chart, Histogram):
+        rows = [[low, high, n] for low, high, n in zip(chart.edges, chart.edges[1:], chart.counts)]
+        return Table(["from", "to", chart.y_label], rows)
     if isinstance(chart, ScatterChart):
-        spec = chart.value_format
-        return Table(
-            ["", "point", chart.x_label or "x", chart.y_label or "y"],
-            [
-                [points.name, points.labels[i] if points.labels else str(i), number(x, spec), number(y, spec)]
-                for points in chart.series
-                for i, (x, y) in enumerate(zip(points.x, points.y))
-            ],
-        )
-    cells = [[name, *(number(v, chart.value_format) for v in row)] for name, row in zip(chart.rows, chart.values)]
-    return Table([chart.row_label, *chart.columns], cells)
+        names = ["", "point", chart.x_label or "x", chart.y_label or "y"]
+        rows = [
+            [points.name, points.labels[i] if points.labels else str(i), x, y]
+            for points in chart.series
+            for i, (x, y) in enumerate(zip(points.x, points.y))
+        ]
+        return Table(names, rows, formats=_formats(names[2:], chart.value_format))
+    names = [chart.row_label, *chart.columns]
+    if chart.columns_below:
+        names = [chart.row_label, *(f"{up} / {down}" for up, down in zip(chart.columns, chart.columns_below))]
+    rows = [[name, *values] for name, values in zip(chart.rows, chart.values)]
+    return Table(names, rows, formats=_formats(names[1:], chart.value_format))
 
 
-def _span(
-    low: Sequence[float | None] | None, high: Sequence[float | None] | None, index: int
-) -> tuple[float | None, float | None]:
-    return (None, None) if low is None or high is None else (low[index], high[index])
+def _formats(names: Sequence[str], spec: str) -> dict[str, str]:
+    return dict.fromkeys(names, spec) if spec else {}
 
 
-def _at(line: Series, x: float, spec: str) -> str:
+def _cell(
+    value: float | None, low: Sequence[float | None] | None, high: Sequence[float | None] | None, index: int
+) -> Cell:
+    return value if low is None or high is None else Interval(value, low[index], high[index])
+
+
+def _at(line: Series, x: float) -> Cell:
     """What a line says at an x; a gap where it has no such x."""
-    found = [said(y, _span(line.low, line.high, i), spec) for i, (at, y) in enumerate(zip(line.x, line.y)) if at == x]
-    return "; ".join(found) or MISSING
+    found = [_cell(y, line.low, line.high, i) for i, (at, y) in enumerate(zip(line.x, line.y)) if at == x]
+    return found[0] if found else None

@@ -70,8 +70,11 @@ def logarithmic(values: Sequence[float], start: float, end: float, count: int = 
         base = 2 if all(math.log2(value).is_integer() for value in found) else 10
         first = math.ceil(math.log(found[0], base) - 1e-9)
         last = math.floor(math.log(found[-1], base) + 1e-9)
-        stride = math.ceil((last - first + 1) / count)
+        stride = max(1, math.ceil((last - first + 1) / count))
         ticks = [float(base) ** power for power in range(first, last + 1, stride)]
+        if len(ticks) < 3:  # less than two powers of ten
+            steps = sorted(factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5))
+            ticks = [tick for tick in steps if found[0] <= tick <= found[-1]] or [found[0], found[-1]]
     if has_zero:
         low, ticks = zero, [0.0, *ticks]
     if high - low < 1e-9:

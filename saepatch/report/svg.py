@@ -38,11 +38,14 @@ class Drawing:
     height: float
     name: str
     parts: tuple[Markup, ...]
+    interactive: bool = False
+    """Whether its parts can be picked: a group of them, and not one image."""
 
     def svg(self) -> Markup:
         """The drawing as an element of a page."""
         box = f"0 0 {self.width:g} {round(self.height, 1):g}"
-        return element("svg", {"viewBox": box, "role": "img", "aria-label": visible(self.name)}, *self.parts)
+        role = "group" if self.interactive else "img"
+        return element("svg", {"viewBox": box, "role": role, "aria-label": visible(self.name)}, *self.parts)
 
 
 MARK = 3.6  # half a point's width, in pixels

@@ -35,6 +35,15 @@ def visible(text: str) -> str:
     return "".join(out)
 
 
+def token_text(text: str) -> str:
+    """A token as a name: blanks at its ends as ␣, so that ` a` and `a` differ, and something for an empty one."""
+    body = text.strip(" ")
+    if not body:
+        return "␣" * len(text) or "∅"
+    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
+    return "␣" * before + visible(body).replace("\n", "").replace("\t", "") + "␣" * after
+
+
 def finite(value: object) -> TypeGuard[float]:
     """Whether the value is a number, Python's or NumPy's, that can be drawn."""
     return isinstance(value, Real) and math.isfinite(value)

@@ -1,30 +1,274 @@
 "use strict";
+const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
+document.documentElement.classList.add("scripted");
+
+// What is sorted, filtered, chosen, picked and unfolded stands behind the first & of the address: #place&t1.s=2d&c1=3
+const [place, ...rest] = location.hash.slice(1).split("&");
+const state = new URLSearchParams(rest.join("&"));
+let anchor = place;
+function remember(key, value) {
+  if (value === "") state.delete(key);
+  else state.set(key, value);
+  write();
+}
+function write() {
+  const text = state.toString();
+  history.replaceState(null, "", `#${anchor}${text && "&"}${text}`);
+}
+function make(name, properties, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
 // Tables sort by a click on a header; a second click turns the order. Gaps stay last either way.
-for (const table of document.querySelectorAll("table.sortable")) {
+function sort(table, column, rising) {
+  const heads = [...table.tHead.rows[0].cells];
+  const numeric = heads[column].hasAttribute("data-numeric");
+  const key = (row) => row.cells[column].dataset.key;
+  const rows = [...table.tBodies[0].rows];
+  rows.sort((a, b) => {
+    const [x, y] = [key(a), key(b)];
+    if (x === "" || y === "") return (x === "") - (y === "");
+    const order = numeric ? Number(x) - Number(y) : x.localeCompare(y, "en", { numeric: true });
+    return rising ? order : -order;
+  });
+  heads.forEach((other) => other.removeAttribute("aria-sort"));
+  heads[column].setAttribute("aria-sort", rising ? "ascending" : "descending");
+  table.tBodies[0].append(...rows);
+}
+// Every word of a filter has to stand in the row.
+function filter(figure, text) {
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  const rows = [...figure.querySelector("tbody").rows];
+  for (const row of rows) {
+    const said = row.textContent.toLowerCase();
+    row.hidden = !words.every((word) => said.includes(word));
+  }
+  const shown = rows.filter((row) => !row.hidden).length;
+  figure.querySelector(".count").textContent = words.length ? `${shown} of ${rows.length} rows` : "";
+}
+function csv(table) {
+  const heads = [...table.tHead.rows[0].cells];
+  const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
+  const ranged = heads.map((_, i) => rows.some((row) => row.cells[i].dataset.low !== undefined));
+  const quote = (text) => (/[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const lines = [heads.flatMap((head, i) => {
+    const name = head.textContent.trim();
+    return ranged[i] ? [name, `${name} low`, `${name} high`] : [name];
+  })];
+  for (const row of rows) {
+    lines.push([...row.cells].flatMap((cell, i) => {
+      const value = cell.classList.contains("number") ? cell.dataset.key : cell.textContent.trim();
+      return ranged[i] ? [value, cell.dataset.low ?? "", cell.dataset.high ?? ""] : [value];
+    }));
+  }
+  return lines.map((line) => line.map(quote).join(",")).join("\n") + "\n";
+}
+async function copy(button, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = make("textarea", { value: text });
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  const before = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = before; }, 1500);
+}
+for (const figure of all("figure.table")) {
+  const table = figure.querySelector("table");
+  const field = figure.querySelector("input");
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
-    const numeric = head.hasAttribute("data-numeric");
-    const key = (row) => row.cells[column].dataset.key;
     head.querySelector("button").addEventListener("click", () => {
       const before = head.getAttribute("aria-sort");
       // What one wants first of numbers is the largest, of texts the first.
-      const rising = before ? before === "descending" : !numeric;
-      const rows = [...table.tBodies[0].rows];
-      rows.sort((a, b) => {
-        const [x, y] = [key(a), key(b)];
-        if (x === "" || y === "") return (x === "") - (y === "");
-        const order = numeric ? Number(x) - Number(y) : x.localeCompare(y, "en", { numeric: true });
-        return rising ? order : -order;
-      });
-      heads.forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", rising ? "ascending" : "descending");
-      table.tBodies[0].append(...rows);
+      const rising = before ? before === "descending" : !head.hasAttribute("data-numeric");
+      sort(table, column, rising);
+      remember(`${figure.id}.s`, `${column}${rising ? "a" : "d"}`);
     });
+  });
+  field?.addEventListener("input", () => {
+    filter(figure, field.value);
+    remember(`${figure.id}.q`, field.value);
+  });
+}
+for (const button of all("button.copy")) {
+  button.addEventListener("click", () => copy(button, csv(button.closest(".tabular").querySelector("table"))));
+}
+
+// Views to choose from.
+function choose(choice, index) {
+  const views = all(":scope > .view", choice);
+  if (!views[index]) return;
+  choice.querySelector("select").selectedIndex = index;
+  views.forEach((view, i) => { view.hidden = i !== index; });
+  overflowing();
+}
+for (const choice of all(".choice")) {
+  const select = choice.querySelector("select");
+  choose(choice, 0);
+  select.addEventListener("change", () => {
+    choose(choice, select.selectedIndex);
+    remember(choice.id, select.selectedIndex ? String(select.selectedIndex) : "");
   });
 }
 
+// A cell of a map shows the rows of the tables that belong to it. Arrow keys go from cell to cell.
+function pick(figure, key) {
+  const cells = all(".pick", figure).filter((cell) => cell.dataset.key === key);
+  all(".chosen", figure).forEach((cell) => cell.classList.remove("chosen"));
+  const panel = figure.querySelector(".picked");
+  panel.replaceChildren();
+  if (!cells.length) return;
+  cells.forEach((cell) => cell.classList.add("chosen"));
+  panel.append(make("p", {}, make("strong", { textContent: cells[0].querySelector("title").textContent })));
+  const found = all("figure.table tbody tr[data-cells]").filter((row) => row.dataset.cells.split(" ").includes(key));
+  if (!found.length) panel.append(make("p", { textContent: "None of the rows in the tables of this page is of this cell." }));
+  for (const source of new Set(found.map((row) => row.closest("table")))) {
+    const heads = [...source.tHead.rows[0].cells].map((head) => make("th", { className: head.className, textContent: head.textContent }));
+    const rows = found.filter((row) => row.closest("table") === source).map((row) => row.cloneNode(true));
+    rows.forEach((row) => { row.hidden = false; });
+    const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
+    panel.append(make("div", { className: "scroll" }, table));
+  }
+  overflowing();
+}
+for (const figure of all("figure.chart")) {
+  const first = all("svg", figure).map((svg) => svg.querySelector(".pick")).filter(Boolean);
+  first.forEach((cell) => cell.setAttribute("tabindex", "0"));
+  const act = (cell) => {
+    pick(figure, cell.dataset.key);
+    remember("pick", `${figure.id} ${cell.dataset.key}`);
+  };
+  figure.addEventListener("click", (event) => {
+    const cell = event.target.closest(".pick");
+    if (cell) act(cell);
+  });
+  figure.addEventListener("keydown", (event) => {
+    const cell = event.target.closest(".pick");
+    if (!cell) return;
+    const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+    if (event.key === "Enter" || event.key === " ") act(cell);
+    else if (step) move(cell, step);
+    else return;
+    event.preventDefault();
+  });
+}
+function move(cell, [down, right]) {
+  const cells = all(".pick", cell.closest("svg"));
+  let [r, c] = [Number(cell.dataset.r), Number(cell.dataset.c)];
+  for (let tries = 0; tries < 200; tries += 1) { // over the gaps
+    [r, c] = [r + down, c + right];
+    const next = cells.find((other) => Number(other.dataset.r) === r && Number(other.dataset.c) === c);
+    if (!next) continue;
+    cells.forEach((other) => other.setAttribute("tabindex", "-1"));
+    next.setAttribute("tabindex", "0");
+    next.focus();
+    return;
+  }
+}
+
+// A figure as a file: the drawing with its title, its legend and a style of its own.
+const SVG = document.querySelector("svg")?.namespaceURI;
+function drawn(name, attributes, text = "") {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.textContent = text;
+  return made;
+}
+function standalone(figure) {
+  const shown = all(".drawing svg", figure).find((svg) => svg.getClientRects().length);
+  const box = shown.viewBox.baseVal;
+  const body = drawn("g", { class: "chart", transform: "translate(20 20)" });
+  let top = 0;
+  const title = figure.querySelector("h3, h4")?.textContent;
+  if (title) {
+    body.append(drawn("text", { y: 14, class: "title" }, title));
+    top = 34;
+  }
+  for (const entry of all(".legend li", figure)) {
+    const key = drawn("g", { class: entry.className, transform: `translate(0 ${top})` });
+    const sign = entry.querySelector("svg").firstElementChild.cloneNode(true);
+    sign.classList.replace("swatch", "bar");
+    key.append(sign, drawn("text", { x: 32, y: 9, class: "name" }, entry.textContent.trim()));
+    body.append(key);
+    top += 20;
+  }
+  const inner = drawn("g", { transform: `translate(0 ${top + (top ? 6 : 0)})` });
+  inner.append(...[...shown.childNodes].map((node) => node.cloneNode(true)));
+  body.append(inner);
+  const [width, height] = [box.width + 40, box.height + top + 46];
+  const svg = drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}` });
+  svg.append(drawn("style", {}, document.querySelector("#figure-style").content.textContent),
+    drawn("rect", { width: "100%", height: "100%", class: "paper" }), body);
+  return new XMLSerializer().serializeToString(svg);
+}
+for (const button of all("button.save")) {
+  button.addEventListener("click", () => {
+    const figure = button.closest("figure");
+    const address = URL.createObjectURL(new Blob([standalone(figure)], { type: "image/svg+xml" }));
+    const name = (figure.querySelector("h3, h4")?.textContent ?? "figure").replace(/[^\w.-]+/g, "-").slice(0, 60);
+    make("a", { href: address, download: `${name}.svg` }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 1000);
+  });
+}
+
+// What is wider than the page says so.
+function overflowing() {
+  for (const box of all(".scroll")) box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+}
+window.addEventListener("resize", overflowing);
+
+// Cards: a link to one unfolds it.
+for (const card of all("details.card")) {
+  card.addEventListener("toggle", () => {
+    overflowing();
+    remember("open", all("details.card[open]").map((one) => one.id).join(" "));
+  });
+}
+function go(name) {
+  const target = name && document.getElementById(name);
+  if (!target) return;
+  const card = target.closest("details.card");
+  if (card) card.open = true;
+  target.scrollIntoView();
+  (card?.querySelector("summary") ?? target).focus({ preventScroll: true });
+}
+window.addEventListener("hashchange", () => { // a link of this page: its place, and all the rest as it was
+  anchor = location.hash.slice(1).split("&")[0];
+  write();
+  go(anchor);
+});
+
+// The view that the address describes.
+for (const [key, value] of [...state]) {
+  const [id, part] = key.split(".");
+  const found = document.getElementById(id);
+  if (part === "s" && found?.querySelector("thead")) {
+    const column = parseInt(value, 10);
+    if (found.querySelector("thead").rows[0].cells[column]) sort(found.querySelector("table"), column, value.endsWith("a"));
+  } else if (part === "q" && found?.querySelector("input")) {
+    found.querySelector("input").value = value;
+    filter(found, value);
+  } else if (key === "open") {
+    value.split(" ").forEach((name) => { if (document.getElementById(name)?.matches("details.card")) document.getElementById(name).open = true; });
+  } else if (key === "pick") {
+    const figure = document.getElementById(value.split(" ")[0]);
+    if (figure?.querySelector(".picked")) pick(figure, value.split(" ")[1]);
+  } else if (found?.matches(".choice")) {
+    choose(found, Number(value));
+  }
+}
+go(anchor);
+overflowing();
+
 // The contents show where one is.
-const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link]));
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
@@ -32,9 +276,14 @@ const seen = new IntersectionObserver((entries) => {
     links.get(entry.target.id)?.setAttribute("aria-current", "true");
   }
 }, { rootMargin: "0px 0px -75% 0px" });
-document.querySelectorAll("main section").forEach((section) => seen.observe(section));
+all("main section").forEach((section) => seen.observe(section));
 
-// Paper has no summary to open.
+// Paper has nothing to unfold: cards are open, the numbers behind figures stay away.
+let folded = [];
 window.addEventListener("beforeprint", () => {
-  document.querySelectorAll("details[open]").forEach((details) => { details.open = false; });
+  folded = all("details.card:not([open])");
+  folded.forEach((card) => { card.open = true; });
+});
+window.addEventListener("afterprint", () => {
+  folded.forEach((card) => { card.open = false; });
 });

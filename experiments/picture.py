@@ -1,0 +1,59 @@
+"""The README's picture: four figures of the demo's report in one SVG file.
+
+python -m experiments.picture --run runs/demo --out experiments/figures/report.svg
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saepatch.commandline import run_config
+from saepatch.errors import UserError
+from saepatch.report import KEPT, Chart, HeatMap, LineChart, Page, read_page, write_figures
+from saepatch.runfolders import read_json
+
+TITLES = (
+    "Denoising: each prompt's own top latents",
+    "Layer × position: denoise",
+    "Refusals against the share of latents restored",
+    "Latents of ",  # whichever site the run patched
+)
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """Draw the README's picture from a run of the demo."""
+
+    run: str = "runs/demo"
+    """Folder of the run."""
+    out: str = "experiments/figures/report.svg"
+    """File for the picture."""
+
+
+def main(config: PictureConfig) -> None:
+    page = read_page(read_json(Path(config.run) / KEPT))
+    found = [_named(page, title) for title in TITLES]
+    path = write_figures(found, Path(config.out))
+    sys.stdout.write(f"Picture: {path} ({path.stat().st_size / 1000:.0f} kB)\n")
+
+
+def _named(page: Page, title: str) -> Chart:
+    for section in page.sections:
+        for chart in _charts(section.blocks):
+            if chart.title.startswith(title):
+                return chart
+    raise UserError(f"the report has no figure called {title!r}: give the folder of a run of the demo")
+
+
+def _charts(blocks: Sequence[Any]) -> Iterator[LineChart | HeatMap]:
+    for block in blocks:
+        if isinstance(block, (LineChart, HeatMap)):
+            yield block
+        for _, inner in getattr(block, "options", ()):
+            yield from _charts(inner)
+
+
+if __name__ == "__main__":
+    sys.exit(run_config(PictureConfig, main, "python -m experiments.picture"))

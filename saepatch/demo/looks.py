@@ -1,0 +1,127 @@
+"""What the demo's report shows beside figures: where effects are, what single latents are about, where they are on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from saepatch import organism
+from saepatch.dictionaries import Dictionary
+from saepatch.effects import Direction, Effects
+from saepatch.models import LanguageModel
+from saepatch.organism import tasks
+from saepatch.patching import patch_heads, patch_latents, patch_streams
+from saepatch.prompts import PromptPair, pairs_of
+from saepatch.reading import Card, read_latents, token_texts
+from saepatch.results import Row
+from saepatch.splicing import record_latents
+
+DIRECTIONS: tuple[Direction, Direction] = ("denoise", "noise")
+HEAD_PAIRS = 40  # that heads are patched in
+BY_POSITION = 12  # latents
+CARDS = 8  # of a site
+
+Both = Mapping[Direction, Effects]
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """Effects on indirect objects by place: streams and latents over pairs of one form, heads over more pairs.
+
+    `clean` and `corrupted` name the group's positions: the token where all agree, else None.
+    """
+
+    group: tuple[PromptPair, ...]
+    tokens: tuple[tuple[str, ...], ...]  # of each pair's clean prompt
+    clean: tuple[str | None, ...]
+    corrupted: tuple[str | None, ...]
+    streams: Both
+    heads: Both
+    head_pairs: int
+    latents: Both
+
+    def rows(self) -> list[Row]:
+        """Every edit that was run, positions named where a pair has them."""
+        found: list[Row] = []
+        for effects in (*self.streams.values(), *self.latents.values()):
+            found += effects.rows("ioi", self.tokens)
+        for effects in self.heads.values():
+            found += effects.rows("ioi")
+        return found
+
+
+def read_maps(model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], n: int, seed: int) -> Maps:
+    """Patch streams, heads and some latents of the `report` pairs, in both directions."""
+    rows = list(tasks.task("ioi", "report", n, seed))
+    pairs = pairs_of(rows)
+    group = _one_form(model, [(row["template"], row["kind"]) for row in rows], pairs)
+    sides = [[token_texts(model, model.encode(text)) for text in side] for side in zip(*_texts(group))]
+    chosen = list(latents)[:BY_POSITION]
+    return Maps(
+        tuple(group),
+        tuple(tuple(one) for one in sides[0]),
+        _shared(sides[0]),
+        _shared(sides[1]),
+        {d: patch_streams(model, group, direction=d) for d in DIRECTIONS},
+        {d: patch_heads(model, pairs[:HEAD_PAIRS], direction=d) for d in DIRECTIONS},
+        len(pairs[:HEAD_PAIRS]),
+        {d: patch_latents(model, dictionary, group, chosen, each_position=True, direction=d, controls=0)
+         for d in DIRECTIONS},
+    )  # fmt: skip
+
+
+def _texts(pairs: Sequence[PromptPair]) -> list[tuple[str, str]]:
+    return [(pair.clean, pair.corrupted) for pair in pairs]
+
+
+def _one_form(model: LanguageModel, forms: Sequence[tuple[str, str]], pairs: Sequence[PromptPair]) -> list[PromptPair]:
+    """The most pairs of one template and order whose words stand at the same positions."""
+    frames: dict[tuple[str, str], list[tuple[PromptPair, list[int], list[int]]]] = {}
+    for form, pair in zip(forms, pairs, strict=True):
+        frames.setdefault(form, []).append((pair, model.encode(pair.clean), model.encode(pair.corrupted)))
+    groups: dict[tuple[object, ...], list[PromptPair]] = {}
+    for form, members in frames.items():
+        own = set.intersection(*(set(ids) for _, *both in members for ids in both))  # the template's own tokens
+        for pair, *both in members:
+            places = tuple(tuple((at, token) for at, token in enumerate(ids) if token in own) for ids in both)
+            groups.setdefault((form, len(both[0]), places), []).append(pair)
+    return max(groups.values(), key=len)
+
+
+def _shared(rows: Sequence[Sequence[str]]) -> tuple[str | None, ...]:
+    return tuple(column[0] if len(set(column)) == 1 else None for column in zip(*rows, strict=True))
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text as the model reads it: its tokens, and the sum of some latents' activations at each."""
+
+    name: str
+    tokens: tuple[str, ...]
+    acts: tuple[float, ...]
+
+
+@torch.no_grad()
+def read_texts(
+    model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], named: Sequence[tuple[str, str]]
+) -> tuple[ReadText, ...]:
+    """Read (name, text) pairs, nothing edited; the latents that count are `latents`, BOS and template as they come."""
+    found = []
+    for name, text in named:
+        tokens = model.tokenize([text])
+        acts = record_latents(model, dictionary, tokens).acts[0][:, list(latents)].sum(-1).float().cpu()
+        acts = acts * tokens.ordinary[0].cpu()
+        found.append(ReadText(name, tuple(token_texts(model, tokens.input_ids[0].tolist())), tuple(acts.tolist())))
+    return tuple(found)
+
+
+def read_cards(model: LanguageModel, wanted: Sequence[tuple[Dictionary, Sequence[int]]]) -> tuple[Card, ...]:
+    """Cards of the first latents of each list, over the embedded texts; a latent named twice has one card."""
+    tokens = model.tokenize(organism.texts())
+    found: dict[tuple[str, int], Card] = {}
+    for dictionary, latents in wanted:
+        site = str(dictionary.site)
+        left = [latent for latent in dict.fromkeys(latents[:CARDS]) if (site, latent) not in found]
+        if left:
+            found |= {(card.site, card.latent): card for card in read_latents(model, dictionary, left, tokens)}
+    return tuple(found.values())

@@ -1,0 +1,214 @@
+"""Effects of groups with their controls, and estimates against what was run exactly."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from saepatch.effects import CONTROLS
+from saepatch.pages.left import EXACT, Left
+from saepatch.report import (
+    BarChart,
+    Bars,
+    Cell,
+    Chart,
+    LineChart,
+    Link,
+    Points,
+    Reference,
+    ScatterChart,
+    Section,
+    Series,
+    Simple,
+    Table,
+)
+
+POINTS = 1000  # of a scatter
+NODES = 300  # rows of the table of verified nodes
+SHOWN = {"random": "random controls", "matched": "matched controls"}
+
+
+def groups(left: Left) -> Section | None:
+    """The groups that were asked for beside their controls: over their size where sizes differ, else as bars."""
+    if left.is_screen:
+        return None
+    charts: list[Simple] = []
+    for direction, top in left.run.summary["top"].items():
+        given = [line for line in top if line["role"] == "given"]
+        for site in dict.fromkeys(line["site"] for line in given):
+            mine = sorted((line for line in given if line["site"] == site), key=_size)
+            sizes = [_size(line) for line in mine]
+            curve = len(set(sizes)) == len(sizes) > 1
+            charts.append((_curve if curve else _bars)(f"{site}: {direction}", mine))
+    if not charts:
+        return None
+    text = (
+        "What was asked for, beside as many latents drawn at random from those that fire, and others matched in how "
+        "often and how strongly they fire. 0 is the base run, 1 the source run. An effect that its matched controls "
+        "reach, too, says little about these latents."
+    )
+    return Section("Groups and their controls", text, charts)
+
+
+def _size(line: dict[str, Any]) -> int:
+    return line["latent"].count(",") + 1
+
+
+def _triples(lines: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    nothing = {"value": None, "low": None, "high": None}
+    return [line.get(name, nothing) for line in lines]
+
+
+def _named(lines: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    found = [("patched", _triples(lines, "effect"))]
+    for role, name in SHOWN.items():
+        if any(f"{role}_controls" in line for line in lines):
+            found.append((name, _triples(lines, f"{role}_controls")))
+    return found
+
+
+INTERVALS = "Intervals: 95 % bootstrap over pairs."
+
+
+def _curve(title: str, lines: list[dict[str, Any]]) -> Chart:
+    sizes = [_size(line) for line in lines]
+    series = [
+        Series(name, sizes, [e["value"] for e in each], [e["low"] for e in each], [e["high"] for e in each])
+        for name, each in _named(lines)
+    ]
+    return LineChart(
+        f"Effect over the number of latents, {title}",
+        "latents patched together",
+        "share of the gap (0: base run, 1: source run)",
+        series,
+        f"n = {lines[0]['effect']['n']} pairs. {INTERVALS}",
+        log_x=True,
+        references=(Reference(0.0, ""),),
+    )
+
+
+def _bars(title: str, lines: list[dict[str, Any]]) -> Chart:
+    ranked = sorted(lines, key=lambda line: -(line["effect"]["value"] or 0.0))
+    bars = [
+        Bars(name, [e["value"] for e in each], [e["low"] for e in each], [e["high"] for e in each])
+        for name, each in _named(ranked)
+    ]
+    return BarChart(
+        f"Effects, {title}",
+        [line["latent"] + (f" at {line['position']}" if line["position"].isdigit() else "") for line in ranked],
+        bars,
+        "share of the gap",
+        f"n = {ranked[0]['effect']['n']} pairs. {INTERVALS}",
+        value_format=".3f",
+    )
+
+
+def verified(left: Left) -> Section | None:
+    """Estimates against exact effects of the nodes that were run."""
+    if not left.is_screen:
+        return None
+    blocks: list[Simple] = []
+    for direction, screen in left.run.summary["screens"].items():
+        exact, estimate = _verified(left, direction)
+        if not len(exact):
+            continue
+        blocks.append(_scatter(left, direction, exact, estimate, screen))
+        blocks.append(_nodes(left, direction, exact, estimate))
+    if not blocks:
+        return None
+    text = (
+        "The nodes with the largest estimates, and nodes drawn at random from all others, were run exactly. How the "
+        "second lot agrees says how far to trust the estimates that nobody checked: a large exact effect among them is "
+        "one that the screen would have missed."
+    )
+    return Section("Estimates against exact effects", text, blocks)
+
+
+def _verified(left: Left, direction: str) -> tuple[Int[ndarray, "nodes"], Int[ndarray, "nodes"]]:
+    """Rows of what was run exactly, and of the estimates of the same nodes."""
+    keys, changes = left.changes.keys, left.changes
+    numbers = {key: number for number, key in enumerate(keys)}
+    partner = np.full(len(keys), -1)
+    for number, key in enumerate(keys):
+        if key[0] == direction and key[3] in EXACT:
+            partner[number] = numbers[(*key[:3], "single", *key[4:])]
+    exact = np.flatnonzero(partner[changes.key] >= 0)
+    pairs = len(left.pairs.examples)
+    code = changes.key * pairs + changes.pair
+    order = np.argsort(code)
+    wanted = partner[changes.key[exact]] * pairs + changes.pair[exact]
+    return exact, order[np.searchsorted(code, wanted, sorter=order)]
+
+
+def _label(left: Left, row: int) -> str:
+    key = left.changes.keys[left.changes.key[row]]
+    unit = key[4] if key[2] == "latent" else f"{key[2]} {key[4]}".strip()
+    return f"{left.pairs.examples[left.changes.pair[row]]}: {key[1]} {unit} at {key[5]}"
+
+
+def _scatter(
+    left: Left, direction: str, exact: Int[ndarray, "nodes"], estimate: Int[ndarray, "nodes"], screen: dict[str, Any]
+) -> Chart:
+    change = left.changes.change
+    roles = np.array([left.changes.keys[number][3] for number in left.changes.key[exact]])
+    size = np.abs if left.sizes else np.asarray
+    series = []
+    for role, name in zip(EXACT, ("largest estimates", "drawn at random")):
+        mine = np.flatnonzero(roles == role)[: POINTS // 2]
+        labels = [_label(left, int(row)) for row in exact[mine]]
+        series.append(Points(name, size(change[exact[mine]]).tolist(), change[estimate[mine]].tolist(), labels))
+    agreement = f"Pearson {screen['pearson']:.3f}, Spearman {screen['spearman']:.3f}" if screen.get("pearson") else ""
+    missed = ""
+    if screen.get("missed_at_most") is not None:
+        missed = (
+            f" Of all nodes that were not run, at most {screen['missed_at_most']:,.0f} "
+            f"({screen['missed_share_at_most']:.1%}) are as large as the smallest of the top ones (95 % confidence)."
+        )
+    drawn = sum(len(points.x) for points in series)
+    some = f" {drawn} of {len(exact)} are drawn." if drawn < len(exact) else ""
+    return ScatterChart(
+        f"Estimated against exact effect: {direction}",
+        f"exact effect ({left.metric})",
+        f"estimated effect ({left.metric})",
+        series,
+        f"n = {len(exact)} nodes of {screen['nodes']:,}. {agreement}.{some}{missed}",
+        identity=True,
+    )
+
+
+def _nodes(left: Left, direction: str, exact: Int[ndarray, "nodes"], estimate: Int[ndarray, "nodes"]) -> Table:
+    change = left.changes.change
+    best = np.argsort(-np.abs(change[exact]), kind="stable")[:NODES]
+    rows: list[list[Cell]] = []
+    for i in best.tolist():
+        key = left.changes.keys[left.changes.key[exact[i]]]
+        anchor = left.anchors.get((key[1], key[4]))
+        unit: Cell = Link(key[4], anchor) if anchor else key[4] if key[2] == "latent" else key[2]
+        example = left.pairs.examples[left.changes.pair[exact[i]]]
+        rows.append([example, key[1], unit, int(key[5]), key[3], float(change[exact[i]]), float(change[estimate[i]])])
+    return Table(
+        ["pair", "site", "unit", "position", "why", "exact", "estimated"],
+        rows,
+        f"{direction}: the {len(rows)} largest of {len(exact)} nodes that were run exactly, in units of the "
+        f"{left.metric}. Why: `top`, it has one of the largest estimates; `random`, it was drawn.",
+        {"exact": ".3f", "estimated": ".3f", "position": "d"},
+    )
+
+
+def controls_reach(left: Left) -> list[str]:
+    """Groups whose matched or random controls do as much, in words."""
+    if left.is_screen:
+        return []
+    found = []
+    for direction, top in left.run.summary["top"].items():
+        for line in top:
+            for role in CONTROLS:
+                control = line.get(f"{role}_controls")
+                effect = line["effect"]["value"]
+                if control and None not in (effect, control["high"]) and abs(control["value"]) >= abs(effect) > 0:
+                    found.append(
+                        f"{direction}: the {role} controls of {line['site']} {line['latent']} do as much as it does "
+                        f"({control['value']:.3f} against {effect:.3f}): its effect is not special to these latents."
+                    )
+    return found

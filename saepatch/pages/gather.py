@@ -1,0 +1,138 @@
+"""What a report needs of the model: written to `reading.json` while the model is still there."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from saepatch.components import ErrorTerm, LatentUnits
+from saepatch.config import AttributeConfig, PatchConfig, SweepConfig
+from saepatch.dictionaries import Dictionary
+from saepatch.errors import UserError
+from saepatch.models import LanguageModel, Tokens
+from saepatch.prompts import PromptPair
+from saepatch.quality import splice_quality
+from saepatch.reading import read_latents, token_texts
+from saepatch.results import write_json
+from saepatch.runfolders import read_json, read_run
+from saepatch.runs import Sweep, prepare
+
+log = logging.getLogger(__name__)
+
+READING = "reading.json"
+LATENTS = 24  # that get a card
+TEXTS = 512  # of the run's own prompts, that examples are looked for in
+SPLICED = 32  # of them, that splice quality is measured on
+SHOWN = 12  # pairs that are kept token by token
+
+
+def write_reading(sweep: Sweep, out: Path) -> None:
+    """Read the run's prompts and the latents on top of its summary, and write them beside it.
+
+    Raises:
+        UserError: there is no summary in the folder.
+    """
+    summary = read_json(out / "summary.json")
+    texts = list(dict.fromkeys(text for pair in sweep.pairs for text in _texts(sweep, pair)))[:TEXTS]
+    dictionaries = {
+        str(component.site): component.dictionary
+        for group in sweep.groups
+        for component in group
+        if isinstance(component, (LatentUnits, ErrorTerm))
+    }
+    splice: list[dict[str, Any]] = []
+    cards: list[dict[str, Any]] = []
+    if dictionaries:
+        tokens = sweep.model.tokenize(texts)
+        few = tokens.rows(slice(0, SPLICED))
+        splice = [
+            asdict(splice_quality(sweep.model, one, few, _batch(one, few))) | {"site": site}
+            for site, one in dictionaries.items()
+        ]
+        wanted = top_latents(summary)
+        for site in dict.fromkeys(site for site, _ in wanted):
+            ids = [latent for at, latent in wanted if at == site]
+            found = read_latents(
+                sweep.model, dictionaries[site], ids, tokens, batch_size=_batch(dictionaries[site], tokens)
+            )
+            cards += [asdict(card) for card in found]
+    prompts = _prompts(sweep.model, sweep.pairs, bool(sweep.corruption))
+    write_json({"prompts": prompts, "splice": splice, "latents": cards}, out / READING)
+
+
+def try_reading(sweep: Sweep, out: Path) -> None:
+    """The same at the end of a run, whose results are there already: what goes wrong is said, and the run stands."""
+    (out / READING).unlink(missing_ok=True)  # of an earlier start
+    try:
+        write_reading(sweep, out)
+    except (UserError, RuntimeError) as error:  # a device that is full, say
+        log.warning("tokens and cards are left out of the report: %s", str(error).partition("\n")[0])
+
+
+def _texts(sweep: Sweep, pair: PromptPair) -> tuple[str, ...]:
+    return (pair.clean,) if sweep.corruption else (pair.clean, pair.corrupted)
+
+
+def _batch(dictionary: Dictionary, tokens: Tokens) -> int:
+    """Texts at a time: a latent's activations of all of them are held at once."""
+    return max(1, min(32, 2**26 // (tokens.input_ids.shape[1] * dictionary.d_sae)))
+
+
+def top_latents(summary: dict[str, Any]) -> list[tuple[str, int]]:
+    """(site, id) of the latents on top of a run, largest effects of each direction first."""
+    tops = [one["top"] for one in summary["screens"].values()] if "screens" in summary else [*summary["top"].values()]
+    found: dict[tuple[str, int], None] = {}
+    for place in range(max(map(len, tops), default=0)):
+        for top in tops:
+            if place < len(top) and top[place]["component"] == "latent":
+                found |= {(top[place]["site"], unit): None for unit in _units(top[place]["latent"])}
+    return list(found)[:LATENTS]
+
+
+def _units(text: str) -> Iterator[int]:
+    return (int(unit) for unit in text.split(",") if unit.isdigit())
+
+
+def _prompts(model: LanguageModel, pairs: Sequence[PromptPair], one_run: bool) -> dict[str, Any]:
+    """The first pairs token by token, and the tokens that all pairs share by position; `corrupted` is empty where the
+    corrupted run reads the clean prompt."""
+    first: list[dict[str, Any]] = []
+    shared: dict[str, list[str | None]] = {}
+    sides = ("clean",) if one_run else ("clean", "corrupted")
+    same_length = True
+    for number, pair in enumerate(pairs):
+        tokens = {side: token_texts(model, model.encode(getattr(pair, side))) for side in sides}
+        same_length &= len({len(each) for each in tokens.values()}) == 1
+        if number < SHOWN:
+            first.append({"example": pair.example, "answer": pair.answer, "counter": pair.counter, **tokens})
+        for side, each in tokens.items():
+            shared[side] = list(each) if number == 0 else _agreeing(shared[side], each)
+    return {"count": len(pairs), "same_length": same_length, "first": first, "shared": shared}
+
+
+def _agreeing(known: Sequence[str | None], tokens: Sequence[str]) -> list[str | None]:
+    """By position, the token that all have; None where they differ or only some are so long."""
+    size = max(len(known), len(tokens))
+    padded = [*known, *[None] * (size - len(known))]
+    return [one if place < len(tokens) and one == tokens[place] else None for place, one in enumerate(padded)]
+
+
+def read_again(out: Path) -> None:
+    """Load a finished run's model and dictionaries again, from its config.yaml, and write its reading.
+
+    Raises:
+        UserError: there is no finished run, or what it used is not there any more.
+    """
+    import yaml
+
+    run = read_run(out)
+    kinds: dict[str, type[SweepConfig]] = {"patch": PatchConfig, "attribute": AttributeConfig}
+    if run.work not in kinds:
+        raise UserError(f"{str(out)!r} holds no run of patch or attribute: give the folder of one")
+    try:
+        given = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+        config = kinds[run.work](**given | {"out": str(out)})
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {out / 'config.yaml'} ({error}): give the folder of a finished run") from error
+    write_reading(prepare(config), out)

@@ -1,0 +1,206 @@
+"""What a run of `patch` or `attribute` left in its folder, as numbers that a page is drawn from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+from saepatch.effects import CONTROLS
+from saepatch.errors import UserError
+from saepatch.pages.gather import READING
+from saepatch.parts import KEYS, Changes, Key, Pairs, read_changes
+from saepatch.reading import Card
+from saepatch.report import Interval, token_text
+from saepatch.runfolders import RunFolder, read_json, read_run
+
+EXACT = ("top", "random")  # roles of a screen's verified nodes
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """A run's rows, pairs, summary and, where there is one, its reading."""
+
+    run: RunFolder
+    pairs: Pairs
+    changes: Changes
+    provenance: dict[str, str]
+    reading: dict[str, Any] | None
+    cards: tuple[Card, ...]
+
+    @property
+    def is_screen(self) -> bool:
+        return self.run.work == "attribute"
+
+    @property
+    def sizes(self) -> bool:
+        """Whether effects are sizes without a sign, as GradDrop gives them."""
+        return self.is_screen and self.run.settings.get("method") == "graddrop"
+
+    @property
+    def metric(self) -> str:
+        return str(self.run.settings["metric"]).replace("_", " ")
+
+    @property
+    def directions(self) -> list[str]:
+        return list(self.run.summary["screens" if self.is_screen else "top"])
+
+    @property
+    def gap(self) -> float:
+        """What effects are shares of: the mean gap; NaN where it is too small."""
+        gap = float(self.pairs.gap.mean())
+        if not abs(gap) >= self.run.settings["min_gap"]:
+            return float("nan")
+        return abs(gap) if self.sizes else gap
+
+    def own(self, direction: str) -> list[int]:
+        """The edits of a direction that are no controls (in a screen: the estimates)."""
+        return [
+            number
+            for number, key in enumerate(self.changes.keys)
+            if key[0] == direction and (key[3] == "single" if self.is_screen else key[3] not in CONTROLS)
+        ]
+
+    @cached_property
+    def effects(self) -> Float[ndarray, "edits"]:
+        """Of each edit the share of the gap of all pairs."""
+        return self.changes.totals / len(self.pairs.examples) / self.gap
+
+    def effects_of(self, pair: int) -> tuple[Float[ndarray, "edits"], Bool[ndarray, "edits"]]:
+        """Of each edit the share of one pair's gap, and whether it did anything there."""
+        mine = self.changes.pair == pair
+        found = np.zeros(len(self.changes.keys))
+        there = np.zeros(len(found), dtype=bool)
+        gap = float(self.pairs.gap[pair])
+        small = not abs(gap) >= self.run.settings["min_gap"]
+        found[self.changes.key[mine]] = self.changes.change[mine] / (
+            np.nan if small else abs(gap) if self.sizes else gap
+        )
+        there[self.changes.key[mine]] = True
+        return found, there
+
+    def intervals(self, numbers: Sequence[int], seed: int | None = None) -> list[Interval]:
+        """Ratios of means with percentile bootstrap intervals over pairs, on the draws that the summary uses."""
+        n, changes = len(self.pairs.examples), self.changes
+        if n < 2 or self.gap != self.gap:
+            return [Interval(float(self.effects[number]), None, None) for number in numbers]
+        draws = max(200, min(2000, 2**24 // n))
+        chosen = int(self.run.settings["seed"]) if seed is None else seed
+        index = np.random.default_rng(chosen).integers(0, n, (draws, n))
+        weights = np.stack([np.bincount(row, minlength=n) for row in index]).astype(float)
+        gaps = weights @ (np.abs(self.pairs.gap) if self.sizes else self.pairs.gap)
+        out = []
+        for number in numbers:
+            mine = self._rows_of(number)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios = weights[:, changes.pair[mine]] @ changes.change[mine] / gaps
+            low, high = np.nanquantile(
+                ratios, [0.025, 0.975], method="inverted_cdf" if np.isinf(ratios).any() else "linear"
+            )
+            out.append(Interval(float(self.effects[number]), float(low), float(high)))
+        return out
+
+    def _rows_of(self, number: int) -> Int[ndarray, "rows"]:
+        order, starts = self._grouped
+        return order[starts[number] : starts[number + 1]]
+
+    @cached_property
+    def _grouped(self) -> tuple[Int[ndarray, "rows"], Int[ndarray, "starts"]]:
+        order = np.argsort(self.changes.key, kind="stable")
+        counts = np.bincount(self.changes.key, minlength=len(self.changes.keys))
+        return order, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @cached_property
+    def q(self) -> dict[Key, float]:
+        """False discovery rates of the edits in the summary, which tested all edits together."""
+        if self.is_screen:
+            return {}
+        return {
+            tuple(str(line[name]) for name in KEYS): line["q"]
+            for top in self.run.summary["top"].values()
+            for line in top
+            if line["q"] is not None
+        }
+
+    @cached_property
+    def anchors(self) -> dict[tuple[str, str], str]:
+        """The card of a (site, latent)."""
+        return {(card.site, str(card.latent)): anchor(card) for card in self.cards}
+
+    def tokens_at(self, positions: Sequence[int], pair: int | None) -> tuple[list[str], list[str] | None]:
+        """Names of positions for an axis: the clean prompt's tokens, and the corrupted one's below them.
+
+        Of all pairs (None), those tokens that all of them share.
+        """
+        plain = [str(position) for position in positions]
+        if self.reading is None:
+            return plain, None
+        prompts = self.reading["prompts"]
+        sides = prompts["shared"] if pair is None else prompts["first"][pair]
+        clean = _names(sides["clean"], positions)
+        names = [f"{position} {name}" for position, name in zip(positions, clean)]
+        if "corrupted" not in sides or not prompts["same_length"]:
+            return (names, None) if prompts["same_length"] else (plain, None)
+        below = _names(sides["corrupted"], positions)
+        if set(below[1:]) <= {"…"}:  # the BOS apart
+            return names, None
+        return names, ["=" if one == other and one != "…" else other for one, other in zip(clean, below)]
+
+
+def _names(tokens: Sequence[str | None], positions: Sequence[int]) -> list[str]:
+    known = dict(enumerate(tokens))
+    return ["…" if known.get(position) is None else token_text(str(known[position])) for position in positions]
+
+
+def anchor(card: Card) -> str:
+    """The name of a card on a page."""
+    return f"latent-{card.site}-{card.latent}"
+
+
+def read_left(out: Path) -> Left:
+    """Read a finished run's folder; no model is loaded.
+
+    Raises:
+        UserError: it holds no finished run of `patch` or `attribute`, or a file is damaged.
+    """
+    run = read_run(out)
+    if run.work not in ("patch", "attribute"):
+        raise UserError(f"{str(out)!r} holds no run of patch or attribute: give the folder of one")
+    reading = read_json(out / READING) if (out / READING).exists() else None
+    pairs, changes, provenance = _read_rows(out)
+    try:
+        cards = tuple(map(Card.read, reading["latents"])) if reading else ()
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{out / READING} is of another version of saepatch ({error}): write it anew with saepatch report "
+            f"{out} --read true"
+        ) from error
+    return Left(run, pairs, changes, provenance, reading, cards)
+
+
+def _read_rows(out: Path) -> tuple[Pairs, Changes, dict[str, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [*KEYS, "example", "clean", "corrupted", "patched", "effect"]
+    try:
+        own = pq.read_table(out / "pairs.parquet").to_pydict()
+        rows = pq.read_table(out / "results.parquet", columns=columns, read_dictionary=[*KEYS, "example"])
+        first = next(
+            pq.ParquetFile(out / "results.parquet").iter_batches(1, columns=["seed", "versions", "command"]), None
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read the rows in {str(out)!r} ({error}): merge the run again") from error
+    pairs = Pairs(tuple(own["example"]), np.array(own["clean"]), np.array(own["corrupted"]))
+    provenance: dict[str, str] = {}
+    if first is not None and len(first):
+        told = first.to_pylist()[0]
+        versions = json.loads(told["versions"])
+        provenance = {"seed": str(told["seed"]), "command": told["command"]}
+        provenance["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return pairs, read_changes(rows, pairs, []), provenance

@@ -1,0 +1,104 @@
+"""What a finished run shows to trackers: its figures, its tables, its curves over axes of their own, its report."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from saepatch.pages.left import read_left
+from saepatch.pages.run import run_page
+from saepatch.report import Cell, Chart, Choice, Interval, LineChart, Link, Page, Simple, Table
+from saepatch.runfolders import RunFolder
+from saepatch.tracker import Tracker
+
+MAPS_OF_PAIRS = "alone"  # how options that show a single pair end: a tracker gets those over all pairs
+
+
+def track_run(out: Path, tracker: Tracker) -> None:
+    """Show a finished run of `patch` or `attribute`: headline figures, tables, heat maps, curves, report, dictionaries.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    left = read_left(out)
+    tracker.summarise(headline_figures(left.run))
+    hashes = {name: left.run.summary[name] for name in ("model", "dictionaries")}
+    tracker.configure({"model_hashes": hashes, "rows": left.run.summary["rows"]})
+    track_page(run_page(left), out / "report.html", tracker)
+    track_dictionaries(str(left.run.settings.get("sae", "")), tracker)
+
+
+def headline_figures(run: RunFolder) -> dict[str, float]:
+    """The numbers that a run is known by, by name; those that are missing are left out."""
+    facts = run.summary
+    found: dict[str, Any] = {name: facts[name] for name in ("clean", "corrupted", "pairs", "rows")}
+    for direction, top in facts.get("top", {}).items():
+        if top:
+            found[f"{direction}/largest_effect"] = top[0]["effect"]["value"]
+            found[f"{direction}/largest_effect_low"] = top[0]["effect"]["low"]
+            found[f"{direction}/largest_effect_high"] = top[0]["effect"]["high"]
+    for direction, screen in facts.get("screens", {}).items():
+        found |= {f"{direction}/{name}": screen.get(name) for name in ("pearson", "spearman")}
+        if screen["top"]:
+            found[f"{direction}/largest_estimate"] = screen["top"][0]["effect"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def track_dictionaries(sae: str, tracker: Tracker) -> None:
+    """Note a folder of dictionaries, by its path and hash; what lies on a hub is in the settings by name and hash."""
+    if sae and Path(sae).is_dir():
+        tracker.artifact(f"sae-{Path(sae).name}", Path(sae))
+
+
+def track_page(page: Page, path: Path, tracker: Tracker) -> None:
+    """Show a page's tables, curves and figures one by one, and the file of the page."""
+    seen: Counter[str] = Counter()
+
+    def fresh(name: str) -> str:
+        seen[name] += 1
+        return name if seen[name] == 1 else f"{name} {seen[name]}"
+
+    for section in page.sections:
+        for block in _blocks(section.blocks):
+            if isinstance(block, Table):
+                tracker.table(fresh(section.title), *plain_table(block))
+            elif isinstance(block, LineChart) and _shares_an_axis(block):
+                tracker.curve(
+                    fresh(block.title), block.x_label, block.series[0].x, {line.name: line.y for line in block.series}
+                )
+            elif isinstance(block, Chart):
+                tracker.figure(fresh(block.title), block)
+    tracker.page("report", path)
+
+
+def _blocks(some: Sequence[Any]) -> Iterator[Simple]:
+    """Blocks and what choices hold, without single pairs; cards are the report's."""
+    for block in some:
+        if isinstance(block, Choice):
+            for name, inner in block.options:
+                if not name.endswith(MAPS_OF_PAIRS):
+                    yield from _blocks(inner)
+        elif isinstance(block, (Table, Chart)):
+            yield block
+
+
+def _shares_an_axis(chart: LineChart) -> bool:
+    return bool(chart.series) and all(list(line.x) == list(chart.series[0].x) for line in chart.series)
+
+
+def plain_table(table: Table) -> tuple[list[str], list[list[Any]]]:
+    """A table as columns and rows of plain values: an interval is three columns, a link its text."""
+    ranged = [any(isinstance(row[i], Interval) for row in table.rows) for i in range(len(table.columns))]
+    columns = [
+        name
+        for title, wide in zip(table.columns, ranged)
+        for name in ((title, f"{title} low", f"{title} high") if wide else (title,))
+    ]
+    return columns, [[v for cell, wide in zip(row, ranged) for v in _values(cell, wide)] for row in table.rows]
+
+
+def _values(cell: Cell, wide: bool) -> tuple[Any, ...]:
+    if isinstance(cell, Interval):
+        return cell.value, cell.low, cell.high
+    value = cell.text if isinstance(cell, Link) else cell
+    return (value, None, None) if wide else (value,)

@@ -1,0 +1,75 @@
+"""Pages as JSON, so that a report can be written anew from its run's folder alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saepatch.errors import UserError
+from saepatch.report import blocks
+from saepatch.report.blocks import Page
+from saepatch.report.files import write_whole
+
+KEPT = "page.json"
+_KIND = "block"  # the key that says what an object is
+_KINDS: dict[str, Any] = {name: kind for name, kind in vars(blocks).items() if dataclasses.is_dataclass(kind)}
+
+
+def keep_page(page: Page, path: Path) -> Path:
+    """Write the page's values as JSON, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written there.
+    """
+    # In ASCII: a text may hold half a character, which no encoding can, and JSON's escapes do.
+    write_whole(path, json.dumps(_plain(page), allow_nan=False) + "\n", "the page")
+    return path
+
+
+def read_page(given: Any) -> Page:
+    """The page that `keep_page` wrote, out of its JSON.
+
+    Raises:
+        UserError: it holds something that no page has, as one of another version may.
+    """
+    try:
+        page = _value(given)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the page is of another version of saepatch ({error}): run its command again") from error
+    if not isinstance(page, Page):
+        raise UserError("it holds no page of a report: run its command again")
+    return page
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            _KIND: type(value).__name__,
+            **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)},
+        }
+    if isinstance(value, Mapping):  # not as an object: a label may be called anything, and order counts
+        return {_KIND: "mapping", "items": [[str(key), _plain(item)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):  # no JSON
+        return {_KIND: "number", "is": str(value)}
+    return value
+
+
+def _value(given: Any) -> Any:
+    if isinstance(given, list):
+        return tuple(_value(item) for item in given)
+    if not isinstance(given, dict):
+        return given
+    fields = dict(given)
+    kind = fields.pop(_KIND)
+    if kind == "mapping":
+        return {key: _value(item) for key, item in fields["items"]}
+    if kind == "number":
+        return float(fields["is"])
+    return _KINDS[kind](**{name: _value(item) for name, item in fields.items()})

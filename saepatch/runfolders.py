@@ -1,0 +1,269 @@
+"""Folders that runs left: what ran there and what came of it, read from their JSON. Light: no model, no torch."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from saepatch.errors import UserError
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run holds.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give the folder of a finished run") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): it was damaged; run again or merge again") from error
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A finished run: its folder and its summary."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    @property
+    def work(self) -> str:
+        """The command that ran: patch, attribute, demo; empty where the summary is of something else."""
+        for key, work in (("screens", "attribute"), ("top", "patch"), ("restoration", "demo")):
+            if key in self.summary:
+                return work
+        return ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.summary.get("settings") or {})
+
+    @property
+    def finished(self) -> str:
+        """When the summary was written, by this machine's clock."""
+        return datetime.fromtimestamp((self.path / "summary.json").stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+
+    @property
+    def model(self) -> str:
+        model = self.summary.get("model", "")
+        return str(model["name"] if isinstance(model, dict) else model)
+
+    @property
+    def task(self) -> str:
+        settings = self.settings
+        return str(settings.get("pairs") or ("inline" if settings.get("clean") else ""))
+
+    @property
+    def sites(self) -> str:
+        named = ", ".join(self.summary.get("dictionaries") or {}) or str(self.settings.get("site", ""))
+        return named or "all"
+
+
+def read_run(path: Path) -> RunFolder:
+    """The run in a folder.
+
+    Raises:
+        UserError: it holds no summary.json that can be read.
+    """
+    summary = read_json(path / "summary.json")
+    if not isinstance(summary, dict):
+        raise UserError(f"{path / 'summary.json'} holds no summary of a run: give the folder of a finished run")
+    return RunFolder(path, summary)
+
+
+def find_runs(root: Path) -> list[RunFolder]:
+    """All finished runs at and below a folder, by path; what cannot be read is left out.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {str(root)!r}: give the one that runs are in")
+    found = []
+    for path in sorted(root.rglob("summary.json")):
+        try:
+            found.append(read_run(path.parent))
+        except UserError:
+            continue
+    return found
+
+
+def unfinished(root: Path, runs: Sequence[RunFolder]) -> list[Path]:
+    """Folders of runs that have parts and no summary yet."""
+    there = {run.path for run in runs}
+    return sorted({path.parents[2] for path in root.rglob("parts/shard-*-of-*/run.json")} - there)
+
+
+def headline(run: RunFolder) -> str:
+    """What came of a run, in a few words."""
+    facts = run.summary
+    if run.work == "attribute":
+        return "; ".join(f"{direction}: {_screen(one)}" for direction, one in facts["screens"].items())
+    if run.work == "patch":
+        return "; ".join(f"{direction}: {_line(top[0])}" for direction, top in facts["top"].items() if top)
+    if run.work == "demo":
+        kept = dict(facts["patching"]["denoise_top"]).get(16)
+        refused = facts["restoration"]["refused_restored"]
+        return f"16 latents restore {show(kept)}; {show(refused)} refused once restored"
+    return ""
+
+
+def _line(line: dict[str, Any]) -> str:
+    return f"{show_interval(line['effect'])} {name_of(line)}"
+
+
+def _screen(screen: dict[str, Any]) -> str:
+    top = f"{show(screen['top'][0]['effect'])} {name_of(screen['top'][0])}" if screen["top"] else "nothing"
+    pearson = screen.get("pearson")
+    agreement = ", unverified" if pearson is None else f", Pearson {show(pearson)} with exact"
+    return f"{top} (estimate{agreement})"
+
+
+def name_of(line: dict[str, Any]) -> str:
+    """An edit of a summary in words: `resid_post.3 281 at 14`."""
+    component = "" if line["component"] == "latent" else line["component"]
+    what = " ".join(filter(None, (line["site"], component, line["latent"])))
+    return f"{what} at {line['position']}"
+
+
+def show(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def show_interval(effect: dict[str, Any]) -> str:
+    if effect.get("low") is None:
+        return show(effect["value"])
+    return f"{show(effect['value'])} [{show(effect['low'])}, {show(effect['high'])}]"
+
+
+def runs_table(root: Path) -> str:
+    """Runs below a folder as text: a line each."""
+    runs = find_runs(root)
+    rows = [["run", "command", "model", "pairs", "sites", "finished", "headline"]]
+    for run in runs:
+        pairs = f"{run.task} × {run.summary['pairs']}" if isinstance(run.summary.get("pairs"), int) else run.task
+        cells = [str(run.path), run.work or "?", run.model, pairs, _short(run.sites), run.finished, headline(run)]
+        rows.append(cells)
+    rows += [[str(path), "", "", "", "", "not finished", ""] for path in unfinished(root, runs)]
+    return "\n".join(aligned(rows)) if len(rows) > 1 else f"no runs in {root}"
+
+
+def runs_facts(root: Path) -> dict[str, Any]:
+    """The same, for programs."""
+    runs = find_runs(root)
+    return {
+        "runs": [
+            {
+                "path": str(run.path),
+                "command": run.work,
+                "model": run.model,
+                "task": run.task,
+                "sites": run.sites,
+                "finished": run.finished,
+                "headline": headline(run),
+                "settings": run.settings,
+            }
+            for run in runs
+        ],
+        "unfinished": [str(path) for path in unfinished(root, runs)],
+    }
+
+
+def _short(text: str, room: int = 28) -> str:
+    return text if len(text) <= room else text[: room - 1] + "…"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of cells as lines, columns under each other."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs side by side: what was set and what came out, a row of texts (name, in A, in B) each."""
+
+    one: RunFolder
+    other: RunFolder
+    settings: tuple[tuple[str, str, str], ...]
+    """Those that differ, and the hashes of models and dictionaries that do."""
+    figures: tuple[tuple[str, str, str], ...]
+    edits: tuple[tuple[str, dict[str, Any] | None, dict[str, Any] | None], ...]
+    """Of edits on top of either run, by name: their entries in the summaries; None: not on top there."""
+
+    def table(self) -> str:
+        """As text."""
+        names = ["", str(self.one.path), str(self.other.path)]
+        edits = [(name, _effect(line), _effect(other)) for name, line, other in self.edits]
+        blocks = [("set otherwise", self.settings), ("figures", self.figures), ("largest effects", edits)]
+        lines: list[str] = []
+        for title, rows in blocks:
+            lines += aligned([[title, *names[1:]], *rows]) if rows else [f"{title}: none"]
+            lines.append("")
+        return "\n".join(lines).rstrip()
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "runs": [str(self.one.path), str(self.other.path)],
+            "settings": [list(row) for row in self.settings],
+            "figures": [list(row) for row in self.figures],
+            "edits": [
+                {"edit": name, "effects": [line and line["effect"] for line in lines]} for name, *lines in self.edits
+            ],
+        }
+
+
+def _effect(line: dict[str, Any] | None) -> str:
+    if line is None:
+        return "not on top"
+    effect = line["effect"]
+    return show_interval(effect) if isinstance(effect, dict) else show(effect)
+
+
+def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
+    """Set two runs beside each other.
+
+    Raises:
+        UserError: they are not both of `patch` or `attribute`, or not of one kind.
+    """
+    for run in (one, other):
+        if run.work not in ("patch", "attribute"):
+            raise UserError(f"{run.path} holds no run of patch or attribute: give two folders of such runs")
+    if one.work != other.work:
+        raise UserError(
+            f"{one.path} is of {one.work} and {other.path} of {other.work}: give two runs of the same command"
+        )
+    a, b = _described(one), _described(other)
+    settings = [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
+    tops = [_tops(run) for run in (one, other)]
+    edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
+    figures = [(name, _figure(one, name), _figure(other, name)) for name in FIGURES]
+    different = tuple(row for row in settings if row[1] != row[2])
+    return Comparison(one, other, different, tuple(figures), tuple(edits))
+
+
+FIGURES = ("pairs", "clean", "corrupted", "rows", "pairs_with_too_small_a_gap")
+
+
+def _figure(run: RunFolder, name: str) -> str:
+    value = run.summary.get(name)
+    return show(value) if isinstance(value, float) else str(value)
+
+
+def _described(run: RunFolder) -> dict[str, str]:
+    """What decided a run's numbers, by name."""
+    model = run.summary["model"]
+    hashes = {f"dictionary {site}": each["hash"] for site, each in run.summary["dictionaries"].items()}
+    said = {name: str(value) for name, value in run.settings.items()}
+    return said | {"model's weights": model["hash"]} | hashes
+
+
+def _tops(run: RunFolder) -> dict[str, dict[str, Any]]:
+    tops = run.summary["top"] if run.work == "patch" else {d: one["top"] for d, one in run.summary["screens"].items()}
+    return {f"{direction}: {name_of(line)}": line for direction, top in tops.items() for line in top}

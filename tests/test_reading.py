@@ -1,0 +1,154 @@
+"""Cards of latents against direct computation."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from tiny import D_MODEL, FAMILIES, byte_tokenizer, random_dictionary, tiny_model
+
+from saepatch.__main__ import main
+from saepatch.errors import UserError
+from saepatch.hooks import capture
+from saepatch.reading import Card, final_norm, logit_lens, neuronpedia, read_latents, token_texts
+from saepatch.report import token_text
+from saepatch.results import write_json
+from saepatch.sites import Site
+
+TEXTS = ["the cat sat", "a dog", "the cat sat", "xyz xyz", "é"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def test_a_card_says_what_the_latent_does(model):
+    dictionary, tokens = random_dictionary("resid_post.1"), model.tokenize(TEXTS)
+    ids = [7, 0, 31]
+    cards = read_latents(model, dictionary, ids, tokens, examples=3, top=5, batch_size=2)
+    apart = []
+    for text in TEXTS:  # one by one, without padding
+        one = model.tokenize([text])
+        x = capture(model.hf, model.layout, [dictionary.site], model.inputs(one))[dictionary.site]
+        apart.append(dictionary.encode(x).acts[0, 1:])  # without the BOS
+    whole = torch.cat(apart)
+    for card, latent in zip(cards, ids):
+        acts = whole[:, latent]
+        active = acts[acts != 0]
+        assert (card.latent, card.site, card.texts, card.tokens) == (latent, "resid_post.1", 5, len(whole))
+        assert card.frequency == pytest.approx(len(active) / len(whole))
+        assert card.maximum == pytest.approx(float(acts.max().clamp(min=0)), abs=1e-5)
+        if len(active):
+            assert card.mean_active == pytest.approx(float(active.mean()), abs=1e-5)
+        assert sum(card.counts) == len(active)
+        assert card.norm == pytest.approx(float(dictionary.rows[latent].norm()), abs=1e-5)
+        best = sorted((float(own[:, latent].max()) for i, own in enumerate(apart) if i != 2), reverse=True)
+        assert [max(e.acts) for e in card.examples] == pytest.approx([b for b in best if b > 0][:3], abs=2e-4)
+        for example in card.examples:
+            assert "".join(example.tokens) == "<bos>" + TEXTS[example.text].replace("é", "⟨C3⟩⟨A9⟩")
+            assert list(example.acts) == pytest.approx([0, *apart[example.text][:, latent].tolist()], abs=2e-4)
+        cosines = torch.nn.functional.cosine_similarity(dictionary.rows, dictionary.rows[latent], dim=-1)
+        cosines[latent] = -2
+        assert [n for n, _ in card.neighbours] == cosines.topk(5).indices.tolist()
+        assert [c for _, c in card.neighbours] == pytest.approx(cosines.topk(5).values.tolist(), abs=1e-4)
+
+
+def test_a_latent_that_never_fires(model, tmp_path):
+    dictionary = random_dictionary(architecture="jumprelu")
+    dictionary.sae.threshold.data.fill_(1e9)
+    (card,) = read_latents(model, dictionary, [3], model.tokenize(TEXTS))
+    assert card.dead
+    assert (card.counts, card.examples, card.maximum) == ((), (), 0.0)
+    write_json(asdict(card), tmp_path / "card.json")
+    again = Card.read(json.loads((tmp_path / "card.json").read_text()))
+    assert again.mean_active != again.mean_active
+    assert repr(again) == repr(card)
+
+
+def test_a_long_text_is_cut_around_its_peak(model):
+    dictionary = random_dictionary()
+    (card,) = read_latents(model, dictionary, [5], model.tokenize(["the quick brown fox jumps over a lazy dog, again"]))
+    for example in card.examples:
+        assert len(example.tokens) == len(example.acts) <= 33
+    with pytest.raises(UserError, match="out of range"):
+        read_latents(model, dictionary, [48], model.tokenize(TEXTS))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_lens_is_the_final_norm_and_the_unembedding(family):
+    model, dictionary = tiny_model(family), random_dictionary()
+    direction = dictionary.rows[[4, 9]].double()
+    if family == "gpt2":
+        norm = model.hf.transformer.ln_f
+        centred = direction - direction.mean(-1, keepdim=True)
+        x = centred / centred.pow(2).mean(-1, keepdim=True).sqrt() * norm.weight.double()
+    else:
+        weight = model.hf.model.norm.weight.double()
+        x = direction / direction.pow(2).mean(-1, keepdim=True).sqrt() * (1 + weight if family == "gemma2" else weight)
+    logits = x @ model.hf.get_output_embeddings().weight.double().T
+    logits -= logits.mean(-1, keepdim=True)
+    lens = logit_lens(model, dictionary, [4, 9], top=6)
+    assert lens.how == "through the final norm"
+    for row, raised, lowered in zip(logits, lens.raises, lens.lowers):
+        assert [value for _, value in raised] == pytest.approx(row.topk(6).values.tolist(), abs=1e-3)
+        assert [value for _, value in lowered] == pytest.approx((-(-row).topk(6).values).tolist(), abs=1e-3)
+        assert [name for name, _ in raised] == token_texts(model, row.topk(6).indices.tolist())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_final_norm_of_every_family(family):
+    model = tiny_model(family)
+    norm = final_norm(model)
+    assert norm is not None
+    last = Site(model.n_layers - 1, "resid_post")
+    tokens = model.tokenize(["abc"])
+    x = capture(model.hf, model.layout, [last], model.inputs(tokens))[last]
+    own = model.hf.get_output_embeddings()(norm(x))
+    truth = model.logits(tokens)
+    assert (own.argsort(-1) == truth.argsort(-1)).float().mean() > 0.99
+
+
+def test_no_lens_where_widths_differ():
+    model = tiny_model(head_dim=8)
+    dictionary = random_dictionary("z.1", d_in=32)
+    assert D_MODEL != 32
+    assert logit_lens(model, dictionary, [1]) is None
+
+
+def test_neuronpedia_is_only_what_looks_like_a_name():
+    dictionary = random_dictionary()
+    for given, wanted in (
+        ("gpt2-small/8-res-jb", "gpt2-small/8-res-jb"),
+        ("javascript:x", ""),
+        ("a/../b", ""),
+        (None, ""),
+    ):
+        dictionary.sae.cfg.metadata.neuronpedia_id = given
+        assert neuronpedia(dictionary) == wanted
+
+
+def test_tokens_are_told_apart(model):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("é a\n", add_special_tokens=False)["input_ids"]
+    assert token_texts(model, ids) == ["⟨C3⟩", "⟨A9⟩", " ", "a", "\n"]
+    assert token_texts(model, [5000]) == ["⟨id 5000⟩"]
+    told = [token_text(t) for t in (" a", "a", "a ", " ", "", "\n", "\n\n", "\u202e", "</s>", "  x")]
+    assert told == ["␣a", "a", "a␣", "␣", "∅", "↵", "↵↵", "⟨U+202E⟩", "</s>", "␣␣x"]
+
+
+def test_the_command_prints_a_card(tmp_path, capsys):
+    page = tmp_path / "card.html"
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Then Julia and Victor met at the beach, and Julia passed the hat to\nThe film was great.\n")
+    assert main(["latent", "resid_post.3:108", "--data", str(texts), "--html", str(page)]) == 0
+    told = capsys.readouterr().out
+    assert "latent 108 at resid_post.3" in told
+    assert "in 2 texts" in told
+    assert "raises" in told
+    assert "[[" in told
+    assert "Latent 108 at resid_post.3" in page.read_text()
+    assert main(["latent", "resid_post.3:9999", "--data", str(texts)]) == 2
+    assert main(["latent", "resid_post.3"]) == 2
+    assert main(["latent", "resid_post.3:1", "--data", str(tmp_path / "no.txt")]) == 2
+    assert "text a line" in capsys.readouterr().err

@@ -1,0 +1,253 @@
+"""What commands show to trackers, read back by W&B's own reader and from trackio's dashboard in a browser."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import random_sae, tiny_model
+
+from saepatch import tracking
+from saepatch.__main__ import main
+from saepatch.plots import plotly_figure
+from saepatch.report import HeatMap, LineChart, Series
+from saepatch.tracking import open_tracker
+
+EVIL = "</script><script>window.hit=1</script>"
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path):
+    """A machine on which W&B knows nobody and reaches nothing, and trackio's runs lie apart."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def place(tmp_path):
+    model = tiny_model(vocab_size=261)
+    model.tokenizer.add_tokens([EVIL, "<s>"])
+    model.hf.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    sae = random_sae(seed=1)
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.save_model(tmp_path / "saes" / "resid_post.1")
+    pair = {"clean": f"a{EVIL}b c", "corrupted": "a<s>b c", "answer": "x", "counter": "y"}
+    other = {"clean": "a<s>b c", "corrupted": f"a{EVIL}b c", "answer": "y", "counter": "x"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, (pair, other))))
+    return tmp_path
+
+
+def run(place, out, command, *more):
+    given = ["--model", place / "model", "--sae", place / "saes", "--pairs", place / "pairs.jsonl", "--out", out]
+    return main([command, *map(str, given), *more])
+
+
+def leet(folder: Path, *flags: str) -> str:
+    wandb = Path(sys.executable).with_name("wandb")
+    given = [wandb, "leet", "inspect", "--json", *flags, folder]
+    return subprocess.run(given, capture_output=True, text=True, check=True).stdout
+
+
+def kept(folder: Path) -> dict[str, str]:
+    """Files that W&B would upload, by their names."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("files/media/**/*.*")}
+
+
+def test_wandb_is_shown_a_whole_run(place, caplog):
+    out = place / "study" / "groups"
+    flags = ["--latents", "3; 3,5; 3,5,7", "--track", "wandb:offline", "--quiet"]
+    assert run(place, out, "patch", *flags) == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"], caplog.text
+    (folder,) = (out / "wandb").glob("offline-run-*")
+    summary = json.loads(leet(folder, "--summary"))
+    assert summary["config"]["latents"] == "3; 3,5; 3,5,7"
+    own = json.loads((out / "summary.json").read_text())
+    assert summary["config"]["model_hashes"]["model"]["hash"] == own["model"]["hash"]
+    assert summary["summary"]["denoise/largest_effect"] == pytest.approx(own["top"]["denoise"][0]["effect"]["value"])
+    assert summary["summary"]["Edits"]["_type"] == "table-file"
+    assert summary["summary"]["Edits"]["nrows"] == 3
+    assert summary["summary"]["report"]["_type"] == "html-file"
+    records = [json.loads(line) for line in leet(folder).splitlines()]
+    (started,) = [record["run"] for record in records if record["type"] == "run"]
+    assert (started["run_group"], started["job_type"]) == ("study", "patch")
+    text = leet(folder)
+    assert "step_metric" in text or "stepMetric" in text
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    title = "Effect over the number of latents, resid_post.1: denoise"
+    x = "latents patched together"
+    told = {row[x]: row[f"{title}/patched"] for row in rows if x in row}
+    lines = {line["latent"].count(",") + 1: line["effect"]["value"] for line in own["top"]["denoise"]}
+    assert told == pytest.approx(lines)
+    digest = json.loads((out / "artifacts.jsonl").read_text())["sha256"]
+    assert digest in text  # the dictionaries, by path and hash
+    media = kept(folder)
+    assert any(name.endswith(".html") and "<script>" in text for name, text in media.items())
+    assert (out / "Edits.jsonl").read_text().count("\n") == 3
+    assert len(list((out / "figures").glob("*.svg"))) == 0  # curves are tables
+
+
+def test_heat_maps_are_plotly_figures_with_escaped_tokens(place):
+    out = place / "study" / "maps"
+    assert run(place, out, "patch", "--each_position", "--track", "wandb:offline", "--quiet") == 0
+    (folder,) = (out / "wandb").glob("offline-run-*")
+    figures = [json.loads(text) for name, text in kept(folder).items() if name.endswith(".plotly.json")]
+    assert figures
+    for figure in figures:
+        assert figure["data"][0]["type"] == "heatmap"
+        assert "<" not in json.dumps([figure["layout"]["xaxis"]["ticktext"], figure["data"][0]["text"]])
+    assert "&lt;bos&gt;" in json.dumps(figures)
+    assert list((out / "figures").glob("*.svg"))
+
+
+def test_a_figure_says_what_the_map_says():
+    heat = HeatMap("<b>t", ["<s>", "b"], ["x", "<i>"], [[1.0, None], [-2.0, float("nan")]], columns_below=["=", "y"])
+    figure = plotly_figure(heat).to_plotly_json()
+    assert [list(row) for row in figure["data"][0]["z"]] == [[1.0, None], [-2.0, None]]
+    assert figure["layout"]["xaxis"]["ticktext"] == ["x / =", "&lt;i&gt; / y"]
+    assert figure["data"][0]["zmid"] == 0
+    assert plotly_figure(LineChart("t", "x", "y", [Series("s", [1], [1])])) is None
+
+
+def test_a_killed_run_goes_on_as_the_same_run_of_wandb(place, monkeypatch):
+    out = place / "study" / "killed"
+    flags = ["--latents", "3", "--part", "1", "--track", "wandb:offline", "--quiet"]
+    import saepatch.runs
+
+    write = saepatch.runs._write_part
+
+    def stop(sweep, part, meter, check):
+        if part.number == 1:
+            raise KeyboardInterrupt
+        write(sweep, part, meter, check)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saepatch.runs, "_write_part", stop)
+        assert run(place, out, "patch", *flags) == 130
+    assert run(place, out, "patch", *flags) == 0
+    ids = {path.name.rpartition("-")[2] for path in (out / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1
+    assert len(list((out / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_shards_and_their_merge_are_one_group(place):
+    out = place / "study" / "shards"
+    for shard in ("0/2", "1/2"):
+        assert run(place, out, "patch", "--latents", "3", "--shard", shard, "--track", "wandb:offline", "--quiet") == 0
+    assert main(["merge", str(out), "--track", "wandb:offline", "--quiet"]) == 0
+    folders = [*out.glob("parts/*/wandb/offline-run-*"), *out.glob("wandb/offline-run-*")]
+    told = []
+    for folder in folders:
+        records = [json.loads(line) for line in leet(folder).splitlines()]
+        told += [(r["run"]["run_group"], r["run"]["job_type"]) for r in records if r["type"] == "run"]
+    assert sorted(told) == [("study", "merge"), ("study", "patch"), ("study", "patch")]
+
+
+def test_which_specs_there_are(tmp_path, capsys):
+    assert tracking.read_spec("none") == ()
+    assert tracking.read_spec("wandb:offline, trackio") == ("wandb:offline", "trackio")
+    for spec, message in (
+        ("clay", "unknown tracker 'clay'"),
+        ("wandb,wandb:offline", "twice"),
+        ("", "unknown tracker ''"),
+    ):
+        assert main(["demo", "--track", spec, "--out", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_curves_stay_in_the_local_log_too(tmp_path):
+    with open_tracker("none", tmp_path, run="r", config={}) as tracker:
+        tracker.curve("effects", "k", [1, 2], {"top": [0.5, None], "random": [0.0, 0.1]})
+        with pytest.raises(ValueError, match="1 values of 'top' for 2 places"):
+            tracker.curve("effects", "k", [1, 2], {"top": [0.5]})
+    rows = [json.loads(line) for line in (tmp_path / "effects.jsonl").read_text().splitlines()]
+    assert rows == [{"k": 1, "top": 0.5, "random": 0.0}, {"k": 2, "top": None, "random": 0.1}]
+
+
+def test_no_trackio_is_no_trouble(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with open_tracker("trackio", tmp_path, run="r", config={}) as tracker:
+        tracker.log({"x": 1.0}, step=1)
+    assert "trackio could not start" in caplog.text
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+SERVER = """
+import sys, trackio
+served = trackio.show(project="saepatch", open_browser=False, block_thread=True, server_port=int(sys.argv[1]))
+"""
+
+
+@pytest.mark.browser
+def test_trackios_dashboard_shows_a_run(place, capfd, monkeypatch):
+    pytest.importorskip("trackio", reason="trackio is not installed: pip install saepatch[dashboard]")
+    from test_pages import chromium
+
+    store = place / "trackio"
+    environment = os.environ | {"TRACKIO_DIR": str(store), "HF_HUB_OFFLINE": "1", "HOME": str(place / "home")}
+    given = [
+        "--model",
+        place / "model",
+        "--sae",
+        place / "saes",
+        "--pairs",
+        place / "pairs.jsonl",
+        "--latents",
+        "3; 3,5",
+    ]
+    command = [sys.executable, "-m", "saepatch", "patch", *map(str, given), "--out", str(place / "run"), "--json"]
+    done = subprocess.run(
+        [*command, "--track", "trackio,wandb:offline"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["summary"]["pairs"] == 2  # nothing but the JSON: trackio's own prints are elsewhere
+    assert "token" not in done.stderr
+    port = 17860 + os.getpid() % 1000
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        with chromium(place) as browser:
+            wait_for(lambda: _answers(port))
+            browser.get(f"http://127.0.0.1:{port}/?project=saepatch")
+            wait_for(lambda: "patch-pairs" in browser.page_source)
+            wait_for(lambda: "edits" in browser.find_element("css selector", "body").text)
+            assert browser.execute_script("return window.hit") is None
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _answers(port: int) -> bool:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def wait_for(found, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.2)
+
+
+def test_no_other_module_knows_a_tracker():
+    root = Path(tracking.__file__).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "tracking.py":
+            assert "import wandb" not in text, path
+        if path.name != "dashboard.py":
+            assert "import trackio" not in text, path
