@@ -262,7 +262,8 @@ def _guards(result: "Result", drawn: Mapping[str, Chart]) -> Section:
         ["guard", "harmful refused", "harmless refused", "times the bare model's time"],
         [(g.name, cell(g.refused), cell(g.harmless_refused), g.times) for g in guarded.guards],
         f"{len(guarded.harmless)} harmless prompts. Time: processor time of generation with restoration over that "
-        f"without; of the triggered guard computed from how often it is on, its detector not counted. {WILSON}",
+        f"without, answers as long as they come out; of the triggered guard computed from how often it is on, its "
+        f"detector not counted. {WILSON}",
         {"harmful refused": ".0%", "harmless refused": ".0%", "times the bare model's time": ".2f"},
     )
     names = ["refused", "degenerate", "KL (nats)", "CE bare", "CE restored"]
