@@ -169,7 +169,7 @@ def test_mistakes(capsys, tmp_path):
         (["--latent", "resid_post.3:281", "--prompt", "a", "--positions", "somewhere"], "unknown positions"),
         (["--latent", "resid_post.3:281", "--prompt", "a", "--model", "gpt2"], "Give --reference FILE"),
         (["--latent", "resid_post.3:281", "--prompt", "a", "--temperature", "-1"], "temperature = -1"),
-        (["--latent", "resid_post.3:281", "--prompt", "a", "--strength", "nan"], "strength = nan"),
+        (["--latent", "resid_post.3:281", "--prompt", "a", "--strength", ".inf"], "strength = inf"),
         (
             ["--latent", "resid_post.3:281", "--prompt", "a", "--reference", str(tmp_path / "x.txt")],
             "cannot read texts",
