@@ -150,7 +150,7 @@ def test_text_that_is_too_short(model, tmp_path):
         (["--buffer", "100"], "less than one batch of 1024"),
         (["--context", "1"], "at least 2 tokens"),
         (["--lr", "0"], "lr is 0"),
-        (["--track", "pigeon"], "track is 'pigeon'"),
+        (["--track", "pigeon"], "unknown tracker 'pigeon'"),
         (["--out", "run"], "no data to train on"),
         (["--data", "nowhere.jsonl"], "no file or folder 'nowhere.jsonl'"),
         (["--data", "a.pickle"], "kind of file that cannot be read"),
