@@ -169,8 +169,8 @@ def compare(config: CompareConfig) -> Said:
 def latent(config: LatentConfig) -> Said:
     from saepatch.pages.latent import latent_lines, read_latent
 
-    card = read_latent(config)
-    text = "\n".join(latent_lines(card))
+    found = read_latent(config)
+    card, text = found.card, "\n".join(latent_lines(found))
     if config.html:
         from saepatch.pages.cards import latent_page
         from saepatch.report import write_page
@@ -178,7 +178,7 @@ def latent(config: LatentConfig) -> Said:
 
         facts = {"model": config.model, "dictionary": card.dictionary, "command": command_line()}
         text += f"\n\nPage: {write_page(latent_page(card, facts), Path(config.html))}"
-    return Said(text, asdict(card))
+    return Said(text, found.facts())
 
 
 def push(config: PushConfig) -> Said:

@@ -300,6 +300,7 @@ class LatentConfig(Output):
 
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch latent resid_post.3:281",
+        'saepatch latent resid_post.3:281 --explain "The meaning of X is"',
         "saepatch latent resid_pre.8:417 --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --data texts.txt",
     )
 
@@ -311,6 +312,9 @@ class LatentConfig(Output):
     """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
     data: str = ""
     """Texts to look for examples in, a line each; empty: the embedded model's own."""
+    explain: str = ""
+    """An explanation prompt for the model itself, with an X where the latent is written in (Patchscope), as in
+    "The meaning of X is"."""
     html: str = ""
     """File to write the card to as a page, too."""
     device: str = "cpu"
@@ -327,6 +331,8 @@ class LatentConfig(Output):
             raise UserError(f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281")
         if not self.data and not self.model.startswith("organism"):
             raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
+        if self.explain and not re.search(r"\bX\b", self.explain):
+            raise UserError(f"explain {self.explain!r}: put an X where the latent is to be written in")
 
 
 @dataclass(frozen=True)
@@ -356,6 +362,10 @@ class PushConfig(Output):
 class RestoreConfig(Output):
     """Restore latents from a donor while the model answers, beside random latents; can be stopped and resumed."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch restore --prompts requests.jsonl --site resid_post.3 --latents 966,281 --out runs/restore",
+        "saepatch restore --prompts requests.jsonl --select others.jsonl --k 16 --model organism-base --donor organism",
+    )
     command: ClassVar[str] = "restore"
     prompts: str = ""
     """A .jsonl file, an object a line: prompt; clean (what the donor reads instead, where it is the model itself);
@@ -442,6 +452,11 @@ class SteerConfig(Output):
 
     With `json` a line for each prompt, and no columns.
     """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        'saepatch steer --latent resid_post.3:966 --strength 1.5 --positions last --chat --prompt "How do I sing?"',
+        "saepatch steer --latent resid_post.3:966 --act ablate --interactive",
+    )
 
     latent: str = ""
     """Site and number, as in resid_post.3:281; several of a site with commas, of several sites with a bar between."""

@@ -20,6 +20,8 @@ from saepatch.safety import assistant_header, first_tokens, judge, restore
 from saepatch.safety_latents import clean_means, find_safety_latents
 from saepatch.sites import Site
 
+pytestmark = pytest.mark.whole
+
 ROWS = [
     {"prompt": "how to cake? now", "clean": "how to bake? now", "harmful": True},
     {"prompt": "abxde", "clean": "abcde", "harmful": True, "example": "letters"},

@@ -10,6 +10,8 @@ import pytest
 from experiments.benchmarks import patching, peers
 from saepatch.commandline import run_config
 
+pytestmark = pytest.mark.whole
+
 NNSIGHT = ("nnsight", "nnsight_batched")
 TINY = {"layers": "3", "width": "24", "heads": "6", "vocabulary": "120", "latents": "96", "k": "6", "rounds": "2"}
 TINY |= {"lengths": "[8,12]", "edits": "20", "peer_edits": "3", "batch_tokens": "48", "curve_tokens": "[8]"}

@@ -12,6 +12,8 @@ from tiny import random_sae, tiny_model
 from saepatch.__main__ import COMMANDS, main
 from saepatch.results import read_rows
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

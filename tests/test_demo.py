@@ -17,6 +17,8 @@ from saepatch.quality import latent_statistics
 from saepatch.report import Card, read_page
 from saepatch.results import read_rows
 
+pytestmark = pytest.mark.whole
+
 PAIRS = 24
 
 
@@ -178,7 +180,7 @@ def test_what_is_chosen_for_all_prompts_is_not_chosen_on_report(monkeypatch, sta
 
 
 def test_steering_keeps_its_splits_apart():
-    for concept in stages.concepts(load_model("organism"), 20, 0):
+    for concept in stages.chosen_concepts(load_model("organism"), 20, 0):
         chosen_on, tuned_on, reported = {*concept.present, *concept.absent}, {*concept.tune}, {*concept.report}
         assert chosen_on
         assert not chosen_on & tuned_on

@@ -108,7 +108,7 @@ def test_geometry_of_known_weights():
 def test_neighbours_are_found_in_chunks_and_samples(monkeypatch):
     dictionary = random_dictionary("resid_post.1", d_sae=48)
     whole = geometry(dictionary)
-    monkeypatch.setattr(evaluation, "_ELEMENTS", 4 * 5 * 48)  # five rows at a time
+    monkeypatch.setattr(evaluation, "ELEMENTS", 4 * 5 * 48)  # five rows at a time
     assert geometry(dictionary) == pytest.approx(whole)
     rows = torch.nn.functional.normalize(dictionary.W_dec, dim=-1)
     cosines = (rows @ rows.T).fill_diagonal_(-1).amax(-1)

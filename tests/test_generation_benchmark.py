@@ -11,6 +11,8 @@ import torch
 from experiments.benchmarks import generation, peers
 from saepatch.commandline import run_config
 
+pytestmark = pytest.mark.whole
+
 TINY = {"layers": "2", "width": "24", "heads": "6", "vocabulary": "120", "latents": "96", "k": "6", "rounds": "1"}
 TINY |= {"tokens": "9", "new_tokens": "6"}
 OURS = {"no_edit", "add_one", "clamp_one", "full_clamp_topk", "full_splice"}

@@ -17,6 +17,8 @@ from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.sites import Site
 
+pytestmark = pytest.mark.whole
+
 
 def save_sae(sae, folder, hook="blocks.1.hook_resid_post"):
     sae.cfg.metadata.hook_name = hook

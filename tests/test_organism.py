@@ -12,6 +12,8 @@ from saepatch.errors import UserError
 from saepatch.organism import checks, world
 from saepatch.organism.tasks import task
 
+pytestmark = pytest.mark.whole
+
 MODELS = ("organism", "organism-base")
 
 

@@ -24,6 +24,8 @@ from saepatch.report import HeatMap, ScatterChart, Table
 from saepatch.results import read_rows
 from saepatch.runfolders import compare_runs, find_runs, headline, read_run, runs_table
 
+pytestmark = pytest.mark.whole
+
 EVIL = (
     "</script><script>window.hit=1</script>",
     '" onmouseover="window.hit=2" x="',

@@ -16,6 +16,8 @@ from saepatch.positions import At
 from saepatch.sites import Site
 from saepatch.statistics import Interval
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("site", [None, "resid_post.0"])

@@ -19,6 +19,8 @@ from training.config import SAEConfig, TrainingConfig
 from training.learner import Learner
 from training.plan import plan, skeleton
 
+pytestmark = pytest.mark.whole
+
 CONFIGS = Path(__file__).parents[1] / "training/configs"
 # The models of the presets as their makers describe them, with their published number of parameters.
 MODELS = {

@@ -10,6 +10,8 @@ from saepatch.commandline import run_config
 from saepatch.models import load_model
 from saepatch.prompts import batch_pairs
 
+pytestmark = pytest.mark.whole
+
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "models" / "stories260K"
 TEXTS = SHARED / "data" / "tinystories_1000.jsonl"

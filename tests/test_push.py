@@ -16,6 +16,8 @@ from saepatch import hub
 from saepatch.__main__ import main
 from saepatch.errors import UserError
 
+pytestmark = pytest.mark.whole
+
 SITES = ("resid_post.1", "mlp_out.2")
 HOOKS = {"resid_post.1": "blocks.1.hook_resid_post", "mlp_out.2": "blocks.2.hook_mlp_out"}
 

@@ -17,6 +17,8 @@ from training.config import SAEConfig
 from training.ranks import ALONE, Ranks, joined
 from training.trainer import check_model, train_saes
 
+pytestmark = pytest.mark.whole
+
 TESTS = Path(__file__).parent
 WORKER = """
 import sys
@@ -114,7 +116,7 @@ def test_two_processes_equal_one(runs, architecture, which):
 def test_one_process_saves(runs):
     _, two, _ = runs
     assert {path.name for path in (two / "topk").iterdir() if not path.name.startswith(".")} == {
-        "config.yaml", "metrics.jsonl", "metrics.summary.json", "summary.json", "resid_post.1",
+        "config.yaml", "metrics.jsonl", "metrics.summary.json", "summary.json", "artifacts.jsonl", "resid_post.1",
     }  # fmt: skip
 
 

@@ -141,13 +141,13 @@ def test_the_command_prints_a_card(tmp_path, capsys):
     page = tmp_path / "card.html"
     texts = tmp_path / "texts.txt"
     texts.write_text("Then Julia and Victor met at the beach, and Julia passed the hat to\nThe film was great.\n")
-    assert main(["latent", "resid_post.3:108", "--data", str(texts), "--html", str(page)]) == 0
+    assert main(["latent", "resid_post.3:100", "--data", str(texts), "--html", str(page)]) == 0
     told = capsys.readouterr().out
-    assert "latent 108 at resid_post.3" in told
+    assert "latent 100 at resid_post.3" in told
     assert "in 2 texts" in told
     assert "raises" in told
     assert "[[" in told
-    assert "Latent 108 at resid_post.3" in page.read_text()
+    assert "Latent 100 at resid_post.3" in page.read_text()
     assert main(["latent", "resid_post.3:9999", "--data", str(texts)]) == 2
     assert main(["latent", "resid_post.3"]) == 2
     assert main(["latent", "resid_post.3:1", "--data", str(tmp_path / "no.txt")]) == 2

@@ -45,6 +45,8 @@ from saepatch.report.charts import NARROW, WIDE, bar_chart, heat_map, line_chart
 from saepatch.report.scales import linear, logarithmic
 from saepatch.report.text import common_format, finite, number, visible
 
+pytestmark = pytest.mark.whole
+
 NAN, INF = math.nan, math.inf
 EVIL = '</script><script>window.hit=1</script><img src=x onerror="window.hit=2">\'" & {{ 7*7 }} '
 EVIL += "\u202etxt\u200b\x1b[0m\ud800\n"

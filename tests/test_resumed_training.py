@@ -23,6 +23,8 @@ from training.checkpoints import Checkpoint
 from training.config import SAEConfig
 from training.trainer import train_saes
 
+pytestmark = pytest.mark.whole
+
 TESTS = Path(__file__).parent
 TIMES = {"time", "tokens_per_second"}
 

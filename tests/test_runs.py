@@ -34,6 +34,8 @@ from saepatch.screen import Verification
 from saepatch.settings import distinct_names, read_latents, read_metric, read_pairs, read_positions, read_shard
 from saepatch.sites import Site
 
+pytestmark = pytest.mark.whole
+
 KEY = ("example", "site", "component", "latent", "role", "position", "token", "direction", "metric", "method", "task",
        "corruption")  # fmt: skip
 VALUES = ("clean", "corrupted", "patched", "effect")

@@ -21,6 +21,8 @@ from saepatch.splicing import splice
 from saepatch.streaming import Sampling, side_by_side, stream
 from saepatch.texts import load_texts
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "mistral"])
 @pytest.mark.parametrize("positions", ["all", "last", "generated"])
@@ -117,7 +119,8 @@ def test_the_command_as_a_process():
     assert "strength 'many' is no number" in done.stderr
 
 
-def test_columns_from_the_command(capsys):
+def test_columns_from_the_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     given = ["--latent", "resid_post.3:5,6 | resid_post.4: 7", "--act", "ablate", "--prompt", "The film was"]
     assert main(["steer", *given, "--max_new_tokens", "3"]) == 0
     out = capsys.readouterr().out

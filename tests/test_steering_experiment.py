@@ -17,6 +17,8 @@ from saepatch.organism.concepts import french, is_french, organism_concepts, sho
 from saepatch.quality import latent_statistics
 from saepatch.results import read_rows
 
+pytestmark = pytest.mark.whole
+
 SMALL = ["--site", "resid_post.3", "--sizes", "[1,3]", "--strengths", "[1.0,2.0]", "--divergences", "[0.05]"]
 SMALL += ["--prompts", "12", "--continued", "4", "--draws", "2", "--new_tokens", "8"]
 

@@ -24,6 +24,8 @@ from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.results import read_rows
 from saepatch.sites import Site
 
+pytestmark = pytest.mark.whole
+
 BUILDERS = {"ioi": ioi.ioi_pairs, "agreement": agreement.agreement_pairs, "pronoun": pronouns.story_pairs}
 FILLERS = {
     "ioi": {*ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS},

@@ -15,6 +15,8 @@ from training.config import TrainingConfig
 from training.sweep import points, run_sweep, share
 from training.trainer import Outcome
 
+pytestmark = pytest.mark.whole
+
 GRID = {"sae.k": [2, 4], "lr": [1e-3, 3e-3]}
 NAMES = ["sae.k=2,lr=0.001", "sae.k=2,lr=0.003", "sae.k=4,lr=0.001", "sae.k=4,lr=0.003"]
 

@@ -16,6 +16,8 @@ from saepatch.plots import plotly_figure
 from saepatch.report import HeatMap, LineChart, Series
 from saepatch.tracking import open_tracker
 
+pytestmark = pytest.mark.whole
+
 EVIL = "</script><script>window.hit=1</script>"
 
 

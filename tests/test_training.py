@@ -21,6 +21,8 @@ from training.config import SAEConfig
 from training.learner import schedule
 from training.trainer import train_saes
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared/models/stories260K"
 STORY_TEXTS = ROOT.parent / "shared/data/tinystories_1000.jsonl"
@@ -89,7 +91,9 @@ def test_schedule():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
-    with pytest.raises(UserError, match=r"the loss at resid_post\.\d is (nan|inf) at step \d+: lower lr"):
+    with pytest.raises(
+        UserError, match=r"the loss at resid_post\.\d is (nan|inf) at step \d+: start anew .* a lower lr"
+    ):
         train_saes(model, documents(), small(lr=1e30, warmup=0.0), tmp_path / "run")
     assert not list((tmp_path / "run").glob("resid_post*"))
 

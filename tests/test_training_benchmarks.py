@@ -10,6 +10,8 @@ from experiments.benchmarks.trainers import OURS, SAE_LENS, SIDES, Planted, Task
 from saepatch.commandline import run_config
 from training.learner import DESIGNS
 
+pytestmark = pytest.mark.whole
+
 TINY = {"d_in": 16, "d_sae": 64, "k": 4, "batch": 32}
 
 

@@ -1,47 +1,74 @@
 """`saepatch latent`: one latent's card in the terminal."""
 
-from collections.abc import Iterator
-from pathlib import Path
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from saepatch import organism
+import torch
+
+from saepatch.choosing import output_scores
 from saepatch.config import LatentConfig
 from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
-from saepatch.models import load_model
-from saepatch.reading import Card, read_latents
+from saepatch.models import LanguageModel, load_model
+from saepatch.patchscope import Reading, best_reading, read_by_patchscope
+from saepatch.reading import Card, read_latents, token_texts
 from saepatch.report import token_text
 from saepatch.report.text import number
+from saepatch.texts import load_texts
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def read_latent(config: LatentConfig) -> Card:
+@dataclass(frozen=True)
+class Found:
+    """A latent's card; its output score (NaN where it never fires); what the model says of it, where it was asked."""
+
+    card: Card
+    output_score: float
+    said: tuple[Reading, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self.card) | {"output_score": self.output_score, "said": [asdict(one) for one in self.said]}
+
+
+def read_latent(config: LatentConfig) -> Found:
     """Load the model and the dictionary, and read the latent on the texts.
 
     Raises:
         UserError: one of them cannot be read, or they do not fit.
     """
     site, _, name = config.latent.partition(":")
-    texts = _texts(config.data) if config.data else organism.texts()
+    texts = load_texts(config.data or "organism")
     model = load_model(
         config.model, config.device, config.dtype, config.prepend_bos, trust_remote_code=config.trust_remote_code
     )
     dictionary = load_sae(config.sae, site, config.device)
-    return read_latents(model, dictionary, [int(name)], model.tokenize(texts))[0]
+    ids = [int(name)]
+    card = read_latents(model, dictionary, ids, model.tokenize(texts))[0]
+    score = math.nan
+    if not card.dead:
+        maxima = torch.zeros(dictionary.d_sae)
+        maxima[ids] = card.maximum
+        score = float(output_scores(model, dictionary, ids, maxima)[0])
+    said: Sequence[Reading] = ()
+    if config.explain:
+        said = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))[0]
+    return Found(card, score, tuple(said))
 
 
-def _texts(data: str) -> list[str]:
-    try:
-        found = [line for line in Path(data).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read texts from {data!r} ({error}): give a text file, a text a line") from error
-    if not found:
-        raise UserError(f"{data!r} holds no text: give a text file, a text a line")
-    return found
+def _placeholder(model: LanguageModel, prompt: str) -> int:
+    """The place among the prompt's tokens where its last X is, which has to be a token of its own."""
+    for at, token in reversed(list(enumerate(token_texts(model, model.encode(prompt))))):
+        if token.strip() == "X":
+            return at
+    raise UserError(f"the X of {prompt!r} is no token of its own to this model: put it elsewhere, between spaces")
 
 
-def latent_lines(card: Card) -> Iterator[str]:
-    """A card as lines of text."""
+def latent_lines(found: Found) -> Iterator[str]:
+    """What was found as lines of text."""
+    card = found.card
     yield f"latent {card.latent} at {card.site} of {card.dictionary} ({card.dictionary_hash})"
     yield (
         f"fires at {number(card.frequency, '.2%')} of {card.tokens:,} tokens in {card.texts:,} texts, mean "
@@ -57,6 +84,11 @@ def latent_lines(card: Card) -> Iterator[str]:
     yield "neighbours " + "  ".join(f"{latent} {number(cosine, '.2f')}" for latent, cosine in card.neighbours)
     if card.neuronpedia:
         yield f"see        https://www.neuronpedia.org/{card.neuronpedia}/{card.latent}"
+    yield f"output     {number(found.output_score)}: how far adding it raises the tokens that it speaks for (0 to 1)"
+    if found.said:
+        best = best_reading(found.said)
+        for one in found.said:
+            yield f"said       {'*' if one is best else ' '} {one.scale:<4g} {token_text(one.text).replace('␣', ' ')}"
     yield "examples   [where it fires, the largest in double brackets]" if card.examples else "examples   none"
     for example in card.examples:
         peak = example.acts.index(max(example.acts))

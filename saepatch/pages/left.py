@@ -99,6 +99,9 @@ class Left:
             mine = self._rows_of(number)
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios = weights[:, changes.pair[mine]] @ changes.change[mine] / gaps
+            if np.isnan(ratios).all():
+                out.append(Interval(float(self.effects[number]), None, None))
+                continue
             low, high = np.nanquantile(
                 ratios, [0.025, 0.975], method="inverted_cdf" if np.isinf(ratios).any() else "linear"
             )
