@@ -17,6 +17,8 @@ from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.sites import Site
 from saepatch.splicing import splice
 
+pytestmark = pytest.mark.whole
+
 PAIRS = [
     PromptPair("the cat sat", "the dog sat", "x", "y", "a"),
     PromptPair("one big tree", "one red tree", "p", "q", "b"),

@@ -23,6 +23,8 @@ from saepatch.prompts import PromptPair, batch_pairs
 from saepatch.screen import ERROR
 from saepatch.splicing import record_latents, splice
 
+pytestmark = pytest.mark.whole
+
 PAIRS = [
     PromptPair("the cat sat", "the dog sat", "x", "y"),
     PromptPair("one big tree", "one red tree", "p", "q"),

@@ -188,6 +188,7 @@ def test_steering_keeps_its_splits_apart():
         assert not tuned_on & reported
 
 
+@pytest.mark.slow
 def test_same_command_same_numbers(summary, tmp_path):
     assert main(["demo", "--out", str(tmp_path), "--pairs", str(PAIRS)]) == 0
     again = json.loads((tmp_path / "summary.json").read_text())

@@ -18,6 +18,8 @@ from training import finetune as finetuning
 from training.config import TrainingConfig
 from training.finetune import finetune
 
+pytestmark = pytest.mark.whole
+
 TEXTS = ["the cat sat on the mat", "a dog", "birds fly high up in the sky", "two of them"]
 FOREVER = 10**9
 

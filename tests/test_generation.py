@@ -10,6 +10,8 @@ from saepatch.restoring import CleanPrompts, Restore
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 
+pytestmark = pytest.mark.whole
+
 PROMPTS = ["the cat sat", "a dog", "birds fly high up"]
 
 

@@ -51,6 +51,7 @@ def test_the_bridge_writes_our_tokens(tmp_path, capsys, shape):
         assert word in printed
 
 
+@pytest.mark.slow
 def test_nnsight_writes_our_tokens(tmp_path):
     if why := peers.missing("nnsight"):
         pytest.skip(why)

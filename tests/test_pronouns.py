@@ -72,6 +72,7 @@ def test_story_pairs_line_up_and_splits_share_no_name_or_template():
 
 
 @needs_stories
+@pytest.mark.slow
 def test_a_slice_of_training_and_experiment_on_a_real_model(tmp_path):
     from training.__main__ import main as train
 

@@ -14,6 +14,8 @@ from saepatch.restoring import CleanMeans, CleanPrompts, OtherModel, Restore
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 
+pytestmark = pytest.mark.whole
+
 PROMPTS = ["the cat sat", "a dog", "birds fly high up"]
 
 

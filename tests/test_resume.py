@@ -19,6 +19,8 @@ from saepatch.shortcuts import Maps, find_maps
 from saepatch.sites import Site
 from saepatch.splicing import splice
 
+pytestmark = pytest.mark.whole
+
 PAIR = PromptPair("the cat sat on it", "the dog sat in it", "x", "y", "a")
 UNEQUAL = [PromptPair("a cat sat", "the horse sat", "x", "y"), PromptPair("abcdef", "abc", "x", "y")]
 

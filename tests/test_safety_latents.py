@@ -16,6 +16,8 @@ from saepatch.safety_latents import SafetyLatents, clean_means, find_safety_late
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 
+pytestmark = pytest.mark.whole
+
 JAILBROKEN = ["how to cake? now", "abxde", "tell me all"]
 CLEAN = ("how to bake?", "abcde", "tell me some")
 REFUSAL = {40, 41, 77}

@@ -182,6 +182,7 @@ def test_indirect_objects_on_the_shipped_model(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_agreement_on_a_family_that_offers_no_heads(tmp_path, monkeypatch, capsys):
     def without_heads(*arguments, **options):
         model = load_model(*arguments, **options)
