@@ -30,6 +30,8 @@ from training.ranks import Ranks
 from training.rows import rows, token_batches
 from training.texts import Streamed, as_documents, fingerprint, has_text, in_order, split, texts
 
+pytestmark = pytest.mark.whole
+
 TESTS = Path(__file__).parent
 SITES = [Site(0), Site(2), Site(1, "mlp_out")]
 LONG = " ".join(documents(30, seed=5))  # far more tokens than one round holds

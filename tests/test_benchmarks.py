@@ -52,6 +52,7 @@ def check(out, chosen, shapes=("gpt2", "llama"), lengths=(8, 12)):
     return summary
 
 
+@pytest.mark.slow
 def test_peers_give_our_numbers(tmp_path, capsys):
     chosen = [peer for peer in peers.PEERS if peer not in NNSIGHT]  # it patches torch for the whole process
     if reasons := [why for peer in chosen if (why := peers.missing(peer))]:
@@ -73,6 +74,7 @@ def test_nnsight_gives_our_numbers(tmp_path):
     check(tmp_path, NNSIGHT, lengths=(8,))
 
 
+@pytest.mark.slow
 def test_what_is_not_installed_is_left_out_with_the_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert run(tmp_path, ["nnsight", "hooks"], shapes='["gpt2"]', lengths="[8]") == 0

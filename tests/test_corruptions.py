@@ -19,6 +19,8 @@ from saepatch.resume import Run
 from saepatch.sites import READ_AT_INPUT, Site
 from saepatch.splicing import splice
 
+pytestmark = pytest.mark.whole
+
 PAIRS = [
     PromptPair("the cat sat", "the dog sat", "x", "y", "a"),
     PromptPair("a cat ran off", "a dog ran off", "p", "q", "b"),

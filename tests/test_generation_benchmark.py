@@ -61,6 +61,7 @@ def test_nnsight_writes_our_tokens(tmp_path):
     check(tmp_path, ["nnsight"])
 
 
+@pytest.mark.slow
 def test_what_is_not_installed_is_left_out_with_the_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert run(tmp_path, ["nnsight"]) == 0

@@ -14,6 +14,8 @@ from saepatch.sites import Site
 from training.config import SAEConfig, TrainingConfig
 from training.learner import DESIGNS, Learner, geometric_median, reconstruction, schedule
 
+pytestmark = pytest.mark.whole
+
 ARCHITECTURES = sorted(DESIGNS)
 D_IN, D_SAE = 16, 48
 

@@ -76,6 +76,7 @@ def test_mistakes():
             read_by_patchscope(model, dictionary, *given)
 
 
+@pytest.mark.slow
 def test_the_organism_reads_words_and_not_its_latents():
     model = load_model("organism")
     site = Site.parse("resid_post.1")

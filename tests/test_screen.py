@@ -14,6 +14,8 @@ from saepatch.prompts import PromptPair
 from saepatch.screen import Verification
 from saepatch.screening import _top
 
+pytestmark = pytest.mark.whole
+
 PAIRS = [
     PromptPair("the cat sat", "the dog sat", "x", "y"),
     PromptPair("one big tree", "one red tree", "p", "q"),

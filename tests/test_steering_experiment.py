@@ -65,6 +65,7 @@ def test_equal_norm_and_equal_divergence_are_equal(finished):
     assert any(abs(np.log(value / 0.05)) < 0.05 for value in solved)
 
 
+@pytest.mark.slow
 def test_the_same_command_measures_nothing_twice(finished, capsys):
     before = (finished / "cells.jsonl").read_text()
     summary = (finished / "summary.json").read_text()

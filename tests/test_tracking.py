@@ -18,6 +18,8 @@ from saepatch import guests, tracking
 from saepatch.errors import UserError
 from saepatch.tracking import open_tracker
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch, tmp_path):
