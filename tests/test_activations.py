@@ -596,6 +596,7 @@ activations.forward = counted
 kinds = {"padded": {}, "packed": {"pack": True, "prefetch": False}, "cache": {"cache": str(folder / "cache")}}
 # Without prefetching: the thread would be a round ahead, which the run before may not have come to keep.
 for name, changes in [*kinds.items(), ("cached", kinds["cache"] | {"prefetch": False})]:
+    distributed.barrier()  # the first process writes the cache: the other must not read before it has
     ran.clear()
     config = small(**({"batch_size": 128, "buffer": 512} | changes))
     found = ActivationStream(model, documents(), [Site(0), Site(2)], config, ranks).batches()
@@ -617,7 +618,7 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow  # under load a process now and then ends before the other
+@pytest.mark.slow
 def test_two_processes_give_the_batches_of_one(model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
