@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from saepatch import organism
 from saepatch.errors import UserError
+from saepatch.greedy import greedy_options
 from saepatch.hooks import SpliceError, blocks_return_tuples, capture, edit_sites
 from saepatch.sites import Layout, Site, layout_of
 
@@ -208,13 +209,16 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate_ids(self, tokens: Tokens, max_new_tokens: int) -> Int[Tensor, "batch new"]:
-        """Greedy continuation of a left-padded batch, as token ids; rows that ended are filled with padding."""
+        """Greedy continuation of a left-padded batch, as token ids; rows that ended are filled with padding.
+
+        Each token is the one of the largest logit, whatever penalties and bans the checkpoint generates with.
+        """
         generate: Any = self.hf.generate
         out = generate(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **greedy_options(self.hf.generation_config),
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
         )
         return out[:, tokens.input_ids.shape[1] :]
