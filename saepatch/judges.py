@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from saepatch.degenerate import is_degenerate
 from saepatch.errors import UserError
-from saepatch.safety import Outcome, is_degenerate, judge
+from saepatch.safety import Outcome, judge
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
