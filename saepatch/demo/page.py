@@ -7,6 +7,7 @@ from saepatch import report
 from saepatch.charts import INTERVALS, band, cell, effect_chart
 from saepatch.controls import DRAWS
 from saepatch.demo.sections import cards, overview, texts, trade_off, where
+from saepatch.pages.left import anchor
 from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
 from saepatch.results import Provenance
 from saepatch.safety import judge
@@ -71,8 +72,20 @@ def _model(found: "Findings") -> Section:
 
 
 def _splice(found: "Findings") -> Section:
-    columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error"]
-    rows = [(str(q.site), q.ce_recovered, q.fvu, q.l0, q.alive_share, q.kl, q.identity_error) for q in found.quality]
+    columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error", "dictionary"]
+    rows = [
+        (
+            str(q.site),
+            q.ce_recovered,
+            q.fvu,
+            q.l0,
+            q.alive_share,
+            q.kl,
+            q.identity_error,
+            found.saes[q.site].fingerprint,
+        )
+        for q in found.quality
+    ]
     formats = {"CE recovered": ".4f", "FVU": ".4f", "L0": ".1f", "alive": ".0%", "KL": ".4f", "identity error": ".1e"}
     caption = (
         f"Over {found.quality[0].tokens:,} tokens of held-out text. CE recovered: share of the cross-entropy lost by "
@@ -87,14 +100,20 @@ def _patching(found: "Findings") -> Section:
     p = found.patching
     denoise, noise = p.singles
     best = [edit.units[0] for edit in denoise.top(12)]
+    cards = {card.latent: anchor(card) for card in found.cards if card.site == p.site}
     rows = [
-        (latent, cell(denoise.of(latent)), cell(noise.of(latent)), int(denoise.ran[:, latent].sum())) for latent in best
+        (
+            report.Link(str(latent), cards[latent]) if latent in cards else str(latent),
+            cell(denoise.of(latent)),
+            cell(noise.of(latent)),
+            int(denoise.ran[:, latent].sum()),
+        )
+        for latent in best
     ]
     table = Table(
         ["latent", "denoising", "noising", "pairs where it differs"],
         rows,
         f"The 12 latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. {INTERVALS}",
-        {"latent": "d"},
     )
     text = (
         f"The clean prompt names the indirect object once (logit difference {p.clean:.2f}); in the corrupted one the "

@@ -149,8 +149,12 @@ def _changed(text: str, before: str) -> Markup:
     matcher = difflib.SequenceMatcher(None, old, [word.strip() for word in words], autojunk=False)
     parts = []
     for kind, _, _, start, end in matcher.get_opcodes():
-        piece = escape(visible("".join(words[start:end])))
-        parts.append(piece if kind == "equal" or not piece else Markup("<mark>{}</mark>").format(piece))
+        piece = "".join(words[start:end])
+        if kind == "equal" or not piece.strip():
+            parts.append(escape(visible(piece)))
+            continue
+        said = piece.rstrip()  # the blank after a word is none of it
+        parts.append(Markup("<mark>{}</mark>").format(visible(said)) + escape(visible(piece[len(said) :])))
     return Markup("").join(parts)
 
 

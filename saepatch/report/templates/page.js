@@ -220,7 +220,10 @@ for (const button of all("button.save")) {
 
 // What is wider than the page says so.
 function overflowing() {
-  for (const box of all(".scroll")) box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+  for (const box of all(".scroll")) {
+    box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+    box.classList.toggle("taller", box.scrollHeight > box.clientHeight + 1);
+  }
 }
 window.addEventListener("resize", overflowing);
 
