@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from saepatch import organism
 from saepatch.dictionaries import Dictionary
@@ -16,7 +15,6 @@ from saepatch.prompts import PromptPair, pairs_of
 from saepatch.reading import Card, read_latents, token_texts
 from saepatch.results import Row
 from saepatch.sites import Site
-from saepatch.splicing import record_latents
 
 DIRECTIONS: tuple[Direction, Direction] = ("denoise", "noise")
 HEAD_PAIRS = 40  # that heads are patched in
@@ -99,29 +97,6 @@ def _one_form(model: LanguageModel, forms: Sequence[tuple[str, str]], pairs: Seq
 
 def _shared(rows: Sequence[Sequence[str]]) -> tuple[str | None, ...]:
     return tuple(column[0] if len(set(column)) == 1 else None for column in zip(*rows, strict=True))
-
-
-@dataclass(frozen=True)
-class ReadText:
-    """A text as the model reads it: its tokens, and the sum of some latents' activations at each."""
-
-    name: str
-    tokens: tuple[str, ...]
-    acts: tuple[float, ...]
-
-
-@torch.no_grad()
-def read_texts(
-    model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], named: Sequence[tuple[str, str]]
-) -> tuple[ReadText, ...]:
-    """Read (name, text) pairs, nothing edited; the latents that count are `latents`, BOS and template as they come."""
-    found = []
-    for name, text in named:
-        tokens = model.tokenize([text])
-        acts = record_latents(model, dictionary, tokens).acts[0][:, list(latents)].sum(-1).float().cpu()
-        acts = acts * tokens.ordinary[0].cpu()
-        found.append(ReadText(name, tuple(token_texts(model, tokens.input_ids[0].tolist())), tuple(acts.tolist())))
-    return tuple(found)
 
 
 def read_cards(model: LanguageModel, wanted: Sequence[tuple[Dictionary, Sequence[int]]]) -> tuple[Card, ...]:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 from saepatch import report
 from saepatch.charts import INTERVALS, band, cell, effect_chart
 from saepatch.controls import DRAWS
-from saepatch.demo.sections import cards, overview, texts, trade_off, where
+from saepatch.demo.sections import cards, overview, trade_off, where
+from saepatch.judges import SAID
+from saepatch.pages.cards import coloured
 from saepatch.pages.left import anchor
 from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
 from saepatch.results import Provenance
@@ -14,9 +16,9 @@ from saepatch.safety import judge
 from saepatch.statistics import wilson_share
 
 if TYPE_CHECKING:
-    from saepatch.demo.looks import ReadText
     from saepatch.demo.run import Findings
     from saepatch.demo.stages import Condition, Steering
+    from saepatch.reading import ReadText
 
 
 SHARES = "Intervals: 95 % Wilson score over prompts."
@@ -200,18 +202,15 @@ def _restoration(found: "Findings") -> Section:
         Comparison(
             prompt,
             [
-                (f"{name}: {OUTCOMES[judge(text)]}", text)
+                (f"{name}: {SAID[judge(text)]}", text)
                 for name, text in zip(("jailbroken", "restored", "random latents"), texts)
             ],
             changes=True,
         )
         for prompt, *texts in r.examples
     ]
-    blocks: list[Block] = [chart, lines, *comparisons, *texts(found.restoration_texts)]
+    blocks: list[Block] = [chart, lines, *comparisons, *coloured(found.restoration_texts)]
     return Section("Restoration: refusals under jailbreak", text, blocks)
-
-
-OUTCOMES = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
 
 
 def _sets(condition: "Condition") -> str:
@@ -242,7 +241,7 @@ def _steering(s: "Steering", read: Sequence["ReadText"]) -> Section:
         )
         for i, prompt in enumerate(s.prompts[:4])
     ]
-    return Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *texts(read)])
+    return Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *coloured(read)])
 
 
 SHOWN = {True: "shows it", False: "does not"}

@@ -21,7 +21,7 @@ from saepatch.models import LanguageModel, load_model
 from saepatch.organism.checks import Measures, evaluate_organism
 from saepatch.pages import track_page
 from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
-from saepatch.reading import Card
+from saepatch.reading import Card, ReadText, read_texts
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
 from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
@@ -44,8 +44,8 @@ class Findings:
     steering: list[stages.Steering]
     maps: looks.Maps
     cards: tuple[Card, ...]
-    restoration_texts: tuple[looks.ReadText, ...]
-    steering_texts: dict[str, tuple[looks.ReadText, ...]]
+    restoration_texts: tuple[ReadText, ...]
+    steering_texts: dict[str, tuple[ReadText, ...]]
     """By concept."""
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -114,9 +114,9 @@ def _measure(
         wanted += [(_at(saes, one.site), one.of("top10").sets[0][:few]) for one in steering]
         wanted += [(one, maps.leading(site, looks.LEADING)) for site, one in saes.items()]
         cards = looks.read_cards(model, wanted)
-        restored = looks.read_texts(model, _at(saes, restoration.site), restoration.latents, _answers(restoration))
+        restored = read_texts(model, _at(saes, restoration.site), restoration.latents, _answers(restoration))
         steered = {
-            one.concept: looks.read_texts(model, _at(saes, one.site), one.of("top1").sets[0], _continued(one))
+            one.concept: read_texts(model, _at(saes, one.site), one.of("top1").sets[0], _continued(one))
             for one in steering
         }
     return Findings(

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saepatch.charts import COLOURS, INTERVALS, cell, head_map
-from saepatch.demo.looks import BY_POSITION, Maps, ReadText
+from saepatch.charts import INTERVALS, cell, head_map
+from saepatch.demo.looks import BY_POSITION, Maps
 from saepatch.effects import Effects, Map
 from saepatch.pages.cards import latent_card
 from saepatch.pages.left import anchor
+from saepatch.pages.maps import COLOURS
 from saepatch.reading import Card as Reading
 from saepatch.report import (
-    Block,
     Cell,
     Choice,
     Facts,
@@ -26,7 +26,6 @@ from saepatch.report import (
     Series,
     Simple,
     Table,
-    Tokens,
     token_text,
 )
 from saepatch.report.text import number
@@ -111,9 +110,9 @@ def where(found: "Findings") -> Section:
         "clean prompt's tokens, below them the corrupted one's (`=`: the same); `…` differs from pair to pair. The "
         f"first pair asks for {names[0]}, and for {names[1]} in its corrupted prompt. `denoise` patches clean values "
         "into the corrupted run, `noise` corrupted values into the clean run. 0 is the base run, 1 the source run.\n\n"
-        "A click on a cell (or Enter; arrow keys move) shows what stands there: of a layer and position the "
-        f"{EACH} latents of that layer's dictionary that move the answer most when each is patched there alone. What "
-        "they do alone does not add up to the whole layer: its error term, and all latents together, are patched with "
+        "A click on a cell (or Enter; arrow keys move) shows what stands there: of a layer and position at "
+        f"least the {EACH} latents of that layer's dictionary that move the answer most when each is patched there "
+        "alone. What they do alone does not add up to the whole layer: its error term, and all latents together, are patched with "
         "it."
     )
     return Section("Where: maps", text, [Choice("Show", options)])
@@ -264,18 +263,6 @@ def _role(found: "Findings", card: Reading) -> list[Simple]:
         if card.site == steering.site and card.latent in ten:
             told[f"steers towards {steering.concept}"] = f"number {ten.index(card.latent) + 1} of {len(ten)}"
     return [Facts(told)] if told else []
-
-
-def texts(read: Sequence[ReadText]) -> list[Block]:
-    """Texts coloured by the acting latents' activations."""
-    return [
-        Tokens(
-            [token_text(token) + " " for token in one.tokens],
-            one.acts,
-            f"{one.name}: sum of the acting latents' activations, at most {number(max(one.acts))}",
-        )
-        for one in read
-    ]
 
 
 def trade_off(s: "Steering") -> LineChart:

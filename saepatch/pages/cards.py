@@ -6,6 +6,7 @@ import numpy as np
 
 from saepatch.pages.left import Left, anchor
 from saepatch.reading import Card as Reading
+from saepatch.reading import ReadText
 from saepatch.report import Card, Cell, Chips, Facts, Histogram, Link, Page, Section, Simple, Table, Tokens, token_text
 from saepatch.report.text import number
 
@@ -64,6 +65,18 @@ def card_blocks(one: Reading, known: set[str]) -> list[Simple]:
         near.append((Link(str(latent), name) if name in known else str(latent), cosine))
     blocks.append(Chips("most similar directions of the dictionary, by cosine", near, ".2f"))
     return blocks
+
+
+def coloured(read: Sequence[ReadText]) -> list[Simple]:
+    """Texts coloured by the acting latents' activations."""
+    return [
+        Tokens(
+            [token_text(token) + " " for token in one.tokens],
+            one.acts,
+            f"{one.name}: sum of the acting latents' activations, at most {number(max(one.acts))}",
+        )
+        for one in read
+    ]
 
 
 def _effects(left: Left, one: Reading) -> list[Simple]:
