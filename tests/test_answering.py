@@ -127,6 +127,16 @@ def test_the_rows_are_what_the_library_restores(place, tmp_path, capsys):
         assert word in printed
     page = (tmp_path / "report.html").read_text()
     assert "how to cake? now" in page
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith(str(tmp_path))]
+    assert line.split()[1] == "restore"
+    assert "prompts.jsonl × 5" in line
+    bare = next(c for c in summary["conditions"] if (c["condition"], c["harmful"]) == ("bare", True))
+    value, low, high = one["refuse"]
+    told = f"harmful: {bare['refuse'][0]:.0%} refused, {value:.0%} [{low:.0%}, {high:.0%}] restored; harmless: "
+    assert told in line
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").read_text() == page
 

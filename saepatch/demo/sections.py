@@ -112,8 +112,8 @@ def where(found: "Findings") -> Section:
         "into the corrupted run, `noise` corrupted values into the clean run. 0 is the base run, 1 the source run.\n\n"
         "A click on a cell (or Enter; arrow keys move) shows what stands there: of a layer and position at "
         f"least the {EACH} latents of that layer's dictionary that move the answer most when each is patched there "
-        "alone. What they do alone does not add up to the whole layer: its error term, and all latents together, are patched with "
-        "it."
+        "alone. What they do alone does not add up to the whole layer: its error term, and all latents together, are "
+        "patched with it."
     )
     return Section("Where: maps", text, [Choice("Show", options)])
 

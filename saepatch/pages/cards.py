@@ -1,13 +1,13 @@
 """Cards of latents, from what `saepatch.reading` wrote."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from saepatch.pages.left import Left, anchor
 from saepatch.reading import Card as Reading
 from saepatch.reading import ReadText
-from saepatch.report import Card, Cell, Chips, Facts, Histogram, Link, Page, Section, Simple, Table, Tokens, token_text
+from saepatch.report import Card, Cell, Chips, Facts, Histogram, Link, Section, Simple, Table, Tokens, token_text
 from saepatch.report.text import number
 
 EFFECTS = 8  # of a card, in this run
@@ -98,16 +98,3 @@ def _effects(left: Left, one: Reading) -> list[Simple]:
     columns = ["direction", "patched", "position", "effect", "pairs changed"]
     what = "estimated effects" if left.is_screen else "effects"
     return [Table(columns, rows, f"Its largest {what} in this run.", {"effect": ".3f", "pairs changed": "d"})]
-
-
-def latent_page(one: Reading, facts: Mapping[str, str]) -> Page:
-    """A page about one latent."""
-    lead = f"Read on {one.texts:,} texts ({one.tokens:,} tokens). " + (
-        "It fired nowhere in them." if one.dead else f"It fires at {number(one.frequency, '.2%')} of their tokens."
-    )
-    card = latent_card(one, set())
-    sections = [Section("The latent", "", card_blocks(one, set()))]
-    if card.links:
-        text, address = card.links[0]
-        sections.append(Section("Elsewhere", "", [Card("elsewhere", text, "", [], [(text, address)])]))
-    return Page(f"Latent {one.latent} at {one.site}", lead, sections, Facts(facts))
