@@ -478,3 +478,34 @@ def test_in_a_browser(browser, tmp_path):
         assert not browser.find_element("css selector", f".chart .{hidden}").is_displayed()
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_paper_has_the_top_of_long_tables_and_open_cards(browser, tmp_path):
+    """What is filtered away takes no room of it, and the page is afterwards what it was."""
+    table = Table(["name", "even"], [[f"row {n}", "yes" if n % 2 == 0 else "no"] for n in range(120)], "All.")
+    small = Table(["a"], [[1.0]], "Small.")
+    card = Card("c", "A card", "s", [Histogram("Counts", "x", "y", [0, 1, 2], [3, 1])])
+    path = write_page(Page("t", "", [Section("One", "", [table, small, card])]), tmp_path / "r.html")
+    browser.get(path.as_uri())
+    browser.find_element("css selector", "input").send_keys("yes")
+    before = browser.execute_script("return document.querySelector('main').innerHTML")
+    browser.execute_script("toPaper()")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shown = [row.text for row in browser.find_elements("css selector", "tbody tr") if row.is_displayed()]
+    assert shown == [*(f"row {n} yes" for n in range(0, 80, 2)), "1"]
+    assert [note.text for note in browser.find_elements("css selector", ".onpaper")] == [
+        "The first 40 of 60 rows; the others are in the page itself."
+    ]
+    assert browser.find_element("css selector", "details.card h4").text == "Counts"  # below the card's own h3
+    assert not any(tools.is_displayed() for tools in browser.find_elements("css selector", ".tools, .sideways"))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    browser.execute_script("fromPaper()")
+    after = browser.execute_script("return document.querySelector('main').innerHTML")
+    assert after.replace(' class=""', "") == before
+
+    stops = browser.execute_script("return all('.scroll').filter(b => b.closest('.table')).map(b => b.tabIndex)")
+    assert stops == [0, -1]  # the keyboard stops at what it can scroll, and at nothing else
+    names = browser.execute_script("return all('figure').map(f => f.getAttribute('aria-label'))")
+    assert names == ["Table of name, even", "Table of a", "Counts"]
+    assert browser.get_log("browser") == []

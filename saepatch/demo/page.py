@@ -74,20 +74,8 @@ def _model(found: "Findings") -> Section:
 
 
 def _splice(found: "Findings") -> Section:
-    columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error", "dictionary"]
-    rows = [
-        (
-            str(q.site),
-            q.ce_recovered,
-            q.fvu,
-            q.l0,
-            q.alive_share,
-            q.kl,
-            q.identity_error,
-            found.saes[q.site].fingerprint,
-        )
-        for q in found.quality
-    ]
+    columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error"]
+    rows = [(str(q.site), q.ce_recovered, q.fvu, q.l0, q.alive_share, q.kl, q.identity_error) for q in found.quality]
     formats = {"CE recovered": ".4f", "FVU": ".4f", "L0": ".1f", "alive": ".0%", "KL": ".4f", "identity error": ".1e"}
     caption = (
         f"Over {found.quality[0].tokens:,} tokens of held-out text. CE recovered: share of the cross-entropy lost by "
@@ -95,7 +83,8 @@ def _splice(found: "Findings") -> Section:
         "site is written as reconstruction + error term."
     )
     text = "How much of the model each dictionary keeps when it is a bottleneck, with its error term dropped."
-    return Section("Splice quality", text, [Table(columns, rows, caption, formats)])
+    named = {f"dictionary {site}": f"{one.name} ({one.fingerprint})" for site, one in found.saes.items()}
+    return Section("Splice quality", text, [Table(columns, rows, caption, formats), report.Facts(named)])
 
 
 def _patching(found: "Findings") -> Section:
