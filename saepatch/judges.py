@@ -13,6 +13,7 @@ from saepatch.errors import UserError
 from saepatch.safety import Outcome, judge
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+SAID: dict[Outcome, str] = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
 
 
 @dataclass(frozen=True)

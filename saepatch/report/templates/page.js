@@ -220,7 +220,11 @@ for (const button of all("button.save")) {
 
 // What is wider than the page says so.
 function overflowing() {
-  for (const box of all(".scroll")) box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+  for (const box of all(".scroll")) {
+    box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+    box.classList.toggle("taller", box.scrollHeight > box.clientHeight + 1);
+    box.tabIndex = box.matches(".wider, .taller") ? 0 : -1; // the keyboard stops at what it can scroll
+  }
 }
 window.addEventListener("resize", overflowing);
 
@@ -278,12 +282,25 @@ const seen = new IntersectionObserver((entries) => {
 }, { rootMargin: "0px 0px -75% 0px" });
 all("main section").forEach((section) => seen.observe(section));
 
-// Paper has nothing to unfold: cards are open, the numbers behind figures stay away.
+// Paper has nothing to unfold: cards are open, the numbers behind figures stay away, of long tables there is the top.
+const PAPER = 40; // rows
 let folded = [];
-window.addEventListener("beforeprint", () => {
+function toPaper() {
   folded = all("details.card:not([open])");
   folded.forEach((card) => { card.open = true; });
-});
-window.addEventListener("afterprint", () => {
+  for (const figure of all("figure.table")) {
+    const rows = [...figure.querySelector("tbody").rows].filter((row) => !row.hidden);
+    rows.slice(PAPER).forEach((row) => row.classList.add("offpaper"));
+    if (rows.length > PAPER) {
+      const said = `The first ${PAPER} of ${rows.length} rows; the others are in the page itself.`;
+      figure.querySelector(".scroll").after(make("p", { className: "onpaper", textContent: said }));
+    }
+  }
+}
+function fromPaper() {
   folded.forEach((card) => { card.open = false; });
-});
+  all("tr.offpaper").forEach((row) => row.classList.remove("offpaper"));
+  all("p.onpaper").forEach((note) => note.remove());
+}
+window.addEventListener("beforeprint", toPaper);
+window.addEventListener("afterprint", fromPaper);
