@@ -406,7 +406,8 @@ class RestoreConfig(Output):
     tokens: int = 40
     """Tokens of an answer, at most."""
     max_fvu: float = 0.5
-    """What a dictionary may leave unexplained of either of two models (fraction of variance)."""
+    """What a dictionary may leave unexplained of either of two models (fraction of variance), on the first prompts and
+    the donor's answers to them."""
     n: int = 0
     """Prompts, at most; 0: all."""
     part: int = 32

@@ -187,6 +187,15 @@ def test_what_runs_and_compare_say(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "a" / "report.html").unlink()
     assert main(["report", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a" / "report.html").read_text() == report
+    (tmp_path / "a" / "page.json").unlink()  # as a folder of before: rows and summary alone
+    assert main(["report", str(tmp_path / "a")]) == 0
+    fewer = (tmp_path / "a" / "report.html").read_text()
+    for words in (PROMPTS[0], "harmful prompts refused, restored", "resid_post.1: 1, 7, 9"):
+        assert words in report
+        assert words in fewer
+    (tmp_path / "a" / "results.parquet").unlink()
+    assert main(["report", str(tmp_path / "a")]) == 2
+    assert "cannot read the answers in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
