@@ -287,7 +287,7 @@ class CompareConfig(Output):
     )
 
     one: str
-    """Folder of a run."""
+    """Folder of a run of patch, attribute or restore."""
     other: str
     """Folder of another run."""
     html: str = ""

@@ -323,12 +323,13 @@ def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
 
 
 def _outcomes(run: RunFolder) -> dict[str, str]:
-    """Shares of prompts by condition and kind of prompts, by name."""
+    """Shares of prompts by condition and kind of prompts, by name; the rest is compliance."""
     found: dict[str, str] = {}
-    for one in run.summary["conditions"]:
+    conditions = run.summary["conditions"]
+    for one in [one for kind in _asked(conditions) for one in conditions if one["harmful"] == kind]:
         kind = {True: ", harmful", False: ", harmless", None: ""}[one["harmful"]]
         found[f"prompts{kind}"] = str(one["prompts"])
-        for outcome, words in (("refuse", "refused"), ("comply", "complied"), ("degenerate", "degenerate")):
+        for outcome, words in (("refuse", "refused"), ("degenerate", "degenerate")):
             found[f"{one['condition']}{kind}: {words}"] = show_share(one[outcome])
     return found
 

@@ -179,10 +179,11 @@ def test_what_runs_and_compare_say(place, tmp_path, monkeypatch, capsys):
     told = []
     for conditions in shares:
         one = next(c for c in conditions if (c["condition"], c["harmful"]) == ("restored", True))
-        told.append("{:.0%} [{:.0%}, {:.0%}]".format(*one["comply"]))
-    assert f"restored, harmful: complied {told[0]} {told[1]}" in cells
+        told.append("{:.0%} [{:.0%}, {:.0%}]".format(*one["refuse"]))
+    assert f"restored, harmful: refused {told[0]} {told[1]}" in cells
     assert "largest effects" not in said
-    assert "restored, harmful: complied" in (tmp_path / "both.html").read_text()
+    assert not any(line.startswith("restored: refused") for line in cells)  # of kinds that are said, each alone
+    assert "restored, harmful: refused" in (tmp_path / "both.html").read_text()
     report = (tmp_path / "a" / "report.html").read_text()
     (tmp_path / "a" / "report.html").unlink()
     assert main(["report", str(tmp_path / "a")]) == 0
