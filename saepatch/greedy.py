@@ -1,5 +1,6 @@
-"""What makes `generate` take the token of the largest logit, whatever the checkpoint's generation_config.json says."""
+"""Greedy decoding: the token of the largest logit up to an end token, whatever generation_config.json says."""
 
+from collections.abc import Sequence
 from typing import Any
 
 # Everything that acts without sampling in transformers' GenerationConfig, at the value where it does nothing. What is
@@ -44,6 +45,16 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-def greedy_options(generation_config: Any) -> dict[str, Any]:
-    """Those that the installed transformers knows, as arguments of `generate`."""
-    return {name: value for name, value in NEUTRAL.items() if hasattr(generation_config, name)}
+def greedy_options(hf: Any, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of `generate`: those above that the installed transformers knows, and what ends a text."""
+    known = {name: value for name, value in NEUTRAL.items() if hasattr(hf.generation_config, name)}
+    return known | {"eos_token_id": sorted(end_tokens(hf, tokenizer)) or None}
+
+
+def end_tokens(hf: Any, tokenizer: Any) -> set[int]:
+    """All tokens that end a text: a checkpoint's files do not always agree on them."""
+    found: set[int] = set()
+    for given in (getattr(hf, "generation_config", None), hf.config, tokenizer):
+        stop: Any = getattr(given, "eos_token_id", None)
+        found |= set(stop) if isinstance(stop, Sequence) else {stop} if stop is not None else set()
+    return found

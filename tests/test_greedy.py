@@ -95,6 +95,26 @@ def test_a_folder_that_asks_for_a_penalty(folder, tmp_path):
     assert not torch.equal(plain[:, tokens.input_ids.shape[1] :], loaded.generate_ids(tokens, TOKENS))
 
 
+def test_a_text_ends_at_every_end_token(folder):
+    """As `stream` has it; the files of a checkpoint say it in different places."""
+    model = load_model(str(folder))
+    ids = by_argmax(model, PROMPTS[0])
+    ends = [next(n for n in range(2, TOKENS) if ids[n] not in ids[:n]), TOKENS - 1]
+    for places in (
+        [("generation_config", ends[0])],
+        [("config", ends[0])],
+        [("generation_config", ends[1]), ("config", ends[0])],
+    ):
+        model = load_model(str(folder))
+        model.hf.generation_config.eos_token_id = model.hf.config.eos_token_id = None
+        for place, end in places:
+            getattr(model.hf, place).eos_token_id = [ids[end]]
+        found, *_ = model.continue_ids(PROMPTS, TOKENS)  # one is padded once it has ended
+        assert found == ids[: ends[0]]
+        *_, last = stream(model, PROMPTS[0], Sampling(TOKENS))
+        assert list(last.ids) == ids[: ends[0]]
+
+
 def test_every_processor_of_the_installed_transformers_is_known():
     """Those that act without sampling, read from transformers' own source."""
     source = inspect.getsource(GenerationMixin._get_logits_processor)
