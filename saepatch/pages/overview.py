@@ -185,11 +185,10 @@ def facts(left: Left) -> Facts:
         "metric": left.metric,
         "corruption": settings["corruption"] or "the pair's corrupted prompt",
         "precision": settings["dtype"],
+        **({"method": settings["method"]} if left.is_screen else {}),
         "finished": left.run.finished,
         **left.provenance,
     }
-    if left.is_screen:
-        items |= {"method": settings["method"]}
     if summary["shards"] > 1:
         items |= {"shards": str(summary["shards"])}
     return Facts(items)
