@@ -299,6 +299,18 @@ def test_numbers_of_a_map_are_set_small_before_they_are_left_out():
     assert cells([0.5] * 17)[0] == ("cell strong", "0.50")
     assert cells([-0.25, *[0.5] * 16])[:2] == [("cell fine", "−0.25"), ("cell fine strong", "0.50")]
     assert cells([-0.25, *[100.5] * 16]) == []
+    # In the light, dark letters are read more easily on a colour of middling depth; in the dark, too: on a light one.
+    assert [kind for kind, _ in cells([1.0, 0.95, 0.85, 0.7, 0.5], 5)] == [
+        *["cell strong"] * 2,
+        *["cell mid"] * 2,
+        "cell",
+    ]
+    assert [kind for kind, _ in cells([1.0, -0.85, -0.7, -0.5], 4)] == [
+        "cell strong",
+        "cell strong",
+        "cell mid",
+        "cell",
+    ]
 
 
 def test_a_logarithmic_axis_of_less_than_two_powers_of_ten():
