@@ -1,5 +1,6 @@
 """The first part of a run's page: what ran, what came of it, and what to know before trusting it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from saepatch.pages.curves import controls_reach
@@ -21,7 +22,7 @@ def overview(left: Left) -> list[Section]:
         blocks.append(Notices(warnings))
     sections = [Section("What came out", _said(left), blocks)]
     if left.reading and left.reading["splice"]:
-        sections.append(_splice(left.reading["splice"]))
+        sections.append(splice_section(left.reading["splice"]))
     return sections
 
 
@@ -84,7 +85,8 @@ def _said(left: Left) -> str:
     return text
 
 
-def _splice(found: list[dict[str, Any]]) -> Section:
+def splice_section(found: Sequence[dict[str, Any]]) -> Section:
+    """What each dictionary keeps, over a run's own prompts."""
     columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error"]
     rows = [
         [q["site"], q["ce_recovered"], q["fvu"], q["l0"], q["alive_share"], q["kl"], q["identity_error"]] for q in found
@@ -183,11 +185,10 @@ def facts(left: Left) -> Facts:
         "metric": left.metric,
         "corruption": settings["corruption"] or "the pair's corrupted prompt",
         "precision": settings["dtype"],
+        **({"method": settings["method"]} if left.is_screen else {}),
         "finished": left.run.finished,
         **left.provenance,
     }
-    if left.is_screen:
-        items |= {"method": settings["method"]}
     if summary["shards"] > 1:
         items |= {"shards": str(summary["shards"])}
     return Facts(items)
