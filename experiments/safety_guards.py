@@ -15,11 +15,12 @@ from experiments.safety_curves import share_of
 from experiments.safety_probes import Utility, utility
 from experiments.safety_runs import Dictionaries, Latents, Runs
 from experiments.safety_settings import Asked, Setting, harmless_in_every_framing
+from saepatch.hooks import capture
 from saepatch.models import LanguageModel
 from saepatch.restoring import CleanMeans, Donor
 from saepatch.safety import restorations
 from saepatch.sites import Site
-from saepatch.splicing import record_latents, splice
+from saepatch.splicing import splice
 from saepatch.statistics import Interval, wilson_share
 
 READ = (1, 4, 16, 64)  # numbers of latents that detectors read
@@ -209,8 +210,9 @@ def read_latents(
 ) -> Float[Tensor, "prompts all"]:
     """Latents of all sites, side by side, in float64: at each prompt's last position, or their largest of it."""
     tokens, found = model.tokenize(prompts, "left"), []
-    for dictionary in sites.values():
-        acts = record_latents(model, dictionary, tokens).acts
+    held = capture(model.hf, model.layout, list(sites), model.inputs(tokens))
+    for site, dictionary in sites.items():
+        acts, _ = dictionary.activations(held[site])
         if how == "last":
             found.append(acts[:, -1])
         else:
