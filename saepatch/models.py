@@ -210,17 +210,18 @@ class LanguageModel:
         return rows
 
     @torch.no_grad()
-    def generate_ids(self, tokens: Tokens, max_new_tokens: int) -> Int[Tensor, "batch new"]:
+    def generate_ids(self, tokens: Tokens, max_new_tokens: int, min_new_tokens: int = 0) -> Int[Tensor, "batch new"]:
         """Greedy continuation of a left-padded batch, as token ids; rows that ended are filled with padding.
 
-        Each token is the one of the largest logit, whatever penalties and bans the checkpoint generates with.
+        Each token is the one of the largest logit, whatever penalties and bans the checkpoint generates with. None ends
+        before `min_new_tokens`.
         """
         generate: Any = self.hf.generate
         out = generate(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             max_new_tokens=max_new_tokens,
-            **greedy_options(self.hf, self.tokenizer),
+            **greedy_options(self.hf, self.tokenizer) | {"min_new_tokens": min_new_tokens or None},
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
         )
         return out[:, tokens.input_ids.shape[1] :]

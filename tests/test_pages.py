@@ -271,6 +271,19 @@ def test_warnings_in_words(grouped, swept, screened, place, tmp_path):
     assert "there is no gap to take shares of" in (tmp_path / "flat" / "report.html").read_text()
 
 
+def test_pairs_of_several_forms_are_warned_of_once_and_on_the_page(place, tmp_path, caplog):
+    words = ["ab cd", "efg hi jk", "lmno p", "qrs tuv w"]
+    lines = [{"clean": f"{w}.x", "corrupted": f"{w}.y", "answer": "x", "counter": "y"} for w in words]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ["--model", place / "model", "--sae", place / "saes", "--site", "resid_post.1", "--part", "2"]
+    with caplog.at_level("WARNING"):
+        run = [*map(str, given), "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "run")]
+        assert main(["patch", *run, "--each_position"]) == 0
+    assert sum("a position is not the same token" in line for line in caplog.messages) == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "give pairs of one form" in page
+
+
 def test_runs_are_listed(place, swept, grouped, screened, heads, tmp_path, capsys):
     assert main(["runs", str(place)]) == 0
     lines = capsys.readouterr().out.splitlines()

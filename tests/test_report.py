@@ -299,6 +299,18 @@ def test_numbers_of_a_map_are_set_small_before_they_are_left_out():
     assert cells([0.5] * 17)[0] == ("cell strong", "0.50")
     assert cells([-0.25, *[0.5] * 16])[:2] == [("cell fine", "−0.25"), ("cell fine strong", "0.50")]
     assert cells([-0.25, *[100.5] * 16]) == []
+    # In the light, dark letters are read more easily on a colour of middling depth; in the dark, too: on a light one.
+    assert [kind for kind, _ in cells([1.0, 0.95, 0.85, 0.7, 0.5], 5)] == [
+        *["cell strong"] * 2,
+        *["cell mid"] * 2,
+        "cell",
+    ]
+    assert [kind for kind, _ in cells([1.0, -0.85, -0.7, -0.5], 4)] == [
+        "cell strong",
+        "cell strong",
+        "cell mid",
+        "cell",
+    ]
 
 
 def test_a_logarithmic_axis_of_less_than_two_powers_of_ten():
@@ -508,4 +520,47 @@ def test_paper_has_the_top_of_long_tables_and_open_cards(browser, tmp_path):
     assert stops == [0, -1]  # the keyboard stops at what it can scroll, and at nothing else
     names = browser.execute_script("return all('figure').map(f => f.getAttribute('aria-label'))")
     assert names == ["Table of name, even", "Table of a", "Counts"]
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_a_map_that_scrolls_begins_at_its_numbers_and_keeps_its_rows_names(browser, tmp_path):
+    size = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    columns = [str(n) for n in range(20)]
+
+    def heat(title, first):
+        values = [[None if n < first else n - 12.5 for n in range(20)]] * 2
+        keys = [[f"{row}/{n}" for n in range(20)] for row in "ab"]
+        return HeatMap(title, ["row a", "row b"], columns, values, keys=keys, anchors=["c", ""])
+
+    card = Card("c", "A card", "s", [])
+    path = write_page(
+        Page(
+            "t",
+            "",
+            [Section("One", "", [heat("Late", 10), Choice("Show", [("x", []), ("y", [heat("Early", 0)])]), card])],
+        ),
+        tmp_path / "r.html",
+    )
+    browser.get(path.as_uri())
+    late, early = browser.find_elements("css selector", ".drawing.scroll")
+    names = late.find_element("css selector", ".names")
+    first = late.find_element("css selector", ".pick")
+    right_of_names = names.rect["x"] + names.rect["width"]
+    assert names.text.split("\n") == ["row a", "row b"]
+    assert names.rect["x"] == late.rect["x"]
+    assert right_of_names <= first.rect["x"] <= right_of_names + 10
+    assert first.get_attribute("data-key") == "a/10"
+    assert not early.find_elements("css selector", ".names")  # it is not there yet
+    browser.find_elements("css selector", "option")[1].click()
+    assert early.find_element("css selector", ".names").is_displayed()
+    assert browser.execute_script("return arguments[0].scrollLeft", early) == 0
+    browser.execute_script("arguments[0].scrollLeft = 200", early)
+    assert early.find_element("css selector", ".names").rect["x"] == early.rect["x"]
+    texts = browser.execute_script("return all('figure.chart').map(standalone)")
+    assert [text.count(">row a<") for text in texts] == [1, 1]
+    names.find_element("css selector", "a").click()
+    assert browser.execute_script("return location.hash").startswith("#c&")
+    assert browser.find_element("id", "c").get_attribute("open")
     assert browser.get_log("browser") == []

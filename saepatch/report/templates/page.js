@@ -1,5 +1,6 @@
 "use strict";
 const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
+const SVG = document.querySelector("svg")?.namespaceURI;
 document.documentElement.classList.add("scripted");
 
 // What is sorted, filtered, chosen, picked and unfolded stands behind the first & of the address: #place&t1.s=2d&c1=3
@@ -174,7 +175,6 @@ function move(cell, [down, right]) {
 }
 
 // A figure as a file: the drawing with its title, its legend and a style of its own.
-const SVG = document.querySelector("svg")?.namespaceURI;
 function drawn(name, attributes, text = "") {
   const made = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -223,10 +223,31 @@ function overflowing() {
   for (const box of all(".scroll")) {
     box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
     box.classList.toggle("taller", box.scrollHeight > box.clientHeight + 1);
+    if (box.matches(".drawing.wider")) ashore(box);
     box.tabIndex = box.matches(".wider, .taller") ? 0 : -1; // the keyboard stops at what it can scroll
   }
 }
 window.addEventListener("resize", overflowing);
+// A map that scrolls keeps the names of its rows in sight, and begins where its first number stands.
+function ashore(box) {
+  const svg = box.querySelector("svg");
+  const labels = all("text.name", svg);
+  const shown = all(".mark", svg).filter((cell) => cell.querySelector("rect:not(.plate, .none)") ?? cell.matches(".pick"));
+  if (box.querySelector(".names") || !labels.length) return;
+  const width = Math.max(...labels.map((text) => Number(text.getAttribute("x")))) + 8;
+  const height = svg.viewBox.baseVal.height;
+  const names = drawn("svg", { class: "names", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+  const first = Math.min(...all("rect.plate", svg).map((plate) => Number(plate.getAttribute("y"))));
+  names.append(drawn("rect", { y: first - 3, width, height: height - first + 3, class: "paper" }));
+  for (const text of labels) {
+    const name = (text.closest("a") ?? text).cloneNode(true);
+    name.setAttribute("tabindex", "-1");
+    names.append(name);
+  }
+  svg.after(names);
+  const left = Math.min(...shown.map((cell) => Number(cell.querySelector(".plate").getAttribute("x"))));
+  if (Number.isFinite(left) && left > box.clientWidth - 40) box.scrollLeft = left - width - 4;
+}
 
 // Cards: a link to one unfolds it.
 for (const card of all("details.card")) {
