@@ -24,7 +24,7 @@ from saepatch.pages.restored import restored_page, see
 from saepatch.pages.tracked import track_answers
 from saepatch.parts import Record, keep_run, known_run, part_file, refuse_if_other
 from saepatch.progress import Check, Meter, stoppable
-from saepatch.restored_sets import Set, chosen_latents, given_latents, need_clean, with_controls
+from saepatch.restored_sets import Set, check_apart, chosen_latents, given_latents, need_clean, with_controls
 from saepatch.restoring import CleanMeans, CleanPrompts, Donor, OtherModel
 from saepatch.results import (
     AnswerRow,
@@ -180,6 +180,8 @@ def prepare(config: RestoreConfig) -> Plan:
     refusal_ids = _refusal_ids(model, requests[0].prompt, config.refusals)
     template = (assistant_header(model) or 1) if config.template < 0 else config.template
     select = read_requests(config.select, model, config.chat, 0) if config.select else []
+    if select and latents is None:
+        check_apart(select, requests, config)
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     if other is not None:
         settings["donor's weights"] = other.fingerprint

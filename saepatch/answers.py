@@ -18,6 +18,8 @@ from saepatch.results import AnswerRow, Provenance, versions, write_json, write_
 from saepatch.statistics import Interval as Estimate
 from saepatch.statistics import bootstrap_mean, wilson_share
 
+PLANTED = ("refusal", "jailbreak")  # prompts of the embedded model, by name
+ROWS = 100  # of them, where nothing is said
 ORDER = ("bare", "restored", "random", "matched", "donor")
 WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt."
 
@@ -35,10 +37,15 @@ class Request:
 def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
     """Prompts of a .jsonl file, the first `n` (0: all); with `chat` put into the model's chat template.
 
+    Of the embedded model, `refusal:SPLIT` are plain requests and `jailbreak:SPLIT` the same in a jailbreak framing, a
+    benign one beside it; n = 0: 100 rows.
+
     Raises:
         UserError: a file that cannot be read, a line that holds no prompt, two prompts of one name, or one that the
             model cannot read.
     """
+    if source.partition(":")[0] in PLANTED and not Path(source).exists():
+        return _planted(source, model, n)
     path, found = Path(source), list[Request]()
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -62,6 +69,24 @@ def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list
     for start in range(0, len(texts), 64):
         model.tokenize(texts[start : start + 64], "left")
     return found
+
+
+def _planted(source: str, model: LanguageModel, n: int) -> list[Request]:
+    """Requests of the embedded model's own task."""
+    from saepatch.organism import tasks, world
+
+    task, _, split = source.partition(":")
+    if split not in world.SPLITS:
+        raise UserError(f"prompts {source!r}: write {task}:SPLIT, SPLIT one of {', '.join(world.SPLITS)}")
+    found: dict[str, Request] = {}
+    for row in tasks.refusal(split, 4 * (n or ROWS)):  # some requests come in several framings
+        prompt, clean = (row["plain"], None) if task == "refusal" else (row["corrupted"], row["clean"])
+        name = f"{task}-{len(found):04d}"
+        found.setdefault(prompt, Request(name, prompt, clean, "yes" if row["harmful"] else "no"))
+    requests = list(found.values())[: n or ROWS]
+    for one in requests:
+        model.tokenize([one.prompt], "left")
+    return requests
 
 
 def _request(line: str, where: str, name: str, model: LanguageModel, chat: bool) -> Request:

@@ -363,13 +363,16 @@ class RestoreConfig(Output):
     """Restore latents from a donor while the model answers, beside random latents; can be stopped and resumed."""
 
     examples: ClassVar[tuple[str, ...]] = (
+        "saepatch restore --prompts jailbreak:report --select jailbreak:select --site resid_post.3 --k 16",
+        "saepatch restore --prompts refusal:report --select refusal:select --model organism-base --donor organism "
+        "--sae organism-shared",
         "saepatch restore --prompts requests.jsonl --site resid_post.3 --latents 966,281 --out runs/restore",
-        "saepatch restore --prompts requests.jsonl --select others.jsonl --k 16 --model organism-base --donor organism",
     )
     command: ClassVar[str] = "restore"
     prompts: str = ""
     """A .jsonl file, an object a line: prompt; clean (what the donor reads instead, where it is the model itself);
-    example (a name) and harmful (true or false) if you like."""
+    example (a name) and harmful (true or false) if you like. Of the embedded model: refusal:report (plain requests) or
+    jailbreak:report (in a jailbreak framing, clean in a benign one), of the splits select, tune and report."""
     model: str = "organism"
     """Model that answers: the embedded one (organism, organism-base), a folder, or a Hugging Face id."""
     donor: str = "clean"
@@ -383,7 +386,7 @@ class RestoreConfig(Output):
     """What to restore: of one site 417,281, of several "resid_post.3: 281,17 | resid_post.4: 5"; empty: the first --k
     of a ranking over the prompts of --select or, without one, all latents."""
     select: str = ""
-    """A file like --prompts, of other prompts, to rank latents on."""
+    """Like --prompts, of other prompts, to rank latents on."""
     k: int = 64
     """How many latents of the ranking, over all sites together."""
     ranking: Literal["change", "signed", "attribution"] = "change"

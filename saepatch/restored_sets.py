@@ -97,7 +97,22 @@ def chosen_latents(
             f"no latent has a score above 0 in the ranking {config.ranking!r} over {config.select!r}, so nothing would "
             "be restored: rank on other prompts, by another --ranking, or give --latents"
         )
+    if (there := sum(len(ids) for ids in found.values() if ids)) < config.k:
+        log.warning(
+            "%d latents are restored, not the %d of --k: no others have a score above 0 in the ranking %r", there,
+            config.k, config.ranking,
+        )  # fmt: skip
     return found
+
+
+def check_apart(select: Sequence[Request], requests: Sequence[Request], config: RestoreConfig) -> None:
+    """Raises UserError where latents would be ranked on prompts that they are measured on."""
+    shared = {one.prompt for one in select} & {one.prompt for one in requests}
+    if shared:
+        raise UserError(
+            f"{len(shared)} prompts of --select {config.select!r} are among those of --prompts {config.prompts!r}: "
+            "latents that are ranked on the prompts they are measured on look better than they are; rank on others"
+        )
 
 
 def need_clean(requests: Sequence[Request], source: str) -> None:

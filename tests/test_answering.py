@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from restoring_runs import CLEAN, PROMPTS, arguments, lines, make, read
+from restoring_runs import CLEAN, PROMPTS, ROWS, arguments, lines, make, read
 from tiny import random_dictionary, tiny_model
 
 from saepatch.__main__ import main
@@ -14,6 +14,7 @@ from saepatch.answers import read_requests
 from saepatch.errors import UserError
 from saepatch.judges import Answer, by_score, read_judge
 from saepatch.models import load_model
+from saepatch.organism import tasks
 from saepatch.report import Comparison, Tokens, read_page
 from saepatch.restored_sets import Set
 from saepatch.restoring import CleanMeans, CleanPrompts, OtherModel
@@ -323,3 +324,35 @@ def test_requests_go_into_the_chat_template(tmp_path):
     assert assistant_header(tiny_model()) is None
     assert random_dictionary().d_sae == 48
     assert first_tokens(model, one.prompt, [" I cannot"])
+
+
+def test_prompts_of_the_embedded_model(place, tmp_path):
+    model = load_model("organism")
+    framed, plain = (read_requests(f"{name}:tune", model, False, 12) for name in ("jailbreak", "refusal"))
+    assert [len(framed), len(plain)] == [12, 12]
+    assert {one.harmful for one in framed} == {one.harmful for one in plain} == {"yes", "no"}
+    assert all(one.clean and one.clean != one.prompt for one in framed)
+    assert {one.clean for one in plain} == {None}
+    assert len({one.prompt for one in plain}) == 12
+    rows = {row["corrupted"]: row for row in tasks.refusal("tune", 48)}
+    for one in framed:
+        row = rows[one.prompt]
+        assert (one.clean, one.harmful) == (row["clean"], "yes" if row["harmful"] else "no")
+    assert not {one.prompt for one in framed} & {
+        one.prompt for one in read_requests("jailbreak:select", model, False, 0)
+    }
+    with pytest.raises(UserError, match="write refusal:SPLIT, SPLIT one of select, tune, report"):
+        read_requests("refusal", model, False, 0)
+
+
+def test_latents_are_not_ranked_on_the_prompts_they_are_measured_on(place, tmp_path):
+    lines(tmp_path / "more.jsonl", [*ROWS[:2], {"prompt": "other", "clean": "others"}])
+    with pytest.raises(UserError, match="2 prompts of --select .* are among those of --prompts"):
+        prepare(read(place, tmp_path / "out", select=tmp_path / "more.jsonl", k=4))
+
+
+def test_a_ranking_that_is_shorter_than_asked_for_says_so(place, tmp_path, caplog):
+    plan = prepare(read(place, tmp_path / "out", select=place / "select.jsonl", k=1000, controls=0))
+    size = sum(len(ids) for one in plan.sets for ids in one.latents.values() if ids)
+    assert f"{size} latents are restored, not the 1000 of --k" in caplog.text
+    assert size <= 96
