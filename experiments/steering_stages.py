@@ -46,7 +46,7 @@ class KnownDictionary:
 
     def unit(self, latent: int) -> float:
         """How far one latent at its maximum moves the site."""
-        return float(self.statistics.maximum[latent] * self.statistics.norm[latent])
+        return float(self.statistics.reach[latent])
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,8 @@ def attribution_contrast(
     """How far each latent's own difference between the sets turns predictions without the concept into those with it.
 
     First order: (mean with the concept − mean without) times the gradient of m along the latent's row, summed over the
-    chosen positions, a mean over the prompts without the concept. m compares a prompt's next-token logits with how the
+    chosen positions, a mean over the prompts without the concept. The means are of what latents write: times the scale
+    where the dictionary normalises its input. m compares a prompt's next-token logits with how the
     two sets go on: `m = Σ_v (P_with(v) − P_without(v)) · logit(v)`, P the mean next-token distribution after each set.
     So a latent that goes with the concept but that nothing downstream reads scores 0. In nats.
 
@@ -78,7 +79,7 @@ def attribution_contrast(
     """
     _check_sets(with_concept, without)
     ours, theirs = (model.tokenize(texts, side="left") for texts in (with_concept, without))
-    means = [latent_means(model, dictionary, tokens, positions).mean(0) for tokens in (ours, theirs)]
+    means = [latent_means(model, dictionary, tokens, positions, written=True).mean(0) for tokens in (ours, theirs)]
     after = [_next_distribution(model, tokens, batch_size) for tokens in (ours, theirs)]
     toward = after[0] - after[1]
     if not float(toward.abs().sum()) > 1e-6:

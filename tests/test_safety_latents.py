@@ -37,6 +37,14 @@ def latents_of(model, dictionary, ids):
     return record_latents(model, dictionary, model.pad([ids])).acts[0].double()
 
 
+def written_by(model, dictionary, ids):
+    """Latents as they are decoded: a layer norm's, times the standard deviation of its input."""
+    found = record_latents(model, dictionary, model.pad([ids]))
+    x = (found.reconstruction + found.error)[0].double()
+    scale = x.std(-1, keepdim=True) if dictionary.normalises else 1.0
+    return found.acts[0].double() * scale
+
+
 @pytest.mark.parametrize("template", [0, 1, 3])
 @pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
 def test_two_framings_against_a_loop(template, normalisation):
@@ -53,7 +61,7 @@ def test_two_framings_against_a_loop(template, normalisation):
         for jailbroken, clean, completion in zip(JAILBROKEN, CLEAN, completions, strict=True):
             n = template + len(completion)
             clean_acts, acts = (
-                latents_of(model, dictionary, [*model.encode(text), *completion])[-n:] for text in (clean, jailbroken)
+                written_by(model, dictionary, [*model.encode(text), *completion])[-n:] for text in (clean, jailbroken)
             )
             differences.append(clean_acts - acts)
         difference, norm = torch.cat(differences), dictionary.W_dec.double().norm(dim=-1)
