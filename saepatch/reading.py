@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from saepatch.dictionaries import Dictionary
 from saepatch.hooks import capture
+from saepatch.lens import INSIDE, final_norm, stream_directions
 from saepatch.models import LanguageModel, Tokens
-from saepatch.sites import Site
 
 log = logging.getLogger(__name__)
 
@@ -216,23 +216,22 @@ class Lens:
 def logit_lens(model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], top: int = 10) -> Lens | None:
     """The logits of each latent's direction alone, through the final norm and the unembedding.
 
-    That is `W_U (norm(d) - norm(0))`, less its mean over the vocabulary: which tokens the direction speaks for on its
+    A direction of heads' values or of an MLP's units is what their output projection makes of it, and `how` says so.
+    The logits are `W_U (norm(d) - norm(0))`, less its mean over the vocabulary: which tokens the direction speaks for on its
     direct way out, later layers left aside, with the stream's own size left aside, too (nostalgebraist, 2020, applied
     to a direction). The final norm is the one that, after the last block, gives the model's own logits; where none
-    does, the unembedding alone is used, and `how` says so. None where the site is not as wide as the stream, or the
-    unembedding is not held in memory.
+    does, the unembedding alone is used, and `how` says so. None where the unembedding is not held in memory or has
+    another width.
     """
     head: Any = model.hf.get_output_embeddings()  # type: ignore[operator]
-    if (
-        dictionary.d_in != model.d_model
-        or head is None
-        or head.weight.is_meta
-        or head.weight.shape[-1] != model.d_model
-    ):
+    if head is None or head.weight.is_meta or head.weight.shape[-1] != model.d_model:
         return None
     norm = final_norm(model)
     how = "through the final norm" if norm is not None else "through the unembedding alone: no final norm was found"
-    directions = nn.functional.normalize(dictionary.rows[list(latents)].float(), dim=-1) * model.d_model
+    if dictionary.site.stream in INSIDE:
+        how = f"through the output projection of {dictionary.site}, {how}"
+    directions = stream_directions(model, dictionary.site, dictionary.rows[list(latents)])
+    directions = nn.functional.normalize(directions.float(), dim=-1) * model.d_model
     x = torch.cat([directions, torch.zeros_like(directions[:1])]).to(head.weight)[None]
     logits = head((x if norm is None else norm(x)).to(head.weight))[0].float()
     logits = logits[:-1] - logits[-1]
@@ -246,34 +245,6 @@ def _named(model: LanguageModel, ids: Tensor, values: Tensor) -> tuple[tuple[tup
         tuple((name, round(value, 4)) for name, value in zip(token_texts(model, row), numbers))
         for row, numbers in zip(ids.tolist(), values.tolist())
     )
-
-
-@torch.no_grad()
-def final_norm(model: LanguageModel) -> nn.Module | None:
-    """The norm between the last block and the unembedding: of those beside the blocks, the one whose logits are the
-    model's, up to a scale and a soft cap. None if there is none."""
-    blocks = model.layout.blocks
-    home = [
-        m for m in model.hf.modules() if any(isinstance(c, nn.ModuleList) and c[0] is blocks[0] for c in m.children())
-    ]
-    norms = [child for parent in home for child in parent.children() if "norm" in type(child).__name__.lower()]
-    if not norms:
-        return None
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = (torch.arange(6, device=model.device) * 7 + 11).unsqueeze(0) % vocabulary
-    inputs = {"input_ids": ids, "use_cache": False}
-    last = Site(model.n_layers - 1, "resid_post")
-    x = capture(model.hf, model.layout, [last], inputs)[last]
-    truth = model.hf(**inputs).logits.float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:
-        truth = cap * torch.atanh((truth / cap).clamp(-1 + 1e-6, 1 - 1e-6))
-    head: Any = model.hf.get_output_embeddings()  # type: ignore[operator]
-    for norm in norms:
-        own = head(norm(x).to(head.weight)).float().to(truth.device)
-        if float(nn.functional.cosine_similarity(own, truth, dim=-1).min()) > 0.999:
-            return norm
-    return None
 
 
 # Tokens and addresses

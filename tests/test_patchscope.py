@@ -7,6 +7,7 @@ import torch
 from tiny import random_dictionary, tiny_model
 
 from experiments import patchscope as experiment
+from saepatch.components import Directions
 from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
 from saepatch.hooks import edit_sites
@@ -15,6 +16,7 @@ from saepatch.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.positions import At
 from saepatch.sites import Site
 from saepatch.statistics import Interval
+from saepatch.steering import direction_dictionary
 
 pytestmark = pytest.mark.whole
 
@@ -54,6 +56,21 @@ def test_what_is_written_and_measured(family, site):
         assert reading.entropy == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3)
         similar = torch.nn.functional.cosine_similarity(held[0][0, -1], direction, dim=-1)
         assert reading.self_similarity == pytest.approx(float(similar), abs=1e-4)
+
+
+def test_heads_values_are_read_at_the_stream():
+    model, dictionary = tiny_model(), random_dictionary("z.1")
+    weight = model.layout.blocks[1].self_attn.o_proj.weight
+    row = dictionary.rows[[7]] @ weight.detach().T
+    written = direction_dictionary(Directions(Site(1), row / row.norm(), "by hand"))
+    for site in (None, "resid_post.0"):
+        found = read_by_patchscope(model, dictionary, [7], "what is X? it", At("X"), (1.0, 4.0), site, 5)[0]
+        expected = read_by_patchscope(model, written, [0], "what is X? it", At("X"), (1.0, 4.0), site, 5)[0]
+        for one, other in zip(found, expected, strict=True):
+            assert one.text == other.text
+            assert one.self_similarity == pytest.approx(other.self_similarity, abs=1e-5)
+    with pytest.raises(UserError, match=r"z\.0 is no place of the residual stream"):
+        read_by_patchscope(model, random_dictionary(), [7], "what is X? it", At("X"), site="z.0")
 
 
 def test_the_scale_is_that_of_likeness_and_certainty():
