@@ -167,18 +167,18 @@ def compare(config: CompareConfig) -> Said:
 
 
 def latent(config: LatentConfig) -> Said:
-    from saepatch.pages.latent import latent_lines, read_latent
+    from saepatch.pages.latent import latent_lines, read_named
 
-    found = read_latent(config)
-    card, text = found.card, "\n".join(latent_lines(found))
+    found = read_named(config)
+    cards, text = [one.card for one in found], "\n\n".join("\n".join(latent_lines(one)) for one in found)
     if config.html:
         from saepatch.pages.cards import latent_page
         from saepatch.report import write_page
         from saepatch.results import command_line
 
-        facts = {"model": config.model, "dictionary": card.dictionary, "command": command_line()}
-        text += f"\n\nPage: {write_page(latent_page(card, facts), Path(config.html))}"
-    return Said(text, found.facts())
+        facts = {"model": config.model, "dictionary": cards[0].dictionary, "command": command_line()}
+        text += f"\n\nPage: {write_page(latent_page(cards, facts), Path(config.html))}"
+    return Said(text, found[0].facts() if len(found) == 1 else {"latents": [one.facts() for one in found]})
 
 
 def push(config: PushConfig) -> Said:

@@ -143,9 +143,9 @@ def output_scores(
 ) -> Float[Tensor, "latents"]:
     """Whether adding a latent raises the tokens that its own direction speaks for: `(1 − best rank / V) · largest p`.
 
-    The tokens are the `top` of the logit lens of what the latent adds to the residual stream; their rank (from 0) and probability are those of the
-    next token after a neutral prompt with `strength` times the latent's maximum added. A mean over prompts; between 0
-    and 1. Latents that only recognise their input score low, and steer badly.
+    The tokens are the `top` of the logit lens of what the latent adds to the residual stream; their rank (from 0) and
+    probability are those of the next token after a neutral prompt with `strength` times the latent's maximum added. A
+    mean over prompts; between 0 and 1. Latents that only recognise their input score low, and steer badly.
 
     Args:
         maxima: Largest activation of every latent over a corpus, as `latent_statistics(…).maximum`.

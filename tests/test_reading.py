@@ -183,6 +183,16 @@ def test_the_command_prints_a_card(tmp_path, capsys):
     assert "raises" in told
     assert "[[" in told
     assert "Latent 100 at resid_post.3" in page.read_text()
+    assert main(["latent", "resid_post.3:100,7", "--data", str(texts), "--html", str(page)]) == 0
+    both = capsys.readouterr().out
+    alone = told.partition("\n\nPage")[0]
+    assert both.startswith(alone + "\n\nlatent 7 at resid_post.3")
+    shown = page.read_text()
+    assert "latent-resid_post.3-100" in shown
+    assert "latent-resid_post.3-7" in shown
+    assert main(["latent", "resid_post.3:100,7", "--data", str(texts), "--json"]) == 0
+    assert [one["latent"] for one in json.loads(capsys.readouterr().out)["latents"]] == [100, 7]
+    assert main(["latent", "resid_post.3:100,", "--data", str(texts)]) == 2
     assert main(["latent", "resid_post.3:9999", "--data", str(texts)]) == 2
     assert main(["latent", "resid_post.3"]) == 2
     assert main(["latent", "resid_post.3:1", "--data", str(tmp_path / "no.txt")]) == 2

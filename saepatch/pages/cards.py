@@ -87,8 +87,14 @@ def _effects(left: Left, one: Reading) -> list[Simple]:
     return [Table(columns, rows, f"Its largest {what} in this run.", {"effect": ".3f", "pairs changed": "d"})]
 
 
-def latent_page(one: Reading, facts: Mapping[str, str]) -> Page:
-    """A page about one latent."""
+def latent_page(several: Sequence[Reading], facts: Mapping[str, str]) -> Page:
+    """A page about one latent of a dictionary, or about several, a card each."""
+    one = several[0]
+    if len(several) > 1:
+        known = {anchor(each) for each in several}
+        lead = f"{len(several)} latents, read on {one.texts:,} texts ({one.tokens:,} tokens)."
+        cards = Section("Latents", "", [latent_card(each, known) for each in several])
+        return Page(f"Latents at {one.site}", lead, [cards], Facts(facts))
     lead = f"Read on {one.texts:,} texts ({one.tokens:,} tokens). " + (
         "It fired nowhere in them." if one.dead else f"It fires at {number(one.frequency, '.2%')} of their tokens."
     )

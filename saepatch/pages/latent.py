@@ -1,4 +1,4 @@
-"""`saepatch latent`: one latent's card in the terminal."""
+"""`saepatch latent`: cards of latents in the terminal."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,29 +33,30 @@ class Found:
         return asdict(self.card) | {"output_score": self.output_score, "said": [asdict(one) for one in self.said]}
 
 
-def read_latent(config: LatentConfig) -> Found:
-    """Load the model and the dictionary, and read the latent on the texts.
+def read_named(config: LatentConfig) -> list[Found]:
+    """Load the model and the dictionary, and read the latents on the texts, in one pass over these.
 
     Raises:
         UserError: one of them cannot be read, or they do not fit.
     """
-    site, _, name = config.latent.partition(":")
+    site, _, names = config.latent.partition(":")
+    ids = [int(name) for name in names.split(",")]
     texts = load_texts(config.data or "organism")
     model = load_model(
         config.model, config.device, config.dtype, config.prepend_bos, trust_remote_code=config.trust_remote_code
     )
     dictionary = load_sae(config.sae, site, config.device)
-    ids = [int(name)]
-    card = read_latents(model, dictionary, ids, model.tokenize(texts))[0]
-    score = math.nan
-    if not card.dead:
-        maxima = torch.zeros(dictionary.d_sae)
-        maxima[ids] = card.maximum
-        score = float(output_scores(model, dictionary, ids, maxima)[0])
-    said: Sequence[Reading] = ()
+    cards = read_latents(model, dictionary, ids, texts)
+    maxima = torch.zeros(dictionary.d_sae)
+    maxima[ids] = torch.tensor([card.maximum for card in cards])
+    scores = output_scores(model, dictionary, ids, maxima).tolist()
+    said: Sequence[Sequence[Reading]] = [()] * len(ids)
     if config.explain:
-        said = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))[0]
-    return Found(card, score, tuple(said))
+        said = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))
+    return [
+        Found(card, math.nan if card.dead else score, tuple(readings))
+        for card, score, readings in zip(cards, scores, said, strict=True)
+    ]
 
 
 def _placeholder(model: LanguageModel, prompt: str) -> int:
