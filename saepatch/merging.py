@@ -50,6 +50,7 @@ def merge_run(out: Path) -> "Summary | Screens":
         "model": first.model,
         "dictionaries": first.dictionaries,
         "pairs": len(pairs.examples),
+        "pairs_hash": first.pairs["hash"],
         "pairs_with_too_small_a_gap": pairs.missing(first.settings["min_gap"]),
         "clean": pairs.clean.mean(),
         "corrupted": pairs.corrupted.mean(),

@@ -296,6 +296,15 @@ def test_two_runs_side_by_side(place, swept, grouped, screened, tmp_path, capsys
     other = run(place, tmp_path / "other", "patch", "--each_position", "--metric", "log_probability")
     found = compare_runs(read_run(swept), read_run(other))
     assert found.settings == (("metric", "logit_difference", "log_probability"),)
+    texts = place / "pairs.jsonl"
+    before = texts.read_text()
+    texts.write_text("\n".join(before.splitlines()[:-1]))
+    try:
+        fewer = run(place, tmp_path / "fewer", "patch", "--each_position")
+    finally:
+        texts.write_text(before)
+    (changed,) = compare_runs(read_run(swept), read_run(fewer)).settings
+    assert changed[0] == "pairs' texts"
     tops = [json.loads((out / "summary.json").read_text())["top"] for out in (swept, other)]
     for name, *lines in found.edits:
         direction, _, edit = name.partition(": ")
