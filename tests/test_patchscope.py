@@ -93,6 +93,17 @@ def test_mistakes():
             read_by_patchscope(model, dictionary, *given)
 
 
+def test_the_verdict_sets_shares_at_the_same_scale_side_by_side():
+    low, high, other = (Interval(value, value - 0.1, value + 0.1, 10) for value in (0.2, 0.9, 0.3))
+    one = experiment.Named("resid_post.1", "resid_post.1", "refusal", low, high, low, other)
+    said = experiment.verdict([one], (low, high))
+    assert "named in 20% of readings at the scale that is chosen (90% at any scale)" in said
+    assert "but not at that scale" in said
+    assert "20% of readings, random 20%; at any scale 90% and 30%" in said
+    assert "can be read through." in experiment.verdict([one], (high, high))
+    assert "Even a word's own embedding" in experiment.verdict([one], (low, low))
+
+
 @pytest.mark.slow
 def test_the_organism_reads_words_and_not_its_latents():
     model = load_model("organism")
@@ -108,6 +119,7 @@ def test_the_organism_reads_words_and_not_its_latents():
     assert at_any.value >= 0.9  # the control: through these prompts a word's embedding can be read
     share = Interval(0.9, 0.8, 1.0, 7)
     known = [replace(one, own=share) for one in found if one.concept == "refusal"]
-    assert "Refusal: named beyond chance (resid_post.1 written at resid_pre.0" in experiment.verdict(known, best)
+    words = (best, at_any)
+    assert "Refusal: named beyond chance (resid_post.1 written at resid_pre.0" in experiment.verdict(known, words)
     nothing = [replace(one, own=one.random) for one in found]
-    assert "Refusal: named at no site" in experiment.verdict(nothing, best)
+    assert "Refusal: named at no site" in experiment.verdict(nothing, words)
