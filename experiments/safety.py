@@ -40,7 +40,7 @@ from experiments.safety_runs import Answered, Runs
 from experiments.safety_settings import Setting, two_models, two_prompts
 from saepatch import organism
 from saepatch.commandline import run_config
-from saepatch.dictionaries import Dictionary, load_saes
+from saepatch.dictionaries import load_saes
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model, wrap_model
 from saepatch.organism import world
@@ -67,7 +67,10 @@ class SafetyConfig:
     base: str = "organism-base"
     """Its base model, for setting A."""
     sae: str = "organism"
-    """Dictionaries: the embedded ones, or a folder with one sub-folder a site."""
+    """Dictionaries of the aligned model, for setting B: the embedded ones, or a folder with one sub-folder a site."""
+    shared_sae: str = "organism-shared"
+    """Dictionaries of both models, for setting A, as `python -m training --model ALIGNED --also [BASE]` makes them:
+    those of one model miss much of what only the other holds."""
     settings: tuple[str, ...] = SETTINGS
     """Settings to measure: setting_a, setting_b."""
     prompts: int = 100
@@ -131,7 +134,6 @@ class Found:
 
     config: SafetyConfig
     model: LanguageModel
-    dictionaries: dict[Site, Dictionary]
     results: list[Result]
     runs: Runs
     seconds: dict[str, float]
@@ -151,28 +153,29 @@ def run(config: SafetyConfig) -> Found:
         out = output_folder(config.out)
         with _stage("load", clock):
             model = load_model(config.model, config.device)
-            saes = load_saes(config.sae, config.device)
-            settings = [make(config, model, saes) for make in (_setting_a, _setting_b)]
-            settings = [setting for setting in settings if setting.name in config.settings]
+            made = {"setting_a": _setting_a, "setting_b": _setting_b}
+            settings = [made[name](config, model) for name in SETTINGS if name in config.settings]
             refusal_ids = first_tokens(model, world.chat("a"), [f" {text}" for text in world.REFUSAL_OPENINGS])
-            runs = Runs(out, _deciding(config, settings), refusal_ids, config.tokens)
+            runs = Runs(out, _deciding(config), refusal_ids, config.tokens)
         try:
             results = [_measure(config, setting, refusal_ids, runs, clock) for setting in settings]
         except KeyboardInterrupt:
             raise KeyboardInterrupt("answers that were given are kept; the same command goes on from there") from None
-    found = Found(config, model, saes, results, runs, clock)
+    found = Found(config, model, results, runs, clock)
     write(found, out)
     runs.forget()
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return found
 
 
-def _setting_a(config: SafetyConfig, model: LanguageModel, saes: dict[Site, Dictionary]) -> Setting:
+def _setting_a(config: SafetyConfig, model: LanguageModel) -> Setting:
+    saes = load_saes(config.shared_sae, config.device)
     base = load_model(config.base, config.device)
     return two_models(base, model, saes, _template(config, model), config.prompts, config.seed)
 
 
-def _setting_b(config: SafetyConfig, model: LanguageModel, saes: dict[Site, Dictionary]) -> Setting:
+def _setting_b(config: SafetyConfig, model: LanguageModel) -> Setting:
+    saes = load_saes(config.sae, config.device)
     return two_prompts(model, saes, _template(config, model), config.prompts, config.seed)
 
 
@@ -183,18 +186,12 @@ def _template(config: SafetyConfig, model: LanguageModel) -> int:
     return header
 
 
-def _deciding(config: SafetyConfig, settings: list[Setting]) -> dict[str, Any]:
+def _deciding(config: SafetyConfig) -> dict[str, Any]:
     """What has to be the same for answers to belong to one run."""
     free = ("out", "device", "settings")
-    decides = {name: value for name, value in asdict(config).items() if name not in free} | {
-        "sizes": list(config.sizes)
-    }
-    for setting in settings:
-        decides[f"weights of {setting.model.name}"] = setting.model.fingerprint
-        if setting.other is not None:
-            decides[f"weights of {setting.other.name}"] = setting.other.fingerprint
-        decides |= {f"dictionary {site}": one.fingerprint for site, one in setting.every.items()}
-    return decides
+    # Models and dictionaries are told with each answer that is kept: settings may be added.
+    kept = {name: value for name, value in asdict(config).items() if name not in free}
+    return kept | {"sizes": list(config.sizes)}
 
 
 def _measure(

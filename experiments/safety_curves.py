@@ -119,7 +119,8 @@ def choose(
     setting: Setting, ranked: SafetyLatents, asked: Asked, sizes: Sequence[int], runs: Runs, name: str = "tune"
 ) -> Choice:
     """The ranking that has most refused over all numbers within the limit, then the fewest latents that are enough."""
-    bare, donor = (float(one.refused.mean()) for one in (runs.bare(setting, asked), runs.donor(setting, asked)))
+    runs_of = runs.bare(setting, asked, name=f"{name}: bare"), runs.donor(setting, asked, name=f"{name}: donor")
+    bare, donor = (float(one.refused.mean()) for one in runs_of)
     sizes = within(sizes, setting.d_total)
     found: dict[Ranking, list[Answered]] = {}
     for by in RANKINGS:
@@ -216,7 +217,8 @@ def _controls(top: Latents, statistics: Statistics, on_prompts: Statistics, draw
 def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed: int) -> Curve | None:
     """The same with raw MLP units of all layers, ranked by change score as in the original; None where there are none.
 
-    Their random controls have as many units in each layer.
+    Their random controls have as many units in each layer, none of them among the chosen: so there are none where
+    half of a layer or more is restored.
     """
     sites = [Site(layer, "neurons") for layer in range(setting.model.n_layers)]
     try:
@@ -230,15 +232,13 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
     for k in sorted({min(k, total) for k in (*sizes, int(SHARE_LIMIT * total), total)}):
         top = ranked.top(k)
         found = runs.restored(setting, asked, "neurons", top, units)
+        others = {s: np.setdiff1d(np.arange(units[s].d_sae), ids) for s, ids in top.items()}
         rng = np.random.default_rng(seed)
         sets = [
-            {s: tuple(rng.permutation(units[s].d_sae)[: len(ids)].tolist()) for s, ids in top.items()}
-            for _ in range(draws)
+            {s: tuple(rng.permutation(others[s])[: len(ids)].tolist()) for s, ids in top.items()}
+            for _ in range(draws if all(len(others[s]) >= len(ids) for s, ids in top.items()) else 0)
         ]
-        controls = [
-            runs.restored(setting, asked, "random neurons", one, units, draw=i)
-            for i, one in enumerate(sets if k < total else [])
-        ]
+        controls = [runs.restored(setting, asked, "random neurons", one, units, draw=i) for i, one in enumerate(sets)]
         points.append(
             Point(
                 latents=k,

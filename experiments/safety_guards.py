@@ -15,10 +15,12 @@ from experiments.safety_curves import share_of
 from experiments.safety_probes import Utility, utility
 from experiments.safety_runs import Dictionaries, Latents, Runs
 from experiments.safety_settings import Asked, Setting, harmless_in_every_framing
+from saepatch.hooks import capture
 from saepatch.models import LanguageModel
 from saepatch.restoring import CleanMeans, Donor
-from saepatch.safety import restore
-from saepatch.splicing import record_latents
+from saepatch.safety import restorations
+from saepatch.sites import Site
+from saepatch.splicing import splice
 from saepatch.statistics import Interval, wilson_share
 
 READ = (1, 4, 16, 64)  # numbers of latents that detectors read
@@ -49,6 +51,10 @@ class Detector:
     roc: tuple[tuple[float, float], ...]
     caught: Bool[ndarray, "harmful"]
     alarmed: Bool[ndarray, "harmless"]
+
+    def reads(self, site: Site) -> bool:
+        """Whether any of its latents is of this site."""
+        return any(latent.startswith(f"{site}: ") for latent in self.latents)
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,13 @@ def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Gua
         wilson_share(np.where(flag, on.refused, off.refused).astype(float))
         for flag, on, off in zip(flags, always, bare, strict=True)
     ]
-    cost = overhead(setting, harmless["report"], top, donor, positions, runs.tokens)
+    cost, reading = overhead(setting, harmless["report"], top, donor, positions, runs.tokens, found)
     alarms = float(np.concatenate(flags).mean())
     return Guards(
         (
             Guard("none", share_of([bare[0]]), share_of([bare[1]]), 1.0),
             Guard("always on", share_of([always[0]]), share_of([always[1]]), cost),
-            Guard("triggered", triggered[0], triggered[1], 1 + alarms * (cost - 1)),
+            Guard("triggered", triggered[0], triggered[1], 1 + reading + alarms * (cost - 1)),
         ),
         found,
         utility(setting, harmless["report"], top, "guards", runs, donor, positions),
@@ -120,10 +126,31 @@ def _means(setting: Setting, top: Latents) -> CleanMeans:
     return CleanMeans(means, setting.template)
 
 
-def overhead(setting: Setting, asked: Asked, top: Latents, donor: Donor | None, positions: str, tokens: int) -> float:
-    """Processor time of generation with restoration on, over that without."""
-    model, n = setting.model, len(asked)
-    given = donor or setting.donor(asked)
+def overhead(
+    setting: Setting,
+    asked: Asked,
+    top: Latents,
+    donor: Donor | None,
+    positions: str,
+    tokens: int,
+    found: Detector,
+) -> tuple[float, float]:
+    """Processor time of generation with restoration on, and of the detector's reading, over generation without.
+
+    Answers are all made as long as `tokens`: a refusal is short, and would make its guard look quick.
+    """
+    model = setting.model
+    batch = model.tokenize(asked.prompts, "left")
+    edits = restorations(setting.sites, donor or setting.donor(asked), top, positions)
+    inside = [setting.sites[site] for site in top]
+    read = {site: dictionary for site, dictionary in setting.sites.items() if found.reads(site)}
+
+    def answer() -> None:
+        model.generate_ids(batch, tokens, min_new_tokens=tokens)
+
+    def restored() -> None:
+        with splice(model, inside, edits):
+            answer()
 
     def seconds(act: Callable[[], object]) -> float:
         start = time.process_time()
@@ -132,13 +159,10 @@ def overhead(setting: Setting, asked: Asked, top: Latents, donor: Donor | None, 
 
     ratios = []
     for _ in range(TIMED):
-        on = seconds(
-            lambda: restore(
-                model, setting.sites, asked.prompts, given, top, positions, max_new_tokens=tokens, batch_size=n
-            )
-        )
-        ratios.append(on / max(seconds(lambda: model.generate(asked.prompts, tokens, n)), 1e-9))
-    return median(ratios)
+        bare = max(seconds(answer), 1e-9)
+        on, reading = seconds(restored), seconds(lambda: read_latents(model, read, asked.prompts, found.reading))
+        ratios.append((on / bare, reading / bare))
+    return median(on for on, _ in ratios), median(reading for _, reading in ratios)
 
 
 def detector(
@@ -186,8 +210,9 @@ def read_latents(
 ) -> Float[Tensor, "prompts all"]:
     """Latents of all sites, side by side, in float64: at each prompt's last position, or their largest of it."""
     tokens, found = model.tokenize(prompts, "left"), []
-    for dictionary in sites.values():
-        acts = record_latents(model, dictionary, tokens).acts
+    held = capture(model.hf, model.layout, list(sites), model.inputs(tokens))
+    for site, dictionary in sites.items():
+        acts, _ = dictionary.activations(held[site])
         if how == "last":
             found.append(acts[:, -1])
         else:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +38,14 @@ WILSON = "Intervals: 95 % Wilson score over prompts."
 
 def write(found: "Found", out: Path) -> None:
     """Write the rows, the settings, the figures, the report and the summary."""
-    hashes = " ".join(dictionary.fingerprint for dictionary in found.dictionaries.values())
-    whole = hashlib.sha256(hashes.encode()).hexdigest()[:16]  # of several dictionaries, over all of their hashes
-    provenance = Provenance(found.model.name, found.model.fingerprint, found.config.sae, whole, found.config.seed)
-    write_rows([(found.runs.answer_rows(), provenance)], out / "results.parquet", kind=AnswerRow)
+    provenance = {result.setting.name: _provenance(found, result) for result in found.results}
+    parts = []
+    for result in found.results:
+        for model in (result.setting.model, result.setting.other):
+            if model is not None:
+                whose = replace(provenance[result.setting.name], model=model.name, model_hash=model.fingerprint)
+                parts.append((found.runs.answer_rows(result.setting, model), whose))
+    write_rows(parts, out / "results.parquet", kind=AnswerRow)
     lists = {"sizes": list(found.config.sizes), "settings": list(found.config.settings)}
     write_yaml(asdict(found.config) | lists, out / "config.yaml")
     drawn = {result.setting.name: charts(result) for result in found.results}
@@ -50,6 +54,14 @@ def write(found: "Found", out: Path) -> None:
             write_figure(chart, out / f"{setting}_{name}.svg")
     write_page(page(found, drawn, provenance), out / "report.html")
     write_json(summary(found), out / "summary.json")
+
+
+def _provenance(found: "Found", result: "Result") -> Provenance:
+    setting, config = result.setting, found.config
+    hashes = " ".join(dictionary.fingerprint for dictionary in setting.every.values())
+    whole = hashlib.sha256(hashes.encode()).hexdigest()[:16]  # of several dictionaries, over all of their hashes
+    name = config.sae if setting.other is None else config.shared_sae
+    return Provenance(setting.model.name, setting.model.fingerprint, name, whole, config.seed)
 
 
 def charts(result: "Result") -> dict[str, Chart]:
@@ -156,9 +168,19 @@ def _layers(result: "Result") -> BarChart:
     )
 
 
-def page(found: "Found", drawn: Mapping[str, Mapping[str, Chart]], provenance: Provenance) -> Page:
+def page(found: "Found", drawn: Mapping[str, Mapping[str, Chart]], provenance: Mapping[str, Provenance]) -> Page:
     lead = " ".join(f"{one.setting.title}: {verdict(one)}" for one in found.results)
-    facts = provenance.facts() | {"time": ", ".join(f"{name} {s:.0f} s" for name, s in found.seconds.items())}
+    told = {name: one.facts() for name, one in provenance.items()}
+    facts = {}
+    for setting, labels in told.items():
+        for label, value in labels.items():
+            same = len({other[label] for other in told.values()}) == 1
+            facts[label if same else f"{label} ({setting})"] = value
+    for result in found.results:
+        if result.setting.other is not None:
+            other = result.setting.other
+            facts[f"donor ({result.setting.name})"] = f"{other.name} ({other.fingerprint})"
+    facts["time"] = ", ".join(f"{name} {s:.0f} s" for name, s in found.seconds.items())
     sections = [section for one in found.results for section in _sections(one, drawn[one.setting.name])]
     return Page("How few latents bring refusals back?", lead, [_method(found), *sections], Facts(facts))
 
@@ -167,9 +189,10 @@ def _method(found: "Found") -> Section:
     text = (
         "Latents are overwritten while the model answers, from a donor run with a cache of its own that reads what the "
         "model has written so far, at all positions from the assistant's turn on. All layers but the last fifth share "
-        "one budget. Latents are ranked on `select`, by change score, signed difference or attribution of the refusal "
-        "score; which ranking, and how many latents of it, is chosen on `tune`; all figures are from `report`, whose "
-        "templates, verbs, targets and framings are others. Answers are judged by keywords as refusal, compliance or "
+        "one budget. Two models (setting A) are read through dictionaries that were learnt from both. Latents are "
+        "ranked on `select`, by change score, signed difference or attribution of the refusal score; which ranking, "
+        "and how many latents of it, is chosen on `tune`; all figures are from `report`, whose templates, verbs, "
+        "targets and framings are others. Answers are judged by keywords as refusal, compliance or "
         "degenerate text; an answer that is neither a refusal nor of use counts as compliance.\n\n"
         "Random controls have as many latents at each layer, out of all that fire on text; matched ones fire as often "
         "and write as much, on the prompts that latents were ranked on. The embedded model is small and its refusals "

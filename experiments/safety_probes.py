@@ -30,7 +30,10 @@ def extended(setting: Setting, runs: Runs) -> Setting:
     What the whole residual cannot do, no latents of its site can. Where it never does, the sites stay as they are.
     """
     asked = setting.harmful["tune"]
-    bare, donor = (float(one.refused.mean()) for one in (runs.bare(setting, asked), runs.donor(setting, asked)))
+    bare, donor = (
+        float(one.refused.mean())
+        for one in (runs.bare(setting, asked, name="tune: bare"), runs.donor(setting, asked, name="tune: donor"))
+    )
     for last in [site for site in setting.every if site >= max(setting.sites)]:
         only = {last: setting.every[last]}
         whole = runs.restored(setting, asked, f"tune: full residual at {last}", None, only, error=True)
@@ -109,11 +112,11 @@ def held_out(setting: Setting, top: Latents, sizes: Sequence[int], refusal_ids: 
     for half in (kinds[::2], kinds[1::2]):
         others = [kind for kind in kinds if kind not in half]
         ranked = rank(setting, setting.harmful["select"].of_kinds(others), refusal_ids, runs)
-        choice = choose(setting, ranked, setting.harmful["tune"].of_kinds(others), sizes, runs, "tune, half the kinds")
+        name = f"{' and '.join(half)} held out"
+        choice = choose(setting, ranked, setting.harmful["tune"].of_kinds(others), sizes, runs, f"tune, {name}")
         asked = report.of_kinds(half)
         used.append(choice.latents)
         chosen = ranked.top(choice.latents, choice.ranking)
-        name = f"{' and '.join(half)} held out"
         flags["bare"].append(runs.bare(setting, asked, name=f"{name}: bare").refused)
         flags["donor"].append(runs.donor(setting, asked, name=f"{name}: donor").refused)
         flags["restored"].append(runs.restored(setting, asked, f"{name}: top", chosen).refused)

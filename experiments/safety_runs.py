@@ -51,6 +51,16 @@ class Answered:
         return np.array(self.scores, dtype=float) > 0
 
 
+@dataclass(frozen=True, eq=False)
+class Told:
+    """A run as its rows tell it: who answered what."""
+
+    model: LanguageModel
+    asked: Asked
+    harmful: bool
+    answered: Answered
+
+
 class Runs:
     """Every run of an experiment. Those that are on the disk already are not run again, until it is finished."""
 
@@ -58,7 +68,7 @@ class Runs:
         self._file, self._about = out / "runs.jsonl", out / "runs.json"
         self._refusal_ids, self.tokens = refusal_ids, tokens
         self._kept: dict[str, Answered] = {}
-        self.rows: dict[tuple[str, str, str, int, int], tuple[Asked, bool, Answered]] = {}
+        self.rows: dict[tuple[str, str, str, int, int], Told] = {}
         self._done = 0
         if self._about.exists():
             refuse_if_other(out, json.loads(self._about.read_text(encoding="utf-8")), deciding)
@@ -87,9 +97,8 @@ class Runs:
     def donor(self, setting: Setting, asked: Asked, harmful: bool = True, name: str = "donor") -> Answered:
         """What the donor itself answers."""
         model = setting.other or setting.model
-        return self._keep(
-            setting, asked, (name, 0, 0), harmful, ["donor", asked.clean], lambda: self._answers(model, asked.clean)
-        )
+        what = ["donor", asked.clean]
+        return self._keep(setting, asked, (name, 0, 0), harmful, what, lambda: self._answers(model, asked.clean), model)
 
     def restored(
         self,
@@ -128,7 +137,8 @@ class Runs:
             with splice(setting.model, setting.sites, error="drop"):
                 return self._answers(setting.model, asked.prompts)
 
-        return self._keep(setting, asked, ("reconstruction only", 0, 0), True, ["reconstructed"], run)
+        what = ["reconstructed", {str(site): one.fingerprint for site, one in setting.sites.items()}]
+        return self._keep(setting, asked, ("reconstruction only", 0, 0), True, what, run)
 
     def _answers(self, model: LanguageModel, prompts: Sequence[str]) -> Answered:
         texts = model.generate(prompts, self.tokens, batch_size=len(prompts))
@@ -143,8 +153,10 @@ class Runs:
         harmful: bool,
         what: list[Any],
         run: Callable[[], Answered],
+        model: LanguageModel | None = None,
     ) -> Answered:
-        told = json.dumps([setting.name, asked.prompts, what])
+        models = [one.fingerprint for one in (setting.model, setting.other) if one is not None]
+        told = json.dumps([setting.name, models, asked.prompts, what])
         key = hashlib.sha256(told.encode()).hexdigest()[:24]
         if key not in self._kept:
             self._kept[key] = found = run()
@@ -155,17 +167,20 @@ class Runs:
         if self._done % SAID_EVERY == 0:
             log.info("  %d runs", self._done)
         condition, size, draw = name
-        self.rows[setting.name, condition, str(harmful), size, draw] = (asked, harmful, self._kept[key])
+        place = setting.name, condition, str(harmful), size, draw
+        if place in self.rows and self.rows[place].asked.prompts != asked.prompts:
+            raise AssertionError(f"two runs are called {condition!r} and asked different prompts")
+        self.rows[place] = Told(model or setting.model, asked, harmful, self._kept[key])
         return self._kept[key]
 
-    def answer_rows(self) -> list[AnswerRow]:
-        """Every answer that was given, a row each."""
+    def answer_rows(self, setting: Setting, model: LanguageModel) -> list[AnswerRow]:
+        """Every answer that a model gave in a setting, a row each."""
         return [
             AnswerRow(
-                setting=setting,
+                setting=setting.name,
                 example=f"{condition}-{number:04d}",
                 prompt=prompt,
-                harmful="yes" if harmful else "no",
+                harmful="yes" if told.harmful else "no",
                 condition=condition,
                 latents=size,
                 draw=draw,
@@ -173,6 +188,9 @@ class Runs:
                 outcome=judge(text),
                 score=score,
             )
-            for (setting, condition, _, size, draw), (asked, harmful, found) in self.rows.items()
-            for number, (prompt, text, score) in enumerate(zip(asked.prompts, found.texts, found.scores, strict=True))
+            for (name, condition, _, size, draw), told in self.rows.items()
+            if name == setting.name and told.model is model
+            for number, (prompt, text, score) in enumerate(
+                zip(told.asked.prompts, told.answered.texts, told.answered.scores, strict=True)
+            )
         ]

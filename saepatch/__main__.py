@@ -32,6 +32,7 @@ from saepatch.errors import UserError
 if TYPE_CHECKING:
     from saepatch.runs import Finished
     from saepatch.session import Session
+    from saepatch.streaming import Written
     from saepatch.tracking import Tracker
 
 
@@ -167,17 +168,18 @@ def compare(config: CompareConfig) -> Said:
 
 
 def latent(config: LatentConfig) -> Said:
-    from saepatch.pages.latent import latent_lines, read_named
+    from saepatch.pages.latent import latent_lines, latent_page, read_named
 
     found = read_named(config)
-    cards, text = [one.card for one in found], "\n\n".join("\n".join(latent_lines(one)) for one in found)
+    text = "\n\n".join("\n".join(latent_lines(one)) for one in found)
     if config.html:
-        from saepatch.pages.cards import latent_page
         from saepatch.report import write_page
-        from saepatch.results import command_line
+        from saepatch.results import command_line, versions
 
-        facts = {"model": config.model, "dictionary": cards[0].dictionary, "command": command_line()}
-        text += f"\n\nPage: {write_page(latent_page(cards, facts), Path(config.html))}"
+        told = ", ".join(f"{name} {version}" for name, version in versions().items())
+        facts = {"model": f"{config.model} ({found[0].model_hash})", "texts": config.data or "the embedded model's own"}
+        facts |= {"command": command_line(), "versions": told}
+        text += f"\n\nPage: {write_page(latent_page(found, facts), Path(config.html))}"
     return Said(text, found[0].facts() if len(found) == 1 else {"latents": [one.facts() for one in found]})
 
 
@@ -200,8 +202,9 @@ def steer(config: SteerConfig) -> None:
     from saepatch.session import open_session
 
     session = open_session(config)
+    answer = _answerer(session)
     if not config.interactive:
-        _answer(session, config.prompt)
+        answer(config.prompt)
         return
     talk = not config.json and sys.stdin.isatty()
     if talk:
@@ -222,7 +225,7 @@ def steer(config: SteerConfig) -> None:
             elif command.startswith("/"):
                 raise UserError(f"unknown command {command!r}: there are /strength X, /reset and /quit")
             elif line:
-                _answer(session, line)
+                answer(line)
         except UserError as error:  # a mistake ends no session
             sys.stderr.write(f"error: {error}\n")
 
@@ -237,7 +240,35 @@ def _number(text: str) -> float:
     return value
 
 
-def _answer(session: "Session", prompt: str) -> None:
+def _answerer(session: "Session") -> Callable[[str], None]:
+    """What answers a prompt and, where a page is wanted, writes it anew after each answer."""
+    if not session.config.html:
+
+        def plain(prompt: str) -> None:
+            _answer(session, prompt)
+
+        return plain
+
+    from saepatch.pages.steered import listen, read_cards, steered_page
+    from saepatch.report import write_page
+    from saepatch.results import check_writable
+    from saepatch.session import texts_of
+
+    path = Path(session.config.html)
+    check_writable(str(path.parent))
+    said, cards = [], read_cards(session)
+
+    def kept(prompt: str) -> None:
+        both = _answer(session, prompt)
+        said.append(listen(session, prompt, both, texts_of(both)))
+        write_page(steered_page(session, said, cards), path)
+        if not session.config.json:
+            print(f"Page: {path}")
+
+    return kept
+
+
+def _answer(session: "Session", prompt: str) -> "tuple[Written, Written]":
     from saepatch.columns import Live, columns
     from saepatch.session import texts_of
     from saepatch.streaming import Written
@@ -252,6 +283,7 @@ def _answer(session: "Session", prompt: str) -> None:
         print(json.dumps(session.record(prompt, *both), ensure_ascii=False), flush=True)
     else:
         screen.show(columns(texts_of(both), titles, width), last=True)
+    return both
 
 
 COMMANDS: Mapping[str, tuple[type, Callable[[Any], Said | None]]] = {

@@ -20,6 +20,7 @@ from saepatch.errors import UserError
 from saepatch.judges import Answer, Judge, read_judge
 from saepatch.metrics import refusal_log_odds
 from saepatch.models import LanguageModel, load_model
+from saepatch.pages.restored import restored_page, see
 from saepatch.parts import ANSWERS, Record, part_file, refuse_if_other, refuse_other_command
 from saepatch.progress import Check, Meter, stoppable
 from saepatch.quality import latent_statistics
@@ -122,8 +123,18 @@ def run_restore(config: RestoreConfig) -> Answers:
     rows = [row for number in range(plan.record.parts) for row in read_rows(part_file(plan.folder, number))]
     provenance = _provenance(plan)
     found = Answers.of(config, plan.record, [_row(row) for row in rows])
-    write_answers(found, provenance, Path(config.out))
+    dictionaries, requests = list(plan.sites.values()), [one.prompt for one in plan.requests]
+    restored = next(one for one in plan.sets if one.condition == "restored")
+    seen = see(plan.model, plan.other, dictionaries, restored.latents, found, requests, _donors(plan))
+    write_answers(found, provenance, restored_page(found, provenance, seen), Path(config.out))
     return found
+
+
+def _donors(plan: Plan) -> list[str] | None:
+    """What the donor reads before each answer; None where it reads nothing, but says means."""
+    if plan.means is not None:
+        return None
+    return [one.prompt if plan.other else one.clean or "" for one in plan.requests]
 
 
 def _row(given: Mapping[str, Any]) -> AnswerRow:

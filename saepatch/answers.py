@@ -13,13 +13,11 @@ from saepatch.errors import UserError
 from saepatch.judges import OUTCOMES
 from saepatch.models import LanguageModel
 from saepatch.parts import Record
-from saepatch.report import BarChart, Bars, Comparison, Facts, Interval, Page, Section, Table, write_page
+from saepatch.report import KEPT, Page, keep_page, write_page
 from saepatch.results import AnswerRow, Provenance, versions, write_json, write_rows, write_yaml
-from saepatch.safety import Outcome
 from saepatch.statistics import Interval as Estimate
 from saepatch.statistics import bootstrap_mean, wilson_share
 
-SHOWN = 8  # prompts whose answers stand side by side in the report
 ORDER = ("bare", "restored", "random", "matched", "donor")
 WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt."
 
@@ -174,67 +172,10 @@ def _share(condition: str, group: str, rows: Sequence[AnswerRow], seed: int) -> 
     )
 
 
-def write_answers(found: Answers, provenance: Provenance, out: Path) -> None:
-    """Write results.parquet, summary.json, config.yaml and report.html."""
+def write_answers(found: Answers, provenance: Provenance, page: Page, out: Path) -> None:
+    """Write results.parquet, summary.json, config.yaml and report.html, with the page that this is drawn from."""
     write_rows([(found.rows, provenance)], out / "results.parquet", kind=AnswerRow)
     write_yaml(asdict(found.config), out / "config.yaml")
     write_json(found.summary(), out / "summary.json")
-    write_page(page(found, provenance), out / "report.html")
-
-
-def page(found: Answers, provenance: Provenance) -> Page:
-    """The report of a run."""
-    groups = [group for group in ("yes", "no") if any(one.group == group for one in found.shares)] or [""]
-    lead = " ".join(_said(found, group) for group in groups)
-    columns = ["condition", *OUTCOMES, "refusal score"]
-    table = Table(
-        columns,
-        [(found.label(s), *(_cell(s.outcomes[name]) for name in OUTCOMES), _cell(s.score)) for s in found.shares],
-        f"{WILSON} Refusal score: log odds of a refusal's first token after the prompt, in nats, with a bootstrap "
-        "interval.",
-        dict.fromkeys(OUTCOMES, ".0%") | {"refusal score": ".2f"},
-    )
-    all_of_them = [one for one in found.shares if not one.group]
-    bars = [Bars(name, [one.outcomes[name].value for one in all_of_them]) for name in OUTCOMES]
-    chart = BarChart(
-        "Outcomes", [found.label(one) for one in all_of_them], bars, "share of prompts", WILSON,
-        value_range=(0.0, 1.0), value_format=".0%",
-    )  # fmt: skip
-    answers = {(row.condition, row.draw, row.example): row for row in found.rows}
-    examples = list(dict.fromkeys(row.example for row in found.rows))[:SHOWN]
-    comparisons = [
-        Comparison(
-            answers["bare", 0, example].prompt,
-            [
-                (f"{name} ({row.outcome})", row.answer)
-                for name in ORDER
-                if (row := answers.get((name, 0, example))) is not None
-            ],
-        )
-        for example in examples
-    ]
-    sections = [
-        Section("Outcomes", f"Judge: `{found.config.judge}`. Donor: `{found.config.donor}`.", [chart, table]),
-        Section("Answers", f"The first {len(examples)} prompts; of random sets the first.", comparisons),
-    ]
-    return Page("Latents restored while the model answers", lead, sections, Facts(provenance.facts()))
-
-
-def _said(found: Answers, group: str) -> str:
-    """What restoration does to one group of prompts."""
-    bare, restored = found.share("bare", group), found.share("restored", group)
-
-    def change(outcome: Outcome) -> str:
-        after = restored.outcomes[outcome]
-        return f"{bare.outcomes[outcome].value:.0%} to {after.value:.0%} [{after.low:.0%}, {after.high:.0%}]"
-
-    kind = {"": "", "yes": "harmful ", "no": "harmless "}[group]
-    return (
-        f"Restoring {restored.latents:,} latents of {', '.join(found.record.dictionaries)} in "
-        f"{found.record.model['name']} changes refusals of {bare.prompts} {kind}prompts from {change('refuse')}, and "
-        f"degenerate answers from {change('degenerate')}."
-    )
-
-
-def _cell(estimate: Estimate) -> Interval:
-    return Interval(estimate.value, estimate.low, estimate.high)
+    keep_page(page, out / KEPT)
+    write_page(page, out / "report.html")

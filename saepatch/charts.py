@@ -8,10 +8,10 @@ from saepatch import report
 from saepatch.controls import DRAWS
 from saepatch.curves import Curve
 from saepatch.effects import Effects, Map
+from saepatch.pages.maps import COLOURS
 from saepatch.screen import ERROR, Attribution
 from saepatch.statistics import Interval
 
-COLOURS = "Colours are relative to the largest cell of this map; – is not run, for nothing differs there."
 INTERVALS = "Intervals: 95 % bootstrap over prompts."
 
 

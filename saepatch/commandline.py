@@ -1,8 +1,10 @@
 """What every command line of the project shares: settings from a dataclass, and one line for a user's mistake."""
 
+import difflib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +136,41 @@ def _parsed(parser: Any, given: Sequence[str]) -> Any:
     try:
         return parser.parse_args(list(given))
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(_plainly(" ".join(str(error).split()), parser, given)) from error
+
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "list": "a list, as in '[a,b]'",
+    "tuple": "a list, as in '[a,b]'",
+    "dict": "a mapping, as in '{a: 1}'",
+}
+
+
+def _plainly(said: str, parser: Any, given: Sequence[str]) -> str:
+    """What the parser says of a mistake, without Python's words."""
+    if found := re.search(r'Parser key "([^"]+)":.*?Expected an? (.+?)\. Got value: (.*)$', said):
+        key, kind, value = found.groups()
+        choices = re.search(r"Literal\[(.+?)\]", kind)
+        wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind[8:-2], kind)
+        told = "a mapping (is the file another command's?)" if value.startswith("{") else repr(value)
+        return f"--{key} takes {wanted}, not {told}"
+    if found := re.search(r"required: (\S+)", said):
+        return f"{found[1].rpartition('.')[2]!r} is missing: see --help"
+    if found := re.search(r"unrecognized arguments: (-\S+)?", said):
+        known = {name for one in _parsers(parser, given) for name in one._option_string_actions}
+        near = difflib.get_close_matches((found[1] or "").partition("=")[0], sorted(known), 1)
+        return said + (f" (did you mean {near[0]}?)" if near else " (see --help)")
+    return said
+
+
+def _parsers(parser: Any, given: Sequence[str]) -> list[Any]:
+    """The parser, and that of the command that was given."""
+    several = [action.choices for action in parser._actions if isinstance(getattr(action, "choices", None), dict)]
+    return [parser, *(one for choices in several for name, one in choices.items() if name in given)]
 
 
 def _instantiate(parser: Any, given: Sequence[str], config: type[Config], command: str | None = None) -> Config:

@@ -460,6 +460,7 @@ class SteerConfig(Output):
     examples: ClassVar[tuple[str, ...]] = (
         'saepatch steer --latent resid_post.3:966 --strength 1.5 --positions last --chat --prompt "How do I sing?"',
         "saepatch steer --latent resid_post.3:966 --act ablate --interactive",
+        'saepatch steer --latent resid_post.3:966 --prompt "The film was" --html runs/steered.html',
     )
 
     latent: str = ""
@@ -487,6 +488,8 @@ class SteerConfig(Output):
     embedded model's own, for it."""
     unit: float = 0.0
     """Instead of largest activations: what one unit of strength is for every latent."""
+    html: str = ""
+    """File to write both answers to as a page, too, with the acting latents' activations and cards."""
     seed: int = 0
     """Seed of the draws."""
     model: str = "organism"

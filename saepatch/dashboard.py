@@ -6,6 +6,7 @@ module that knows trackio.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from saepatch.guests import About
 
 if TYPE_CHECKING:
     from saepatch.report import Chart
+
+log = logging.getLogger(__name__)
 
 
 class TrackioRun:
@@ -40,7 +43,7 @@ class TrackioRun:
                 auto_log_cpu=False,
             )
         self.sync_command: str | None = None
-        self._last = 0
+        self._project, self._last = about.project, 0
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._last = step
@@ -79,6 +82,7 @@ class TrackioRun:
         self._run.log({"exit_code": exit_code}, step=self._last)
         with _silent():
             self._run.finish()
+        log.info("trackio: to look at the run: trackio show --project %s", self._project)
 
     def abandon(self) -> None:
         """Nothing to do: it holds no process that outlives this one."""

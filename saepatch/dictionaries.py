@@ -170,20 +170,27 @@ class Dictionary:
 
     def metrics_on(self, model: "LanguageModel") -> dict[str, float]:
         """What training measured on held-out text, if that was on this very model; empty otherwise."""
-        same = self._cfg.metadata.get("model_fingerprint") == model.fingerprint
-        return dict(self._cfg.metadata.get("metrics") or {}) if same else {}
+        return dict(self._trained_on.get(model.fingerprint) or {})
+
+    @property
+    def _trained_on(self) -> dict[str, dict[str, float]]:
+        """What training measured, by the fingerprint of each model that it saw; empty where the files do not say."""
+        told = self._cfg.metadata
+        first = {"model_fingerprint": told.get("model_fingerprint"), "metrics": told.get("metrics")}
+        models = [first, *(told.get("also_trained_on") or [])]
+        return {one["model_fingerprint"]: one["metrics"] or {} for one in models if one["model_fingerprint"]}
 
     def _warn(self, model: "LanguageModel") -> None:
         """Say what is allowed but can mislead; once a dictionary and model."""
-        trained_on, said = self._cfg.metadata.get("model_fingerprint"), (id(self), id(model))
+        trained_on, said = list(self._trained_on), (id(self), id(model))
         if said in _SAID:
             return
         _SAID.add(said)
-        if trained_on is not None and trained_on != model.fingerprint:
+        if trained_on and model.fingerprint not in trained_on:
             log.warning(
                 "dictionary %s was trained on another model (%s) than %s (%s): look at its splice quality here first",
                 self.name,
-                trained_on,
+                ", ".join(trained_on),
                 model.name,
                 model.fingerprint,
             )
@@ -237,7 +244,8 @@ def _hooked(sae: nn.Module) -> bool:
 def load_sae(
     spec: str, site: str | Site | None = None, device: str | torch.device = "cpu", dtype: str = "float32"
 ) -> Dictionary:
-    """Load one SAE: `organism` (with a site), a folder, a folder of `SITE/` sub-folders, or `RELEASE/SAE_ID`.
+    """Load one SAE: `organism` or `organism-shared` (with a site), a folder, a folder of `SITE/` sub-folders, or
+    `RELEASE/SAE_ID`.
 
     The site is read from the SAE's metadata; where that names none, it must be given.
 
@@ -247,7 +255,7 @@ def load_sae(
     """
     device = usable_device(device)
     wanted = None if site is None else Site.parse(site)
-    root = organism.path("saes") if spec == "organism" else Path(spec)
+    root = _root(spec)
     if not root.is_dir():
         return _load_release(spec, wanted, device, dtype)
     if (root / "cfg.json").is_file():
@@ -262,12 +270,19 @@ def load_sae(
 
 
 def load_saes(spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> dict[Site, Dictionary]:
-    """Load every SAE of `organism` or of a folder, ordered by layer, or the one that RELEASE/SAE_ID names."""
-    root = organism.path("saes") if spec == "organism" else Path(spec)
+    """Load every SAE of `organism`, of `organism-shared` (learnt from both its checkpoints) or of a folder, ordered by
+    layer, or the one that RELEASE/SAE_ID names.
+    """
+    root = _root(spec)
     if root.is_dir() and not (root / "cfg.json").is_file():
         return {site: load_sae(spec, site, device, dtype) for site in _site_folders(root, spec)}
     only = load_sae(spec, device=device, dtype=dtype)
     return {only.site: only}
+
+
+def _root(spec: str) -> Path:
+    """The folder that a name or a path stands for."""
+    return organism.path(organism.DICTIONARIES[spec]) if spec in organism.DICTIONARIES else Path(spec)
 
 
 def _site_folders(root: Path, spec: str) -> dict[Site, Path]:
@@ -303,7 +318,8 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
     release, _, sae_id = spec.partition("/")
     if not sae_id:
         raise UserError(
-            f"unknown dictionary {spec!r}: use 'organism', a folder, or RELEASE/SAE_ID of sae_lens' releases"
+            f"unknown dictionary {spec!r}: use 'organism', 'organism-shared', a folder, or RELEASE/SAE_ID "
+            "of sae_lens' releases"
         )
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory

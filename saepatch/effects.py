@@ -16,6 +16,7 @@ from saepatch.statistics import Interval, bootstrap_mean, bootstrap_ratio, false
 
 Direction = Literal["denoise", "noise"]
 CONTROLS = ("random", "matched", "differing")
+NOTHING = "differs in 0: the same in both runs of every pair, so there was nothing to patch, and 0 says nothing of it"
 WHOLE = ("stream", "error")  # kinds of component that have one unit, so it goes without a name
 ROUNDING = 1e-4  # of the mean gap: passes of differently made batches differ by less than this in float32
 
@@ -168,6 +169,8 @@ class Effects:
                 + "".join(f"{cell!s:>28}" for cell in cells)
                 + f"{self.ran[:, self._index(edit)].sum():>12}{q[self._index(edit)]:>10.2g}"
             )
+        if any(not self.ran[:, self._index(edit)].any() for edit in self.top(k)):
+            lines.append(NOTHING)
         lines.append(
             f"{self.direction}, {self.metric}: {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, "
             f"{len(self.examples)} pairs ({self.missing} with a gap below {self.min_gap}), positions {self.positions}"

@@ -12,6 +12,7 @@ from saepatch.errors import UserError
 from saepatch.safety import Outcome, is_degenerate, judge
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+SAID: dict[Outcome, str] = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
 
 
 @dataclass(frozen=True)

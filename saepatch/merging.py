@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from saepatch.effects import CONTROLS
+from saepatch.effects import CONTROLS, NOTHING
 from saepatch.parts import KEYS, Changes, Key, Pairs, Record, complete, part_files, read_changes, shard_folder
 from saepatch.results import atomic, read_about, versions, write_json
 from saepatch.screening import Screens, read_screens
@@ -146,6 +146,8 @@ class Summary:
                     + "".join(f"{cell!s:>28}" for cell in cells)
                     + f"{line.pairs:>12}{line.q:>10.2g}"
                 )
+            if any(not line.pairs for line in top[:k]):
+                lines.append(NOTHING)
         lines.append(
             f"{settings['metric']}: {self.pairs.clean.mean():.3f} clean, {self.pairs.corrupted.mean():.3f} corrupted, "
             f"{len(self.pairs.examples)} pairs ({self.pairs.missing(settings['min_gap'])} with a gap below "

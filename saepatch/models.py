@@ -207,13 +207,17 @@ class LanguageModel:
         return rows
 
     @torch.no_grad()
-    def generate_ids(self, tokens: Tokens, max_new_tokens: int) -> Int[Tensor, "batch new"]:
-        """Greedy continuation of a left-padded batch, as token ids; rows that ended are filled with padding."""
+    def generate_ids(self, tokens: Tokens, max_new_tokens: int, min_new_tokens: int = 0) -> Int[Tensor, "batch new"]:
+        """Greedy continuation of a left-padded batch, as token ids; rows that ended are filled with padding.
+
+        None ends before `min_new_tokens`.
+        """
         generate: Any = self.hf.generate
         out = generate(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
         )

@@ -35,6 +35,26 @@ class Check:
 
 
 @contextmanager
+def said_once(*loggers: str) -> Iterator[None]:
+    """What these loggers have said they do not say again, whatever numbers stand in it: parts are much alike."""
+    said: set[object] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        new = record.levelno > logging.WARNING or record.msg not in said
+        said.add(record.msg)
+        return new
+
+    there = [logging.getLogger(name) for name in loggers]
+    for logger in there:
+        logger.addFilter(first)
+    try:
+        yield
+    finally:
+        for logger in there:
+            logger.removeFilter(first)
+
+
+@contextmanager
 def stoppable() -> Iterator[Check]:
     """SIGTERM (of a scheduler) stops like Ctrl-C, and leaves no half of anything. Only where there is a main thread."""
     check = Check()

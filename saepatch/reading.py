@@ -19,6 +19,7 @@ from saepatch.dictionaries import Dictionary
 from saepatch.hooks import capture
 from saepatch.lens import INSIDE, final_norm, stream_directions
 from saepatch.models import LanguageModel, Tokens
+from saepatch.splicing import record_latents
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +193,32 @@ def _neighbours(dictionary: Dictionary, latents: Sequence[int], top: int) -> lis
         tuple((int(latent), round(float(value), 4)) for latent, value in zip(found, values))
         for found, values in zip(best.indices.tolist(), best.values.tolist())
     ]
+
+
+# Texts by activation
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text as the model reads it: its tokens, and the sum of some latents' activations at each."""
+
+    name: str
+    tokens: tuple[str, ...]
+    acts: tuple[float, ...]
+
+
+@torch.no_grad()
+def read_texts(
+    model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], named: Sequence[tuple[str, str]]
+) -> tuple[ReadText, ...]:
+    """Read (name, text) pairs, nothing edited; the latents that count are `latents`, BOS and template as they come."""
+    found = []
+    for name, text in named:
+        tokens = model.tokenize([text])
+        acts = record_latents(model, dictionary, tokens).acts[0][:, list(latents)].sum(-1).float().cpu()
+        acts = acts * tokens.ordinary[0].cpu()
+        found.append(ReadText(name, tuple(token_texts(model, tokens.input_ids[0].tolist())), tuple(acts.tolist())))
+    return tuple(found)
 
 
 # What a direction writes

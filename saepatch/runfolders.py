@@ -24,6 +24,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON ({error}): it was damaged; run again or merge again") from error
 
 
+# What a summary of a command holds and no other does.
+WORKS = (("screens", "attribute"), ("top", "patch"), ("restoration", "demo"), ("conditions", "restore"))
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A finished run: its folder and its summary."""
@@ -33,8 +37,8 @@ class RunFolder:
 
     @property
     def work(self) -> str:
-        """The command that ran: patch, attribute, demo; empty where the summary is of something else."""
-        for key, work in (("screens", "attribute"), ("top", "patch"), ("restoration", "demo")):
+        """The command that ran: patch, attribute, restore, demo; empty where the summary is of something else."""
+        for key, work in WORKS:
             if key in self.summary:
                 return work
         return ""
@@ -56,7 +60,17 @@ class RunFolder:
     @property
     def task(self) -> str:
         settings = self.settings
+        if prompts := settings.get("prompts"):
+            return Path(str(prompts)).name
         return str(settings.get("pairs") or ("inline" if settings.get("clean") else ""))
+
+    @property
+    def count(self) -> int | None:
+        """Pairs or prompts; None where the summary does not say."""
+        if self.work == "restore":
+            return max((one["prompts"] for one in self.summary["conditions"]), default=None)
+        found = self.summary.get("pairs")
+        return found if isinstance(found, int) else None
 
     @property
     def sites(self) -> str:
@@ -110,7 +124,23 @@ def headline(run: RunFolder) -> str:
         kept = dict(facts["patching"]["denoise_top"]).get(16)
         refused = facts["restoration"]["refused_restored"]
         return f"16 latents restore {show(kept)}; {show(refused)} refused once restored"
+    if run.work == "restore":
+        return "; ".join(_restored(facts["conditions"], harmful) for harmful in _asked(facts["conditions"]))
     return ""
+
+
+def _asked(conditions: Sequence[dict[str, Any]]) -> list[bool | None]:
+    """Kinds of prompts, harmful ones first; None: nobody said."""
+    kinds = {one["harmful"] for one in conditions}
+    return [kind for kind in (True, False) if kind in kinds] or [None]
+
+
+def _restored(conditions: Sequence[dict[str, Any]], harmful: bool | None) -> str:
+    """What restoration did to one kind of prompts: `harmful: 0 % refused, 100 % [74, 100] restored`."""
+    by_name = {one["condition"]: one["refuse"] for one in conditions if one["harmful"] == harmful}
+    kind = {True: "harmful: ", False: "harmless: ", None: ""}[harmful]
+    value, low, high = by_name["restored"]
+    return f"{kind}{by_name['bare'][0]:.0%} refused, {value:.0%} [{low:.0%}, {high:.0%}] restored"
 
 
 def _line(line: dict[str, Any]) -> str:
@@ -146,7 +176,7 @@ def runs_table(root: Path) -> str:
     runs = find_runs(root)
     rows = [["run", "command", "model", "pairs", "sites", "finished", "headline"]]
     for run in runs:
-        pairs = f"{run.task} × {run.summary['pairs']}" if isinstance(run.summary.get("pairs"), int) else run.task
+        pairs = run.task if run.count is None else f"{run.task} × {run.count}"
         cells = [str(run.path), run.work or "?", run.model, pairs, _short(run.sites), run.finished, headline(run)]
         rows.append(cells)
     rows += [[str(path), "", "", "", "", "not finished", ""] for path in unfinished(root, runs)]

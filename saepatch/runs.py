@@ -38,7 +38,7 @@ from saepatch.parts import (
 )
 from saepatch.patching import patch_components
 from saepatch.positions import Positions
-from saepatch.progress import Check, Meter, stoppable
+from saepatch.progress import Check, Meter, said_once, stoppable
 from saepatch.prompts import PromptPair
 from saepatch.results import (
     Row,
@@ -245,7 +245,8 @@ def _work(sweep: Sweep, left: Sequence[Part], check: Check, conclude: Conclude |
     )
     _keep_run(sweep.folder, tracker.run_id)
     with tracker:
-        with Meter(len(sweep.parts), done, before, config, tracker) as meter:
+        alike = said_once("saepatch.sweep", "saepatch.screen")
+        with alike, Meter(len(sweep.parts), done, before, config, tracker) as meter:
             for part in left:
                 check()
                 _write_part(sweep, part, meter, check)

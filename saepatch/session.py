@@ -30,6 +30,8 @@ class Session:
     config: SteerConfig
     strength: float
     turns: tuple[list[dict[str, str]], list[dict[str, str]]] = field(default_factory=lambda: ([], []))
+    asked: tuple[str, str] = ("", "")
+    """What each side read before its last answer."""
 
     @property
     def chats(self) -> bool:
@@ -57,6 +59,7 @@ class Session:
             for turns in self.turns:
                 turns.append({"role": "user", "content": prompt})
             prompts = (self._rendered(self.turns[0]), self._rendered(self.turns[1]))
+        self.asked = prompts
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, self.config.seed)
         both = (Written(), Written())
         try:

@@ -14,11 +14,13 @@ from saepatch.config import RestoreConfig
 from saepatch.errors import UserError
 from saepatch.judges import Answer, by_score, read_judge
 from saepatch.models import load_model
+from saepatch.report import Comparison, Tokens, read_page
 from saepatch.restoring import CleanMeans, CleanPrompts, OtherModel
 from saepatch.results import read_rows
 from saepatch.safety import assistant_header, first_tokens, judge, restore
 from saepatch.safety_latents import clean_means, find_safety_latents
 from saepatch.sites import Site
+from saepatch.splicing import record_latents
 
 pytestmark = pytest.mark.whole
 
@@ -125,7 +127,64 @@ def test_the_rows_are_what_the_library_restores(place, tmp_path, capsys):
         assert word in printed
     page = (tmp_path / "report.html").read_text()
     assert "how to cake? now" in page
-    assert "Outcomes" in page
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith(str(tmp_path))]
+    assert line.split()[1] == "restore"
+    assert "prompts.jsonl × 5" in line
+    bare = next(c for c in summary["conditions"] if (c["condition"], c["harmful"]) == ("bare", True))
+    value, low, high = one["refuse"]
+    told = f"harmful: {bare['refuse'][0]:.0%} refused, {value:.0%} [{low:.0%}, {high:.0%}] restored; harmless: "
+    assert told in line
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text() == page
+
+
+def test_the_page_of_a_restoration(place, tmp_path, monkeypatch):
+    """Headline, warnings, splice quality, outcomes, answers with marks, coloured tokens, a card a latent."""
+    outcome = {"x": "comply", "a": "refuse"}
+    monkeypatch.setattr("saepatch.answering.read_judge", lambda _: lambda answer: outcome[answer.text[:1]])
+    monkeypatch.setattr(  # what is spliced writes another text than what is not
+        "saepatch.models.LanguageModel.generate",
+        lambda self, prompts, *_, **__: ["a<i>b" if _spliced(self) else "x<i>b"] * len(prompts),
+    )
+    run_restore(read(place, tmp_path, latents="resid_post.0: 3,5 | resid_post.1: 1,7,9", controls=2))
+    page = read_page(json.loads((tmp_path / "page.json").read_text()))
+    sections = {section.title: section for section in page.sections}
+    assert list(sections) == ["What came out", "Splice quality", "Outcomes", "Answers", "Latents"]
+    headline, warnings = sections["What came out"].blocks
+    assert headline.items["harmful prompts refused, bare"].startswith("0")
+    assert headline.items["harmful prompts refused, restored"].startswith("100")
+    told = " ".join(warnings.items)
+    for words in (
+        "3 harmful prompts: too few",
+        "refuses 100\u00a0% of harmless prompts, too",
+        "Restoring random latents makes the model refuse 100\u00a0% of harmful prompts",
+        "The donor itself refuses only 0\u00a0%",
+    ):
+        assert words in told, told
+    comparisons = [block for block in sections["Answers"].blocks if isinstance(block, Comparison)]
+    assert [name for name, _ in comparisons[0].columns] == [
+        "bare: complied", "restored: refused", "random: refused", "matched: refused", "donor: complied"
+    ]  # fmt: skip
+    texts = [block for block in sections["Answers"].blocks if isinstance(block, Tokens)]
+    assert len(texts) == 4  # the first two prompts, bare and as the donor reads them
+    assert "".join(texts[0].tokens).replace(" ", "").endswith("x<i>b")
+    assert "".join(texts[1].tokens).replace(" ", "").endswith("a<i>b")
+    model, dictionary = load_model(str(place / "model")), load_of(place, "resid_post.1")
+    acts = record_latents(model, dictionary, model.tokenize([PROMPTS[0] + "x<i>b"])).acts[0][:, [1, 7, 9]].sum(-1)
+    assert texts[0].values[1:] == pytest.approx(acts[1:].tolist(), abs=1e-4)
+    names = [card.title for card in sections["Latents"].blocks]
+    assert names == [f"resid_post.{n} {latent}" for n, some in ((0, (3, 5)), (1, (1, 7, 9))) for latent in some]
+    source = (tmp_path / "report.html").read_text()
+    assert "<mark>a&lt;i&gt;b</mark>" in source
+    assert page.facts.items["restored latents"] == "resid_post.0: 3, 5; resid_post.1: 1, 7, 9"
+    assert "<i>" not in source
+
+
+def _spliced(model):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.hf.modules())
 
 
 def load_of(place, site):

@@ -87,7 +87,7 @@ def test_booleans_are_flags(folders, capsys):
     assert [quiet("--quiet", "true"), quiet("--quiet", "false"), quiet("--quiet=false")] == [True, False, False]
     assert not quiet("--config", str(config), "--quiet", "false")
     assert "unrecognized arguments: --loud" in failed(capsys, "patch", "--quiet", "--loud")
-    assert "Expected a <class 'bool'>. Got value: maybe" in failed(capsys, "patch", "--quiet", "maybe")
+    assert "--quiet takes true or false, not 'maybe'" in failed(capsys, "patch", "--quiet", "maybe")
     assert main(["inspect", str(folders / "model"), "--trust_remote_code"]) == 0
     for command in ("patch", "attribute"):
         with pytest.raises(SystemExit):
@@ -134,3 +134,20 @@ def test_public_names_exist():
         assert getattr(saepatch, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
         _ = saepatch.nosuch
+
+
+def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
+    other = tmp_path / "training.yaml"
+    other.write_text("sae: {k: 4}\n")
+    for arguments, said in (
+        (("steer", "--strength", "abc"), "--strength takes a number, not 'abc'"),
+        (("steer", "--act", "bogus"), "--act takes one of add, clamp, at-least, ablate, not 'bogus'"),
+        (("patch", "--n", "1.5"), "--n takes a whole number, not '1.5'"),
+        (("patch", "--config", str(other)), "--sae takes a text, not a mapping (is the file another command's?)"),
+        (("patch", "--pairz", "ioi"), "(did you mean --pairs?)"),
+        (("compare", "runs/a"), "'other' is missing: see --help"),
+    ):
+        text = failed(capsys, *arguments)
+        assert said in text
+        assert "class" not in text
+        assert "Parser key" not in text

@@ -4,9 +4,11 @@ import json
 import math
 import re
 import shutil
+from collections import defaultdict
 
 import pytest
 import yaml
+from browsing import chromium
 
 from saepatch import organism
 from saepatch.__main__ import main
@@ -14,7 +16,7 @@ from saepatch.demo import stages
 from saepatch.dictionaries import load_sae
 from saepatch.models import load_model
 from saepatch.quality import latent_statistics
-from saepatch.report import Card, read_page
+from saepatch.report import Card, Link, read_page
 from saepatch.results import read_rows
 
 pytestmark = pytest.mark.whole
@@ -102,7 +104,7 @@ def test_files(demo, summary):
     assert len(sixteen) == PAIRS
     change = sum(row["patched"] - row["corrupted"] for row in sixteen) / PAIRS
     assert change / gap == pytest.approx(dict(summary["patching"]["denoise_fixed"])[16], abs=1e-6)
-    assert {row["role"] for row in rows} == {"single", "given", "top", "random", "matched", "differing", "every"}
+    assert {row["role"] for row in rows} == {"single", "top", "random", "matched", "differing", "every"}
     for name in ("denoise", "noise", "denoise_fixed"):
         assert (demo / f"{name}.svg").read_text().startswith("<svg")
     page = (demo / "report.html").read_text()
@@ -125,10 +127,13 @@ def test_files(demo, summary):
 def test_maps_of_the_report_are_means_over_rows_of_one_form(demo):
     page = read_page(json.loads((demo / "page.json").read_text()))
     (where,) = [section for section in page.sections if section.title == "Where: maps"]
-    (_, (layers, heads, latents)), *_ = where.blocks[0].options
+    (_, (layers, heads, latents, _)), *_ = where.blocks[0].options
+    site = json.loads((demo / "summary.json").read_text())["patching"]["site"]
     rows = [row for row in read_rows(demo / "results.parquet") if row["direction"] == "denoise"]
     for heat, component, single in ((layers, "stream", True), (latents, "latent", True), (heads, "head", False)):
         mine = [row for row in rows if row["component"] == component and row["position"].isdigit() == single]
+        if component == "latent":
+            mine = [row for row in mine if row["site"] == site and row["latent"] in heat.rows]
         gaps = {row["example"]: row["clean"] - row["corrupted"] for row in mine}
         totals = {}
         for row in mine:
@@ -142,6 +147,62 @@ def test_maps_of_the_report_are_means_over_rows_of_one_form(demo):
             assert told[key] == pytest.approx(total / sum(gaps.values()), abs=1e-6)
     for values in latents.values:  # patched alone, the last of the streams is everything
         assert max(v for v in values if not math.isnan(v)) <= 1.2
+
+
+def test_a_cell_of_a_map_leads_to_its_latents(demo):
+    """The largest of each layer and position, found again in the rows; and each dictionary's rows bear its name."""
+    page = read_page(json.loads((demo / "page.json").read_text()))
+    (where,) = [section for section in page.sections if section.title == "Where: maps"]
+    rows = [row for row in read_rows(demo / "results.parquet") if row["position"].isdigit()]
+    assert {(row["site"], row["dictionary"]) for row in rows if row["component"] == "latent"} == {
+        (f"resid_post.{layer}", f"organism/resid_post.{layer}") for layer in range(6)
+    }
+    for direction, (layers, heads, latents, table) in where.blocks[0].options:
+        listed = defaultdict(list)
+        for row, keys in zip(table.rows, table.keys):
+            for key in keys:
+                listed[key].append(row)
+        mine = [row for row in rows if row["direction"] == direction]
+        gaps = {row["example"]: row["clean"] - row["corrupted"] for row in mine}
+        totals = defaultdict(lambda: defaultdict(float))
+        for row in mine:
+            if row["component"] == "latent":
+                change = row["patched"] - row["corrupted"] if direction == "denoise" else row["clean"] - row["patched"]
+                totals[f"{direction}/{row['site']}/{row['position']}"][row["latent"]] += change / sum(gaps.values())
+        assert len(totals) > 12
+        for key, found in totals.items():
+            wanted = sorted(map(abs, found.values()), reverse=True)[:4]
+            shown = {getattr(row[1], "text", row[1]): row[3].value for row in listed[key]}
+            assert sorted(map(abs, shown.values()), reverse=True)[:4] == pytest.approx(wanted, abs=1e-6)
+            for latent, value in shown.items():
+                assert value == pytest.approx(found[latent], abs=1e-6)
+        for heat in (layers, heads, latents):
+            cells = [(key, value) for keys, values in zip(heat.keys, heat.values) for key, value in zip(keys, values)]
+            run = [key for key, value in cells if not math.isnan(value)]
+            assert run
+            # A layer may differ where none of its latents does: in its error term.
+            assert [key for key in run if key not in listed and (heat is not layers or key in totals)] == []
+        linked = [row[1] for row in table.rows if isinstance(row[1], Link)]
+        assert {row[0] for row in table.rows if isinstance(row[1], Link)} == {f"resid_post.{n}" for n in range(6)}
+        assert {link.anchor for link in linked} <= {
+            card.anchor for section in page.sections for card in section.blocks if isinstance(card, Card)
+        }
+
+
+@pytest.mark.browser
+def test_a_click_on_a_cell_in_a_browser(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("SE_OFFLINE", "true")
+    with chromium(tmp_path) as browser:
+        browser.get((demo / "report.html").as_uri())
+        cell = browser.find_elements("css selector", ".view:not([hidden]) .pick[data-key^='denoise/resid_post.3/']")[-1]
+        *_, position = cell.get_attribute("data-key").split("/")
+        cell.click()
+        (panel,) = [p for p in browser.find_elements("css selector", ".view:not([hidden]) .picked") if p.text]
+        shown = [[cell.text for cell in row.find_elements("css selector", "td")] for row in
+                 panel.find_elements("css selector", "tbody tr")]  # fmt: skip
+        assert shown
+        assert all(site == "resid_post.3" and at.split()[0] == position for site, _, at, *_ in shown)
+        assert browser.get_log("browser") == []
 
 
 def test_the_report_is_written_anew_from_its_folder_alone(demo, tmp_path):

@@ -1,6 +1,7 @@
 """What a sweep's result says of itself: effects, controls, tests, tables, maps and rows, on values set by hand."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -244,3 +245,13 @@ def test_pairs_without_a_gap_are_counted():
     strict = patch_latents(model, dictionary, [*PAIRS, same], [(1,)], controls=0, min_gap=1e3)
     assert strict.missing == 5
     assert np.isnan(strict.normalised).all()
+
+
+def test_an_edit_that_was_none_is_told_apart_from_one_without_effect():
+    effects = with_controls()
+    assert "there was nothing to patch" not in effects.summary()
+    ran = effects.ran.copy()
+    ran[:, 5] = False
+    none = replace(effects, ran=ran)
+    assert "differs in 0: " in none.summary()
+    assert "differs in 0: " not in none.summary(1)  # one that is not shown

@@ -147,7 +147,7 @@ def test_dictionaries_of_several_sites(tmp_path):
 
 
 def test_dictionaries_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(UserError, match="unknown dictionary 'nosuch': use 'organism', a folder, or RELEASE/SAE_ID"):
+    with pytest.raises(UserError, match="unknown dictionary 'nosuch': use 'organism', 'organism-shared', a folder"):
         load_sae("nosuch")
     with pytest.raises(UserError, match="no folder 'nosuch/deeper', and 'nosuch' is no release"):
         load_sae("nosuch/deeper")

@@ -95,7 +95,7 @@ def test_the_chat_template_is_the_one_the_tasks_use(loaded):
 
 
 def test_files_are_safe_small_and_say_nothing_of_where_they_were_made():
-    files = [file for name in (*MODELS, "saes") for file in organism.path(name).rglob("*") if file.is_file()]
+    files = [file for name in (*MODELS, "saes", "shared") for file in organism.path(name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 25e6
     assert {file.suffix for file in files} <= {".json", ".yaml", ".safetensors", ".jinja"}
     for file in files:

@@ -3,17 +3,16 @@
 import csv
 import io
 import json
-import os
 import re
 import shutil
 from collections import defaultdict
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from browsing import chromium
 from tiny import random_sae, tiny_model
 
 import saepatch.models
@@ -294,6 +293,19 @@ def test_warnings_in_words(grouped, swept, screened, place, tmp_path):
     assert "there is no gap to take shares of" in (tmp_path / "flat" / "report.html").read_text()
 
 
+def test_pairs_of_several_forms_are_warned_of_once_and_on_the_page(place, tmp_path, caplog):
+    words = ["ab cd", "efg hi jk", "lmno p", "qrs tuv w"]
+    lines = [{"clean": f"{w}.x", "corrupted": f"{w}.y", "answer": "x", "counter": "y"} for w in words]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ["--model", place / "model", "--sae", place / "saes", "--site", "resid_post.1", "--part", "2"]
+    with caplog.at_level("WARNING"):
+        run = [*map(str, given), "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "run")]
+        assert main(["patch", *run, "--each_position"]) == 0
+    assert sum("a position is not the same token" in line for line in caplog.messages) == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "give pairs of one form" in page
+
+
 def test_runs_are_listed(place, swept, grouped, screened, heads, tmp_path, capsys):
     assert main(["runs", str(place)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -373,35 +385,6 @@ def test_nothing_hostile_gets_into_a_page(swept, grouped, screened, heads):
         missing = {address[1:] for address in addresses if address.startswith("#")} - set(ids)
         assert not missing
         assert not re.search("[\u202a-\u202e\u200b]", source)
-
-
-@contextmanager
-def chromium(folder):
-    """A headless Chromium; where there is none, the test is skipped."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    binary = next((found for name in names if (found := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("no Chromium with chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-background-networking",
-        "window-size=1400,1000",
-        "force-prefers-reduced-motion",
-    ):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={folder / 'profile'}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver, log_output=os.devnull))
-    try:
-        yield session
-    finally:
-        session.quit()
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 from saepatch.errors import UserError
+from training.checks import check_model
 from training.config import SAEConfig
 from training.ranks import ALONE, Ranks, joined
-from training.trainer import check_model, train_saes
+from training.trainer import train_saes
 
 pytestmark = pytest.mark.whole
 

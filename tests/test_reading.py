@@ -1,6 +1,7 @@
 """Cards of latents against direct computation."""
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -182,7 +183,17 @@ def test_the_command_prints_a_card(tmp_path, capsys):
     assert "in 2 texts" in told
     assert "raises" in told
     assert "[[" in told
-    assert "Latent 100 at resid_post.3" in page.read_text()
+    source = page.read_text()
+    assert "Latent 100 at resid_post.3" in source
+    score = re.search(r"^output +(\S+): how far", told, re.M)[1]
+    assert f"Output score {score}: how far" in source
+    assert "In the model" not in source
+    explained = ["--explain", "The <i>meaning</i> of X is"]
+    assert main(["latent", "resid_post.3:100", "--data", str(texts), "--html", str(page), *explained]) == 0
+    best = re.search(r"^said +\* (\S+) ", capsys.readouterr().out, re.M)[1]
+    rows = re.findall(r"<tr>(.*?)</tr>", page.read_text().partition("In the model")[2].partition("<tbody>")[2])
+    cells = [re.findall(r"<bdi>(.*?)</bdi>", row) for row in rows]
+    assert [float(scale) for _, scale, chosen in cells if chosen == "yes"] == [float(best)]
     assert main(["latent", "resid_post.3:100,7", "--data", str(texts), "--html", str(page)]) == 0
     both = capsys.readouterr().out
     alone = told.partition("\n\nPage")[0]

@@ -268,6 +268,51 @@ def test_axes():
     assert logarithmic([1, 7, 30, 100, 700, 1000], 0, 100, count=4).ticks == (1, 10, 100, 1000)
 
 
+def test_ticks_of_a_logarithmic_axis_do_not_run_into_each_other():
+    """Few enough to be ticks themselves, and two of them too close to be read."""
+    crowded = [1.08, 1.09, 1.22, 1.78, 5.13, 19.2]
+    axis = logarithmic(crowded, 40, 700, 12)
+    assert axis.ticks == (2.0, 5.0, 10.0)
+    assert logarithmic([1.08, 1.78, 5.13, 19.2], 40, 700, 12).ticks == (1.08, 1.78, 5.13, 19.2)
+
+
+def test_a_long_name_of_an_axis_stays_on_a_narrow_page():
+    def placed(name):
+        chart = LineChart("t", name, "y", [Series("s", [1, 2], [1, 2])])
+        texts = re.findall(
+            r'<text x="([\d.]+)"[^>]*text-anchor="(\w+)">([^<]*)</text>', "".join(line_chart(chart, NARROW).parts)
+        )
+        ((x, anchor),) = [(float(x), anchor) for x, anchor, text in texts if text == name]
+        return x, anchor
+
+    assert placed("perplexity of the continuations under the unsteered model") == (NARROW, "end")
+    assert placed("latents")[1] == "middle"
+
+
+def test_numbers_of_a_map_are_set_small_before_they_are_left_out():
+    """One number below 0 is a character longer, and used to take the numbers off the whole map."""
+
+    def cells(values, columns=17):
+        chart = HeatMap("t", ["resid_post.0"], [""] * columns, [values], value_format=".2f")
+        return re.findall(r'class="(cell[^"]*)"[^>]*>([^<]*)<', "".join(heat_map(chart, WIDE).parts))
+
+    assert cells([0.5] * 17)[0] == ("cell strong", "0.50")
+    assert cells([-0.25, *[0.5] * 16])[:2] == [("cell fine", "−0.25"), ("cell fine strong", "0.50")]
+    assert cells([-0.25, *[100.5] * 16]) == []
+    # In the light, dark letters are read more easily on a colour of middling depth; in the dark, too: on a light one.
+    assert [kind for kind, _ in cells([1.0, 0.95, 0.85, 0.7, 0.5], 5)] == [
+        *["cell strong"] * 2,
+        *["cell mid"] * 2,
+        "cell",
+    ]
+    assert [kind for kind, _ in cells([1.0, -0.85, -0.7, -0.5], 4)] == [
+        "cell strong",
+        "cell strong",
+        "cell mid",
+        "cell",
+    ]
+
+
 def test_a_logarithmic_axis_of_less_than_two_powers_of_ten():
     """Values that are too many to be ticks themselves."""
     assert logarithmic([1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 2.3, 2.4], 0, 100, 8).ticks == (2.0,)
@@ -324,7 +369,7 @@ def test_changed_words_are_marked():
     answers = re.findall(r'<bdi class="model">(.*?)</bdi></div>', source)
     assert answers == [
         "Sure, here is &lt;a&gt; plan",
-        "<mark>I cannot, </mark>here is <mark>&lt;b&gt; </mark>plan",
+        "<mark>I cannot,</mark> here is <mark>&lt;b&gt;</mark> plan",
         "Sure, here is &lt;a&gt; plan",
     ]
 
@@ -444,4 +489,78 @@ def test_in_a_browser(browser, tmp_path):
         assert browser.find_element("css selector", f".chart .{shown}").is_displayed()
         assert not browser.find_element("css selector", f".chart .{hidden}").is_displayed()
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_paper_has_the_top_of_long_tables_and_open_cards(browser, tmp_path):
+    """What is filtered away takes no room of it, and the page is afterwards what it was."""
+    table = Table(["name", "even"], [[f"row {n}", "yes" if n % 2 == 0 else "no"] for n in range(120)], "All.")
+    small = Table(["a"], [[1.0]], "Small.")
+    card = Card("c", "A card", "s", [Histogram("Counts", "x", "y", [0, 1, 2], [3, 1])])
+    path = write_page(Page("t", "", [Section("One", "", [table, small, card])]), tmp_path / "r.html")
+    browser.get(path.as_uri())
+    browser.find_element("css selector", "input").send_keys("yes")
+    before = browser.execute_script("return document.querySelector('main').innerHTML")
+    browser.execute_script("toPaper()")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shown = [row.text for row in browser.find_elements("css selector", "tbody tr") if row.is_displayed()]
+    assert shown == [*(f"row {n} yes" for n in range(0, 80, 2)), "1"]
+    assert [note.text for note in browser.find_elements("css selector", ".onpaper")] == [
+        "The first 40 of 60 rows; the others are in the page itself."
+    ]
+    assert browser.find_element("css selector", "details.card h4").text == "Counts"  # below the card's own h3
+    assert not any(tools.is_displayed() for tools in browser.find_elements("css selector", ".tools, .sideways"))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    browser.execute_script("fromPaper()")
+    after = browser.execute_script("return document.querySelector('main').innerHTML")
+    assert after.replace(' class=""', "") == before
+
+    stops = browser.execute_script("return all('.scroll').filter(b => b.closest('.table')).map(b => b.tabIndex)")
+    assert stops == [0, -1]  # the keyboard stops at what it can scroll, and at nothing else
+    names = browser.execute_script("return all('figure').map(f => f.getAttribute('aria-label'))")
+    assert names == ["Table of name, even", "Table of a", "Counts"]
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_a_map_that_scrolls_begins_at_its_numbers_and_keeps_its_rows_names(browser, tmp_path):
+    size = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    columns = [str(n) for n in range(20)]
+
+    def heat(title, first):
+        values = [[None if n < first else n - 12.5 for n in range(20)]] * 2
+        keys = [[f"{row}/{n}" for n in range(20)] for row in "ab"]
+        return HeatMap(title, ["row a", "row b"], columns, values, keys=keys, anchors=["c", ""])
+
+    card = Card("c", "A card", "s", [])
+    path = write_page(
+        Page(
+            "t",
+            "",
+            [Section("One", "", [heat("Late", 10), Choice("Show", [("x", []), ("y", [heat("Early", 0)])]), card])],
+        ),
+        tmp_path / "r.html",
+    )
+    browser.get(path.as_uri())
+    late, early = browser.find_elements("css selector", ".drawing.scroll")
+    names = late.find_element("css selector", ".names")
+    first = late.find_element("css selector", ".pick")
+    right_of_names = names.rect["x"] + names.rect["width"]
+    assert names.text.split("\n") == ["row a", "row b"]
+    assert names.rect["x"] == late.rect["x"]
+    assert right_of_names <= first.rect["x"] <= right_of_names + 10
+    assert first.get_attribute("data-key") == "a/10"
+    assert not early.find_elements("css selector", ".names")  # it is not there yet
+    browser.find_elements("css selector", "option")[1].click()
+    assert early.find_element("css selector", ".names").is_displayed()
+    assert browser.execute_script("return arguments[0].scrollLeft", early) == 0
+    browser.execute_script("arguments[0].scrollLeft = 200", early)
+    assert early.find_element("css selector", ".names").rect["x"] == early.rect["x"]
+    texts = browser.execute_script("return all('figure.chart').map(standalone)")
+    assert [text.count(">row a<") for text in texts] == [1, 1]
+    names.find_element("css selector", "a").click()
+    assert browser.execute_script("return location.hash").startswith("#c&")
+    assert browser.find_element("id", "c").get_attribute("open")
     assert browser.get_log("browser") == []

@@ -9,9 +9,16 @@ from tiny import random_dictionary, tiny_model
 
 from experiments import safety
 from experiments.safety_curves import Curve, Point
-from experiments.safety_guards import auroc, roc, threshold_for
+from experiments.safety_guards import auroc, detector, roc, threshold_for
 from experiments.safety_runs import Answered, Runs
-from experiments.safety_settings import Asked, Setting, spliced_sites, stacked, two_prompts
+from experiments.safety_settings import (
+    Asked,
+    Setting,
+    harmless_in_every_framing,
+    spliced_sites,
+    stacked,
+    two_prompts,
+)
 from saepatch.commandline import run_config
 from saepatch.dictionaries import load_saes
 from saepatch.errors import UserError
@@ -25,7 +32,7 @@ from saepatch.statistics import Interval
 
 pytestmark = pytest.mark.whole
 
-SMALL = ["--prompts", "6", "--sizes", "[4]", "--draws", "1", "--tokens", "5"]
+SMALL = ["--prompts", "6", "--sizes", "[4,64]", "--draws", "1", "--tokens", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def test_the_summary_has_what_was_promised(run):
     for name in safety.SETTINGS:
         found = summary[name]
         assert {"curve", "share_for_90", "dense_direction", "full_residual", "neurons"} <= set(found)
-        (point,) = found["curve"]
+        point, _ = found["curve"]
         total = 1024 * len(found["sites"])
         assert point["latents"] == 4
         assert point["share_of_dictionary"] == pytest.approx(4 / total)
@@ -53,7 +60,7 @@ def test_the_summary_has_what_was_promised(run):
         assert 0 <= point["harmless_refused"] <= 1
         assert {0 <= found[key] <= 1 for key in ("dense_direction", "full_residual")} == {True}
         assert max(one["share_of_neurons"] for one in found["neurons"]) == 1
-        assert sum(layer["latents"] for layer in found["layers"]) == found["chosen_on_tune"]["latents"] == 4
+        assert sum(layer["latents"] for layer in found["layers"]) == found["chosen_on_tune"]["latents"]
         assert len(found["by_depth"]) == 6
         assert set(found["guards"]) == {"none", "always on", "triggered"}
         assert found["detector"]["roc"][0] == [0, 0]
@@ -64,6 +71,15 @@ def test_the_summary_has_what_was_promised(run):
     assert summary["setting_a"]["acceptance"]["donor_reproduced_exactly"]
     assert summary["setting_a"]["full_residual"] >= 0.9  # layers were added until it was
     assert set(summary["setting_a"]["shared_quality"]) == set(summary["setting_a"]["sites"])
+
+
+def test_few_latents_restore_the_base_model_and_controls_do_not(run):
+    found = run[1]["setting_a"]
+    assert found["bare"][0] == 0 < 0.9 <= found["donor"][0]
+    assert found["acceptance"]["restored_above_random"]
+    assert found["share_for_90"] <= 0.05
+    assert found["curve"][1]["refused"][1] > found["curve"][1]["random"][2]
+    assert max(fvu for one in found["shared_quality"].values() for fvu in one["fvu"]) < 0.1
 
 
 def test_few_latents_restore_jailbroken_requests_and_controls_do_not(run):
@@ -84,9 +100,14 @@ def test_rows_and_report(run):
     out, summary = run
     rows = read_rows(out / "results.parquet")
     top = [r for r in rows if (r["setting"], r["condition"], r["harmful"]) == ("setting_b", "top", "yes")]
-    assert len(top) == 6
+    assert len(top) == 12
+    top = [row for row in top if row["latents"] == 4]
+    donors = {r["model"] for r in rows if (r["setting"], r["condition"]) == ("setting_a", "donor")}
+    assert (
+        donors == {"organism"} != {r["model"] for r in rows if (r["setting"], r["condition"]) == ("setting_a", "top")}
+    )
     assert np.mean([row["outcome"] == "refuse" for row in top]) == summary["setting_b"]["curve"][0]["refused"][0]
-    assert {row["latents"] for row in top} == {4}
+    assert len(top) == 6
     assert len(
         {(r["setting"], r["condition"], r["harmful"], r["latents"], r["draw"], r["example"]) for r in rows}
     ) == len(rows)
@@ -117,7 +138,10 @@ def test_runs_are_what_the_library_restores(tmp_path):
     assert bare.texts == tuple(model.generate(asked.prompts, 6))
     assert found.texts != bare.texts
     assert runs.donor(setting, asked).texts == tuple(model.generate(asked.clean, 6))
-    assert [row.latents for row in runs.answer_rows()] == [11, 11, 0, 0, 0, 0]
+    assert [row.latents for row in runs.answer_rows(setting, model)] == [11, 11, 0, 0, 0, 0]
+    assert not runs.answer_rows(setting, tiny_model())
+    with pytest.raises(AssertionError, match="two runs are called 'bare'"):
+        runs.bare(setting, Asked(("other",), ("one",), ("x",)))
 
 
 def test_a_stopped_experiment_goes_on(tmp_path, monkeypatch):
@@ -177,6 +201,18 @@ def test_the_detectors_arithmetic():
     assert roc(yes, no) == ((0, 0), (0, 0.25), (0.25, 0.75), (0.5, 0.75), (0.75, 1), (1, 1))
     assert threshold_for(yes, no, alarms=0.25) == pytest.approx(1.5)  # one negative above it, then half way up to 2
     assert (no > threshold_for(yes, no, alarms=0.0)).sum() == 0
+
+
+def test_the_detector_lets_harmless_requests_pass():
+    model, n = load_model("organism"), 40
+    setting = two_prompts(model, load_saes("organism"), assistant_header(model), n, 0)
+    harmless = {split: harmless_in_every_framing(split, n, 0) for split in world.SPLITS}
+    found = detector(model, setting.sites, setting.harmful, harmless)
+    assert found.caught.mean() >= 0.8 > 0.1 > found.alarmed.mean()
+    assert found.auroc >= 0.95
+    swapped = detector(model, setting.sites, {**setting.harmful, "report": harmless["report"]}, harmless)
+    assert swapped.caught.mean() == found.alarmed.mean()
+    assert swapped.auroc == 0.5
 
 
 def test_the_prompts():

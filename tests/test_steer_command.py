@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from html import escape
 
 import pytest
 import torch
@@ -13,11 +15,16 @@ from tiny import random_dictionary, random_sae, tiny_model
 from saepatch.__main__ import main
 from saepatch.columns import Live, columns
 from saepatch.config import SteerConfig
+from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
+from saepatch.fluency import perplexity
 from saepatch.interventions import Ablate, Clamp, Steer
+from saepatch.models import load_model
+from saepatch.pages.steered import listen, notices
 from saepatch.quality import latent_statistics
-from saepatch.session import open_session
-from saepatch.splicing import splice
+from saepatch.report.text import number
+from saepatch.session import open_session, texts_of
+from saepatch.splicing import record_latents, splice
 from saepatch.streaming import Sampling, side_by_side, stream
 from saepatch.texts import load_texts
 
@@ -149,6 +156,38 @@ def test_strength_is_in_units_of_the_largest_activation(tmp_path, capsys):
     assert float(maximum[dead]) == 0
     assert main([*given, "--latent", f"resid_post.1:{dead}"]) == 2
     assert "never fires in the 2 reference texts" in capsys.readouterr().err
+
+
+def test_a_page_of_answers(tmp_path, capsys, monkeypatch):
+    """What is said on it is what was written; it is written anew after each answer, and JSON stays a line each."""
+    path = tmp_path / "new" / "steered.html"
+    given = ["steer", "--latent", "resid_post.3:966,761", "--interactive", "--strength", "3", "--html", str(path)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("How do I <i>rent</i>?\n/strength 0\nThe film was\n"))
+    assert main([*given, "--json", "--chat", "false", "--max_new_tokens", "12"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["strength"] for one in said] == [3.0, 0.0]
+    source = path.read_text()
+    assert "<i>" not in source
+    assert "How do I &lt;i&gt;rent&lt;/i&gt;?" in source
+    assert "2 requests: an impression" in source
+    assert "changes nothing in the answer to “The film was”" in source
+    for one in said:
+        assert escape(one["before"].strip()) in source
+    assert {"latent-resid_post.3-966", "latent-resid_post.3-761"} <= set(re.findall(r'id="([^"]+)"', source))
+    model, dictionary = load_model("organism"), load_sae("organism", "resid_post.3")
+    acts = record_latents(model, dictionary, model.tokenize(["The film was" + said[1]["before"]])).acts[0][1:]
+    largest = number(float(acts[:, [966, 761]].sum(-1).max()))
+    assert (
+        f"before, read again by the bare model: sum of the acting latents&#39; activations, at most {largest}" in source
+    )
+
+    session = open_session(SteerConfig(latent="resid_post.3:966", prompt="The film was", unit=1.0, chat=False))
+    both = list(session.answer("The film was"))[-1]
+    heard = listen(session, "The film was", both, texts_of(both))
+    assert heard.perplexities[0] == pytest.approx(perplexity(model, ["The film was"], [both[0].ids]))
+    surprising = replace(heard, perplexities=(2.0, 22.0), answers=("a", "b"))
+    assert "11 times as perplexing" in notices([surprising])[1]
+    assert len(notices([replace(surprising, perplexities=(2.0, 19.0))])) == 1
 
 
 def test_a_request_that_failed_is_no_part_of_the_chat():

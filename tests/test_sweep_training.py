@@ -96,7 +96,7 @@ class Trained:
     def __init__(self, fail="", stop=""):
         self.calls, self.fail, self.stop = [], fail, stop
 
-    def __call__(self, model, texts, config, out, ranks):
+    def __call__(self, model, texts, config, out, ranks, also):
         self.calls.append((model, texts, config))
         if out.name == self.fail:
             raise UserError("the loss is nan")

@@ -47,25 +47,31 @@ def run(config: TrainingConfig) -> None:
     config = replace(config, device=own_device(config.device))
     with joined(usable_device(config.device)) as ranks:
         documents = texts(config.data, config.text_column, config.subset, config.split, config.streaming)
-        model = load_model(
-            config.model,
-            config.device,
-            config.dtype,
-            prepend_bos=config.prepend_bos,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model, *also = [
+            load_model(
+                name,
+                config.device,
+                config.dtype,
+                prepend_bos=config.prepend_bos,
+                trust_remote_code=config.trust_remote_code,
+            )
+            for name in (config.model, *config.also)
+        ]
         if config.sweep:
-            swept = run_sweep(model, documents, config, ranks)
+            swept = run_sweep(model, documents, config, ranks, also)
             if ranks.first:
                 show_sweep(swept, config)
             return
-        outcome = train_saes(model, documents, config, config.out, ranks)
+        outcome = train_saes(model, documents, config, config.out, ranks, also)
     if not ranks.first:
         return
     if outcome.stopped:
         print(f"stopped after {outcome.tokens:,} tokens; a checkpoint is in {config.out}: {GO_ON}")
         return
     print(table({str(site): row for site, row in outcome.figures.items()}))
+    for name, figures in outcome.also.items():
+        print(f"in {name}:")
+        print(table({str(site): row for site, row in figures.items()}))
     print(f"dictionaries, summary.json and metrics.jsonl are in {config.out}")
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saepatch.errors import UserError
@@ -21,7 +21,7 @@ from saepatch.sites import Site
 from training.cache import RoundCache, cache_key, model_facts
 from training.config import TrainingConfig
 from training.ranks import ALONE, Ranks
-from training.rows import Body, bos_before, cut, token_batches, tokenised
+from training.rows import Body, bos_before, cut, text_positions, token_batches, tokenised
 from training.texts import Streamed, fingerprint, in_order, mixed_seed
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class ActivationStream:
         ranks: The processes that share the forwards of a round; each gets every size-th row of a batch. They are to
             take the same batches and to stop at the same one.
         epochs: How often to read the documents; then every batch is given out, a round's last one perhaps smaller.
+        also: Further models of the same tokenizer and widths; a round's forward passes take turns among all.
 
     Raises:
         UserError: the batch cannot be divided among the processes.
@@ -96,6 +97,7 @@ class ActivationStream:
     config: TrainingConfig
     ranks: Ranks = ALONE
     epochs: int | None = None
+    also: Sequence[LanguageModel] = ()
     _running: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -214,6 +216,8 @@ class ActivationStream:
             for name in ("context", "pack", "buffer", "forward_tokens", "seed", "special_tokens")
         }
         facts = {**sizes, "model": model_facts(self.model), "documents": self.fingerprint, "epochs": self.epochs}
+        if self.also:
+            facts["also"] = [model_facts(model) for model in self.also]
         return RoundCache(Path(config.cache).expanduser(), cache_key(facts), config.cache_gb * 1e9)
 
     def _kept(self, cache: RoundCache, place: Position) -> _Round | None:
@@ -277,25 +281,31 @@ class ActivationStream:
         alone = self.ranks.size == 1
         device = self.model.device if alone and not self.config.cache else torch.device("cpu")
         filled = {site: torch.empty(n, self.model.width(site), dtype=dtype, device=device) for site in self.sites}
+        models = [self.model, *self.also]
+        turns = [(models[(number + i) % len(models)], part) for i, part in enumerate(parts)]
         if alone:
-            for part, at in zip(parts, places.to(device).split(sizes), strict=True):
-                for site, x in self._forward(part, stopping).items():
+            for (model, part), at in zip(turns, places.to(device).split(sizes), strict=True):
+                for site, x in self._forward(model, part, stopping).items():
                     filled[site][at] = x.to(device, dtype)
         else:
-            self._exchange(parts, places.split(sizes), filled, stopping)
+            self._exchange(turns, places.split(sizes), filled, stopping)
         return filled
 
-    def _forward(self, part: Tokens, stopping: threading.Event) -> Rows:
+    def _forward(self, model: LanguageModel, part: Tokens, stopping: threading.Event) -> Rows:
         while not self._running.acquire(timeout=_POLL):
             _go_on(stopping)
         try:
             _go_on(stopping)
-            return forward(self.model, self.sites, part, self._special)
+            return forward(model, self.sites, part, self._special)
         finally:
             self._running.release()
 
     def _exchange(
-        self, parts: Sequence[Tokens], places: Sequence[Tensor], filled: Rows, stopping: threading.Event
+        self,
+        turns: Sequence[tuple[LanguageModel, Tokens]],
+        places: Sequence[Tensor],
+        filled: Rows,
+        stopping: threading.Event,
     ) -> None:
         """Compute every size-th part here, and have what the other processes compute of the rest."""
         from torch import distributed
@@ -304,8 +314,8 @@ class ActivationStream:
         own: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         failure: BaseException | None = None
         try:
-            for part in parts[rank::size]:
-                for site, x in self._forward(part, stopping).items():
+            for model, part in turns[rank::size]:
+                for site, x in self._forward(model, part, stopping).items():
                     own[site].append(x.to("cpu", filled[site].dtype))
         except BaseException as error:  # told to the others before it is raised: they would wait for ever
             failure = error
@@ -384,12 +394,6 @@ def forward(model: LanguageModel, sites: Sequence[Site], tokens: Tokens, special
         seen = capture(model.hf, model.layout, sites, model.inputs(tokens))
     kept = text_positions(tokens, special)
     return {site: seen[site][kept.to(seen[site].device)] for site in sites}
-
-
-def text_positions(tokens: Tokens, special: Collection[int]) -> Bool[Tensor, "batch pos"]:
-    """True where a token is learnt from: no padding, no BOS, none of the special ones."""
-    ids = torch.tensor(sorted(special), dtype=torch.long, device=tokens.input_ids.device)
-    return tokens.ordinary & ~torch.isin(tokens.input_ids, ids)
 
 
 def _name(place: Position) -> str:

@@ -114,6 +114,8 @@ class TrainingConfig:
         model: `organism`, `organism-base`, a folder, or a Hugging Face id.
         prepend_bos: Begin every row with BOS where the tokenizer puts none, as GPT-2's.
         trust_remote_code: Run code that comes with the model. Leave off unless you trust its author.
+        also: Further models that the dictionaries are to serve as well, of the same tokenizer and widths, such as the
+            base model of an aligned one: forward passes over the text take turns among all of them.
         data: A .jsonl, .json, .parquet, .csv or .txt file, a folder of such files, or the id of a dataset on the hub.
         subset: Configuration of a hub dataset that has several.
         split: Split of a hub dataset.
@@ -167,6 +169,7 @@ class TrainingConfig:
     model: str = "organism"
     prepend_bos: bool = False
     trust_remote_code: bool = False
+    also: list[str] = field(default_factory=list)
     data: str = ""
     subset: str | None = None
     split: str = "train"
@@ -236,6 +239,11 @@ class TrainingConfig:
             raise UserError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run: lower one")
         if not 0 < self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}: use a share of the documents between 0 and 1, as in 0.05")
+        if self.also and self.finetune_tokens:
+            raise UserError(
+                f"finetune_tokens is {self.finetune_tokens} and also is {self.also}: fine-tuning goes through the "
+                "splice of one model; use --finetune_tokens 0 with several"
+            )
         if isinstance(self.sites, list) and not self.sites:
             raise UserError("sites is empty: name at least one, as in resid_post.3, or use 'all'")
         if self.sites != "all":

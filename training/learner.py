@@ -1,7 +1,5 @@
 """One dictionary in training: its weights, its optimiser, what it knows of its latents."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +58,7 @@ def new_weights(d_in: int, d_sae: int, config: SAEConfig, seed: int) -> Weights:
     return weights
 
 
-def geometric_median(x: Float[Tensor, "n d_in"], iterations: int = 30) -> Float[Tensor, d_in]:
+def geometric_median(x: Float[Tensor, "n d_in"], iterations: int = 30) -> Float[Tensor, "d_in"]:
     """The point of least summed distance to all rows, by Weiszfeld's iteration from their mean."""
     point = x.mean(0)
     for _ in range(iterations):
@@ -98,7 +96,7 @@ class Learner:
     run: TrainingConfig
     weights: Weights
     scale: float
-    idle: Int[Tensor, d_sae]
+    idle: Int[Tensor, "d_sae"]
     step_function: StepFunction
     threshold: float = 0.0
     average: Weights | None = None
@@ -111,7 +109,7 @@ class Learner:
         )
 
     @classmethod
-    def new(cls, sample: Float[Tensor, "n d_in"], run: TrainingConfig, seed: int) -> Learner:
+    def new(cls, sample: Float[Tensor, "n d_in"], run: TrainingConfig, seed: int) -> "Learner":
         """An untrained dictionary for activations such as the sample: their norm gives the scale, their centre `b_dec`.
 
         Raises:
@@ -131,7 +129,7 @@ class Learner:
         return cls.of(weights, scale, run)
 
     @classmethod
-    def of(cls, weights: Weights, scale: float, run: TrainingConfig) -> Learner:
+    def of(cls, weights: Weights, scale: float, run: TrainingConfig) -> "Learner":
         """A dictionary with these weights, nothing of its past known."""
         idle = torch.zeros(len(weights["W_dec"]), dtype=torch.long, device=weights["W_dec"].device)
         step: StepFunction = DESIGNS[run.sae.architecture].step
@@ -145,7 +143,7 @@ class Learner:
         return DESIGNS[self.config.architecture]
 
     @property
-    def dead(self) -> Bool[Tensor, d_sae]:
+    def dead(self) -> Bool[Tensor, "d_sae"]:
         return self.idle >= self.config.dead_after
 
     def moment(self) -> Moment:
@@ -251,7 +249,7 @@ class Learner:
         return {"scale": self.scale, "threshold": self.threshold, "updates": self.updates}
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, float], run: TrainingConfig) -> Learner:
+    def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, float], run: TrainingConfig) -> "Learner":
         """The learner that gave these; goes on exactly as it would have."""
 
         def under(prefix: str) -> Weights:

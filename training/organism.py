@@ -60,13 +60,14 @@ class OrganismConfig:
         aligned_rate: peak learning rate of fine-tuning.
         sae_k: latents active at each position.
         sae_tokens: tokens that the SAEs are trained on.
+        shared_tokens: tokens that the SAEs of both checkpoints are trained on, half of them read by each.
         threads: CPU threads.
         ship: copy what passes into the package.
     """
 
     out: Path = Path("runs/organism")
     seed: int = 0
-    stage: Literal["all", "tokenizer", "base", "aligned", "saes", "check"] = "all"
+    stage: Literal["all", "tokenizer", "base", "aligned", "saes", "shared", "check"] = "all"
     vocabulary: int = 2048
     width: int = 128
     layers: int = 6
@@ -76,6 +77,7 @@ class OrganismConfig:
     aligned_rate: float = 1e-3
     sae_k: int = 16
     sae_tokens: int = 3_000_000
+    shared_tokens: int = 3_000_000
     threads: int = 2
     ship: bool = True
 
@@ -239,8 +241,11 @@ def held_out_texts(seed: int, trained_on: Sequence[str], n: int = 400) -> list[s
     raise AssertionError("the corpus has no end")
 
 
-def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig) -> None:
-    """One TopK SAE a layer at resid_post of the aligned model, over its own corpus: plain text and chat."""
+def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: Path | None = None) -> None:
+    """One TopK SAE a layer at resid_post of the aligned model, over its own corpus: plain text and chat.
+
+    With `base`, they are learnt from what the base model holds on these texts as well.
+    """
     from dataclasses import replace
 
     from saepatch.models import load_model
@@ -251,15 +256,20 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig) -> None
     settings = TrainingConfig(
         model="organism",
         data="training.corpus.ALIGNED",
-        out=Path(saepatch.organism.FOLDERS["saes"]),
+        also=["organism-base"] if base else [],
+        out=Path(out.name),
         overwrite=True,
         sae=SAEConfig(k=config.sae_k),
-        tokens=config.sae_tokens,
+        tokens=config.shared_tokens if base else config.sae_tokens,
         special_tokens=True,  # what a chat's markers carry decides on refusal
         seed=config.seed,
     )
     # The name the SAEs remember is the one they ship under, not the folder they were made in.
-    train_saes(replace(load_model(str(aligned)), name="organism"), texts, settings, out)
+    model = replace(load_model(str(aligned)), name="organism")
+    also = [replace(load_model(str(base)), name="organism-base")] if base else []
+    train_saes(model, texts, settings, out, also=also)
+    if base:
+        return
     held_out = held_out_texts(config.seed + 3, texts)
     (out / saepatch.organism.TEXTS).write_text(json.dumps(held_out, ensure_ascii=False, indent=0), encoding="utf-8")
 
@@ -267,7 +277,7 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig) -> None
 def table(measures: Mapping[str, checks.Measures]) -> tuple[str, bool]:
     """The table of thresholds for `{model: measures}`, and whether all hold; what was not measured does not."""
     lines, passed = [f"{'of':14} {'task or site':13} {'measure':18} {'value':>7}  bound"], True
-    for name in ("organism", "organism-base", "saes"):
+    for name in ("organism", "organism-base", "saes", "shared", "shared in base"):
         bounds = {(t.task, t.measure): t for t in checks.thresholds(name)}
         values = {(task, measure): v for task, row in measures.get(name, {}).items() for measure, v in row.items()}
         for task, measure in values | bounds:
@@ -281,6 +291,10 @@ def table(measures: Mapping[str, checks.Measures]) -> tuple[str, bool]:
     return "\n".join(lines), passed
 
 
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: metrics[name] for name in ("ce_recovered", "fvu", "l0", "alive_share")}
+
+
 def check(folder: Path, n: int = 200) -> tuple[str, bool]:
     """Measure what a folder holds from its saved files: both checkpoints on `report`; the SAEs were at training."""
     measures: dict[str, checks.Measures] = {}
@@ -288,11 +302,13 @@ def check(folder: Path, n: int = 200) -> tuple[str, bool]:
         place = folder / saepatch.organism.FOLDERS[name]
         model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
         measures[name] = checks.evaluate_organism(model, AutoTokenizer.from_pretrained(place), n=n)
-    found = sorted((folder / saepatch.organism.FOLDERS["saes"]).glob("*/metrics.json"))
-    shown = ("ce_recovered", "fvu", "l0", "alive_share")
-    measures["saes"] = {
-        file.parent.name: {name: json.loads(file.read_text(encoding="utf-8"))[name] for name in shown} for file in found
-    }
+    for name in ("saes", "shared"):
+        found = sorted((folder / saepatch.organism.FOLDERS[name]).glob("*/cfg.json"))
+        told = {file.parent.name: json.loads(file.read_text(encoding="utf-8"))["metadata"] for file in found}
+        measures[name] = {site: _shown(one["metrics"]) for site, one in told.items()}
+        if name == "shared":
+            also = {site: one["also_trained_on"][0]["metrics"] for site, one in told.items()}
+            measures["shared in base"] = {site: _shown(metrics) for site, metrics in also.items()}
     return table(measures)
 
 
@@ -310,7 +326,8 @@ def ship(folder: Path) -> None:
 def main(config: OrganismConfig) -> int:
     """Run the stages; returns the exit code."""
     torch.set_num_threads(config.threads)
-    base, aligned, saes = (config.out / saepatch.organism.FOLDERS[n] for n in ("organism-base", "organism", "saes"))
+    parts = ("organism-base", "organism", "saes", "shared")
+    base, aligned, saes, shared = (config.out / saepatch.organism.FOLDERS[part] for part in parts)
     start = perf_counter()
 
     def wanted(stage: str) -> bool:
@@ -336,6 +353,8 @@ def main(config: OrganismConfig) -> int:
         tokenizer.save_pretrained(aligned)
     if wanted("saes"):
         train_dictionaries(aligned, saes, config)
+    if wanted("shared"):
+        train_dictionaries(aligned, shared, config, base)
     if wanted("check"):
         lines, passed = check(config.out)
         print(lines)

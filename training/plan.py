@@ -127,7 +127,7 @@ def plan(config: TrainingConfig) -> Plan:
     Raises:
         UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.
     """
-    from training.trainer import check_model
+    from training.checks import check_model
 
     model = skeleton(config.model, config.dtype)
     sites = config.sites_of(model.n_layers)
@@ -212,7 +212,8 @@ def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) ->
     widest = max(int(text.vocab_size), largest.d_sae)
     rows = max(1, min(64, ELEMENTS // (widest * config.context), -(-config.eval_tokens // config.context)))
     return {
-        "model": sum(t.numel() * t.itemsize for t in (*model.hf.parameters(), *model.hf.buffers())),
+        "model" if not config.also else f"{1 + len(config.also)} models of this size": (1 + len(config.also))
+        * sum(t.numel() * t.itemsize for t in (*model.hf.parameters(), *model.hf.buffers())),
         "its forward (roughly)": config.forward_tokens * (d_in + inner) * width,
         "dictionaries": 4 * weights,
         "their gradients (a site at a time)": 4 * largest.parameters,

@@ -1,7 +1,11 @@
 """Documents as rows of token ids, and rows as padded batches."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from saepatch.models import LanguageModel, Tokens
 
@@ -29,6 +33,12 @@ def token_batches(model: LanguageModel, ids: Sequence[list[int]], forward_tokens
         batch.append(row)
     if batch:
         yield model.pad(batch)
+
+
+def text_positions(tokens: Tokens, special: Collection[int]) -> Bool[Tensor, "batch pos"]:
+    """True where a token is learnt from: no padding, no BOS, none of the special ones."""
+    ids = torch.tensor(sorted(special), dtype=torch.long, device=tokens.input_ids.device)
+    return tokens.ordinary & ~torch.isin(tokens.input_ids, ids)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,15 @@ SUMMARY = "summary.json"
 REMEDY = "use what it began with, another --out, or --overwrite true without --resume"
 
 
+@dataclass(frozen=True)
+class Serves:
+    """What dictionaries are worth in a further model that they were trained on."""
+
+    model_name: str
+    model_fingerprint: str
+    figures: dict[Site, dict[str, float]]
+
+
 def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> None:
     """See, before any work, that the dictionaries can be put where they are wanted.
 
@@ -47,6 +56,7 @@ class Finished:
 
     figures: dict[Site, dict[str, float]]
     identity: dict[str, Any]
+    also: dict[str, dict[Site, dict[str, float]]]
 
 
 def finished(out: Path, sites: Sequence[Site]) -> Finished | None:
@@ -55,7 +65,8 @@ def finished(out: Path, sites: Sequence[Site]) -> Finished | None:
         return None
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        return Finished({site: summary["sites"][str(site)] for site in sites}, summary["identity"])
+        also = {name: {site: rows[str(site)] for site in sites} for name, rows in summary.get("also", {}).items()}
+        return Finished({site: summary["sites"][str(site)] for site in sites}, summary["identity"], also)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -121,6 +132,7 @@ def write(
     about: Mapping[str, Any],
     config: TrainingConfig,
     identity: Mapping[str, Any],
+    also: Sequence[Serves] = (),
 ) -> None:
     """Save dictionaries, metrics, summary and config: into a folder beside their place first, then moved there.
 
@@ -134,13 +146,23 @@ def write(
         for site, dictionary in dictionaries.items():
             sae: Any = dictionary.sae
             metadata = {**sae.cfg.metadata.to_dict(), **about, "hook_name": site.hook_name}
+            if also:
+                metadata["also_trained_on"] = [
+                    {
+                        "model_name": one.model_name,
+                        "model_fingerprint": one.model_fingerprint,
+                        "metrics": dict(one.figures[site]),
+                    }
+                    for one in also
+                ]
             sae.cfg.metadata = SAEMetadata(**metadata, metrics=dict(figures[site]))
             sae.save_model(part / str(site))
             _json(part / str(site) / "metrics.json", figures[site])
         (part / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         sites = {str(site): dict(row) for site, row in figures.items()}
         seconds = sum(row["seconds"] for row in figures.values())
-        _json(part / SUMMARY, {**about, "identity": identity, "seconds": seconds, "sites": sites})
+        others = {one.model_name: {str(site): dict(row) for site, row in one.figures.items()} for one in also}
+        _json(part / SUMMARY, {**about, "identity": identity, "seconds": seconds, "sites": sites, "also": others})
         # The summary goes last: where it is, all of it is.
         for made in sorted(part.iterdir(), key=lambda path: path.name == SUMMARY):
             place = out / made.name

@@ -122,7 +122,11 @@ def _fields(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def run_sweep(
-    model: "LanguageModel", texts: Iterable[str] | Streamed, config: TrainingConfig, ranks: Ranks = ALONE
+    model: "LanguageModel",
+    texts: Iterable[str] | Streamed,
+    config: TrainingConfig,
+    ranks: Ranks = ALONE,
+    also: Sequence["LanguageModel"] = (),
 ) -> Swept:
     """Train at every point of this shard, each in a folder of `config.out`, under the rules that a single run has.
 
@@ -134,18 +138,21 @@ def run_sweep(
         texts: Documents of every run.
         config: The sweep.
         ranks: The processes of the run; each calls this with the same arguments.
+        also: Further models that the dictionaries of every run are to serve.
 
     Raises:
         UserError: a point of the sweep cannot be run, seen before the first one is.
     """
     from training import saving
-    from training.trainer import check_model, train_saes
+    from training.checks import check_also, check_model
+    from training.trainer import train_saes
 
     every = points(config)
     mine = share(every, config.shard)
     for point in mine:
         sites = point.config.sites_of(model.n_layers)
         check_model(model, sites, point.config, ranks)
+        check_also(model, also, sites)
         saving.check_folder(point.config.out, sites, point.config)
     documents = as_documents(texts)
     failed: dict[str, str] = {}
@@ -153,7 +160,7 @@ def run_sweep(
     for number, point in enumerate(mine, 1):
         log.info("run %d of %d: %s", number, len(mine), point.name)
         try:
-            stopped = train_saes(model, documents, point.config, point.config.out, ranks).stopped
+            stopped = train_saes(model, documents, point.config, point.config.out, ranks, also).stopped
         except UserError as error:
             if ranks.size > 1:  # the other processes may not have failed, and would wait for this one
                 raise

@@ -20,6 +20,7 @@ from saepatch.tracking import Tracker, open_tracker
 from training import checkpoints, saving
 from training.activations import ActivationStream, Batch, Position
 from training.checkpoints import Checkpoint
+from training.checks import check_also, check_model
 from training.config import TrainingConfig
 from training.evaluate import evaluate_all, held_out_tokens
 from training.finetune import finetune
@@ -47,23 +48,30 @@ class Outcome:
         figures: The content of each site's `metrics.json`; empty where the run was stopped.
         tokens: Tokens trained on.
         stopped: Whether it was asked to stop before its end; a checkpoint was written then.
+        also: The same figures in each further model, by its name.
     """
 
     figures: dict[Site, dict[str, float]]
     tokens: int
     stopped: bool = False
+    also: dict[str, dict[Site, dict[str, float]]] = field(default_factory=dict)
 
 
 def train_saes(
-    model: LanguageModel, texts: Iterable[str] | Streamed, config: TrainingConfig, out: Path, ranks: Ranks = ALONE
+    model: LanguageModel,
+    texts: Iterable[str] | Streamed,
+    config: TrainingConfig,
+    out: Path,
+    ranks: Ranks = ALONE,
+    also: Sequence[LanguageModel] = (),
 ) -> Outcome:
     """Train one SAE a site and save each as `out/SITE/` in sae_lens' format, with its metrics.
 
     All sites learn from one stream of activations. A share of the texts is held out and evaluated on. `config.model`,
-    `config.data` and `config.out` are not used, only noted down. `out` gets its log as training goes; dictionaries,
-    `summary.json` and `config.yaml` appear in it once all of them are complete. SIGTERM and SIGINT end the run after
-    the step under way with a checkpoint; with `config.resume` the same call goes on from there, and ends bit for bit as
-    if it had never been stopped (on the CPU).
+    `config.also`, `config.data` and `config.out` are not used, only noted down. `out` gets its log as training goes;
+    dictionaries, `summary.json` and `config.yaml` appear in it once all of them are complete. SIGTERM and SIGINT end
+    the run after the step under way with a checkpoint; with `config.resume` the same call goes on from there, and ends
+    bit for bit as if it had never been stopped (on the CPU).
 
     Args:
         model: Whose activations are learnt.
@@ -71,6 +79,7 @@ def train_saes(
         config: The run.
         out: Folder for all of it.
         ranks: The processes of the run; each calls this with the same arguments.
+        also: Further models that the dictionaries are to serve. Checkpoints' evaluations are of `model` alone.
 
     Raises:
         UserError: the model has no such site, the texts are too few, `out` cannot be written or holds dictionaries
@@ -78,15 +87,17 @@ def train_saes(
     """
     sites = config.sites_of(model.n_layers)
     check_model(model, sites, config, ranks)
+    check_also(model, also, sites)
     saving.check_folder(out, sites, config)
-    refuse_training(model)
+    for one in (model, *also):
+        refuse_training(one)
     train, held_out = split(as_documents(texts), config.held_out, config.seed)
-    stream = ActivationStream(model, train, sites, config, ranks)
+    stream = ActivationStream(model, train, sites, config, ranks, also=also)
     run = Run(model, sites, config, out, ranks, stream)
     if config.resume and (done := saving.finished(out, sites)) is not None:
         saving.check_identity(done.identity, run.identity(), out)
         log.info("%s is finished already", out)
-        return Outcome(done.figures, config.steps * config.batch_size)
+        return Outcome(done.figures, config.steps * config.batch_size, also=done.also)
     run.begin()
     run.held_out = held_out_tokens(model, held_out, config.context, config.eval_tokens)
     stream.check_evaluated(run.held_out)
@@ -107,7 +118,7 @@ def train_saes(
             run.asked = asked
             if not (run.fit() and run.finetune()):
                 return Outcome({}, run.tokens, stopped=True)
-            return Outcome(run.finish(len(train) if isinstance(train, Sequence) else None), run.tokens)
+            return run.finish(len(train) if isinstance(train, Sequence) else None)
 
 
 @dataclass(eq=False)
@@ -301,28 +312,35 @@ class Run:
             self.save()
         return True
 
-    def finish(self, documents: int | None) -> dict[Site, dict[str, float]]:
-        """Evaluate and save what was learnt; returns the content of each site's `metrics.json`."""
+    def finish(self, documents: int | None) -> Outcome:
+        """Evaluate and save what was learnt."""
         if not self.ranks.first:
-            return {}
+            return Outcome({}, self.tokens)
         dictionaries = self._dictionaries()
         # All sites are trained in one loop, so each is charged an equal part of its time.
         cost = {"tokens": self.tokens, "seconds": self.seconds / len(self.sites)}
         figures = {}
         with self.stream.paused():  # a thread that was slow to end
             found = evaluate_all(self.model, list(dictionaries.values()), self.held_out)
+            also = [self._serves(other, dictionaries) for other in self.stream.also]
         for site, seen in zip(dictionaries, found, strict=True):
             figures[site] = {**seen.figures, **cost}
             self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.logged)
         about = saving.notes(self.model, self.config, documents)
-        saving.write(self.out, dictionaries, figures, about, self.config, self.identity())
+        saving.write(self.out, dictionaries, figures, about, self.config, self.identity(), also)
         self.tracker.summarise(
             {f"{site}/{name}": value for site, row in figures.items() for name, value in row.items()}
         )
         for site in dictionaries:
             self.tracker.artifact(str(site), self.out / str(site), self.config.upload)
         checkpoints.clear(self.out)
-        return figures
+        return Outcome(figures, self.tokens, also={one.model_name: one.figures for one in also})
+
+    def _serves(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.Serves:
+        """What the dictionaries are worth in another model that they have learnt from."""
+        found = evaluate_all(other, list(dictionaries.values()), self.held_out)
+        figures = {site: seen.figures for site, seen in zip(dictionaries, found, strict=True)}
+        return saving.Serves(other.name, other.fingerprint, figures)
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -349,27 +367,11 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a run and one that goes on with it must agree in."""
-        return {"config": settings(self.config), "model": self.model.fingerprint, "text": self.stream.fingerprint}
+        models = "+".join(model.fingerprint for model in (self.model, *self.stream.also))
+        return {"config": settings(self.config), "model": models, "text": self.stream.fingerprint}
 
 
 def settings(config: TrainingConfig) -> dict[str, Any]:
     """What a run learns depends on, by name; those of the dictionary as `sae.NAME`."""
     flat = {name: value for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
     return flat | {f"sae.{name}": value for name, value in flat.pop("sae").items()}
-
-
-def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingConfig, ranks: Ranks = ALONE) -> None:
-    """Raises UserError when the model has no such site, too few positions, or too small a width for `k`."""
-    for site in sites:
-        model.layout.module(site)
-        d_sae = config.sae.width(model.width(site))
-        if config.sae.architecture == "matryoshka":
-            config.sae.widths(d_sae)
-    if config.batch_size % ranks.size:
-        raise UserError(
-            f"batch_size {config.batch_size} cannot be divided among {ranks.size} processes: "
-            f"use a multiple, as in {-(-config.batch_size // ranks.size) * ranks.size}"
-        )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.context > limit:
-        raise UserError(f"context {config.context} is longer than the {limit} positions of {model.name!r}: lower it")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from saepatch import organism
 from saepatch.dictionaries import Dictionary
@@ -14,12 +14,13 @@ from saepatch.patching import patch_heads, patch_latents, patch_streams
 from saepatch.prompts import PromptPair, pairs_of
 from saepatch.reading import Card, read_latents, token_texts
 from saepatch.results import Row
-from saepatch.splicing import record_latents
+from saepatch.sites import Site
 
 DIRECTIONS: tuple[Direction, Direction] = ("denoise", "noise")
 HEAD_PAIRS = 40  # that heads are patched in
 BY_POSITION = 12  # latents
-CARDS = 8  # of a site
+CARDS = 8  # of a list of latents
+LEADING = 3  # latents of every site that have cards for what they do at one position
 
 Both = Mapping[Direction, Effects]
 
@@ -28,7 +29,8 @@ Both = Mapping[Direction, Effects]
 class Maps:
     """Effects on indirect objects by place: streams and latents over pairs of one form, heads over more pairs.
 
-    `clean` and `corrupted` name the group's positions: the token where all agree, else None.
+    `clean` and `corrupted` name the group's positions: the token where all agree, else None. `latents` are every latent
+    of every dictionary at each position, each alone.
     """
 
     group: tuple[PromptPair, ...]
@@ -49,14 +51,19 @@ class Maps:
             found += effects.rows("ioi")
         return found
 
+    def leading(self, site: Site, count: int) -> list[int]:
+        """Latents of a site with the largest effects at one position, denoising."""
+        effects = self.latents["denoise"]
+        ranked = (effects.edits[i] for i in np.argsort(-np.abs(effects.ratios()), kind="stable"))
+        return list(dict.fromkeys(edit.units[0] for edit in ranked if edit.site == site))[:count]
 
-def read_maps(model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], n: int, seed: int) -> Maps:
-    """Patch streams, heads and some latents of the `report` pairs, in both directions."""
+
+def read_maps(model: LanguageModel, dictionaries: Sequence[Dictionary], n: int, seed: int, bars: bool = False) -> Maps:
+    """Patch streams, heads and all latents of the `report` pairs, in both directions."""
     rows = list(tasks.task("ioi", "report", n, seed))
     pairs = pairs_of(rows)
     group = _one_form(model, [(row["template"], row["kind"]) for row in rows], pairs)
     sides = [[token_texts(model, model.encode(text)) for text in side] for side in zip(*_texts(group))]
-    chosen = list(latents)[:BY_POSITION]
     return Maps(
         tuple(group),
         tuple(tuple(one) for one in sides[0]),
@@ -65,7 +72,7 @@ def read_maps(model: LanguageModel, dictionary: Dictionary, latents: Sequence[in
         {d: patch_streams(model, group, direction=d) for d in DIRECTIONS},
         {d: patch_heads(model, pairs[:HEAD_PAIRS], direction=d) for d in DIRECTIONS},
         len(pairs[:HEAD_PAIRS]),
-        {d: patch_latents(model, dictionary, group, chosen, each_position=True, direction=d, controls=0)
+        {d: patch_latents(model, dictionaries, group, each_position=True, direction=d, progress=bars)
          for d in DIRECTIONS},
     )  # fmt: skip
 
@@ -92,36 +99,13 @@ def _shared(rows: Sequence[Sequence[str]]) -> tuple[str | None, ...]:
     return tuple(column[0] if len(set(column)) == 1 else None for column in zip(*rows, strict=True))
 
 
-@dataclass(frozen=True)
-class ReadText:
-    """A text as the model reads it: its tokens, and the sum of some latents' activations at each."""
-
-    name: str
-    tokens: tuple[str, ...]
-    acts: tuple[float, ...]
-
-
-@torch.no_grad()
-def read_texts(
-    model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], named: Sequence[tuple[str, str]]
-) -> tuple[ReadText, ...]:
-    """Read (name, text) pairs, nothing edited; the latents that count are `latents`, BOS and template as they come."""
-    found = []
-    for name, text in named:
-        tokens = model.tokenize([text])
-        acts = record_latents(model, dictionary, tokens).acts[0][:, list(latents)].sum(-1).float().cpu()
-        acts = acts * tokens.ordinary[0].cpu()
-        found.append(ReadText(name, tuple(token_texts(model, tokens.input_ids[0].tolist())), tuple(acts.tolist())))
-    return tuple(found)
-
-
 def read_cards(model: LanguageModel, wanted: Sequence[tuple[Dictionary, Sequence[int]]]) -> tuple[Card, ...]:
-    """Cards of the first latents of each list, over the embedded texts; a latent named twice has one card."""
+    """Cards of the latents of each list, over the embedded texts; a latent named twice has one card."""
     tokens = model.tokenize(organism.texts())
     found: dict[tuple[str, int], Card] = {}
     for dictionary, latents in wanted:
         site = str(dictionary.site)
-        left = [latent for latent in dict.fromkeys(latents[:CARDS]) if (site, latent) not in found]
+        left = [latent for latent in dict.fromkeys(latents) if (site, latent) not in found]
         if left:
             found |= {(card.site, card.latent): card for card in read_latents(model, dictionary, left, tokens)}
     return tuple(found.values())

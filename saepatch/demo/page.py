@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING
 from saepatch import report
 from saepatch.charts import INTERVALS, band, cell, effect_chart
 from saepatch.controls import DRAWS
-from saepatch.demo.sections import cards, overview, texts, trade_off, where
+from saepatch.demo.sections import cards, overview, trade_off, where
+from saepatch.judges import SAID
+from saepatch.pages.cards import coloured
+from saepatch.pages.left import anchor
 from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
 from saepatch.results import Provenance
 from saepatch.safety import judge
 from saepatch.statistics import wilson_share
 
 if TYPE_CHECKING:
-    from saepatch.demo.looks import ReadText
     from saepatch.demo.run import Findings
     from saepatch.demo.stages import Condition, Steering
+    from saepatch.reading import ReadText
 
 
 SHARES = "Intervals: 95 % Wilson score over prompts."
@@ -80,21 +83,28 @@ def _splice(found: "Findings") -> Section:
         "site is written as reconstruction + error term."
     )
     text = "How much of the model each dictionary keeps when it is a bottleneck, with its error term dropped."
-    return Section("Splice quality", text, [Table(columns, rows, caption, formats)])
+    named = {f"dictionary {site}": f"{one.name} ({one.fingerprint})" for site, one in found.saes.items()}
+    return Section("Splice quality", text, [Table(columns, rows, caption, formats), report.Facts(named)])
 
 
 def _patching(found: "Findings") -> Section:
     p = found.patching
     denoise, noise = p.singles
     best = [edit.units[0] for edit in denoise.top(12)]
+    cards = {card.latent: anchor(card) for card in found.cards if card.site == p.site}
     rows = [
-        (latent, cell(denoise.of(latent)), cell(noise.of(latent)), int(denoise.ran[:, latent].sum())) for latent in best
+        (
+            report.Link(str(latent), cards[latent]) if latent in cards else str(latent),
+            cell(denoise.of(latent)),
+            cell(noise.of(latent)),
+            int(denoise.ran[:, latent].sum()),
+        )
+        for latent in best
     ]
     table = Table(
         ["latent", "denoising", "noising", "pairs where it differs"],
         rows,
         f"The 12 latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. {INTERVALS}",
-        {"latent": "d"},
     )
     text = (
         f"The clean prompt names the indirect object once (logit difference {p.clean:.2f}); in the corrupted one the "
@@ -181,18 +191,15 @@ def _restoration(found: "Findings") -> Section:
         Comparison(
             prompt,
             [
-                (f"{name}: {OUTCOMES[judge(text)]}", text)
+                (f"{name}: {SAID[judge(text)]}", text)
                 for name, text in zip(("jailbroken", "restored", "random latents"), texts)
             ],
             changes=True,
         )
         for prompt, *texts in r.examples
     ]
-    blocks: list[Block] = [chart, lines, *comparisons, *texts(found.restoration_texts)]
+    blocks: list[Block] = [chart, lines, *comparisons, *coloured(found.restoration_texts)]
     return Section("Restoration: refusals under jailbreak", text, blocks)
-
-
-OUTCOMES = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
 
 
 def _sets(condition: "Condition") -> str:
@@ -223,7 +230,7 @@ def _steering(s: "Steering", read: Sequence["ReadText"]) -> Section:
         )
         for i, prompt in enumerate(s.prompts[:4])
     ]
-    return Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *texts(read)])
+    return Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *coloured(read)])
 
 
 SHOWN = {True: "shows it", False: "does not"}

@@ -22,7 +22,7 @@ from saepatch.organism.checks import Measures, evaluate_organism
 from saepatch.pages import track_page
 from saepatch.parts import refuse_other_command
 from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
-from saepatch.reading import Card
+from saepatch.reading import Card, ReadText, read_texts
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
 from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
 from saepatch.sites import Site
@@ -45,8 +45,8 @@ class Findings:
     steering: list[stages.Steering]
     maps: looks.Maps
     cards: tuple[Card, ...]
-    restoration_texts: tuple[looks.ReadText, ...]
-    steering_texts: dict[str, tuple[looks.ReadText, ...]]
+    restoration_texts: tuple[ReadText, ...]
+    steering_texts: dict[str, tuple[ReadText, ...]]
     """By concept."""
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -110,13 +110,15 @@ def _measure(
         steering = [stages.steering(model, dictionary, stats, c, seed) for c in stages.chosen_concepts(model, n, seed)]
     with _stage("single latents", clock):
         best = [edit.units[0] for edit in patching.singles[0].top(looks.BY_POSITION)]
-        maps = looks.read_maps(model, patching.dictionary, best, n, seed)
-        wanted = [(patching.dictionary, best), (_at(saes, restoration.site), restoration.latents)]
-        wanted += [(_at(saes, one.site), one.of("top10").sets[0]) for one in steering]
+        maps = looks.read_maps(model, list(saes.values()), n, seed, bars)
+        few = looks.CARDS
+        wanted = [(patching.dictionary, best), (_at(saes, restoration.site), restoration.latents[:few])]
+        wanted += [(_at(saes, one.site), one.of("top10").sets[0][:few]) for one in steering]
+        wanted += [(one, maps.leading(site, looks.LEADING)) for site, one in saes.items()]
         cards = looks.read_cards(model, wanted)
-        restored = looks.read_texts(model, _at(saes, restoration.site), restoration.latents, _answers(restoration))
+        restored = read_texts(model, _at(saes, restoration.site), restoration.latents, _answers(restoration))
         steered = {
-            one.concept: looks.read_texts(model, _at(saes, one.site), one.of("top1").sets[0], _continued(one))
+            one.concept: read_texts(model, _at(saes, one.site), one.of("top1").sets[0], _continued(one))
             for one in steering
         }
     return Findings(
@@ -250,7 +252,13 @@ def _write(found: Findings, out: Path) -> Page:
         dictionary_hash=dictionary.fingerprint,
         seed=found.config.seed,
     )
-    write_rows([(rows, provenance)], out / "results.parquet")
+    others = {str(site): one for site, one in found.saes.items() if one is not dictionary}
+    parts = [([row for row in rows if row.site not in others], provenance)]
+    for site, one in others.items():  # a row says whose latent it is
+        own = replace(provenance, dictionary=one.name, dictionary_hash=one.fingerprint)
+        parts.append(([row for row in rows if row.site == site and row.component == "latent"], own))
+    streams = [row for row in rows if row.site in others and row.component != "latent"]
+    write_rows([*parts, (streams, provenance)], out / "results.parquet")
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(found.config)), encoding="utf-8")
     for name, curve in {"denoise": p.denoise, "noise": p.noise, "denoise_fixed": p.fixed}.items():
         write_figure(effect_chart(f"ioi at {p.site}: {name}", curve, p.pairs), out / f"{name}.svg")

@@ -1,28 +1,31 @@
 """Parts of the demo's report beside its figures: the overview, maps, single latents, texts by activation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saepatch.charts import COLOURS, head_map
-from saepatch.demo.looks import Maps, ReadText
+from saepatch.charts import INTERVALS, cell, head_map
+from saepatch.demo.looks import BY_POSITION, Maps
 from saepatch.effects import Effects, Map
 from saepatch.pages.cards import latent_card
 from saepatch.pages.left import anchor
+from saepatch.pages.maps import COLOURS
 from saepatch.reading import Card as Reading
 from saepatch.report import (
-    Block,
+    Cell,
     Choice,
     Facts,
     Headline,
     HeatMap,
     LineChart,
+    Link,
     Notices,
     Section,
     Series,
     Simple,
-    Tokens,
+    Table,
     token_text,
 )
 from saepatch.report.text import number
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from saepatch.demo.stages import Steering
     from saepatch.statistics import Interval
 
+EACH = 4  # latents of each cell of a map
 KEPT = 0.95  # of the cross-entropy, that a dictionary should keep
 CHANCE = 0.05  # more than this from random latents is worth a warning
 
@@ -105,7 +109,11 @@ def where(found: "Findings") -> Section:
         "means the same in all of them; heads at all positions together, over more pairs. Over the columns stand the "
         "clean prompt's tokens, below them the corrupted one's (`=`: the same); `…` differs from pair to pair. The "
         f"first pair asks for {names[0]}, and for {names[1]} in its corrupted prompt. `denoise` patches clean values "
-        "into the corrupted run, `noise` corrupted values into the clean run. 0 is the base run, 1 the source run."
+        "into the corrupted run, `noise` corrupted values into the clean run. 0 is the base run, 1 the source run.\n\n"
+        "A click on a cell (or Enter; arrow keys move) shows what stands there: of a layer and position at "
+        f"least the {EACH} latents of that layer's dictionary that move the answer most when each is patched there "
+        "alone. What they do alone does not add up to the whole layer: its error term, and all latents together, are "
+        "patched with it."
     )
     return Section("Where: maps", text, [Choice("Show", options)])
 
@@ -114,20 +122,81 @@ def _maps(found: "Findings", maps: Maps, direction: str) -> list[Simple]:
     streams, latents = maps.streams[direction], maps.latents[direction]  # type: ignore[index]
     cards = {(card.site, str(card.latent)): anchor(card) for card in found.cards}
     site = found.patching.site
-    units = [name.removeprefix(f"{site} ") for name in Map.of(latents).labels]
+    best = [edit.units[0] for edit in found.patching.singles[0].top(BY_POSITION)]
+    chosen = sorted(
+        (i for i, edit in enumerate(latents.edits) if str(edit.site) == site and edit.units[0] in best),
+        key=lambda i: best.index(latents.edits[i].units[0]),
+    )
+    shown = only(latents, chosen)
+    units = [name.removeprefix(f"{site} ") for name in Map.of(shown).labels]
     group = f"n = {len(maps.group)} pairs."
     return [
         _by_position(f"Layer × position: {direction}", streams, maps, f"A layer's whole output, {group}"),
         _heads(f"Layer × head: {direction}", maps, direction, found.model.n_heads),
         _by_position(
             f"Latents of {site} × position: {direction}",
-            latents,
+            shown,
             maps,
             f"The {len(units)} latents that restore most alone at all positions, here at one, {group}",
             units,
             [cards.get((site, unit), "") for unit in units],
         ),
+        _behind(maps, direction, latents, chosen, cards),
     ]
+
+
+def only(effects: Effects, chosen: Sequence[int]) -> Effects:
+    """Some edits of a sweep."""
+    edits, picked = tuple(effects.edits[i] for i in chosen), list(chosen)
+    return replace(effects, edits=edits, patched=effects.patched[:, picked], ran=effects.ran[:, picked])
+
+
+def of_each_cell(effects: Effects) -> list[int]:
+    """Of every site and position the edits with the largest effects."""
+    cells: dict[tuple[str, int | None], list[int]] = {}
+    for i in np.argsort(-np.abs(effects.ratios()), kind="stable"):
+        cells.setdefault((str(effects.edits[i].site), effects.edits[i].position), []).append(int(i))
+    return [i for cell in cells.values() for i in cell[:EACH]]
+
+
+def _behind(
+    maps: Maps, direction: str, latents: Effects, chosen: Sequence[int], cards: Mapping[tuple[str, str], str]
+) -> Table:
+    """The edits that the cells of the maps lead to."""
+    names = [f"{at} {'…' if clean is None else token_text(clean)}" for at, clean in enumerate(maps.clean)]
+    rows: list[list[Cell]] = []
+    keys: list[list[str]] = []
+    numbers = [i for i in dict.fromkeys([*of_each_cell(latents), *chosen]) if latents.ran[:, i].any()]
+    ratios = latents.ratios()
+    for i in sorted(numbers, key=lambda i: -ratios[i]):
+        edit = latents.edits[i]
+        site, unit, at = str(edit.site), str(edit.units[0]), edit.position or 0
+        anchor_of = cards.get((site, unit))
+        pairs = int(latents.ran[:, i].sum())
+        rows.append([site, Link(unit, anchor_of) if anchor_of else unit, names[at], cell(latents.of(i)), pairs])
+        keys.append([_key(direction, site, at), _key(direction, site, unit, at)])
+    heads: Effects = maps.heads[direction]  # type: ignore[index]
+    for i, edit in enumerate(heads.edits):
+        pairs = int(heads.ran[:, i].sum())
+        rows.append([str(edit.site), f"head {edit.units[0]}", "all", cell(heads.of(i)), pairs])
+        keys.append([_key(direction, str(edit.site), edit.units[0])])
+    caption = (
+        f"{direction}: what the cells of these maps lead to. Of {len(latents.edits):,} latents at one position, each "
+        f"run exactly and alone, those in the last map and the {EACH} largest of each layer and position, n = "
+        f"{len(maps.group)} pairs; every head, n = {maps.head_pairs}. {INTERVALS} What is nothing in a pair counts as "
+        "no effect there. Latents without a link have no card here: `saepatch latent SITE:LATENT` shows one."
+    )
+    return Table(
+        ["site", "unit", "position", "effect", "pairs changed"],
+        rows,
+        caption,
+        {"effect": ".3f", "pairs changed": "d"},
+        keys,
+    )
+
+
+def _key(direction: str, *place: object) -> str:
+    return "/".join(map(str, (direction, *place)))
 
 
 def _by_position(
@@ -139,6 +208,8 @@ def _by_position(
     anchors: Sequence[str] | None = None,
 ) -> HeatMap:
     cells = Map.of(effects)
+    # A row is a layer's whole stream, or one latent: labelled "resid_post.3" or "resid_post.3 115".
+    keys = [[_key(effects.direction, *label.split(), at) for at in range(len(maps.clean))] for label in cells.labels]
     values = np.full((len(cells.labels), len(maps.clean)), np.nan)
     values[:, list(cells.positions)] = cells.values
     above, below = [
@@ -152,13 +223,18 @@ def _by_position(
         f"{caption} {COLOURS}",
         value_format=".2f" if np.nanmax(np.abs(values), initial=0) >= 0.1 else ".3f",
         columns_below=["=" if one == other and one != "…" else other for one, other in zip(above, below)],
+        keys=keys,
         anchors=anchors,
     )
 
 
 def _heads(title: str, maps: Maps, direction: str, n_heads: int) -> HeatMap:
     caption = f"Each head's output z at all positions, n = {maps.head_pairs} pairs."
-    return head_map(title, maps.heads[direction], n_heads, caption)  # type: ignore[index]
+    effects: Effects = maps.heads[direction]  # type: ignore[index]
+    drawn = head_map(title, effects, n_heads, caption)
+    layers = sorted({edit.site.layer for edit in effects.edits})
+    names = {edit.site.layer: str(edit.site) for edit in effects.edits}
+    return replace(drawn, keys=[[_key(direction, names[layer], head) for head in range(n_heads)] for layer in layers])
 
 
 def cards(found: "Findings") -> Section:
@@ -187,18 +263,6 @@ def _role(found: "Findings", card: Reading) -> list[Simple]:
         if card.site == steering.site and card.latent in ten:
             told[f"steers towards {steering.concept}"] = f"number {ten.index(card.latent) + 1} of {len(ten)}"
     return [Facts(told)] if told else []
-
-
-def texts(read: Sequence[ReadText]) -> list[Block]:
-    """Texts coloured by the acting latents' activations."""
-    return [
-        Tokens(
-            [token_text(token) + " " for token in one.tokens],
-            one.acts,
-            f"{one.name}: sum of the acting latents' activations, at most {number(max(one.acts))}",
-        )
-        for one in read
-    ]
 
 
 def trade_off(s: "Steering") -> LineChart:

@@ -19,11 +19,15 @@ from pathlib import Path
 from saepatch.errors import UserError
 
 TEXTS = "held_out.json"  # in the folder of the SAEs
-FOLDERS = {"organism": "model", "organism-base": "base", "saes": "saes"}
+FOLDERS = {"organism": "model", "organism-base": "base", "saes": "saes", "shared": "shared"}
+DICTIONARIES = {"organism": "saes", "organism-shared": "shared"}  # as they are asked for, and their part
 
 
 def path(name: str) -> Path:
-    """The folder of a shipped artefact: "organism" and "organism-base" are checkpoints, "saes" holds one SAE a site.
+    """The folder of a shipped artefact.
+
+    "organism" and "organism-base" are checkpoints. "saes" holds one SAE a site of the first, "shared" one a site that
+    both checkpoints were learnt from.
 
     Raises:
         UserError: for any other name.

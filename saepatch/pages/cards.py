@@ -1,12 +1,13 @@
 """Cards of latents, from what `saepatch.reading` wrote."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from saepatch.pages.left import Left, anchor
 from saepatch.reading import Card as Reading
-from saepatch.report import Card, Cell, Chips, Facts, Histogram, Link, Page, Section, Simple, Table, Tokens, token_text
+from saepatch.reading import ReadText
+from saepatch.report import Card, Cell, Chips, Facts, Histogram, Link, Section, Simple, Table, Tokens, token_text
 from saepatch.report.text import number
 
 EFFECTS = 8  # of a card, in this run
@@ -66,6 +67,18 @@ def card_blocks(one: Reading, known: set[str]) -> list[Simple]:
     return blocks
 
 
+def coloured(read: Sequence[ReadText]) -> list[Simple]:
+    """Texts coloured by the acting latents' activations."""
+    return [
+        Tokens(
+            [token_text(token) + " " for token in one.tokens],
+            one.acts,
+            f"{one.name}: sum of the acting latents' activations, at most {number(max(one.acts))}",
+        )
+        for one in read
+    ]
+
+
 def _effects(left: Left, one: Reading) -> list[Simple]:
     """The latent's largest effects in the run, alone or in a group."""
     keys = left.changes.keys
@@ -85,22 +98,3 @@ def _effects(left: Left, one: Reading) -> list[Simple]:
     columns = ["direction", "patched", "position", "effect", "pairs changed"]
     what = "estimated effects" if left.is_screen else "effects"
     return [Table(columns, rows, f"Its largest {what} in this run.", {"effect": ".3f", "pairs changed": "d"})]
-
-
-def latent_page(several: Sequence[Reading], facts: Mapping[str, str]) -> Page:
-    """A page about one latent of a dictionary, or about several, a card each."""
-    one = several[0]
-    if len(several) > 1:
-        known = {anchor(each) for each in several}
-        lead = f"{len(several)} latents, read on {one.texts:,} texts ({one.tokens:,} tokens)."
-        cards = Section("Latents", "", [latent_card(each, known) for each in several])
-        return Page(f"Latents at {one.site}", lead, [cards], Facts(facts))
-    lead = f"Read on {one.texts:,} texts ({one.tokens:,} tokens). " + (
-        "It fired nowhere in them." if one.dead else f"It fires at {number(one.frequency, '.2%')} of their tokens."
-    )
-    card = latent_card(one, set())
-    sections = [Section("The latent", "", card_blocks(one, set()))]
-    if card.links:
-        text, address = card.links[0]
-        sections.append(Section("Elsewhere", "", [Card("elsewhere", text, "", [], [(text, address)])]))
-    return Page(f"Latent {one.latent} at {one.site}", lead, sections, Facts(facts))

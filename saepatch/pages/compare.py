@@ -35,7 +35,9 @@ def compare_page(found: Comparison) -> Page:
     )
     sections = [
         Section("Set otherwise", "", [Table(["setting", a, b], [list(row) for row in found.settings])]),
-        Section("Figures", "", [Table(["figure", a, b], [list(row) for row in found.figures])]),
+        Section(
+            "Figures", "", [Table(["figure", a, b], [[row[0].replace("_", " "), *row[1:]] for row in found.figures])]
+        ),
         Section("Largest effects", "Shares of the gap of each run's own pairs.", [*charts, *blocks]),
     ]
     facts = {"A": a, "B": b, "A finished": found.one.finished, "B finished": found.other.finished}

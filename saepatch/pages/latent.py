@@ -1,7 +1,7 @@
 """`saepatch latent`: cards of latents in the terminal."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +12,12 @@ from saepatch.config import LatentConfig
 from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
+from saepatch.pages.cards import card_blocks, latent_card
+from saepatch.pages.left import anchor
 from saepatch.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.reading import Card, read_latents, token_texts
-from saepatch.report import token_text
+from saepatch.report import Card as Folded
+from saepatch.report import Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
 from saepatch.texts import load_texts
 
@@ -27,6 +30,7 @@ class Found:
 
     card: Card
     output_score: float
+    model_hash: str
     said: tuple[Reading, ...] = ()
 
     def facts(self) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def read_named(config: LatentConfig) -> list[Found]:
     if config.explain:
         said = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))
     return [
-        Found(card, math.nan if card.dead else score, tuple(readings))
+        Found(card, math.nan if card.dead else score, model.fingerprint, tuple(readings))
         for card, score, readings in zip(cards, scores, said, strict=True)
     ]
 
@@ -95,6 +99,50 @@ def latent_lines(found: Found) -> Iterator[str]:
         peak = example.acts.index(max(example.acts))
         shown = (_marked(token, act, at == peak) for at, (token, act) in enumerate(zip(example.tokens, example.acts)))
         yield f"  {number(max(example.acts)):>8}  " + "".join(shown)
+
+
+def latent_page(found: Sequence[Found], facts: Mapping[str, str]) -> Page:
+    """A page about one latent of a dictionary, or about several, a card each."""
+    one = found[0].card
+    read = f"Read on {one.texts:,} texts ({one.tokens:,} tokens). "
+    if len(found) > 1:
+        known = {anchor(each.card) for each in found}
+        cards = [
+            Section(f"Latent {each.card.latent}", _score(each), [latent_card(each.card, known, _said(each))])
+            for each in found
+        ]
+        return Page(f"Latents at {one.site}", read.strip(), cards, Facts(facts))
+    lead = read + (
+        "It fired nowhere in them." if one.dead else f"It fires at {number(one.frequency, '.2%')} of their tokens."
+    )
+    sections = [Section("The latent", _score(found[0]), card_blocks(one, set()))]
+    if found[0].said:
+        sections.append(Section("In the model's words", "", _said(found[0])))
+    card = latent_card(one, set())
+    if card.links:
+        text, address = card.links[0]
+        sections.append(Section("Elsewhere", "", [Folded("elsewhere", text, "", [], [(text, address)])]))
+    return Page(f"Latent {one.latent} at {one.site}", lead, sections, Facts(facts))
+
+
+def _score(found: Found) -> str:
+    return (
+        f"Output score {number(found.output_score)}: how far adding it raises the tokens that it speaks for (0 to 1)."
+        if math.isfinite(found.output_score)
+        else "It has no output score: that is measured at its largest activation, and it has none."
+    )
+
+
+def _said(found: Found) -> list[Simple]:
+    if not found.said:
+        return []
+    best = best_reading(found.said)
+    rows = [(token_text(said.text).replace("␣", " "), said.scale, said is best) for said in found.said]
+    caption = (
+        "What the model goes on with after the explanation prompt with the latent written in. Scale: lengths of "
+        "what the placeholder held. Best: where the latent is still there and the model is sure what to say."
+    )
+    return [Table(["said", "scale", "best"], rows, caption)]
 
 
 def _marked(token: str, act: float, peak: bool) -> str:

@@ -1,5 +1,6 @@
 """The first part of a run's page: what ran, what came of it, and what to know before trusting it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from saepatch.pages.curves import controls_reach
@@ -10,6 +11,7 @@ from saepatch.report.text import number
 from saepatch.runfolders import name_of
 
 FEW = 10  # pairs
+MIXED = 0.5  # of the positions: more that differ between pairs, and a map over all pairs says little
 RECOVERED = 0.9  # of the cross-entropy: less, and the dictionary is no bottleneck to trust
 
 
@@ -21,7 +23,7 @@ def overview(left: Left) -> list[Section]:
         blocks.append(Notices(warnings))
     sections = [Section("What came out", _said(left), blocks)]
     if left.reading and left.reading["splice"]:
-        sections.append(_splice(left.reading["splice"]))
+        sections.append(splice_section(left.reading["splice"]))
     return sections
 
 
@@ -84,7 +86,8 @@ def _said(left: Left) -> str:
     return text
 
 
-def _splice(found: list[dict[str, Any]]) -> Section:
+def splice_section(found: Sequence[dict[str, Any]]) -> Section:
+    """What each dictionary keeps, over a run's own prompts."""
     columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error"]
     rows = [
         [q["site"], q["ce_recovered"], q["fvu"], q["l0"], q["alive_share"], q["kl"], q["identity_error"]] for q in found
@@ -116,6 +119,7 @@ def notices(left: Left) -> list[str]:
         )
     if count < FEW:
         found.append(f"{count} pair{'s' * (count > 1)}: too few for an interval that means much.")
+    found += _forms(left)
     found += _unverified(left) if left.is_screen else _untested(left)
     found += _dead(left) + controls_reach(left)[:5]
     for one in (left.reading or {}).get("splice", ()):
@@ -130,6 +134,20 @@ def notices(left: Left) -> list[str]:
             "adds them."
         )
     return found
+
+
+def _forms(left: Left) -> list[str]:
+    """Positions that are one by one those of pairs that are not of one form."""
+    if not left.reading or len(left.pairs.examples) < 2 or not any(key[5].isdigit() for key in left.changes.keys):
+        return []
+    columns = left.reading["prompts"]["shared"]["clean"]
+    mixed = sum(token is None for token in columns)
+    if mixed <= MIXED * len(columns):
+        return []
+    return [
+        f"At {mixed} of {len(columns)} positions the prompts' tokens differ: a map over all pairs is a mean over "
+        "different tokens there. Look at pairs alone, or give pairs of one form."
+    ]
 
 
 def _unverified(left: Left) -> list[str]:
@@ -183,11 +201,10 @@ def facts(left: Left) -> Facts:
         "metric": left.metric,
         "corruption": settings["corruption"] or "the pair's corrupted prompt",
         "precision": settings["dtype"],
+        **({"method": settings["method"]} if left.is_screen else {}),
         "finished": left.run.finished,
         **left.provenance,
     }
-    if left.is_screen:
-        items |= {"method": settings["method"]}
     if summary["shards"] > 1:
         items |= {"shards": str(summary["shards"])}
     return Facts(items)

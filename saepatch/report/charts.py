@@ -80,7 +80,7 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
     for tick in x_axis.ticks:
         parts.append(rule(x_axis(tick), bottom, x_axis(tick), bottom + 5, "zero"))
         parts.append(label(x_axis(tick), bottom + 19, number(tick, chart.x_format), "tick", "middle"))
-    parts.append(label((left + width - 14) / 2, bottom + 41, chart.x_label, "axis", "middle"))
+    parts.append(_below_axis(chart.x_label, left, width, bottom + 41))
     for reference in chart.references:
         y = y_axis(reference.value)
         parts.append(rule(left, y, width - 14, y, "reference"))
@@ -88,6 +88,13 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
     for index, line in enumerate(chart.series):
         parts.append(_line(line, index, x_axis, y_axis, chart))
     return Drawing(width, height, chart.title, tuple(parts))
+
+
+def _below_axis(text: str, left: float, width: int, y: float) -> Markup:
+    """What an axis shows, under its middle; to the right edge where it is too long for that."""
+    if _CHARACTER * len(text) > width - left - 14:
+        return label(width, y, text, "axis", "end")
+    return label((left + width - 14) / 2, y, text, "axis", "middle")
 
 
 def _ends(xs: Sequence[float]) -> tuple[float, float] | None:
@@ -153,7 +160,7 @@ def scatter_chart(chart: ScatterChart, width: int) -> Drawing:
     for tick in x_axis.ticks:
         parts.append(rule(x_axis(tick), top, x_axis(tick), bottom, "zero" if tick == 0 else "grid"))
         parts.append(label(x_axis(tick), bottom + 19, number(tick, x_spec), "tick", "middle"))
-    parts.append(label((left + width - 14) / 2, bottom + 41, chart.x_label, "axis", "middle"))
+    parts.append(_below_axis(chart.x_label, left, width, bottom + 41))
     for index, points in enumerate(chart.series):
         parts.append(_cloud(points, index, x_axis, y_axis, chart.value_format))
     low, high = max(x_axis.low, y_axis.low), min(x_axis.high, y_axis.high)
@@ -267,6 +274,7 @@ def histogram(chart: Histogram, width: int) -> Drawing:
 # Heat maps
 
 _CELL = 34.0  # pixels: the least that a number of two decimals fits
+_DIGIT, _FINE_DIGIT = 7.0, 5.8  # pixels, about, of a number's character in a cell, and of one in small print
 
 
 def map_width(chart: HeatMap) -> int:
@@ -288,7 +296,7 @@ def heat_map(chart: HeatMap, width: int) -> Drawing:
     cell = min((width - left - 4) / max(1, len(chart.columns)), 84.0)
     tall = min(max(cell, 22.0), 32.0)
     widest = max((len(number(v, spec)) for row in chart.values for v in row), default=0)
-    numbered = cell >= _CHARACTER * widest + 6
+    numbered = "cell" if cell >= _DIGIT * widest + 5 else "cell fine" if cell >= _FINE_DIGIT * widest + 4 else ""
     parts, head = _column_names(chart, left, cell)
     if chart.row_label:
         parts.append(label(left - 8, head - 8, clipped(chart.row_label, room), "axis", "end"))
@@ -332,13 +340,19 @@ def _column_names(chart: HeatMap, left: float, cell: float) -> tuple[list[Markup
     return parts, head + 8
 
 
+def _over(share: float, kind: str) -> str:
+    """How a number stands out from its cell's colour: in the dark a lighter colour asks for it than in the light."""
+    deep = 0.9 if kind == "positive" else 0.78  # where, in the light, light letters are read more easily than dark ones
+    return " strong" if share > deep else " mid" if share > 0.6 else ""
+
+
 def _cell(
     value: Number,
     top: float,
     box: tuple[float, float, float, float],
     tip: str,
     spec: str,
-    numbered: bool,
+    numbered: str,
     key: tuple[int, int, str] | None,
 ) -> Markup:
     x, y, wide, tall = box
@@ -349,8 +363,8 @@ def _cell(
     if share > 0.004:
         parts.append(element("rect", {**place, "rx": 2, "class": kind, "fill-opacity": round(share, 3)}))
     if numbered:
-        strong = "cell strong" if share > 0.6 else "cell"
-        parts.append(label(x + wide / 2, y + tall / 2 + 4, number(value, spec), strong, "middle"))
+        kinds = f"{numbered}{_over(share, kind)}"
+        parts.append(label(x + wide / 2, y + tall / 2 + 4, number(value, spec), kinds, "middle"))
     if key is None:
         return element("g", {"class": "mark"}, *parts)
     row, column, name = key

@@ -108,6 +108,7 @@ def _environment() -> Environment:
         drawings=_drawings, table_rows=_table_rows, numeric=_numeric, token_style=_token_style, palette=PALETTE
     )
     environment.globals["numbers"] = _numbers
+    environment.globals["table_name"] = _table_name
     environment.globals["number"] = number
     environment.globals["outline"] = outline
     environment.globals["joined"] = " ".join
@@ -149,8 +150,12 @@ def _changed(text: str, before: str) -> Markup:
     matcher = difflib.SequenceMatcher(None, old, [word.strip() for word in words], autojunk=False)
     parts = []
     for kind, _, _, start, end in matcher.get_opcodes():
-        piece = escape(visible("".join(words[start:end])))
-        parts.append(piece if kind == "equal" or not piece else Markup("<mark>{}</mark>").format(piece))
+        piece = "".join(words[start:end])
+        if kind == "equal" or not piece.strip():
+            parts.append(escape(visible(piece)))
+            continue
+        said = piece.rstrip()  # the blank after a word is none of it
+        parts.append(Markup("<mark>{}</mark>").format(visible(said)) + escape(visible(piece[len(said) :])))
     return Markup("").join(parts)
 
 
@@ -233,6 +238,11 @@ def _token_style(tokens: Tokens, index: int) -> tuple[str, str, str]:
         return "none", "0", MISSING
     share = abs(value) / top if top else 0.0
     return ("positive" if value >= 0 else "negative"), f"{60 * share:.0f}", number(value, spec)
+
+
+def _table_name(table: Table) -> str:
+    """What a table is called where it is not seen: by its columns, which a caption leaves unsaid."""
+    return "Table of " + ", ".join(name for name in table.columns[:6] if name)
 
 
 def _numbers(chart: Chart) -> Table:

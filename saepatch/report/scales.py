@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+_APART = 36.0  # pixels between the ticks of a logarithmic axis, at least
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,16 @@ def linear(
 
 
 def logarithmic(values: Sequence[float], start: float, end: float, count: int = 8) -> Scale:
-    """A log2 axis over the values; ticks at the values themselves where they are few, else at powers of two or ten."""
+    """A log2 axis over the values; ticks at the values themselves where they are few and far enough apart to be read,
+    else at powers of two or ten."""
     found = sorted({value for value in values if math.isfinite(value) and value > 0}) or [1.0, 2.0]
     low, high = math.log2(found[0]), math.log2(found[-1])
     zero = low - 1
     has_zero = any(value == 0 for value in values)
     ticks = found
-    if len(found) > count:
+    nearest = min((math.log2(b / a) for a, b in pairwise(found)), default=high - low)
+    crowded = len(found) > 1 and nearest * abs(end - start) < _APART * (high - low)
+    if len(found) > count or crowded:
         base = 2 if all(math.log2(value).is_integer() for value in found) else 10
         first = math.ceil(math.log(found[0], base) - 1e-9)
         last = math.floor(math.log(found[-1], base) + 1e-9)

@@ -1,5 +1,6 @@
 "use strict";
 const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
+const SVG = document.querySelector("svg")?.namespaceURI;
 document.documentElement.classList.add("scripted");
 
 // What is sorted, filtered, chosen, picked and unfolded stands behind the first & of the address: #place&t1.s=2d&c1=3
@@ -174,7 +175,6 @@ function move(cell, [down, right]) {
 }
 
 // A figure as a file: the drawing with its title, its legend and a style of its own.
-const SVG = document.querySelector("svg")?.namespaceURI;
 function drawn(name, attributes, text = "") {
   const made = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -220,9 +220,34 @@ for (const button of all("button.save")) {
 
 // What is wider than the page says so.
 function overflowing() {
-  for (const box of all(".scroll")) box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+  for (const box of all(".scroll")) {
+    box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+    box.classList.toggle("taller", box.scrollHeight > box.clientHeight + 1);
+    if (box.matches(".drawing.wider")) ashore(box);
+    box.tabIndex = box.matches(".wider, .taller") ? 0 : -1; // the keyboard stops at what it can scroll
+  }
 }
 window.addEventListener("resize", overflowing);
+// A map that scrolls keeps the names of its rows in sight, and begins where its first number stands.
+function ashore(box) {
+  const svg = box.querySelector("svg");
+  const labels = all("text.name", svg);
+  const shown = all(".mark", svg).filter((cell) => cell.querySelector("rect:not(.plate, .none)") ?? cell.matches(".pick"));
+  if (box.querySelector(".names") || !labels.length) return;
+  const width = Math.max(...labels.map((text) => Number(text.getAttribute("x")))) + 8;
+  const height = svg.viewBox.baseVal.height;
+  const names = drawn("svg", { class: "names", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+  const first = Math.min(...all("rect.plate", svg).map((plate) => Number(plate.getAttribute("y"))));
+  names.append(drawn("rect", { y: first - 3, width, height: height - first + 3, class: "paper" }));
+  for (const text of labels) {
+    const name = (text.closest("a") ?? text).cloneNode(true);
+    name.setAttribute("tabindex", "-1");
+    names.append(name);
+  }
+  svg.after(names);
+  const left = Math.min(...shown.map((cell) => Number(cell.querySelector(".plate").getAttribute("x"))));
+  if (Number.isFinite(left) && left > box.clientWidth - 40) box.scrollLeft = left - width - 4;
+}
 
 // Cards: a link to one unfolds it.
 for (const card of all("details.card")) {
@@ -278,12 +303,25 @@ const seen = new IntersectionObserver((entries) => {
 }, { rootMargin: "0px 0px -75% 0px" });
 all("main section").forEach((section) => seen.observe(section));
 
-// Paper has nothing to unfold: cards are open, the numbers behind figures stay away.
+// Paper has nothing to unfold: cards are open, the numbers behind figures stay away, of long tables there is the top.
+const PAPER = 40; // rows
 let folded = [];
-window.addEventListener("beforeprint", () => {
+function toPaper() {
   folded = all("details.card:not([open])");
   folded.forEach((card) => { card.open = true; });
-});
-window.addEventListener("afterprint", () => {
+  for (const figure of all("figure.table")) {
+    const rows = [...figure.querySelector("tbody").rows].filter((row) => !row.hidden);
+    rows.slice(PAPER).forEach((row) => row.classList.add("offpaper"));
+    if (rows.length > PAPER) {
+      const said = `The first ${PAPER} of ${rows.length} rows; the others are in the page itself.`;
+      figure.querySelector(".scroll").after(make("p", { className: "onpaper", textContent: said }));
+    }
+  }
+}
+function fromPaper() {
   folded.forEach((card) => { card.open = false; });
-});
+  all("tr.offpaper").forEach((row) => row.classList.remove("offpaper"));
+  all("p.onpaper").forEach((note) => note.remove());
+}
+window.addEventListener("beforeprint", toPaper);
+window.addEventListener("afterprint", fromPaper);
