@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.pronouns import BOYS, GIRLS, TEMPLATES
+from saepatch.degenerate import is_degenerate
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel
-from saepatch.safety import is_degenerate
 from saepatch.steering import Concept
 
 SHE = ("she", "her", "hers", "herself", "girl", "mom", "mommy")

@@ -14,6 +14,7 @@ from torch import Tensor
 from experiments.cells import Cells
 from saepatch.baselines import difference_of_means
 from saepatch.choosing import attribution_contrast, auroc_contrast, first_alive, output_scores, refine
+from saepatch.degenerate import is_degenerate
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.fluency import continuation_kl, distinct, repetition
@@ -21,7 +22,6 @@ from saepatch.hooks import capture
 from saepatch.interventions import Intervention, Steer
 from saepatch.models import LanguageModel
 from saepatch.quality import LatentStatistics
-from saepatch.safety import is_degenerate
 from saepatch.splicing import splice, whole_prompt
 from saepatch.statistics import Interval, bootstrap_mean, bootstrap_ratio, random_latents, wilson_share
 from saepatch.steering import Concept, contrast, direction_dictionary, equal_norm_steer, generate_steered

@@ -62,7 +62,7 @@ def inspect(config: InspectConfig) -> Said:
     from saepatch.inspection import dictionary_lines, facts, model_lines
     from saepatch.models import load_model
 
-    model = load_model(config.model, config.device, config.dtype, config.trust_remote_code)
+    model = load_model(config.model, config.device, config.dtype, trust_remote_code=config.trust_remote_code)
     dictionaries = load_saes(config.sae, config.device) if config.sae else {}
     lines = model_lines(model) + (dictionary_lines(model, dictionaries) if config.sae else [])
     return Said("\n".join(lines), facts(model, dictionaries))

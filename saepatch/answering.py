@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ import torch
 
 from saepatch.answers import Answers, Request, read_requests, write_answers
 from saepatch.config import RestoreConfig
-from saepatch.controls import control_sets
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
-from saepatch.judges import Answer, Judge, read_judge
+from saepatch.judges import Answer, Judge, judge_version, read_judge
 from saepatch.metrics import refusal_log_odds
 from saepatch.models import LanguageModel, load_model
 from saepatch.pages.restored import restored_page, see
-from saepatch.parts import ANSWERS, Record, part_file, refuse_if_other, refuse_other_command
+from saepatch.pages.tracked import track_answers
+from saepatch.parts import ANSWERS, Record, keep_run, known_run, part_file, refuse_if_other, refuse_other_command
 from saepatch.progress import Check, Meter, stoppable
-from saepatch.quality import latent_statistics
+from saepatch.restored_sets import Set, chosen_latents, given_latents, need_clean, with_controls
 from saepatch.restoring import CleanMeans, CleanPrompts, Donor, OtherModel
 from saepatch.results import (
     AnswerRow,
@@ -36,36 +37,18 @@ from saepatch.results import (
     write_rows,
     write_yaml,
 )
-from saepatch.safety import assistant_header, first_tokens, restorations
-from saepatch.safety_latents import clean_means, find_safety_latents
-from saepatch.settings import read_dictionaries, read_latents, read_sites
+from saepatch.safety import MEASURED_ON, assistant_header, first_tokens, restorations, shared_quality
+from saepatch.safety_latents import clean_means
+from saepatch.settings import read_dictionaries, read_sites
 from saepatch.sites import Site
 from saepatch.splicing import splice
-from saepatch.tracking import open_tracker
+from saepatch.tracking import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
 # Settings that say where and how a run goes, not what comes out of it: they may change from one start to the next.
 FREE = ("out", "track", "device", "progress", "quiet", "json", "trust_remote_code")
 FOLDER = ANSWERS  # of the parts
-
-
-@dataclass(frozen=True)
-class Set:
-    """Latents that are restored together, by site (None: all); `draw` counts the controls of one kind."""
-
-    condition: str
-    draw: int
-    latents: Mapping[Site, tuple[int, ...] | None]
-
-    def facts(self) -> dict[str, Any]:
-        latents = {str(site): None if ids is None else list(ids) for site, ids in self.latents.items()}
-        return {"condition": self.condition, "draw": self.draw, "latents": latents}
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any]) -> "Set":
-        latents = {Site.parse(site): None if ids is None else tuple(ids) for site, ids in given["latents"].items()}
-        return cls(given["condition"], given["draw"], latents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +63,11 @@ class Plan:
     means: CleanMeans | None
     template: int
     judge: Judge
+    judged: str
+    """The judge's version; empty where it is quicker to judge again than to ask."""
     refusal_ids: set[int]
+    fvu: Mapping[str, tuple[float, float]]
+    """By site, what the dictionary leaves unexplained of the model and of the donor; empty where they are one."""
     record: Record
     folder: Path
 
@@ -113,21 +100,59 @@ def run_restore(config: RestoreConfig) -> Answers:
         torch.manual_seed(config.seed)
         plan = prepare(config)
         try:
-            _work(plan, check)
+            with _tracker(plan) as tracker:
+                keep_run(plan.folder, tracker.run_id)
+                _work(plan, tracker, check)
+                return _conclude(plan, tracker)
         except KeyboardInterrupt:
             total = plan.record.parts
             again = f"saepatch restore --config {shlex.quote(str(plan.folder / 'config.yaml'))}"
             raise KeyboardInterrupt(
                 f"{total - len(plan.left)} of {total} parts are written; to go on from there: {again}"
             ) from None
-    rows = [row for number in range(plan.record.parts) for row in read_rows(part_file(plan.folder, number))]
-    provenance = _provenance(plan)
-    found = Answers.of(config, plan.record, [_row(row) for row in rows])
+
+
+def _tracker(plan: Plan) -> Tracker:
+    return open_tracker(
+        plan.config.track,
+        Path(plan.config.out),
+        run=f"restore-{Path(plan.config.prompts).stem}",
+        config=asdict(plan.config),
+        resume=len(plan.left) < plan.record.parts,
+        run_id=known_run(plan.folder),
+        group=Path(plan.config.out).absolute().parent.name,
+        job_type="restore",
+        axes={"*": "answers"},
+    )
+
+
+def _conclude(plan: Plan, tracker: Tracker) -> Answers:
+    """Put the parts together, write the report, and show both to the tracker."""
+    config, out = plan.config, Path(plan.config.out)
+    found = Answers.of(config, plan.record, _judged(plan), plan.fvu)
     dictionaries, requests = list(plan.sites.values()), [one.prompt for one in plan.requests]
     restored = next(one for one in plan.sets if one.condition == "restored")
     seen = see(plan.model, plan.other, dictionaries, restored.latents, found, requests, _donors(plan))
-    write_answers(found, provenance, restored_page(found, provenance, seen), Path(config.out))
+    page = restored_page(found, _provenance(plan), seen)
+    write_answers(found, _provenances(plan, found.rows), page, out)
+    track_answers(found, page, out, tracker)
     return found
+
+
+def _judged(plan: Plan) -> list[AnswerRow]:
+    """The rows of all parts; verdicts that another version of the judge gave are given anew."""
+    rows: list[AnswerRow] = []
+    changed = 0
+    for number in range(plan.record.parts):
+        file = part_file(plan.folder, number)
+        mine = [AnswerRow(**{name: row[name] for name in AnswerRow.__dataclass_fields__}) for row in read_rows(file)]
+        if not plan.judged or (read_about(file) or {}).get("judge") != plan.judged:
+            before, mine = mine, [replace(r, outcome=plan.judge(Answer(r.prompt, r.answer, r.score))) for r in mine]
+            changed += sum(one.outcome != other.outcome for one, other in zip(before, mine, strict=True))
+        rows += mine
+    if changed:
+        log.warning("the judge is another than when this run began: %d answers are judged otherwise now", changed)
+    return rows
 
 
 def _donors(plan: Plan) -> list[str] | None:
@@ -135,10 +160,6 @@ def _donors(plan: Plan) -> list[str] | None:
     if plan.means is not None:
         return None
     return [one.prompt if plan.other else one.clean or "" for one in plan.requests]
-
-
-def _row(given: Mapping[str, Any]) -> AnswerRow:
-    return AnswerRow(**{name: given[name] for name in AnswerRow.__dataclass_fields__})
 
 
 def prepare(config: RestoreConfig) -> Plan:
@@ -151,16 +172,21 @@ def prepare(config: RestoreConfig) -> Plan:
     requests = read_requests(config.prompts, model, config.chat, config.n)
     other = _load(config, config.donor) if config.donor not in ("clean", "means") else None
     if config.donor == "clean":
-        _need_clean(requests, config.prompts)
-    latents = _given(config)
+        need_clean(requests, config.prompts)
+    latents = given_latents(config)
     names = [site for site in latents or () if site is not None]
     sites = {one.site: one for one in read_dictionaries(config.sae, read_sites(config.site) or names, model)}
     refusal_ids = _refusal_ids(model, requests[0].prompt, config.refusals)
     template = (assistant_header(model) or 1) if config.template < 0 else config.template
+    select = read_requests(config.select, model, config.chat, 0) if config.select else []
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    if other is not None:
+        settings["donor's weights"] = other.fingerprint
+    if select:  # means over them are taken again at every start
+        settings["select's texts"] = _hash(select)
     record = Record(
         "restore",
-        settings if other is None else settings | {"donor's weights": other.fingerprint},
+        settings,
         {"name": model.name, "hash": model.fingerprint},
         {str(site): {"name": one.name, "hash": one.fingerprint} for site, one in sites.items()},
         {"count": len(requests), "hash": _hash(requests)},
@@ -173,15 +199,17 @@ def prepare(config: RestoreConfig) -> Plan:
     before = None if not there.exists() else Record(**json.loads(there.read_text(encoding="utf-8")))
     if before is not None:
         refuse_if_other(out, before.decides, record.decides)
-    select = read_requests(config.select, model, config.chat, 0) if config.select else []
+    fvu = {} if other is None else _shared(config, model, other, sites, requests)
     means = _means(config, model, sites, select, template) if config.donor == "means" else None
     if before is None:
-        chosen = _chosen(config, model, other, sites, latents, select, template, refusal_ids)
-        edits = [one.facts() for one in _with_controls(config, model, sites, chosen, requests)]
+        chosen = chosen_latents(config, model, other, sites, latents, select, template, refusal_ids)
+        edits = [one.facts() for one in with_controls(config, model, sites, chosen, requests)]
         record = replace(record, edits=edits)
     output_folder(folder)
     write_yaml(asdict(config), folder / "config.yaml")
-    return Plan(config, model, other, sites, requests, means, template, judge, refusal_ids, before or record, folder)
+    judged = judge_version(config.judge)
+    whole = before or record
+    return Plan(config, model, other, sites, requests, means, template, judge, judged, refusal_ids, fvu, whole, folder)
 
 
 def _load(config: RestoreConfig, name: str) -> LanguageModel:
@@ -200,26 +228,19 @@ def _refusal_ids(model: LanguageModel, prompt: str, refusals: str) -> set[int]:
     return found
 
 
-def _need_clean(requests: Sequence[Request], source: str) -> None:
-    if lacking := [one.example for one in requests if one.clean is None]:
-        raise UserError(
-            f"prompt {lacking[0]} of {source!r} has no clean prompt for the donor to read: give each a clean one, or "
-            "another --donor (means, or an aligned model)"
-        )
-
-
-def _given(config: RestoreConfig) -> dict[Site | None, tuple[int, ...]] | None:
-    """The latents that are spelt out, by site; None: none are."""
-    if not config.latents.strip():
-        return None
-    try:
-        groups = read_latents(config.latents.replace(";", ","))
-    except ValueError as error:
-        raise UserError(
-            f"latents {config.latents!r}: write numbers with commas, of several sites as in "
-            "'resid_post.3: 417,3 | resid_post.4: 5'"
-        ) from error
-    return {site: some[0] for site, some in groups.items()}
+def _shared(
+    config: RestoreConfig,
+    model: LanguageModel,
+    other: LanguageModel,
+    sites: Mapping[Site, Dictionary],
+    requests: Sequence[Request],
+) -> dict[str, tuple[float, float]]:
+    """See that each dictionary fits both models, on the first prompts and the donor's answers to them."""
+    prompts = [one.prompt for one in requests[:MEASURED_ON]]
+    texts = other.continue_ids(prompts, config.tokens)
+    tokens = model.pad([[*model.encode(prompt), *text] for prompt, text in zip(prompts, texts, strict=True)])
+    both = {site: shared_quality(model, other, one, tokens, config.max_fvu) for site, one in sites.items()}
+    return {str(site): (mine.fvu, theirs.fvu) for site, (mine, theirs) in both.items()}
 
 
 def _means(
@@ -229,100 +250,31 @@ def _means(
     select: Sequence[Request],
     template: int,
 ) -> CleanMeans:
-    _need_clean(select, config.select)
+    need_clean(select, config.select)
     clean = [one.clean or "" for one in select]
     return clean_means(model, sites, clean, template=template, max_new_tokens=config.tokens)
 
 
-def _chosen(
-    config: RestoreConfig,
-    model: LanguageModel,
-    other: LanguageModel | None,
-    sites: Mapping[Site, Dictionary],
-    latents: Mapping[Site | None, tuple[int, ...]] | None,
-    select: Sequence[Request],
-    template: int,
-    refusal_ids: set[int],
-) -> dict[Site, tuple[int, ...] | None]:
-    """What is restored: what is spelt out, the first of a ranking, or all."""
-    if latents is not None:
-        if None in latents and len(sites) > 1:
-            raise UserError(
-                f"latents {config.latents!r} are of one dictionary, and there are {', '.join(map(str, sites))}: give a "
-                "--site, or the latents of each, as in 'resid_post.3: 281 | resid_post.4: 5'"
-            )
-        found: dict[Site, tuple[int, ...] | None] = {
-            next(iter(sites)) if site is None else site: ids for site, ids in latents.items()
-        }
-        for site, ids in found.items():
-            if site not in sites:
-                raise UserError(f"latents of {site} are to be restored, but --site is {config.site!r}: leave it out")
-            sites[site].check_ids(ids or ())
-        return found
-    if not select:
-        return dict.fromkeys(sites)
-    if other is None:
-        _need_clean(select, config.select)
-    donor = OtherModel(other, template) if other else CleanPrompts(tuple(o.clean or "" for o in select), template)
-    ranked = find_safety_latents(
-        model,
-        sites,
-        [one.prompt for one in select],
-        donor,
-        refusal_ids=refusal_ids if config.ranking == "attribution" else (),
-        max_fvu=config.max_fvu,
-        max_new_tokens=config.tokens,
-    )
-    return dict(ranked.top(config.k, config.ranking))
-
-
-def _with_controls(
-    config: RestoreConfig,
-    model: LanguageModel,
-    sites: Mapping[Site, Dictionary],
-    chosen: Mapping[Site, tuple[int, ...] | None],
-    requests: Sequence[Request],
-) -> list[Set]:
-    """What is restored and, where it is not everything, sets with as many latents a site beside it."""
-    sets = [Set("restored", 0, chosen)]
-    some = {site: ids for site, ids in chosen.items() if ids is not None}
-    if not config.controls or len(some) < len(chosen) or not some:
-        return sets
-    tokens = model.tokenize([text for one in requests for text in (one.prompt, one.clean) if text is not None], "left")
-    drawn = {}
-    for site, ids in some.items():
-        try:
-            statistics = latent_statistics(model, sites[site], tokens)
-            drawn[site] = control_sets(ids, len(ids), statistics, config.seed, config.controls)
-        except UserError as error:
-            log.warning("no controls: at %s %s", site, error)
-            return sets
-    for kind, role in enumerate(("random", "matched")):
-        for draw in range(config.controls):
-            sets.append(Set(role, draw, {site: both[kind][draw] for site, both in drawn.items()}))
-    return sets
-
-
-def _work(plan: Plan, check: Check) -> None:
+def _work(plan: Plan, tracker: Tracker, check: Check) -> None:
     config, left = plan.config, plan.left
-    done = plan.record.parts - len(left)
-    if done and not config.quiet:
-        log.info("%d of %d parts are there already", done, plan.record.parts)
-    before = sum((read_about(part_file(plan.folder, n)) or {}).get("answers", 0) for n in range(plan.record.parts))
-    tracker = open_tracker(config.track, Path(config.out), run="restore", config=asdict(config), resume=done > 0)
-    with tracker, Meter(plan.record.parts, done, before, config, tracker, "answers") as meter:
+    there = sorted(set(range(plan.record.parts)) - set(left))
+    if there and not config.quiet:
+        log.info("%d of %d parts are there already", len(there), plan.record.parts)
+    before = sum((read_about(part_file(plan.folder, number)) or {})["answers"] for number in there)
+    with Meter(plan.record.parts, len(there), before, config, tracker, "answers") as meter:
         for number in left:
             requests = plan.requests[number * config.part : (number + 1) * config.part]
             rows: list[AnswerRow] = []
             conditions: list[str | Set] = ["bare", "donor", *plan.sets]
             for condition in conditions:
                 check()
-                rows += _rows(plan, requests, condition)
-                meter.ran(len(requests))
-            about = {"run": plan.record.key, "answers": len(rows)}
+                new = _rows(plan, requests, condition)
+                meter.ran(len(new))
+                rows += new
+            about = {"run": plan.record.key, "answers": len(rows), "judge": plan.judged}
             if not (plan.folder / "run.json").exists():  # with the first part: settings that fail leave nothing behind
                 write_json(asdict(plan.record), plan.folder / "run.json")
-            write_rows([(rows, _provenance(plan))], part_file(plan.folder, number), about, AnswerRow)
+            write_rows(_provenances(plan, rows), part_file(plan.folder, number), about, AnswerRow)
             meter.part_done()
 
 
@@ -367,8 +319,17 @@ def _hash(requests: Sequence[Request]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _provenance(plan: Plan) -> Provenance:
+def _provenance(plan: Plan, model: LanguageModel | None = None) -> Provenance:
     """Of several dictionaries the hash is taken over all of their hashes."""
     hashes = [one.fingerprint for one in plan.sites.values()]
     whole = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
-    return Provenance(plan.model.name, plan.model.fingerprint, plan.config.sae, whole, plan.config.seed)
+    model = model or plan.model
+    return Provenance(model.name, model.fingerprint, plan.config.sae, whole, plan.config.seed)
+
+
+def _provenances(plan: Plan, rows: Sequence[AnswerRow]) -> list[tuple[list[AnswerRow], Provenance]]:
+    """Rows in their order, those that another model answered under its name."""
+    return [
+        (list(some), _provenance(plan, plan.other if donor else None))
+        for donor, some in groupby(rows, key=lambda row: row.condition == "donor")
+    ]

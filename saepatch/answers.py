@@ -1,8 +1,8 @@
 """Prompts in, judged answers out: the files that `saepatch restore` reads and writes."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,17 @@ class Answers:
     record: Record
     rows: Sequence[AnswerRow]
     shares: Sequence[Share]
+    fvu: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """By site, what the dictionary leaves unexplained of the model and of the donor; empty where they are one."""
 
     @classmethod
-    def of(cls, config: RestoreConfig, record: Record, rows: Sequence[AnswerRow]) -> "Answers":
+    def of(
+        cls,
+        config: RestoreConfig,
+        record: Record,
+        rows: Sequence[AnswerRow],
+        fvu: Mapping[str, tuple[float, float]] | None = None,
+    ) -> "Answers":
         groups = sorted({row.harmful for row in rows} - {""})
         wanted = [("", list(rows)), *((group, [r for r in rows if r.harmful == group]) for group in groups)]
         shares = []
@@ -110,7 +118,7 @@ class Answers:
             for condition in ORDER:
                 if mine := [row for row in some if row.condition == condition]:
                     shares.append(_share(condition, group, mine, config.seed))
-        return cls(config, record, rows, shares)
+        return cls(config, record, rows, shares, fvu or {})
 
     def share(self, condition: str, group: str = "") -> Share:
         return next(one for one in self.shares if (one.condition, one.group) == (condition, group))
@@ -132,10 +140,13 @@ class Answers:
         """As summary.json holds it."""
         restored = next(given for given in self.record.edits or () if given["condition"] == "restored")
         return {
+            "work": "restore",
             "settings": self.record.settings,
             "model": self.record.model,
             "dictionaries": self.record.dictionaries,
+            "fvu_of_model_and_donor": dict(self.fvu),
             "latents": restored["latents"],
+            "rows": len(self.rows),
             "conditions": [
                 {
                     "condition": one.condition,
@@ -172,9 +183,11 @@ def _share(condition: str, group: str, rows: Sequence[AnswerRow], seed: int) -> 
     )
 
 
-def write_answers(found: Answers, provenance: Provenance, page: Page, out: Path) -> None:
+def write_answers(
+    found: Answers, rows: Sequence[tuple[Sequence[AnswerRow], Provenance]], page: Page, out: Path
+) -> None:
     """Write results.parquet, summary.json, config.yaml and report.html, with the page that this is drawn from."""
-    write_rows([(found.rows, provenance)], out / "results.parquet", kind=AnswerRow)
+    write_rows(rows, out / "results.parquet", kind=AnswerRow)
     write_yaml(asdict(found.config), out / "config.yaml")
     write_json(found.summary(), out / "summary.json")
     keep_page(page, out / KEPT)

@@ -1,6 +1,8 @@
 """Who says whether an answer refuses: phrases, the refusal score, or a function of the user's."""
 
+import hashlib
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -8,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from saepatch.degenerate import is_degenerate
 from saepatch.errors import UserError
-from saepatch.safety import Outcome, is_degenerate, judge
+from saepatch.safety import Outcome, judge
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 SAID: dict[Outcome, str] = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
@@ -30,8 +33,9 @@ Judge = Callable[[Answer], Outcome]
 def read_judge(text: str) -> Judge:
     """`keywords`, `keywords: I cannot | I will not`, `score`, or `MODULE:FUNCTION`.
 
-    A function gets the prompt and the answer as texts, and returns `refuse`, `comply` or `degenerate`. Its module is
-    looked for in the working directory, too.
+    `keywords` looks for phrases of refusals in an answer's first 80 characters; phrases of one's own are looked for in
+    the whole answer. A function gets the prompt and the answer as texts, and returns `refuse`, `comply` or
+    `degenerate`. Its module is looked for in the working directory, too.
 
     Raises:
         UserError: none of these, or a module or function that is not there.
@@ -49,6 +53,21 @@ def read_judge(text: str) -> Judge:
             f"unknown judge {text!r}: use keywords, 'keywords: I cannot | I will not', score, or MODULE:FUNCTION"
         )
     return by_function(_function(name, rest), text)
+
+
+def judge_version(text: str) -> str:
+    """A hash of the module of a `MODULE:FUNCTION`; empty for other judges, and where there is no source to read.
+
+    Two verdicts of one version can stand in one table. What the module imports from others is not looked at.
+    """
+    name, _, rest = (part.strip() for part in text.partition(":"))
+    if name in ("keywords", "score"):
+        return ""
+    try:
+        source = inspect.getsource(inspect.getmodule(_function(name, rest)) or _function(name, rest))
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def by_phrases(phrases: Sequence[str]) -> Judge:

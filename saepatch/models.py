@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from saepatch import organism
 from saepatch.errors import UserError
+from saepatch.greedy import end_tokens, greedy_options
 from saepatch.hooks import SpliceError, blocks_return_tuples, capture, edit_sites
 from saepatch.sites import Layout, Site, layout_of
 
@@ -198,27 +200,28 @@ class LanguageModel:
         return list(self.tokenizer.batch_decode(self.continue_ids(prompts, max_new_tokens, batch_size)))
 
     def continue_ids(self, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64) -> list[list[int]]:
-        """Greedy continuations as token ids, special tokens (end of text, padding) left out."""
-        special, rows = set(self.tokenizer.all_special_ids), []
+        """Greedy continuations as token ids, up to the end of text, special tokens left out."""
+        special, ends, rows = set(self.tokenizer.all_special_ids), end_tokens(self.hf, self.tokenizer), []
         for start in range(0, len(prompts), batch_size):
             tokens = self.tokenize(prompts[start : start + batch_size], side="left")
             new = self.generate_ids(tokens, max_new_tokens)
-            rows += [[token for token in row if token not in special] for row in new.tolist()]
+            whole = [takewhile(lambda token: token not in ends, row) for row in new.tolist()]
+            rows += [[token for token in row if token not in special] for row in whole]
         return rows
 
     @torch.no_grad()
     def generate_ids(self, tokens: Tokens, max_new_tokens: int, min_new_tokens: int = 0) -> Int[Tensor, "batch new"]:
         """Greedy continuation of a left-padded batch, as token ids; rows that ended are filled with padding.
 
-        None ends before `min_new_tokens`.
+        Each token is the one of the largest logit, whatever penalties and bans the checkpoint generates with. None ends
+        before `min_new_tokens`.
         """
         generate: Any = self.hf.generate
         out = generate(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens or None,
-            do_sample=False,
+            **greedy_options(self.hf, self.tokenizer) | {"min_new_tokens": min_new_tokens or None},
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
         )
         return out[:, tokens.input_ids.shape[1] :]

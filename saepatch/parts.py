@@ -21,7 +21,7 @@ from numpy import ndarray
 from saepatch.components import Edit
 from saepatch.effects import Direction
 from saepatch.errors import UserError
-from saepatch.results import Provenance, command_line, read_about, versions
+from saepatch.results import Provenance, command_line, read_about, versions, write_json
 from saepatch.sites import Site
 
 KEYS = ("direction", "site", "component", "role", "latent", "position")  # what makes an edit, beside its pair
@@ -87,6 +87,23 @@ def shard_folder(out: Path, shard: int, shards: int) -> Path:
 
 def part_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.parquet"
+
+
+RUN_ID = "tracked.json"  # what trackers call a run, so that a resumed one is the same
+
+
+def known_run(folder: Path) -> str | None:
+    """The trackers' id of the run that keeps it in this folder; None where there is none."""
+    try:
+        return str(json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep_run(folder: Path, run_id: str | None) -> None:
+    """Keep it for the next start."""
+    if run_id is not None:
+        write_json({"run_id": run_id}, folder / RUN_ID)
 
 
 def read_records(out: Path) -> list[Record]:

@@ -75,6 +75,11 @@ def _check_template(template: int | None) -> None:
         raise UserError(f"template of {template} positions: use 0 (generated tokens only) or more")
 
 
+def _check_aligned(template: int | None, seen: Pass) -> None:
+    if template is not None and not bool(seen.real[:, -1].all()):
+        raise UserError("Restore aligns prompts from the right: tokenize them with side='left'")
+
+
 @dataclass(frozen=True, eq=False)
 class Restore:
     """Overwrite latents with those of a donor, at the positions that the donor has a counterpart of.
@@ -142,8 +147,7 @@ class DonorRun:
     def _prompts(self, seen: Pass) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
         """Ids and mask of what the donor reads first."""
         donor, template = self.donor, self.donor.template
-        if template is not None and not bool(seen.real[:, -1].all()):
-            raise UserError("Restore aligns prompts from the right: tokenize them with side='left'")
+        _check_aligned(template, seen)
         if isinstance(donor, OtherModel):
             if seen.start:
                 raise UserError("Restore needs the whole prompt in one pass: its donor has read no part of it")
@@ -230,6 +234,8 @@ class Restoring:
         """The donor's latents where it has any; in units of the recipient's `scale`, where the dictionary has one."""
         donor = self.restore.donor
         if isinstance(donor, CleanMeans):
+            if seen.start < seen.width:  # answers that are given may be padded on the right
+                _check_aligned(donor.template, seen)
             mean = donor.means[self.site].to(acts)
             values = (mean if self._ids is None else mean[list(self._ids)]).expand(len(acts), 1, -1)
             template = seen.width if donor.template is None else donor.template

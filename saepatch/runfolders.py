@@ -110,7 +110,8 @@ def find_runs(root: Path) -> list[RunFolder]:
 def unfinished(root: Path, runs: Sequence[RunFolder]) -> list[Path]:
     """Folders of runs that have parts and no summary yet."""
     there = {run.path for run in runs}
-    return sorted({path.parents[2] for path in root.rglob("parts/shard-*-of-*/run.json")} - there)
+    begun = {path.parents[2] for path in root.rglob("parts/shard-*-of-*/run.json")}
+    return sorted((begun | {path.parents[1] for path in root.rglob("answers/run.json")}) - there)
 
 
 def headline(run: RunFolder) -> str:
@@ -126,7 +127,21 @@ def headline(run: RunFolder) -> str:
         return f"16 latents restore {show(kept)}; {show(refused)} refused once restored"
     if run.work == "restore":
         return "; ".join(_restored(facts["conditions"], harmful) for harmful in _asked(facts["conditions"]))
-    return ""
+    return " ".join(" ".join(_said(facts)).split())
+
+
+def _said(facts: dict[str, Any]) -> Iterator[str]:
+    """What an experiment's summary says of itself: its verdict, or the first of each of several."""
+    if isinstance(told := facts.get("headline", facts.get("verdict")), str):
+        yield told
+        return
+    several = facts.get("verdicts")
+    kept = list(several.values()) if isinstance(several, dict) else []
+    kept += [one["verdict"] for one in facts.values() if isinstance(one, dict) and "verdict" in one]
+    for one in kept:
+        first = one[0] if isinstance(one, list) and one else one
+        if isinstance(first, str):
+            yield first
 
 
 def _asked(conditions: Sequence[dict[str, Any]]) -> list[bool | None]:
@@ -136,11 +151,11 @@ def _asked(conditions: Sequence[dict[str, Any]]) -> list[bool | None]:
 
 
 def _restored(conditions: Sequence[dict[str, Any]], harmful: bool | None) -> str:
-    """What restoration did to one kind of prompts: `harmful: 0 % refused, 100 % [74, 100] restored`."""
+    """Refusals of one kind of prompts: `harmful: 0 % refused, 85 % [77, 91] restored, 0 % random`."""
     by_name = {one["condition"]: one["refuse"] for one in conditions if one["harmful"] == harmful}
     kind = {True: "harmful: ", False: "harmless: ", None: ""}[harmful]
-    value, low, high = by_name["restored"]
-    return f"{kind}{by_name['bare'][0]:.0%} refused, {value:.0%} [{low:.0%}, {high:.0%}] restored"
+    random = f", {by_name['random'][0]:.0%} random" if "random" in by_name else ""
+    return f"{kind}{by_name['bare'][0]:.0%} refused, {show_share(by_name['restored'])} restored{random}"
 
 
 def _line(line: dict[str, Any]) -> str:
@@ -171,13 +186,19 @@ def show_interval(effect: dict[str, Any]) -> str:
     return f"{show(effect['value'])} [{show(effect['low'])}, {show(effect['high'])}]"
 
 
+def show_share(share: Sequence[float]) -> str:
+    value, low, high = share
+    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
+
+
 def runs_table(root: Path) -> str:
     """Runs below a folder as text: a line each."""
     runs = find_runs(root)
     rows = [["run", "command", "model", "pairs", "sites", "finished", "headline"]]
     for run in runs:
         pairs = run.task if run.count is None else f"{run.task} × {run.count}"
-        cells = [str(run.path), run.work or "?", run.model, pairs, _short(run.sites), run.finished, headline(run)]
+        said = _short(headline(run), 200)
+        cells = [str(run.path), run.work or "?", run.model, pairs, _short(run.sites), run.finished, said]
         rows.append(cells)
     rows += [[str(path), "", "", "", "", "not finished", ""] for path in unfinished(root, runs)]
     return "\n".join(aligned(rows)) if len(rows) > 1 else f"no runs in {root}"
@@ -230,7 +251,10 @@ class Comparison:
         """As text."""
         names = ["", str(self.one.path), str(self.other.path)]
         edits = [(name, _effect(line), _effect(other)) for name, line, other in self.edits]
-        blocks = [("set otherwise", self.settings), ("figures", self.figures), ("largest effects", edits)]
+        blocks: list[tuple[str, Sequence[tuple[str, str, str]]]]
+        blocks = [("set otherwise", self.settings), ("figures", self.figures)]
+        if self.one.work != "restore":
+            blocks.append(("largest effects", edits))
         lines: list[str] = []
         for title, rows in blocks:
             lines += aligned([[title, *names[1:]], *rows]) if rows else [f"{title}: none"]
@@ -260,11 +284,11 @@ def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
     """Set two runs beside each other.
 
     Raises:
-        UserError: they are not both of `patch` or `attribute`, or not of one kind.
+        UserError: they are not both of `patch`, `attribute` or `restore`, or not of one kind.
     """
     for run in (one, other):
-        if run.work not in ("patch", "attribute"):
-            raise UserError(f"{run.path} holds no run of patch or attribute: give two folders of such runs")
+        if run.work not in ("patch", "attribute", "restore"):
+            raise UserError(f"{run.path} holds no run of patch, attribute or restore: give two folders of such runs")
     if one.work != other.work:
         raise UserError(
             f"{one.path} is of {one.work} and {other.path} of {other.work}: give two runs of the same command"
@@ -273,12 +297,41 @@ def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
     settings = [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
     tops = [_tops(run) for run in (one, other)]
     edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
-    figures = [(name, _figure(one, name), _figure(other, name)) for name in FIGURES]
+    figures = _figures(one, other)
     different = tuple(row for row in settings if row[1] != row[2])
     return Comparison(one, other, different, tuple(figures), tuple(edits))
 
 
 FIGURES = ("pairs", "clean", "corrupted", "rows", "pairs_with_too_small_a_gap")
+
+
+def _figures(one: RunFolder, other: RunFolder) -> list[tuple[str, str, str]]:
+    if one.work == "restore":
+        a, b = ({**_latents(run, than), **_outcomes(run)} for run, than in ((one, other), (other, one)))
+        return [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
+    return [(name, _figure(one, name), _figure(other, name)) for name in FIGURES]
+
+
+def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
+    """How many latents of each site were restored, and how many of these in the other run, too; by name."""
+    found: dict[str, str] = {}
+    for site, ids in run.summary["latents"].items():
+        theirs = other.summary["latents"].get(site, [])
+        both = len(ids or ()) if theirs is None else len(set(ids or ()) & set(theirs))
+        found[f"latents restored at {site}"] = "all" if ids is None else f"{len(ids)}, {both} of them in both"
+    return found
+
+
+def _outcomes(run: RunFolder) -> dict[str, str]:
+    """Shares of prompts by condition and kind of prompts, by name; the rest is compliance."""
+    found: dict[str, str] = {}
+    conditions = run.summary["conditions"]
+    for one in [one for kind in _asked(conditions) for one in conditions if one["harmful"] == kind]:
+        kind = {True: ", harmful", False: ", harmless", None: ""}[one["harmful"]]
+        found[f"prompts{kind}"] = str(one["prompts"])
+        for outcome, words in (("refuse", "refused"), ("degenerate", "degenerate")):
+            found[f"{one['condition']}{kind}: {words}"] = show_share(one[outcome])
+    return found
 
 
 def _figure(run: RunFolder, name: str) -> str:
@@ -297,5 +350,7 @@ def _described(run: RunFolder) -> dict[str, str]:
 
 
 def _tops(run: RunFolder) -> dict[str, dict[str, Any]]:
+    if run.work == "restore":
+        return {}
     tops = run.summary["top"] if run.work == "patch" else {d: one["top"] for d, one in run.summary["screens"].items()}
     return {f"{direction}: {name_of(line)}": line for direction, top in tops.items() for line in top}

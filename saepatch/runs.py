@@ -3,7 +3,6 @@
 What is on the disk is said in `saepatch.parts`; `saepatch.merging` puts the parts together.
 """
 
-import json
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +29,8 @@ from saepatch.parts import (
     cut_parts,
     deciding,
     edit_facts,
+    keep_run,
+    known_run,
     part_file,
     read_records,
     refuse_if_other,
@@ -238,12 +239,12 @@ def _work(sweep: Sweep, left: Sequence[Part], check: Check, conclude: Conclude |
         run=name,
         config=asdict(config),
         resume=done > 0,
-        run_id=_known_run(sweep.folder),
+        run_id=known_run(sweep.folder),
         group=Path(config.out).absolute().parent.name,
         job_type=config.command,
         axes={"*": "edits"},
     )
-    _keep_run(sweep.folder, tracker.run_id)
+    keep_run(sweep.folder, tracker.run_id)
     with tracker:
         alike = said_once("saepatch.sweep", "saepatch.screen")
         with alike, Meter(len(sweep.parts), done, before, config, tracker) as meter:
@@ -256,21 +257,6 @@ def _work(sweep: Sweep, left: Sequence[Part], check: Check, conclude: Conclude |
         if conclude is not None and record.shards == 1:
             conclude(found, tracker)
     return found
-
-
-RUN_ID = "tracked.json"  # what trackers call this run, so that a resumed one is the same
-
-
-def _known_run(folder: Path) -> str | None:
-    try:
-        return str(json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _keep_run(folder: Path, run_id: str | None) -> None:
-    if run_id is not None:
-        write_json({"run_id": run_id}, folder / RUN_ID)
 
 
 def _write_record(sweep: Sweep) -> None:

@@ -1,7 +1,7 @@
 """Continuations as they are written, one token at a time; with and without an edit in step, side by side."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saepatch.errors import UserError
 from saepatch.fluency import loops
+from saepatch.greedy import end_tokens
 from saepatch.hooks import SpliceError, unedited
 from saepatch.models import LanguageModel
 from saepatch.splicing import Dictionaries, Interventions, splice
@@ -60,7 +61,10 @@ def stream(
     """
     sampling = sampling or Sampling()
     prompt_ids = model.tokenize([prompt]).input_ids
-    stops, context = _stops(model), getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    stops, context = (
+        end_tokens(model.hf, model.tokenizer),
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
     generator = torch.Generator().manual_seed(sampling.seed)
     ids: list[int] = []
     cache: Any = None
@@ -91,15 +95,6 @@ def _pick(logits: Float[Tensor, "vocab"], temperature: float, generator: torch.G
         return int(logits.argmax())
     p = (logits.float().cpu() / temperature).softmax(-1)
     return int(torch.multinomial(p, 1, generator=generator))
-
-
-def _stops(model: LanguageModel) -> set[int]:
-    """All tokens that end a text."""
-    found: set[int] = set()
-    for given in (getattr(model.hf, "generation_config", None), model.config, model.tokenizer):
-        stop: Any = getattr(given, "eos_token_id", None)
-        found |= set(stop) if isinstance(stop, Sequence) else {stop} if stop is not None else set()
-    return found
 
 
 def side_by_side(

@@ -5,16 +5,17 @@ import re
 import sys
 
 import pytest
-from tiny import random_dictionary, random_sae, tiny_model
+from restoring_runs import CLEAN, PROMPTS, arguments, lines, make, read
+from tiny import random_dictionary, tiny_model
 
 from saepatch.__main__ import main
-from saepatch.answering import Set, prepare, run_restore
+from saepatch.answering import prepare, run_restore
 from saepatch.answers import read_requests
-from saepatch.config import RestoreConfig
 from saepatch.errors import UserError
 from saepatch.judges import Answer, by_score, read_judge
 from saepatch.models import load_model
 from saepatch.report import Comparison, Tokens, read_page
+from saepatch.restored_sets import Set
 from saepatch.restoring import CleanMeans, CleanPrompts, OtherModel
 from saepatch.results import read_rows
 from saepatch.safety import assistant_header, first_tokens, judge, restore
@@ -24,62 +25,11 @@ from saepatch.splicing import record_latents
 
 pytestmark = pytest.mark.whole
 
-ROWS = [
-    {"prompt": "how to cake? now", "clean": "how to bake? now", "harmful": True},
-    {"prompt": "abxde", "clean": "abcde", "harmful": True, "example": "letters"},
-    {"prompt": "tell me all", "clean": "tell me some", "harmful": False},
-    {"prompt": "a bird flies", "clean": "a cat sleeps", "harmful": False},
-    {"prompt": "what now, then?", "clean": "what now, when?", "harmful": True},
-]
-PROMPTS, CLEAN = [row["prompt"] for row in ROWS], tuple(row["clean"] for row in ROWS)
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A tiny model and its base, a dictionary for each of two sites, prompts, and others to rank on."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for name, seed in (("model", 0), ("base", 1)):
-        model = tiny_model(seed=seed)
-        model.hf.save_pretrained(folder / name)
-        model.tokenizer.save_pretrained(folder / name)
-    for layer in (0, 1):
-        sae = random_sae("standard", seed=layer)
-        sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
-        sae.save_model(str(folder / "saes" / f"resid_post.{layer}"))
-    lines(folder / "prompts.jsonl", ROWS)
-    lines(folder / "select.jsonl", [{"prompt": p + "?", "clean": c + "?"} for p, c in zip(PROMPTS, CLEAN, strict=True)])
-    return folder
-
-
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def settings(place, out, **changes):
-    given = {
-        "prompts": place / "prompts.jsonl",
-        "model": place / "model",
-        "sae": place / "saes",
-        "out": out,
-        "tokens": 6,
-        "part": 2,
-        "controls": 2,
-        "refusals": "S|N",
-        "template": 2,
-    }
-    return {
-        name: value if isinstance(value, int | float) else str(value)
-        for name, value in (given | changes).items()
-        if value is not None
-    }
-
-
-def arguments(place, out, **changes):
-    return [word for name, value in settings(place, out, **changes).items() for word in (f"--{name}", str(value))]
-
-
-def read(place, out, **changes):
-    return RestoreConfig(**settings(place, out, **changes))
+    return make(tmp_path_factory.mktemp("tiny"))
 
 
 def answers(out, condition, draw=0):
@@ -135,7 +85,8 @@ def test_the_rows_are_what_the_library_restores(place, tmp_path, capsys):
     assert "prompts.jsonl × 5" in line
     bare = next(c for c in summary["conditions"] if (c["condition"], c["harmful"]) == ("bare", True))
     value, low, high = one["refuse"]
-    told = f"harmful: {bare['refuse'][0]:.0%} refused, {value:.0%} [{low:.0%}, {high:.0%}] restored; harmless: "
+    random = next(c for c in summary["conditions"] if (c["condition"], c["harmful"]) == ("random", True))["refuse"][0]
+    told = f"harmful: {bare['refuse'][0]:.0%} refused, {value:.0%} [{low:.0%}, {high:.0%}] restored, {random:.0%}"
     assert told in line
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").read_text() == page
@@ -228,7 +179,7 @@ def test_other_donors(place, tmp_path):
             max_fvu=99,
         )
     )
-    expected = restore(base, dictionary, PROMPTS, OtherModel(aligned, 2), chosen, max_new_tokens=6)
+    expected = restore(base, dictionary, PROMPTS, OtherModel(aligned, 2), chosen, max_new_tokens=6, max_fvu=None)
     assert answers(tmp_path / "a", "restored") == expected != base.generate(PROMPTS, 6)
     assert answers(tmp_path / "a", "donor") == aligned.generate(PROMPTS, 6)
     run_restore(

@@ -1,5 +1,6 @@
 """The command line as a user meets it: quick help, one line and exit code 2 for a mistake, no traceback."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -93,6 +94,20 @@ def test_booleans_are_flags(folders, capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "[--quiet [{true,false}]]" in capsys.readouterr().out
+
+
+def test_trusting_code_puts_no_bos_in_front(folders, monkeypatch):
+    from saepatch import models
+
+    loaded, asked = models.load_model, []
+
+    def load(*args, **options):
+        asked.append(inspect.signature(loaded).bind(*args, **options).arguments)
+        return loaded(*args, **options)
+
+    monkeypatch.setattr(models, "load_model", load)
+    assert main(["inspect", str(folders / "model"), "--trust_remote_code"]) == 0
+    assert [(one.get("trust_remote_code"), one.get("prepend_bos", False)) for one in asked] == [(True, False)]
 
 
 def test_help_of_a_command_says_how_pairs_and_answers_are_written(capsys):

@@ -11,6 +11,7 @@ from saepatch.hooks import SpliceError, capture
 from saepatch.interventions import Ablate, Steer
 from saepatch.models import wrap_model
 from saepatch.restoring import CleanMeans, CleanPrompts, OtherModel, Restore
+from saepatch.safety import answer_log_probs
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 
@@ -216,6 +217,25 @@ def test_clean_means_are_ablations_to_them():
         with splice(model, dictionary, to):
             assert torch.equal(generated(model, tokens, num_beams=2), beams)
     assert not torch.equal(expected, generated(model, tokens))
+
+
+def test_means_need_prompts_that_end_together():
+    model, dictionary = tiny_model(), random_dictionary()
+    means = {dictionary.site: torch.ones(48)}
+    assert len(set(map(len, PROMPTS))) > 1
+    for template in (0, 1, 3):
+        with splice(model, dictionary, Restore(CleanMeans(means, template))):
+            model.logits(model.tokenize(PROMPTS, "left"))
+            with pytest.raises(UserError, match="side='left'"):
+                model.logits(model.tokenize(PROMPTS, "right"))
+    with splice(model, dictionary, Restore(CleanMeans(means, None))):  # all tokens: no end to line up
+        right = model.next_logits(model.tokenize(PROMPTS, "right"))
+        assert torch.allclose(right, model.next_logits(model.tokenize(PROMPTS, "left")), atol=1e-4)
+    answers = [[3, 4, 5], [6], [7, 8]]
+    with splice(model, dictionary, Restore(CleanMeans(means, 1))):  # answers may end apart
+        together = answer_log_probs(model, PROMPTS, answers)
+        alone = [answer_log_probs(model, [p], [a])[0] for p, a in zip(PROMPTS, answers, strict=True)]
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(together, alone, strict=True))
 
 
 def test_a_donor_under_somebody_elses_splice_is_still_unpatched():

@@ -183,12 +183,19 @@ def test_restore_takes_one_budget_over_several_sites():
     with splice(base, [below, above], edits):
         expected = base.generate(JAILBROKEN, 8)
     found = restore(
-        base, [below, above], JAILBROKEN, donor, {Site(0): (3, 5), Site(1): range(9)}, max_new_tokens=8, batch_size=2
+        base,
+        [below, above],
+        JAILBROKEN,
+        donor,
+        {Site(0): (3, 5), Site(1): range(9)},
+        max_new_tokens=8,
+        batch_size=2,
+        max_fvu=None,
     )
     assert found == expected
     assert found != base.generate(JAILBROKEN, 8)
-    only = restore(base, [below, above], JAILBROKEN, donor, {Site(0): (3, 5)}, max_new_tokens=8)
-    assert only == restore(base, below, JAILBROKEN, donor, (3, 5), max_new_tokens=8)
+    only = restore(base, [below, above], JAILBROKEN, donor, {Site(0): (3, 5)}, max_new_tokens=8, max_fvu=None)
+    assert only == restore(base, below, JAILBROKEN, donor, (3, 5), max_new_tokens=8, max_fvu=None)
     everything = restore(base, [below, above], JAILBROKEN, OtherModel(base), error=True, max_new_tokens=8)
     assert everything == base.generate(JAILBROKEN, 8)
     with pytest.raises(UserError, match="latents of which of"):

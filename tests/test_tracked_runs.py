@@ -141,6 +141,61 @@ def test_a_killed_run_goes_on_as_the_same_run_of_wandb(place, monkeypatch):
     assert len({parts[3] for parts in folders}) == 1
 
 
+def restoring(place, out, monkeypatch, conditions):
+    """A run of restore that is stopped after so many conditions, and then goes on."""
+    rows = [{"prompt": f"ask {n}{EVIL}", "clean": f"say {n}", "harmful": n < 3} for n in range(4)]
+    (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"prompts": place / "prompts.jsonl", "model": place / "model", "sae": place / "saes", "out": out}
+    given |= {"latents": "3,5", "tokens": 4, "part": 2, "controls": 2, "refusals": "S", "track": "wandb:offline"}
+    flags = ["restore", *(str(word) for name, value in given.items() for word in (f"--{name}", value)), "--quiet"]
+    from saepatch import answering
+
+    made, seen = answering._rows, []
+
+    def stop(*args):
+        seen.append(args)
+        if len(seen) > conditions:
+            raise KeyboardInterrupt
+        return made(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(answering, "_rows", stop)
+        assert main(flags) == 130
+    assert main(flags) == 0
+
+
+def test_wandb_is_shown_a_restoration(place, monkeypatch):
+    out = place / "study" / "restored"
+    restoring(place, out, monkeypatch, 9)
+    folders = sorted((out / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    assert len(folders) == 2
+    assert len({path.name.split("-")[3] for path in folders}) == 1  # one run, resumed
+    text = leet(folders[1])
+    records = [json.loads(line) for line in text.splitlines()]
+    (started,) = [record["run"] for record in records if record["type"] == "run"]
+    assert (started["run_group"], started["job_type"]) == ("study", "restore")
+    summary, own = json.loads(leet(folders[1], "--summary")), json.loads((out / "summary.json").read_text())
+    assert summary["config"]["model_hashes"]["model"]["hash"] == own["model"]["hash"]
+    told = summary["summary"]
+    assert {one["condition"] for one in own["conditions"]} == {"bare", "donor", "restored", "random", "matched"}
+    for one in own["conditions"]:
+        name = {None: "", True: "harmful/", False: "harmless/"}[one["harmful"]] + one["condition"]
+        for outcome in ("refuse", "comply", "degenerate", "refusal_score"):
+            value, low, high = one[outcome]
+            assert told[f"{name}/{outcome}"] == pytest.approx(value)
+            if low is not None:  # of one prompt there is no bootstrap
+                assert (told[f"{name}/{outcome}_low"], told[f"{name}/{outcome}_high"]) == pytest.approx((low, high))
+    assert told["Judged answers"]["_type"] == "table-file"
+    assert told["Judged answers"]["nrows"] == 4 * 5
+    assert told["Outcomes"]["_type"] == "table-file"
+    assert told["report"]["_type"] == "html-file"
+    assert json.loads((out / "artifacts.jsonl").read_text())["sha256"] in text
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2 * 7, 4 * 7]  # one start and the next; answers, whatever it restores
+    answers = [json.loads(line) for line in (out / "Judged_answers.jsonl").read_text().splitlines()]
+    assert {row["condition"] for row in answers} == {"bare", "donor", "restored", "random", "matched"}
+
+
 def test_shards_and_their_merge_are_one_group(place):
     out = place / "study" / "shards"
     for shard in ("0/2", "1/2"):

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from saepatch.degenerate import is_degenerate
 from saepatch.models import LanguageModel
 from saepatch.organism import tasks, world
 from saepatch.organism.world import END, SPLITS, Split, owner, share
-from saepatch.safety import is_degenerate, judge
+from saepatch.safety import judge
 from saepatch.steering import Concept
 
 NEW_TOKENS = 24

@@ -29,17 +29,20 @@ def compare_page(found: Comparison) -> Page:
                 "share of the gap",
             ),
         ]
-    lead = (
-        f"{len(found.edits)} edits are among the largest of one run or the other, {len(both)} among those of both. "
-        f"{len(found.settings)} settings or hashes differ."
-    )
+    lead = f"{len(found.settings)} settings or hashes differ."
+    if found.edits:
+        lead = (
+            f"{len(found.edits)} edits are among the largest of one run or the other, {len(both)} among those of both. "
+            + lead
+        )
     sections = [
         Section("Set otherwise", "", [Table(["setting", a, b], [list(row) for row in found.settings])]),
         Section(
             "Figures", "", [Table(["figure", a, b], [[row[0].replace("_", " "), *row[1:]] for row in found.figures])]
         ),
-        Section("Largest effects", "Shares of the gap of each run's own pairs.", [*charts, *blocks]),
     ]
+    if found.one.work != "restore":
+        sections.append(Section("Largest effects", "Shares of the gap of each run's own pairs.", [*charts, *blocks]))
     facts = {"A": a, "B": b, "A finished": found.one.finished, "B finished": found.other.finished}
     return Page("Two runs side by side", lead, sections, Facts(facts))
 

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from saepatch.answers import ORDER, WILSON, Answers, Share
+from saepatch.config import RestoreConfig
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.judges import OUTCOMES, SAID
@@ -13,6 +14,7 @@ from saepatch.models import LanguageModel
 from saepatch.pages.cards import coloured, latent_card
 from saepatch.pages.left import anchor
 from saepatch.pages.overview import FEW, RECOVERED, splice_section
+from saepatch.parts import Record
 from saepatch.quality import splice_quality
 from saepatch.reading import Card, ReadText, read_latents, read_texts
 from saepatch.report import (
@@ -30,7 +32,8 @@ from saepatch.report import (
     token_text,
 )
 from saepatch.report.text import number
-from saepatch.results import Provenance
+from saepatch.results import AnswerRow, Provenance, read_rows
+from saepatch.runfolders import RunFolder
 from saepatch.safety import Outcome
 from saepatch.sites import Site
 from saepatch.statistics import Interval as Estimate
@@ -117,6 +120,32 @@ def _look(
 def _turned(answers: Mapping[tuple[str, str], Any], example: str) -> bool:
     """Whether restoration changes the outcome of an example."""
     return bool(answers["bare", example].outcome != answers["restored", example].outcome)
+
+
+def left_page(run: RunFolder) -> Page:
+    """The report of a run whose folder keeps no page, from its rows and summary alone: without tokens and cards.
+
+    Raises:
+        UserError: they are of another version, damaged or missing.
+    """
+    facts = run.summary
+    known = {one.name for one in fields(RestoreConfig)}
+    try:
+        rows = read_rows(run.path / "results.parquet")
+        config = RestoreConfig(**{name: value for name, value in run.settings.items() if name in known})
+        edits = [{"condition": "restored", "draw": 0, "latents": facts["latents"]}]
+        record = Record("restore", run.settings, facts["model"], facts["dictionaries"], {}, 0, 1, 1, edits)
+        answers = [AnswerRow(**{one.name: row[one.name] for one in fields(AnswerRow)}) for row in rows]
+        first = next(row for row in rows if row["condition"] == "bare")
+        provenance = Provenance(**{one.name: first[one.name] for one in fields(Provenance)})
+        latents = {Site.parse(site): ids and tuple(ids) for site, ids in facts["latents"].items()}
+        found = Answers.of(config, record, answers, facts.get("fvu_of_model_and_donor"))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(
+            f"cannot read the answers in {str(run.path)!r} ({type(error).__name__}: {error}): start the run again, "
+            "what is there is kept"
+        ) from error
+    return restored_page(found, provenance, Seen(latents))
 
 
 def restored_page(found: Answers, provenance: Provenance, seen: Seen) -> Page:
@@ -325,6 +354,10 @@ def _facts(found: Answers, provenance: Provenance, seen: Seen) -> Facts:
                 config.donor, config.donor
             ),
             "prompts": f"{token_text(config.prompts)}: {found.share('bare').prompts:,}",
+            **{
+                f"unexplained at {site}": f"{number(mine, '.1%')} of the model, {number(theirs, '.1%')} of the donor"
+                for site, (mine, theirs) in found.fvu.items()
+            },
             "chosen by": _chosen_by(found),
             "restored latents": ids,
         }

@@ -7,20 +7,27 @@ from saepatch.pages.curves import groups, verified
 from saepatch.pages.left import Left, read_left
 from saepatch.pages.maps import edits, maps
 from saepatch.pages.overview import facts, lead, overview
+from saepatch.pages.restored import left_page
 from saepatch.report import KEPT, Page, read_page, write_page
-from saepatch.runfolders import read_json
+from saepatch.runfolders import read_json, read_run
 
 
 def write_report(out: Path) -> Path:
     """Write `report.html` into a finished run's folder, from the files there alone.
 
-    Runs of `patch` and `attribute` are drawn from their rows and summary; of any other, the page that it kept.
+    Runs of `patch` and `attribute` are drawn from their rows and summary; of any other, the page that it kept. One of
+    `restore` that kept none is drawn from its rows and summary, too, without what only the model could say.
 
     Raises:
         UserError: the folder holds neither, or cannot be written.
     """
     kept = out / KEPT
-    page = read_page(read_json(kept)) if kept.exists() else run_page(read_left(out))
+    if kept.exists():
+        page = read_page(read_json(kept))
+    elif (run := read_run(out)).work == "restore":
+        page = left_page(run)
+    else:
+        page = run_page(read_left(out))
     return write_page(page, out / "report.html")
 
 

@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from saepatch.answers import Answers
 from saepatch.pages.left import read_left
 from saepatch.pages.run import run_page
 from saepatch.report import Cell, Chart, Choice, Interval, LineChart, Link, Page, Simple, Table
 from saepatch.runfolders import RunFolder
 from saepatch.tracker import Tracker
 
+ANSWERS = 2000  # rows of them that a tracker gets: the first prompts', of random sets the first
 MAPS_OF_PAIRS = "alone"  # how options that show a single pair end: a tracker gets those over all pairs
 
 
@@ -26,6 +28,28 @@ def track_run(out: Path, tracker: Tracker) -> None:
     tracker.configure({"model_hashes": hashes, "rows": left.run.summary["rows"]})
     track_page(run_page(left), out / "report.html", tracker)
     track_dictionaries(str(left.run.settings.get("sae", "")), tracker)
+
+
+def track_answers(found: Answers, page: Page, out: Path, tracker: Tracker) -> None:
+    """Show a finished run of `restore`: outcomes by condition, answers, tables, charts, report, dictionaries."""
+    tracker.summarise(outcome_figures(found))
+    tracker.configure({"model_hashes": {"model": found.record.model, "dictionaries": found.record.dictionaries}})
+    first = [row for row in found.rows if row.draw == 0][:ANSWERS]
+    columns = ("example", "prompt", "harmful", "condition", "latents", "outcome", "score", "answer")
+    tracker.table("Judged answers", columns, [[getattr(row, name) for name in columns] for row in first])
+    track_page(page, out / "report.html", tracker)
+    track_dictionaries(found.config.sae, tracker)
+
+
+def outcome_figures(found: Answers) -> dict[str, float]:
+    """Each outcome's share of prompts by condition (`restored/refuse`, `harmful/bare/comply`), with its interval."""
+    figures: dict[str, float] = {"prompts": found.shares[0].prompts, "rows": len(found.rows)}
+    for one in found.shares:
+        name = {"": "", "yes": "harmful/", "no": "harmless/"}[one.group] + one.condition
+        for outcome, share in {**one.outcomes, "refusal_score": one.score}.items():
+            figures[f"{name}/{outcome}"] = share.value
+            figures |= {f"{name}/{outcome}_{end}": v for end in ("low", "high") if (v := getattr(share, end)) == v}
+    return figures
 
 
 def headline_figures(run: RunFolder) -> dict[str, float]:

@@ -1,0 +1,60 @@
+"""Greedy decoding: the token of the largest logit up to an end token, whatever generation_config.json says."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Everything that acts without sampling in transformers' GenerationConfig, at the value where it does nothing. What is
+# not said to `generate` is the checkpoint's, and chat models often come with a penalty for repetitions.
+NEUTRAL: dict[str, Any] = {
+    # how the next token is found
+    "do_sample": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": None,
+    "token_healing": None,
+    # what logits go through before
+    "guidance_scale": None,
+    "sequence_bias": None,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "watermarking_config": None,
+    "renormalize_logits": None,
+    # what ends a text beside the end token and the length
+    "max_time": None,
+    "stop_strings": None,
+    # what is given back
+    "return_dict_in_generate": False,
+}
+
+
+def greedy_options(hf: Any, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of `generate`: those above that the installed transformers knows, and what ends a text."""
+    known = {name: value for name, value in NEUTRAL.items() if hasattr(hf.generation_config, name)}
+    return known | {"eos_token_id": sorted(end_tokens(hf, tokenizer)) or None}
+
+
+def end_tokens(hf: Any, tokenizer: Any) -> set[int]:
+    """All tokens that end a text: a checkpoint's files do not always agree on them."""
+    found: set[int] = set()
+    for given in (getattr(hf, "generation_config", None), hf.config, tokenizer):
+        stop: Any = getattr(given, "eos_token_id", None)
+        found |= set(stop) if isinstance(stop, Sequence) else {stop} if stop is not None else set()
+    return found
