@@ -167,14 +167,20 @@ def measure(config: PatchscopeConfig, model: LanguageModel, saes: Mapping[Site, 
     return found
 
 
-def verdict(found: Sequence[Named], control: Interval) -> str:
-    """Whether latents' readings name their concept more often than random latents' do, beyond chance."""
+def verdict(found: Sequence[Named], control: tuple[Interval, Interval]) -> str:
+    """Whether latents' readings name their concept more often than random latents' do, beyond chance.
+
+    `control` is how often words' own embeddings are said, at the scale that is chosen, as all shares here, and at any.
+    """
     better = [one for one in found if one.own.low > one.random.high]
-    said = (
-        f"A word's own embedding is named in {control.value:.0%} of readings, so the prompts can be read through. "
-        if control.value >= 0.5
-        else f"Even a word's own embedding is named in only {control.value:.0%} of readings. "
-    )
+    best, at_any = (share.value for share in control)
+    some = f"{best:.0%} of readings at the scale that is chosen ({at_any:.0%} at any scale)"
+    if best >= 0.5:
+        said = f"A word's own embedding is named in {some}, so the prompts can be read through. "
+    elif at_any >= 0.5:
+        said = f"A word's own embedding is named in {some}: the prompts can be read through, but not at that scale. "
+    else:
+        said = f"Even a word's own embedding is named in only {some}. "
     for concept in dict.fromkeys(one.concept for one in found):
         mine = [one for one in found if one.concept == concept]
         top = max(mine, key=lambda one: one.own.value)
@@ -183,7 +189,8 @@ def verdict(found: Sequence[Named], control: Interval) -> str:
             f"{concept.capitalize()}: named beyond chance ({', '.join(where)}). "
             if where
             else f"{concept.capitalize()}: named at no site more often than random latents name it (most, {top.site}: "
-            f"{top.own.value:.0%} of readings, random {top.random.value:.0%}). "
+            f"{top.own.value:.0%} of readings, random {top.random.value:.0%}; at any scale {top.own_any.value:.0%} and "
+            f"{top.random_any.value:.0%}). "
         )
     return said.strip()
 
@@ -192,7 +199,7 @@ def main(config: PatchscopeConfig) -> None:
     check_writable(config.out)
     model, saes = load_model("organism"), load_saes(config.sae)
     found, control = measure(config, model, saes), words_named(model)
-    words_said = verdict(found, control[1])
+    words_said = verdict(found, control)
     out = output_folder(config.out)
     first = next(iter(saes.values()))
     provenance = Provenance(model.name, model.fingerprint, config.sae, first.fingerprint, config.seed)

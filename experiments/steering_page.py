@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.steering_stages import CANDIDATES, DENSE, PROMPTING, RANDOM, UNSTEERED, Point
+from experiments.steering_stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
 from saepatch.charts import cell
 from saepatch.models import LanguageModel
 from saepatch.report import (
@@ -129,14 +129,16 @@ def _method(config: "SteeringConfig") -> Section:
         "move the site equally far; at equal divergence each is at the norm where the model's predictions, on its own "
         "unsteered continuations of `tune`, diverge from the steered ones by the same amount (KL(model ‖ steered), "
         "nats a token), solved for each way by itself.\n\n"
-        "Latents are chosen on other prompts than any that are continued; the site, the way of choosing (for both, the "
+        "Latents are chosen by contrast on other prompts than any that are continued, and output scores are measured "
+        f"on the first {NEUTRAL} prompts of `tune`; the site, the way of choosing (for both, the "
         "best over numbers of latents alike, so that none is favoured) and each way's own strength on `tune`, among "
         "strengths whose perplexity there is at most "
         f"{config.limit:g} times that without steering. Everything else is from `report`. Greedy continuations of "
         f"{config.new_tokens} tokens at most. A continuation succeeds if it shows the concept and is not degenerate. "
         "Perplexity is that of the continuations under the unsteered model; distinct-n is the share of different "
         "n-grams in a text, repeated the share of 4-grams that a text had before.\n\n"
-        f"{RANDOM.capitalize()}: mean of {config.draws} live latents, one at a time, none of the first {CANDIDATES}. "
+        f"{RANDOM.capitalize()}: mean of {config.draws} live latents, one at a time, none of the first {CANDIDATES}; "
+        "at equal divergence, further ones are drawn for those that cannot reach it. "
         f"{DENSE.capitalize()}: the one direction between the means of the site with and without the concept. "
         f"{PROMPTING.capitalize()}: a text in front that asks for the concept or shows it, the best on `tune` of those "
         "tried; its continuations are priced without it.",
@@ -220,7 +222,7 @@ def charts(found: "Found", config: "SteeringConfig") -> dict[str, LineChart | Sc
             label,
             "share that shows the concept",
             [_line(way, xs, each) for way, each in points.items()],
-            f"n = {n} report prompts; {RANDOM}: mean of {config.draws} draws. {SHARES}",
+            f"n = {n} report prompts; {RANDOM}: {_draws(points.get(RANDOM, ()))}. {SHARES}",
             log_x=True,
             y_range=(0.0, 1.0),
             y_format=".0%",
@@ -233,6 +235,14 @@ def charts(found: "Found", config: "SteeringConfig") -> dict[str, LineChart | Sc
         f"A point is one way at one strength; n = {n} report prompts.",
     )
     return drawn
+
+
+def _draws(points: Sequence[Point | None]) -> str:
+    """How many draws the points are means of; where a strength or divergence has none, there is no point."""
+    counts = sorted({len(point.draws) for point in points if point is not None})
+    if not counts:
+        return "none reaches any"
+    return f"mean of {counts[0]} draws" if len(counts) == 1 else f"means of {counts[0]} to {counts[-1]} draws"
 
 
 def _line(way: str, xs: Sequence[float], points: Sequence[Point | None]) -> Series:

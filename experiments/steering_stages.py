@@ -28,6 +28,7 @@ from saepatch.steering import Concept, contrast, direction_dictionary, equal_nor
 
 CANDIDATES = 40  # latents whose output scores are measured
 NEUTRAL = 4  # prompts that they are measured on
+SPARE = 4  # times as many random latents, for those that no strength makes diverge so much
 UNSTEERED, RANDOM, DENSE, PROMPTING = "unsteered", "random latent", "difference of means", "prompting"
 CONTRASTS: Mapping[str, Callable[..., Float[Tensor, "d_sae"]]] = {
     "mean difference": contrast,
@@ -46,21 +47,25 @@ class KnownDictionary:
 
     def unit(self, latent: int) -> float:
         """How far one latent at its maximum moves the site."""
-        return float(self.statistics.maximum[latent] * self.statistics.norm[latent])
+        return float(self.statistics.reach[latent])
 
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """A way to steer: sets of latents (several are draws of one kind) that move the site by a given norm."""
+    """A way to steer: sets of latents (several are draws of one kind) that move the site by a given norm.
+
+    `spare` are further draws, for sets that cannot do what is asked of them.
+    """
 
     name: str
     dictionary: Dictionary
     sets: tuple[tuple[int, ...], ...]
     maxima: Float[Tensor, "d_sae"]
     positions: str
+    spare: tuple[tuple[int, ...], ...] = ()
 
-    def only(self, draw: int) -> "Way":
-        return replace(self, sets=(self.sets[draw],))
+    def only(self, latents: tuple[int, ...]) -> "Way":
+        return replace(self, sets=(latents,), spare=())
 
     def steer(self, draw: int, norm: float) -> Steer:
         return equal_norm_steer(self.dictionary, self.sets[draw], self.maxima, norm, positions=self.positions)
@@ -235,9 +240,17 @@ class Bench:
         return norm / unit
 
     def at_divergence(self, way: Way, target: float, unit: float, strengths: Sequence[float]) -> Point | None:
-        """On `report` at the norm that diverges by `target` on `tune`, each draw at its own; None if none can."""
-        norms = [self.solve(way.only(draw), target, unit, strengths) for draw in range(len(way.sets))]
-        there = [(way.only(draw), norm) for draw, norm in enumerate(norms) if not math.isnan(norm)]
+        """On `report` at the norm that diverges by `target` on `tune`, each draw at its own; None if none can.
+
+        Spare draws stand in for those that cannot, as long as there are any: `draws` of the point says how many it has.
+        """
+        there: list[tuple[Way, float]] = []
+        for latents in (*way.sets, *way.spare):
+            norm = self.solve(way.only(latents), target, unit, strengths)
+            if not math.isnan(norm):
+                there.append((way.only(latents), norm))
+            if len(there) == len(way.sets):
+                break
         if not there:
             return None
         points = [self.at(one, norm, unit, "report") for one, norm in there]
@@ -253,8 +266,10 @@ def top(bench: Bench, site: KnownDictionary, order: Sequence[int], k: int) -> Wa
 
 
 def random_way(bench: Bench, site: KnownDictionary, order: Sequence[int], draws: int, seed: int) -> Way:
-    sets = random_latents(site.statistics.alive, order[:CANDIDATES], 1, draws, seed)
-    return Way(RANDOM, site.dictionary, tuple(sets), site.statistics.maximum, bench.concept.positions)
+    drawn = random_latents(site.statistics.alive, order[:CANDIDATES], 1, (1 + SPARE) * draws, seed)
+    sets = drawn[:draws]
+    spare = [one for one in dict.fromkeys(drawn[draws:]) if one not in sets]
+    return Way(RANDOM, site.dictionary, tuple(sets), site.statistics.maximum, bench.concept.positions, tuple(spare))
 
 
 @torch.no_grad()

@@ -168,19 +168,19 @@ def compare(config: CompareConfig) -> Said:
 
 
 def latent(config: LatentConfig) -> Said:
-    from saepatch.pages.latent import latent_lines, latent_page, read_latent
+    from saepatch.pages.latent import latent_lines, latent_page, read_named
 
-    found = read_latent(config)
-    text = "\n".join(latent_lines(found))
+    found = read_named(config)
+    text = "\n\n".join("\n".join(latent_lines(one)) for one in found)
     if config.html:
         from saepatch.report import write_page
         from saepatch.results import command_line, versions
 
         told = ", ".join(f"{name} {version}" for name, version in versions().items())
-        facts = {"model": f"{config.model} ({found.model_hash})", "texts": config.data or "the embedded model's own"}
+        facts = {"model": f"{config.model} ({found[0].model_hash})", "texts": config.data or "the embedded model's own"}
         facts |= {"command": command_line(), "versions": told}
         text += f"\n\nPage: {write_page(latent_page(found, facts), Path(config.html))}"
-    return Said(text, found.facts())
+    return Said(text, found[0].facts() if len(found) == 1 else {"latents": [one.facts() for one in found]})
 
 
 def push(config: PushConfig) -> Said:

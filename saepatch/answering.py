@@ -22,7 +22,7 @@ from saepatch.metrics import refusal_log_odds
 from saepatch.models import LanguageModel, load_model
 from saepatch.pages.restored import restored_page, see
 from saepatch.pages.tracked import track_answers
-from saepatch.parts import Record, keep_run, known_run, part_file, refuse_if_other
+from saepatch.parts import ANSWERS, Record, keep_run, known_run, part_file, refuse_if_other, refuse_other_command
 from saepatch.progress import Check, Meter, stoppable
 from saepatch.restored_sets import Set, check_apart, chosen_latents, given_latents, need_clean, with_controls
 from saepatch.restoring import CleanMeans, CleanPrompts, Donor, OtherModel
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 # Settings that say where and how a run goes, not what comes out of it: they may change from one start to the next.
 FREE = ("out", "track", "device", "progress", "quiet", "json", "trust_remote_code")
-FOLDER = "answers"  # of the parts
+FOLDER = ANSWERS  # of the parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +166,7 @@ def prepare(config: RestoreConfig) -> Plan:
     """Load what a run needs, see that all of it fits, and choose what is restored."""
     out = Path(config.out)
     check_writable(out)
-    if (out / "results.parquet").exists() and not (out / FOLDER).is_dir():
-        raise UserError(f"{config.out!r} holds results of another command: give another --out, or remove that folder")
+    refuse_other_command(out, FOLDER)
     judge = read_judge(config.judge)
     model = _load(config, config.model)
     requests = read_requests(config.prompts, model, config.chat, config.n)

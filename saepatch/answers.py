@@ -48,7 +48,8 @@ def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list
         return _planted(source, model, n)
     path, found = Path(source), list[Request]()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # not splitlines: a text may hold a line separator of Unicode
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read prompts from {source!r} ({reason}): check the path") from error

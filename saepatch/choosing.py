@@ -15,6 +15,7 @@ from torch import Tensor
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.hooks import capture, edit_sites, graph_through
+from saepatch.lens import stream_directions
 from saepatch.models import LanguageModel, Tokens
 from saepatch.positions import Positions
 from saepatch.quality import LatentStatistics
@@ -69,7 +70,8 @@ def attribution_contrast(
     """How far each latent's own difference between the sets turns predictions without the concept into those with it.
 
     First order: (mean with the concept − mean without) times the gradient of m along the latent's row, summed over the
-    chosen positions, a mean over the prompts without the concept. m compares a prompt's next-token logits with how the
+    chosen positions, a mean over the prompts without the concept. The means are of what latents write: times the scale
+    where the dictionary normalises its input. m compares a prompt's next-token logits with how the
     two sets go on: `m = Σ_v (P_with(v) − P_without(v)) · logit(v)`, P the mean next-token distribution after each set.
     So a latent that goes with the concept but that nothing downstream reads scores 0. In nats.
 
@@ -78,7 +80,7 @@ def attribution_contrast(
     """
     _check_sets(with_concept, without)
     ours, theirs = (model.tokenize(texts, side="left") for texts in (with_concept, without))
-    means = [latent_means(model, dictionary, tokens, positions).mean(0) for tokens in (ours, theirs)]
+    means = [latent_means(model, dictionary, tokens, positions, written=True).mean(0) for tokens in (ours, theirs)]
     after = [_next_distribution(model, tokens, batch_size) for tokens in (ours, theirs)]
     toward = after[0] - after[1]
     if not float(toward.abs().sum()) > 1e-6:
@@ -141,24 +143,22 @@ def output_scores(
 ) -> Float[Tensor, "latents"]:
     """Whether adding a latent raises the tokens that its own direction speaks for: `(1 − best rank / V) · largest p`.
 
-    The tokens are the `top` of the logit lens of the latent's row; their rank (from 0) and probability are those of the
-    next token after a neutral prompt with `strength` times the latent's maximum added. A mean over prompts; between 0
-    and 1. Latents that only recognise their input score low, and steer badly.
+    The tokens are the `top` of the logit lens of what the latent adds to the residual stream; their rank (from 0) and
+    probability are those of the next token after a neutral prompt with `strength` times the latent's maximum added. A
+    mean over prompts; between 0 and 1. Latents that only recognise their input score low, and steer badly.
 
     Args:
         maxima: Largest activation of every latent over a corpus, as `latent_statistics(…).maximum`.
 
     Raises:
-        UserError: an unknown latent, or a site that is not the residual stream's width.
+        UserError: an unknown latent.
 
     Source: Arad et al. 2025 ("SAEs Are Good for Steering -- If You Select the Right Features").
     """
     dictionary.check(model)
     dictionary.check_ids(tuple(latents))
-    if dictionary.site.stream == "z":
-        raise UserError(f"{dictionary.site} holds heads' values, which speak for no token: use another site")
     ids = torch.tensor(list(latents), dtype=torch.long, device=dictionary.rows.device)
-    words = lens_tokens(model, dictionary.rows[ids], top, batch_size)
+    words = lens_tokens(model, stream_directions(model, dictionary.site, dictionary.rows[ids]), top, batch_size)
     steps = (strength * maxima.to(ids.device)[ids])[:, None] * dictionary.rows[ids]
     total = torch.zeros(len(ids), dtype=torch.float64)
     for prompt in prompts:
@@ -203,7 +203,7 @@ def lens_tokens(
     if directions.shape[-1] != model.d_model:
         raise UserError(
             f"directions of width {directions.shape[-1]} are not of the residual stream, which has {model.d_model}: "
-            "the logit lens is for latents of resid_pre, resid_post, attn_out or mlp_out"
+            "bring those of z or neurons there first, with saepatch.lens.stream_directions"
         )
     last = Site(model.n_layers - 1, "resid_post")
     sized = directions.float() / directions.float().norm(dim=-1, keepdim=True).clamp(min=1e-12) * model.d_model

@@ -296,16 +296,17 @@ class CompareConfig(Output):
 
 @dataclass(frozen=True)
 class LatentConfig(Output):
-    """Print what one latent is about: its top examples, how often it fires, what it writes, its neighbours."""
+    """Print what latents are about: their top examples, how often they fire, what they write, their neighbours."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch latent resid_post.3:281",
+        "saepatch latent resid_post.3:281,966,417 --html latents.html",
         'saepatch latent resid_post.3:281 --explain "The meaning of X is"',
         "saepatch latent resid_pre.8:417 --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --data texts.txt",
     )
 
     latent: str
-    """Site and number, as in resid_post.3:281."""
+    """Site and number, as in resid_post.3:281; several with commas between, which share one pass over the texts."""
     model: str = "organism"
     """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
     sae: str = "organism"
@@ -316,7 +317,7 @@ class LatentConfig(Output):
     """An explanation prompt for the model itself, with an X where the latent is written in (Patchscope), as in
     "The meaning of X is"."""
     html: str = ""
-    """File to write the card to as a page, too."""
+    """File to write the card to as a page, too; of several latents, one page with a card each."""
     device: str = "cpu"
     """Where to run: cpu, cuda or mps."""
     dtype: str = "float32"
@@ -327,8 +328,11 @@ class LatentConfig(Output):
     """Run code that comes with the model. Leave off unless you trust its author."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.]+:\d+", self.latent):
-            raise UserError(f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281")
+        if not re.fullmatch(r"[\w.]+:\d+(,\d+)*", self.latent):
+            raise UserError(
+                f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281; several of a "
+                "site with commas between, as in resid_post.3:281,966"
+            )
         if not self.data and not self.model.startswith("organism"):
             raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
         if self.explain and not re.search(r"\bX\b", self.explain):

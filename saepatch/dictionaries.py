@@ -92,6 +92,12 @@ class Dictionary:
         return acts, scale
 
     @torch.no_grad()
+    def written(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_sae"]:
+        """How far each latent moves the site along its row: its value, times the scale where the SAE normalises."""
+        acts, scale = self.activations(x)
+        return acts if scale is None else acts * scale
+
+    @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch pos d_in"]) -> Latents:
         """Latents and error term of a site's value, in the dictionary's own precision."""
         x = x.to(self.dtype)

@@ -48,7 +48,8 @@ class SiteEdit:
             self._columns = [slice(None) if some == everything else some for some in columns]
         self._rows = self.dictionary.rows if self.ids is None else self.dictionary.rows[self.ids]
         only_added = all(isinstance(intervention, Steer) for intervention in self.interventions)
-        self.blind = self.ids is not None and only_added and not self.dictionary.normalises
+        scaled = self.dictionary.normalises and any(getattr(i, "scaled", True) for i in self.interventions)
+        self.blind = self.ids is not None and only_added and not scaled
         few = self.ids is not None and not self.blind and 2 * len(self.ids) <= self.dictionary.d_sae
         self.alone = self.dictionary.alone(self.ids or ()) if few else None
 
@@ -61,7 +62,7 @@ class SiteEdit:
         if all(chosen is None for chosen in where):
             return x
         acts, scale = self._read(x)
-        change = self._edited(acts, where, seen) - acts
+        change = self._edited(acts, where, seen, scale) - acts
         moved = decode_sparsely(change, self._rows) if self.ids is None else change @ self._rows
         return x + (moved if scale is None else moved * scale).to(x.dtype)
 
@@ -86,12 +87,19 @@ class SiteEdit:
         return acts[..., self.ids], scale
 
     def _edited(
-        self, acts: Float[Tensor, "batch pos k"], where: Sequence[Bool[Tensor, "batch pos 1"] | None], seen: Pass
+        self,
+        acts: Float[Tensor, "batch pos k"],
+        where: Sequence[Bool[Tensor, "batch pos 1"] | None],
+        seen: Pass,
+        scale: Float[Tensor, "batch pos 1"] | None,
     ) -> Float[Tensor, "batch pos k"]:
         for intervention, columns, chosen in zip(self.interventions, self._columns, where, strict=True):
             if chosen is not None:
                 old = acts[..., columns]
-                new = torch.where(chosen, intervention.edit(old, seen), old)
+                if isinstance(intervention, (Restoring, Steer)):
+                    new = torch.where(chosen, intervention.edit(old, seen, scale), old)
+                else:
+                    new = torch.where(chosen, intervention.edit(old, seen), old)
                 if columns == slice(None):
                     acts = new
                 else:
@@ -108,9 +116,14 @@ class SiteEdit:
             self.record(latents)
         kept = latents.error
         for intervention, chosen in zip(self.interventions, where, strict=True):
-            if chosen is not None and isinstance(intervention, (Patch, Restoring)) and intervention.error:
+            if chosen is None or not writes_error(intervention):
+                continue
+            if isinstance(intervention, Restoring):
+                kept = torch.where(chosen, intervention.edit_error(kept, seen, latents), kept)
+            elif isinstance(intervention, Patch):
                 kept = torch.where(chosen, intervention.edit_error(kept, seen), kept)
-        change = latents.delta(self._edited(latents.acts, where, seen)) + (kept - latents.error)
+        edited = self._edited(latents.acts, where, seen, latents.scale)
+        change = latents.delta(edited) + (kept - latents.error)
         if self.drop_error:
             change = torch.where(seen.ordinary[..., None], change - latents.error, change)
         return x + change.to(x.dtype)

@@ -218,6 +218,10 @@ class Steer:
 
     `unit` is one number, or one for each latent (their corpus maxima). The strength is multiplied by `decay` with every
     generated token: a constant strength can make text repeat. The first of them, like the prompt, has all of it.
+
+    A dictionary that normalises its input writes a latent times that input's scale, so that what is added differs by
+    position. With `scaled` off, the site gets `strength · unit · row` itself, whatever the scale. Other dictionaries
+    have no scale.
     """
 
     latents: Ids
@@ -226,10 +230,19 @@ class Steer:
     positions: Positions = "all"
     site: Site | str | None = None
     decay: float = 1.0
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         _check_decay(self.decay)
 
-    def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
+    def edit(
+        self,
+        acts: Float[Tensor, "batch pos k"],
+        seen: Pass,
+        scale: Float[Tensor, "batch pos 1"] | None = None,
+    ) -> Float[Tensor, "batch pos k"]:
+        """The latents with more of them; `scale` is what they are decoded with, where the dictionary has one."""
         added = _in_units(self.strength, self.unit, acts)
+        if scale is not None and not self.scaled:
+            added = added / scale.clamp(min=1e-12)
         return acts + (added if self.decay == 1 else _share_left(self.decay, acts, seen) * added)

@@ -24,6 +24,13 @@ class Latents:
     real: Bool[Tensor, "batch pos"] | None = None  # where the batch holds a token, not padding; None: everywhere
     ordinary: Bool[Tensor, "batch pos"] | None = None  # where that token is not BOS either; None: everywhere
 
+    @property
+    def beside(self) -> Float[Tensor, "batch pos d_model"]:
+        """What the site holds beside what its latents write: the error term, and the decoder's bias and shift."""
+        written = decode_sparsely(self.acts, self.rows)
+        written = written if self.scale is None else written * self.scale
+        return self.error + (self.reconstruction - written)
+
     def delta(self, acts: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_model"]:
         """What changing the latents to `acts` adds to the site: exactly `Δf · W_dec` for a linear decoder.
 

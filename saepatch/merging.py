@@ -50,6 +50,7 @@ def merge_run(out: Path) -> "Summary | Screens":
         "model": first.model,
         "dictionaries": first.dictionaries,
         "pairs": len(pairs.examples),
+        "pairs_hash": first.pairs["hash"],
         "pairs_with_too_small_a_gap": pairs.missing(first.settings["min_gap"]),
         "clean": pairs.clean.mean(),
         "corrupted": pairs.corrupted.mean(),
@@ -117,11 +118,16 @@ class Summary:
     pairs: Pairs
     edits: int
     top: dict[str, list[Line]]
+    curves: dict[str, list[Line]]
+    """Of sites where groups of several sizes were asked for, one of each size: all of them, on top or not."""
 
     def facts(self) -> dict[str, Any]:
         """As summary.json holds it."""
-        top = {direction: [line.facts() for line in lines] for direction, lines in self.top.items()}
-        return {"edits": self.edits, "top": top}
+        top, curves = (
+            {direction: [line.facts() for line in lines] for direction, lines in some.items()}
+            for some in (self.top, self.curves)
+        )
+        return {"edits": self.edits, "top": top, "curves": curves}
 
     def table(self, k: int = 10) -> str:
         """The top edits as text, with intervals, controls and false discovery rates."""
@@ -156,12 +162,26 @@ def summarise(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[d
     """The largest edits of each direction: ratios of means over all pairs, bootstrapped over pairs."""
     rounding = max(about["rounding"] for about in abouts)
     top: dict[str, list[Line]] = {}
+    curves: dict[str, list[Line]] = {}
     for direction in read_directions(record.settings["direction"]):
         own = [n for n, key in enumerate(changes.keys) if key[0] == direction and key[3] not in CONTROLS]
         q = _q_values(changes, own, rounding * float(np.abs(pairs.gap).mean()))
         largest = np.argsort(-np.sign(pairs.gap.mean()) * changes.totals[own], kind="stable")[:TOP]
-        top[direction] = [_line(record, changes, pairs, own[i], float(q[i])) for i in largest]
-    return Summary(record, pairs, len(changes.keys), top)
+        wanted = [*largest, *(i for i in _on_curves([changes.keys[n] for n in own]) if i not in set(largest))]
+        lines = {i: _line(record, changes, pairs, own[i], float(q[i])) for i in wanted}
+        top[direction] = [lines[i] for i in largest]
+        curves[direction] = [lines[i] for i in _on_curves([changes.keys[n] for n in own])]
+    return Summary(record, pairs, len(changes.keys), top, curves)
+
+
+def _on_curves(keys: Sequence[Key]) -> list[int]:
+    """Places of the groups that were asked for at sites where each has another size, by site and size."""
+    sizes: dict[str, dict[int, list[int]]] = {}
+    for place, key in enumerate(keys):
+        if key[3] == "given":
+            sizes.setdefault(key[1], {}).setdefault(key[4].count(",") + 1, []).append(place)
+    curves = [found for found in sizes.values() if len(found) > 1 and all(len(one) == 1 for one in found.values())]
+    return [place for found in curves for size in sorted(found) for place in found[size]]
 
 
 def _asked(record: Record) -> list[Key]:

@@ -123,6 +123,20 @@ def read_records(out: Path) -> list[Record]:
     return sorted(found, key=lambda record: (record.shards, record.shard))
 
 
+PARTS, ANSWERS = "parts", "answers"  # what runs are kept in: those of patch and attribute, those of restore
+
+
+def refuse_other_command(out: Path, own: str) -> None:
+    """See that another command's run is not written over, finished or not; `own` is what this command's runs leave.
+
+    Raises:
+        UserError: it would be.
+    """
+    others = any((out / name).is_dir() for name in (PARTS, ANSWERS) if name != own)
+    if others or ((out / "results.parquet").exists() and not (out / own).exists()):
+        raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
+
+
 def refuse_if_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """See that a run in a folder is the one that is asked for, as far as both say what decides.
 

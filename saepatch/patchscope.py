@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.hooks import capture, edit_sites
+from saepatch.lens import INSIDE, stream_directions
 from saepatch.models import LanguageModel, Tokens
 from saepatch.positions import Positions
 from saepatch.sites import Site
@@ -58,21 +59,23 @@ def read_by_patchscope(
         prompt: One that asks, or sets an example, such as `What is the meaning of the word X? It is`.
         placeholder: The tokens that are written over, as in `At(" X")`.
         scales: Lengths, in lengths of what the placeholder holds at the site.
-        site: Where to write; the dictionary's own if not given. An earlier one of the residual stream gives the model
-            more layers to read it with.
+        site: Where to write; the dictionary's own if not given, or the stream after its block where that is of heads'
+            values or of an MLP's units: these are brought through their output projection. An earlier one of the
+            residual stream gives the model more layers to read it with.
 
     Raises:
-        UserError: a latent, site or placeholder that there is not, a dictionary that is not of the residual stream's
-            width, or scales that are not above 0.
+        UserError: a latent, site or placeholder that there is not, a site that is not of the residual stream's width,
+            or scales that are not above 0.
 
     Source: Patchscopes (Ghandeharioun et al. 2024) and SelfIE (Chen et al. 2024), on dictionaries' directions as in
     "Self-explaining SAE features" (Kharlapenko et al. 2024), which also proposes both measures of a scale.
     """
     dictionary.check(model)
     dictionary.check_ids(tuple(latents))
-    at = dictionary.site if site is None else Site.parse(site)
-    if model.width(at) != dictionary.d_in:
-        raise UserError(f"{at} has width {model.width(at)}, latents of {dictionary.site} write {dictionary.d_in}")
+    own = Site(dictionary.site.layer, "resid_post") if dictionary.site.stream in INSIDE else dictionary.site
+    at = own if site is None else Site.parse(site)
+    if at.stream in INSIDE or model.width(at) != model.d_model:
+        raise UserError(f"{at} is no place of the residual stream to write a latent at: use one such as resid_post.0")
     if not scales or min(scales) <= 0:
         raise UserError(f"scales {list(scales)}: give numbers above 0")
     one = model.tokenize([prompt], side="left")
@@ -96,15 +99,16 @@ def _read(
     at: Site,
     max_new_tokens: int,
 ) -> list[Reading]:
-    rows = one.rows([0] * len(cells))
-    directions = dictionary.rows[[latent for latent, _ in cells]].float()
+    prompts = one.rows([0] * len(cells))
+    rows = dictionary.rows[[latent for latent, _ in cells]]
+    directions = stream_directions(model, dictionary.site, rows).float()
     directions = directions / directions.norm(dim=-1, keepdim=True)
     scales = torch.tensor([scale for _, scale in cells], device=directions.device)
     last = Site(model.n_layers - 1, "resid_post")
     with _written(model, at, scales[:, None] * directions, where):
-        held = capture(model.hf, model.layout, [last], model.inputs(rows))[last][:, -1].float()
-        log_p = model.next_logits(rows).float().log_softmax(-1)
-        ids = model.generate_ids(rows, max_new_tokens)
+        held = capture(model.hf, model.layout, [last], model.inputs(prompts))[last][:, -1].float()
+        log_p = model.next_logits(prompts).float().log_softmax(-1)
+        ids = model.generate_ids(prompts, max_new_tokens)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0)).sum(-1)
     similar = cosine_similarity(held, directions.to(held.device), dim=-1)
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)

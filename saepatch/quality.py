@@ -64,7 +64,8 @@ class LatentStatistics:
         frequency: Share of ordinary positions where the latent is active (not 0).
         mean_active: Mean activation where it is active; 0 for a latent that never is.
         maximum: Largest activation (a_max); 0 for a latent that is never active.
-        norm: Length of the direction one unit of the latent adds to the site.
+        norm: Length of the direction one unit of the latent adds to the site, before a normalising dictionary's scale.
+        reach: How far the latent moves the site at most: largest of its activation times its scale times `norm`.
         tokens: Ordinary positions that were looked at.
     """
 
@@ -72,6 +73,7 @@ class LatentStatistics:
     mean_active: Float[Tensor, "d_sae"]
     maximum: Float[Tensor, "d_sae"]
     norm: Float[Tensor, "d_sae"]
+    reach: Float[Tensor, "d_sae"]
     tokens: int
 
     @property
@@ -149,6 +151,7 @@ class _SiteSums:
     active: Float[Tensor, "d_sae"]
     acts: Float[Tensor, "d_sae"]
     maximum: Float[Tensor, "d_sae"]
+    furthest: Float[Tensor, "d_sae"]
     xx: float = 0.0
     residual: float = 0.0
     n: int = 0
@@ -156,7 +159,7 @@ class _SiteSums:
     @classmethod
     def of(cls, dictionary: Dictionary) -> "_SiteSums":
         zeros = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=_accurate(dictionary.W_dec[:1]).device)
-        return cls(zeros.new_zeros(dictionary.d_in), zeros, zeros.clone(), zeros.clone())
+        return cls(zeros.new_zeros(dictionary.d_in), zeros, zeros.clone(), zeros.clone(), zeros.clone())
 
     @torch.no_grad()
     def add(self, latents: Latents, x: Float[Tensor, "batch pos d_model"], batch: Tokens) -> None:
@@ -169,15 +172,18 @@ class _SiteSums:
         self.acts += _accurate(acts.sum(0))
         if len(acts):
             self.maximum = torch.maximum(self.maximum, _accurate(acts.amax(0)))
+            written = acts if latents.scale is None else acts * latents.scale[batch.ordinary]
+            self.furthest = torch.maximum(self.furthest, _accurate(written.amax(0)))
         self.n += len(acts)
 
     def statistics(self, dictionary: Dictionary) -> LatentStatistics:
-        device = dictionary.W_dec.device
+        device, norm = dictionary.W_dec.device, dictionary.rows.float().norm(dim=-1)
         return LatentStatistics(
             frequency=(self.active / self.n).float().to(device),
             mean_active=(self.acts / self.active.clamp(min=1)).float().to(device),
             maximum=self.maximum.float().to(device),
-            norm=dictionary.rows.float().norm(dim=-1),
+            norm=norm,
+            reach=self.furthest.float().to(device) * norm,
             tokens=self.n,
         )
 

@@ -6,24 +6,25 @@ files alone.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from saepatch.activity import Activity
 from saepatch.dictionaries import Dictionary
 from saepatch.hooks import capture
+from saepatch.lens import INSIDE, final_norm, stream_directions
 from saepatch.models import LanguageModel, Tokens
-from saepatch.sites import Site
 from saepatch.splicing import record_latents
 
 log = logging.getLogger(__name__)
 
-BINS = 20  # of an activation histogram
-WINDOW = (24, 8)  # tokens of an example before and after its largest activation
+CELLS = 2**26  # activations that are held at once
+PART = 256  # latents whose directions are read at once
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Card:
     """Of what one unit of it adds to the site."""
     edges: tuple[float, ...]
     counts: tuple[int, ...]
-    """A histogram of its activations that are not 0."""
+    """A histogram of its activations that are not 0: one edge more than bins, the last at or above the largest."""
     examples: tuple[Example, ...]
     lens: str
     """How `raises` and `lowers` were found; empty where they could not be."""
@@ -85,115 +86,108 @@ def read_latents(
     model: LanguageModel,
     dictionary: Dictionary,
     latents: Sequence[int],
-    tokens: Tokens,
+    texts: Tokens | Iterable[str],
     examples: int = 6,
     top: int = 10,
     batch_size: int = 32,
 ) -> list[Card]:
-    """Cards of some latents over some texts: one pass that stops at the dictionary's site.
+    """Cards of any number of latents over some texts: one pass that stops at the dictionary's site.
+
+    Texts stream by, a batch at a time; what is kept of them is counts and each latent's own examples.
 
     Args:
         latents: Ids; a card each, in their order.
-        tokens: The texts to look for examples in; BOS and padding are left out.
+        texts: Where to look for examples, tokenised or not (a generator will do); BOS and padding are left out.
         examples: Texts a card shows, the one with the largest activation first.
         top: Tokens that a direction raises and lowers, and neighbours, a card shows.
+        batch_size: Texts at a time; fewer where a dictionary's activations of so many would be large.
 
     Raises:
         UserError: the dictionary does not belong to the model, or has no such latent.
     """
     dictionary.check(model)
     dictionary.check_ids(tuple(latents))
-    ids = torch.tensor(list(latents), dtype=torch.long, device=model.device)
-    acts = _activations(model, dictionary, ids, tokens, batch_size)
-    lens = logit_lens(model, dictionary, latents, top)
-    near = _neighbours(dictionary, ids, top)
-    texts = [
-        token_texts(model, row[mask].tolist()) for row, mask in zip(tokens.input_ids, tokens.attention_mask.bool())
-    ]
+    found = _activity(model, dictionary, latents, _batches(model, texts, batch_size), examples)
     cards = []
-    for column, latent in enumerate(latents):
-        mine = [each[:, column] for each in acts]
-        cards.append(_card(dictionary, latent, mine, tokens, texts, examples, lens, near[column], column))
+    for start in range(0, len(latents), PART):
+        some = latents[start : start + PART]
+        lens, near = logit_lens(model, dictionary, some, top), _neighbours(dictionary, some, top)
+        for place, latent in enumerate(some):
+            cards.append(_card(model, dictionary, latent, found, start + place, lens, place, near[place]))
     return cards
 
 
+def _batches(model: LanguageModel, texts: Tokens | Iterable[str], size: int) -> Iterator[Tokens]:
+    if isinstance(texts, Tokens):
+        yield from texts.batches(size)
+        return
+    stream = iter(texts)
+    while some := list(islice(stream, size)):
+        yield model.tokenize(some)
+
+
 @torch.no_grad()
-def _activations(
-    model: LanguageModel, dictionary: Dictionary, ids: Tensor, tokens: Tokens, batch_size: int
-) -> list[Float[Tensor, "_ latents"]]:
-    """Of each text the latents at its own tokens; 0 at a BOS."""
-    found = []
-    for batch in tokens.batches(batch_size):
+def _activity(
+    model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], batches: Iterable[Tokens], examples: int
+) -> Activity:
+    ids, few = list(latents), dictionary.alone(latents)
+    found = Activity(len(ids), examples)
+    for batch in batches:
         x = capture(model.hf, model.layout, [dictionary.site], model.inputs(batch))[dictionary.site]
-        acts = dictionary.activations(x)[0][..., ids] * batch.ordinary[..., None]
-        found += [row[mask].float().cpu() for row, mask in zip(acts, batch.attention_mask.bool())]
+        width = len(ids) if few is not None else dictionary.d_sae
+        rows = max(1, CELLS // (x.shape[1] * max(1, width)))
+        for start in range(0, len(x), rows):
+            part = batch.rows(slice(start, start + rows))
+            acts = (few or dictionary).activations(x[start : start + rows])[0]
+            acts = acts if few is not None else acts[..., ids]
+            found.add(part.input_ids, part.attention_mask.bool(), part.ordinary, acts)
     return found
 
 
 def _card(
+    model: LanguageModel,
     dictionary: Dictionary,
     latent: int,
-    acts: Sequence[Float[Tensor, "_"]],
-    tokens: Tokens,
-    texts: Sequence[Sequence[str]],
-    examples: int,
-    lens: "Lens | None",
-    neighbours: tuple[tuple[int, float], ...],
+    found: Activity,
     column: int,
+    lens: "Lens | None",
+    row: int,
+    neighbours: tuple[tuple[int, float], ...],
 ) -> Card:
-    together = torch.cat(list(acts))
-    active = together[together != 0]
-    count = int(tokens.ordinary.sum())
-    counts, edges = _histogram(active)
-    best = sorted(range(len(acts)), key=lambda i: -float(acts[i].max()))
-    shown: list[Example] = []
-    for text in best:  # a text that stands there twice is shown once
-        example = _example(text, texts[text], acts[text])
-        if len(shown) < examples and float(acts[text].max()) > 0 and example.tokens not in {e.tokens for e in shown}:
-            shown.append(example)
+    """The card of the latent in a column of the activity and a row of the lens."""
+    count = int(found.count[column])
+    counts, edges = found.histogram(column)
     return Card(
         site=str(dictionary.site),
         latent=int(latent),
         dictionary=dictionary.name,
         dictionary_hash=dictionary.fingerprint,
         neuronpedia=neuronpedia(dictionary),
-        texts=len(acts),
-        tokens=count,
-        frequency=len(active) / max(1, count),
-        maximum=float(together.max()),
-        mean_active=float(active.mean()),
+        texts=found.texts,
+        tokens=found.tokens,
+        frequency=count / max(1, found.tokens),
+        maximum=float(found.maximum[column]),
+        mean_active=float(found.total[column]) / count if count else float("nan"),
         norm=float(dictionary.rows[latent].float().norm()),
-        edges=edges,
+        edges=tuple(round(edge, 4) for edge in edges),
         counts=counts,
-        examples=tuple(shown),
+        examples=tuple(
+            Example(peak.text, tuple(token_texts(model, peak.ids)), tuple(round(act, 4) for act in peak.acts))
+            for peak in found.peaks[column]
+        ),
         lens="" if lens is None else lens.how,
-        raises=() if lens is None else lens.raises[column],
-        lowers=() if lens is None else lens.lowers[column],
+        raises=() if lens is None else lens.raises[row],
+        lowers=() if lens is None else lens.lowers[row],
         neighbours=neighbours,
     )
 
 
-def _example(number: int, tokens: Sequence[str], acts: Float[Tensor, "pos"]) -> Example:
-    """The stretch around the largest activation."""
-    peak = int(acts.argmax())
-    stretch = slice(max(0, peak - WINDOW[0]), peak + WINDOW[1] + 1)
-    return Example(number, tuple(tokens[stretch]), tuple(round(value, 4) for value in acts[stretch].tolist()))
-
-
-def _histogram(active: Float[Tensor, "n"]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    if not len(active):
-        return (), (0.0,)
-    low, high = min(0.0, float(active.min())), max(0.0, float(active.max()))
-    counts = torch.histc(active, BINS, low, high)
-    edges = [low + (high - low) * i / BINS for i in range(BINS + 1)]
-    return tuple(int(n) for n in counts.tolist()), tuple(round(edge, 4) for edge in edges)
-
-
 @torch.no_grad()
-def _neighbours(dictionary: Dictionary, ids: Tensor, top: int) -> list[tuple[tuple[int, float], ...]]:
+def _neighbours(dictionary: Dictionary, latents: Sequence[int], top: int) -> list[tuple[tuple[int, float], ...]]:
     rows = nn.functional.normalize(dictionary.rows.float(), dim=-1)
-    cosines = rows[ids.to(rows.device)] @ rows.T
-    cosines[torch.arange(len(ids), device=rows.device), ids.to(rows.device)] = -2.0  # not itself
+    ids = torch.tensor(list(latents), dtype=torch.long, device=rows.device)
+    cosines = rows[ids] @ rows.T
+    cosines[torch.arange(len(ids), device=rows.device), ids] = -2.0  # not itself
     best = cosines.topk(min(top, rows.shape[0] - 1))
     return [
         tuple((int(latent), round(float(value), 4)) for latent, value in zip(found, values))
@@ -243,23 +237,22 @@ class Lens:
 def logit_lens(model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], top: int = 10) -> Lens | None:
     """The logits of each latent's direction alone, through the final norm and the unembedding.
 
-    That is `W_U (norm(d) - norm(0))`, less its mean over the vocabulary: which tokens the direction speaks for on its
-    direct way out, later layers left aside, with the stream's own size left aside, too (nostalgebraist, 2020, applied
-    to a direction). The final norm is the one that, after the last block, gives the model's own logits; where none
-    does, the unembedding alone is used, and `how` says so. None where the site is not as wide as the stream, or the
-    unembedding is not held in memory.
+    A direction of heads' values or of an MLP's units is what their output projection makes of it, and `how` says so.
+    The logits are `W_U (norm(d) - norm(0))`, less its mean over the vocabulary: which tokens the direction speaks for
+    on its direct way out, later layers left aside, with the stream's own size left aside, too (nostalgebraist, 2020,
+    applied to a direction). The final norm is the one that, after the last block, gives the model's own logits; where
+    none does, the unembedding alone is used, and `how` says so. None where the unembedding is not held in memory or has
+    another width.
     """
     head: Any = model.hf.get_output_embeddings()  # type: ignore[operator]
-    if (
-        dictionary.d_in != model.d_model
-        or head is None
-        or head.weight.is_meta
-        or head.weight.shape[-1] != model.d_model
-    ):
+    if head is None or head.weight.is_meta or head.weight.shape[-1] != model.d_model:
         return None
     norm = final_norm(model)
     how = "through the final norm" if norm is not None else "through the unembedding alone: no final norm was found"
-    directions = nn.functional.normalize(dictionary.rows[list(latents)].float(), dim=-1) * model.d_model
+    if dictionary.site.stream in INSIDE:
+        how = f"through the output projection of {dictionary.site}, {how}"
+    directions = stream_directions(model, dictionary.site, dictionary.rows[list(latents)])
+    directions = nn.functional.normalize(directions.float(), dim=-1) * model.d_model
     x = torch.cat([directions, torch.zeros_like(directions[:1])]).to(head.weight)[None]
     logits = head((x if norm is None else norm(x)).to(head.weight))[0].float()
     logits = logits[:-1] - logits[-1]
@@ -273,34 +266,6 @@ def _named(model: LanguageModel, ids: Tensor, values: Tensor) -> tuple[tuple[tup
         tuple((name, round(value, 4)) for name, value in zip(token_texts(model, row), numbers))
         for row, numbers in zip(ids.tolist(), values.tolist())
     )
-
-
-@torch.no_grad()
-def final_norm(model: LanguageModel) -> nn.Module | None:
-    """The norm between the last block and the unembedding: of those beside the blocks, the one whose logits are the
-    model's, up to a scale and a soft cap. None if there is none."""
-    blocks = model.layout.blocks
-    home = [
-        m for m in model.hf.modules() if any(isinstance(c, nn.ModuleList) and c[0] is blocks[0] for c in m.children())
-    ]
-    norms = [child for parent in home for child in parent.children() if "norm" in type(child).__name__.lower()]
-    if not norms:
-        return None
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = (torch.arange(6, device=model.device) * 7 + 11).unsqueeze(0) % vocabulary
-    inputs = {"input_ids": ids, "use_cache": False}
-    last = Site(model.n_layers - 1, "resid_post")
-    x = capture(model.hf, model.layout, [last], inputs)[last]
-    truth = model.hf(**inputs).logits.float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:
-        truth = cap * torch.atanh((truth / cap).clamp(-1 + 1e-6, 1 - 1e-6))
-    head: Any = model.hf.get_output_embeddings()  # type: ignore[operator]
-    for norm in norms:
-        own = head(norm(x).to(head.weight)).float().to(truth.device)
-        if float(nn.functional.cosine_similarity(own, truth, dim=-1).min()) > 0.999:
-            return norm
-    return None
 
 
 # Tokens and addresses

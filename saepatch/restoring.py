@@ -56,7 +56,8 @@ class OtherModel:
 class CleanMeans:
     """A donor that always says the same: the mean of each latent of each site over clean runs.
 
-    For the last `template` tokens of prompts (None: all) and all generated tokens.
+    For the last `template` tokens of prompts (None: all) and all generated tokens. Means are the latents' own values: a
+    dictionary that normalises its input writes them in the recipient's scale.
     """
 
     means: Mapping[Site, Float[Tensor, "_"]]
@@ -84,6 +85,8 @@ class Restore:
     """Overwrite latents with those of a donor, at the positions that the donor has a counterpart of.
 
     With `error`, the donor's error term is written as well; with all latents that is the donor's own value of the site.
+    Dictionaries that normalise their input decode in that input's scale: each latent then writes what it writes in the
+    donor, its value there times the donor's scale, and the bias and mean of the decoder go with the error term.
     Restorations of several sites (one `Restore` each) that hold the same donor object share its one run.
     """
 
@@ -222,8 +225,13 @@ class Restoring:
     def error(self) -> bool:
         return self.restore.error
 
-    def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
-        """The donor's latents where it has any."""
+    def edit(
+        self,
+        acts: Float[Tensor, "batch pos k"],
+        seen: Pass,
+        scale: Float[Tensor, "batch pos 1"] | None = None,
+    ) -> Float[Tensor, "batch pos k"]:
+        """The donor's latents where it has any; in units of the recipient's `scale`, where the dictionary has one."""
         donor = self.restore.donor
         if isinstance(donor, CleanMeans):
             if seen.start < seen.width:  # answers that are given may be padded on the right
@@ -236,17 +244,27 @@ class Restoring:
         assert self.run is not None
         x, inside = self.run.value(self.site, seen)
         if self._alone is not None:
-            values, _ = self._alone.activations(x)
+            values, theirs = self._alone.activations(x)
+        elif self.error:
+            values, theirs = self._encoded(x, seen).acts, self._encoded(x, seen).scale
         else:
-            values = self._encoded(x, seen).acts if self.error else self.dictionary.activations(x)[0]
-            values = values if self._ids is None else values[..., list(self._ids)]
+            values, theirs = self.dictionary.activations(x)
+        if self._alone is None and self._ids is not None:
+            values = values[..., list(self._ids)]
+        if theirs is not None and scale is not None:
+            values = values * (theirs / scale.clamp(min=1e-12))
         return torch.where(inside[..., None], values, acts)
 
-    def edit_error(self, error: Float[Tensor, "batch pos width"], seen: Pass) -> Float[Tensor, "batch pos width"]:
-        """The donor's error term where it has any."""
+    def edit_error(
+        self, error: Float[Tensor, "batch pos width"], seen: Pass, own: Latents
+    ) -> Float[Tensor, "batch pos width"]:
+        """The donor's error term where it has any; `own` are the recipient's unedited latents."""
         assert self.run is not None
         x, inside = self.run.value(self.site, seen)
-        return torch.where(inside[..., None], self._encoded(x, seen).error, error)
+        donors = self._encoded(x, seen)
+        # A decoder that normalises adds its bias and the input's mean in the donor's scale, too: they differ.
+        new = donors.error if donors.scale is None else own.error + (donors.beside - own.beside)
+        return torch.where(inside[..., None], new, error)
 
     def _encoded(self, x: Float[Tensor, "batch pos width"], seen: Pass) -> Latents:
         if self._seen is not seen:

@@ -343,6 +343,8 @@ def _described(run: RunFolder) -> dict[str, str]:
     """What decided a run's numbers, by name."""
     model = run.summary["model"]
     hashes = {f"dictionary {site}": each["hash"] for site, each in run.summary["dictionaries"].items()}
+    if "pairs_hash" in run.summary:  # a path says nothing of what lies there
+        hashes["pairs' texts"] = run.summary["pairs_hash"]
     said = {name: str(value) for name, value in run.settings.items()}
     return said | {"model's weights": model["hash"]} | hashes
 

@@ -23,6 +23,7 @@ from saepatch.errors import UserError
 from saepatch.metrics import Metric
 from saepatch.models import LanguageModel
 from saepatch.parts import (
+    PARTS,
     Part,
     Record,
     cut_parts,
@@ -33,6 +34,7 @@ from saepatch.parts import (
     part_file,
     read_records,
     refuse_if_other,
+    refuse_other_command,
     shard_folder,
 )
 from saepatch.patching import patch_components
@@ -162,7 +164,7 @@ def prepare(config: SweepConfig) -> Sweep:
     shard, shards = read_shard(config.shard)
     out = Path(config.out)
     check_writable(out)
-    _check_other_results(out)
+    refuse_other_command(out, PARTS)
     there = read_records(out)
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     for record in there:  # before anything is loaded
@@ -201,16 +203,6 @@ def prepare(config: SweepConfig) -> Sweep:
             "the versions of some libraries are others than when this shard was started: see %s/run.json", folder
         )
     return Sweep(config, task, pairs, model, groups, metric, positions, corruption, record, parts, folder)
-
-
-def _check_other_results(out: Path) -> None:
-    """See that the results of another command are not written over.
-
-    Raises:
-        UserError: they would be.
-    """
-    if (out / "results.parquet").exists() and not (out / "parts").is_dir():
-        raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
 
 
 def _edits(

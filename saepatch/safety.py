@@ -96,7 +96,8 @@ def change_scores(
     clean = record_latents(model, dictionary, batch.clean)
     corrupted = record_latents(model, dictionary, batch.corrupted)
     where = whole_prompt(model, batch.clean).select(positions)
-    difference = (clean.acts - corrupted.acts)[where]
+    difference = clean.acts - corrupted.acts
+    difference = (difference if corrupted.scale is None else difference * corrupted.scale)[where]
     return difference.pow(2).mean(0).sqrt() * dictionary.rows.norm(dim=-1)
 
 

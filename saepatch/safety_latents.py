@@ -36,7 +36,8 @@ class SafetyLatents:
     """Scores of every latent, by site; `top` shares one budget over all sites.
 
     Attributes:
-        change: `S_j · ‖d_j‖`, S the root mean square difference between the donor and the run, over positions.
+        change: `S_j · ‖d_j‖`, S the root mean square difference between the donor and the run, over positions. Of a
+            dictionary that normalises its input, latents count as what they write: times the scale of their run.
         signed: Mean difference, donor minus run, times `‖d_j‖`: what the donor has more of is positive.
         attribution: Share in the change of the refusal score (nats) after the prompt, the donor's site written there;
             mean over prompts. Empty where no refusal tokens were given.
@@ -167,7 +168,7 @@ def clean_means(
     sums = {site: torch.zeros(dictionary.d_sae, dtype=torch.float64) for site, dictionary in sites.items()}
     for values, n in zip(_rows(model, sites, rows, batch_size), counts, strict=True):
         for site, dictionary in sites.items():
-            sums[site] += _tail(dictionary, values[site], n).sum(0).cpu()
+            sums[site] += _tail(dictionary.activations(values[site][None])[0][0], n).sum(0).cpu()
     means = {site: (total / sum(counts)).to(sites[site].W_dec) for site, total in sums.items()}
     return CleanMeans(means, template)
 
@@ -207,9 +208,8 @@ def _rows(
             yield {site: x[number, x.shape[1] - len(row) :] for site, x in found.items()}
 
 
-def _tail(dictionary: Dictionary, x: Float[Tensor, "pos _"], n: int) -> Float[Tensor, "n d_sae"]:
+def _tail(acts: Float[Tensor, "pos d_sae"], n: int) -> Float[Tensor, "n d_sae"]:
     """Latents of the last `n` positions of a row, in float64 where there is such a thing."""
-    acts = dictionary.activations(x[None])[0][0]
     return _wide(acts[len(acts) - n :])
 
 
@@ -232,7 +232,8 @@ def _differences(
     both = zip(_rows(model, sites, mine, batch_size), _rows(other, sites, theirs, batch_size), counts, strict=True)
     for here, there, n in both:
         for site, dictionary in sites.items():
-            difference = _tail(dictionary, there[site], n) - _tail(dictionary, here[site], n)
+            difference = _tail(dictionary.written(there[site][None])[0], n)
+            difference = difference - _tail(dictionary.written(here[site][None])[0], n)
             squares[site] += difference.pow(2).sum(0).cpu()
             sums[site] += difference.sum(0).cpu()
     return squares, sums
@@ -276,9 +277,7 @@ def _shares(
     """Each latent's change along the gradient, summed over the chosen positions; an example at a time."""
     total = torch.zeros(dictionary.d_sae, dtype=torch.float64)
     for row, chosen in enumerate(where):
-        acts, scale = dictionary.activations(run[row : row + 1])
-        change = dictionary.activations(source[row : row + 1])[0] - acts
-        change = (change if scale is None else change * scale)[0, chosen]
+        change = (dictionary.written(source[row : row + 1]) - dictionary.written(run[row : row + 1]))[0, chosen]
         along = gradient[row, chosen].to(dictionary.dtype) @ dictionary.rows.T
         total += _wide(change * along).sum(0).cpu()
     return total

@@ -32,6 +32,8 @@ from saepatch.sites import Site
 
 log = logging.getLogger(__name__)
 
+GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options of `generate`
+
 Dictionaries = Dictionary | Sequence[Dictionary] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
 Interventions = Intervention | Restore | Sequence[Intervention | Restore]
 
@@ -221,13 +223,19 @@ def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]
     run._generated |= ids is not None
     for donor in run._donors.values():
         donor.reset()
-    if ids is None or not run._donors:
+    if ids is None:
         return
     config = options.get("generation_config") or getattr(run.model.hf, "generation_config", None)
+    given = [vars(one) for one in (config, getattr(run.model.hf, "generation_config", None)) if one is not None]
+    for name in GUESSING:
+        if any(one.get(name) is not None for one in (options, *given)):
+            raise UserError(
+                f"a splice follows tokens as they are picked, and {name} has the model read guesses: "
+                f"generate without {name}"
+            )
     beams = options.get("num_beams") or getattr(config, "num_beams", None) or 1
-    guesses = any(options.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
-    if beams != 1 or guesses:
-        raise UserError("Restore follows one continuation a prompt: generate with num_beams=1 and without an assistant")
+    if run._donors and beams != 1:
+        raise UserError("Restore follows one continuation a prompt: generate with num_beams=1")
 
 
 def _prompt_of(run: Splice, mask: Tensor, start: int, cache: Any) -> tuple[Tensor, int]:

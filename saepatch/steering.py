@@ -26,11 +26,17 @@ def latent_means(
     tokens: Tokens,
     positions: Positions = "all",
     batch_size: int = 64,
+    written: bool = False,
 ) -> Float[Tensor, "sequences d_sae"]:
-    """Mean of each latent over each sequence's chosen positions; "all" are those without BOS and padding."""
+    """Mean of each latent over each sequence's chosen positions; "all" are those without BOS and padding.
+
+    With `written`, of what latents write along their rows: where the dictionary normalises its input, each value times
+    the scale that it is decoded with there.
+    """
     means = []
     for part in tokens.batches(batch_size):
-        acts = record_latents(model, dictionary, part).acts
+        latents = record_latents(model, dictionary, part)
+        acts = latents.acts * latents.scale if written and latents.scale is not None else latents.acts
         weight = whole_prompt(model, part).select(positions)[..., None].to(acts.dtype)
         means.append((acts * weight).sum(1) / weight.sum(1).clamp(min=1))
     return torch.cat(means)
@@ -45,12 +51,14 @@ def contrast(
 ) -> Float[Tensor, "d_sae"]:
     """Difference of the means of per-sequence latent means, times the norm of each latent's row.
 
-    The norm makes latents compare by how much they write, not by the units of their activations.
+    The norm makes latents compare by how much they write, not by the units of their activations. For the same reason a
+    dictionary that normalises its input has its latents taken times the scale that they are decoded with.
     """
     if not with_concept or not without:
         raise UserError("a contrast needs prompts with the concept and prompts without: one of the two sets is empty")
     means = [
-        latent_means(model, dictionary, model.tokenize(texts), positions).mean(0) for texts in (with_concept, without)
+        latent_means(model, dictionary, model.tokenize(texts), positions, written=True).mean(0)
+        for texts in (with_concept, without)
     ]
     return (means[0] - means[1]) * dictionary.rows.norm(dim=-1)
 
@@ -65,14 +73,15 @@ def equal_norm_steer(
 ) -> Steer:
     """Add latents in proportion to their corpus maxima, so that together they move the site by `strength · norm`.
 
-    With equal `norm`, one latent and ten perturb the stream equally far, so that only the direction differs.
+    With equal `norm`, one latent and ten perturb the stream equally far, so that only the direction differs. That is
+    the norm at the site, whatever scale the dictionary brings its input to.
     """
     ids = list(latents)
     together = (maxima[ids, None] * dictionary.rows[ids]).sum(0).norm()
     if not float(together) > 0:
         raise UserError(f"latents {ids} never fire in the reference corpus, so they have no maximum to steer by")
     factor = norm / float(together)
-    return Steer(tuple(ids), strength, tuple(factor * float(maxima[i]) for i in ids), positions)
+    return Steer(tuple(ids), strength, tuple(factor * float(maxima[i]) for i in ids), positions, scaled=False)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ def load_texts(spec: str, column: str = "text") -> list[str]:
     try:
         raw = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            found = [_text(json.loads(line), column) for line in raw.splitlines() if line.strip()]
+            # not splitlines: a text may hold a line separator of Unicode
+            found = [_text(json.loads(line), column) for line in raw.split("\n") if line.strip()]
         elif path.suffix == ".json":
             found = [_text(one, column) for one in json.loads(raw)]
         else:
-            found = raw.splitlines()
+            found = raw.split("\n")  # read as text: the line ends of any system are this already
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read texts from {spec!r} ({error}): give organism, a .txt file with a text a line, or a .jsonl or "

@@ -128,7 +128,8 @@ class Tracker:
 
     def curve(self, name: str, x: str, xs: Sequence[float], lines: Mapping[str, Sequence[Any]]) -> None:
         """Writes lines over an axis of their own, as effects over numbers of latents: a local table, and to guests a
-        point at a time, which W&B draws over that axis.
+        point at a time, which W&B draws over that axis. Each point is one of W&B's own steps, so that lines logged
+        after a curve may stand at later steps there than `log` was given.
 
         Args:
             name: Name of the curve; a line's own is ``name/line``.

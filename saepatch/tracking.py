@@ -175,6 +175,8 @@ class _WandbRun:
             job_type=about.job_type,
         )
         self._axes = about.axes
+        self._step: int | None = None  # of the run, whose row is open
+        self._at = self._free = 0  # W&B's own step of that row, and its next one
         for axis in dict.fromkeys(self._axes.values()):
             self._run.define_metric(axis, hidden=True)
         for metrics, axis in self._axes.items():
@@ -186,20 +188,21 @@ class _WandbRun:
             self.sync_command = shlex.join(["wandb", "sync", *map(str, sorted(folders))])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log({**dict.fromkeys(self._axes.values(), step), **values}, step=step)
+        self._run.log({**dict.fromkeys(self._axes.values(), step), **values}, step=self._row(step))
 
     def curve(self, name: str, x: str, points: Sequence[tuple[float, Mapping[str, float]]]) -> None:
         self._run.define_metric(x, hidden=True)
         self._run.define_metric(f"{name}/*", step_metric=x)
-        for place, values in points:  # steps of W&B's own: a step is a row, and the axis is another
-            self._run.log({**values, x: place})
+        for place, values in points:  # a row each: the axis is another than the run's
+            self._run.log({**values, x: place}, step=self._free)
+            self._free, self._step = self._free + 1, None
 
     def histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         import numpy as np
         import wandb
 
         histogram = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-        self._run.log({name: histogram}, step=self._open(step))
+        self._run.log({name: histogram}, step=self._row(step))
 
     def summarise(self, values: Mapping[str, float]) -> None:
         self._run.summary.update(dict(values))
@@ -209,11 +212,17 @@ class _WandbRun:
 
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
         with self._staged_with_the_run():
-            self._run.log({name: table}, step=self._open(step))  # without a step, W&B would move its own on by one
+            self._run.log({name: table}, step=self._row(step))  # without a step, W&B would move its own on by one
 
-    def _open(self, step: int) -> int:
-        """The step, or W&B's own where a curve has moved that on: it drops rows of earlier ones."""
-        return max(step, self._run.step)
+    def _row(self, step: int) -> int:
+        """W&B's own step for a step of the run: the same, or the next one where a curve's rows have gone past it.
+
+        W&B drops a row that goes back, and what is logged at one of its steps twice is one row.
+        """
+        if step != self._step:
+            self._step, self._at = step, max(step, self._free)
+            self._free = self._at + 1
+        return self._at
 
     def figure(self, name: str, chart: Chart, step: int) -> None:
         import wandb
@@ -223,13 +232,13 @@ class _WandbRun:
         figure = plotly_figure(chart)
         with self._staged_with_the_run():
             media = wandb.Plotly(figure) if figure is not None else wandb.Html(svg_page(chart))
-            self._run.log({name: media}, step=self._open(step))
+            self._run.log({name: media}, step=self._row(step))
 
     def page(self, name: str, path: Path, step: int) -> None:
         import wandb
 
         with self._staged_with_the_run():
-            self._run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)}, step=self._open(step))
+            self._run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)}, step=self._row(step))
 
     def configure(self, settings: Mapping[str, Any]) -> None:
         self._run.config.update(dict(settings), allow_val_change=True)

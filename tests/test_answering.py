@@ -307,6 +307,12 @@ def test_bad_prompts(tmp_path, text, message):
         read_requests(str(path), tiny_model(), False, 0)
 
 
+def test_a_prompt_may_hold_a_line_separator_of_unicode(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n\n{"prompt": "c\u0085d"}\n', encoding="utf-8")
+    assert [one.prompt for one in read_requests(str(path), tiny_model(), False, 0)] == ["a\u2028b", "c\u0085d"]
+
+
 def test_a_donor_that_reads_clean_prompts_needs_them(place, tmp_path):
     path = tmp_path / "p.jsonl"
     lines(path, [{"prompt": "abc", "clean": "abd"}, {"prompt": "abc"}])

@@ -39,19 +39,22 @@ def test_auroc_counts_pairs_with_ties_as_a_half():
 
 @pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_attribution_is_the_slope_of_the_gap_between_predictions(family, positions):
-    model, dictionary = tiny_model(family), random_dictionary()
+@pytest.mark.parametrize("normalise", ["none", "layer_norm"])
+def test_attribution_is_the_slope_of_the_gap_between_predictions(family, positions, normalise):
+    model, dictionary = tiny_model(family), random_dictionary(normalize_activations=normalise)
     p = [
         torch.stack([model.next_logits(model.tokenize([t]))[0].softmax(-1) for t in texts]) for texts in (WITH, WITHOUT)
     ]
     toward = (p[0].mean(0) - p[1].mean(0)).double()
-    means = [latent_means(model, dictionary, model.tokenize(t), positions).mean(0) for t in (WITH, WITHOUT)]
+    means = [
+        latent_means(model, dictionary, model.tokenize(t), positions, written=True).mean(0) for t in (WITH, WITHOUT)
+    ]
     found = attribution_contrast(model, dictionary, WITH, WITHOUT, positions, batch_size=2)
     assert int((found != 0).sum()) > 4
     for latent in found.abs().argsort(descending=True)[:4].tolist():
         values = []
         for step in (-0.02, 0.02):
-            with splice(model, dictionary, Steer(latent, step, positions=positions)):
+            with splice(model, dictionary, Steer(latent, step, positions=positions, scaled=False)):
                 logits = [model.next_logits(model.tokenize([text]))[0].double() for text in WITHOUT]
             values.append(sum(float(row @ toward) for row in logits) / 3)
         slope = (values[1] - values[0]) / 0.04

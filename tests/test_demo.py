@@ -36,6 +36,20 @@ def summary(demo):
     return json.loads((demo / "summary.json").read_text())
 
 
+def test_no_other_run_is_written_over(demo, tmp_path, capsys):
+    for name in ("parts", "answers"):
+        (tmp_path / name / name).mkdir(parents=True)
+        assert main(["demo", "--out", str(tmp_path / name), "--pairs", str(PAIRS)]) == 2
+        assert "holds results of another command" in capsys.readouterr().err
+    shutil.copy(demo / "results.parquet", tmp_path)
+    assert main(["demo", "--out", str(tmp_path), "--pairs", str(PAIRS)]) == 2
+    assert not (tmp_path / "page.json").exists()
+    given = ["patch", "ioi", "--latents", "3", "--site", "resid_post.3", "--out", str(demo)]
+    before = (demo / "report.html").read_bytes()
+    assert main(given) == 2  # nor does it write over the demo's
+    assert (demo / "report.html").read_bytes() == before
+
+
 def test_splice_is_the_model_and_keeps_most_of_it(summary):
     assert [row["site"] for row in summary["splice"]] == [f"resid_post.{layer}" for layer in range(6)]
     for row in summary["splice"]:

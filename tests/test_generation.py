@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import random_dictionary, tiny_model
+from transformers import GenerationConfig
 
 from saepatch.errors import UserError
 from saepatch.interventions import Ablate, AtLeast, Clamp, Patch, Steer
@@ -284,11 +285,21 @@ def test_prompts_in_chunks_and_guessed_tokens_are_refused():
     options = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "pad_token_id": 2}
     with pytest.raises(UserError, match="in one pass"), splice(model, dictionary, Steer(3, 1.0, positions="last")):
         model.hf.generate(**options, max_new_tokens=3, prefill_chunk_size=4)
-    with (
-        pytest.raises(UserError, match="without an assistant"),
-        splice(model, dictionary, Restore(CleanPrompts(("abc",)))),
-    ):
-        model.hf.generate(**options, max_new_tokens=3, prompt_lookup_num_tokens=3)
+    for intervention in (Steer(3, 1.0), Restore(CleanPrompts(("abc",)))):
+        guess = {"prompt_lookup_num_tokens": 3}
+        for given in (guess, {"generation_config": GenerationConfig(**guess)}):
+            with (
+                pytest.raises(UserError, match="generate without prompt_lookup_num_tokens"),
+                splice(model, dictionary, intervention),
+            ):
+                model.hf.generate(**options, max_new_tokens=3, **given)
+        model.hf.generation_config.prompt_lookup_num_tokens = 3
+        with (
+            pytest.raises(UserError, match="generate without prompt_lookup_num_tokens"),
+            splice(model, dictionary, intervention),
+        ):
+            model.hf.generate(**options, max_new_tokens=3)
+        model.hf.generation_config.prompt_lookup_num_tokens = None
 
 
 def test_beams_and_several_sequences_keep_their_prompts():

@@ -19,7 +19,7 @@ import saepatch.models
 from saepatch.__main__ import main
 from saepatch.pages.left import read_left
 from saepatch.pages.run import run_page
-from saepatch.report import HeatMap, ScatterChart, Table
+from saepatch.report import BarChart, HeatMap, LineChart, ScatterChart, Table
 from saepatch.results import read_rows
 from saepatch.runfolders import compare_runs, find_runs, headline, read_run, runs_table
 
@@ -146,6 +146,28 @@ def test_maps_are_sums_over_rows(swept):
         if direction == "denoise":
             sizes[name] = max(sizes[name], abs(value))
     assert set(top.rows) == set(sorted(sizes, key=lambda name: -sizes[name])[:24])
+
+
+def test_a_curve_has_every_group_that_was_asked_for(place, tmp_path):
+    """More groups than a summary has on top, and with bars a word on those that are left out."""
+    groups = [",".join(map(str, range(size))) for size in range(1, 24)]
+    out = run(place, tmp_path / "curve", "patch", "--site", "resid_post.1", "--latents", "; ".join(groups))
+    rows = read_rows(out / "results.parquet")
+    whole = defaultdict(float)
+    for row, change in zip(rows, changes(rows)):
+        if row["role"] == "given":
+            whole[row["direction"], row["latent"]] += change / 4 / gap(rows)
+    for chart in blocks(run_page(read_left(out)), LineChart):
+        direction = chart.title.rpartition(": ")[2]
+        (patched,) = [line for line in chart.series if line.name == "patched"]
+        assert list(patched.x) == list(range(1, 24))
+        assert list(patched.y) == pytest.approx([whole[direction, group] for group in groups], abs=1e-9)
+        assert all(None not in line.y[:20] for line in chart.series)  # more than 20 have no controls of their size
+    pairs = "; ".join(f"{2 * i},{2 * i + 1}" for i in range(22))
+    out = run(place, tmp_path / "bars", "patch", "--site", "resid_post.1", "--latents", pairs, "--controls=0")
+    charts = blocks(run_page(read_left(out)), BarChart)
+    assert len(charts) == 2
+    assert all("The 20 largest of 22. " in chart.caption for chart in charts)
 
 
 def test_tokens_stand_over_maps(swept):
@@ -308,6 +330,15 @@ def test_two_runs_side_by_side(place, swept, grouped, screened, tmp_path, capsys
     other = run(place, tmp_path / "other", "patch", "--each_position", "--metric", "log_probability")
     found = compare_runs(read_run(swept), read_run(other))
     assert found.settings == (("metric", "logit_difference", "log_probability"),)
+    texts = place / "pairs.jsonl"
+    before = texts.read_text()
+    texts.write_text("\n".join(before.splitlines()[:-1]))
+    try:
+        fewer = run(place, tmp_path / "fewer", "patch", "--each_position")
+    finally:
+        texts.write_text(before)
+    (changed,) = compare_runs(read_run(swept), read_run(fewer)).settings
+    assert changed[0] == "pairs' texts"
     tops = [json.loads((out / "summary.json").read_text())["top"] for out in (swept, other)]
     for name, *lines in found.edits:
         direction, _, edit = name.partition(": ")

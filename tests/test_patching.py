@@ -189,7 +189,7 @@ def test_matched_controls_fire_and_write_like_the_top_set():
     generator = torch.Generator().manual_seed(0)
     frequency = torch.rand(400, generator=generator)
     mean = torch.rand(400, generator=generator)
-    stats = LatentStatistics(frequency, mean, mean, torch.ones(400), 1000)
+    stats = LatentStatistics(frequency, mean, mean, torch.ones(400), mean, 1000)
     chosen = list(range(8))
     random, matched = control_sets(chosen, 8, stats, seed=3)
     assert len(random) == len(matched) == DRAWS

@@ -7,6 +7,7 @@ import torch
 from tiny import random_dictionary, tiny_model
 
 from experiments import patchscope as experiment
+from saepatch.components import Directions
 from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
 from saepatch.hooks import edit_sites
@@ -15,6 +16,7 @@ from saepatch.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.positions import At
 from saepatch.sites import Site
 from saepatch.statistics import Interval
+from saepatch.steering import direction_dictionary
 
 pytestmark = pytest.mark.whole
 
@@ -56,6 +58,21 @@ def test_what_is_written_and_measured(family, site):
         assert reading.self_similarity == pytest.approx(float(similar), abs=1e-4)
 
 
+def test_heads_values_are_read_at_the_stream():
+    model, dictionary = tiny_model(), random_dictionary("z.1")
+    weight = model.layout.blocks[1].self_attn.o_proj.weight
+    row = dictionary.rows[[7]] @ weight.detach().T
+    written = direction_dictionary(Directions(Site(1), row / row.norm(), "by hand"))
+    for site in (None, "resid_post.0"):
+        found = read_by_patchscope(model, dictionary, [7], "what is X? it", At("X"), (1.0, 4.0), site, 5)[0]
+        expected = read_by_patchscope(model, written, [0], "what is X? it", At("X"), (1.0, 4.0), site, 5)[0]
+        for one, other in zip(found, expected, strict=True):
+            assert one.text == other.text
+            assert one.self_similarity == pytest.approx(other.self_similarity, abs=1e-5)
+    with pytest.raises(UserError, match=r"z\.0 is no place of the residual stream"):
+        read_by_patchscope(model, random_dictionary(), [7], "what is X? it", At("X"), site="z.0")
+
+
 def test_the_scale_is_that_of_likeness_and_certainty():
     rows = [Reading(1, s, "", similar, e) for s, similar, e in ((1, 0.1, 3.0), (2, 0.8, 1.0), (4, 0.9, 5.0))]
     assert best_reading(rows).scale == 2
@@ -76,6 +93,17 @@ def test_mistakes():
             read_by_patchscope(model, dictionary, *given)
 
 
+def test_the_verdict_sets_shares_at_the_same_scale_side_by_side():
+    low, high, other = (Interval(value, value - 0.1, value + 0.1, 10) for value in (0.2, 0.9, 0.3))
+    one = experiment.Named("resid_post.1", "resid_post.1", "refusal", low, high, low, other)
+    said = experiment.verdict([one], (low, high))
+    assert "named in 20% of readings at the scale that is chosen (90% at any scale)" in said
+    assert "but not at that scale" in said
+    assert "20% of readings, random 20%; at any scale 90% and 30%" in said
+    assert "can be read through." in experiment.verdict([one], (high, high))
+    assert "Even a word's own embedding" in experiment.verdict([one], (low, low))
+
+
 @pytest.mark.slow
 def test_the_organism_reads_words_and_not_its_latents():
     model = load_model("organism")
@@ -91,6 +119,7 @@ def test_the_organism_reads_words_and_not_its_latents():
     assert at_any.value >= 0.9  # the control: through these prompts a word's embedding can be read
     share = Interval(0.9, 0.8, 1.0, 7)
     known = [replace(one, own=share) for one in found if one.concept == "refusal"]
-    assert "Refusal: named beyond chance (resid_post.1 written at resid_pre.0" in experiment.verdict(known, best)
+    words = (best, at_any)
+    assert "Refusal: named beyond chance (resid_post.1 written at resid_pre.0" in experiment.verdict(known, words)
     nothing = [replace(one, own=one.random) for one in found]
-    assert "Refusal: named at no site" in experiment.verdict(nothing, best)
+    assert "Refusal: named at no site" in experiment.verdict(nothing, words)

@@ -6,15 +6,21 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from tiny import D_MODEL, FAMILIES, byte_tokenizer, random_dictionary, tiny_model
 
 from saepatch.__main__ import main
+from saepatch.choosing import output_scores
+from saepatch.dictionaries import adopt
 from saepatch.errors import UserError
 from saepatch.hooks import capture
-from saepatch.reading import Card, final_norm, logit_lens, neuronpedia, read_latents, token_texts
+from saepatch.interventions import Steer
+from saepatch.lens import final_norm
+from saepatch.reading import Card, logit_lens, neuronpedia, read_latents, token_texts
 from saepatch.report import token_text
 from saepatch.results import write_json
 from saepatch.sites import Site
+from saepatch.splicing import splice
 
 TEXTS = ["the cat sat", "a dog", "the cat sat", "xyz xyz", "é"]
 
@@ -110,11 +116,40 @@ def test_the_final_norm_of_every_family(family):
     assert (own.argsort(-1) == truth.argsort(-1)).float().mean() > 0.99
 
 
-def test_no_lens_where_widths_differ():
-    model = tiny_model(head_dim=8)
-    dictionary = random_dictionary("z.1", d_in=32)
-    assert D_MODEL != 32
-    assert logit_lens(model, dictionary, [1]) is None
+POST_NORMS = {"z": "post_attention_layernorm", "neurons": "post_feedforward_layernorm"}
+
+
+@pytest.mark.parametrize(("stream", "d_in"), [("z", D_MODEL), ("z", 2 * D_MODEL), ("neurons", 32)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
+def test_the_lens_of_what_is_no_stream_goes_through_its_projection(family, stream, d_in):
+    if stream == "z" and d_in != D_MODEL and family in ("gpt2", "phi"):
+        pytest.skip("heads of any width are the others'")
+    wide = {"head_dim": 8} if d_in == 2 * D_MODEL else {}
+    model = tiny_model(family, **({"n_inner": 32} if family == "gpt2" else wide))
+    dictionary = random_dictionary(f"{stream}.1", d_in=d_in)
+    block, row = model.layout.blocks[1], dictionary.rows[4]
+    if family == "gpt2":
+        direction = row @ (block.attn.c_proj.weight if stream == "z" else block.mlp.c_proj.weight)
+    elif family == "phi":
+        direction = row @ (block.self_attn.dense.weight if stream == "z" else block.mlp.fc2.weight).T
+    else:
+        direction = row @ (block.self_attn.o_proj.weight if stream == "z" else block.mlp.down_proj.weight).T
+    if family == "gemma2":
+        direction = direction * (1 + getattr(block, POST_NORMS[stream]).weight)
+    at_stream = adopt(StandardSAE(StandardSAEConfig(d_in=D_MODEL, d_sae=1)), Site(1), "by hand")
+    at_stream.sae.W_dec.data[0] = direction
+    expected, found = logit_lens(model, at_stream, [0], top=6), logit_lens(model, dictionary, [4], top=6)
+    assert [name for name, _ in found.raises[0]] == [name for name, _ in expected.raises[0]]
+    assert [v for _, v in found.raises[0]] == pytest.approx([v for _, v in expected.raises[0]], abs=1e-3)
+    assert f"output projection of {stream}.1" in found.how
+    maxima, steered = torch.ones(48), []
+    (score,) = output_scores(model, dictionary, [4], maxima, ["a b"], strength=3.0, top=6).tolist()
+    with splice(model, dictionary, Steer(4, 3.0)):
+        steered = model.next_logits(model.tokenize(["a b"]))[0].softmax(-1)
+    words = [[token_texts(model, [i])[0] for i in range(259)].index(name) for name, _ in expected.raises[0]]
+    order = steered.argsort(descending=True).tolist()
+    best = (1 - min(map(order.index, words)) / 259) * float(steered[words].max())
+    assert score == pytest.approx(best, rel=1e-3)
 
 
 def test_neuronpedia_is_only_what_looks_like_a_name():
@@ -159,6 +194,16 @@ def test_the_command_prints_a_card(tmp_path, capsys):
     rows = re.findall(r"<tr>(.*?)</tr>", page.read_text().partition("In the model")[2].partition("<tbody>")[2])
     cells = [re.findall(r"<bdi>(.*?)</bdi>", row) for row in rows]
     assert [float(scale) for _, scale, chosen in cells if chosen == "yes"] == [float(best)]
+    assert main(["latent", "resid_post.3:100,7", "--data", str(texts), "--html", str(page)]) == 0
+    both = capsys.readouterr().out
+    alone = told.partition("\n\nPage")[0]
+    assert both.startswith(alone + "\n\nlatent 7 at resid_post.3")
+    shown = page.read_text()
+    assert "latent-resid_post.3-100" in shown
+    assert "latent-resid_post.3-7" in shown
+    assert main(["latent", "resid_post.3:100,7", "--data", str(texts), "--json"]) == 0
+    assert [one["latent"] for one in json.loads(capsys.readouterr().out)["latents"]] == [100, 7]
+    assert main(["latent", "resid_post.3:100,", "--data", str(texts)]) == 2
     assert main(["latent", "resid_post.3:9999", "--data", str(texts)]) == 2
     assert main(["latent", "resid_post.3"]) == 2
     assert main(["latent", "resid_post.3:1", "--data", str(tmp_path / "no.txt")]) == 2

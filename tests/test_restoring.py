@@ -7,7 +7,7 @@ import torch
 from tiny import byte_tokenizer, random_dictionary, tiny_model
 
 from saepatch.errors import UserError
-from saepatch.hooks import SpliceError
+from saepatch.hooks import SpliceError, capture
 from saepatch.interventions import Ablate, Steer
 from saepatch.models import wrap_model
 from saepatch.restoring import CleanMeans, CleanPrompts, OtherModel, Restore
@@ -59,6 +59,45 @@ def test_all_of_a_model_that_differs_up_to_the_site_is_that_model(family, use_ca
         partly = generated(base, tokens, use_cache=use_cache)
     assert not torch.equal(partly, plain)
     assert torch.equal(generated(base, tokens), plain)
+
+
+def written_apart(dictionary, x):
+    """What each latent adds to a site's value, by the SAE's own decoder: the difference that setting it to 0 makes."""
+    sae = dictionary.sae
+    acts = sae.encode(x)
+    whole = sae.decode(acts)
+    parts = []
+    for latent in range(acts.shape[-1]):
+        without = acts.clone()
+        without[..., latent] = 0
+        sae.encode(x)  # a decoder uses up the scale of the input that was encoded last
+        parts.append(whole - sae.decode(without))
+    return torch.stack(parts, -1)
+
+
+@pytest.mark.parametrize("normalise", ["layer_norm", "constant_norm_rescale"])
+def test_dictionaries_that_normalise_write_in_the_donors_scale(normalise):
+    aligned, dictionary = tiny_model(), random_dictionary(normalize_activations=normalise)
+    base, site = changed_up_to(aligned, 1), Site(1)
+    tokens, ids = base.tokenize(PROMPTS, "left"), [3, 9, 17, 30, 41]
+    mine, theirs = (capture(m.hf, m.layout, [site], m.inputs(tokens))[site] for m in (base, aligned))
+    assert not torch.allclose(*(dictionary.activations(x)[1][tokens.ordinary] for x in (mine, theirs)), rtol=0.02)
+
+    def site_under(restore):
+        with splice(base, dictionary, restore):
+            return capture(base.hf, base.layout, [site], base.inputs(tokens), stop=False)[site]
+
+    real = tokens.attention_mask.bool()
+    whole = site_under(Restore(OtherModel(aligned), None, "every", error=True))
+    torch.testing.assert_close(whole[real], theirs[real], atol=1e-4, rtol=1e-4)
+    own, others = (written_apart(dictionary, x)[..., ids].sum(-1) for x in (mine, theirs))
+    some = site_under(Restore(OtherModel(aligned), ids))
+    expected = torch.where(tokens.ordinary[..., None], mine - own + others, mine)
+    torch.testing.assert_close(some[real], expected[real], atol=1e-4, rtol=1e-4)
+    every = site_under(Restore(OtherModel(aligned)))  # the bias and the mean stay the recipient's
+    own, others = (written_apart(dictionary, x).sum(-1) for x in (mine, theirs))
+    expected = torch.where(tokens.ordinary[..., None], mine - own + others, mine)
+    torch.testing.assert_close(every[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
 def stepwise(base, aligned, dictionary, ids, text, template, n=8):

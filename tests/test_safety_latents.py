@@ -37,6 +37,14 @@ def latents_of(model, dictionary, ids):
     return record_latents(model, dictionary, model.pad([ids])).acts[0].double()
 
 
+def written_by(model, dictionary, ids):
+    """Latents as they are decoded: a layer norm's, times the standard deviation of its input."""
+    found = record_latents(model, dictionary, model.pad([ids]))
+    x = (found.reconstruction + found.error)[0].double()
+    scale = x.std(-1, keepdim=True) if dictionary.normalises else 1.0
+    return found.acts[0].double() * scale
+
+
 @pytest.mark.parametrize("template", [0, 1, 3])
 @pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
 def test_two_framings_against_a_loop(template, normalisation):
@@ -53,7 +61,7 @@ def test_two_framings_against_a_loop(template, normalisation):
         for jailbroken, clean, completion in zip(JAILBROKEN, CLEAN, completions, strict=True):
             n = template + len(completion)
             clean_acts, acts = (
-                latents_of(model, dictionary, [*model.encode(text), *completion])[-n:] for text in (clean, jailbroken)
+                written_by(model, dictionary, [*model.encode(text), *completion])[-n:] for text in (clean, jailbroken)
             )
             differences.append(clean_acts - acts)
         difference, norm = torch.cat(differences), dictionary.W_dec.double().norm(dim=-1)
@@ -83,10 +91,11 @@ def test_two_models_read_the_donors_own_answers():
     assert theirs.ce_model != pytest.approx(mine.ce_model)
 
 
-@pytest.mark.parametrize("donor", ["framing", "model"])
-def test_attribution_is_that_of_the_refusal_score(donor):
+@pytest.mark.parametrize(("donor", "normalisation"), [("framing", "none"), ("model", "none"), ("model", "layer_norm")])
+def test_attribution_is_that_of_the_refusal_score(donor, normalisation):
     """Against integrated gradients one prompt and one step at a time, through a plain hook."""
-    aligned, dictionary = tiny_model(), random_dictionary("resid_post.1", "standard")
+    aligned = tiny_model()
+    dictionary = random_dictionary("resid_post.1", "standard", normalize_activations=normalisation)
     model = changed(aligned) if donor == "model" else aligned
     template, steps = 2, 6
     given = OtherModel(aligned, template) if donor == "model" else CleanPrompts(CLEAN, template)
@@ -109,7 +118,8 @@ def test_attribution_is_that_of_the_refusal_score(donor):
             value = torch.logit(p)
             handle.remove()
             gradient += torch.autograd.grad(value, leaf)[0] / steps
-        change = theirs.acts[0, -template:] - mine.acts[0, -template:]
+        sizes = (x.std(-1, keepdim=True), y.std(-1, keepdim=True)) if dictionary.normalises else (1.0, 1.0)
+        change = (theirs.acts * sizes[1])[0, -template:] - (mine.acts * sizes[0])[0, -template:]
         total += (change * (gradient[0, -template:] @ dictionary.W_dec.T)).sum(0).double()
     torch.testing.assert_close(found.double(), total / len(JAILBROKEN), atol=1e-5, rtol=1e-3)
     assert found.abs().max() > 1e-2

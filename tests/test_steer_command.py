@@ -226,9 +226,12 @@ def test_texts_of_files(tmp_path):
         ("a.txt", "x y\n\nz\n"),
         ("a.jsonl", '{"text": "x y"}\n"z"\n'),
         ("a.json", '["x y", {"text": "z"}]'),
+        ("e.jsonl", '{"text": "x y"}\r\n"z"'),
     ):
         (tmp_path / name).write_text(raw)
         assert load_texts(str(tmp_path / name)) == ["x y", "z"]
+    (tmp_path / "f.jsonl").write_text('{"text": "a\u2028b"}\n', encoding="utf-8")  # a separator that ends no line
+    assert load_texts(str(tmp_path / "f.jsonl")) == ["a\u2028b"]
     for name, raw in (("b.txt", "\n"), ("b.jsonl", '{"story": "x"}\n'), ("c.jsonl", "{"), ("d.json", "[3]")):
         (tmp_path / name).write_text(raw)
         with pytest.raises(UserError, match="text"):

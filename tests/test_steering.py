@@ -10,7 +10,8 @@ from saepatch.baselines import difference_of_means
 from saepatch.errors import UserError
 from saepatch.fluency import perplexity
 from saepatch.hooks import capture
-from saepatch.interventions import Steer
+from saepatch.interventions import Clamp, Steer
+from saepatch.quality import latent_statistics
 from saepatch.sites import Site
 from saepatch.splicing import record_latents, splice
 from saepatch.steering import (
@@ -54,6 +55,52 @@ def test_one_and_ten_latents_move_the_stream_equally_far():
         assert float(moved.norm()) == pytest.approx(1.5 * 2.5, rel=1e-5)
     with pytest.raises(UserError, match="never fire"):
         equal_norm_steer(dictionary, [3], torch.zeros(48), 1.0)
+
+
+@pytest.mark.parametrize("normalise", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_equal_norm_is_of_the_site_for_dictionaries_that_normalise(architecture, normalise):
+    model, dictionary = tiny_model(), random_dictionary(architecture=architecture, normalize_activations=normalise)
+    maxima = torch.rand(48, generator=torch.Generator().manual_seed(0)) + 0.1
+    tokens, site = model.tokenize(TEXTS), dictionary.site
+    bare = capture(model.hf, model.layout, [site], model.inputs(tokens))[site]
+    steer = equal_norm_steer(dictionary, [3, 7], maxima, norm=2.5, strength=2.0)
+    for interventions in (steer, [Clamp(40, 0.0), steer]):  # nothing has to be encoded for the first
+        with splice(model, dictionary, interventions):
+            moved = capture(model.hf, model.layout, [site], model.inputs(tokens), stop=False)[site]
+        if interventions is not steer:
+            with splice(model, dictionary, Clamp(40, 0.0)):
+                bare = capture(model.hf, model.layout, [site], model.inputs(tokens), stop=False)[site]
+        far = (moved - bare)[tokens.ordinary].norm(dim=-1)
+        torch.testing.assert_close(far, torch.full_like(far, 5.0), atol=1e-3, rtol=1e-3)
+    with splice(model, dictionary, Steer(3, 1.0)):  # a latent added by itself is written in the input's scale
+        moved = capture(model.hf, model.layout, [site], model.inputs(tokens), stop=False)[site]
+    scale = dictionary.activations(moved)[1]
+    assert float(scale[tokens.ordinary].std()) > 0.01
+
+
+@pytest.mark.parametrize("normalise", ["layer_norm", "constant_norm_rescale"])
+def test_contrast_and_reach_are_of_what_is_written(normalise):
+    model, dictionary = tiny_model(), random_dictionary(normalize_activations=normalise)
+    written, furthest = [], torch.zeros(48)
+    for text in TEXTS:
+        x = capture(model.hf, model.layout, [dictionary.site], model.inputs(model.tokenize([text])))[dictionary.site]
+        acts = dictionary.sae.encode(x)
+        per_unit = []  # what the SAE's own decoder adds for one unit more of each latent
+        for latent in range(48):
+            more = acts.clone()
+            more[..., latent] += 1
+            dictionary.sae.encode(x)
+            moved = dictionary.sae.decode(more)
+            dictionary.sae.encode(x)
+            per_unit.append((moved - dictionary.sae.decode(acts)).norm(dim=-1))
+        each = (acts * torch.stack(per_unit, -1))[0, 1:]
+        written.append(each.mean(0))
+        furthest = torch.maximum(furthest, each.amax(0))
+    expected = torch.stack(written[:2]).mean(0) - written[2]
+    torch.testing.assert_close(contrast(model, dictionary, TEXTS[:2], TEXTS[2:]), expected, atol=1e-4, rtol=1e-3)
+    reach = latent_statistics(model, dictionary, model.tokenize(TEXTS)).reach
+    torch.testing.assert_close(reach, furthest, atol=1e-4, rtol=1e-3)
 
 
 def test_perplexity_is_that_of_the_continuation_alone():

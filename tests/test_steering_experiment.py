@@ -9,13 +9,14 @@ from tiny import random_dictionary, random_sae, tiny_model
 
 from experiments import concepts, steering, steering_page
 from experiments.cells import Cells
-from experiments.steering_stages import KnownDictionary, Point
+from experiments.steering_stages import Bench, KnownDictionary, Point, random_way
 from saepatch.commandline import run_config
 from saepatch.errors import UserError
 from saepatch.models import load_model
 from saepatch.organism.concepts import french, is_french, organism_concepts, shows_polarity
 from saepatch.quality import latent_statistics
 from saepatch.results import read_rows
+from saepatch.statistics import random_latents
 
 pytestmark = pytest.mark.whole
 
@@ -137,6 +138,33 @@ def point(shown, norm=1.0):
     n = len(shown)
     draw = {"texts": ["x"] * n, "ids": [[1]] * n, "shown": shown, "nll": [1.0] * n, "tokens": [1] * n, "kl": [0.1] * n}
     return Point("w", norm, (draw,))
+
+
+def test_further_random_latents_stand_in_for_those_that_cannot_reach_a_divergence(monkeypatch):
+    model, dictionary = tiny_model(), random_dictionary()
+    statistics = latent_statistics(model, dictionary, model.tokenize(["the cat sat", "birds fly high up", "xyz"]))
+    site = KnownDictionary(dictionary, statistics)
+    bench = Bench(model, replace(french(12), name="c"), None, 4, 20.0, lambda: None)
+    way = random_way(bench, site, [], 5, 0)
+    assert list(way.sets) == random_latents(statistics.alive, [], 1, 5, 0)
+    assert not set(way.sets) & set(way.spare)
+    cannot = set(way.sets[1:3])
+    monkeypatch.setattr(
+        Bench, "solve", lambda self, one, *_: float("nan") if one.sets[0] in cannot else float(one.sets[0][0])
+    )
+    monkeypatch.setattr(Bench, "at", lambda self, one, norm, *_: point([one.sets[0][0] % 2 == 0], norm))
+    used = [one for one in (*way.sets, *way.spare) if one not in cannot][:5]
+    found = bench.at_divergence(way, 0.1, 1.0, (1.0,))
+    assert len(found.draws) == 5
+    assert found.norm == np.mean([latent for (latent,) in used])
+    assert steering_page._draws([found, None]) == "mean of 5 draws"
+    cannot |= set(way.spare)
+    few = bench.at_divergence(way, 0.1, 1.0, (1.0,))
+    assert len(few.draws) == 3
+    assert steering_page._draws([few, found]) == "means of 3 to 5 draws"
+    cannot |= set(way.sets)
+    assert bench.at_divergence(way, 0.1, 1.0, (1.0,)) is None
+    assert steering_page._draws([None]) == "none reaches any"
 
 
 def test_words_follow_from_numbers():

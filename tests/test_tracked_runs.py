@@ -221,6 +221,26 @@ def test_which_specs_there_are(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_what_is_logged_after_a_curve_is_kept(tmp_path, caplog):
+    with open_tracker("wandb:offline", tmp_path / "out", run="x", config={}, axes={"loss": "tokens"}) as tracker:
+        tracker.log({"loss": 5.0}, 5)
+        tracker.curve("effects", "k", [1, 2, 4, 8, 16, 32], {"top": [1, 2, 3, 4, 5, 6]})
+        tracker.table("some", ["a"], [[1]])
+        for step in (6, 7, 8, 50):
+            tracker.log({"loss": float(step)}, step)
+            tracker.log({"rate": 0.5}, step)
+        tracker.curve("again", "k", [1, 2], {"top": [7, 8]})
+        tracker.log({"loss": 51.0}, 51)
+    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    records = [json.loads(line) for line in leet(folder).splitlines()]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [(row["tokens"], row["loss"]) for row in rows if "loss" in row] == [(n, n) for n in (5, 6, 7, 8, 50, 51)]
+    assert sum("rate" in row for row in rows) == 4
+    assert [row["effects/top"] for row in rows if "effects/top" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["again/top"] for row in rows if "again/top" in row] == [7, 8]
+    assert sum(any(key.startswith("some") for key in row) for row in rows) == 1
+
+
 def test_curves_stay_in_the_local_log_too(tmp_path):
     with open_tracker("none", tmp_path, run="r", config={}) as tracker:
         tracker.curve("effects", "k", [1, 2], {"top": [0.5, None], "random": [0.0, 0.1]})

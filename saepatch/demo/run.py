@@ -20,6 +20,7 @@ from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.organism.checks import Measures, evaluate_organism
 from saepatch.pages import track_page
+from saepatch.parts import refuse_other_command
 from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
 from saepatch.reading import Card, ReadText, read_texts
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
@@ -58,6 +59,7 @@ def run_demo(config: DemoConfig) -> Findings:
     """
     torch.manual_seed(config.seed)
     check_writable(config.out)  # now, and not after minutes of work
+    refuse_other_command(Path(config.out), KEPT)
     clock: dict[str, float] = {}
     with _stage("load", clock):
         model = load_model(config.model, config.device)

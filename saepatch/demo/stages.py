@@ -301,7 +301,7 @@ def steering(
     scores = contrast(model, dictionary, concept.present, concept.absent, concept.positions)
     scores = torch.where(stats.alive.to(scores.device), scores, torch.full_like(scores, -torch.inf))
     order = scores.argsort(descending=True, stable=True).tolist()
-    norm = float(stats.maximum[order[0]] * stats.norm[order[0]])
+    norm = float(stats.reach[order[0]])
     plans = {
         "top1": [tuple(order[:1])],
         "top10": [tuple(order[:10])],

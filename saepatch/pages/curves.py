@@ -35,12 +35,16 @@ def groups(left: Left) -> Section | None:
         return None
     charts: list[Simple] = []
     for direction, top in left.run.summary["top"].items():
+        whole = left.run.summary.get("curves", {}).get(direction, [])
         given = [line for line in top if line["role"] == "given"]
-        for site in dict.fromkeys(line["site"] for line in given):
+        for site in dict.fromkeys(line["site"] for line in [*whole, *given]):
+            if curve := [line for line in whole if line["site"] == site]:
+                charts.append(_curve(f"{site}: {direction}", curve))
+                continue
+            keys = (left.changes.keys[number] for number in left.own(direction))
+            asked = sum((key[1], key[3]) == (site, "given") for key in keys)
             mine = sorted((line for line in given if line["site"] == site), key=_size)
-            sizes = [_size(line) for line in mine]
-            curve = len(set(sizes)) == len(sizes) > 1
-            charts.append((_curve if curve else _bars)(f"{site}: {direction}", mine))
+            charts.append(_bars(f"{site}: {direction}", mine, asked))
     if not charts:
         return None
     text = (
@@ -88,7 +92,8 @@ def _curve(title: str, lines: list[dict[str, Any]]) -> Chart:
     )
 
 
-def _bars(title: str, lines: list[dict[str, Any]]) -> Chart:
+def _bars(title: str, lines: list[dict[str, Any]], asked: int) -> Chart:
+    """The groups on top of the summary, of so many that were asked for."""
     ranked = sorted(lines, key=lambda line: -(line["effect"]["value"] or 0.0))
     bars = [
         Bars(name, [e["value"] for e in each], [e["low"] for e in each], [e["high"] for e in each])
@@ -99,7 +104,8 @@ def _bars(title: str, lines: list[dict[str, Any]]) -> Chart:
         [line["latent"] + (f" at {line['position']}" if line["position"].isdigit() else "") for line in ranked],
         bars,
         "share of the gap",
-        f"n = {ranked[0]['effect']['n']} pairs. {INTERVALS}",
+        (f"The {len(ranked)} largest of {asked}. " if asked > len(ranked) else "")
+        + f"n = {ranked[0]['effect']['n']} pairs. {INTERVALS}",
         value_format=".3f",
     )
 

@@ -1,4 +1,4 @@
-"""`saepatch latent`: one latent's card in the terminal."""
+"""`saepatch latent`: cards of latents in the terminal."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +13,11 @@ from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
 from saepatch.models import LanguageModel, load_model
 from saepatch.pages.cards import card_blocks, latent_card
+from saepatch.pages.left import anchor
 from saepatch.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.reading import Card, read_latents, token_texts
 from saepatch.report import Card as Folded
-from saepatch.report import Facts, Page, Section, Table, token_text
+from saepatch.report import Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
 from saepatch.texts import load_texts
 
@@ -36,29 +37,30 @@ class Found:
         return asdict(self.card) | {"output_score": self.output_score, "said": [asdict(one) for one in self.said]}
 
 
-def read_latent(config: LatentConfig) -> Found:
-    """Load the model and the dictionary, and read the latent on the texts.
+def read_named(config: LatentConfig) -> list[Found]:
+    """Load the model and the dictionary, and read the latents on the texts, in one pass over these.
 
     Raises:
         UserError: one of them cannot be read, or they do not fit.
     """
-    site, _, name = config.latent.partition(":")
+    site, _, names = config.latent.partition(":")
+    ids = [int(name) for name in names.split(",")]
     texts = load_texts(config.data or "organism")
     model = load_model(
         config.model, config.device, config.dtype, config.prepend_bos, trust_remote_code=config.trust_remote_code
     )
     dictionary = load_sae(config.sae, site, config.device)
-    ids = [int(name)]
-    card = read_latents(model, dictionary, ids, model.tokenize(texts))[0]
-    score = math.nan
-    if not card.dead:
-        maxima = torch.zeros(dictionary.d_sae)
-        maxima[ids] = card.maximum
-        score = float(output_scores(model, dictionary, ids, maxima)[0])
-    said: Sequence[Reading] = ()
+    cards = read_latents(model, dictionary, ids, texts)
+    maxima = torch.zeros(dictionary.d_sae)
+    maxima[ids] = torch.tensor([card.maximum for card in cards])
+    scores = output_scores(model, dictionary, ids, maxima).tolist()
+    said: Sequence[Sequence[Reading]] = [()] * len(ids)
     if config.explain:
-        said = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))[0]
-    return Found(card, score, model.fingerprint, tuple(said))
+        said = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))
+    return [
+        Found(card, math.nan if card.dead else score, model.fingerprint, tuple(readings))
+        for card, score, readings in zip(cards, scores, said, strict=True)
+    ]
 
 
 def _placeholder(model: LanguageModel, prompt: str) -> int:
@@ -99,31 +101,48 @@ def latent_lines(found: Found) -> Iterator[str]:
         yield f"  {number(max(example.acts)):>8}  " + "".join(shown)
 
 
-def latent_page(found: Found, facts: Mapping[str, str]) -> Page:
-    """A page about one latent."""
-    one = found.card
-    lead = f"Read on {one.texts:,} texts ({one.tokens:,} tokens). " + (
+def latent_page(found: Sequence[Found], facts: Mapping[str, str]) -> Page:
+    """A page about one latent of a dictionary, or about several, a card each."""
+    one = found[0].card
+    read = f"Read on {one.texts:,} texts ({one.tokens:,} tokens). "
+    if len(found) > 1:
+        known = {anchor(each.card) for each in found}
+        cards = [
+            Section(f"Latent {each.card.latent}", _score(each), [latent_card(each.card, known, _said(each))])
+            for each in found
+        ]
+        return Page(f"Latents at {one.site}", read.strip(), cards, Facts(facts))
+    lead = read + (
         "It fired nowhere in them." if one.dead else f"It fires at {number(one.frequency, '.2%')} of their tokens."
     )
-    score = (
-        f"Output score {number(found.output_score)}: how far adding it raises the tokens that it speaks for (0 to 1)."
-        if math.isfinite(found.output_score)
-        else "It has no output score: that is measured at its largest activation, and it has none."
-    )
-    sections = [Section("The latent", score, card_blocks(one, set()))]
-    if found.said:
-        best = best_reading(found.said)
-        rows = [(token_text(said.text).replace("␣", " "), said.scale, said is best) for said in found.said]
-        caption = (
-            "What the model goes on with after the explanation prompt with the latent written in. Scale: lengths of "
-            "what the placeholder held. Best: where the latent is still there and the model is sure what to say."
-        )
-        sections.append(Section("In the model's words", "", [Table(["said", "scale", "best"], rows, caption)]))
+    sections = [Section("The latent", _score(found[0]), card_blocks(one, set()))]
+    if found[0].said:
+        sections.append(Section("In the model's words", "", _said(found[0])))
     card = latent_card(one, set())
     if card.links:
         text, address = card.links[0]
         sections.append(Section("Elsewhere", "", [Folded("elsewhere", text, "", [], [(text, address)])]))
     return Page(f"Latent {one.latent} at {one.site}", lead, sections, Facts(facts))
+
+
+def _score(found: Found) -> str:
+    return (
+        f"Output score {number(found.output_score)}: how far adding it raises the tokens that it speaks for (0 to 1)."
+        if math.isfinite(found.output_score)
+        else "It has no output score: that is measured at its largest activation, and it has none."
+    )
+
+
+def _said(found: Found) -> list[Simple]:
+    if not found.said:
+        return []
+    best = best_reading(found.said)
+    rows = [(token_text(said.text).replace("␣", " "), said.scale, said is best) for said in found.said]
+    caption = (
+        "What the model goes on with after the explanation prompt with the latent written in. Scale: lengths of "
+        "what the placeholder held. Best: where the latent is still there and the model is sure what to say."
+    )
+    return [Table(["said", "scale", "best"], rows, caption)]
 
 
 def _marked(token: str, act: float, peak: bool) -> str:

@@ -1,0 +1,140 @@
+"""What latents do over texts, gathered as the texts stream by: counts, histograms, the stretches where they peak."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+BINS = 20  # of a histogram that is shown
+FINE = 2048  # bins that activations of one sign are counted in
+WINDOW = (24, 8)  # tokens of a stretch before and after its largest activation
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The stretch of a text around a latent's largest activation in it: tokens, and the activation at each."""
+
+    text: int
+    largest: float
+    ids: tuple[int, ...]
+    acts: tuple[float, ...]
+
+
+class Activity:
+    """Counts, histograms and peaks of some latents; memory grows with the latents, and not with the texts.
+
+    Attributes:
+        texts: Texts so far.
+        tokens: Their ordinary tokens.
+        count: At how many of these each latent is not 0.
+        total: Sum of each latent's values.
+        maximum: Largest value of each at any token of the texts, a BOS counted as 0.
+        peaks: Of each latent, the `examples` texts with the largest activations above 0, the largest first. A stretch
+            that is met twice is kept once.
+    """
+
+    def __init__(self, latents: int, examples: int) -> None:
+        self.texts = self.tokens = 0
+        self.examples = examples
+        self.count = torch.zeros(latents, dtype=torch.long)
+        self.total = torch.zeros(latents, dtype=torch.float64)
+        self.maximum = torch.full((latents,), -torch.inf)
+        self.minimum = torch.full((latents,), torch.inf)
+        self.peaks: list[list[Peak]] = [[] for _ in range(latents)]
+        self._enough = torch.zeros(latents)  # what a text's largest activation has to be above to be kept
+        # Each latent's bins end at a power of two above its largest magnitude. As that grows, bins are joined in pairs:
+        # every value stays in the bin that holds it, whatever the order of the texts.
+        self._exponent = torch.zeros(latents, dtype=torch.int32)
+        self._bins: list[Int[Tensor, "latents fine"] | None] = [None, None]  # of positive and of negative values
+
+    @torch.no_grad()
+    def add(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"],
+        ordinary: Bool[Tensor, "batch pos"],
+        acts: Float[Tensor, "batch pos latents"],
+    ) -> None:
+        """Take in a batch of texts: their tokens, where there are any, where these count, and the latents there."""
+        acts = (acts * ordinary[..., None]).float().cpu()
+        ids, real = ids.cpu(), real.cpu()
+        largest = acts.masked_fill(~real[..., None], -torch.inf).amax(1)
+        self.count += (acts != 0).sum((0, 1))
+        self.total += acts.sum((0, 1), dtype=torch.float64)
+        self.maximum = torch.maximum(self.maximum, largest.amax(0))
+        self.minimum = torch.minimum(self.minimum, acts.masked_fill(~real[..., None], torch.inf).amin((0, 1)))
+        self._count_values(acts)
+        if self.examples > 0:
+            self._keep_peaks(ids, real, acts, largest)
+        self.texts += len(ids)
+        self.tokens += int(ordinary.sum())
+
+    def _count_values(self, acts: Float[Tensor, "batch pos latents"]) -> None:
+        magnitude = acts.abs().amax((0, 1))
+        needed = torch.frexp(magnitude).exponent
+        fresh = self.count == (acts != 0).sum((0, 1))  # nothing was counted before
+        self._exponent = torch.where(fresh, needed, self._exponent)
+        while bool((grow := (needed > self._exponent) & (magnitude > 0)).any()):
+            for bins in self._bins:
+                if bins is not None:
+                    joined = bins[grow].view(-1, FINE // 2, 2).sum(-1, dtype=bins.dtype)
+                    bins[grow] = torch.cat([joined, torch.zeros_like(joined)], 1)
+            self._exponent = self._exponent + grow.int()
+        for sign, side in enumerate((acts > 0, acts < 0)):
+            latent = side.nonzero()[:, 2]
+            if not len(latent):
+                continue
+            bins = self._bins[sign]
+            if bins is None:
+                bins = self._bins[sign] = torch.zeros(len(self.count), FINE, dtype=torch.int32)
+            share = torch.ldexp(acts[side].abs().double(), -self._exponent[latent])
+            place = latent * FINE + (share * FINE).long()
+            bins.view(-1).scatter_add_(0, place, torch.ones_like(place, dtype=bins.dtype))
+
+    def histogram(self, latent: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Counts of values that are not 0 in bins of one width, and the bins' edges: from 0 or the smallest to the
+        largest, up to the width of a bin that was counted in. Without any value: no counts, and the edge 0."""
+        if not int(self.count[latent]):
+            return (), (0.0,)
+        width = 2.0 ** int(self._exponent[latent]) / FINE
+        up, down = (torch.zeros(FINE, dtype=torch.int32) if b is None else b[latent] for b in self._bins)
+        both = torch.cat([down.flip(0), up])
+        used = both.nonzero().flatten()
+        first, last = min(FINE, int(used[0])), max(FINE - 1, int(used[-1]))
+        joined = -(-(last - first + 1) // BINS)  # bins to a bin
+        counts = torch.cat([both[first:], torch.zeros(BINS * joined, dtype=torch.int32)])[: BINS * joined]
+        edges = [(first - FINE + i * joined) * width for i in range(BINS + 1)]
+        return tuple(counts.view(BINS, joined).sum(-1).tolist()), tuple(edges)
+
+    def _keep_peaks(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"],
+        acts: Float[Tensor, "batch pos latents"],
+        largest: Float[Tensor, "batch latents"],
+    ) -> None:
+        rows, latents = (largest > self._enough).nonzero(as_tuple=True)
+        places = acts[rows, :, latents].argmax(-1).tolist()
+        starts, lengths = real.int().argmax(-1).tolist(), real.sum(-1).tolist()
+        for row, latent, place in zip(rows.tolist(), latents.tolist(), places, strict=True):
+            value = float(largest[row, latent])
+            if value <= float(self._enough[latent]):  # of this batch, larger ones have come since
+                continue
+            first = max(starts[row], place - WINDOW[0])
+            stretch = slice(first, min(starts[row] + lengths[row], place + WINDOW[1] + 1))
+            values = tuple(acts[row, stretch, latent].tolist())
+            self._keep(latent, Peak(self.texts + row, value, tuple(ids[row, stretch].tolist()), values))
+
+    def _keep(self, latent: int, peak: Peak) -> None:
+        kept = self.peaks[latent]
+        same = next((one for one in kept if one.ids == peak.ids), None)
+        if same is not None:
+            if peak.largest <= same.largest * (1 + 1e-4):  # the same again, or rounded otherwise in another batch
+                return
+            kept.remove(same)
+        kept.append(peak)
+        kept.sort(key=lambda one: (-one.largest, one.text))
+        del kept[self.examples :]
+        if len(kept) == self.examples:
+            self._enough[latent] = kept[-1].largest
