@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.tracked import show
 from saepatch.choosing import first_alive
 from saepatch.commandline import run_config
 from saepatch.components import Directions
@@ -32,6 +33,7 @@ from saepatch.results import Provenance, check_writable, output_folder, versions
 from saepatch.sites import Site
 from saepatch.statistics import Interval, random_latents, wilson_share
 from saepatch.steering import contrast, direction_dictionary
+from saepatch.tracking import read_spec
 
 X = "Lucy"  # the placeholder: one token
 PROMPTS = (
@@ -61,8 +63,11 @@ class PatchscopeConfig:
     """Random live latents of each site."""
     seed: int = 0
     """Seed of prompts and random latents."""
+    track: str = "none"
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
 
     def __post_init__(self) -> None:
+        read_spec(self.track)
         if min(self.latents, self.random) < 1:
             raise UserError(f"latents = {self.latents}, random = {self.random}: use at least 1 of each")
 
@@ -215,8 +220,9 @@ def main(config: PatchscopeConfig) -> None:
         "self-similarity and entropy.",
         dict.fromkeys(("named", "at any scale", "random: named", "random: at any scale"), ".0%"),
     )
-    page = Page("Can the organism explain its latents?", words_said, [Section("Readings", "", [table])])
-    write_page(Page(page.title, page.lead, page.sections, Facts(provenance.facts())), out / "report.html")
+    sections = [Section("Readings", "", [table])]
+    page = Page("Can the organism explain its latents?", words_said, sections, Facts(provenance.facts()))
+    write_page(page, out / "report.html")
     summary: dict[str, Any] = {
         "verdict": words_said,
         "words": [[i.value, i.low, i.high] for i in control],
@@ -225,6 +231,7 @@ def main(config: PatchscopeConfig) -> None:
     }
     write_json(summary, out / "summary.json")
     write_yaml(asdict(config), out / "config.yaml")
+    show(config, "patchscope", page, {"words named": summary["words"][0]})
     sys.stdout.write(f"{words_said}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
 
 

@@ -38,6 +38,7 @@ from experiments.safety_probes import (
 )
 from experiments.safety_runs import Answered, Runs
 from experiments.safety_settings import Setting, two_models, two_prompts
+from experiments.tracked import show
 from saepatch import organism
 from saepatch.commandline import run_config
 from saepatch.dictionaries import load_saes
@@ -50,6 +51,7 @@ from saepatch.restoring import OtherModel
 from saepatch.results import check_writable, output_folder
 from saepatch.safety import assistant_header, first_tokens, restore
 from saepatch.sites import Site
+from saepatch.tracking import read_spec
 
 log = logging.getLogger("experiments.safety")  # by name: run as a module, this file is `__main__`
 
@@ -90,8 +92,11 @@ class SafetyConfig:
     """Seed of prompts, controls and bootstrap draws."""
     device: str = "cpu"
     """Where to run: cpu, cuda or mps."""
+    track: str = "none"
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
 
     def __post_init__(self) -> None:
+        read_spec(self.track)
         if self.prompts < 4:
             raise UserError(f"prompts = {self.prompts} is too few for an interval: use at least 4")
         if not self.sizes or min(self.sizes) < 1 or sorted(set(self.sizes)) != list(self.sizes):
@@ -162,7 +167,7 @@ def run(config: SafetyConfig) -> Found:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("answers that were given are kept; the same command goes on from there") from None
     found = Found(config, model, results, runs, clock)
-    write(found, out)
+    show(config, "safety", *write(found, out))
     runs.forget()
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return found
@@ -188,7 +193,7 @@ def _template(config: SafetyConfig, model: LanguageModel) -> int:
 
 def _deciding(config: SafetyConfig) -> dict[str, Any]:
     """What has to be the same for answers to belong to one run."""
-    free = ("out", "device", "settings")
+    free = ("out", "device", "settings", "track")
     # Models and dictionaries are told with each answer that is kept: settings may be added.
     kept = {name: value for name, value in asdict(config).items() if name not in free}
     return kept | {"sizes": list(config.sizes)}

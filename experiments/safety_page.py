@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.findings import text_table
 from experiments.safety_curves import SHARE_LIMIT, Curve, share_of
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 WILSON = "Intervals: 95 % Wilson score over prompts."
 
 
-def write(found: "Found", out: Path) -> None:
-    """Write the rows, the settings, the figures, the report and the summary."""
+def write(found: "Found", out: Path) -> tuple[Page, dict[str, Any]]:
+    """Write the rows, the settings, the figures, the report and the summary; the last two are returned."""
     provenance = {result.setting.name: _provenance(found, result) for result in found.results}
     parts = []
     for result in found.results:
@@ -52,8 +52,10 @@ def write(found: "Found", out: Path) -> None:
     for setting, some in drawn.items():
         for name, chart in some.items():
             write_figure(chart, out / f"{setting}_{name}.svg")
-    write_page(page(found, drawn, provenance), out / "report.html")
-    write_json(summary(found), out / "summary.json")
+    report, told = page(found, drawn, provenance), summary(found)
+    write_page(report, out / "report.html")
+    write_json(told, out / "summary.json")
+    return report, {setting: told[setting] for setting in drawn}
 
 
 def _provenance(found: "Found", result: "Result") -> Provenance:

@@ -37,6 +37,7 @@ from experiments.steering_stages import (
     top,
 )
 from experiments.study import StudyConfig, load
+from experiments.tracked import show
 from saepatch.commandline import run_config
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
@@ -48,6 +49,7 @@ from saepatch.sites import Site
 from saepatch.statistics import Interval, bootstrap_mean
 from saepatch.steering import Concept
 from saepatch.texts import load_texts
+from saepatch.tracking import read_spec
 
 log = logging.getLogger("experiments.steering")  # also where this file is the program
 
@@ -97,10 +99,13 @@ class SteeringConfig:
     """Where to run: cpu, cuda or mps."""
     dtype: str = "float32"
     """Precision of the model: float32, bfloat16 or float16."""
+    track: str = "none"
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
     prepend_bos: bool | None = None
     """Put a BOS in front of texts whose tokenizer adds none; unset: where the dictionaries were trained so."""
 
     def __post_init__(self) -> None:
+        read_spec(self.track)
         for name in ("sizes", "strengths", "divergences"):
             values = getattr(self, name)
             if not values or min(values) <= 0 or sorted(set(values)) != list(values):
@@ -188,7 +193,7 @@ def run(config: SteeringConfig) -> list[Found]:
             found = [_steer(config, model, sites, concept, cells, bar) for concept in wanted]
     finally:
         cells.close()
-    write(found, config, model, out, time.monotonic() - start)
+    show(config, "steering", *write(found, config, model, out, time.monotonic() - start))
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return found
 
@@ -221,7 +226,9 @@ def _key(
     config: SteeringConfig, model: LanguageModel, dictionaries: Sequence[Dictionary], wanted: Sequence[Concept]
 ) -> str:
     """A hash of all that decides the measurements."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "quick", "device")}
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in ("out", "quick", "device", "track")
+    }
     texts = [[c.name, c.present, c.absent, c.tune, c.report, c.positions, c.prefixes] for c in wanted]
     decides = [settings, model.fingerprint, [d.fingerprint for d in dictionaries], texts, versions()]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

@@ -33,8 +33,10 @@ SHARES = "Intervals: 95 % Wilson score over prompts."
 METRICS = ("success", "degenerate", "perplexity", "kl", "distinct_1", "distinct_2", "repetition")
 
 
-def write(found: "Sequence[Found]", config: "SteeringConfig", model: LanguageModel, out: Path, seconds: float) -> None:
-    """Write the rows, the settings, the figures, the summary and the report."""
+def write(
+    found: "Sequence[Found]", config: "SteeringConfig", model: LanguageModel, out: Path, seconds: float
+) -> tuple[Page, dict[str, Any]]:
+    """Write the rows, the settings, the figures, the summary and the report; the last is returned, with its figures."""
     parts = []
     for one in found:
         d = one.site.dictionary
@@ -45,11 +47,14 @@ def write(found: "Sequence[Found]", config: "SteeringConfig", model: LanguageMod
     for one in found:
         for name, chart in charts(one, config).items():
             write_figure(chart, out / f"{one.concept.name.replace(' ', '_')}_{name}.svg")
-    write_json(summary(found, config, model), out / "summary.json")
+    told = summary(found, config, model)
+    write_json(told, out / "summary.json")
     facts = parts[0][1].facts() | {"time": f"{seconds:.0f} s"}
     lead = " ".join(verdict(one, config.sizes) for one in found)
     sections = [_method(config), *(_section(one, config) for one in found)]
-    write_page(Page("Steering: one latent against several", lead, sections, Facts(facts)), out / "report.html")
+    page = Page("Steering: one latent against several", lead, sections, Facts(facts))
+    write_page(page, out / "report.html")
+    return page, told["concepts"]
 
 
 # Words

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,13 +174,19 @@ def latent(config: LatentConfig) -> Said:
     found = read_named(config)
     text = "\n\n".join("\n".join(latent_lines(one)) for one in found)
     if config.html:
+        from saepatch.pages.tracked import track_dictionaries, track_page
         from saepatch.report import write_page
         from saepatch.results import command_line, versions
 
         told = ", ".join(f"{name} {version}" for name, version in versions().items())
         facts = {"model": f"{config.model} ({found[0].model_hash})", "texts": config.data or "the embedded model's own"}
         facts |= {"command": command_line(), "versions": told}
-        text += f"\n\nPage: {write_page(latent_page(found, facts), Path(config.html))}"
+        page = latent_page(found, facts)
+        text += f"\n\nPage: {write_page(page, Path(config.html))}"
+        if config.track != "none":
+            with _page_tracker(config, "latent") as tracker:
+                track_page(page, Path(config.html), tracker)
+                track_dictionaries(config.sae, tracker)
     return Said(text, found[0].facts() if len(found) == 1 else {"latents": [one.facts() for one in found]})
 
 
@@ -202,7 +209,11 @@ def steer(config: SteerConfig) -> None:
     from saepatch.session import open_session
 
     session = open_session(config)
-    answer = _answerer(session)
+    with ExitStack() as stack:
+        _converse(config, session, _answerer(session, stack))
+
+
+def _converse(config: SteerConfig, session: "Session", answer: Callable[[str], None]) -> None:
     if not config.interactive:
         answer(config.prompt)
         return
@@ -240,8 +251,8 @@ def _number(text: str) -> float:
     return value
 
 
-def _answerer(session: "Session") -> Callable[[str], None]:
-    """What answers a prompt and, where a page is wanted, writes it anew after each answer."""
+def _answerer(session: "Session", stack: ExitStack) -> Callable[[str], None]:
+    """What answers a prompt and, where a page is wanted, writes it anew each time; trackers get it at the end."""
     if not session.config.html:
 
         def plain(prompt: str) -> None:
@@ -250,6 +261,7 @@ def _answerer(session: "Session") -> Callable[[str], None]:
         return plain
 
     from saepatch.pages.steered import listen, read_cards, steered_page
+    from saepatch.pages.tracked import track_dictionaries, track_page
     from saepatch.report import write_page
     from saepatch.results import check_writable
     from saepatch.session import texts_of
@@ -257,15 +269,48 @@ def _answerer(session: "Session") -> Callable[[str], None]:
     path = Path(session.config.html)
     check_writable(str(path.parent))
     said, cards = [], read_cards(session)
+    tracker = None if session.config.track == "none" else stack.enter_context(_page_tracker(session.config, "steer"))
 
     def kept(prompt: str) -> None:
         both = _answer(session, prompt)
         said.append(listen(session, prompt, both, texts_of(both)))
         write_page(steered_page(session, said, cards), path)
+        if tracker is not None:
+            before, after = said[-1].perplexities
+            tracker.log(
+                {"strength": session.strength, "perplexity/before": before, "perplexity/after": after}, len(said)
+            )
         if not session.config.json:
             print(f"Page: {path}")
 
+    def show(tracker: "Tracker") -> None:
+        if said:
+            tracker.table("Answers", ANSWER, [(s.prompt, s.strength, *s.answers, *s.perplexities) for s in said])
+            track_page(steered_page(session, said, cards), path, tracker)
+            track_dictionaries(session.config.sae, tracker)
+
+    if tracker is not None:
+        stack.callback(show, tracker)
     return kept
+
+
+ANSWER = ("prompt", "strength", "before", "after", "perplexity before", "perplexity after")
+
+
+def _page_tracker(config: "SteerConfig | LatentConfig", job_type: str) -> "Tracker":
+    """The local log in a folder beside the page of --html, and the trackers that were asked for."""
+    from saepatch.tracking import open_tracker
+
+    path = Path(config.html)
+    return open_tracker(
+        config.track,
+        path.with_suffix(""),
+        run=path.stem,
+        config=asdict(config),
+        group=path.absolute().parent.name,
+        job_type=job_type,
+        axes={"*": "answers"} if job_type == "steer" else None,
+    )
 
 
 def _answer(session: "Session", prompt: str) -> "tuple[Written, Written]":

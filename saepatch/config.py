@@ -318,6 +318,9 @@ class LatentConfig(Output):
     "The meaning of X is"."""
     html: str = ""
     """File to write the card to as a page, too; of several latents, one page with a card each."""
+    track: str = "none"
+    """Show the page to wandb, wandb:offline, wandb:online, trackio, or several with commas between; the local log lies
+    beside the page of --html, in a folder of its name."""
     device: str = "cpu"
     """Where to run: cpu, cuda or mps."""
     dtype: str = "float32"
@@ -328,6 +331,8 @@ class LatentConfig(Output):
     """Run code that comes with the model. Leave off unless you trust its author."""
 
     def __post_init__(self) -> None:
+        if self.track != "none" and not self.html:
+            raise UserError(f"track = {self.track!r}: a tracker shows the page; give it a place with --html")
         if not re.fullmatch(r"[\w.]+:\d+(,\d+)*", self.latent):
             raise UserError(
                 f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281; several of a "
@@ -495,6 +500,9 @@ class SteerConfig(Output):
     """Instead of largest activations: what one unit of strength is for every latent."""
     html: str = ""
     """File to write both answers to as a page, too, with the acting latents' activations and cards."""
+    track: str = "none"
+    """Show answers and page to wandb, wandb:offline, wandb:online, trackio, or several with commas between; the local
+    log lies beside the page of --html, in a folder of its name."""
     seed: int = 0
     """Seed of the draws."""
     model: str = "organism"
@@ -519,6 +527,8 @@ class SteerConfig(Output):
             )
         if bool(self.prompt) == self.interactive:
             raise UserError("what is to be answered? Give --prompt TEXT or --interactive, one of the two")
+        if self.track != "none" and not self.html:
+            raise UserError(f"track = {self.track!r}: a tracker shows the page of answers; give it a place with --html")
         if not abs(self.strength) < float("inf"):
             raise UserError(f"strength = {self.strength}: use a number")
         if self.unit < 0:

@@ -105,7 +105,7 @@ class Tracker:
         self._tell("take the summary", lambda guest: guest.summarise(values))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Writes a table to ``<name>.jsonl``, one object a row, and to W&B.
+        """Writes a table to ``tables/NAME.jsonl``, one object a row, and to W&B.
 
         Args:
             name: Name of the table. Writing the same name again replaces the local file.
@@ -113,16 +113,13 @@ class Tracker:
             rows: Rows, each as long as `columns`.
 
         Raises:
-            ValueError: A row is not as long as the columns are, or the name is that of a part of the log itself.
+            ValueError: A row is not as long as the columns are.
         """
         for index, row in enumerate(rows):
             if len(row) != len(columns):
                 raise ValueError(f"table {name!r}: row {index} has {len(row)} cells for {len(columns)} columns")
-        stem = plain_name(name)
-        if f"{stem}.jsonl" in (METRICS, ARTIFACTS):
-            raise ValueError(f"a table cannot be called {stem!r}: that file is part of the log; choose another name")
         kept = [list(row) for row in rows]  # W&B gets them later, and they are the caller's
-        self._write_table(stem, columns, kept)
+        self._write_table(name, columns, kept)
         step = self._last_step
         self._tell("take a table", lambda guest: guest.table(name, list(columns), kept, step))
 
@@ -146,7 +143,7 @@ class Tracker:
         points = [{f"{name}/{line}": values[i] for line, values in lines.items()} for i in range(len(xs))]
         rows = [[place, *point.values()] for place, point in zip(xs, points)]
         kept = [(place, {key: v for key, v in point.items() if v is not None}) for place, point in zip(xs, points)]
-        self._write_table(plain_name(name), [x, *lines], rows)
+        self._write_table(name, [x, *lines], rows)
         self._tell("take a curve", lambda guest: guest.curve(name, x, kept))
 
     def figure(self, name: str, chart: Chart) -> None:
@@ -230,11 +227,14 @@ class Tracker:
         self._last_step = step
         return True
 
-    def _write_table(self, stem: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        with self._local(f"{stem}.jsonl"), (self.out / f"{stem}.jsonl").open("w", encoding="utf-8") as lines:
-            for row in rows:
-                cells = plain_values(dict(zip(columns, row)))
-                lines.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
+    def _write_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        path = self.out / "tables" / f"{plain_name(name)}.jsonl"
+        with self._local(str(path.relative_to(self.out))):
+            path.parent.mkdir(exist_ok=True)
+            with path.open("w", encoding="utf-8") as lines:
+                for row in rows:
+                    cells = plain_values(dict(zip(columns, row)))
+                    lines.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
 
     def _tell(self, what: str, say: Callable[[Guest], None]) -> None:
         for courier in self._couriers.values():

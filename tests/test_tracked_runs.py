@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from tiny import random_sae, tiny_model
 
+from experiments.patchscope import PatchscopeConfig
+from experiments.tracked import show
 from saepatch import tracking
 from saepatch.__main__ import main
+from saepatch.errors import UserError
 from saepatch.plots import plotly_figure
-from saepatch.report import HeatMap, LineChart, Series
+from saepatch.report import HeatMap, LineChart, Page, Section, Series, Table, write_page
 from saepatch.tracking import open_tracker
 
 pytestmark = pytest.mark.whole
@@ -93,7 +96,7 @@ def test_wandb_is_shown_a_whole_run(place, caplog):
     assert digest in text  # the dictionaries, by path and hash
     media = kept(folder)
     assert any(name.endswith(".html") and "<script>" in text for name, text in media.items())
-    assert (out / "Edits.jsonl").read_text().count("\n") == 3
+    assert (out / "tables" / "Edits.jsonl").read_text().count("\n") == 3
     assert len(list((out / "figures").glob("*.svg"))) == 0  # curves are tables
 
 
@@ -192,8 +195,46 @@ def test_wandb_is_shown_a_restoration(place, monkeypatch):
     assert json.loads((out / "artifacts.jsonl").read_text())["sha256"] in text
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2 * 7, 4 * 7]  # one start and the next; answers, whatever it restores
-    answers = [json.loads(line) for line in (out / "Judged_answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (out / "tables" / "Judged_answers.jsonl").read_text().splitlines()]
     assert {row["condition"] for row in answers} == {"bare", "donor", "restored", "random", "matched"}
+
+
+STEER = ["--unit", "2", "--max_new_tokens", "4", "--prompt", "abc"]
+
+
+@pytest.mark.parametrize(("command", "more"), [("steer", STEER), ("latent", [])])
+def test_pages_of_single_answers_and_latents_are_shown(place, command, more):
+    (place / "texts.txt").write_text("abc\nbcd\n")
+    page, texts = place / "study" / "one.html", "--reference" if command == "steer" else "--data"
+    given = ["--model", place / "model", "--sae", place / "saes", texts, place / "texts.txt", "--html", page]
+    latent = ["--latent", "resid_post.1:3"] if command == "steer" else ["resid_post.1:3"]
+    assert main([command, *latent, *map(str, given), *more, "--json", "--track", "wandb:offline"]) == 0
+    (folder,) = (page.with_suffix("") / "wandb").glob("offline-run-*")
+    records = [json.loads(line) for line in leet(folder).splitlines()]
+    (started,) = [record["run"] for record in records if record["type"] == "run"]
+    assert (started["run_group"], started["job_type"]) == ("study", command)
+    assert any(text == page.read_text() for text in kept(folder).values())
+    if command == "steer":
+        (row,) = map(json.loads, (page.with_suffix("") / "tables" / "Answers.jsonl").read_text().splitlines())
+        assert row["prompt"] == "abc"
+    assert main([command, *latent, *map(str, given[:-2]), *more, "--json", "--track", "wandb:offline"]) == 2
+
+
+def test_an_experiment_is_shown(tmp_path):
+    out = tmp_path / "study" / "readings"
+    out.mkdir(parents=True)
+    page = Page("t", "", [Section("Readings", "", [Table(["a"], [(1,)], "")])])
+    write_page(page, out / "report.html")
+    summary = {"one": {"share": [0.5, 0.25, 1], "n": 3, "ids": [3, 1, 2], "flag": True}, "name": "x"}
+    show(PatchscopeConfig(out=str(out), track="wandb:offline"), "patchscope", page, summary)
+    (folder,) = (out / "wandb").glob("offline-run-*")
+    told = json.loads(leet(folder, "--summary"))
+    figures = {name: value for name, value in told["summary"].items() if name.startswith("one/")}
+    assert figures == {"one/share": 0.5, "one/share_low": 0.25, "one/share_high": 1, "one/n": 3}
+    assert told["summary"]["Readings"]["nrows"] == 1
+    assert told["config"]["random"] == 20
+    with pytest.raises(UserError, match="unknown tracker 'clay'"):
+        PatchscopeConfig(track="clay")
 
 
 def test_shards_and_their_merge_are_one_group(place):
@@ -246,7 +287,7 @@ def test_curves_stay_in_the_local_log_too(tmp_path):
         tracker.curve("effects", "k", [1, 2], {"top": [0.5, None], "random": [0.0, 0.1]})
         with pytest.raises(ValueError, match="1 values of 'top' for 2 places"):
             tracker.curve("effects", "k", [1, 2], {"top": [0.5]})
-    rows = [json.loads(line) for line in (tmp_path / "effects.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "tables" / "effects.jsonl").read_text().splitlines()]
     assert rows == [{"k": 1, "top": 0.5, "random": 0.0}, {"k": 2, "top": None, "random": 0.1}]
 
 
