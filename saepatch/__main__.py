@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import saepatch
+from saepatch.answerconfig import RestoreConfig, SteerConfig
 from saepatch.commandline import Said, run_commands
 from saepatch.config import (
     AttributeConfig,
@@ -23,9 +24,7 @@ from saepatch.config import (
     PatchConfig,
     PushConfig,
     ReportConfig,
-    RestoreConfig,
     RunsConfig,
-    SteerConfig,
     SweepConfig,
 )
 from saepatch.errors import UserError

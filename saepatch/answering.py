@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from saepatch.answerconfig import RestoreConfig
 from saepatch.answers import Answers, Request, read_requests, write_answers
-from saepatch.config import RestoreConfig
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.judges import Answer, Judge, judge_version, read_judge

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saepatch.config import RestoreConfig
+from saepatch.answerconfig import RestoreConfig
 from saepatch.errors import UserError
 from saepatch.judges import OUTCOMES
 from saepatch.models import LanguageModel

@@ -11,7 +11,8 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from saepatch.config import RestoreConfig, SweepConfig
+from saepatch.answerconfig import RestoreConfig
+from saepatch.config import SweepConfig
 from saepatch.tracking import Tracker
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saepatch.answerconfig import RestoreConfig
 from saepatch.answers import Request
-from saepatch.config import RestoreConfig
 from saepatch.controls import control_sets
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError

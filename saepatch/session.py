@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from saepatch.answerconfig import SteerConfig
 from saepatch.choosing import corpus_maxima
-from saepatch.config import SteerConfig
 from saepatch.dictionaries import Dictionary, load_sae
 from saepatch.errors import UserError
 from saepatch.interventions import Ablate, AtLeast, Clamp, Intervention, Steer

@@ -13,8 +13,8 @@ import torch
 from tiny import random_dictionary, random_sae, tiny_model
 
 from saepatch.__main__ import main
+from saepatch.answerconfig import SteerConfig
 from saepatch.columns import Live, columns
-from saepatch.config import SteerConfig
 from saepatch.dictionaries import load_sae
 from saepatch.errors import UserError
 from saepatch.fluency import perplexity

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from saepatch.answerconfig import RestoreConfig
 from saepatch.answers import ORDER, WILSON, Answers, Share
-from saepatch.config import RestoreConfig
 from saepatch.dictionaries import Dictionary
 from saepatch.errors import UserError
 from saepatch.judges import OUTCOMES, SAID
