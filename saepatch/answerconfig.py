@@ -160,6 +160,8 @@ class SteerConfig(Output):
     """Run code that comes with the model. Leave off unless you trust its author."""
 
     def __post_init__(self) -> None:
+        if not self.latent:
+            raise UserError("which latent? Give --latent SITE:NUMBER, as in --latent resid_post.3:281")
         one = r"\s*[\w.]+\s*:\s*\d+\s*(,\s*\d+\s*)*"
         if not re.fullmatch(rf"{one}(\|{one})*", self.latent):
             raise UserError(

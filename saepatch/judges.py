@@ -114,7 +114,10 @@ def _function(module: str, name: str) -> Callable[[str, str], Any]:
     try:
         found = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # whatever a module does when it is imported
-        raise UserError(f"cannot import judge {module}:{name} ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"cannot import judge {module}:{name} ({type(error).__name__}: {error}): give MODULE:FUNCTION of a module "
+            "that python can import from here"
+        ) from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(found):

@@ -299,7 +299,7 @@ def load_model(
         raise UserError(f"no folder {name!r}, and that is no Hugging Face id: use 'organism', a folder, or OWNER/NAME")
     where = str(source) if source.is_dir() else name
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype):
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     device = usable_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}

@@ -91,7 +91,7 @@ def batch_pairs(
                 raise UserError(
                     f"pair {name}: the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}: "
                     f"{_show(model, clean)} against {_show(model, corrupted)}: reword one, "
-                    "or line them up from the right (align='right')"
+                    "or line them up from the right (align='right'; --align right)"
                 )
     answers = [_next_token(model, pair.clean, ids, pair.answer) for pair, (ids, _) in zip(pairs, both, strict=True)]
     counters = [_next_token(model, pair.clean, ids, pair.counter) for pair, (ids, _) in zip(pairs, both, strict=True)]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,9 +20,18 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): give the folder of a finished run") from error
+        raise UserError(f"cannot read {path} ({error.strerror}): {_remedy(path.parent)}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): it was damaged; run again or merge again") from error
+
+
+def _remedy(folder: Path) -> str:
+    """What to do where a folder holds no summary: of a run that was begun there, how it goes on."""
+    for record in sorted([*folder.glob("parts/*/run.json"), *folder.glob("answers/run.json")]):
+        with suppress(OSError, ValueError, KeyError):
+            work = json.loads(record.read_text(encoding="utf-8"))["work"]
+            return f"the run is not finished; go on with saepatch {work} --config {record.with_name('config.yaml')}"
+    return "give the folder of a finished run"
 
 
 # What a summary of a command holds and no other does.
