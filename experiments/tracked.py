@@ -30,7 +30,8 @@ def show(
     with open_tracker(config.track, out, run=run, config=asdict(config), job_type="experiment") as tracker:
         tracker.summarise(dict(figures(summary)))
         track_page(page, out / "report.html", tracker)
-        track_dictionaries(config.sae, tracker)
+        for sae in dict.fromkeys((config.sae, getattr(config, "shared_sae", config.sae))):
+            track_dictionaries(sae, tracker)
 
 
 def figures(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

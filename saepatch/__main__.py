@@ -297,13 +297,16 @@ ANSWER = ("prompt", "strength", "before", "after", "perplexity before", "perplex
 
 
 def _page_tracker(config: "SteerConfig | LatentConfig", job_type: str) -> "Tracker":
-    """The local log in a folder beside the page of --html, and the trackers that were asked for."""
+    """The local log in a folder beside the page of --html, and the trackers that were asked for.
+
+    The folder's name is one that no run has: a log that is begun anew takes the place of the one before.
+    """
     from saepatch.tracking import open_tracker
 
     path = Path(config.html)
     return open_tracker(
         config.track,
-        path.with_suffix(""),
+        path.with_name(f"{path.name}.log"),
         run=path.stem,
         config=asdict(config),
         group=path.absolute().parent.name,

@@ -143,7 +143,7 @@ class SteerConfig(Output):
     """File to write both answers to as a page, too, with the acting latents' activations and cards."""
     track: str = "none"
     """Show answers and page to wandb, wandb:offline, wandb:online, trackio, or several with commas between; the local
-    log lies beside the page of --html, in a folder of its name."""
+    log lies beside the page of --html, in FILE.log/."""
     seed: int = 0
     """Seed of the draws."""
     model: str = "organism"

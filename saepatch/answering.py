@@ -24,7 +24,15 @@ from saepatch.pages.restored import restored_page, see
 from saepatch.pages.tracked import track_answers
 from saepatch.parts import ANSWERS, Record, keep_run, known_run, part_file, refuse_if_other, refuse_other_command
 from saepatch.progress import Check, Meter, stoppable
-from saepatch.restored_sets import Set, check_apart, chosen_latents, given_latents, need_clean, with_controls
+from saepatch.restored_sets import (
+    Set,
+    check_apart,
+    chosen_latents,
+    given_latents,
+    need_clean,
+    not_harmless,
+    with_controls,
+)
 from saepatch.restoring import CleanMeans, CleanPrompts, Donor, OtherModel
 from saepatch.results import (
     AnswerRow,
@@ -149,6 +157,9 @@ def _judged(plan: Plan) -> list[AnswerRow]:
         if not plan.judged or (read_about(file) or {}).get("judge") != plan.judged:
             before, mine = mine, [replace(r, outcome=plan.judge(Answer(r.prompt, r.answer, r.score))) for r in mine]
             changed += sum(one.outcome != other.outcome for one, other in zip(before, mine, strict=True))
+            if plan.judged:  # a judge of one's own may cost something: it is asked once
+                about = {**(read_about(file) or {}), "judge": plan.judged}
+                write_rows(_provenances(plan, mine), file, about, AnswerRow)
         rows += mine
     if changed:
         log.warning("the judge is another than when this run began: %d answers are judged otherwise now", changed)
@@ -179,7 +190,7 @@ def prepare(config: RestoreConfig) -> Plan:
     refusal_ids = _refusal_ids(model, requests[0].prompt, config.refusals)
     template = (assistant_header(model) or 1) if config.template < 0 else config.template
     select = read_requests(config.select, model, config.chat, 0) if config.select else []
-    if select and latents is None:
+    if select:
         check_apart(select, requests, config)
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     if other is not None:
@@ -252,6 +263,7 @@ def _means(
     select: Sequence[Request],
     template: int,
 ) -> CleanMeans:
+    select = not_harmless(select, config.select)
     need_clean(select, config.select)
     clean = [one.clean or "" for one in select]
     return clean_means(model, sites, clean, template=template, max_new_tokens=config.tokens)

@@ -45,7 +45,7 @@ def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list
             model cannot read.
     """
     if source.partition(":")[0] in PLANTED and not Path(source).exists():
-        return _planted(source, model, n)
+        return _planted(source, model, chat, n)
     path, found = Path(source), list[Request]()
     try:
         # not splitlines: a text may hold a line separator of Unicode
@@ -72,11 +72,16 @@ def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list
     return found
 
 
-def _planted(source: str, model: LanguageModel, n: int) -> list[Request]:
+def _planted(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
     """Requests of the embedded model's own task."""
     from saepatch.organism import tasks, world
 
     task, _, split = source.partition(":")
+    if chat or world.USER not in model.tokenizer.get_vocab():
+        raise UserError(
+            f"prompts {source!r} are the embedded model's, in its chat template already: leave --chat out, or give "
+            "another model a file of prompts"
+        )
     if split not in world.SPLITS:
         raise UserError(f"prompts {source!r}: write {task}:SPLIT, SPLIT one of {', '.join(world.SPLITS)}")
     found: dict[str, Request] = {}

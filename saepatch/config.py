@@ -320,7 +320,7 @@ class LatentConfig(Output):
     """File to write the card to as a page, too; of several latents, one page with a card each."""
     track: str = "none"
     """Show the page to wandb, wandb:offline, wandb:online, trackio, or several with commas between; the local log lies
-    beside the page of --html, in a folder of its name."""
+    beside the page of --html, in FILE.log/."""
     device: str = "cpu"
     """Where to run: cpu, cuda or mps."""
     dtype: str = "float32"

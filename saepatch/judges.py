@@ -56,7 +56,7 @@ def read_judge(text: str) -> Judge:
 
 
 def judge_version(text: str) -> str:
-    """A hash of the module of a `MODULE:FUNCTION`; empty for other judges, and where there is no source to read.
+    """A hash of the module of a `MODULE:FUNCTION`, its name where there is no source to read; empty for other judges.
 
     Two verdicts of one version can stand in one table. What the module imports from others is not looked at.
     """
@@ -66,7 +66,7 @@ def judge_version(text: str) -> str:
     try:
         source = inspect.getsource(inspect.getmodule(_function(name, rest)) or _function(name, rest))
     except (OSError, TypeError):
-        return ""
+        return text.strip()
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 

@@ -79,6 +79,7 @@ def chosen_latents(
         return spelt
     if not select:
         return dict.fromkeys(sites)
+    select = not_harmless(select, config.select)
     if other is None:
         need_clean(select, config.select)
     donor = OtherModel(other, template) if other else CleanPrompts(tuple(o.clean or "" for o in select), template)
@@ -105,13 +106,26 @@ def chosen_latents(
     return found
 
 
+def not_harmless(select: Sequence[Request], source: str) -> list[Request]:
+    """Those of which it is not said that they are harmless: on the others the donor does not do what is to be restored.
+
+    Raises:
+        UserError: all are.
+    """
+    kept = [one for one in select if one.harmful != "no"]
+    if not kept:
+        raise UserError(f"all prompts of {source!r} are harmless: give some on which the donor does what is restored")
+    return kept
+
+
 def check_apart(select: Sequence[Request], requests: Sequence[Request], config: RestoreConfig) -> None:
     """Raises UserError where latents would be ranked on prompts that they are measured on."""
     shared = {one.prompt for one in select} & {one.prompt for one in requests}
     if shared:
         raise UserError(
             f"{len(shared)} prompts of --select {config.select!r} are among those of --prompts {config.prompts!r}: "
-            "latents that are ranked on the prompts they are measured on look better than they are; rank on others"
+            "latents that are ranked (or means taken) on the prompts they are measured on look better than they are; give "
+            "others"
         )
 
 

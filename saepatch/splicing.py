@@ -228,7 +228,8 @@ def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]
     config = options.get("generation_config") or getattr(run.model.hf, "generation_config", None)
     given = [vars(one) for one in (config, getattr(run.model.hf, "generation_config", None)) if one is not None]
     for name in GUESSING:
-        if any(one.get(name) is not None for one in (options, *given)):
+        # what is given to `generate` wins over the checkpoint's own, None too
+        if any(one.get(name) is not None for one in ((options,) if name in options else given)):
             raise UserError(
                 f"a splice follows tokens as they are picked, and {name} has the model read guesses: "
                 f"generate without {name}"

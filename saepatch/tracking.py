@@ -2,9 +2,9 @@
 
 The local log is a folder: ``metrics.jsonl`` (one line for each `Tracker.log` and `Tracker.histogram`,
 flushed at once, so that a killed run keeps every line), ``metrics.summary.json``, ``artifacts.jsonl``, one
-``<name>.jsonl`` for each table and curve, and ``figures/``. The others are guests: each is spoken to from a thread of
-its own, so that it costs the run microseconds, whatever it does. When one fails or hangs, at the start, in the middle
-or at the end, that is said once through `logging`, and the run goes on with the local log.
+``tables/NAME.jsonl`` for each table and curve, and ``figures/``. The others are guests: each is spoken to from a thread
+of its own, so that it costs the run microseconds, whatever it does. When one fails or hangs, at the start, in the
+middle or at the end, that is said once through `logging`, and the run goes on with the local log.
 
 This is the only module that knows W&B, and it imports it only once it is asked for.
 """
@@ -176,7 +176,8 @@ class _WandbRun:
         )
         self._axes = about.axes
         self._step: int | None = None  # of the run, whose row is open
-        self._at = self._free = 0  # W&B's own step of that row, and its next one
+        # W&B's own step of that row, and its next one: a run that goes on has steps already, and none may go back.
+        self._at = self._free = int(getattr(self._run, "step", 0) or 0)
         for axis in dict.fromkeys(self._axes.values()):
             self._run.define_metric(axis, hidden=True)
         for metrics, axis in self._axes.items():

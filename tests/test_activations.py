@@ -618,7 +618,6 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_batches_of_one(model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}

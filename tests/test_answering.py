@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 from restoring_runs import CLEAN, PROMPTS, ROWS, arguments, lines, make, read
 from tiny import random_dictionary, tiny_model
 
@@ -349,6 +350,9 @@ def test_prompts_of_the_embedded_model(place, tmp_path):
     }
     with pytest.raises(UserError, match="write refusal:SPLIT, SPLIT one of select, tune, report"):
         read_requests("refusal", model, False, 0)
+    for other, chat in ((tiny_model(), False), (model, True)):
+        with pytest.raises(UserError, match="are the embedded model's, in its chat template already"):
+            read_requests("refusal:tune", other, chat, 0)
 
 
 def test_latents_are_not_ranked_on_the_prompts_they_are_measured_on(place, tmp_path):
@@ -362,3 +366,18 @@ def test_a_ranking_that_is_shorter_than_asked_for_says_so(place, tmp_path, caplo
     size = sum(len(ids) for one in plan.sets for ids in one.latents.values() if ids)
     assert f"{size} latents are restored, not the 1000 of --k" in caplog.text
     assert size <= 96
+
+
+def test_means_and_rankings_leave_out_harmless_prompts(place, tmp_path):
+    rows = [{"prompt": p + "?", "clean": c + "?", "harmful": i < 2} for i, (p, c) in enumerate(zip(PROMPTS, CLEAN))]
+    for name, some in (("all", rows), ("harmful", rows[:2]), ("harmless", rows[2:])):
+        lines(tmp_path / f"{name}.jsonl", some)
+    plans = {
+        name: prepare(read(place, tmp_path / name, select=tmp_path / f"{name}.jsonl", donor="means", k=4, controls=0))
+        for name in ("all", "harmful")
+    }
+    means = [plans[name].means.means for name in ("all", "harmful")]
+    assert all(torch.equal(means[0][site], means[1][site]) for site in means[0])
+    assert plans["all"].sets[0].latents == plans["harmful"].sets[0].latents
+    with pytest.raises(UserError, match="are harmless: give some"):
+        prepare(read(place, tmp_path / "none", select=tmp_path / "harmless.jsonl", donor="means", k=4))

@@ -115,13 +115,33 @@ def test_a_run_goes_on_only_with_the_same_models(models, trained, tmp_path):
 
 
 def test_models_that_cannot_share(models, tmp_path, capsys):
-    model, _ = models
+    model, other = models
     with pytest.raises(UserError, match="is given twice"):
         train_saes(model, documents(), small(), tmp_path / "a", also=[model])
     wide = replace(tiny_model(hidden_size=32, head_dim=8), name="wide")
     with pytest.raises(UserError, match=r"has width \d+ in tiny-llama and 32 in wide"):
         train_saes(model, documents(), small(), tmp_path / "b", also=[wide])
     with pytest.raises(UserError, match="fine-tuning goes through the splice of one model"):
-        small(also=["other"], finetune_tokens=100)
+        train_saes(model, documents(), small(finetune_tokens=100), tmp_path / "c", also=[other])
+    short = replace(tiny_model("gpt2", max_position_embeddings=16), name="short")
+    with pytest.raises(UserError, match="context 32 is longer than the 16 positions of 'short'"):
+        train_saes(model, documents(), small(sites=["resid_post.1"]), tmp_path / "d", also=[short])
+    plain = ["--data", "nosuch.txt", "--dry_run", "true"]
+    assert main(["--also", "[organism]", *plain]) == 2
+    assert "organism is given twice" in capsys.readouterr().err
+    assert main(["--also", "[organism-base]", *plain]) == 0
     assert main(["--also", "[nosuch/model/folder]", "--data", "nosuch.txt", "--out", str(tmp_path / "c")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(models, tmp_path):
+    model, _ = models
+    out, config = tmp_path / "run", small(sites=["resid_post.1"])
+    found = train_saes(model, documents(), config, out).figures
+    file = out / "summary.json"
+    summary = json.loads(file.read_text())
+    del summary["identity"]["config"]["also"]
+    file.write_text(json.dumps(summary))
+    assert train_saes(model, documents(), replace(config, resume=True), out).figures == found
+    with pytest.raises(UserError, match=r"holds a run with also \[\], and \['x'\] is asked for"):
+        train_saes(model, documents(), replace(config, resume=True, also=["x"]), out)

@@ -209,13 +209,15 @@ def test_pages_of_single_answers_and_latents_are_shown(place, command, more):
     given = ["--model", place / "model", "--sae", place / "saes", texts, place / "texts.txt", "--html", page]
     latent = ["--latent", "resid_post.1:3"] if command == "steer" else ["resid_post.1:3"]
     assert main([command, *latent, *map(str, given), *more, "--json", "--track", "wandb:offline"]) == 0
-    (folder,) = (page.with_suffix("") / "wandb").glob("offline-run-*")
+    (folder,) = (place / "study" / "one.html.log" / "wandb").glob("offline-run-*")
     records = [json.loads(line) for line in leet(folder).splitlines()]
     (started,) = [record["run"] for record in records if record["type"] == "run"]
     assert (started["run_group"], started["job_type"]) == ("study", command)
     assert any(text == page.read_text() for text in kept(folder).values())
     if command == "steer":
-        (row,) = map(json.loads, (page.with_suffix("") / "tables" / "Answers.jsonl").read_text().splitlines())
+        (row,) = map(
+            json.loads, (place / "study" / "one.html.log" / "tables" / "Answers.jsonl").read_text().splitlines()
+        )
         assert row["prompt"] == "abc"
     assert main([command, *latent, *map(str, given[:-2]), *more, "--json", "--track", "wandb:offline"]) == 2
 

@@ -138,7 +138,7 @@ class ActivationStream:
         stopping = threading.Event()
         rounds = self._rounds(start, stopping)
         if self.config.prefetch:
-            rounds = ahead(rounds, stopping)
+            rounds = ahead(rounds, stopping, together=self.ranks.size > 1)
         with closing(rounds):
             skipped = start.batch
             for found in rounds:
@@ -334,22 +334,24 @@ class ActivationStream:
                 x[at] = block
 
 
-def ahead(items: Iterator[_Round], stopping: threading.Event) -> Generator[_Round, None, None]:
+def ahead(items: Iterator[_Round], stopping: threading.Event, together: bool = False) -> Generator[_Round, None, None]:
     """The items, each made in a thread while the one before it is in use: two exist at a time.
 
     An exception of the thread is raised here. Closing this generator sets `stopping`, which `items` is to look at, and
-    waits for the thread; not for ever, as a connection or another process may keep it.
+    waits for the thread; not for ever, as a connection may keep it. Where processes make a round `together`, one that
+    all have asked for is begun by all, and given up by all as soon as one is to stop: a process that stayed away would
+    leave the others waiting in it, and they would take its next run's words for the answer.
     """
-    wanted = threading.Semaphore()
+    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     made: queue.SimpleQueue[tuple[_Round | None, BaseException | None]] = queue.SimpleQueue()
     threads = torch.get_num_threads()
 
     def work() -> None:
         torch.set_num_threads(threads)  # a new thread has the library's default, and sums in another order with it
         try:
-            while True:
-                wanted.acquire()
-                _go_on(stopping)
+            while wanted.get():
+                if not together:
+                    _go_on(stopping)
                 item = next(items, None)
                 made.put((item, None))
                 if item is None:
@@ -361,12 +363,13 @@ def ahead(items: Iterator[_Round], stopping: threading.Event) -> Generator[_Roun
 
     thread = threading.Thread(target=work, name="activations", daemon=True)
 
-    def end() -> None:
+    def end(patience: float | None = _PATIENCE) -> None:
         stopping.set()
-        wanted.release()
+        wanted.put(False)
         if thread is not threading.current_thread():  # where the garbage collector closes the generator
-            thread.join(_PATIENCE)
+            thread.join(patience)
 
+    wanted.put(True)
     thread.start()
     atexit.register(end)  # the interpreter must not end under a thread that is in the midst of a forward
     try:
@@ -376,10 +379,10 @@ def ahead(items: Iterator[_Round], stopping: threading.Event) -> Generator[_Roun
                 raise error
             if item is None:
                 return
-            wanted.release()
+            wanted.put(True)
             yield item
     finally:
-        end()
+        end(None if together else _PATIENCE)
         atexit.unregister(end)
 
 

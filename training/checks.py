@@ -26,14 +26,26 @@ def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingCon
         raise UserError(f"context {config.context} is longer than the {limit} positions of {model.name!r}: lower it")
 
 
-def check_also(model: LanguageModel, also: Sequence[LanguageModel], sites: Sequence[Site]) -> None:
-    """Raises UserError where another model cannot share dictionaries with the first: other tokens, or other widths."""
+def check_also(
+    model: LanguageModel, also: Sequence[LanguageModel], sites: Sequence[Site], config: TrainingConfig
+) -> None:
+    """Raises UserError where another model cannot share dictionaries with the first: other tokens, or other widths; or
+    where the run asks for what several models cannot have."""
+    if also and config.finetune_tokens:
+        raise UserError(
+            f"finetune_tokens is {config.finetune_tokens}: fine-tuning goes through the splice of one model; use 0 "
+            "with several"
+        )
     names = [model.name, *(other.name for other in also)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{sorted(twice)[0]} is given twice: name each model once in --model and --also")
     for other in also:
-        if other.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        vocabularies: list[object] = [
+            getattr(one.tokenizer, "get_vocab", dict)() for one in (model, other)
+        ]  # a skeleton has none
+        if vocabularies[0] != vocabularies[1]:
             raise UserError(f"{other.name} and {model.name} have different vocabularies: use models of one tokenizer")
+        check_model(other, sites, config)
         for site in sites:
             if other.width(site) != model.width(site):
                 raise UserError(

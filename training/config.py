@@ -239,11 +239,6 @@ class TrainingConfig:
             raise UserError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run: lower one")
         if not 0 < self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}: use a share of the documents between 0 and 1, as in 0.05")
-        if self.also and self.finetune_tokens:
-            raise UserError(
-                f"finetune_tokens is {self.finetune_tokens} and also is {self.also}: fine-tuning goes through the "
-                "splice of one model; use --finetune_tokens 0 with several"
-            )
         if isinstance(self.sites, list) and not self.sites:
             raise UserError("sites is empty: name at least one, as in resid_post.3, or use 'all'")
         if self.sites != "all":

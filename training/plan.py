@@ -127,11 +127,12 @@ def plan(config: TrainingConfig) -> Plan:
     Raises:
         UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.
     """
-    from training.checks import check_model
+    from training.checks import check_also, check_model
 
     model = skeleton(config.model, config.dtype)
     sites = config.sites_of(model.n_layers)
     check_model(model, sites, config)
+    check_also(model, [skeleton(name, config.dtype) for name in config.also], sites, config)
     shapes = [_shape(model, site, config) for site in sites]
     blocks = max(site.blocks_before if site.stream == "resid_pre" else site.layer + 1 for site in sites)
     work = _work(model, shapes, blocks, config)

@@ -93,6 +93,9 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], out: Path)
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raises UserError where what is in `out` was made with other settings than a run that would go on with it."""
     now = json.loads(json.dumps(now))
+    default = TrainingConfig().to_dict()
+    added = {name: default[name] for name in now.keys() - before.keys() if name in default}
+    before = {**json.loads(json.dumps(added)), **before}  # a setting that there was not yet had no other value
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise UserError(

@@ -152,7 +152,7 @@ def run_sweep(
     for point in mine:
         sites = point.config.sites_of(model.n_layers)
         check_model(model, sites, point.config, ranks)
-        check_also(model, also, sites)
+        check_also(model, also, sites, point.config)
         saving.check_folder(point.config.out, sites, point.config)
     documents = as_documents(texts)
     failed: dict[str, str] = {}

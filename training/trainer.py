@@ -87,7 +87,7 @@ def train_saes(
     """
     sites = config.sites_of(model.n_layers)
     check_model(model, sites, config, ranks)
-    check_also(model, also, sites)
+    check_also(model, also, sites, config)
     saving.check_folder(out, sites, config)
     for one in (model, *also):
         refuse_training(one)
