@@ -37,8 +37,8 @@ class RestoreConfig(Output):
     of a ranking over the prompts of --select or, without one, all latents."""
     select: str = ""
     """Like --prompts, of other prompts, to rank latents on."""
-    k: int = 64
-    """How many latents of the ranking, over all sites together."""
+    k: int = 0
+    """How many latents of the ranking, over all sites together; 0: 64."""
     ranking: Literal["change", "signed", "attribution"] = "change"
     """change: S·‖d‖ of Chen et al. 2024; signed: mean difference; attribution: of the refusal score."""
     error: bool = False
@@ -87,8 +87,10 @@ class RestoreConfig(Output):
             raise UserError("which prompts? Give --prompts FILE.jsonl, an object with a prompt a line")
         if self.n < 0 or self.controls < 0 or self.template < -1:
             raise UserError(f"n = {self.n}, controls = {self.controls}, template = {self.template}: use 0, 0 and -1 on")
-        if min(self.k, self.tokens, self.part) < 1:
+        if min(self.tokens, self.part) < 1 or self.k < 0:
             raise UserError(f"k = {self.k}, tokens = {self.tokens}, part = {self.part}: use at least 1 of each")
+        if self.k and (self.latents or not self.select):
+            raise UserError(f"k = {self.k} takes the first of a ranking: give --select to rank on, and no --latents")
         if not self.out:
             raise UserError("out is empty: give a folder for the results")
         if self.latents.strip() and self.select and self.donor != "means":

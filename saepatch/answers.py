@@ -157,14 +157,17 @@ class Answers:
         """The outcomes as text."""
         wide = 2 + max(len(self.label(one)) for one in self.shares)
         lines = [f"{'':<{wide}}" + "".join(f"{name:>22}" for name in OUTCOMES) + f"{'refusal score':>16}"]
-        for one in self.shares:
+        kinds = {one.group for one in self.shares}
+        shown = [one for kind in ("yes", "no", "") for one in self.shares if one.group == kind]
+        for one in [one for one in shown if one.group or len(kinds) == 1]:  # of both kinds together none is the answer
             cells = [f"{one.outcomes[name]!s:>22}" for name in OUTCOMES]
             lines.append(f"{self.label(one):<{wide}}" + "".join(cells) + f"{one.score.value:>16.2f}")
         return "\n".join([*lines, f"{self.shares[0].prompts} prompts. {WILSON}"])
 
     def label(self, one: Share) -> str:
         kind = {"": "", "yes": ", harmful", "no": ", harmless"}[one.group]
-        return f"{one.condition}{f' ({one.latents} latents)' if one.latents else ''}{kind}"
+        size = f" ({one.latents} latent{'s' * (one.latents > 1)})" if one.latents else ""
+        return f"{one.condition}{size}{kind}"
 
     def summary(self) -> dict[str, Any]:
         """As summary.json holds it."""

@@ -76,6 +76,10 @@ def run_commands(
         name = _parsed(parser, given).command
         kind, command = commands[name]
         config = _instantiate(parser, given, kind, name)
+        if track := getattr(config, "track", ""):
+            from saepatch.tracking import read_spec
+
+            read_spec(track)  # before any work
         as_json = getattr(config, "json", False)
         if as_json or getattr(config, "quiet", False):
             for logger in LOGGERS:

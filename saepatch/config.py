@@ -245,7 +245,7 @@ class MergeConfig(Output):
     out: str
     """Folder of the run."""
     track: str = "none"
-    """Where the results go beside the folder: as for `patch`."""
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
 
 
 @dataclass(frozen=True)

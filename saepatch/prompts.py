@@ -198,6 +198,10 @@ def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) 
     from saepatch.organism import tasks
 
     if source not in tasks.TASKS:
+        if source.partition(":")[0] in tasks.TASKS:
+            raise UserError(
+                f"unknown task {source!r}: the split has a setting of its own, as in split='report' (--split)"
+            )
         raise UserError(
             f"unknown task {source!r}: use one of {', '.join(tasks.TASKS)}, a file ({', '.join(_READERS)}) of pairs, "
             "a folder saved by `datasets`, or OWNER/NAME of a dataset"

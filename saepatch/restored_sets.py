@@ -19,6 +19,8 @@ from saepatch.sites import Site
 
 log = logging.getLogger(__name__)
 
+RANKED = 64  # latents of a ranking that are restored where nothing else is said
+
 
 @dataclass(frozen=True)
 class Set:
@@ -79,7 +81,7 @@ def chosen_latents(
         return spelt
     if not select:
         return dict.fromkeys(sites)
-    select = not_harmless(select, config.select)
+    wanted, select = config.k or RANKED, not_harmless(select, config.select)
     if other is None:
         need_clean(select, config.select)
     donor = OtherModel(other, template) if other else CleanPrompts(tuple(o.clean or "" for o in select), template)
@@ -92,16 +94,16 @@ def chosen_latents(
         max_fvu=None,  # both models were looked at when the run was prepared
         max_new_tokens=config.tokens,
     )
-    found: dict[Site, tuple[int, ...] | None] = dict(ranked.top(config.k, config.ranking))
+    found: dict[Site, tuple[int, ...] | None] = dict(ranked.top(wanted, config.ranking))
     if not found:
         raise UserError(
             f"no latent has a score above 0 in the ranking {config.ranking!r} over {config.select!r}, so nothing would "
             "be restored: rank on other prompts, by another --ranking, or give --latents"
         )
-    if (there := sum(len(ids) for ids in found.values() if ids)) < config.k:
+    if (there := sum(len(ids) for ids in found.values() if ids)) < wanted:
         log.warning(
             "%d latents are restored, not the %d of --k: no others have a score above 0 in the ranking %r", there,
-            config.k, config.ranking,
+            wanted, config.ranking,
         )  # fmt: skip
     return found
 
@@ -124,16 +126,16 @@ def check_apart(select: Sequence[Request], requests: Sequence[Request], config: 
     if shared:
         raise UserError(
             f"{len(shared)} prompts of --select {config.select!r} are among those of --prompts {config.prompts!r}: "
-            "latents that are ranked (or means taken) on the prompts they are measured on look better than they are; give "
-            "others"
+            "latents that are ranked (or means taken) on the prompts they are measured on look better than they are; "
+            "give others"
         )
 
 
 def need_clean(requests: Sequence[Request], source: str) -> None:
     if lacking := [one.example for one in requests if one.clean is None]:
         raise UserError(
-            f"prompt {lacking[0]} of {source!r} has no clean prompt for the donor to read: give each a clean one, or "
-            "another --donor (means, or an aligned model)"
+            f"prompt {lacking[0]} of {source!r} has no clean prompt for the donor to read: give each a clean one, "
+            "or an aligned model as --donor"
         )
 
 

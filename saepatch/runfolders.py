@@ -1,7 +1,7 @@
 """Folders that runs left: what ran there and what came of it, read from their JSON. Light: no model, no torch."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -260,7 +260,7 @@ class Comparison:
     def table(self) -> str:
         """As text."""
         names = ["", str(self.one.path), str(self.other.path)]
-        edits = [(name, _effect(line), _effect(other)) for name, line, other in self.edits]
+        edits = [(name, _effect(line, self.one, name), _effect(b, self.other, name)) for name, line, b in self.edits]
         blocks: list[tuple[str, Sequence[tuple[str, str, str]]]]
         blocks = [("set otherwise", self.settings), ("figures", self.figures)]
         if self.one.work != "restore":
@@ -283,9 +283,11 @@ class Comparison:
         }
 
 
-def _effect(line: dict[str, Any] | None) -> str:
+def _effect(line: dict[str, Any] | None, run: RunFolder, name: str) -> str:
     if line is None:
-        return "not on top"
+        if name.partition(":")[0] not in _directions(run):
+            return "not run"
+        return "another dictionary" if " of dictionary " in name else "not on top"
     effect = line["effect"]
     return show_interval(effect) if isinstance(effect, dict) else show(effect)
 
@@ -305,7 +307,8 @@ def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
         )
     a, b = _described(one), _described(other)
     settings = [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
-    tops = [_tops(run) for run in (one, other)]
+    others = {site for site, each in _hashes(one).items() if _hashes(other).get(site, each) != each}
+    tops = [_tops(run, others) for run in (one, other)]
     edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
     figures = _figures(one, other)
     different = tuple(row for row in settings if row[1] != row[2])
@@ -326,6 +329,9 @@ def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
     """How many latents of each site were restored, and how many of these in the other run, too; by name."""
     found: dict[str, str] = {}
     for site, ids in run.summary["latents"].items():
+        if _hashes(run).get(site) != _hashes(other).get(site):  # latent 3 is another latent there
+            found[f"latents restored at {site}"] = "all" if ids is None else str(len(ids))
+            continue
         theirs = other.summary["latents"].get(site, [])
         both = len(ids or ()) if theirs is None else len(set(ids or ()) & set(theirs))
         found[f"latents restored at {site}"] = "all" if ids is None else f"{len(ids)}, {both} of them in both"
@@ -359,8 +365,24 @@ def _described(run: RunFolder) -> dict[str, str]:
     return said | {"model's weights": model["hash"]} | hashes
 
 
-def _tops(run: RunFolder) -> dict[str, dict[str, Any]]:
+def _hashes(run: RunFolder) -> dict[str, str]:
+    """Of its dictionaries, by site."""
+    return {site: each["hash"] for site, each in run.summary["dictionaries"].items()}
+
+
+def _tops(run: RunFolder, others: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Edits on top by name; at sites whose dictionary is another in the other run, latent 3 is another latent there."""
     if run.work == "restore":
         return {}
     tops = run.summary["top"] if run.work == "patch" else {d: one["top"] for d, one in run.summary["screens"].items()}
-    return {f"{direction}: {name_of(line)}": line for direction, top in tops.items() for line in top}
+    hashes = _hashes(run)
+    return {
+        f"{direction}: {name_of(line)}"
+        + (f" of dictionary {hashes[line['site']]}" if line["site"] in others and line["site"] in hashes else ""): line
+        for direction, top in tops.items()
+        for line in top
+    }
+
+
+def _directions(run: RunFolder) -> list[str]:
+    return list(run.summary.get("top") or run.summary.get("screens") or ())

@@ -282,7 +282,7 @@ def test_judges(tmp_path, monkeypatch):
         ({"donor": "means"}, "donor means needs --select"),
         ({"judge": "mood"}, "unknown judge 'mood'"),
         ({"template": 9}, "template of 9 positions"),
-        ({"k": 0}, "k = 0"),
+        ({"k": -1}, "k = -1"),
     ],
 )
 def test_bad_settings(place, tmp_path, capsys, changes, message):

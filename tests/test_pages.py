@@ -371,6 +371,25 @@ class Plain(HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
 
+def test_latents_of_different_dictionaries_are_not_set_beside_each_other(place, swept, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(swept, other)
+    summary = json.loads((other / "summary.json").read_text())
+    summary["dictionaries"]["resid_post.1"]["hash"] = "0123456789abcdef"
+    summary["top"] = {"denoise": summary["top"]["denoise"]}
+    (other / "summary.json").write_text(json.dumps(summary))
+    found = compare_runs(read_run(swept), read_run(other))
+    for name, line, theirs in found.edits:
+        if "resid_post.1" in name:
+            assert (line is None) != (theirs is None)
+        elif name.startswith("denoise"):
+            assert line == theirs
+    assert main(["compare", str(swept), str(other)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any("another dictionary" in line for line in told if "resid_post.1" in line)
+    assert all("not run" in line for line in told if line.startswith("noise: resid_post.0"))
+
+
 def test_nothing_hostile_gets_into_a_page(swept, grouped, screened, heads):
     for out in (swept, grouped, screened, heads):
         source = (out / "report.html").read_text(encoding="utf-8")

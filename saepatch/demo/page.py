@@ -167,8 +167,8 @@ def _restoration(found: "Findings") -> Section:
             band("top latents", shares, tuple(top for _, top, _ in r.curve)),
             band("random live latents", shares, tuple(other for _, _, other in r.curve)),
         ],
-        f"n = {n} jailbroken requests (report split), {', '.join(map(str, sizes))} latents; random: mean of {DRAWS} "
-        f"draws. {SHARES}",
+        f"n = {n} jailbroken requests (report split), {', '.join(map(str, sizes))} latents; refusals by the first "
+        f"token of the answer; random: mean of {DRAWS} draws. {SHARES}",
         log_x=True,
         y_range=(0.0, 1.0),
         y_format=".0%",
