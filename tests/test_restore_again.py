@@ -81,6 +81,11 @@ def test_a_judge_that_was_changed_judges_all_answers_again(place, tmp_path, monk
     assert "6 answers are judged otherwise now" in caplog.text
     shares = {c["condition"]: c for c in json.loads((tmp_path / "out" / "summary.json").read_text())["conditions"]}
     assert shares["bare"]["refuse"][0] == 0
+    caplog.clear()
+    assert main(["restore", *flags]) == 0  # these verdicts are kept: nothing is judged otherwise again
+    assert "judged otherwise" not in caplog.text
+    kept = [read_about(file)["judge"] for file in sorted((tmp_path / "out" / "answers").glob("*.parquet"))]
+    assert set(kept) == {judge_version("own_judge:decide")}
 
 
 def test_an_unchanged_judge_is_asked_once(place, tmp_path, monkeypatch):
