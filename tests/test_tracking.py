@@ -516,3 +516,37 @@ def test_a_wandb_run_goes_on_under_its_id(tmp_path, caplog):
         assert tracker.run_id == run_id  # kept for a later run that has W&B again
     with open_tracker("none", tmp_path, run="r", config={}) as tracker:
         assert tracker.run_id is None
+
+
+def test_a_resumed_online_run_never_goes_back(tmp_path, monkeypatch):
+    import wandb
+
+    class Resumed:
+        """Stands in for a run that W&B has 7 rows of: what is below its own step, W&B drops."""
+
+        step, offline, disabled, dir = 7, False, False, str(tmp_path / "wandb" / "x" / "files")
+
+        def __init__(self):
+            self.rows, self.config, self.summary = [], {}, {}
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, values, step=None):
+            self.rows.append((step, list(values)))
+
+        def finish(self, *args, **kwargs):
+            pass
+
+    run = Resumed()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", lambda **options: run)
+    with open_tracker("wandb:online", tmp_path, run="r", config={}, resume_from=0, run_id="x") as tracker:
+        tracker.table("t", ["a"], [[1]])
+        tracker.curve("c", "k", [1, 2], {"y": [0.1, 0.2]})
+        tracker.log({"loss": 0.5}, step=30)
+    steps = [step for step, _ in run.rows]
+    assert len(steps) == 4
+    assert steps == sorted(steps)
+    assert steps[0] >= 7
+    assert steps[-1] == 30
