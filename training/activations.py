@@ -1,8 +1,6 @@
 """Activations of several sites out of one forward pass, as a stream of shuffled batches that can begin anywhere."""
 
-import atexit
 import logging
-import queue
 import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +18,7 @@ from saepatch.models import LanguageModel, Tokens
 from saepatch.sites import Site
 from training.cache import RoundCache, cache_key, model_facts
 from training.config import TrainingConfig
+from training.prefetch import ahead, go_on
 from training.ranks import ALONE, Ranks
 from training.rows import Body, bos_before, cut, text_positions, token_batches, tokenised
 from training.texts import Streamed, fingerprint, in_order, mixed_seed
@@ -31,11 +30,6 @@ Rows = dict[Site, Shaped[Tensor, "n _"]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that activations are kept in; any other becomes float32
 _POLL = 0.2  # seconds after which a thread that waits for the model looks whether it should end
-_PATIENCE = 10.0  # seconds to wait for a thread to end
-
-
-class _Stopped(Exception):
-    """Raised in the thread that fills rounds when nobody wants them any more."""
 
 
 @dataclass(frozen=True)
@@ -293,9 +287,9 @@ class ActivationStream:
 
     def _forward(self, model: LanguageModel, part: Tokens, stopping: threading.Event) -> Rows:
         while not self._running.acquire(timeout=_POLL):
-            _go_on(stopping)
+            go_on(stopping)
         try:
-            _go_on(stopping)
+            go_on(stopping)
             return forward(model, self.sites, part, self._special)
         finally:
             self._running.release()
@@ -332,63 +326,6 @@ class ActivationStream:
                 block = torch.cat(own.pop(site)) if source == rank else x.new_empty(len(at), x.shape[1])
                 distributed.broadcast(block.view(torch.uint8), src=source, group=group)  # as bytes: of any dtype
                 x[at] = block
-
-
-def ahead(items: Iterator[_Round], stopping: threading.Event, together: bool = False) -> Generator[_Round, None, None]:
-    """The items, each made in a thread while the one before it is in use: two exist at a time.
-
-    An exception of the thread is raised here. Closing this generator sets `stopping`, which `items` is to look at, and
-    waits for the thread; not for ever, as a connection may keep it. Where processes make a round `together`, one that
-    all have asked for is begun by all, and given up by all as soon as one is to stop: a process that stayed away would
-    leave the others waiting in it, and they would take its next run's words for the answer.
-    """
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    made: queue.SimpleQueue[tuple[_Round | None, BaseException | None]] = queue.SimpleQueue()
-    threads = torch.get_num_threads()
-
-    def work() -> None:
-        torch.set_num_threads(threads)  # a new thread has the library's default, and sums in another order with it
-        try:
-            while wanted.get():
-                if not together:
-                    _go_on(stopping)
-                item = next(items, None)
-                made.put((item, None))
-                if item is None:
-                    return
-        except _Stopped:
-            made.put((None, None))
-        except BaseException as error:
-            made.put((None, error))
-
-    thread = threading.Thread(target=work, name="activations", daemon=True)
-
-    def end(patience: float | None = _PATIENCE) -> None:
-        stopping.set()
-        wanted.put(False)
-        if thread is not threading.current_thread():  # where the garbage collector closes the generator
-            thread.join(patience)
-
-    wanted.put(True)
-    thread.start()
-    atexit.register(end)  # the interpreter must not end under a thread that is in the midst of a forward
-    try:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            wanted.put(True)
-            yield item
-    finally:
-        end(None if together else _PATIENCE)
-        atexit.unregister(end)
-
-
-def _go_on(stopping: threading.Event) -> None:
-    if stopping.is_set():
-        raise _Stopped
 
 
 def forward(model: LanguageModel, sites: Sequence[Site], tokens: Tokens, special: Collection[int]) -> Rows:
