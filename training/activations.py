@@ -131,8 +131,9 @@ class ActivationStream:
         """
         stopping = threading.Event()
         rounds = self._rounds(start, stopping)
-        if self.config.prefetch:
-            rounds = ahead(rounds, stopping, together=self.ranks.size > 1)
+        # Not with others: a thread that is ahead in one process alone would wait for them in a round that none wants.
+        if self.config.prefetch and self.ranks.size == 1:
+            rounds = ahead(rounds, stopping)
         with closing(rounds):
             skipped = start.batch
             for found in rounds:

@@ -16,13 +16,11 @@ class Stopped(Exception):
     """Raised in the thread when nobody wants what it makes any more."""
 
 
-def ahead(items: Iterator[Item], stopping: threading.Event, together: bool = False) -> Generator[Item, None, None]:
+def ahead(items: Iterator[Item], stopping: threading.Event) -> Generator[Item, None, None]:
     """The items, each made in a thread while the one before it is in use: two exist at a time.
 
     An exception of the thread is raised here. Closing this generator sets `stopping`, which `items` is to look at, and
-    waits for the thread; not for ever, as a connection may keep it. Where processes make a round `together`, one that
-    all have asked for is begun by all, and given up by all as soon as one is to stop: a process that stayed away would
-    leave the others waiting in it, and they would take its next run's words for the answer.
+    waits for the thread; not for ever, as a connection may keep it.
     """
     wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     made: queue.SimpleQueue[tuple[Item | None, BaseException | None]] = queue.SimpleQueue()
@@ -32,8 +30,7 @@ def ahead(items: Iterator[Item], stopping: threading.Event, together: bool = Fal
         torch.set_num_threads(threads)  # a new thread has the library's default, and sums in another order with it
         try:
             while wanted.get():
-                if not together:
-                    go_on(stopping)
+                go_on(stopping)
                 item = next(items, None)
                 made.put((item, None))
                 if item is None:
@@ -45,11 +42,11 @@ def ahead(items: Iterator[Item], stopping: threading.Event, together: bool = Fal
 
     thread = threading.Thread(target=work, name="activations", daemon=True)
 
-    def end(patience: float | None = PATIENCE) -> None:
+    def end() -> None:
         stopping.set()
         wanted.put(False)
         if thread is not threading.current_thread():  # where the garbage collector closes the generator
-            thread.join(patience)
+            thread.join(PATIENCE)
 
     wanted.put(True)
     thread.start()
@@ -64,7 +61,7 @@ def ahead(items: Iterator[Item], stopping: threading.Event, together: bool = Fal
             wanted.put(True)
             yield item
     finally:
-        end(None if together else PATIENCE)
+        end()
         atexit.unregister(end)
 
 
