@@ -134,7 +134,7 @@ class TrainingConfig:
             and padding).
         forward_tokens: Tokens in a forward pass of the model, padding included.
         buffer: Activations that are mixed at a time, in tokens.
-        prefetch: Fill the next buffer in a thread while the dictionaries learn from this one.
+        prefetch: Fill the next buffer in a thread while the dictionaries learn from this one (a single process).
         cache: Folder that keeps the activations for other runs over the same text; empty: none.
         cache_gb: Size that the cache may grow to; what does not fit is computed again.
         lr: Learning rate of Adam.
