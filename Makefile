@@ -50,9 +50,10 @@ demo: $(STAMP)  ## patch, steer and restore latents of the embedded model; the r
 
 test: lint types test-fast  ## lint, type check and the default tests
 
-lint: $(STAMP)  ## ruff: rules and formatting
+lint: $(STAMP)  ## ruff: rules and formatting; import-linter: the floors of the house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(STAMP)  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .
@@ -80,8 +81,7 @@ bench-generation: $(STAMP)  ## time generation under a splice beside the bare mo
 	@$(BIN)/python -m experiments.benchmarks.generation --out runs/bench-generation
 
 # Every module by name: the package's own __all__ names what users import, and not where concepts are explained.
-MODULES = saepatch $(subst /,.,$(basename $(wildcard saepatch/[a-z]*.py))) \
-	saepatch.report saepatch.pages saepatch.demo saepatch.organism training
+MODULES = saepatch training
 
 docs: $(STAMP)  ## every concept's documentation, from the docstrings, into docs/index.html
 	@rm -rf docs

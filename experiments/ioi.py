@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from random import Random
 
-from experiments.study import Framed, Question, StudyConfig, fitting, run
-from saepatch.commandline import run_config
-from saepatch.models import LanguageModel
-from saepatch.prompts import PromptPair
+from experiments.pairs.study import Framed, Question, StudyConfig, fitting, run
+from saepatch.cli.parser import run_config
+from saepatch.data.pairs import PromptPair
+from saepatch.model.language_model import LanguageModel
 
 # After Wang et al. 2022 (https://arxiv.org/abs/2211.00593). Of names, places and objects every other one is of the
 # report split; all are single tokens to GPT-2.

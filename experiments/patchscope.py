@@ -16,24 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.tracked import show
-from saepatch.choosing import first_alive
-from saepatch.commandline import run_config
-from saepatch.components import Directions
-from saepatch.dictionaries import Dictionary, load_saes
+from experiments.common.tracked import show
+from saepatch.cli.parser import run_config
+from saepatch.demo.concepts import WORDS, organism_concepts
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import load_saes
+from saepatch.engine.components import Directions
 from saepatch.errors import UserError
-from saepatch.hooks import capture
-from saepatch.models import LanguageModel, load_model
+from saepatch.measure.quality import latent_statistics
+from saepatch.model.hooks import capture
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.model.sites import Site
 from saepatch.organism import texts, world
-from saepatch.organism.concepts import WORDS, organism_concepts
-from saepatch.patchscope import SCALES, Reading, best_reading, read_by_patchscope
-from saepatch.quality import latent_statistics
+from saepatch.reading.patchscope import SCALES, Reading, best_reading, read_by_patchscope
+from saepatch.records.files import check_writable, output_folder, write_json, write_yaml
+from saepatch.records.provenance import Provenance, versions
+from saepatch.records.statistics import Interval, random_latents, wilson_share
 from saepatch.report import Block, Facts, Page, Section, Table, write_page
-from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_yaml
-from saepatch.sites import Site
-from saepatch.statistics import Interval, random_latents, wilson_share
-from saepatch.steering import contrast, direction_dictionary
-from saepatch.tracking import read_spec
+from saepatch.steering.choosing import first_alive
+from saepatch.steering.contrasts import contrast, direction_dictionary
+from saepatch.tracking.open import read_spec
 
 X = "Lucy"  # the placeholder: one token
 PROMPTS = (

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saepatch.commandline import run_config
+from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
 from saepatch.report import KEPT, Chart, HeatMap, LineChart, Page, read_page, write_figures
-from saepatch.runfolders import read_json
+from saepatch.runs.catalogue import read_json
 
 TITLES = (
     "Denoising: each prompt's own top latents",

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from experiments.safety_curves import Choice, Curve, choose, dense, measure, neurons, rank
-from experiments.safety_guards import Guards, guards
-from experiments.safety_page import printed, write
-from experiments.safety_probes import (
+from experiments.common.tracked import show
+from experiments.restoration.curves import Choice, Curve, choose, dense, measure, neurons, rank
+from experiments.restoration.guards import Guards, guards
+from experiments.restoration.page import printed, write
+from experiments.restoration.probes import (
     Depth,
     HeldOut,
     Layer,
@@ -36,22 +37,22 @@ from experiments.safety_probes import (
     layers,
     utility,
 )
-from experiments.safety_runs import Answered, Runs
-from experiments.safety_settings import Setting, two_models, two_prompts
-from experiments.tracked import show
+from experiments.restoration.runs import Answered, Runs
+from experiments.restoration.settings import Setting, two_models, two_prompts
 from saepatch import organism
-from saepatch.commandline import run_config
-from saepatch.dictionaries import load_saes
+from saepatch.cli.parser import run_config
+from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
-from saepatch.models import LanguageModel, load_model, wrap_model
+from saepatch.measure.quality import LatentStatistics, SpliceQuality, latent_statistics
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model, wrap_model
+from saepatch.model.sites import Site
 from saepatch.organism import world
-from saepatch.progress import stoppable
-from saepatch.quality import LatentStatistics, SpliceQuality, latent_statistics
-from saepatch.restoring import OtherModel
-from saepatch.results import check_writable, output_folder
-from saepatch.safety import assistant_header, first_tokens, restore
-from saepatch.sites import Site
-from saepatch.tracking import read_spec
+from saepatch.records.files import check_writable, output_folder
+from saepatch.restoration.restore import assistant_header, first_tokens, restore
+from saepatch.runs.progress import stoppable
+from saepatch.splicing.donors import OtherModel
+from saepatch.tracking.open import read_spec
 
 log = logging.getLogger("experiments.safety")  # by name: run as a module, this file is `__main__`
 

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from saepatch.dictionaries import Dictionary, adopt
-from saepatch.models import LanguageModel, wrap_model
-from saepatch.prompts import PromptPair
-from saepatch.sites import Site
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import wrap_model
+from saepatch.model.sites import Site
 
 WIDTH = 24
 AND, OR, OTHERS = "PQ", "RS", "bcdfghjk"

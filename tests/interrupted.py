@@ -20,7 +20,7 @@ import sae_lens  # noqa: E402, F401
 from runs_of_training import documents, small  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 
-from training.trainer import train_saes  # noqa: E402
+from training.loop.trainer import train_saes  # noqa: E402
 
 TOKENS = 61_440
 

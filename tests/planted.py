@@ -15,9 +15,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
-from saepatch.dictionaries import Dictionary, adopt
-from saepatch.models import LanguageModel, wrap_model
-from saepatch.sites import Site
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import wrap_model
+from saepatch.model.sites import Site
 
 CONSTANT = 0  # the dimension that is 1 at every token
 

@@ -17,7 +17,7 @@ def test_documentation_is_rendered_without_warnings(tmp_path):
     (named,) = re.findall(r"^MODULES = (.*\\\n.*)$", makefile, re.M)
     modules = [word for word in named.replace("\\\n", " ").split() if re.fullmatch(r"[a-z]\w*(\.\w+)*", word)]
     modules += [f"saepatch.{path.stem}" for path in sorted((ROOT / "saepatch").glob("[a-z]*.py"))]
-    assert {"saepatch", "saepatch.pages", "saepatch.splicing", "training"} <= set(modules)
+    assert {"saepatch", "saepatch.pages", "saepatch.splicing.splice", "training"} <= set(modules)
     command = [sys.executable, "-W", "error::UserWarning", "-m", "pdoc", "--docformat", "google"]
     done = subprocess.run(
         [*command, "--output-directory", str(tmp_path), *modules], cwd=ROOT, capture_output=True, text=True, check=False

@@ -6,9 +6,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from saepatch.dictionaries import Dictionary, adopt
-from saepatch.models import LanguageModel, wrap_model
-from saepatch.sites import Site
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import wrap_model
+from saepatch.model.sites import Site
 
 D_MODEL = 16
 COMMON = {"hidden_size": D_MODEL, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from saepatch.errors import UserError
-from saepatch.tracking import read_spec
+from saepatch.tracking.open import read_spec
 
 # It stands on torch, and --help is to be quick. (jsonargparse would import it to read annotations that are postponed.)
 if TYPE_CHECKING:
-    from saepatch.sites import Site
+    from saepatch.model.sites import Site
 
 Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"]
 
@@ -257,7 +257,7 @@ class TrainingConfig:
 
     def sites_of(self, n_layers: int) -> "list[Site]":
         """The sites of a model with this many layers, each once, by layer."""
-        from saepatch.sites import Site
+        from saepatch.model.sites import Site
 
         if self.sites == "all":
             return [Site(layer) for layer in range(n_layers)]

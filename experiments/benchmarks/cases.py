@@ -10,13 +10,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from saepatch.components import Edit
-from saepatch.dictionaries import Dictionary, adopt
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
+from saepatch.engine.components import Edit
 from saepatch.errors import UserError
-from saepatch.hooks import capture
-from saepatch.models import LanguageModel, wrap_model
-from saepatch.prompts import PromptPair
-from saepatch.sites import Site
+from saepatch.model.hooks import capture
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import wrap_model
+from saepatch.model.sites import Site
 
 VOCABULARIES = {"gpt2": 50257, "llama": 32000}
 CONTEXT = 1024
@@ -148,7 +150,7 @@ class Case:
 
     @property
     def edits(self) -> list[tuple[int, Edit]]:
-        """The edits as `saepatch.patching.patch_edits` takes them."""
+        """The edits as `saepatch.measure.patching.patch_edits` takes them."""
         site = self.dictionary.site
         return [(0, Edit(site, (j,), p)) for j, p in zip(self.latents.tolist(), self.positions.tolist(), strict=True)]
 
@@ -159,7 +161,7 @@ class Case:
         return 2 * self.subject.block_weights * (self.subject.size.layers - self.layer) * positions
 
     def metric(self, logits: Float[Tensor, "batch vocab"]) -> list[float]:
-        """Logit difference, as `saepatch.metrics.logit_difference` defines it."""
+        """Logit difference, as `saepatch.engine.metrics.logit_difference` defines it."""
         return (logits[:, self.answer].double() - logits[:, self.counter].double()).tolist()
 
     @torch.no_grad()

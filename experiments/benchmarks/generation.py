@@ -30,15 +30,17 @@ from torch import Tensor
 from experiments.benchmarks.cases import VOCABULARIES, Size, Subject, make_subject
 from experiments.benchmarks.patching import LIBRARIES, Clock, _version, clock_of
 from experiments.benchmarks.peers import missing
-from saepatch.commandline import run_config
-from saepatch.dictionaries import Dictionary, adopt
+from saepatch.cli.parser import run_config
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
 from saepatch.errors import UserError
-from saepatch.hooks import capture
-from saepatch.interventions import Clamp, Steer
-from saepatch.models import usable_device
-from saepatch.results import check_writable, output_folder, versions, write_json
-from saepatch.sites import Site
-from saepatch.splicing import splice
+from saepatch.model.hooks import capture
+from saepatch.model.loading import usable_device
+from saepatch.model.sites import Site
+from saepatch.records.files import check_writable, output_folder, write_json
+from saepatch.records.provenance import versions
+from saepatch.splicing.interventions import Clamp, Steer
+from saepatch.splicing.splice import splice
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 

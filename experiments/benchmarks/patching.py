@@ -26,10 +26,11 @@ import torch
 
 from experiments.benchmarks.cases import Case, Size, Subject, make_case, make_subject
 from experiments.benchmarks.peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
-from saepatch.commandline import run_config
+from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
-from saepatch.models import usable_device
-from saepatch.results import check_writable, output_folder, versions, write_json
+from saepatch.model.loading import usable_device
+from saepatch.records.files import check_writable, output_folder, write_json
+from saepatch.records.provenance import versions
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 
@@ -284,7 +285,7 @@ def _seconds(clock: Clock, act: Callable[[], object], repeats: int = 3) -> float
 
 
 def _attribution(case: Case) -> Callable[[], object]:
-    from saepatch.attribution import attribute
+    from saepatch.measure.attribution import attribute
 
     return lambda: attribute(case.subject.model, case.dictionary, [case.pair], verify=0)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.cases import Case
-from saepatch.metrics import logit_difference
-from saepatch.patching import patch_edits
+from saepatch.engine.metrics import logit_difference
+from saepatch.measure.patching import patch_edits
 
 # Runs some of the case's edits, named by their index, and gives the metric of each.
 Runner = Callable[[Sequence[int]], list[float]]

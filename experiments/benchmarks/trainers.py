@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from training.config import Architecture, SAEConfig, TrainingConfig
-from training.learner import Learner, new_weights, schedule
 from training.ranks import ALONE
-from training.steps import Weights
+from training.steps.learner import Learner, new_weights, schedule
+from training.steps.step import Weights
 
 OURS, SAE_LENS = "ours", "sae_lens"
 DEAD_AFTER = 1000  # steps without activation, as in sae_lens' trainer
@@ -81,7 +81,7 @@ class Side(ABC):
 
     @abstractmethod
     def start(self, weights: Weights) -> None:
-        """Replace the weights; named and laid out as `training.steps` has them, rows of `W_dec` of norm 1."""
+        """Replace the weights; named and laid out as `training.steps.step` has them, rows of `W_dec` of norm 1."""
 
     @abstractmethod
     def kill(self, latents: Tensor) -> None:

@@ -2,12 +2,12 @@
 
     python -m experiments.benchmarks.training --out runs/training
 
-**Speed.** A whole step without the data: ours is `training.learner.Learner.step`, theirs `SAETrainer.step` with its
-defaults (float32, no autocast). Both have the same weights and the same activations, sums of planted directions with
-noise. In each round all variants run one after the other, a few steps each; a variant's ratio in a round is that of the
-medians, and the figure is the median over rounds. The clock is the process's own time, so that what else runs on the
-machine counts little; the wall's is beside it. Variants with `settled` have weights at which `k` latents are active at
-a position, as they are once the penalty has done its work; without, standard, gated and jumprelu are at their start,
+**Speed.** A whole step without the data: ours is `training.steps.learner.Learner.step`, theirs `SAETrainer.step` with
+its defaults (float32, no autocast). Both have the same weights and the same activations, sums of planted directions
+with noise. In each round all variants run one after the other, a few steps each; a variant's ratio in a round is that
+of the medians, and the figure is the median over rounds. The clock is the process's own time, so that what else runs on
+the machine counts little; the wall's is beside it. Variants with `settled` have weights at which `k` latents are active
+at a position, as they are once the penalty has done its work; without, standard, gated and jumprelu are at their start,
 where half of all latents are active. Of `dead` ones, half the dictionary is dead and learns by the auxiliary loss.
 
 **Quality.** Both train from their own initial weights on the same rows at the same rate; what they save is evaluated on
@@ -46,9 +46,10 @@ from experiments.benchmarks.trainers import (
     settled_weights,
     start_weights,
 )
-from saepatch.commandline import run_config
+from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
-from saepatch.results import check_writable, output_folder, versions, write_json
+from saepatch.records.files import check_writable, output_folder, write_json
+from saepatch.records.provenance import versions
 from training.config import Architecture
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from saepatch import organism
-from saepatch.dictionaries import Dictionary
-from saepatch.effects import Direction, Effects
-from saepatch.models import LanguageModel
+from saepatch.data.pairs import PromptPair, pairs_of
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import Direction
+from saepatch.measure.effects import Effects
+from saepatch.measure.patching import patch_heads, patch_latents, patch_streams
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
 from saepatch.organism import tasks
-from saepatch.patching import patch_heads, patch_latents, patch_streams
-from saepatch.prompts import PromptPair, pairs_of
-from saepatch.reading import Card, read_latents, token_texts
-from saepatch.results import Row
-from saepatch.sites import Site
+from saepatch.reading.cards import Card, read_latents, token_texts
+from saepatch.records.rows import Row
 
 DIRECTIONS: tuple[Direction, Direction] = ("denoise", "noise")
 HEAD_PAIRS = 40  # that heads are patched in

@@ -4,21 +4,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from saepatch import report
-from saepatch.charts import INTERVALS, band, cell, effect_chart
-from saepatch.controls import DRAWS
 from saepatch.demo.sections import cards, overview, trade_off, where
-from saepatch.judges import SAID
+from saepatch.measure.controls import DRAWS
 from saepatch.pages.cards import coloured
+from saepatch.pages.charts import INTERVALS, band, cell, effect_chart
 from saepatch.pages.left import anchor
+from saepatch.records.provenance import Provenance
+from saepatch.records.statistics import wilson_share
 from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
-from saepatch.results import Provenance
-from saepatch.safety import judge
-from saepatch.statistics import wilson_share
+from saepatch.restoration.judges import SAID
+from saepatch.restoration.restore import judge
 
 if TYPE_CHECKING:
     from saepatch.demo.run import Findings
     from saepatch.demo.stages import Condition, Steering
-    from saepatch.reading import ReadText
+    from saepatch.reading.cards import ReadText
 
 
 SHARES = "Intervals: 95 % Wilson score over prompts."

@@ -11,22 +11,26 @@ from typing import Any
 import torch
 
 from saepatch import organism
-from saepatch.charts import effect_chart
-from saepatch.config import DemoConfig
 from saepatch.demo import looks, stages
 from saepatch.demo.page import page
-from saepatch.dictionaries import Dictionary, load_saes
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
-from saepatch.models import LanguageModel, load_model
+from saepatch.measure.quality import SpliceQuality, latent_statistics, splice_quality
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.model.sites import Site
 from saepatch.organism.checks import Measures, evaluate_organism
 from saepatch.pages import track_page
-from saepatch.parts import refuse_other_command
-from saepatch.quality import SpliceQuality, latent_statistics, splice_quality
-from saepatch.reading import Card, ReadText, read_texts
+from saepatch.pages.charts import effect_chart
+from saepatch.reading.cards import Card, ReadText, read_texts
+from saepatch.records.files import check_writable, output_folder, write_json
+from saepatch.records.provenance import Provenance, versions
+from saepatch.records.rows import write_rows
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
-from saepatch.results import Provenance, check_writable, output_folder, versions, write_json, write_rows
-from saepatch.sites import Site
-from saepatch.tracking import Tracker, open_tracker
+from saepatch.runs.parts import refuse_other_command
+from saepatch.settings.commands import DemoConfig
+from saepatch.tracking.open import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saepatch.charts import INTERVALS, cell, head_map
 from saepatch.demo.looks import BY_POSITION, Maps
-from saepatch.effects import Effects, Map
+from saepatch.measure.effects import Effects, Map
 from saepatch.pages.cards import latent_card
+from saepatch.pages.charts import INTERVALS, cell, head_map
 from saepatch.pages.left import anchor
 from saepatch.pages.maps import COLOURS
-from saepatch.reading import Card as Reading
+from saepatch.reading.cards import Card as Reading
 from saepatch.report import (
     Cell,
     Choice,
@@ -33,7 +33,7 @@ from saepatch.report.text import number
 if TYPE_CHECKING:
     from saepatch.demo.run import Findings
     from saepatch.demo.stages import Steering
-    from saepatch.statistics import Interval
+    from saepatch.records.statistics import Interval
 
 EACH = 4  # latents of each cell of a map
 KEPT = 0.95  # of the cross-entropy, that a dictionary should keep

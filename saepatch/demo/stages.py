@@ -13,23 +13,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saepatch.attribution import integrated_gradients
-from saepatch.controls import DRAWS, control_sets, differing_sets
-from saepatch.curves import Curve, effect_curve, effect_curve_by_pair
-from saepatch.dictionaries import Dictionary
-from saepatch.effects import Direction, Effects
-from saepatch.interventions import Ablate, Intervention, Patch
-from saepatch.models import LanguageModel
-from saepatch.organism import concepts, tasks, world
-from saepatch.patching import patch_latents
-from saepatch.prompts import PromptPair, batch_pairs, load_pairs, pairs_of
-from saepatch.quality import LatentStatistics
-from saepatch.restoring import CleanPrompts
-from saepatch.safety import change_scores, first_tokens, judge, refused_first_token, restore
-from saepatch.sites import Site
-from saepatch.splicing import record_latents, splice
-from saepatch.statistics import Interval, random_latents, wilson_share
-from saepatch.steering import Concept, Steered, contrast, equal_norm_steer, generate_steered, latent_means
+from saepatch.data.batches import batch_pairs
+from saepatch.data.pairs import PromptPair, load_pairs, pairs_of
+from saepatch.demo import concepts
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import Direction
+from saepatch.measure.attribution import integrated_gradients
+from saepatch.measure.controls import DRAWS, control_sets, differing_sets
+from saepatch.measure.curves import Curve, effect_curve, effect_curve_by_pair
+from saepatch.measure.effects import Effects
+from saepatch.measure.patching import patch_latents
+from saepatch.measure.quality import LatentStatistics
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.organism import tasks, world
+from saepatch.records.statistics import Interval, random_latents, wilson_share
+from saepatch.restoration.restore import change_scores, first_tokens, judge, refused_first_token, restore
+from saepatch.splicing.donors import CleanPrompts
+from saepatch.splicing.interventions import Ablate, Intervention, Patch
+from saepatch.splicing.splice import record_latents, splice
+from saepatch.steering.contrasts import Concept, Steered, contrast, equal_norm_steer, generate_steered, latent_means
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARE_LIMIT = 0.05  # at most this share of the dictionary is restored

@@ -1,12 +1,12 @@
-"""Cards of latents, from what `saepatch.reading` wrote."""
+"""Cards of latents, from what `saepatch.reading.cards` wrote."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from saepatch.pages.left import Left, anchor
-from saepatch.reading import Card as Reading
-from saepatch.reading import ReadText
+from saepatch.reading.cards import Card as Reading
+from saepatch.reading.cards import ReadText
 from saepatch.report import Card, Cell, Chips, Facts, Histogram, Link, Section, Simple, Table, Tokens, token_text
 from saepatch.report.text import number
 

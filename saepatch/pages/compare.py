@@ -3,7 +3,7 @@
 from typing import Any
 
 from saepatch.report import BarChart, Bars, Cell, Facts, Interval, Page, Points, ScatterChart, Section, Table
-from saepatch.runfolders import Comparison
+from saepatch.runs.catalogue import Comparison
 
 SHOWN = 20  # edits in bars
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from saepatch.effects import CONTROLS
+from saepatch.measure.effects import CONTROLS
 from saepatch.pages.left import EXACT, Left
 from saepatch.report import (
     BarChart,

@@ -6,17 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saepatch.components import ErrorTerm, LatentUnits
-from saepatch.config import AttributeConfig, PatchConfig, SweepConfig
-from saepatch.dictionaries import Dictionary
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import ErrorTerm, LatentUnits
 from saepatch.errors import UserError
-from saepatch.models import LanguageModel, Tokens
-from saepatch.prompts import PromptPair
-from saepatch.quality import splice_quality
-from saepatch.reading import read_latents, token_texts
-from saepatch.results import write_json
-from saepatch.runfolders import read_json, read_run
-from saepatch.runs import Sweep, prepare
+from saepatch.measure.quality import splice_quality
+from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.reading.cards import read_latents, token_texts
+from saepatch.records.files import write_json
+from saepatch.runs.catalogue import read_json, read_run
+from saepatch.runs.sweeps import Sweep, prepare
+from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
 
 log = logging.getLogger(__name__)
 

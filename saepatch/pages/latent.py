@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from saepatch.choosing import output_scores
-from saepatch.config import LatentConfig
-from saepatch.dictionaries import load_sae
+from saepatch.data.texts import load_texts
+from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
-from saepatch.models import LanguageModel, load_model
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
 from saepatch.pages.cards import card_blocks, latent_card
 from saepatch.pages.left import anchor
-from saepatch.patchscope import Reading, best_reading, read_by_patchscope
-from saepatch.reading import Card, read_latents, token_texts
+from saepatch.reading.cards import Card, read_latents, token_texts
+from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.report import Card as Folded
 from saepatch.report import Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
-from saepatch.texts import load_texts
+from saepatch.settings.commands import LatentConfig
+from saepatch.steering.choosing import output_scores
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

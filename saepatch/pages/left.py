@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from saepatch.effects import CONTROLS
 from saepatch.errors import UserError
+from saepatch.measure.effects import CONTROLS
 from saepatch.pages.gather import READING
-from saepatch.parts import KEYS, Changes, Key, Pairs, read_changes
-from saepatch.reading import Card
+from saepatch.reading.cards import Card
 from saepatch.report import Interval, token_text
-from saepatch.runfolders import RunFolder, read_json, read_run
+from saepatch.runs.catalogue import RunFolder, read_json, read_run
+from saepatch.runs.parts import KEYS, Changes, Key, Pairs, read_changes
 
 EXACT = ("top", "random")  # roles of a screen's verified nodes
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from saepatch.model.sites import Site
 from saepatch.pages.left import Left
-from saepatch.parts import Key
 from saepatch.report import Cell, Choice, HeatMap, Link, Section, Simple, Table
-from saepatch.sites import Site
+from saepatch.runs.parts import Key
 
 ROWS = 24  # units of a map by position
 COLUMNS = 64  # positions of a map

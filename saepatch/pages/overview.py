@@ -8,7 +8,7 @@ from saepatch.pages.left import Left
 from saepatch.pages.maps import positions_of
 from saepatch.report import Facts, Headline, Notices, Section, Simple, Table
 from saepatch.report.text import number
-from saepatch.runfolders import name_of
+from saepatch.runs.catalogue import name_of
 
 FEW = 10  # pairs
 MIXED = 0.5  # of the positions: more that differ between pairs, and a map over all pairs says little

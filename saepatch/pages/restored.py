@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from saepatch.answerconfig import RestoreConfig
-from saepatch.answers import ORDER, WILSON, Answers, Share
-from saepatch.dictionaries import Dictionary
+from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
-from saepatch.judges import OUTCOMES, SAID
-from saepatch.models import LanguageModel
+from saepatch.measure.quality import splice_quality
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
 from saepatch.pages.cards import coloured, latent_card
 from saepatch.pages.left import anchor
 from saepatch.pages.overview import FEW, RECOVERED, splice_section
-from saepatch.parts import Record
-from saepatch.quality import splice_quality
-from saepatch.reading import Card, ReadText, read_latents, read_texts
+from saepatch.reading.cards import Card, ReadText, read_latents, read_texts
+from saepatch.records.provenance import Provenance
+from saepatch.records.rows import AnswerRow, read_rows
+from saepatch.records.statistics import Interval as Estimate
 from saepatch.report import (
     BarChart,
     Bars,
@@ -32,11 +32,12 @@ from saepatch.report import (
     token_text,
 )
 from saepatch.report.text import number
-from saepatch.results import AnswerRow, Provenance, read_rows
-from saepatch.runfolders import RunFolder
-from saepatch.safety import Outcome
-from saepatch.sites import Site
-from saepatch.statistics import Interval as Estimate
+from saepatch.restoration.judges import OUTCOMES, SAID
+from saepatch.restoration.restore import Outcome
+from saepatch.runs.answers import ORDER, WILSON, Answers, Share
+from saepatch.runs.catalogue import RunFolder
+from saepatch.runs.parts import Record
+from saepatch.settings.answering import RestoreConfig
 
 log = logging.getLogger(__name__)
 

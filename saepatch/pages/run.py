@@ -9,7 +9,7 @@ from saepatch.pages.maps import edits, maps
 from saepatch.pages.overview import facts, lead, overview
 from saepatch.pages.restored import left_page
 from saepatch.report import KEPT, Page, read_page, write_page
-from saepatch.runfolders import read_json, read_run
+from saepatch.runs.catalogue import read_json, read_run
 
 
 def write_report(out: Path) -> Path:

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from saepatch.fluency import perplexity
+from saepatch.data.texts import load_texts
 from saepatch.pages.cards import coloured, latent_card
 from saepatch.pages.left import anchor
-from saepatch.reading import Card, ReadText, read_latents, read_texts
+from saepatch.reading.cards import Card, ReadText, read_latents, read_texts
+from saepatch.records.provenance import command_line, versions
 from saepatch.report import Comparison, Facts, Headline, Notices, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
-from saepatch.results import command_line, versions
-from saepatch.texts import load_texts
+from saepatch.steering.fluency import perplexity
 
 if TYPE_CHECKING:
-    from saepatch.session import Session
-    from saepatch.streaming import Written
+    from saepatch.runs.session import Session
+    from saepatch.steering.streaming import Written
 
 SURPRISING = 10.0  # times the bare answer's perplexity, from which on a warning is due
 TITLES = ("before", "after")

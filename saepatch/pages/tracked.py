@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from saepatch.answers import Answers
 from saepatch.pages.left import read_left
 from saepatch.pages.run import run_page
 from saepatch.report import Cell, Chart, Choice, Interval, LineChart, Link, Page, Simple, Table
-from saepatch.runfolders import RunFolder
-from saepatch.tracker import Tracker
+from saepatch.runs.answers import Answers
+from saepatch.runs.catalogue import RunFolder
+from saepatch.tracking.tracker import Tracker
 
 ANSWERS = 2000  # rows of them that a tracker gets: the first prompts', of random sets the first
 MAPS_OF_PAIRS = "alone"  # how options that show a single pair end: a tracker gets those over all pairs

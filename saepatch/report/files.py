@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from saepatch.errors import UserError
-from saepatch.results import atomic
+from saepatch.records.files import atomic
 
 SOURCES = Path(__file__).parent / "templates"
 

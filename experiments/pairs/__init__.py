@@ -1,0 +1,1 @@
+"""Questions about pairs of prompts: the study, its stages, its page."""

@@ -1,0 +1,205 @@
+"""What an experiment found: its tables, its words, and the files they are written to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experiments.pairs.stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, Kind, RankedSite
+from saepatch.data.pairs import PromptPair
+from saepatch.engine.components import Direction, Edit
+from saepatch.measure.curves import Curve
+from saepatch.measure.effects import CONTROLS, Effects, describe
+from saepatch.model.language_model import LanguageModel
+from saepatch.records.statistics import Interval, bootstrap_mean
+
+if TYPE_CHECKING:
+    from experiments.pairs.study import Question, StudyConfig
+
+NAMES: Mapping[Direction, str] = {"denoise": "denoising", "noise": "noising"}
+NO_HEADS = "No map of attention heads: the family of {model} does not offer the heads' outputs (stream `z`)."
+TABLED = (1, 4, 16)  # numbers of directions that tables compare, where they were run
+CELLS = 5  # largest cells of a map that are printed
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """All results of one run."""
+
+    question: "Question"
+    config: "StudyConfig"
+    model: LanguageModel
+    columns: Sequence[str]  # labels of the positions of the map's group
+    group: int  # pairs in it
+    examples: Sequence[PromptPair]  # the first report pairs
+    tokens: Sequence[Sequence[str]]  # of each report pair's clean prompt
+    group_tokens: Sequence[Sequence[str]]
+    streams: Both
+    heads: Both | None
+    sites: Sequence[RankedSite]
+    best: RankedSite
+    latents: Both  # the first ones by position
+    tops: Both  # the first ones at all positions, with controls
+    curves: Mapping[Direction, Curve]
+    agreements: Sequence[Agreement]
+    kinds: Sequence[Kind]
+    seconds: Mapping[str, float]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.tops["denoise"].examples)
+
+    @property
+    def compared(self) -> list[int]:
+        """Sizes that tables show."""
+        sizes = self.kinds[0].sizes
+        return [k for k in TABLED if k in sizes] or list(sizes[:1])
+
+
+# Words
+
+
+def unsure(effects: Effects, model: str) -> str:
+    """What to say where the model does not tell the two prompts of a pair apart; empty where it does."""
+    gap = bootstrap_mean(effects.gap)
+    if gap.low > 0:
+        return ""
+    return (
+        f"{model} does not tell the clean prompts from the corrupted ones (their difference in {effects.metric} is "
+        f"{gap}), so shares of that difference mean nothing: ask another model."
+    )
+
+
+def verdict(kinds: Sequence[Kind], k: int, direction: Direction = "denoise", seed: int = 0) -> str:
+    """Which kind moves the metric most with `k` directions, and whether that is beyond chance; latents come first."""
+    values = {kind: value for kind in kinds if (value := kind.at(k, direction, seed)) is not None}
+    latents, *others = values
+    count = "one direction" if k == 1 else f"{k} directions"
+    if not others:
+        return f"With {count} there is nothing to compare latents with."
+    rival = max(others, key=lambda kind: values[kind].value)
+    ahead, behind = (latents, rival) if values[latents].value >= values[rival].value else (rival, latents)
+    gap = ahead.beyond(behind, k, direction, seed)
+    if not gap.low > 0:
+        return (
+            f"With {count}, {ahead} and {behind} cannot be told apart: {values[ahead]} and {values[behind]}, "
+            f"difference {gap}."
+        )
+    return (
+        f"With {count}, most is {DONE[direction]} by {ahead}: {values[ahead]}, against {values[behind]} for {behind}"
+        f"{', the best of the others' if behind is rival and len(others) > 1 else ''} (difference {gap})."
+    )
+
+
+def against_dense(kinds: Sequence[Kind], seed: int = 0) -> str:
+    """How many latents do what the one dense direction does; empty where there is none."""
+    latents, dense = kinds[0], next((kind for kind in kinds if kind.name == DENSE), None)
+    mark = None if dense is None else dense.at(1, seed=seed)
+    if mark is None:
+        return ""
+    values = {k: value for k in latents.sizes if (value := latents.at(k, seed=seed)) is not None}
+    enough = [k for k, value in values.items() if value.value >= mark.value]
+    most = max(values)
+    if not enough:
+        many = f"no number of latents that was tried restores as much; {most} of them restore {values[most]}"
+    elif enough[0] == 1:
+        many = f"one latent restores as much, {values[1]}"
+    else:
+        many = f"it takes {enough[0]} latents to restore as much, {values[enough[0]]}"
+    return f"The one direction between the means restores {mark}; {many}."
+
+
+# Tables
+
+
+def largest(effects: Both, k: int = CELLS) -> list[tuple[Edit, Interval, Interval | None]]:
+    """The edits that restore most, with their effects in both directions."""
+    if not effects:
+        return []
+    denoise, noise = effects["denoise"], effects["noise"]
+    known = {edit: number for number, edit in enumerate(noise.edits)}
+    return [(edit, denoise.of(edit), noise.of(known[edit]) if edit in known else None) for edit in denoise.top(k)]
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns of text, the first to the left."""
+    cells = [[str(cell) if cell is not None else "–" for cell in row] for row in [heads, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in cells
+    )
+
+
+def printed(found: Found) -> str:
+    """The run as tables of text."""
+    seed, denoise, both = found.config.seed, found.tops["denoise"], ["denoise", "noise"]
+    cells = [(f"{e.site} at {found.columns[e.position or 0]}", d, n) for e, d, n in largest(found.streams)]
+    heads = [(f"layer {e.site.layer}, head {describe(e)}", d, n) for e, d, n in largest(found.heads or {})]
+    sites = [
+        (f"{one.site}{' *' if one is found.best else ''}", one.chosen_by, *(one.report[d] for d in DIRECTIONS))
+        for one in found.sites
+    ]
+    latents = [(name, *values, f"{q:.2g}", f"{r:.2g}") for name, *values, q, r, _ in latent_rows(found)]
+    kinds = [(kind.name, *(kind.at(k, d, seed) for d in DIRECTIONS for k in found.compared)) for kind in found.kinds]
+    count, rank = found.agreements[0].nodes, found.agreements[0].bound[0]
+    by_size = ["denoise", "random", "matched", "noise", "random", "matched"]
+    return "\n\n".join(
+        [
+            f"{found.question.task}: {found.pairs} report pairs, {denoise.metric} {denoise.clean.mean():.3f} clean, "
+            f"{denoise.corrupted.mean():.3f} corrupted",
+            text_table([f"layer × position ({found.group} pairs)", *both], cells),
+            text_table(["attention heads", *both], heads) if heads else NO_HEADS.format(model=found.model.name),
+            text_table([f"site (*: chosen), first {CHOOSE_BY} latents", "select: denoise", *REPORTED], sites),
+            text_table([f"latents of {found.best.site}", *by_size[:4], "q denoise", "q noise"], latents),
+            text_table(["first latents together", *by_size], curve_rows(found)),
+            text_table(
+                [f"attribution, {count} nodes", *AGREEMENT[1:], f"missed (as its no. {rank})"], agreement_rows(found)
+            ),
+            text_table(["directions", *(f"{d} k={k}" for d in DIRECTIONS for k in found.compared)], kinds),
+            "\n".join(filter(None, [*said(found), unsure(denoise, found.model.name)])),
+        ]
+    )
+
+
+def said(found: Found, direction: Direction = "denoise") -> list[str]:
+    """What the comparison of directions comes to, in words."""
+    seed = found.config.seed
+    words = [verdict(found.kinds, k, direction, seed) for k in found.compared]
+    return [*words, *filter(None, [against_dense(found.kinds, seed)] if direction == "denoise" else [])]
+
+
+def latent_rows(found: Found) -> list[tuple[Any, ...]]:
+    """The first latents: effect with controls, the other direction, q values, and the pairs where they differ."""
+    denoise, noise = found.tops["denoise"], found.tops["noise"]
+    q, r = denoise.q_values(), noise.q_values()
+    rows = []
+    for number, edit in enumerate(denoise.edits):
+        if edit.role not in CONTROLS:
+            controls = (denoise.controls(number, role) for role in ("random", "matched"))
+            differs = int(denoise.ran[:, number].sum())
+            rows.append(
+                (describe(edit), denoise.of(number), *controls, noise.of(number), q[number], r[number], differs)
+            )
+    return sorted(rows, key=lambda row: -row[1].value)
+
+
+def curve_rows(found: Found) -> list[tuple[Any, ...]]:
+    lines = [line for d in DIRECTIONS for c in [found.curves[d]] for line in (c.top, c.random, c.matched)]
+    return list(zip(found.curves["denoise"].sizes, *lines, strict=True))
+
+
+DONE: Mapping[Direction, str] = {"denoise": "restored", "noise": "undone"}
+REPORTED = ("report: denoise", "report: noise")
+AGREEMENT = ("method", "Pearson", "Spearman", "Pearson of sizes", "Spearman of sizes")
+
+
+def agreement_rows(found: Found) -> list[tuple[str, ...]]:
+    """Each method's correlations, and the bound on what it missed, as texts."""
+    return [
+        (
+            one.attribution.method,
+            *("–" if value != value else f"{value:.3f}" for value in one.correlations),
+            f"{int(one.bound[2])} of {one.bound[3]}",
+        )
+        for one in found.agreements
+    ]

@@ -1,0 +1,1 @@
+"""How few latents bring refusals back?"""

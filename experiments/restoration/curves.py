@@ -1,0 +1,278 @@
+"""Refusals against the number of restored latents, with every control beside them, and what a share is enough."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy import ndarray
+
+from experiments.restoration.runs import Answered, Dictionaries, Latents, Runs
+from experiments.restoration.settings import Asked, Setting
+from saepatch.dictionaries.bases import directions_of, units_of
+from saepatch.errors import UserError
+from saepatch.measure.controls import control_sets
+from saepatch.measure.quality import LatentStatistics
+from saepatch.model.sites import Site
+from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
+from saepatch.restoration.ranking import Ranking, SafetyLatents, find_safety_latents
+from saepatch.splicing.donors import CleanPrompts, OtherModel
+
+log = logging.getLogger("experiments.safety")
+
+ENOUGH = 0.9  # share of the donor's refusals that counts as recovered
+SHARE_LIMIT = 0.05  # of the dictionary: the original claim is about so many neurons
+BOOTSTRAP = 2000  # draws
+RANKINGS: tuple[Ranking, ...] = ("change", "signed", "attribution")
+Statistics = Mapping[Site, LatentStatistics]
+
+
+def share_of(runs: Sequence[Answered]) -> Interval:
+    """Prompts refused, with the Wilson interval over prompts; of several draws their mean for each prompt."""
+    return wilson_share(np.mean([one.refused for one in runs], axis=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One number of latents (or neurons). Intervals are shares of prompts that are refused."""
+
+    latents: int
+    top: Answered
+    refused: Interval
+    opened: Interval
+    degenerate: Interval
+    score: Interval
+    random: Interval | None
+    matched: Interval | None
+    later: Interval | None
+    harmless: Interval | None
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Points by rising numbers of latents out of `total`, of which `alive` live and `active` fire at a token."""
+
+    points: tuple[Point, ...]
+    total: int
+    alive: int
+    active: float
+    bare: Answered
+    donor: Answered
+
+    def recovered(self, point: Point) -> float:
+        """Share of the way from the bare model's refusals to the donor's (Chen et al. 2024)."""
+        low, high = (float(one.refused.mean()) for one in (self.bare, self.donor))
+        return (float(point.top.refused.mean()) - low) / (high - low) if high > low else float("nan")
+
+    def share_for(self, enough: float = ENOUGH, seed: int = 0) -> Interval:
+        """The smallest share of the dictionary, of those tried, that recovers enough; infinite where none does.
+
+        The interval is over prompts: the same question asked of bootstrap samples of them.
+        """
+        top = np.array([point.top.refused for point in self.points], dtype=float)
+        low, high = (one.refused.astype(float) for one in (self.bare, self.donor))
+        shares = np.array([point.latents / self.total for point in self.points])
+
+        def smallest(index: ndarray) -> float:
+            way = high[index].mean() - low[index].mean()
+            done = top[:, index].mean(1) - low[index].mean() >= enough * way - 1e-12
+            return float(shares[done.argmax()]) if done.any() and way > 0 else float("inf")
+
+        n = top.shape[1]
+        rng = np.random.default_rng(seed)
+        draws = np.array([smallest(index) for index in rng.integers(0, n, (BOOTSTRAP, n))])
+        low_end, high_end = np.quantile(draws, [0.025, 0.975], method="inverted_cdf").tolist()
+        return Interval(smallest(np.arange(n)), low_end, high_end, n)
+
+
+def within(sizes: Sequence[int], total: int) -> list[int]:
+    """The numbers that are at most the limit's share of all."""
+    return [k for k in sizes if k <= SHARE_LIMIT * total] or [sizes[0]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen on `tune`: the ranking, and how many of its first latents."""
+
+    ranking: Ranking
+    latents: int
+    refused: Interval  # there, with these
+
+
+def rank(setting: Setting, asked: Asked, refusal_ids: set[int], runs: Runs, max_fvu: float = 0.5) -> SafetyLatents:
+    """Contrast the setting's run with its donor's, over the donor's own answers."""
+    donor = setting.donor(asked)
+    assert isinstance(donor, (CleanPrompts, OtherModel))
+    return find_safety_latents(
+        setting.model,
+        setting.sites,
+        asked.prompts,
+        donor,
+        refusal_ids=refusal_ids,
+        max_fvu=max_fvu,
+        max_new_tokens=runs.tokens,
+        batch_size=len(asked),
+    )
+
+
+def choose(
+    setting: Setting, ranked: SafetyLatents, asked: Asked, sizes: Sequence[int], runs: Runs, name: str = "tune"
+) -> Choice:
+    """The ranking that has most refused over all numbers within the limit, then the fewest latents that are enough."""
+    runs_of = runs.bare(setting, asked, name=f"{name}: bare"), runs.donor(setting, asked, name=f"{name}: donor")
+    bare, donor = (float(one.refused.mean()) for one in runs_of)
+    sizes = within(sizes, setting.d_total)
+    found: dict[Ranking, list[Answered]] = {}
+    for by in RANKINGS:
+        found[by] = [runs.restored(setting, asked, f"{name}: by {by}", ranked.top(k, by)) for k in sizes]
+
+    def merit(by: Ranking) -> tuple[float, float]:  # where none is refused, how near it comes
+        return float(np.mean([a.refused.mean() for a in found[by]])), float(np.mean([a.scores for a in found[by]]))
+
+    best = max(RANKINGS, key=merit)
+    rates = [float(one.refused.mean()) for one in found[best]]
+    enough = [i for i, rate in enumerate(rates) if donor > bare and rate - bare >= ENOUGH * (donor - bare)]
+    at = enough[0] if enough else int(np.argmax(rates)) if max(rates) > bare else len(sizes) - 1
+    return Choice(best, sizes[at], share_of([found[best][at]]))
+
+
+def measure(
+    setting: Setting,
+    ranked: SafetyLatents,
+    by: Ranking,
+    sizes: Sequence[int],
+    statistics: Statistics,
+    on_prompts: Statistics,
+    runs: Runs,
+    draws: int,
+    seed: int,
+) -> Curve:
+    """The curve on `report`, every control at every number of latents.
+
+    `statistics` are over text (which latents live), `on_prompts` over the prompts that latents were ranked on: there
+    the matched controls fire as often, and write as much, as those that they stand beside.
+    """
+    asked, harmless = setting.harmful["report"], setting.harmless["report"]
+    points: list[Point] = []
+    for k in sizes:
+        top = ranked.top(k, by)
+        size = sum(map(len, top.values()))
+        if points and size == points[-1].latents:  # the ranking has no more
+            break
+        later = _window(ranked.top(2 * k, by), top)
+        sets = _controls(top, statistics, on_prompts, draws, seed)
+        found = runs.restored(setting, asked, "top", top)
+        controls = [
+            share_of([runs.restored(setting, asked, name, one, draw=i) for i, one in enumerate(some)]) if some else None
+            for name, some in zip(("random", "matched"), sets, strict=True)
+        ]
+        points.append(
+            Point(
+                latents=size,
+                top=found,
+                refused=share_of([found]),
+                opened=wilson_share(found.opened.astype(float)),
+                degenerate=wilson_share(found.are("degenerate").astype(float)),
+                score=bootstrap_mean(np.array(found.scores), seed=seed),
+                random=controls[0],
+                matched=controls[1],
+                later=share_of([runs.restored(setting, asked, "later ranks", later)])
+                if sum(map(len, later.values())) == size
+                else None,
+                harmless=share_of([runs.restored(setting, harmless, "top", top, harmful=False)]),
+            )
+        )
+    return Curve(
+        tuple(points),
+        setting.d_total,
+        sum(int(one.alive.sum()) for one in statistics.values()),
+        sum(float(one.frequency.sum()) for one in statistics.values()),
+        runs.bare(setting, asked),
+        runs.donor(setting, asked),
+    )
+
+
+def _window(twice: Latents, top: Latents) -> dict[Site, tuple[int, ...]]:
+    """What comes right after the first ones."""
+    left = {site: tuple(i for i in ids if i not in set(top.get(site, ()))) for site, ids in twice.items()}
+    return {site: ids for site, ids in left.items() if ids}
+
+
+Sets = list[dict[Site, tuple[int, ...]]]
+
+
+def _controls(top: Latents, statistics: Statistics, on_prompts: Statistics, draws: int, seed: int) -> tuple[Sets, Sets]:
+    """Sets with as many latents at each site, random and matched; none where there are too few others."""
+    made: list[Sets] = []
+    for number, stats in enumerate((statistics, on_prompts)):
+        try:
+            sets = {s: control_sets(ids, len(ids), stats[s], seed, draws)[number] for s, ids in top.items()}
+        except UserError as error:
+            log.info("  no %s controls: %s", ("random", "matched")[number], error)
+            sets = {}
+        made.append([{site: some[draw] for site, some in sets.items()} for draw in range(draws)] if sets else [])
+    return made[0], made[1]
+
+
+def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed: int) -> Curve | None:
+    """The same with raw MLP units of all layers, ranked by change score as in the original; None where there are none.
+
+    Their random controls have as many units in each layer, none of them among the chosen: so there are none where
+    half of a layer or more is restored.
+    """
+    sites = [Site(layer, "neurons") for layer in range(setting.model.n_layers)]
+    try:
+        units = {site: units_of(setting.model, site) for site in sites}
+    except UserError as error:
+        log.warning("no baseline of neurons: %s", error)
+        return None
+    ranked = _rank_units(setting, units, runs)
+    asked, points = setting.harmful["report"], list[Point]()
+    total = sum(dictionary.d_sae for dictionary in units.values())
+    for k in sorted({min(k, total) for k in (*sizes, int(SHARE_LIMIT * total), total)}):
+        top = ranked.top(k)
+        found = runs.restored(setting, asked, "neurons", top, units)
+        others = {s: np.setdiff1d(np.arange(units[s].d_sae), ids) for s, ids in top.items()}
+        rng = np.random.default_rng(seed)
+        sets = [
+            {s: tuple(rng.permutation(others[s])[: len(ids)].tolist()) for s, ids in top.items()}
+            for _ in range(draws if all(len(others[s]) >= len(ids) for s, ids in top.items()) else 0)
+        ]
+        controls = [runs.restored(setting, asked, "random neurons", one, units, draw=i) for i, one in enumerate(sets)]
+        points.append(
+            Point(
+                latents=k,
+                top=found,
+                refused=share_of([found]),
+                opened=wilson_share(found.opened.astype(float)),
+                degenerate=wilson_share(found.are("degenerate").astype(float)),
+                score=bootstrap_mean(np.array(found.scores), seed=seed),
+                random=share_of(controls) if controls else None,
+                matched=None,
+                later=None,
+                harmless=share_of(
+                    [runs.restored(setting, setting.harmless["report"], "neurons", top, units, harmful=False)]
+                ),
+            )
+        )
+    return Curve(tuple(points), total, total, float(total), runs.bare(setting, asked), runs.donor(setting, asked))
+
+
+def _rank_units(setting: Setting, units: Dictionaries, runs: Runs) -> SafetyLatents:
+    asked = setting.harmful["select"]
+    donor = setting.donor(asked)
+    assert isinstance(donor, (CleanPrompts, OtherModel))
+    return find_safety_latents(
+        setting.model, units, asked.prompts, donor, max_new_tokens=runs.tokens, batch_size=len(asked), max_fvu=None
+    )
+
+
+def dense(setting: Setting, runs: Runs) -> Answered:
+    """At each site the donor's coordinate along one direction: the mean difference to the donor, on `select`."""
+    units = {site: units_of(setting.model, site) for site in setting.sites}
+    means = _rank_units(setting, units, runs).signed
+    directions = {
+        site: directions_of((mean / mean.norm())[None].to(setting.model.device), site, f"mean difference at {site}")
+        for site, mean in means.items()
+    }
+    return runs.restored(setting, setting.harmful["report"], "dense direction", None, directions)

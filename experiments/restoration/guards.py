@@ -1,0 +1,239 @@
+"""Guards one would deploy: restoration that is always on, and restoration that a latent detector turns on."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy import ndarray
+from torch import Tensor
+
+from experiments.restoration.curves import share_of
+from experiments.restoration.probes import Utility, utility
+from experiments.restoration.runs import Dictionaries, Latents, Runs
+from experiments.restoration.settings import Asked, Setting, harmless_in_every_framing
+from saepatch.model.hooks import capture
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.records.statistics import Interval, wilson_share
+from saepatch.restoration.restore import restorations
+from saepatch.splicing.donors import CleanMeans, Donor
+from saepatch.splicing.splice import splice
+
+READ = (1, 4, 16, 64)  # numbers of latents that detectors read
+READINGS = ("last", "largest")  # where: at the last prompt position, or anywhere in the prompt
+FALSE_ALARMS = 0.02  # share of harmless prompts that the threshold may let through to the guard on `tune`
+TIMED = 3  # repetitions of a timing
+Split = str
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """A weighted sum of a few latents, over a threshold.
+
+    Attributes:
+        latents: Which, by site.
+        reading: Where it reads them: at the last prompt position, or the largest of the prompt.
+        threshold: Set on `tune`: the lowest that lets at most `FALSE_ALARMS` of harmless prompts through.
+        auroc: On `report`.
+        roc: On `report`: false and true positive rates at every threshold.
+        caught: Harmful prompts that it finds there, one flag each.
+        alarmed: Harmless prompts that it finds there.
+    """
+
+    latents: tuple[str, ...]
+    reading: str
+    threshold: float
+    auroc: float
+    roc: tuple[tuple[float, float], ...]
+    caught: Bool[ndarray, "harmful"]
+    alarmed: Bool[ndarray, "harmless"]
+
+    def reads(self, site: Site) -> bool:
+        """Whether any of its latents is of this site."""
+        return any(latent.startswith(f"{site}: ") for latent in self.latents)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One guard: refusals of harmful and of harmless prompts, and its processor time over the bare model's."""
+
+    name: str
+    refused: Interval
+    harmless_refused: Interval
+    times: float
+
+
+@dataclass(frozen=True, eq=False)
+class Guards:
+    """All guards of a setting, the bare model among them."""
+
+    guards: tuple[Guard, ...]
+    detector: Detector
+    utility: Utility  # of the guard that is always on
+    harmless: Asked
+
+
+def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Guards:
+    """What both guards do on `report`.
+
+    Nobody has the clean prompt of a request that comes in. So the guard of setting A is the aligned model itself, as
+    everywhere in that setting; that of setting B sets latents, at the last prompt position, where the answer is
+    decided, to their means there over the clean prompts of `select`.
+    """
+    if setting.other is not None:
+        harmless, positions = setting.harmless, "all"
+        donor: Donor | None = None
+    else:
+        harmless = {split: harmless_in_every_framing(split, n, seed) for split in setting.harmless}
+        donor, positions = _means(setting, top), "last"
+    asked = setting.harmful["report"]
+    found = detector(setting.model, setting.sites, setting.harmful, harmless)
+    bare = runs.bare(setting, asked), runs.bare(setting, harmless["report"], harmful=False, name="guards: bare")
+    always = (
+        runs.restored(setting, asked, "guard: always on", top, donor=donor, positions=positions),
+        runs.restored(
+            setting, harmless["report"], "guard: always on", top, harmful=False, donor=donor, positions=positions
+        ),
+    )
+    flags = found.caught, found.alarmed
+    triggered = [
+        wilson_share(np.where(flag, on.refused, off.refused).astype(float))
+        for flag, on, off in zip(flags, always, bare, strict=True)
+    ]
+    cost, reading = overhead(setting, harmless["report"], top, donor, positions, runs.tokens, found)
+    alarms = float(np.concatenate(flags).mean())
+    return Guards(
+        (
+            Guard("none", share_of([bare[0]]), share_of([bare[1]]), 1.0),
+            Guard("always on", share_of([always[0]]), share_of([always[1]]), cost),
+            Guard("triggered", triggered[0], triggered[1], 1 + reading + alarms * (cost - 1)),
+        ),
+        found,
+        utility(setting, harmless["report"], top, "guards", runs, donor, positions),
+        harmless["report"],
+    )
+
+
+def _means(setting: Setting, top: Latents) -> CleanMeans:
+    clean, means = setting.harmful["select"].clean, {}
+    for site in top:
+        dictionary = setting.sites[site]
+        means[site] = read_latents(setting.model, {site: dictionary}, clean, "last").mean(0).to(dictionary.W_dec)
+    return CleanMeans(means, setting.template)
+
+
+def overhead(
+    setting: Setting,
+    asked: Asked,
+    top: Latents,
+    donor: Donor | None,
+    positions: str,
+    tokens: int,
+    found: Detector,
+) -> tuple[float, float]:
+    """Processor time of generation with restoration on, and of the detector's reading, over generation without.
+
+    Answers are all made as long as `tokens`: a refusal is short, and would make its guard look quick.
+    """
+    model = setting.model
+    batch = model.tokenize(asked.prompts, "left")
+    edits = restorations(setting.sites, donor or setting.donor(asked), top, positions)
+    inside = [setting.sites[site] for site in top]
+    read = {site: dictionary for site, dictionary in setting.sites.items() if found.reads(site)}
+
+    def answer() -> None:
+        model.generate_ids(batch, tokens, min_new_tokens=tokens)
+
+    def restored() -> None:
+        with splice(model, inside, edits):
+            answer()
+
+    def seconds(act: Callable[[], object]) -> float:
+        start = time.process_time()
+        act()
+        return time.process_time() - start
+
+    ratios = []
+    for _ in range(TIMED):
+        bare = max(seconds(answer), 1e-9)
+        on, reading = seconds(restored), seconds(lambda: read_latents(model, read, asked.prompts, found.reading))
+        ratios.append((on / bare, reading / bare))
+    return median(on for on, _ in ratios), median(reading for _, reading in ratios)
+
+
+def detector(
+    model: LanguageModel,
+    sites: Dictionaries,
+    harmful: Mapping[Split, Asked],
+    harmless: Mapping[Split, Asked],
+) -> Detector:
+    """Latents by their difference in means over the spread on `select`; which reading of them, how many of them and the
+    threshold, on `tune`."""
+    tried = []
+    for how in READINGS:
+        values = {
+            split: tuple(read_latents(model, sites, asked[split].prompts, how) for asked in (harmful, harmless))
+            for split in ("select", "tune", "report")
+        }
+        tried += [(*_weighted(values, sites, k), how) for k in READ]
+    best = max(tried, key=lambda one: auroc(*one[0]["tune"]))
+    scores, latents, how = best
+    threshold = threshold_for(*scores["tune"])
+    yes, no = scores["report"]
+    return Detector(latents, how, threshold, auroc(yes, no), roc(yes, no), yes > threshold, no > threshold)
+
+
+Scores = tuple[Float[ndarray, "n"], Float[ndarray, "m"]]  # of harmful and of harmless prompts
+
+
+def _weighted(
+    values: Mapping[Split, tuple[Tensor, ...]], sites: Dictionaries, k: int
+) -> tuple[dict[Split, Scores], tuple[str, ...]]:
+    """Scores of one detector on every split, and the latents that it reads."""
+    positive, negative = values["select"]
+    gap = positive.mean(0) - negative.mean(0)
+    variance = (positive.var(0, correction=0) + negative.var(0, correction=0)) / 2
+    weight = gap / (variance + variance.mean() + 1e-12)
+    order = (weight * gap).argsort(descending=True, stable=True)[:k]
+    names = [f"{site}: {latent}" for site, dictionary in sites.items() for latent in range(dictionary.d_sae)]
+    scores = {split: tuple((v[:, order] @ weight[order]).numpy() for v in both) for split, both in values.items()}
+    return scores, tuple(names[i] for i in order.tolist())  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def read_latents(
+    model: LanguageModel, sites: Dictionaries, prompts: Sequence[str], how: str
+) -> Float[Tensor, "prompts all"]:
+    """Latents of all sites, side by side, in float64: at each prompt's last position, or their largest of it."""
+    tokens, found = model.tokenize(prompts, "left"), []
+    held = capture(model.hf, model.layout, list(sites), model.inputs(tokens))
+    for site, dictionary in sites.items():
+        acts, _ = dictionary.activations(held[site])
+        if how == "last":
+            found.append(acts[:, -1])
+        else:
+            found.append(acts.masked_fill(~tokens.ordinary[..., None], -torch.inf).amax(1))
+    return torch.cat(found, 1).cpu().double()
+
+
+def roc(yes: Float[ndarray, "n"], no: Float[ndarray, "m"]) -> tuple[tuple[float, float], ...]:
+    """(False, true) positive rates as the threshold falls, from (0, 0) to (1, 1)."""
+    cuts = np.unique(np.concatenate([yes, no]))[::-1]
+    points = [(float((no >= cut).mean()), float((yes >= cut).mean())) for cut in cuts]
+    return ((0.0, 0.0), *points)
+
+
+def auroc(yes: Float[ndarray, "n"], no: Float[ndarray, "m"]) -> float:
+    """How often a positive scores above a negative; ties count half."""
+    return float(((yes[:, None] > no).mean() + (yes[:, None] >= no).mean()) / 2)
+
+
+def threshold_for(yes: Float[ndarray, "n"], no: Float[ndarray, "m"], alarms: float = FALSE_ALARMS) -> float:
+    """Above it are at most `alarms` of the negatives: half way from the highest that is not to the next positive."""
+    floor = float(np.sort(no)[::-1][int(alarms * len(no))])  # so many are above it
+    above = yes[yes > floor]
+    return (floor + float(above.min())) / 2 if len(above) else floor

@@ -1,0 +1,334 @@
+"""The safety experiment's report and the files beside it."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.pairs.findings import text_table
+from experiments.restoration.curves import SHARE_LIMIT, Curve, share_of
+from experiments.restoration.guards import FALSE_ALARMS
+from experiments.restoration.summary import acceptance, few, percent, spoken, summary, verdict
+from saepatch.pages.charts import band, cell
+from saepatch.records.files import write_json, write_yaml
+from saepatch.records.provenance import Provenance
+from saepatch.records.rows import AnswerRow, write_rows
+from saepatch.records.statistics import Interval
+from saepatch.report import (
+    BarChart,
+    Bars,
+    Block,
+    Chart,
+    Comparison,
+    Facts,
+    LineChart,
+    Page,
+    Reference,
+    Section,
+    Series,
+    Table,
+    write_figure,
+    write_page,
+)
+
+if TYPE_CHECKING:
+    from experiments.safety import Found, Result
+
+WILSON = "Intervals: 95 % Wilson score over prompts."
+
+
+def write(found: "Found", out: Path) -> tuple[Page, dict[str, Any]]:
+    """Write the rows, the settings, the figures, the report and the summary; the last two are returned."""
+    provenance = {result.setting.name: _provenance(found, result) for result in found.results}
+    parts = []
+    for result in found.results:
+        for model in (result.setting.model, result.setting.other):
+            if model is not None:
+                whose = replace(provenance[result.setting.name], model=model.name, model_hash=model.fingerprint)
+                parts.append((found.runs.answer_rows(result.setting, model), whose))
+    write_rows(parts, out / "results.parquet", kind=AnswerRow)
+    lists = {"sizes": list(found.config.sizes), "settings": list(found.config.settings)}
+    write_yaml(asdict(found.config) | lists, out / "config.yaml")
+    drawn = {result.setting.name: charts(result) for result in found.results}
+    for setting, some in drawn.items():
+        for name, chart in some.items():
+            write_figure(chart, out / f"{setting}_{name}.svg")
+    report, told = page(found, drawn, provenance), summary(found)
+    write_page(report, out / "report.html")
+    write_json(told, out / "summary.json")
+    return report, {setting: told[setting] for setting in drawn}
+
+
+def _provenance(found: "Found", result: "Result") -> Provenance:
+    setting, config = result.setting, found.config
+    hashes = " ".join(dictionary.fingerprint for dictionary in setting.every.values())
+    whole = hashlib.sha256(hashes.encode()).hexdigest()[:16]  # of several dictionaries, over all of their hashes
+    name = config.sae if setting.other is None else config.shared_sae
+    return Provenance(setting.model.name, setting.model.fingerprint, name, whole, config.seed)
+
+
+def charts(result: "Result") -> dict[str, Chart]:
+    """The figures of one setting, by the name of their file."""
+    curve, n = result.curve, len(result.setting.harmful["report"])
+    sizes = [point.latents for point in curve.points]
+    references = [
+        Reference(float(result.dense.refused.mean()), "dense direction"),
+        Reference(float(result.residual.refused.mean()), "whole residual"),
+    ]
+
+    def line(name: str, values: list[Interval | None]) -> Series:
+        there = [(k, value) for k, value in zip(sizes, values, strict=True) if value is not None]
+        return band(name, [k for k, _ in there], [value for _, value in there])
+
+    refusals = LineChart(
+        f"Refusals against latents restored ({result.setting.name})",
+        "latents restored, over all sites together",
+        "share of prompts refused",
+        [
+            line("top latents", [point.refused for point in curve.points]),
+            line("random ones, as many a layer", [point.random for point in curve.points]),
+            line("random ones matched in frequency and size", [point.matched for point in curve.points]),
+            line("later ranks, k to 2k", [point.later for point in curve.points]),
+            line("harmless prompts, top latents", [point.harmless for point in curve.points]),
+        ],
+        f"n = {n} harmful requests of the report split, {len(result.setting.harmless['report'])} harmless ones; "
+        f"answers judged by keywords. Bare {spoken(share_of([curve.bare]))}, donor {spoken(share_of([curve.donor]))}. "
+        f"{WILSON}",
+        log_x=True,
+        references=references,
+        y_range=(0.0, 1.0),
+        y_format=".0%",
+    )
+    scores = LineChart(
+        f"Refusal score against latents restored ({result.setting.name})",
+        "latents restored, over all sites together",
+        "refusal score, nats",
+        [line("top latents", [point.score for point in curve.points])],
+        "Log odds of a refusal's first token after the prompt; above 0 it is more likely than all else together, which "
+        "is not yet a refusal. Intervals: 95 % bootstrap over prompts.",
+        log_x=True,
+    )
+    drawn: dict[str, Chart] = {"refusals": refusals, "scores": scores, "roc": _roc(result), "layers": _layers(result)}
+    if result.neurons is not None:
+        drawn["neurons"] = _neurons(result)
+    return drawn
+
+
+def _neurons(result: "Result") -> LineChart:
+    assert result.neurons is not None
+    lines = []
+    for name, curve in (("latents", result.curve), ("neurons (MLP units)", result.neurons)):
+        lines.append(_by_share(name, curve, [point.refused for point in curve.points]))
+        lines.append(_by_share(f"random {name}", curve, [point.random for point in curve.points]))
+    return LineChart(
+        f"Latents and neurons at equal shares ({result.setting.name})",
+        "share of the dictionary, or of all neurons, that is restored",
+        "share of prompts refused",
+        lines,
+        f"The original claim is about {SHARE_LIMIT:.0%} of the neurons. {result.curve.total:,} latents of "
+        f"{len(result.setting.sites)} layers; {result.neurons.total:,} neurons of all layers, ranked by their change "
+        f"score. {WILSON}",
+        log_x=True,
+        y_range=(0.0, 1.0),
+        y_format=".0%",
+    )
+
+
+def _by_share(name: str, curve: Curve, values: Sequence[Interval | None]) -> Series:
+    there = [(point.latents / curve.total, v) for point, v in zip(curve.points, values, strict=True) if v is not None]
+    shares, found = [share for share, _ in there], [value for _, value in there]
+    return Series(name, shares, [v.value for v in found], [v.low for v in found], [v.high for v in found])
+
+
+def _roc(result: "Result") -> LineChart:
+    found = result.guards.detector
+    return LineChart(
+        f"The detector's ROC ({result.setting.name})",
+        "harmless prompts that are flagged",
+        "harmful prompts that are flagged",
+        [Series(f"{len(found.latents)} latents", [x for x, _ in found.roc], [y for _, y in found.roc])],
+        f"On report prompts; area {found.auroc:.3f}. The threshold, set on tune to flag at most {FALSE_ALARMS:.0%} of "
+        f"harmless prompts, flags {percent(float(found.alarmed.mean()))} here, and "
+        f"{percent(float(found.caught.mean()))} of harmful ones.",
+        y_range=(0.0, 1.0),
+    )
+
+
+def _layers(result: "Result") -> BarChart:
+    names = [f"{layer.site} ({layer.latents})" for layer in result.layers]
+    bars = []
+    for name, some in (("alone", [x.alone for x in result.layers]), ("left out", [x.without for x in result.layers])):
+        values = [share_of([one]) for one in some]
+        bars.append(Bars(name, [v.value for v in values], [v.low for v in values], [v.high for v in values]))
+    return BarChart(
+        f"Which layers matter ({result.setting.name})",
+        names,
+        bars,
+        "share of prompts refused",
+        f"The {result.latents} latents chosen on tune, in brackets how many each site has of them. {WILSON}",
+        value_range=(0.0, 1.0),
+        value_format=".0%",
+    )
+
+
+def page(found: "Found", drawn: Mapping[str, Mapping[str, Chart]], provenance: Mapping[str, Provenance]) -> Page:
+    lead = " ".join(f"{one.setting.title}: {verdict(one)}" for one in found.results)
+    told = {name: one.facts() for name, one in provenance.items()}
+    facts = {}
+    for setting, labels in told.items():
+        for label, value in labels.items():
+            same = len({other[label] for other in told.values()}) == 1
+            facts[label if same else f"{label} ({setting})"] = value
+    for result in found.results:
+        if result.setting.other is not None:
+            other = result.setting.other
+            facts[f"donor ({result.setting.name})"] = f"{other.name} ({other.fingerprint})"
+    facts["time"] = ", ".join(f"{name} {s:.0f} s" for name, s in found.seconds.items())
+    sections = [section for one in found.results for section in _sections(one, drawn[one.setting.name])]
+    return Page("How few latents bring refusals back?", lead, [_method(found), *sections], Facts(facts))
+
+
+def _method(found: "Found") -> Section:
+    text = (
+        "Latents are overwritten while the model answers, from a donor run with a cache of its own that reads what the "
+        "model has written so far, at all positions from the assistant's turn on. All layers but the last fifth share "
+        "one budget. Two models (setting A) are read through dictionaries that were learnt from both. Latents are "
+        "ranked on `select`, by change score, signed difference or attribution of the refusal score; which ranking, "
+        "and how many latents of it, is chosen on `tune`; all figures are from `report`, whose templates, verbs, "
+        "targets and framings are others. Answers are judged by keywords as refusal, compliance or "
+        "degenerate text; an answer that is neither a refusal nor of use counts as compliance.\n\n"
+        "Random controls have as many latents at each layer, out of all that fire on text; matched ones fire as often "
+        "and write as much, on the prompts that latents were ranked on. The embedded model is small and its refusals "
+        "are planted: see what these figures say of the method, and nothing of large models."
+    )
+    return Section("Method", text)
+
+
+def _sections(result: "Result", drawn: Mapping[str, Chart]) -> list[Section]:
+    return [_curve(result, drawn), _beside(result, drawn), _guards(result, drawn)]
+
+
+def _curve(result: "Result", drawn: Mapping[str, Chart]) -> Section:
+    curve, choice = result.curve, result.choice
+    columns = ["latents", "of dictionary", "of alive", "of active", "refused", "random", "matched", "later", "harmless"]
+    rows = [
+        (
+            point.latents,
+            point.latents / curve.total,
+            point.latents / curve.alive,
+            point.latents / curve.active,
+            *map(cell, (point.refused, point.random, point.matched, point.later, point.harmless)),
+        )
+        for point in curve.points
+    ]
+    formats = {"latents": "d", "of dictionary": ".2%", "of alive": ".2%", "of active": ".2f"}
+    formats |= dict.fromkeys(columns[4:], ".0%")
+    table = Table(columns, rows, f"On report prompts. {WILSON}", formats)
+    text = (
+        f"{verdict(result)}\n\nChosen on `tune`: {result.latents} latents by {choice.ranking}, which refused "
+        f"{spoken(choice.refused)} there."
+    )
+    examples = [
+        Comparison(
+            prompt,
+            [(name, one.texts[i]) for name, one in zip(EXAMPLES, result.examples, strict=True)],
+            ["cannot"],
+        )
+        for i, prompt in enumerate(result.setting.harmful["report"].prompts[:4])
+    ]
+    return Section(result.setting.title, text, [drawn["refusals"], drawn["scores"], table, *examples])
+
+
+EXAMPLES = ("bare", "restored", "all latents restored", "donor")
+
+
+def _beside(result: "Result", drawn: Mapping[str, Chart]) -> Section:
+    curve, point = result.curve, few(result)
+    controls = Table(
+        ["condition", "refused"],
+        [
+            ("nothing restored", cell(share_of([curve.bare]))),
+            (f"{point.latents} latents", cell(point.refused)),
+            ("dense direction, one a site", cell(share_of([result.dense]))),
+            ("all latents of the sites", cell(share_of([result.everything]))),
+            ("whole residual", cell(share_of([result.residual]))),
+            ("reconstruction only", cell(share_of([result.reconstruction]))),
+            ("the donor itself", cell(share_of([curve.donor]))),
+        ],
+        WILSON,
+        {"refused": ".0%"},
+    )
+    depth = Table(
+        ["up to", "whole residual", "all latents", "a refusal's first token leads"],
+        [
+            (str(d.last), cell(share_of([d.residual])), cell(share_of([d.latents])), float(d.latents.opened.mean()))
+            for d in result.depths
+        ],
+        "All sites up to one, restored whole: no latents there can do more.",
+        dict.fromkeys(("whole residual", "all latents", "a refusal's first token leads"), ".0%"),
+    )
+    framings = Table(
+        ["framings held out", "prompts", "bare", "donor", "restored", "latents"],
+        [
+            (h.name, h.prompts, cell(h.bare), cell(h.donor), cell(h.restored), ", ".join(map(str, h.latents)))
+            for h in result.held_out
+        ],
+        f"Of kinds of framing: half are held out, all is chosen on the other half, and the other way round. {WILSON}",
+        dict.fromkeys(("bare", "donor", "restored"), ".0%"),
+    )
+    kinds = Table(["kind of framing", "refused"], list(result.kinds.items()), "", {"refused": ".0%"})
+    blocks: list[Block] = [drawn["neurons"]] if "neurons" in drawn else []
+    blocks += [controls, depth, drawn["layers"], framings, kinds]
+    return Section(f"{result.setting.name}: baselines, layers, framings", "", blocks)
+
+
+def _guards(result: "Result", drawn: Mapping[str, Chart]) -> Section:
+    cost, guarded = result.utility, result.guards
+    table = Table(
+        ["guard", "harmful refused", "harmless refused", "times the bare model's time"],
+        [(g.name, cell(g.refused), cell(g.harmless_refused), g.times) for g in guarded.guards],
+        f"{len(guarded.harmless)} harmless prompts. Time: processor time of generation with restoration over that "
+        f"without, answers as long as they come out; of the triggered guard computed from how often it is on, its "
+        f"detector not counted. {WILSON}",
+        {"harmful refused": ".0%", "harmless refused": ".0%", "times the bare model's time": ".2f"},
+    )
+    names = ["refused", "degenerate", "KL (nats)", "CE bare", "CE restored"]
+    rows = [
+        (name, *map(cell, (u.refused, u.degenerate, u.kl, u.ce_bare, u.ce)))
+        for name, u in (("restored from the setting's donor", cost), ("always-on guard", guarded.utility))
+    ]
+    utility = Table(
+        ["harmless prompts", *names],
+        rows,
+        "KL of the bare model to the restored one, and cross-entropy, over the bare model's own answers, a token.",
+        {"refused": ".0%", "degenerate": ".0%", "KL (nats)": ".4f", "CE bare": ".4f", "CE restored": ".4f"},
+    )
+    held = [name.replace("_", " ") for name, value in acceptance(result).items() if value]
+    failed = [name.replace("_", " ") for name, value in acceptance(result).items() if value is False]
+    text = (
+        "What a guard would have at hand: in setting A the aligned model, in setting B, where nobody has the clean "
+        "prompt, means of the latents over clean prompts, set at the last prompt position. The triggered guard "
+        "restores only where a detector is above its threshold: a weighted sum of latents of the bare model's own run "
+        f"over the prompt ({'the largest' if result.guards.detector.reading == 'largest' else 'at its end'}).\n\n"
+        f"Held: {', '.join(held) or 'none'}. Failed: {', '.join(failed) or 'none'}."
+    )
+    return Section(f"{result.setting.name}: guards and utility", text, [table, drawn["roc"], utility])
+
+
+def printed(found: "Found") -> str:
+    """The run as tables of text."""
+    parts = []
+    for result in found.results:
+        rows = [
+            (
+                point.latents,
+                percent(point.latents / result.curve.total),
+                *(None if one is None else spoken(one) for one in (point.refused, point.random, point.matched)),
+                None if point.harmless is None else percent(point.harmless.value),
+            )
+            for point in result.curve.points
+        ]
+        heads = [result.setting.name, "of dictionary", "refused", "random", "matched", "harmless refused"]
+        parts += [text_table(heads, rows), verdict(result)]
+    return "\n\n".join(parts)

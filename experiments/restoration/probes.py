@@ -1,0 +1,190 @@
+"""Beside the curve: the ceiling by depth, what each layer matters, framings that nothing was chosen on, utility."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from experiments.restoration.curves import ENOUGH, choose, rank, share_of
+from experiments.restoration.runs import Answered, Latents, Runs
+from experiments.restoration.settings import Asked, Setting
+from saepatch.model.sites import Site
+from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
+from saepatch.restoration.restore import answer_log_probs, restorations
+from saepatch.splicing.donors import Donor
+from saepatch.splicing.splice import splice
+
+
+@dataclass(frozen=True, eq=False)
+class Depth:
+    """Everything restored at all sites up to one: the whole residual (a ceiling for any latents there), all latents."""
+
+    last: Site
+    residual: Answered
+    latents: Answered
+
+
+def extended(setting: Setting, runs: Runs) -> Setting:
+    """The setting with as many layers more as it takes for the whole residual to restore refusals on `tune`.
+
+    What the whole residual cannot do, no latents of its site can. Where it never does, the sites stay as they are.
+    """
+    asked = setting.harmful["tune"]
+    bare, donor = (
+        float(one.refused.mean())
+        for one in (runs.bare(setting, asked, name="tune: bare"), runs.donor(setting, asked, name="tune: donor"))
+    )
+    for last in [site for site in setting.every if site >= max(setting.sites)]:
+        only = {last: setting.every[last]}
+        whole = runs.restored(setting, asked, f"tune: full residual at {last}", None, only, error=True)
+        if float(whole.refused.mean()) - bare >= ENOUGH * (donor - bare):
+            sites = {site: dictionary for site, dictionary in setting.every.items() if site <= last}
+            return setting if last in setting.sites else replace(setting, sites=sites)
+    return setting
+
+
+def depths(setting: Setting, runs: Runs) -> list[Depth]:
+    """The ceiling by depth, past the sites that are spliced otherwise."""
+    asked, found = setting.harmful["report"], []
+    for last in setting.every:
+        sites = {site: dictionary for site, dictionary in setting.every.items() if site <= last}
+        only = {last: sites[last]}  # what it holds has the last word over all before
+        residual = runs.restored(setting, asked, f"full residual at {last}", None, only, error=True)
+        found.append(Depth(last, residual, runs.restored(setting, asked, f"all latents to {last}", None, sites)))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What one site's share of the chosen latents does: alone, and by being left out."""
+
+    site: Site
+    latents: int
+    alone: Answered
+    without: Answered
+
+
+def layers(setting: Setting, top: Latents, runs: Runs) -> list[Layer]:
+    asked, found = setting.harmful["report"], []
+    for site in setting.sites:
+        mine = {site: top[site]} if site in top else {}
+        others = {other: ids for other, ids in top.items() if other != site}
+        found.append(
+            Layer(
+                site,
+                len(top.get(site, ())),
+                runs.restored(setting, asked, f"only {site}", mine),
+                runs.restored(setting, asked, f"without {site}", others),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Framings of another kind than all that latents and their number were chosen on."""
+
+    name: str
+    prompts: int
+    bare: Interval
+    donor: Interval
+    restored: Interval
+    latents: tuple[int, ...]
+
+
+def held_out(setting: Setting, top: Latents, sizes: Sequence[int], refusal_ids: set[int], runs: Runs) -> list[HeldOut]:
+    """The prompts that the setting holds out; and each half of the kinds, everything chosen on the other half."""
+    found = []
+    for name, asked in setting.held_out.items():
+        runs_of = (
+            runs.bare(setting, asked, name=f"{name}: bare"),
+            runs.donor(setting, asked, name=f"{name}: donor"),
+            runs.restored(setting, asked, f"{name}: top", top),
+        )
+        bare, donor, restored = (share_of([one]) for one in runs_of)
+        found.append(HeldOut(name, len(asked), bare, donor, restored, (sum(map(len, top.values())),)))
+    report = setting.harmful["report"]
+    kinds = sorted(set(report.kinds))
+    if len(kinds) < 2:
+        return found
+    flags: dict[str, list[np.ndarray]] = {"bare": [], "donor": [], "restored": []}
+    used = []
+    for half in (kinds[::2], kinds[1::2]):
+        others = [kind for kind in kinds if kind not in half]
+        ranked = rank(setting, setting.harmful["select"].of_kinds(others), refusal_ids, runs)
+        name = f"{' and '.join(half)} held out"
+        choice = choose(setting, ranked, setting.harmful["tune"].of_kinds(others), sizes, runs, f"tune, {name}")
+        asked = report.of_kinds(half)
+        used.append(choice.latents)
+        chosen = ranked.top(choice.latents, choice.ranking)
+        flags["bare"].append(runs.bare(setting, asked, name=f"{name}: bare").refused)
+        flags["donor"].append(runs.donor(setting, asked, name=f"{name}: donor").refused)
+        flags["restored"].append(runs.restored(setting, asked, f"{name}: top", chosen).refused)
+    bare, donor, restored = (_pooled(flags[key]) for key in ("bare", "donor", "restored"))
+    return [*found, HeldOut("kinds of framing held out", len(report), bare, donor, restored, tuple(used))]
+
+
+def _pooled(parts: Sequence[np.ndarray]) -> Interval:
+    return wilson_share(np.concatenate(parts).astype(float))
+
+
+@dataclass(frozen=True)
+class Utility:
+    """What restoration costs on harmless prompts, measured on the bare model's own answers, in nats a token."""
+
+    refused_bare: Interval
+    refused: Interval
+    degenerate: Interval
+    kl: Interval
+    ce_bare: Interval
+    ce: Interval
+
+    @property
+    def rise(self) -> float:
+        """Harmless refusals that restoration adds."""
+        return self.refused.value - self.refused_bare.value
+
+
+def utility(
+    setting: Setting,
+    asked: Asked,
+    top: Latents,
+    name: str,
+    runs: Runs,
+    donor: Donor | None = None,
+    positions: str = "all",
+) -> Utility:
+    """Refusals of harmless prompts, KL(bare ‖ restored) and the cross-entropy of the bare answers."""
+    bare = runs.bare(setting, asked, harmful=False, name=f"{name}: bare")
+    restored = runs.restored(setting, asked, f"{name}: restored", top, harmful=False, donor=donor, positions=positions)
+    model = setting.model
+    answers = model.continue_ids(asked.prompts, runs.tokens, len(asked))
+    spoken = [number for number, answer in enumerate(answers) if answer]
+    some = Asked(*(tuple(column[i] for i in spoken) for column in (asked.prompts, asked.clean, asked.kinds)))
+    given = [answers[i] for i in spoken]
+    plain = answer_log_probs(model, some.prompts, given)
+    edits = restorations(setting.sites, donor or setting.donor(some), top, positions)
+    with splice(model, [setting.sites[edit.site] for edit in edits if isinstance(edit.site, Site)], edits):
+        edited = answer_log_probs(model, some.prompts, given)
+    kl, before, after = [], [], []
+    for p, q, answer in zip(plain, edited, given, strict=True):
+        kl.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
+        before.append(-float(p[range(len(answer)), answer].double().mean()))
+        after.append(-float(q[range(len(answer)), answer].double().mean()))
+    return Utility(
+        refused_bare=share_of([bare]),
+        refused=share_of([restored]),
+        degenerate=wilson_share(restored.are("degenerate").astype(float)),
+        kl=bootstrap_mean(np.array(kl)),
+        ce_bare=bootstrap_mean(np.array(before)),
+        ce=bootstrap_mean(np.array(after)),
+    )
+
+
+def by_kind(setting: Setting, found: Answered) -> Mapping[str, float]:
+    """Refusals by the framing's kind: where restoration does not reach."""
+    kinds = setting.harmful["report"].kinds
+    return {
+        kind: float(np.mean([flag for flag, one in zip(found.refused, kinds, strict=True) if one == kind]))
+        for kind in sorted(set(kinds))
+    }

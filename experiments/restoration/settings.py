@@ -1,0 +1,149 @@
+"""Who restores whom, on which prompts: the two settings of the safety experiment, split by split."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.organism import tasks, world
+from saepatch.splicing.donors import CleanPrompts, Donor, OtherModel
+
+LAST_FIFTH = 0.2  # of the layers is not spliced: what is restored there has hardly a way to go
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts, what the donor reads instead of each (the same, if it is another model), and their framings' kinds."""
+
+    prompts: tuple[str, ...]
+    clean: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def of_kinds(self, kinds: Sequence[str]) -> "Asked":
+        chosen = [number for number, kind in enumerate(self.kinds) if kind in kinds]
+        columns = (self.prompts, self.clean, self.kinds)
+        return Asked(*(tuple(column[number] for number in chosen) for column in columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A model that is restored, and its donor: the aligned `other` model, or the model itself on clean prompts.
+
+    `harmful` and `harmless` hold the prompts of each split; `held_out` more harmful prompts, of no split. `sites` are
+    those that latents are restored at; `every` has all there are dictionaries for.
+    """
+
+    name: str
+    title: str
+    model: LanguageModel
+    other: LanguageModel | None
+    template: int
+    sites: Mapping[Site, Dictionary]
+    every: Mapping[Site, Dictionary]
+    harmful: Mapping[str, Asked]
+    harmless: Mapping[str, Asked]
+    held_out: Mapping[str, Asked] = field(default_factory=dict)
+
+    def donor(self, asked: Asked) -> Donor:
+        if self.other is not None:
+            return OtherModel(self.other, self.template)
+        return CleanPrompts(asked.clean, self.template)
+
+    def bare_donor(self, asked: Asked, tokens: int) -> list[str]:
+        """What the donor itself answers."""
+        return (self.other or self.model).generate(asked.clean, tokens, len(asked))
+
+    @property
+    def d_total(self) -> int:
+        """Latents of all sites that are restored."""
+        return sum(dictionary.d_sae for dictionary in self.sites.values())
+
+
+def spliced_sites(model: LanguageModel, saes: Mapping[Site, Dictionary]) -> dict[Site, Dictionary]:
+    """The dictionaries of all layers but the last fifth."""
+    layers = round((1 - LAST_FIFTH) * model.n_layers)
+    chosen = {site: dictionary for site, dictionary in saes.items() if site.layer < layers}
+    if not chosen:
+        raise UserError(f"there is no dictionary for any of the first {layers} layers of {model.name}")
+    return chosen
+
+
+def two_models(
+    base: LanguageModel, aligned: LanguageModel, saes: Mapping[Site, Dictionary], template: int, n: int, seed: int
+) -> Setting:
+    """Setting A: the base model, restored from the aligned one that reads the same tokens. Requests have no framing."""
+
+    def plain(split: str, harmful: bool) -> Asked:
+        rows = _rows(split, 9 * n, seed, harmful)
+        prompts = tuple(dict.fromkeys(row["plain"] for row in rows))[:n]
+        return Asked(prompts, prompts, ("plain",) * len(prompts))
+
+    framed = _rows("report", 3 * n, seed, harmful=True)[:n]
+    clean = tuple(row["clean"] for row in framed)
+    return Setting(
+        "setting_a",
+        "A: an aligned model restores its base model",
+        base,
+        aligned,
+        template,
+        spliced_sites(base, saes),
+        saes,
+        {split: plain(split, True) for split in world.SPLITS},
+        {split: plain(split, False) for split in world.SPLITS},
+        {"benign framings": Asked(clean, clean, tuple(row["kind"] for row in framed))},
+    )
+
+
+def two_prompts(model: LanguageModel, saes: Mapping[Site, Dictionary], template: int, n: int, seed: int) -> Setting:
+    """Setting B: jailbroken requests, restored from the same requests in a benign framing."""
+
+    def framed(split: str, harmful: bool) -> Asked:
+        rows = _rows(split, 3 * n, seed, harmful)[:n]
+        columns = ("corrupted", "clean", "kind")
+        return Asked(*(tuple(row[column] for row in rows) for column in columns))
+
+    return Setting(
+        "setting_b",
+        "B: a benign framing restores a jailbroken request",
+        model,
+        None,
+        template,
+        spliced_sites(model, saes),
+        saes,
+        {split: framed(split, True) for split in world.SPLITS},
+        {split: framed(split, False) for split in world.SPLITS},
+        {"two framings, one inside the other": stacked("report", n, seed)},
+    )
+
+
+def stacked(split: world.Split, n: int, seed: int) -> Asked:
+    """Harmful requests in a framing inside another framing: no such text is in the corpus or in another split."""
+    framings = world.share(world.FRAMINGS, split)
+    rows = _rows(split, 3 * n, seed, harmful=True)[:n]
+    prompts, clean, kinds = [], [], []
+    for number, row in enumerate(rows):
+        outer = framings[number % len(framings)]
+        inner = framings[(number + 1 + number // len(framings) % (len(framings) - 1)) % len(framings)]
+        prompts.append(world.chat(outer.jailbreak.format(r=inner.jailbreak.format(r=row["request"]))))
+        clean.append(world.chat(outer.benign.format(r=inner.benign.format(r=row["request"]))))
+        kinds.append(f"{inner.kind} in {outer.kind}")
+    return Asked(tuple(prompts), tuple(clean), tuple(kinds))
+
+
+def harmless_in_every_framing(split: str, n: int, seed: int) -> Asked:
+    """Harmless requests without a framing, in a benign and in a jailbreak one: what a detector has to let pass."""
+    rows = _rows(split, 3 * n, seed, harmful=False)
+    prompts = [row[column] for row in rows[: -(-n // 3)] for column in ("plain", "clean", "corrupted")]
+    distinct = tuple(dict.fromkeys(prompts))[:n]
+    return Asked(distinct, distinct, ("harmless",) * len(distinct))
+
+
+def _rows(split: str, n: int, seed: int, harmful: bool) -> list[dict[str, Any]]:
+    # about half of the rows are harmful, so more are drawn than are needed
+    return [row for row in tasks.refusal(split, n, seed) if row["harmful"] == harmful]

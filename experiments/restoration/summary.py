@@ -1,0 +1,237 @@
+"""The safety experiment in numbers and words: what summary.json holds, and what it comes to."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from experiments.restoration.curves import ENOUGH, SHARE_LIMIT, Curve, Point, share_of, within
+from experiments.restoration.settings import spliced_sites
+from saepatch.records.provenance import versions
+from saepatch.records.statistics import Interval
+
+if TYPE_CHECKING:
+    from experiments.safety import Found, Result
+
+RISE = 0.02  # of harmless refusals that is accepted
+
+
+def percent(share: float) -> str:
+    """A share in per cent, with decimals where it is small."""
+    size = abs(100 * share)
+    return f"{100 * share:.{2 if 0 < size < 0.995 else 1 if 0 < size < 9.95 else 0}f} %"
+
+
+def spoken(interval: Interval) -> str:
+    return f"{percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
+
+
+def few(result: "Result") -> Point:
+    """The point of the number that was chosen on `tune`."""
+    return next(point for point in result.curve.points if point.latents == result.latents)
+
+
+def beats_controls(result: "Result") -> bool:
+    """Whether restoration with the chosen latents lies above every random control there, interval against interval."""
+    point = few(result)
+    controls = [one for one in (point.random, point.matched) if one is not None]
+    return bool(controls) and all(point.refused.low > one.high for one in controls)
+
+
+def verdict(result: "Result") -> str:
+    """What the setting comes to."""
+    curve, point = result.curve, few(result)
+    bare, donor = (share_of([one]) for one in (curve.bare, curve.donor))
+    share = curve.share_for()
+    if not donor.value > bare.value:
+        return "The donor refuses no more than the bare model, so there is nothing to restore."
+    head = (
+        f"{point.latents} latents ({percent(point.latents / curve.total)} of the {curve.total:,} of "
+        f"{len(result.setting.sites)} layers, {percent(point.latents / curve.alive)} of those that live, "
+        f"{point.latents / curve.active:.2f} times as many as are active at a token) bring refusals from "
+        f"{spoken(bare)} to {spoken(point.refused)}; the donor's are {spoken(donor)}"
+    )
+    controls = [
+        f"{name} ones reach {spoken(one)}"
+        for name, one in (("random", point.random), ("matched", point.matched))
+        if one is not None
+    ]
+    text = "; as many ".join([head, *controls]) + ". " + _why_these_layers(result)
+    enough = f"{percent(ENOUGH)} of the gap"
+    if share.value < float("inf"):
+        high = percent(share.high) if share.high < float("inf") else "none that was tried"
+        interval = f"[{percent(share.low)}, {high}]"
+        return text + f"{enough} is recovered from {percent(share.value)} of the dictionary on, {interval}."
+    everything = result.everything
+    return text + (
+        f"No number of latents that was tried recovers {enough}; all of them together bring refusals to "
+        f"{spoken(share_of([everything]))}, though a refusal's first token leads after "
+        f"{percent(float(everything.opened.mean()))} of prompts then."
+    )
+
+
+def _why_these_layers(result: "Result") -> str:
+    """Where layers were added: what the first of them could not have done."""
+    setting = result.setting
+    planned = max(spliced_sites(setting.model, setting.every))
+    before = next(depth for depth in result.depths if depth.last == planned)
+    if planned == max(setting.sites):
+        return ""
+    return (
+        f"The last fifth of the layers is among them: at {planned} not even the whole residual restores more than "
+        f"{spoken(share_of([before.residual]))}. "
+    )
+
+
+def acceptance(result: "Result") -> dict[str, bool | None]:
+    point = few(result)
+    return {
+        "restored_above_random": beats_controls(result) and point.latents <= SHARE_LIMIT * result.curve.total,
+        "harmless_refusals_rise_at_most_2_points": result.utility.rise <= RISE,
+        "donor_reproduced_exactly": result.exact,
+    }
+
+
+def triple(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [interval.value, interval.low, interval.high]
+
+
+def finite(value: float) -> float | None:
+    return value if value < float("inf") else None
+
+
+def curve_points(curve: Curve) -> list[dict[str, Any]]:
+    return [
+        {
+            "latents": point.latents,
+            "share_of_dictionary": point.latents / curve.total,
+            "share_of_alive": point.latents / curve.alive,
+            "share_of_active": point.latents / curve.active,
+            "refused": triple(point.refused),
+            "refusal_opened": triple(point.opened),
+            "refusal_score": triple(point.score),
+            "degenerate": point.degenerate.value,
+            "random": triple(point.random),
+            "frequency_matched": triple(point.matched),
+            "later_ranks": triple(point.later),
+            "harmless_refused": None if point.harmless is None else point.harmless.value,
+        }
+        for point in curve.points
+    ]
+
+
+def neuron_points(curve: Curve | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "neurons": point.latents,
+            "share_of_neurons": point.latents / curve.total,
+            "refused": triple(point.refused),
+            "refusal_score": triple(point.score),
+            "random": triple(point.random),
+            "harmless_refused": None if point.harmless is None else point.harmless.value,
+        }
+        for point in (curve.points if curve is not None else ())
+        if curve is not None
+    ]
+
+
+def setting_summary(result: "Result", sizes: Sequence[int]) -> dict[str, Any]:
+    curve, choice = result.curve, result.choice
+    share = curve.share_for()
+    neuron_share = None if result.neurons is None else result.neurons.share_for()
+    return {
+        "curve": curve_points(curve),
+        "share_for_90": finite(share.value),
+        "share_for_90_interval": [finite(share.low), finite(share.high)],
+        "dense_direction": float(result.dense.refused.mean()),
+        "full_residual": float(result.residual.refused.mean()),
+        "neurons": neuron_points(result.neurons),
+        "neurons_share_for_90": None if neuron_share is None else finite(neuron_share.value),
+        "sites": [str(site) for site in result.setting.sites],
+        "template": result.setting.template,
+        "prompts": len(result.setting.harmful["report"]),
+        "harmless_prompts": len(result.setting.harmless["report"]),
+        "bare": triple(share_of([curve.bare])),
+        "donor": triple(share_of([curve.donor])),
+        "all_latents": triple(share_of([result.everything])),
+        "all_latents_refusal_opened": float(result.everything.opened.mean()),
+        "reconstruction_only": triple(share_of([result.reconstruction])),
+        "dense_direction_interval": triple(share_of([result.dense])),
+        "full_residual_interval": triple(share_of([result.residual])),
+        "chosen_on_tune": {
+            "ranking": choice.ranking,
+            "latents": result.latents,
+            "refused_there": triple(choice.refused),
+            "tried_within_5_percent": within(sizes, curve.total),
+        },
+        "layers": [
+            {
+                "site": str(layer.site),
+                "latents": layer.latents,
+                "refused_alone": triple(share_of([layer.alone])),
+                "refused_without": triple(share_of([layer.without])),
+            }
+            for layer in result.layers
+        ],
+        "by_depth": [
+            {
+                "last_site": str(depth.last),
+                "full_residual": triple(share_of([depth.residual])),
+                "all_latents": triple(share_of([depth.latents])),
+                "all_latents_refusal_opened": float(depth.latents.opened.mean()),
+            }
+            for depth in result.depths
+        ],
+        "by_kind": result.kinds,
+        "held_out": [
+            {
+                "framings": one.name,
+                "prompts": one.prompts,
+                "bare": triple(one.bare),
+                "donor": triple(one.donor),
+                "restored": triple(one.restored),
+                "latents": list(one.latents),
+            }
+            for one in result.held_out
+        ],
+        "utility": _utility(result.utility),
+        "guards": {
+            guard.name: {
+                "refused": triple(guard.refused),
+                "harmless_refused": triple(guard.harmless_refused),
+                "times_the_bare_model": guard.times,
+            }
+            for guard in result.guards.guards
+        },
+        "guard_utility": _utility(result.guards.utility),
+        "detector": {
+            "latents": list(result.guards.detector.latents),
+            "reading": result.guards.detector.reading,
+            "threshold": result.guards.detector.threshold,
+            "auroc": result.guards.detector.auroc,
+            "true_positive_rate": float(result.guards.detector.caught.mean()),
+            "false_positive_rate": float(result.guards.detector.alarmed.mean()),
+            "roc": [list(point) for point in result.guards.detector.roc],
+        },
+        "shared_quality": {
+            str(site): {"fvu": [one.fvu for one in both], "ce_recovered": [one.ce_recovered for one in both]}
+            for site, both in result.quality.items()
+        },
+        "acceptance": acceptance(result),
+        "verdict": verdict(result),
+    }
+
+
+def _utility(found: Any) -> dict[str, Any]:
+    names = ("refused_bare", "refused", "degenerate", "kl", "ce_bare", "ce")
+    return {name: triple(getattr(found, name)) for name in names} | {"rise": found.rise}
+
+
+def summary(found: "Found") -> dict[str, Any]:
+    results = {one.setting.name: setting_summary(one, found.config.sizes) for one in found.results}
+    return {
+        **results,
+        "model": found.config.model,
+        "base": found.config.base,
+        "seed": found.config.seed,
+        "seconds": found.seconds,
+        "versions": versions(),
+    }

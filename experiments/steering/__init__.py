@@ -1,0 +1,1 @@
+"""One latent or several? Steering by the top K latents."""

@@ -1,0 +1,348 @@
+"""What the steering experiment writes: rows, summary, figures and report."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.steering.stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
+from saepatch.model.language_model import LanguageModel
+from saepatch.pages.charts import cell
+from saepatch.records.files import write_json, write_yaml
+from saepatch.records.provenance import Provenance, versions
+from saepatch.records.rows import write_records
+from saepatch.records.statistics import Interval
+from saepatch.report import (
+    Block,
+    Comparison,
+    Facts,
+    LineChart,
+    Page,
+    Points,
+    ScatterChart,
+    Section,
+    Series,
+    Table,
+    write_figure,
+    write_page,
+)
+
+if TYPE_CHECKING:
+    from experiments.steering.question import Found, SteeringConfig
+
+SHARES = "Intervals: 95 % Wilson score over prompts."
+METRICS = ("success", "degenerate", "perplexity", "kl", "distinct_1", "distinct_2", "repetition")
+
+
+def write(
+    found: "Sequence[Found]", config: "SteeringConfig", model: LanguageModel, out: Path, seconds: float
+) -> tuple[Page, dict[str, Any]]:
+    """Write the rows, the settings, the figures, the summary and the report; the last is returned, with its figures."""
+    parts = []
+    for one in found:
+        d = one.site.dictionary
+        parts.append((list(rows(one)), Provenance(model.name, model.fingerprint, d.name, d.fingerprint, config.seed)))
+    write_records(parts, out / "rows.parquet")
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    write_yaml(settings, out / "config.yaml")
+    for one in found:
+        for name, chart in charts(one, config).items():
+            write_figure(chart, out / f"{one.concept.name.replace(' ', '_')}_{name}.svg")
+    told = summary(found, config, model)
+    write_json(told, out / "summary.json")
+    facts = parts[0][1].facts() | {"time": f"{seconds:.0f} s"}
+    lead = " ".join(verdict(one, config.sizes) for one in found)
+    sections = [_method(config), *(_section(one, config) for one in found)]
+    page = Page("Steering: one latent against several", lead, sections, Facts(facts))
+    write_page(page, out / "report.html")
+    return page, told["concepts"]
+
+
+# Words
+
+
+def level(sizes: Sequence[int]) -> float:
+    """Of the intervals of differences from one latent: 95 % for all sizes together (Bonferroni)."""
+    return 1 - 0.05 / max(1, len(sizes) - 1)
+
+
+def _said(gaps: Mapping[int, Interval], at: str) -> str:
+    reached = {k: gap for k, gap in gaps.items() if gap.n}
+    if not reached:
+        return f"At equal {at} nothing can be compared."
+    more = [f"{k} ({gap.value:+.2f})" for k, gap in reached.items() if gap.low > 0]
+    fewer = [f"{k} ({gap.value:+.2f})" for k, gap in reached.items() if gap.high < 0]
+    if not more and not fewer:
+        k = max(reached, key=lambda size: abs(reached[size].value))
+        return f"At equal {at} no number of latents differs from one beyond chance (most, {k}: {reached[k]})."
+    parts = [f"{', '.join(more)} latents show it more often than one"] if more else []
+    parts += [f"{', '.join(fewer)} {'less often' if more else 'latents show it less often than one'}"] if fewer else []
+    return f"At equal {at} {' and '.join(parts)}."
+
+
+def verdict(found: "Found", sizes: Sequence[int]) -> str:
+    """The finding on one concept, in words that follow from its figures."""
+    one, bare = found.chosen["top-1"], found.unsteered
+    best = max(sizes, key=lambda k: (found.chosen[f"top-{k}"].success.value, -k))
+    rival = found.chosen[f"top-{best}"]
+    words = (
+        f"Towards {found.concept.name} ({found.site.dictionary.site}): one latent at its own best strength succeeds in "
+        f"{one.success.value:.0%} of prompts at perplexity {one.perplexity.value:.2f} (unsteered: "
+        f"{bare.success.value:.0%}, {bare.perplexity.value:.2f})"
+    )
+    if best != 1:
+        words += f", {best} latents in {rival.success.value:.0%} at {rival.perplexity.value:.2f}"
+    norm = {k: found.at_equal_norm(k, level(sizes)) for k in sizes[1:]}
+    divergence = {k: found.at_equal_divergence(k, level(sizes)) for k in sizes[1:]}
+    return f"{words}. {_said(norm, 'norm')} {_said(divergence, 'divergence')}"
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def printed(found: "Sequence[Found]") -> str:
+    """What the terminal gets."""
+    lines = []
+    for one in found:
+        lines += ["", f"{one.concept.name} at {one.site.dictionary.site}, n = {len(one.concept.report)}"]
+        lines.append(
+            f"{'':<22}{'strength':>9}  {'success':<20}{'perplexity':>11}{'KL':>8}{'distinct-2':>12}{'repeated':>10}"
+        )
+        for point in _lines(one):
+            lines.append(
+                f"{point.way:<22}{point.norm:>9.2f}  {_shown(point.success):<20}{point.perplexity.value:>11.2f}"
+                f"{point.kl.value:>8.2f}{point.distinct(2).value:>12.2f}{point.repetition.value:>10.2f}"
+            )
+        sizes = [int(name.removeprefix("top-")) for name in one.norms if name.startswith("top-")]
+        lines.append(verdict(one, sizes))
+    return "\n".join(lines[1:])
+
+
+def _lines(found: "Found") -> list[Point]:
+    asked = [] if found.prompting is None else [found.prompting]
+    return [found.unsteered, *found.chosen.values(), *asked]
+
+
+# Report
+
+
+def _method(config: "SteeringConfig") -> Section:
+    return Section(
+        "What is compared",
+        "The top K latents are added in proportion to their largest activations, so that together they move the site "
+        "by a given norm; the unit is the first latent's largest activation times its length. At equal norm all ways "
+        "move the site equally far; at equal divergence each is at the norm where the model's predictions, on its own "
+        "unsteered continuations of `tune`, diverge from the steered ones by the same amount (KL(model ‖ steered), "
+        "nats a token), solved for each way by itself.\n\n"
+        "Latents are chosen by contrast on other prompts than any that are continued, and output scores are measured "
+        f"on the first {NEUTRAL} prompts of `tune`; the site, the way of choosing (for both, the "
+        "best over numbers of latents alike, so that none is favoured) and each way's own strength on `tune`, among "
+        "strengths whose perplexity there is at most "
+        f"{config.limit:g} times that without steering. Everything else is from `report`. Greedy continuations of "
+        f"{config.new_tokens} tokens at most. A continuation succeeds if it shows the concept and is not degenerate. "
+        "Perplexity is that of the continuations under the unsteered model; distinct-n is the share of different "
+        "n-grams in a text, repeated the share of 4-grams that a text had before.\n\n"
+        f"{RANDOM.capitalize()}: mean of {config.draws} live latents, one at a time, none of the first {CANDIDATES}; "
+        "at equal divergence, further ones are drawn for those that cannot reach it. "
+        f"{DENSE.capitalize()}: the one direction between the means of the site with and without the concept. "
+        f"{PROMPTING.capitalize()}: a text in front that asks for the concept or shows it, the best on `tune` of those "
+        "tried; its continuations are priced without it.",
+    )
+
+
+def _section(found: "Found", config: "SteeringConfig") -> Section:
+    columns = ["way", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
+    table = Table(
+        columns,
+        [(p.way, p.norm, cell(p.success), p.degenerate.value, cell(p.perplexity), p.kl.value,
+          p.distinct(2).value, p.repetition.value) for p in _lines(found)],
+        f"Each at its own strength, chosen on `tune`; n = {len(found.concept.report)} report prompts. Success: 95 % "
+        "Wilson score intervals; others: 95 % bootstrap.",
+        {"success": ".0%", "degenerate": ".0%", "perplexity": ".2f", "KL": ".2f", "strength": ".2g",
+         "distinct-2": ".2f", "repeated": ".2f"},
+    )  # fmt: skip
+    share = level(config.sizes)
+    gaps = Table(
+        ["latents", "at equal norm", "at equal divergence", "each at its own strength"],
+        [
+            (
+                k,
+                cell(found.at_equal_norm(k, share)),
+                cell(found.at_equal_divergence(k, share)),
+                cell(found.at_chosen(k, share)),
+            )
+            for k in config.sizes[1:]
+        ],
+        "How much more often K latents succeed than one, averaged over the strengths at which both stay within the "
+        "limit on perplexity (on `tune`), or the divergences that both reach; "
+        f"paired by prompt, {share:.2%} bootstrap intervals (95 % for all rows together).",
+        {"latents": "d"} | dict.fromkeys(("at equal norm", "at equal divergence", "each at its own strength"), "+.2f"),
+    )
+    first = ", ".join(map(str, found.order[: max(config.sizes)]))
+    text = (
+        f"{verdict(found, config.sizes)}\n\nLatents chosen by {found.order_name} at positions "
+        f"`{found.concept.positions}` of {found.site.dictionary.site}: {first}. Unit of strength: {found.unit:.3g}."
+    )
+    if found.prompting is not None:
+        text += f" Put in front for prompting: `{found.prefix.strip()}`"
+    blocks: list[Block] = [table, *charts(found, config).values(), gaps, *_choices(found, config)]
+    bare = found.unsteered
+    columns_of = [bare, *(found.chosen[f"top-{k}"] for k in (config.sizes[0], config.sizes[-1])), found.chosen[DENSE]]
+    blocks += [
+        Comparison(prompt, [(point.way, point.texts[i]) for point in columns_of])
+        for i, prompt in enumerate(found.concept.report[:4])
+    ]
+    return Section(f"Towards {found.concept.name}", text, blocks)
+
+
+def _choices(found: "Found", config: "SteeringConfig") -> list[Block]:
+    sizes = config.sizes[::2]
+    formats = {f"top-{k}": ".0%" for k in sizes}
+    sites = Table(
+        ["site", *formats],
+        [(name, *(p.success.value for p in points)) for name, points in found.by_site.items()],
+        "On `tune`: success at the best strength, latents chosen by mean difference.",
+        formats,
+    )
+    orders = Table(
+        ["chosen by", *formats],
+        [(name, *(p.success.value for p in points)) for name, points in found.by_order.items()],
+        "On `tune`: success at the best strength, latents chosen in several ways.",
+        formats,
+    )
+    return [sites, orders]
+
+
+def charts(found: "Found", config: "SteeringConfig") -> dict[str, LineChart | ScatterChart]:
+    """Every figure of one concept, by name."""
+    n = len(found.concept.report)
+    both = {
+        "norm": ("strength: norm of the perturbation", config.strengths, found.norms),
+        "divergence": ("divergence on tune, nats a token", config.divergences, found.divergences),
+    }
+    drawn: dict[str, LineChart | ScatterChart] = {}
+    for name, (label, xs, points) in both.items():
+        drawn[name] = LineChart(
+            f"{found.concept.name}: success at equal {name}",
+            label,
+            "share that shows the concept",
+            [_line(way, xs, each) for way, each in points.items()],
+            f"n = {n} report prompts; {RANDOM}: {_draws(points.get(RANDOM, ()))}. {SHARES}",
+            log_x=True,
+            y_range=(0.0, 1.0),
+            y_format=".0%",
+        )
+    drawn["price"] = ScatterChart(
+        f"{found.concept.name}: success against perplexity",
+        "perplexity under the unsteered model, log10",
+        "share that shows the concept",
+        [_cloud(way, each) for way, each in found.norms.items()],
+        f"A point is one way at one strength; n = {n} report prompts.",
+    )
+    return drawn
+
+
+def _draws(points: Sequence[Point | None]) -> str:
+    """How many draws the points are means of; where a strength or divergence has none, there is no point."""
+    counts = sorted({len(point.draws) for point in points if point is not None})
+    if not counts:
+        return "none reaches any"
+    return f"mean of {counts[0]} draws" if len(counts) == 1 else f"means of {counts[0]} to {counts[-1]} draws"
+
+
+def _line(way: str, xs: Sequence[float], points: Sequence[Point | None]) -> Series:
+    there = [(x, point.success) for x, point in zip(xs, points, strict=True) if point is not None]
+    return Series(way, [x for x, _ in there], *([getattr(s, k) for _, s in there] for k in ("value", "low", "high")))
+
+
+def _cloud(way: str, points: Sequence[Point]) -> Points:
+    xs = [math.log10(point.perplexity.value) if point.perplexity.n else None for point in points]
+    return Points(way, xs, [p.success.value for p in points], [f"strength {p.norm:g}" for p in points])
+
+
+# Files
+
+
+def rows(found: "Found") -> Iterator[dict[str, Any]]:
+    """One row for each continuation of a report prompt."""
+    several: list[tuple[str, float, Point | None]] = [("own", p.norm, p) for p in _lines(found)]
+    for by, points in (("norm", found.norms), ("divergence", found.divergences)):
+        for each in points.values():
+            several += [(by, p.norm, p) for p in each if p is not None]
+    for by, norm, point in several:
+        if point is None:
+            continue
+        for number, draw in enumerate(point.draws):
+            for i, prompt in enumerate(found.concept.report):
+                kl = None if draw["kl"] is None else draw["kl"][i]
+                yield {
+                    "concept": found.concept.name,
+                    "site": str(found.site.dictionary.site),
+                    "way": point.way,
+                    "draw": number,
+                    "compared_by": by,
+                    "strength": float(norm),
+                    "norm": float(norm * found.unit),
+                    "prompt": prompt,
+                    "continuation": draw["texts"][i],
+                    "shown": bool(draw["shown"][i]),
+                    "nll": float(draw["nll"][i]),
+                    "tokens": int(draw["tokens"][i]),
+                    "kl": float("nan") if kl is None else float(kl),
+                }
+
+
+def summary(found: "Sequence[Found]", config: "SteeringConfig", model: LanguageModel) -> dict[str, Any]:
+    """The figures, as summary.json holds them; intervals are [value, low, high]."""
+    return {
+        "model": model.name,
+        "sizes": config.sizes,
+        "strengths": config.strengths,
+        "divergences": config.divergences,
+        "concepts": {one.concept.name: _figures(one, config) for one in found},
+        "verdicts": {one.concept.name: verdict(one, config.sizes) for one in found},
+        "seed": config.seed,
+        "versions": versions(),
+    }
+
+
+def _figures(found: "Found", config: "SteeringConfig") -> dict[str, Any]:
+    share = level(config.sizes)
+    return {
+        "site": str(found.site.dictionary.site),
+        "positions": found.concept.positions,
+        "prompts": len(found.concept.report),
+        "latents": list(found.order[: max(config.sizes)]),
+        "chosen_by": found.order_name,
+        "unit": found.unit,
+        "prefix": found.prefix,
+        "chosen": {UNSTEERED: _numbers(found.unsteered)}
+        | {way: _numbers(point) for way, point in found.chosen.items()}
+        | ({} if found.prompting is None else {PROMPTING: _numbers(found.prompting)}),
+        "norms": {way: [_numbers(p) for p in points] for way, points in found.norms.items()},
+        "divergences": {
+            way: [None if p is None else _numbers(p) for p in points] for way, points in found.divergences.items()
+        },
+        "more_than_one_latent": {
+            str(k): {
+                "norm": _list(found.at_equal_norm(k, share)),
+                "divergence": _list(found.at_equal_divergence(k, share)),
+                "own": _list(found.at_chosen(k, share)),
+            }
+            for k in config.sizes[1:]
+        },
+        "sites": {name: [p.success.value for p in points] for name, points in found.by_site.items()},
+        "chosen_by_success": {name: [p.success.value for p in points] for name, points in found.by_order.items()},
+    }
+
+
+def _numbers(point: Point) -> dict[str, Any]:
+    values = [point.success, point.degenerate, point.perplexity, point.kl]
+    values += [point.distinct(1), point.distinct(2), point.repetition]
+    return {"strength": point.norm} | {name: _list(value) for name, value in zip(METRICS, values, strict=True)}
+
+
+def _list(interval: Interval) -> list[float]:
+    return [interval.value, interval.low, interval.high]

@@ -1,0 +1,360 @@
+"""How the steering experiment measures: ways to steer, at strengths of equal norm and of equal divergence."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiments.common.cells import Cells
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.errors import UserError
+from saepatch.measure.baselines import difference_of_means
+from saepatch.measure.quality import LatentStatistics
+from saepatch.model.hooks import capture
+from saepatch.model.language_model import LanguageModel
+from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, random_latents, wilson_share
+from saepatch.splicing.interventions import Intervention, Steer
+from saepatch.splicing.splice import splice, whole_prompt
+from saepatch.steering.choosing import attribution_contrast, auroc_contrast, first_alive, output_scores, refine
+from saepatch.steering.contrasts import Concept, contrast, direction_dictionary, equal_norm_steer, generate_steered
+from saepatch.steering.degenerate import is_degenerate
+from saepatch.steering.fluency import continuation_kl, distinct, repetition
+
+CANDIDATES = 40  # latents whose output scores are measured
+NEUTRAL = 4  # prompts that they are measured on
+SPARE = 4  # times as many random latents, for those that no strength makes diverge so much
+UNSTEERED, RANDOM, DENSE, PROMPTING = "unsteered", "random latent", "difference of means", "prompting"
+CONTRASTS: Mapping[str, Callable[..., Float[Tensor, "d_sae"]]] = {
+    "mean difference": contrast,
+    "AUROC": auroc_contrast,
+    "attribution": attribution_contrast,
+}
+REFINED = "mean difference, refined by output score"
+
+
+@dataclass(frozen=True, eq=False)
+class KnownDictionary:
+    """A dictionary, how its latents behave on the reference texts, and what moves its site."""
+
+    dictionary: Dictionary
+    statistics: LatentStatistics
+
+    def unit(self, latent: int) -> float:
+        """How far one latent at its maximum moves the site."""
+        return float(self.statistics.reach[latent])
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """A way to steer: sets of latents (several are draws of one kind) that move the site by a given norm.
+
+    `spare` are further draws, for sets that cannot do what is asked of them.
+    """
+
+    name: str
+    dictionary: Dictionary
+    sets: tuple[tuple[int, ...], ...]
+    maxima: Float[Tensor, "d_sae"]
+    positions: str
+    spare: tuple[tuple[int, ...], ...] = ()
+
+    def only(self, latents: tuple[int, ...]) -> "Way":
+        return replace(self, sets=(latents,), spare=())
+
+    def steer(self, draw: int, norm: float) -> Steer:
+        return equal_norm_steer(self.dictionary, self.sets[draw], self.maxima, norm, positions=self.positions)
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """What came of one way at one strength: measurements of each draw on the same prompts.
+
+    `norm` is how far it moved the site, in units of the first latent's maximum. A value a prompt is a mean over draws.
+    """
+
+    way: str
+    norm: float
+    draws: tuple[Mapping[str, Any], ...]
+
+    def _mean(self, values: Callable[[Mapping[str, Any]], Sequence[float]]) -> Float[np.ndarray, "prompts"]:
+        return np.mean([np.array(values(draw), dtype=float) for draw in self.draws], 0)
+
+    @cached_property
+    def shown(self) -> Float[np.ndarray, "prompts"]:
+        """Whether each prompt's continuation shows the concept."""
+        return self._mean(lambda draw: draw["shown"])
+
+    @property
+    def success(self) -> Interval:
+        return wilson_share(self.shown)
+
+    @property
+    def degenerate(self) -> Interval:
+        return wilson_share(self._mean(lambda draw: [is_degenerate(text) for text in draw["texts"]]))
+
+    @cached_property
+    def perplexity(self) -> Interval:
+        """Under the unsteered model, over all tokens together; of draws, over those of all of them."""
+        nll, tokens = (self._mean(lambda draw, k=k: draw[k]) for k in ("nll", "tokens"))  # type: ignore[misc]
+        if not tokens.sum():
+            return Interval(math.nan, math.nan, math.nan, 0)
+        found = bootstrap_ratio(nll, tokens)
+        value, low, high = (math.exp(min(each, 700)) for each in (found.value, found.low, found.high))
+        return Interval(value, low, high, found.n)
+
+    def _over_texts(self, value: Callable[[Sequence[int]], float]) -> Interval:
+        each = np.array([[value(ids) for ids in draw["ids"]] for draw in self.draws], dtype=float)
+        there = ~np.isnan(each)
+        sums, count = np.where(there, each, 0).sum(0), there.sum(0)
+        return bootstrap_mean(np.where(count > 0, sums / np.maximum(count, 1), np.nan))
+
+    def distinct(self, n: int) -> Interval:
+        return self._over_texts(lambda ids: distinct(ids, n))
+
+    @property
+    def repetition(self) -> Interval:
+        return self._over_texts(repetition)
+
+    @cached_property
+    def kl(self) -> Interval:
+        """Of the model's predictions from the steered ones', nats a token of the unsteered continuations."""
+        if any(draw["kl"] is None for draw in self.draws):
+            return Interval(math.nan, math.nan, math.nan, 0)
+        return bootstrap_mean(self._mean(lambda draw: [math.nan if v is None else v for v in draw["kl"]]))
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Of the first draw."""
+        return self.draws[0]["texts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One concept at one model, with the measurements that are there already."""
+
+    model: LanguageModel
+    concept: Concept
+    cells: Cells
+    new_tokens: int
+    limit: float  # on the perplexity, in unsteered ones
+    tick: Callable[[], None]
+
+    def prompts(self, split: str) -> tuple[str, ...]:
+        return self.concept.tune if split == "tune" else self.concept.report
+
+    def _name(self, *parts: object) -> str:
+        return "/".join(map(str, (self.concept.name, *parts)))
+
+    def _judged(self, *name: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A measurement and what the concept's judge says of it; that is not kept, so that the judge may change."""
+        kept = self.cells.get(self._name(*name), measure)
+        return {**kept, "shown": [self.concept.shown(text) for text in kept["texts"]]}
+
+    def unsteered(self, split: str) -> Point:
+        run = self._judged(UNSTEERED, split, measure=lambda: self._run(split, None, None, divergence=False))
+        return Point(UNSTEERED, 0.0, (run,))
+
+    def prompting(self, split: str, prefix: str) -> Point:
+        run = self._judged(
+            PROMPTING, split, prefix, measure=lambda: self._run(split, None, None, prefix, divergence=False)
+        )
+        return Point(PROMPTING, 0.0, (run,))
+
+    def at(self, way: Way, norm: float, unit: float, split: str, divergence: bool = True) -> Point:
+        """Generate under a way at a norm, in units of `unit`; every draw on all prompts of the split."""
+        draws = []
+        for draw in range(len(way.sets)):
+            steer = way.steer(draw, norm * unit)
+            what = (way.dictionary.site, way.name, ",".join(map(str, way.sets[draw])), split, f"{norm * unit:.8g}")
+            run = partial(self._run, split, way.dictionary, steer, divergence=divergence)
+            draws.append(self._judged(*what, divergence, measure=run))
+        return Point(way.name, norm, tuple(draws))
+
+    def divergence(self, way: Way, norm: float) -> float:
+        """Mean divergence on `tune` that a way's first draw makes at a norm."""
+        name = self._name(way.dictionary.site, way.name, ",".join(map(str, way.sets[0])), "kl", f"{norm:.8g}")
+
+        def measure() -> float:
+            self.tick()
+            return float(np.nanmean(self._kl("tune", way.dictionary, way.steer(0, norm))))
+
+        return float(self.cells.get(name, measure))
+
+    def _run(
+        self,
+        split: str,
+        dictionary: Dictionary | None,
+        steer: Intervention | None,
+        prefix: str = "",
+        divergence: bool = True,
+    ) -> dict[str, Any]:
+        self.tick()
+        prompts = self.prompts(split)
+        out = generate_steered(self.model, dictionary, prompts, steer, self.concept.shown, self.new_tokens, prefix)
+        kl = None
+        if divergence and dictionary is not None and steer is not None:
+            kl = [None if math.isnan(value) else value for value in self._kl(split, dictionary, steer)]
+        return {
+            "texts": out.texts,
+            "ids": out.ids,
+            "nll": out.nll,
+            "tokens": [len(ids) for ids in out.ids],
+            "kl": kl,
+        }
+
+    def _kl(self, split: str, dictionary: Dictionary, steer: Intervention) -> list[float]:
+        own = self.unsteered(split).draws[0]["ids"]
+        return continuation_kl(self.model, splice(self.model, dictionary, steer), self.prompts(split), own)
+
+    # Choices, all made on `tune`
+
+    def fluent(self, point: Point) -> bool:
+        """Whether a point of `tune` is within the limit on perplexity."""
+        return point.perplexity.value <= self.limit * self.unsteered("tune").perplexity.value
+
+    def best(self, points: Sequence[Point]) -> Point:
+        """The most successful point, of equal ones the most fluent, among those that are not beyond the limit."""
+        fluent = [point for point in points if self.fluent(point)]
+        if not fluent:
+            return min(points, key=lambda point: point.norm)
+        return max(fluent, key=lambda point: (point.success.value, -point.perplexity.value))
+
+    def solve(self, way: Way, target: float, unit: float, strengths: Sequence[float]) -> float:
+        """The norm, in units of `unit`, at which a way's first draw diverges so much on `tune`; NaN if none does."""
+        low, high = min(strengths) * unit / 8, max(strengths) * unit * 8
+        if not self.divergence(way, low) < target < self.divergence(way, high):
+            return math.nan
+        norm = math.sqrt(low * high)
+        for _ in range(12):
+            here = self.divergence(way, norm)
+            if abs(math.log(max(here, 1e-12) / target)) < 0.05:
+                break
+            low, high = (norm, high) if here < target else (low, norm)
+            norm = math.sqrt(low * high)
+        return norm / unit
+
+    def at_divergence(self, way: Way, target: float, unit: float, strengths: Sequence[float]) -> Point | None:
+        """On `report` at the norm that diverges by `target` on `tune`, each draw at its own; None if none can.
+
+        Spare draws stand in for those that cannot, as long as there are any: `draws` of the point says how many it has.
+        """
+        there: list[tuple[Way, float]] = []
+        for latents in (*way.sets, *way.spare):
+            norm = self.solve(way.only(latents), target, unit, strengths)
+            if not math.isnan(norm):
+                there.append((way.only(latents), norm))
+            if len(there) == len(way.sets):
+                break
+        if not there:
+            return None
+        points = [self.at(one, norm, unit, "report") for one, norm in there]
+        return Point(way.name, float(np.mean([p.norm for p in points])), tuple(p.draws[0] for p in points))
+
+
+# Ways to steer
+
+
+def top(bench: Bench, site: KnownDictionary, order: Sequence[int], k: int) -> Way:
+    chosen = tuple(order[:k])
+    return Way(f"top-{k}", site.dictionary, (chosen,), site.statistics.maximum, bench.concept.positions)
+
+
+def random_way(bench: Bench, site: KnownDictionary, order: Sequence[int], draws: int, seed: int) -> Way:
+    drawn = random_latents(site.statistics.alive, order[:CANDIDATES], 1, (1 + SPARE) * draws, seed)
+    sets = drawn[:draws]
+    spare = [one for one in dict.fromkeys(drawn[draws:]) if one not in sets]
+    return Way(RANDOM, site.dictionary, tuple(sets), site.statistics.maximum, bench.concept.positions, tuple(spare))
+
+
+@torch.no_grad()
+def dense(bench: Bench, site: KnownDictionary) -> Way:
+    """The direction from the mean of the site without the concept to the mean with it."""
+    at = site.dictionary.site
+    held = []
+    for texts in (bench.concept.present, bench.concept.absent):
+        values = []
+        for part in bench.model.tokenize(texts).batches(32):
+            x = capture(bench.model.hf, bench.model.layout, [at], bench.model.inputs(part))[at]
+            values.append(x[whole_prompt(bench.model, part).select(bench.concept.positions)])
+        held.append(torch.cat(values))
+    direction = direction_dictionary(difference_of_means(held[0], held[1], at), site.dictionary.W_dec.device)
+    ones = torch.ones(1, device=site.dictionary.W_dec.device)
+    return Way(DENSE, direction, ((0,),), ones, bench.concept.positions)
+
+
+def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
+    """The first `k` latents, at least, by each way of choosing."""
+    concept, many = bench.concept, max(CANDIDATES, k)
+    many = min(many, int(site.statistics.alive.sum()))
+    given = (bench.model, site.dictionary, concept.present, concept.absent, concept.positions)
+    found: dict[str, list[int]] = {}
+    for name, score in CONTRASTS.items():
+        try:
+            found[name] = first_alive(score(*given), site.statistics, many)
+        except UserError:  # the same prediction after both sets leaves nothing to attribute
+            if name != "attribution":
+                raise
+    candidates = found["mean difference"]
+    scores = output_scores(
+        bench.model,
+        site.dictionary,
+        candidates,
+        site.statistics.maximum,
+        concept.tune[:NEUTRAL],
+        1.5,
+        concept.positions,
+    )
+    found[REFINED] = refine(candidates, scores, max(min(k, many), many // 2))
+    return found
+
+
+Choice = tuple[float, float]  # success at the best strengths, and over all of them: larger is better
+
+
+def _choice(tried: Sequence[Sequence[Point]], best: Sequence[Point]) -> Choice:
+    return (
+        float(np.mean([point.success.value for point in best])),
+        float(np.mean([point.success.value for points in tried for point in points])),
+    )
+
+
+def _try(
+    bench: Bench, site: KnownDictionary, order: Sequence[int], sizes: Sequence[int], strengths: Sequence[float]
+) -> tuple[Choice, list[Point]]:
+    """How well a ranking steers on `tune`, over all sizes alike, and the best point of each size."""
+    unit = site.unit(order[0])
+    tried = [
+        [bench.at(top(bench, site, order, k), s, unit, "tune", divergence=False) for s in strengths] for k in sizes
+    ]
+    best = [bench.best(points) for points in tried]
+    return _choice(tried, best), best
+
+
+def choose_site(
+    bench: Bench, sites: Sequence[KnownDictionary], sizes: Sequence[int], strengths: Sequence[float]
+) -> tuple[KnownDictionary, dict[str, list[Point]]]:
+    """Where latents chosen by mean difference steer best, over all sizes alike; and each site's best points."""
+    concept, found = bench.concept, []
+    for site in sites:
+        scores = contrast(bench.model, site.dictionary, concept.present, concept.absent, concept.positions)
+        order = first_alive(scores, site.statistics, max(sizes))
+        found.append(_try(bench, site, order, sizes, strengths))
+    best = max(range(len(sites)), key=lambda number: found[number][0])
+    return sites[best], {str(site.dictionary.site): points for site, (_, points) in zip(sites, found, strict=True)}
+
+
+def choose_order(
+    bench: Bench, site: KnownDictionary, sizes: Sequence[int], longest: int, strengths: Sequence[float]
+) -> tuple[str, list[int], dict[str, list[Point]]]:
+    """The way of choosing latents that steers best, over all sizes alike; its ranking, at least `longest` long; and
+    each way's best points."""
+    ranked = orders(bench, site, longest)
+    found = {name: _try(bench, site, order, sizes, strengths) for name, order in ranked.items()}
+    name = max(found, key=lambda one: found[one][0])
+    return name, ranked[name], {name: points for name, (_, points) in found.items()}

@@ -1,0 +1,214 @@
+"""What every command line of the project shares: settings from a dataclass, and one line for a user's mistake."""
+
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from saepatch.errors import UserError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command says when it is done: lines for people, and the same for programs (anything that JSON holds)."""
+
+    text: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Config:
+    """Read one dataclass from `[CONFIG.yaml] --key value …`.
+
+    Raises:
+        UserError: a key that does not exist, or a value it does not take.
+    """
+    given = list(arguments)
+    if given and not given[0].startswith("-"):
+        if not Path(given[0]).is_file():
+            raise UserError(f"no config file {given[0]!r}: give a YAML file first, or settings alone (see --help)")
+        given = ["--config", *given]
+    return _instantiate(_parser(config, prog=prog), given, config)
+
+
+def run_config(
+    config: type[Config],
+    run: Callable[[Config], None],
+    prog: str,
+    arguments: Sequence[str] | None = None,
+    interrupted: str = "files that were written are whole",
+) -> int:
+    """Read one dataclass from the command line and run it; returns the exit code."""
+    return _guarded(lambda given: run(read_config(config, prog, given)), arguments, interrupted)
+
+
+def run_commands(
+    commands: Mapping[str, tuple[type, Callable[[Any], Said | None]]],
+    prog: str,
+    description: str,
+    version: Callable[[], str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Read a command and its dataclass from the command line, run it and print what it says; returns the exit code.
+
+    A dataclass may have the fields `quiet` (nothing but errors and what the command says) and `json` (what it says as
+    one JSON object).
+    """
+
+    def run(given: list[str]) -> None:
+        from jsonargparse import ArgumentParser, set_parsing_settings
+
+        set_parsing_settings(add_print_completion_argument=True)
+        parser = ArgumentParser(
+            prog=prog, description=description, exit_on_error=False, epilog=COMPLETION, formatter_class=_formatter()
+        )
+        parser.add_argument("--version", action="version", version=version())
+        several = parser.add_subcommands(dest="command", required=True)
+        for name, (config, _) in commands.items():
+            several.add_subcommand(name, _parser(config, positional=True), help=(config.__doc__ or "").strip())
+        name = _parsed(parser, given).command
+        kind, command = commands[name]
+        config = _instantiate(parser, given, kind, name)
+        if track := getattr(config, "track", ""):
+            from saepatch.tracking.open import read_spec
+
+            read_spec(track)  # before any work
+        as_json = getattr(config, "json", False)
+        if as_json or getattr(config, "quiet", False):
+            for logger in LOGGERS:
+                logging.getLogger(logger).setLevel(logging.WARNING)
+        if (said := command(config)) is not None:
+            sys.stdout.write((_json(said.facts) if as_json else said.text) + "\n")
+            sys.stdout.flush()
+
+    return _guarded(run, arguments, "files that were written are whole")
+
+
+COMPLETION = 'Completion in a shell: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'
+LOGGERS = ("saepatch", "training", "experiments")
+
+
+def _json(facts: Mapping[str, Any]) -> str:
+    from saepatch.records.files import plain
+
+    return json.dumps(plain(dict(facts)), ensure_ascii=False, allow_nan=False, indent=2)
+
+
+def _formatter() -> type:
+    """How help is set: as argparse sets it, with examples left as they are."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+    return Formatter
+
+
+def _parser(config: type, prog: str | None = None, positional: bool = False) -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
+    summary = (config.__doc__ or "").strip().split("\n\n")[0]
+    examples = getattr(config, "examples", ())
+    told = "\n  ".join(["examples:", *examples]) if examples else None
+    parser = ArgumentParser(
+        prog=prog, description=summary, exit_on_error=False, epilog=told, formatter_class=_formatter()
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
+    optional = getattr(config, "positional", "") if positional else ""  # a field that may stand without its name
+    parser.add_class_arguments(config, as_group=False, as_positional=positional, skip={optional} if optional else set())
+    if optional:
+        default = getattr(config, optional)
+        parser.add_argument(optional, type=str, nargs="?", default=default, help=f"default: {default}")
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) in (bool, bool | None):  # `--quiet` alone says true
+            action.nargs, action.const = "?", True
+    return parser
+
+
+def _parsed(parser: Any, given: Sequence[str]) -> Any:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(list(given))
+    except ArgumentError as error:
+        raise UserError(_plainly(" ".join(str(error).split()), parser, given)) from error
+
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "list": "a list, as in '[a,b]'",
+    "tuple": "a list, as in '[a,b]'",
+    "dict": "a mapping, as in '{a: 1}'",
+}
+
+
+def _plainly(said: str, parser: Any, given: Sequence[str]) -> str:
+    """What the parser says of a mistake, without Python's words."""
+    if found := re.search(r'Parser key "([^"]+)":.*?Expected an? (.+?)\. Got value: (.*)$', said):
+        key, kind, value = found.groups()
+        choices = re.search(r"Literal\[(.+?)\]", kind)
+        wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind[8:-2], kind)
+        told = "a mapping (is the file another command's?)" if value.startswith("{") else repr(value)
+        return f"--{key} takes {wanted}, not {told}"
+    if found := re.search(r"required: (\S+)", said):
+        return f"{found[1].rpartition('.')[2]!r} is missing: see --help"
+    if found := re.search(r"unrecognized arguments: (-\S+)?", said):
+        known = {name for one in _parsers(parser, given) for name in one._option_string_actions}
+        near = difflib.get_close_matches((found[1] or "").partition("=")[0], sorted(known), 1)
+        return said + (f" (did you mean {near[0]}?)" if near else " (see --help)")
+    return said
+
+
+def _parsers(parser: Any, given: Sequence[str]) -> list[Any]:
+    """The parser, and that of the command that was given."""
+    several = [action.choices for action in parser._actions if isinstance(getattr(action, "choices", None), dict)]
+    return [parser, *(one for choices in several for name, one in choices.items() if name in given)]
+
+
+def _instantiate(parser: Any, given: Sequence[str], config: type[Config], command: str | None = None) -> Config:
+    values = parser.instantiate(_parsed(parser, given))
+    fields = (values if command is None else values[command]).as_dict()
+    fields.pop("config", None)
+    return config(**fields)
+
+
+def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, interrupted: str) -> int:
+    # Before torch is loaded: threads that spin while they wait are up to twenty times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The hub's client would report each of its attempts; our error names the outcome.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    _show_log()
+    try:
+        run(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"interrupted: {str(error) or interrupted}\n")
+        return 130
+    except BrokenPipeError:  # as before `| head`: nobody reads any more, and Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _show_log() -> None:
+    # Ours alone: libraries have handlers of their own, and would say everything twice through the root logger.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]  # a new one each time: the stream may have been replaced since the last
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,4 @@
+"""Prompts, pairs and texts, from tasks, files and datasets.
+
+May import dictionaries and below.
+"""

@@ -1,0 +1,154 @@
+"""Aligned batches of clean and corrupted prompts, which patching runs on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saepatch.data.pairs import PromptPair
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Tokenised pairs: column c of `clean` and column c of `corrupted` line up."""
+
+    pairs: tuple[PromptPair, ...]
+    clean: Tokens
+    corrupted: Tokens
+    answer: Int[Tensor, "batch"]
+    counter: Int[Tensor, "batch"]
+    index: Int[Tensor, "batch"]  # each row's place in the list of pairs it was made from
+    where: Bool[Tensor, "batch pos"] | None = None  # positions that were chosen (`splicing.choose_positions`)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def rows(self, index: Sequence[int]) -> "PairBatch":
+        """Some rows, in the given order; a row may appear several times."""
+        rows = list(index)
+        return PairBatch(
+            tuple(self.pairs[i] for i in rows),
+            self.clean.rows(rows),
+            self.corrupted.rows(rows),
+            self.answer[rows],
+            self.counter[rows],
+            self.index[rows],
+            None if self.where is None else self.where[rows],
+        )
+
+
+def batch_pairs(
+    model: LanguageModel,
+    pairs: Sequence[PromptPair],
+    side: Literal["left", "right"] = "right",
+    align: Literal["equal", "right"] = "equal",
+) -> PairBatch:
+    """Tokenise pairs into one batch.
+
+    `align="equal"` wants both prompts of a pair to have the same number of tokens; `align="right"` lines unequal ones
+    up from their last token (and pads on the left).
+
+    Raises:
+        UserError: no pairs, an empty prompt, unequal lengths (both token lists are shown), or an answer that is not
+            one token after its prompt.
+    """
+    if not pairs:
+        raise UserError("there are no prompt pairs: give at least one")
+    if align not in ("equal", "right"):
+        raise UserError(f"unknown alignment {align!r}: use 'equal' or 'right'")
+    if align == "right":
+        side = "left"
+    tokens = model.tokenize([p.clean for p in pairs] + [p.corrupted for p in pairs], side)
+    both = [(model.encode(pair.clean), model.encode(pair.corrupted)) for pair in pairs]
+    if align == "equal":
+        for number, (pair, (clean, corrupted)) in enumerate(zip(pairs, both, strict=True)):
+            if len(clean) != len(corrupted):
+                name = pair.example or number
+                raise UserError(
+                    f"pair {name}: the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}: "
+                    f"{_show(model, clean)} against {_show(model, corrupted)}: reword one, "
+                    "or line them up from the right (align='right'; --align right)"
+                )
+    answers = [_next_token(model, pair.clean, ids, pair.answer) for pair, (ids, _) in zip(pairs, both, strict=True)]
+    counters = [_next_token(model, pair.clean, ids, pair.counter) for pair, (ids, _) in zip(pairs, both, strict=True)]
+    n = len(pairs)
+    return PairBatch(
+        tuple(pairs),
+        tokens.rows(slice(0, n)),
+        tokens.rows(slice(n, 2 * n)),
+        torch.tensor(answers, device=model.device),
+        torch.tensor(counters, device=model.device),
+        torch.arange(n, device=model.device),
+    )
+
+
+def _show(model: LanguageModel, ids: Sequence[int]) -> str:
+    return "[" + "|".join(model.tokenizer.convert_ids_to_tokens(list(ids))) + "]"
+
+
+def _next_token(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> int:
+    # Tokenised after the prompt: on its own, " She" can come out otherwise than it does in running text.
+    whole = model.encode(prompt + answer)
+    if whole[: len(ids)] != list(ids) or len(whole) != len(ids) + 1:
+        raise UserError(
+            f"answer {answer!r} is not one token after {prompt[-30:]!r} ({_show(model, whole[len(ids) :])}): "
+            "use a single token with its leading space, or its first token"
+        )
+    return whole[-1]
+
+
+def resampled(model: LanguageModel, pairs: Sequence[PromptPair], seed: int = 0) -> list[PromptPair]:
+    """Pairs whose corrupted prompt is another pair's clean prompt, of as many tokens and with another answer.
+
+    Pairs of one length stand in a random circle; each takes the next one with another answer. Its answer stays, its
+    counter becomes the other's answer.
+
+    Raises:
+        UserError: a pair without such another.
+    """
+    circles: dict[int, list[int]] = {}
+    for number in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist():
+        circles.setdefault(len(model.encode(pairs[number].clean)), []).append(number)
+    out = list(pairs)
+    for length, circle in circles.items():
+        for place, number in enumerate(circle):
+            pair = pairs[number]
+            others = (pairs[i] for i in circle[place + 1 :] + circle[:place])
+            other = next((o for o in others if o.answer != pair.answer and o.clean != pair.clean), None)
+            if other is None:
+                raise UserError(
+                    f"pair {pair.example or number}: no other clean prompt has {length} tokens and another answer than "
+                    f"{pair.answer!r}: leave the pair out, or add pairs of that length"
+                )
+            out[number] = replace(pair, corrupted=other.clean, counter=other.answer)
+    return out
+
+
+def same_length_batches(batch: PairBatch, size: int) -> Iterator[PairBatch]:
+    """Split a batch so that each part needs little or no padding; rows of one length stay in order."""
+    lengths = torch.maximum(batch.clean.lengths, batch.corrupted.lengths)
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten().tolist()
+        for start in range(0, len(rows), size):
+            yield _trim(batch.rows(rows[start : start + size]))
+
+
+def _trim(batch: PairBatch) -> PairBatch:
+    """Drop the columns that are padding in every row."""
+    used = (batch.clean.attention_mask | batch.corrupted.attention_mask).any(0).nonzero().flatten()
+    keep = slice(int(used[0]), int(used[-1]) + 1)
+
+    def cut(tokens: Tokens) -> Tokens:
+        return Tokens(tokens.input_ids[:, keep], tokens.attention_mask[:, keep], tokens.ordinary[:, keep])
+
+    return replace(
+        batch,
+        clean=cut(batch.clean),
+        corrupted=cut(batch.corrupted),
+        where=None if batch.where is None else batch.where[:, keep],
+    )

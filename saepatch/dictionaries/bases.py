@@ -1,0 +1,82 @@
+"""Units and directions of a site as a dictionary, so that whatever acts on latents acts on them: the baselines."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+
+ORTHONORMAL = 1e-4  # how far products of directions may be from 0 and 1
+
+
+@dataclass
+class BasisConfig:
+    """What a dictionary says of itself, as sae_lens' SAEs do."""
+
+    d_in: int
+    d_sae: int
+    normalize_activations: str = "none"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def architecture(self) -> str:
+        return "basis"
+
+
+class Basis(nn.Module):
+    """Signed coordinates of a site's value along orthonormal directions; what is not along any is the error term."""
+
+    def __init__(self, directions: Float[Tensor, "n width"]) -> None:
+        super().__init__()
+        self.W_dec = nn.Parameter(directions, requires_grad=False)
+        self.cfg = BasisConfig(directions.shape[1], directions.shape[0])
+
+    def encode(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos n"]:
+        return x @ self.W_dec.T
+
+    def decode(self, acts: Float[Tensor, "batch pos n"]) -> Float[Tensor, "batch pos width"]:
+        return acts @ self.W_dec
+
+
+class Units(Basis):
+    """Every unit of a site, as it is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(torch.eye(width))
+
+    def encode(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        return x
+
+    def decode(self, acts: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        return acts
+
+
+def units_of(model: LanguageModel, site: Site | str) -> Dictionary:
+    """The units of a site as a dictionary: neurons (`neurons.3`), or dimensions of the residual stream.
+
+    Its latents are the units' own values, negative ones among them, and its error term is 0. It holds an identity
+    matrix of the site's width.
+
+    Raises:
+        UserError: the model has no such site.
+    """
+    site = Site.parse(site)
+    return adopt(Units(model.width(site)).to(model.device, model.dtype), site, f"units of {site}")
+
+
+def directions_of(directions: Float[Tensor, "n width"], site: Site | str, name: str = "directions") -> Dictionary:
+    """Orthonormal directions of a site as a dictionary: latents are signed coordinates, the rest is the error term.
+
+    Raises:
+        UserError: directions that are not of length 1, or not at right angles to each other.
+    """
+    products = (directions.double() @ directions.double().T).cpu()
+    if not torch.allclose(products, torch.eye(len(directions), dtype=torch.float64), atol=ORTHONORMAL):
+        raise UserError("directions are to be of length 1 and at right angles: bring them there, with torch.linalg.qr")
+    return adopt(Basis(directions.clone()), Site.parse(site), name)

@@ -1,0 +1,244 @@
+"""A sparse autoencoder at one site: latents in, changes of the site out, checked against the model."""
+
+import logging
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saepatch.dictionaries.latents import Latents
+from saepatch.errors import UserError
+from saepatch.model.fingerprint import fingerprint
+from saepatch.model.sites import Site
+
+if TYPE_CHECKING:
+    from saepatch.model.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+_SAID: set[tuple[int, int]] = set()  # warnings given, by dictionary and model
+
+
+BY_LATENT = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag"})
+
+
+FEW = 16  # positions at which finding the active latents is cheaper than decoding all
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A sae_lens SAE and the site it reads and writes."""
+
+    sae: nn.Module
+    site: Site
+    name: str
+
+    @property
+    def _cfg(self) -> Any:
+        return self.sae.cfg
+
+    @property
+    def d_in(self) -> int:
+        return int(self._cfg.d_in)
+
+    @property
+    def d_sae(self) -> int:
+        return int(self._cfg.d_sae)
+
+    @property
+    def architecture(self) -> str:
+        return str(self._cfg.architecture())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        return self.sae.W_dec.detach()  # type: ignore[operator]
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "d_sae d_in"]:
+        """What one unit of each latent adds to the site: `W_dec`, or its unit rows where the SAE rescales by norms."""
+        if getattr(self._cfg, "rescale_acts_by_decoder_norm", False):
+            return self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
+        return self.W_dec
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of all weights."""
+        return fingerprint(self.sae.state_dict())
+
+    @property
+    def normalises(self) -> bool:
+        """Whether inputs are brought to a scale first, and what is decoded back from it."""
+        return self._cfg.normalize_activations != "none"
+
+    @torch.no_grad()
+    def activations(
+        self, x: Float[Tensor, "batch pos d_in"]
+    ) -> tuple[Float[Tensor, "batch pos d_sae"], Float[Tensor, "batch pos 1"] | None]:
+        """Latents of a site's value, and the scale they are decoded with (as in `Latents`); nothing is decoded."""
+        acts = self.sae.encode(x.to(self.dtype))  # type: ignore[operator]
+        # sae_lens keeps the normalisation of this input as state, and `decode` uses it up: read it before.
+        scale: Any = None
+        if self._cfg.normalize_activations == "layer_norm":
+            scale = self.sae.ln_std
+        elif self._cfg.normalize_activations == "constant_norm_rescale":
+            scale = 1 / self.sae.x_norm_coeff  # type: ignore[operator]
+        return acts, scale
+
+    @torch.no_grad()
+    def written(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_sae"]:
+        """How far each latent moves the site along its row: its value, times the scale where the SAE normalises."""
+        acts, scale = self.activations(x)
+        return acts if scale is None else acts * scale
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch pos d_in"]) -> Latents:
+        """Latents and error term of a site's value, in the dictionary's own precision."""
+        x = x.to(self.dtype)
+        acts, scale = self.activations(x)
+        reconstruction = self._decode(acts)
+        return Latents(acts, x - reconstruction, reconstruction, self.rows, scale)
+
+    def _decode(self, acts: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_in"]:
+        """What the latents say, by the active rows alone where these are few: one step of generation."""
+        if acts.shape[:2].numel() <= FEW and self._rows_and_bias and not _hooked(self.sae):
+            active = acts.flatten(0, 1).ne(0).any(0).nonzero().flatten()
+            if 8 * len(active) <= self.d_sae:
+                return acts[..., active] @ self.W_dec[active] + self.sae.b_dec.detach()  # type: ignore[operator]
+        return self.sae.decode(acts)  # type: ignore[operator]
+
+    @cached_property
+    def _rows_and_bias(self) -> bool:
+        """Whether decoding is `acts @ W_dec + b_dec`."""
+        from sae_lens.saes.topk_sae import TopKSAE
+
+        if getattr(self._cfg, "rescale_acts_by_decoder_norm", False) or self.normalises:
+            return False
+        return type(self.sae) in (*_latent_by_latent(), TopKSAE)
+
+    def alone(self, ids: Sequence[int]) -> "Dictionary | None":
+        """Some latents as a dictionary of their own; None where each is computed together with all others.
+
+        Its encoder is the SAE's own, run on these latents' weights. It reads and adds to the site what these latents
+        do; its error term means nothing.
+        """
+        if not ids or not self._separable or _hooked(self.sae):
+            return None
+        return self._only(ids)
+
+    def _only(self, ids: Sequence[int]) -> "Dictionary":
+        sae: Any = copy(self.sae)
+        chosen = torch.tensor(list(ids), device=self.W_dec.device)
+        weights: dict[str, Any] = dict(self.sae._parameters)
+        for name, weight in weights.items():
+            if weight is not None and name != "b_dec":
+                few = weight.detach().index_select(1 if name == "W_enc" else 0, chosen)
+                weights[name] = nn.Parameter(few, requires_grad=False)
+        sae.__dict__["_parameters"] = weights
+        sae.cfg = copy(self._cfg)
+        sae.cfg.d_sae = len(ids)
+        return Dictionary(sae, self.site, self.name)
+
+    @cached_property
+    def _separable(self) -> bool:
+        """Whether a latent can be computed without the others: seen once, on inputs that make some latents active."""
+        if type(self.sae) not in _latent_by_latent() or self.normalises:
+            return False
+        if not {name for name, weight in self.sae._parameters.items() if weight is not None} <= BY_LATENT:
+            return False
+        ids = list(range(0, self.d_sae, 1 + self.d_sae // 8))
+        columns = self.sae.W_enc.detach()[:, ids].T  # type: ignore[operator]
+        x = torch.cat([size * columns / columns.norm(dim=-1, keepdim=True).clamp(min=1e-6) for size in (1, 10, 100)])
+        few, all_of_them = self._only(ids).activations(x[None])[0], self.activations(x[None])[0][..., ids]
+        close = 1e-4 if self.dtype == torch.float32 else 5e-2
+        same = torch.allclose(few, all_of_them, rtol=close, atol=close * float(all_of_them.abs().max()))
+        if not same:
+            log.info("%s: latents alone come out otherwise than together, so all are always encoded", self.name)
+        return same
+
+    def check_ids(self, ids: tuple[int, ...]) -> None:
+        """Raises UserError for a latent that the dictionary does not have."""
+        for latent in ids:
+            if not 0 <= latent < self.d_sae:
+                raise UserError(f"latent {latent} is out of range: {self.name} has {self.d_sae}, 0 to {self.d_sae - 1}")
+
+    def metrics_on(self, model: "LanguageModel") -> dict[str, float]:
+        """What training measured on held-out text, if that was on this very model; empty otherwise."""
+        return dict(self._trained_on.get(model.fingerprint) or {})
+
+    @property
+    def _trained_on(self) -> dict[str, dict[str, float]]:
+        """What training measured, by the fingerprint of each model that it saw; empty where the files do not say."""
+        told = self._cfg.metadata
+        first = {"model_fingerprint": told.get("model_fingerprint"), "metrics": told.get("metrics")}
+        models = [first, *(told.get("also_trained_on") or [])]
+        return {one["model_fingerprint"]: one["metrics"] or {} for one in models if one["model_fingerprint"]}
+
+    def _warn(self, model: "LanguageModel") -> None:
+        """Say what is allowed but can mislead; once a dictionary and model."""
+        trained_on, said = list(self._trained_on), (id(self), id(model))
+        if said in _SAID:
+            return
+        _SAID.add(said)
+        if trained_on and model.fingerprint not in trained_on:
+            log.warning(
+                "dictionary %s was trained on another model (%s) than %s (%s): look at its splice quality here first",
+                self.name,
+                ", ".join(trained_on),
+                model.name,
+                model.fingerprint,
+            )
+        if self._cfg.metadata.get("prepend_bos") and model.encode("a")[:1] != [model.bos_id]:
+            log.warning(
+                "dictionary %s was trained on texts that begin with BOS, and %s's tokenizer adds none: "
+                "load the model with prepend_bos=True",
+                self.name,
+                model.name,
+            )
+
+    def check(self, model: "LanguageModel", site: Site | None = None) -> None:
+        """See that the dictionary belongs at the site of the model.
+
+        Raises:
+            UserError: width, site or device differ.
+        """
+        site = site or self.site
+        width = model.width(site)
+        if self.d_in != width:
+            raise UserError(
+                f"dictionary {self.name} reads width {self.d_in}, but {site} of {model.name} has width {width}: "
+                "load the dictionary that was trained on this model"
+            )
+        if not site.same_tensor(self.site):
+            raise UserError(
+                f"dictionary {self.name} was trained at {self.site} ({self.site.hook_name}), not at {site}: "
+                f"splice it at {self.site}, or load the one for {site}"
+            )
+        self._warn(model)
+        if self.W_dec.device != model.device:
+            raise UserError(
+                f"dictionary {self.name} is on {self.W_dec.device}, the model on {model.device}: load both alike"
+            )
+
+
+def _latent_by_latent() -> tuple[type[nn.Module], ...]:
+    """sae_lens' SAEs whose encoders compute each latent from its own weights; none of their subclasses."""
+    from sae_lens.saes.gated_sae import GatedSAE
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+    from sae_lens.saes.standard_sae import StandardSAE
+
+    return StandardSAE, JumpReLUSAE, GatedSAE
+
+
+def _hooked(sae: nn.Module) -> bool:
+    """Whether somebody looks on, or in, as the SAE runs: then it has to run whole."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in sae.modules())

@@ -1,0 +1,187 @@
+"""Load sparse autoencoders through sae_lens and check them against the site they are used at."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from saepatch import organism
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.errors import UserError
+from saepatch.model.loading import usable_device
+from saepatch.model.sites import Site
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+
+def load_sae(
+    spec: str, site: str | Site | None = None, device: str | torch.device = "cpu", dtype: str = "float32"
+) -> Dictionary:
+    """Load one SAE: `organism` or `organism-shared` (with a site), a folder, a folder of `SITE/` sub-folders, or
+    `RELEASE/SAE_ID`.
+
+    The site is read from the SAE's metadata; where that names none, it must be given.
+
+    Raises:
+        UserError: nothing is found, the site differs from the metadata, weights hold NaN, or the decoder is not one
+            this library can edit (a transcoder, say).
+    """
+    device = usable_device(device)
+    wanted = None if site is None else Site.parse(site)
+    root = _root(spec)
+    if not root.is_dir():
+        return _load_release(spec, wanted, device, dtype)
+    if (root / "cfg.json").is_file():
+        return _load_folder(root, str(spec), wanted, device, dtype)
+    folders = _site_folders(root, spec)
+    if wanted is None:
+        raise UserError(f"{spec!r} holds several dictionaries: name a site, one of {', '.join(map(str, folders))}")
+    for found, folder in folders.items():
+        if found.same_tensor(wanted):
+            return _load_folder(folder, f"{spec}/{found}", wanted, device, dtype)
+    raise UserError(f"{spec!r} has no dictionary for {wanted}: it has {', '.join(map(str, folders))}")
+
+
+def load_saes(spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> dict[Site, Dictionary]:
+    """Load every SAE of `organism`, of `organism-shared` (learnt from both its checkpoints) or of a folder, ordered by
+    layer, or the one that RELEASE/SAE_ID names.
+    """
+    root = _root(spec)
+    if root.is_dir() and not (root / "cfg.json").is_file():
+        return {site: load_sae(spec, site, device, dtype) for site in _site_folders(root, spec)}
+    only = load_sae(spec, device=device, dtype=dtype)
+    return {only.site: only}
+
+
+def _root(spec: str) -> Path:
+    """The folder that a name or a path stands for."""
+    return organism.path(organism.DICTIONARIES[spec]) if spec in organism.DICTIONARIES else Path(spec)
+
+
+def _site_folders(root: Path, spec: str) -> dict[Site, Path]:
+    found = {}
+    for cfg in sorted(root.glob("*/cfg.json")):
+        try:
+            found[Site.parse(cfg.parent.name)] = cfg.parent
+        except UserError:
+            log.info("%s is not named after a site; left out", cfg.parent)
+    if not found:
+        raise UserError(
+            f"folder {spec!r} holds no dictionary: expected cfg.json in it, or in folders such as resid_post.3/"
+        )
+    return dict(sorted(found.items()))
+
+
+def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | torch.device, dtype: str) -> Dictionary:
+    from sae_lens import SAE
+
+    for part in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / part).is_file():
+            raise UserError(f"{name!r} lacks {part}: expected a folder in sae_lens' format")
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        stated = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
+        sae = SAE.load_from_disk(folder, device=str(device), dtype=dtype)
+    except Exception as error:  # damaged files fail in many ways inside the loaders; all are bad input
+        raise UserError(f"cannot read the dictionary in {name!r}: {_one_line(error)}") from error
+    return _finish(sae, stated, wanted, name)
+
+
+def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dtype: str) -> Dictionary:
+    release, _, sae_id = spec.partition("/")
+    if not sae_id:
+        raise UserError(
+            f"unknown dictionary {spec!r}: use 'organism', 'organism-shared', a folder, or RELEASE/SAE_ID "
+            "of sae_lens' releases"
+        )
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    if release not in get_pretrained_saes_directory():
+        # A hub repository is OWNER/NAME, so the SAE's id starts after the second slash.
+        owner_and_name, sae_id = "/".join(spec.split("/")[:2]), "/".join(spec.split("/")[2:])
+        if not sae_id:
+            raise UserError(
+                f"no folder {spec!r}, and {release!r} is no release that sae_lens knows: "
+                "give a folder, RELEASE/SAE_ID, or OWNER/REPOSITORY/SAE_ID"
+            )
+        release = owner_and_name
+    try:
+        sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype=dtype)
+    except Exception as error:  # the named loaders raise whatever their hub client does
+        raise UserError(f"cannot load dictionary {sae_id!r} of {release!r}: {_one_line(error)}") from error
+    return _finish(sae, sae.cfg.metadata.hook_name, wanted, spec)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _finish(sae: nn.Module, stated: str | None, wanted: Site | None, name: str) -> Dictionary:
+    if stated is None and wanted is None:
+        raise UserError(
+            f"dictionary {name!r} does not say where it belongs: give its site, as in site='resid_post.3', "
+            "or put it in a folder of that name"
+        )
+    trained_at = Site.parse(stated) if stated is not None else wanted
+    assert trained_at is not None
+    if wanted is not None and not trained_at.same_tensor(wanted):
+        raise UserError(f"dictionary {name!r} was trained at {trained_at}, not at {wanted}: load the one for {wanted}")
+    return adopt(sae, trained_at, name)
+
+
+def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:
+    """Take a sae_lens SAE that is in memory already, as the dictionary of a site.
+
+    Raises:
+        UserError: weights that are not finite, a normalisation that is not folded in, or a decoder that is not linear.
+    """
+    cfg: Any = sae.cfg
+    if cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        raise UserError(
+            f"dictionary {name!r} expects {cfg.normalize_activations} inputs that are not folded into its weights: "
+            "fold them with sae_lens (fold_activation_norm_scaling_factor or fold_activation_whitening), then save it"
+        )
+    if "transcoder" in cfg.architecture():
+        raise UserError(
+            f"{name!r} is a {cfg.architecture()}, which writes another site than it reads: load an autoencoder"
+        )
+    for key, value in sae.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, make it anew"
+            )
+    if getattr(sae, "hook_z_reshaping_mode", False):
+        sae.turn_off_forward_pass_hook_z_reshaping()  # type: ignore[operator]  # here, heads lie side by side
+    dictionary = Dictionary(sae.eval().requires_grad_(False), site, name)
+    _check_decoder(dictionary)
+    return dictionary
+
+
+@torch.no_grad()
+def _check_decoder(dictionary: Dictionary) -> None:
+    """Edits are written as `Δf · rows`: see once that the SAE's own decoder agrees."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, dictionary.d_in, generator=generator).to(dictionary.W_dec)
+    try:
+        latents = dictionary.encode(x)
+        acts = latents.acts + torch.rand(latents.acts.shape, generator=generator).to(latents.acts) / dictionary.d_sae
+        dictionary.sae.encode(x)  # type: ignore[operator]
+        truth = dictionary.sae.decode(acts)  # type: ignore[operator]
+        gap = (latents.reconstruction + latents.delta(acts) - truth).norm() / truth.norm().clamp(min=1e-6)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"dictionary {dictionary.name!r} ({dictionary.architecture}) cannot be edited: {error}"
+        ) from error
+    if gap > (1e-4 if dictionary.dtype == torch.float32 else 5e-2):
+        raise UserError(
+            f"dictionary {dictionary.name!r} ({dictionary.architecture}) has no linear decoder (gap {gap:.1e}): "
+            "use an autoencoder such as topk, jumprelu, gated or standard"
+        )

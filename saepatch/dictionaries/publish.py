@@ -1,0 +1,259 @@
+"""Upload dictionaries to a repository of the Hugging Face hub, in the layout that sae_lens and saepatch load."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from saepatch.errors import UserError
+from saepatch.model.sites import Site
+
+log = logging.getLogger(__name__)
+
+CFG, WEIGHTS, METRICS, CARD = "cfg.json", "sae_weights.safetensors", "metrics.json", "README.md"
+COLUMNS = ("architecture", "d_in", "d_sae", "l0", "fvu", "ce_recovered", "kl", "alive_share", "dense_share", "tokens")
+_ABOUT = {  # what the card says of all dictionaries, by key of their metadata
+    "model_name": "Model",
+    "dataset_path": "Data",
+    "training_tokens": "Tokens trained on",
+    "context_size": "Context",
+    "sae_lens_version": "sae_lens",
+    "saepatch_version": "saepatch",
+}
+_REMEDIES = {
+    401: "the hub does not know this token: log in again with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there: use one with write access, and a namespace that is yours",
+    404: "there is no such repository, or the token may not see it: check its name",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """A dictionary in a folder: where it belongs, and what its files say of it."""
+
+    site: Site
+    folder: Path
+    cfg: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.cfg.get("metadata") or {}
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for name in (CFG, WEIGHTS, METRICS) if (path := self.folder / name).is_file()]
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    branch: str = "",
+    message: str = "",
+    dry_run: bool = False,
+) -> list[str]:
+    """Upload the dictionary in a folder, or those in its `SITE/` sub-folders, in one commit; the repository may be new.
+
+    Each goes to `SITE/`, so that `sae_lens.SAE.from_pretrained(repo_id, SITE)` and `load_sae(f"{repo_id}/{SITE}")` load
+    it, with a model card beside them. Nothing but dictionaries goes up: no logs, no checkpoints.
+
+    Args:
+        folder: Of one dictionary, or what training leaves.
+        repo_id: OWNER/NAME.
+        private: Make the repository private; one that is there already has to be.
+        branch: Where to commit, made if need be; empty: the repository's main branch.
+        message: Of the commit.
+        dry_run: Upload nothing.
+
+    Returns:
+        The paths of the files in the repository.
+
+    Raises:
+        UserError: there is no dictionary, one is damaged, `repo_id` is malformed, there is no token, or the hub refuses
+            or cannot be reached.
+    """
+    _check_repo_id(repo_id)
+    found = saved_in(Path(folder))
+    files: dict[str, Path | bytes] = {f"{d.site}/{path.name}": path for d in found for path in d.files}
+    files[CARD] = card(found, repo_id).encode()
+    for name, value in sorted(
+        {(key, str(d.metadata.get(key))) for d in found for key in ("model_name", "dataset_path")}
+    ):
+        if Path(value).is_absolute():
+            log.warning("%s of cfg.json is a path of this machine (%s): it goes up as it is", name, value)
+    if not dry_run:
+        _upload(files, repo_id, private, branch, message or f"Dictionaries at {_span(found)}")
+    return list(files)
+
+
+def saved_in(folder: Path) -> list[Saved]:
+    """The dictionary in a folder, or those in its sub-folders, by layer; files are looked at, weights are not loaded.
+
+    Raises:
+        UserError: there is none, one is not whole, or two are for one site.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r}: give the folder of a dictionary, or the one that training left")
+    places = [folder] if (folder / CFG).is_file() else [path.parent for path in sorted(folder.glob(f"*/{CFG}"))]
+    # What is half written (.part-…) has a name that begins with a dot.
+    places = [place for place in places if place is folder or not place.name.startswith(".")]
+    if not places:
+        raise UserError(
+            f"folder {str(folder)!r} holds no dictionary: expected {CFG} in it, or in folders such as resid_post.3/"
+        )
+    found: dict[Site, Saved] = {}
+    for place in places:
+        dictionary = _read(place)
+        if (other := found.get(dictionary.site)) is not None:
+            raise UserError(
+                f"{str(other.folder)!r} and {str(place)!r} are both for {dictionary.site}: remove one of them"
+            )
+        found[dictionary.site] = dictionary
+    return [found[site] for site in sorted(found)]
+
+
+def _read(place: Path) -> Saved:
+    try:
+        cfg = json.loads((place / CFG).read_text(encoding="utf-8"))
+        figures = json.loads((place / METRICS).read_text(encoding="utf-8")) if (place / METRICS).is_file() else None
+        if not isinstance(cfg, dict) or not isinstance(figures, dict | None):
+            raise ValueError("not a JSON object")
+        if not isinstance(cfg.get("metadata") or {}, dict):
+            raise ValueError("its metadata is no JSON object")
+        with safe_open(place / WEIGHTS, "pt") as weights:
+            if "W_dec" not in weights.keys():  # noqa: SIM118 (it is no dict)
+                raise ValueError(f"{WEIGHTS} has no W_dec")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read the dictionary in {str(place)!r} ({' '.join(str(error).split())}): save it again"
+        ) from error
+    metadata = cfg.get("metadata") or {}
+    stated = metadata.get("hook_name") or cfg.get("hook_name")
+    metrics = figures if figures is not None else metadata.get("metrics")
+    return Saved(_site(place, stated), place, cfg, metrics if isinstance(metrics, dict) else {})
+
+
+def _site(place: Path, stated: object) -> Site:
+    for text in (stated, place.resolve().name):
+        try:
+            return Site.parse(str(text))
+        except UserError:
+            continue
+    raise UserError(
+        f"{str(place)!r} does not say at which site it belongs: name the folder after it, as in resid_post.3"
+    )
+
+
+def card(dictionaries: list[Saved], repo_id: str) -> str:
+    """The model card: front matter, how to load, what the metadata says, the metrics of each site."""
+    first = dictionaries[0]
+    model, data = str(first.metadata.get("model_name", "")), str(first.metadata.get("dataset_path", ""))
+    about: dict[str, Any] = {"library_name": "saelens", "tags": ["sparse-autoencoder", "sae", "saepatch"]}
+    about |= {"base_model": model} if _on_hub(model) else {}
+    about |= {"datasets": [data]} if _on_hub(data) else {}
+    shown = [(d, {**d.cfg, **d.metrics}) for d in dictionaries]
+    columns = [name for name in COLUMNS if any(name in values for _, values in shown)]
+    lines = ["---", yaml.safe_dump(about, sort_keys=False).strip(), "---", "", f"# {_plain(repo_id)}", ""]
+    lines += [
+        f"Sparse autoencoders of {_plain(_short(model)) or 'a language model'} at {len(dictionaries)} site(s).",
+        "",
+    ]
+    lines += ["```python", "from sae_lens import SAE", f'sae = SAE.from_pretrained("{repo_id}", "{first.site}")', ""]
+    lines += ["import saepatch", f'sae = saepatch.load_sae("{repo_id}/{first.site}")', "```", ""]
+    lines += [
+        f"- {label}: {_plain(_short(first.metadata[key]))}" for key, label in _ABOUT.items() if first.metadata.get(key)
+    ]
+    lines += ["", "## Metrics", "", _row(["site", *columns]), _row(["---"] * (len(columns) + 1))]
+    lines += [_row([_plain(d.site), *(_cell(values.get(name)) for name in columns)]) for d, values in shown]
+    return "\n".join(
+        [*lines, "", f"All figures of a site are in its `{METRICS}`, and in the metadata of its `{CFG}`.", ""]
+    )
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else _plain(value)
+
+
+def _plain(value: object) -> str:
+    """A value as text that Markdown shows as it is: one line, at most 200 characters, no markup, no links."""
+    text = " ".join(str(value).split())
+    text = "".join(char for char in text if char.isprintable())[:200]
+    return re.sub(r"([!-+./:-@\[-`{-~])", r"\\\1", text)
+
+
+def _short(value: object) -> str:
+    """A path of this machine is nobody else's business: its last part is enough."""
+    return Path(str(value)).name if Path(str(value)).is_absolute() else str(value)
+
+
+def _on_hub(name: str) -> bool:
+    """Whether it reads as OWNER/NAME; a wrong link in a card is worse than none."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)) and not Path(name).exists()
+
+
+def _span(dictionaries: list[Saved]) -> str:
+    names = [str(d.site) for d in dictionaries]
+    return names[0] if len(names) == 1 else f"{len(names)} sites, {names[0]} to {names[-1]}"
+
+
+def _check_repo_id(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"repository {repo_id!r} cannot be one's name: {' '.join(str(error).split())}") from error
+    if "/" not in repo_id:  # sae_lens would take it for one of its releases
+        raise UserError(f"repository {repo_id!r} names no owner: write OWNER/NAME, as in your-name/{repo_id}")
+
+
+def _upload(files: Mapping[str, Path | bytes], repo_id: str, private: bool, branch: str, message: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if huggingface_hub.get_token() is None:
+        raise UserError(
+            "the hub asks who you are: log in with `hf auth login`, or set HF_TOKEN to a token with write access"
+        )
+    api = HfApi(library_name="saepatch")
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise UserError(
+                f"{repo_id!r} is there already and public: choose another name, make it private, or leave --private out"
+            )
+        if branch:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        operations = [
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path, content in files.items()
+        ]
+        api.create_commit(repo_id, operations, commit_message=message, revision=branch or None)
+    except UserError:
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = " ".join((error.server_message or "").split())
+        reason = _REMEDIES.get(status) or "try again, and see https://status.huggingface.co if it stays so"
+        raise UserError(f"the hub refuses {repo_id!r} ({status}{': ' + said if said else ''}): {reason}") from error
+    except Exception as error:  # connections fail in many ways inside the hub's client
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"cannot upload to {repo_id!r} ({text}): check the network and HF_ENDPOINT, then push again"
+        ) from error

@@ -1,0 +1,262 @@
+"""How the corrupted run of a pair comes about where it is not simply its corrupted prompt.
+
+`GaussianNoise` disturbs what the clean prompt's subject tokens embed to; `Zero` and `Mean` ablate what is patched, so
+that noising one unit is ablating it. To resample instead, give pairs made by `saepatch.data.batches.resampled`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saepatch.data.batches import PairBatch
+from saepatch.engine.components import Component, Patchable, as_components
+from saepatch.engine.kept_run import Run
+from saepatch.errors import UserError
+from saepatch.model.hooks import capture, edit_embeddings, embed_tokens, is_spliced
+from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.positions import Positions
+from saepatch.model.sites import Site
+from saepatch.splicing.splice import whole_prompt
+
+
+@runtime_checkable
+class Corruption(Protocol):
+    """Makes the corrupted run. `samples` runs are made of each pair, and effects are averaged over them.
+
+    `at_component` says that what is corrupted is the component that is patched, so there can be only one.
+    """
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def at_component(self) -> bool: ...
+    def run(
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
+    ) -> Run:
+        """The corrupted run of a batch whose rows are the pairs, each as often as there are samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """The clean prompt with normal noise on the embeddings of its subject tokens: causal tracing.
+
+    The noise has `sigma` times the standard deviation of all token embeddings of the model. Every sample of every pair
+    has its own, which depends on `seed`, the clean prompt and the sample's number only. Corrupted prompts are not read.
+
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1; `sigma` and `samples` are
+    theirs.
+
+    Raises:
+        UserError: on use, where a prompt does not hold the subject.
+    """
+
+    subject: Positions
+    sigma: float = 3.0
+    samples: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise UserError(f"sigma = {self.sigma}: noise needs a standard deviation above 0")
+        if self.samples < 1:
+            raise UserError(f"samples = {self.samples}: use at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed = {self.seed}: use 0 or more")
+
+    @property
+    def at_component(self) -> bool:
+        return False
+
+    def run(
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
+    ) -> Run:
+        noise = self._noise(model, batch)
+        # Edited passes resume from what the run's sites held, so the noise is needed in this one pass only.
+        with edit_embeddings(model.hf, lambda x: x + noise.to(x)):
+            return Run(model, batch.clean, {component.site for component in components}, keep_cache=keep_cache)
+
+    def _noise(self, model: LanguageModel, batch: PairBatch) -> Float[Tensor, "batch pos d_embed"]:
+        where = _chosen(model, batch, self.subject, self.samples).cpu().numpy()
+        width, spread = _embeddings(model)
+        noise = np.zeros((*where.shape, width), dtype=np.float32)
+        for row, (pair, chosen) in enumerate(zip(batch.pairs, where, strict=True)):
+            # drawn for the subject's tokens alone, on the CPU: the same under any padding, batch, list and device
+            text = int.from_bytes(hashlib.sha256(pair.clean.encode()).digest()[:8], "big")
+            draw = np.random.default_rng((self.seed, text, row % self.samples))
+            noise[row, chosen] = self.sigma * spread * draw.standard_normal((int(chosen.sum()), width))
+        return torch.from_numpy(noise)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The clean prompt with what is patched set to 0: every latent (the error term kept), head, coordinate or stream.
+
+    Noising a unit is then its zero ablation, as a share of what ablating all units does; denoising restores it alone
+    into the run where all are ablated. `positions` are where the ablation acts; where units are patched is the sweep's
+    own choice.
+    """
+
+    positions: Positions = "all"
+
+    @property
+    def samples(self) -> int:
+        return 1
+
+    @property
+    def at_component(self) -> bool:
+        return True
+
+    def run(
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
+    ) -> Run:
+        return _ablated(model, batch, components, clean, keep_cache, self.positions, torch.zeros(()))
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """As `Zero`, but everything is set to its mean over reference prompts: `Mean.over(model, dictionary, tokens)`.
+
+    `values` are [pos, values], one mean for each of a prompt's own tokens (a BOS counts), or [values], one for all.
+    `of` names the site and kind of component that they are means of, which is checked where it is given.
+    """
+
+    values: Float[Tensor, "*pos values"] = field(repr=False)
+    positions: Positions = "all"
+    of: tuple[Site, str] | None = None
+
+    @property
+    def samples(self) -> int:
+        return 1
+
+    @property
+    def at_component(self) -> bool:
+        return True
+
+    @classmethod
+    @torch.no_grad()
+    def over(
+        cls,
+        model: LanguageModel,
+        what: Patchable,
+        tokens: Tokens,
+        by_position: bool = True,
+        positions: Positions = "all",
+        batch_size: int = 32,
+    ) -> "Mean":
+        """Means of a component (or a dictionary's latents) over prompts: at each position, or over all ordinary ones.
+
+        Raises:
+            UserError: means by position of prompts of unequal token length, no ordinary position, a component that does
+                not belong to the model, or a model that is inside a splice.
+        """
+        (component,) = as_components(model, what)
+        if is_spliced(model.layout):
+            raise UserError("means are taken on the bare model, and it is inside a splice: leave the splice first")
+        lengths = sorted(set(tokens.lengths.tolist()))
+        if by_position and len(lengths) != 1:
+            raise UserError(
+                f"reference prompts have {lengths[0]} to {lengths[-1]} tokens, so their positions do not line up: "
+                "give prompts of equal token length, or take one mean for all positions (by_position=False)"
+            )
+        total, n = torch.zeros((), dtype=torch.float64, device=model.device), 0
+        for batch in tokens.batches(batch_size):
+            x = capture(model.hf, model.layout, [component.site], model.inputs(batch))[component.site]
+            values = component.read(x).double()
+            if by_position:
+                total = total + values[batch.attention_mask.bool()].unflatten(0, (len(batch), -1)).sum(0)
+                n += len(batch)
+            else:
+                total = total + values[batch.ordinary].sum(0)
+                n += int(batch.ordinary.sum())
+        if not n:
+            raise UserError("the tokens hold nothing beside BOS and padding: give at least one ordinary token")
+        return cls((total / n).float(), positions, (component.site, component.kind))
+
+    def run(
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
+    ) -> Run:
+        (component,) = components
+        if self.of is not None and self.of != (component.site, component.kind):
+            raise UserError(
+                f"means of {self.of[1]!r} at {self.of[0]}, but {component.kind!r} at {component.site} is patched: take "
+                "the mean over the component that is patched"
+            )
+        values = self.values.to(model.device)
+        if values.ndim == 2:
+            for row, length in enumerate(batch.clean.lengths.tolist()):
+                if length != len(values):
+                    raise UserError(
+                        f"{_name(batch, row)} has {length} tokens, the means are for {len(values)} positions: take "
+                        "means over prompts of that length, or by_position=False"
+                    )
+            values = values[whole_prompt(model, batch.clean).index.clamp(min=0)]
+        return _ablated(model, batch, components, clean, keep_cache, self.positions, values)
+
+
+def _ablated(
+    model: LanguageModel,
+    batch: PairBatch,
+    components: Sequence[Component],
+    clean: Run,
+    keep_cache: bool,
+    positions: Positions,
+    values: Float[Tensor, "*batch_pos_values"],
+) -> Run:
+    """The clean run again, with all units of the component set to values at the chosen positions."""
+    (component,) = components
+    x = clean.values[component.site]
+    own = component.read(x)
+    if values.ndim and values.shape[-1] != own.shape[-1]:
+        raise UserError(
+            f"{values.shape[-1]} means, but {component.kind!r} at {component.site} has {own.shape[-1]} values: take "
+            "the mean over the component that is patched"
+        )
+    where = _chosen(model, batch, positions)
+    written = torch.where(where[..., None], values.to(own), own)
+    new = component.write(x, written, where).applied(x)
+    run = Run(model, batch.clean, {component.site}, {component.site: lambda _: new}, keep_cache)
+    run.written = written
+    return run
+
+
+def _chosen(
+    model: LanguageModel, batch: PairBatch, positions: Positions, samples: int = 1
+) -> Bool[Tensor, "batch pos"]:
+    """Where the clean prompts have these positions; rows come in runs of `samples` that are one pair."""
+    rows = []
+    for row in range(0, len(batch), samples):
+        try:
+            where = whole_prompt(model, batch.clean.rows([row])).select(positions)
+        except UserError as error:
+            raise UserError(f"{_name(batch, row)}: {error}") from error
+        if not bool(where.any()):
+            raise UserError(f"{_name(batch, row)}: positions {positions!r} hold no token of it: name others")
+        rows.append(where)
+    return torch.cat(rows).repeat_interleave(samples, 0)
+
+
+def _name(batch: PairBatch, row: int) -> str:
+    pair = batch.pairs[row]
+    return f"pair {pair.example or int(batch.index[row])}: the clean prompt {pair.clean!r}"
+
+
+@torch.no_grad()
+def _embeddings(model: LanguageModel) -> tuple[int, float]:
+    """Width of the token embeddings, and the standard deviation of all their entries as the model reads them.
+
+    Not that of the weights: some families (Gemma) scale what they look up.
+    """
+    total = squares = 0.0
+    n = width = 0
+    for ids in torch.arange(int(model.config.get_text_config().vocab_size), device=model.device).split(4096):
+        embedded = embed_tokens(model.hf)(ids).double()
+        total, squares = total + float(embedded.sum()), squares + float((embedded**2).sum())
+        n, width = n + embedded.numel(), embedded.shape[-1]
+    return width, float(np.sqrt(squares / n - (total / n) ** 2))

@@ -1,0 +1,172 @@
+"""What the first and the last block of a resumed pass need not compute. Found by probing the block, not by its family.
+
+Only the next token's logits are wanted, so in the last block a linear map whose output stays at its own position (the
+output projection, the MLP, mostly the queries too) runs at the last position alone. And where one position of the
+site is edited, a linear map of the first block that sees its own position only (queries, keys, values; the MLP, too,
+where it runs beside attention) runs at that position alone; elsewhere it gives what it gave in the kept run.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saepatch.model.hooks import capture, edit_sites, forwards_replaced, skip_blocks
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+
+Forward = Callable[..., Any]
+MOST_MAPS = 24  # a block with more linear maps (a mixture of experts, say) is not probed
+_KNOWN: WeakKeyDictionary[nn.Module, "Maps"] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """Linear maps of one block, by what they need: `own` see one position only; `stays` reach one position only.
+
+    The outputs of those in `wide` are expected at every position, though only the last one's is used.
+    """
+
+    own: tuple[nn.Module, ...] = ()
+    stays: tuple[nn.Module, ...] = ()
+    wide: frozenset[nn.Module] = frozenset()
+
+
+def quick_activations(blocks: Iterable[nn.Module]) -> dict[nn.Module, Forward]:
+    """One kernel for activations that are written out operation by operation (GPT-2's, ten times slower)."""
+    from transformers.activations import NewGELUActivation
+
+    quick = partial(nn.functional.gelu, approximate="tanh")
+    return {m: quick for block in blocks for m in block.modules() if isinstance(m, NewGELUActivation)}
+
+
+def at_last(module: nn.Module, wide: bool) -> Forward:
+    """A forward that computes the last position alone."""
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if x.ndim != 3 or x.shape[1] == 1:
+            return plain(x)
+        out = plain(x[:, -1:])
+        return out.expand(-1, x.shape[1], -1) if wide else out
+
+    return forward
+
+
+def at_edited(module: nn.Module, kept: Float[Tensor, "edits columns out"], column: Int[Tensor, "edits"]) -> Forward:
+    """A forward that computes the edited position alone; `kept` is what the others give, and is written into."""
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        each = torch.arange(len(x), device=x.device)
+        kept[each, column] = plain(x[each, column])
+        return kept
+
+    return forward
+
+
+def find_maps(model: LanguageModel, layer: int) -> Maps:
+    """Probe one block with a few tokens; remembered."""
+    block = model.layout.blocks[layer]
+    if block not in _KNOWN:
+        try:
+            _KNOWN[block] = _probe(model, layer)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            _KNOWN[block] = Maps()  # a block that cannot be probed has no shortcuts; it still runs
+    return _KNOWN[block]
+
+
+def forget_maps(model: LanguageModel) -> bool:
+    """Forget what probing the model's blocks has found; whether there was anything."""
+    known = [_KNOWN.pop(block, None) for block in model.layout.blocks]
+    return any(maps is not None for maps in known)
+
+
+@torch.no_grad()
+def kept_outputs(
+    model: LanguageModel, layer: int, x: Float[Tensor, "batch pos d_model"], inputs: Mapping[str, Any]
+) -> dict[nn.Module, Float[Tensor, "batch pos out"]]:
+    """What the `own` maps of a block give for an input of the block."""
+    maps, seen = find_maps(model, layer).own, {}
+
+    def watched(module: nn.Module, plain: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            seen[module] = plain(x)
+            return seen[module]
+
+        return forward
+
+    with forwards_replaced({module: watched(module, module.forward) for module in maps}):
+        _block(model, layer, x, inputs)
+    return seen
+
+
+def _block(model: LanguageModel, layer: int, x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """What one block makes of an input, run by the model itself."""
+    after = Site(layer)
+    with skip_blocks(model.layout, layer), edit_sites(model.layout, {Site(layer, "resid_pre"): lambda _: x}):
+        return capture(model.hf, model.layout, [after], inputs)[after]
+
+
+@torch.no_grad()
+def _probe(model: LanguageModel, layer: int) -> Maps:
+    from transformers.pytorch_utils import Conv1D
+
+    block = model.layout.blocks[layer]
+    linear = [m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    if not 0 < len(linear) <= MOST_MAPS:
+        return Maps()
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = (torch.arange(6, device=model.device) * 5 + 3).unsqueeze(0) % vocabulary
+    inputs = {"input_ids": ids, "use_cache": False}
+    x = torch.randn(1, 6, model.d_model, generator=torch.Generator().manual_seed(1)).to(model.device, model.dtype)
+    other = x.clone()
+    other[:, 0] = other[:, 0].roll(1, -1)
+    seen: dict[nn.Module, list[Tensor]] = {module: [] for module in linear}
+
+    def watched(module: nn.Module, plain: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            seen[module].append(x)
+            return plain(x)
+
+        return forward
+
+    with forwards_replaced({module: watched(module, module.forward) for module in linear}):
+        expected = _block(model, layer, x, inputs)
+        _block(model, layer, other, inputs)
+    called_once = [m for m in linear if len(seen[m]) == 2 and seen[m][0].shape[:2] == (1, 6)]
+    own = [m for m in called_once if torch.equal(seen[m][0][:, 1:], seen[m][1][:, 1:])]
+    stays, wide = [], set()
+
+    def runs(module: nn.Module, forward: Forward) -> Tensor | None:
+        with forwards_replaced({module: forward}):
+            try:
+                return _block(model, layer, x, inputs)
+            except RuntimeError:  # shapes that no longer fit
+                return None
+
+    def nudged(plain: Forward, x: Tensor) -> Tensor:
+        out = plain(x).clone()
+        out[:, 0] += out.std() + 1
+        return out
+
+    for module in called_once:
+        moved = runs(module, partial(nudged, module.forward))
+        if moved is None or not torch.equal(moved[:, 1:], expected[:, 1:]):
+            continue
+        for as_wide in (False, True):
+            out = runs(module, at_last(module, as_wide))
+            if (
+                out is not None
+                and out.shape == expected.shape
+                and torch.allclose(out[:, -1], expected[:, -1], 1e-3, 1e-4)
+            ):
+                stays.append(module)
+                wide |= {module} if as_wide else set()
+                break
+    return Maps(tuple(own), tuple(stays), frozenset(wide))

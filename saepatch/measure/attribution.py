@@ -1,0 +1,416 @@
+"""Attribution patching: what each latent and error term contributes to an effect, from gradients instead of runs.
+
+Two forward passes and one backward pass through the later blocks screen every node at every position (Nanda 2023; Syed,
+Rager and Conmy 2023; on latents of a dictionary, Marks et al. 2024): with g the gradient of the metric at a site of the
+base run, a latent that differs by Δf between the runs has the estimate `Δf · (g · d_j)`, an error term `Δε · g`.
+Verifying runs the largest, and a random sample of the others, exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+from tqdm import tqdm
+
+from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import (
+    Changes,
+    Component,
+    Direction,
+    Edit,
+    ErrorTerm,
+    LatentUnits,
+    as_components,
+    between,
+)
+from saepatch.engine.corruptions import Corruption
+from saepatch.engine.gradients import (
+    Base,
+    FirstOrder,
+    GradDrop,
+    Gradients,
+    IntegratedGradients,
+    Method,
+    Readout,
+    products_of,
+)
+from saepatch.engine.kept_run import Run
+from saepatch.engine.metrics import Metric, logit_difference, metric_name
+from saepatch.engine.sweep import Align
+from saepatch.errors import UserError
+from saepatch.measure.patching import patch_edits
+from saepatch.measure.screen import ERROR, Attribution, Verification
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.positions import Positions
+from saepatch.splicing.splice import choose_positions
+
+__all__ = [
+    "Attribution",
+    "FirstOrder",
+    "GradDrop",
+    "IntegratedGradients",
+    "Verification",
+    "attribute",
+    "integrated_gradients",
+]
+
+FIRST_ORDER = FirstOrder()
+# Encoders that look at one position only: these are run on the positions that differ, and need no decoding.
+BY_POSITION = frozenset({"standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit"})
+ENCODE_MEMORY = 2**26  # bytes of latents that are encoded at a time
+PAIRS_MEMORY = 2**30  # bytes that activations of a batch of pairs may take
+
+
+def attribute(
+    model: LanguageModel,
+    dictionaries: Dictionary | Sequence[Dictionary],
+    pairs: Sequence[PromptPair],
+    positions: Positions = "all",
+    direction: Direction = "denoise",
+    metric: Metric = logit_difference,
+    method: Method = FIRST_ORDER,
+    verify: int = 0,
+    sample: int = 0,
+    corruption: Corruption | None = None,
+    min_gap: float = 1e-2,
+    align: Align = "equal",
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Attribution:
+    """Estimate the effect of patching every latent and error term, at every position and site, each alone.
+
+    Two forward passes a batch of pairs, and the backward passes of the method through the blocks after the first site.
+    Only nodes that differ between the runs are in the result. Of a dictionary that normalises its input, latents are
+    written in the scale of the base run, as exact patching does, and what the change of scale alone does is no node's.
+
+    Args:
+        dictionaries: One, or several at different sites, whose gradients come from the same passes.
+        direction: "denoise" patches clean values into the corrupted run, "noise" the other way round.
+        method: `FirstOrder()`, `IntegratedGradients(steps)` or `GradDrop()`.
+        verify: Run as many nodes exactly (`saepatch.measure.patching`): those with the largest estimates by size.
+        sample: Run as many more, drawn at random from all others.
+        corruption: What makes the corrupted run; None: the pair's corrupted prompt. One that acts at what is patched
+            leaves error terms out.
+        min_gap: Pairs whose clean and corrupted metric differ by less have no normalised effect.
+        align: As for `batch_pairs`.
+        batch_size: Pairs at a time; None: as many as fit.
+        seed: Of the random sample.
+
+    Raises:
+        UserError: dictionaries of another model or of one tensor, pairs that do not line up, a metric without gradient
+            or of another shape than one value a pair, a model in training mode, or an unknown direction.
+    """
+    several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
+    if direction not in ("denoise", "noise"):
+        raise UserError(f"unknown direction {direction!r}: use 'denoise' or 'noise'")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: use at least 1, or None to have it chosen")
+    options = _Options(positions, direction, metric, method, corruption, align, batch_size, progress)
+    found = _screen(model, several, pairs, options)
+    columns = found.columns(-1.0 if direction == "noise" and not found.absolute else 1.0)
+    result = Attribution(
+        direction=direction,
+        metric=metric_name(metric),
+        method=method.name,
+        positions=positions if isinstance(positions, str) else repr(positions),
+        sites=tuple(dictionary.site for dictionary in several),
+        kinds=("latent",) * len(several),
+        examples=tuple(pair.example or str(number) for number, pair in enumerate(pairs)),
+        clean=found.clean,
+        corrupted=found.corrupted,
+        pair=columns["pair"],
+        site=columns["site"],
+        unit=columns["unit"],
+        position=columns["position"],
+        score=columns["score"],
+        min_gap=min_gap,
+        sizes=found.absolute,
+    )
+    if not isinstance(method, IntegratedGradients):
+        result.warn_if_flat("use IntegratedGradients")
+    if not verify and not sample:
+        return result
+
+    def exact(edits: list[tuple[int, Edit]]) -> Float[ndarray, "nodes"]:
+        return _exact(model, several, pairs, edits, options)
+
+    return result.verify(verify, sample, exact, seed)
+
+
+def integrated_gradients(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    pairs: Sequence[PromptPair],
+    positions: Positions = "all",
+    metric: Metric = logit_difference,
+    steps: int = 10,
+    batch_size: int = 64,
+) -> tuple[Float[Tensor, "pairs d_sae"], Float[Tensor, "pairs"]]:
+    """Share of each latent, over all positions, and of all else in the change that patching the site makes.
+
+    `attribute` with `IntegratedGradients(steps)`, denoising, summed over positions. In units of the metric. Both
+    together approach `m(site patched) − m(corrupted)` as `steps` grows (completeness).
+
+    Raises:
+        UserError: pairs that do not line up, or fewer than one step.
+    """
+    method = IntegratedGradients(steps)
+    options = _Options(positions, "denoise", metric, method, None, "equal", batch_size, False)
+    found = _screen(model, [dictionary], pairs, options)
+    columns = found.columns(1.0)
+    of_latent = columns["unit"] != ERROR
+    latents = torch.zeros(len(pairs), dictionary.d_sae, dtype=torch.float64)
+    where = tuple(torch.from_numpy(columns[name][of_latent]) for name in ("pair", "unit"))
+    latents.index_put_(where, torch.from_numpy(columns["score"][of_latent]), accumulate=True)
+    return latents, torch.from_numpy(found.total[0]) - latents.sum(-1)
+
+
+@dataclass(frozen=True)
+class _Options:
+    positions: Positions
+    direction: Direction
+    metric: Metric
+    method: Method
+    corruption: Corruption | None
+    align: Align
+    batch_size: int | None
+    progress: bool
+
+
+@dataclass(eq=False)
+class _Found:
+    """What screening has gathered so far; `total[site, pair]` is the estimate of patching the whole site."""
+
+    clean: Float[ndarray, "pairs"]
+    corrupted: Float[ndarray, "pairs"]
+    total: Float[ndarray, "sites pairs"]
+    parts: list[dict[str, ndarray]] = field(default_factory=list)
+    absolute: bool = False
+
+    def columns(self, sign: float) -> dict[str, ndarray]:
+        """Columns of all nodes; of samples of one pair the mean."""
+        empty = {name: np.zeros(0, dtype=np.int64) for name in ("pair", "site", "unit", "position")}
+        parts = self.parts or [empty | {"score": np.zeros(0)}]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        keys = np.stack([columns[name] for name in empty])
+        order = np.lexsort(keys[::-1])
+        keys, score = keys[:, order], columns["score"][order]
+        first = np.ones(len(score), dtype=bool)
+        first[1:] = (keys[:, 1:] != keys[:, :-1]).any(0)
+        score = np.bincount(first.cumsum() - 1, weights=score) if len(score) else score
+        return dict(zip(empty, keys[:, first], strict=True)) | {"score": sign * score}
+
+
+@torch.inference_mode(False)
+def _screen(
+    model: LanguageModel, dictionaries: Sequence[Dictionary], pairs: Sequence[PromptPair], options: _Options
+) -> _Found:
+    components = as_components(model, dictionaries)
+    sites = [dictionary.site for dictionary in dictionaries]
+    for number, site in enumerate(sites):
+        if taken := [str(other) for other in sites[:number] if other.same_tensor(site)]:
+            raise UserError(f"two dictionaries for one tensor ({taken[0]} and {site}): attribute with one of them")
+    corruption = options.corruption
+    if corruption is not None and corruption.at_component and len(sites) > 1:
+        raise UserError(f"{corruption} corrupts what is patched, so attribute one dictionary at a time")
+    samples = 1 if corruption is None else corruption.samples
+    if corruption is not None:  # the corrupted prompts are not read
+        pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
+    whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
+    found = _Found(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
+    at_once = options.batch_size or _pairs_at_once(model, whole.clean.input_ids.shape[1] * samples)
+    bar = tqdm(desc=options.method.name, total=len(pairs), unit="pair", disable=not options.progress, leave=False)
+    with bar:
+        for few in same_length_batches(whole, at_once):
+            part = few.rows([row for row in range(len(few)) for _ in range(samples)])
+            _screen_part(model, dictionaries, components, part, options, samples, found)
+            bar.update(len(few))
+    return found
+
+
+def _pairs_at_once(model: LanguageModel, width: int) -> int:
+    """Pairs whose graph fits: a block keeps some thirty activations of the model's width, and its attention scores."""
+    a_token = 4 * model.n_layers * (34 * model.d_model + 3 * model.n_heads * width)
+    return max(1, min(64, PAIRS_MEMORY // (a_token * width)))
+
+
+def _screen_part(
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    components: Sequence[Component],
+    part: PairBatch,
+    options: _Options,
+    samples: int,
+    found: _Found,
+) -> None:
+    """Screen one batch: its source run, its base run with gradients, and the products of these."""
+    denoise, corruption = options.direction == "denoise", options.corruption
+    sites = [dictionary.site for dictionary in dictionaries]
+    readout = Readout.of(options.metric, part)
+    runs: tuple[Run, Run] | None = None
+    if corruption is None:
+        tokens, others = (part.corrupted, part.clean) if denoise else (part.clean, part.corrupted)
+        with readout.running(model):
+            source = Run(model, others, sites, keep_cache=False)
+    else:
+        clean = Run(model, part.clean, sites, keep_cache=False)
+        corrupted = corruption.run(model, part, components, clean, False)
+        runs = (corrupted, clean) if denoise else (clean, corrupted)
+        tokens, source = runs[0].tokens, runs[1]
+    where = part.where
+    assert where is not None
+    alike = (tokens.input_ids == source.tokens.input_ids) & (tokens.attention_mask == source.tokens.attention_mask)
+    alike = alike.cumprod(-1).bool()
+    base = Base(model, tokens, sites, readout, None if runs is None else runs[0])
+    gradients = options.method.take(base, source.values, where)
+    index = part.index.cpu().numpy()
+    metrics = [_numpy(gradients.metric), _numpy(readout(source.logits))]
+    for total, metric in zip((found.clean, found.corrupted), metrics[::-1] if denoise else metrics, strict=True):
+        np.add.at(total, index, metric / samples)
+    found.absolute = gradients.absolute
+    padding = tokens.input_ids.shape[1] - tokens.lengths
+    if options.align == "right":  # positions count back from the end
+        padding = torch.full_like(padding, tokens.input_ids.shape[1])
+    for number, dictionary in enumerate(dictionaries):
+        with torch.no_grad():
+            x = source.values[dictionary.site]
+            at_latents = corruption is not None and corruption.at_component
+            here = _score(dictionary, gradients, x, runs, where, alike, at_latents)
+        np.add.at(found.total[number], index, _numpy(here.total) / samples)
+        found.parts.append(
+            {
+                "pair": index[here.row.cpu().numpy()],
+                "site": np.full(len(here.row), number),
+                "unit": here.unit.cpu().numpy(),
+                "position": (here.pos - padding[here.row]).cpu().numpy(),
+                "score": _numpy(here.score) / samples,
+            }
+        )
+
+
+def _numpy(values: Float[Tensor, "some"]) -> Float[ndarray, "some"]:
+    return values.detach().cpu().double().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """Nodes of one site, as row, column and unit of a batch; `total` is the score of its whole value, by row."""
+
+    row: Int[Tensor, "nodes"]
+    pos: Int[Tensor, "nodes"]
+    unit: Int[Tensor, "nodes"]
+    score: Float[Tensor, "nodes"]
+    total: Float[Tensor, "batch"]
+
+
+def _score(
+    dictionary: Dictionary,
+    gradients: Gradients,
+    source: Tensor,
+    runs: tuple[Run, Run] | None,
+    where: Bool[Tensor, "batch pos"],
+    alike: Bool[Tensor, "batch pos"],
+    latents_only: bool,
+) -> _Scored:
+    """Scores of a dictionary's latents and error terms; `runs` are base and source where a corruption made one.
+
+    `alike` is where both prompts are the same up to there.
+    """
+    x, g = (held[dictionary.site].to(where.device) for held in (gradients.values, gradients.of))
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    way = source.to(g.dtype) - x.to(g.dtype)
+    if runs is None:  # after the same tokens a difference can only be rounding
+        rounding = 8 * torch.finfo(source.dtype).eps * x.abs().amax(-1)
+        where = where & ~(alike & (way.abs().amax(-1) <= rounding))
+    way = way * where[..., None]
+    whole = torch.stack([(way * one).sum(-1) for one in g])
+    moved = way.ne(0).any(-1)
+    if runs is None and _by_position(dictionary):
+        latents = _latent_changes(dictionary, x, source, moved)
+        products = products_of(latents, g)
+        rest = whole.clone()  # the error term is all that is left, for latents add their rows unscaled
+        for one, product in zip(rest, products, strict=True):
+            one.index_put_((latents.row, latents.pos), -product, accumulate=True)
+        row, pos = moved.nonzero(as_tuple=True)
+        of_errors = rest[:, row, pos]
+    else:
+        mine: list[Component] = [LatentUnits(dictionary), ErrorTerm(dictionary)]
+        if runs is None:
+            changes = [component.write(x, component.read(source), where) for component in mine]
+        else:
+            changes = [between(component, *runs, where) for component in mine[: 1 if latents_only else 2]]
+        latents = changes[0]
+        products = products_of(latents, g)
+        row, pos, of_errors = latents.row[:0], latents.pos[:0], products[:, :0]
+        if not latents_only:
+            row, pos, of_errors = changes[1].row, changes[1].pos, products_of(changes[1], g)
+    return _Scored(
+        torch.cat([latents.row, row]),
+        torch.cat([latents.pos, pos]),
+        torch.cat([latents.unit, torch.full_like(row, ERROR)]),
+        _over_takes(torch.cat([products, of_errors], 1), gradients.absolute),
+        _over_takes(whole.sum(-1), gradients.absolute),
+    )
+
+
+def _over_takes(products: Float[Tensor, "takes some"], absolute: bool) -> Float[Tensor, "some"]:
+    return products.abs().mean(0) if absolute else products[0]
+
+
+def _by_position(dictionary: Dictionary) -> bool:
+    return dictionary.architecture in BY_POSITION and dictionary.sae.cfg.normalize_activations == "none"  # type: ignore[union-attr]
+
+
+def _latent_changes(
+    dictionary: Dictionary,
+    base: Float[Tensor, "batch pos width"],
+    source: Float[Tensor, "batch pos width"],
+    moved: Bool[Tensor, "batch pos"],
+) -> Changes:
+    """What `LatentUnits` finds, from one encoding of the positions that differ, without decoding."""
+    row, pos = moved.nonzero(as_tuple=True)
+    both = torch.stack([source[row, pos], base[row, pos]]).to(dictionary.dtype)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    a_chunk = max(1, ENCODE_MEMORY // (8 * dictionary.d_sae))
+    for start in range(0, len(row), a_chunk):
+        acts, _ = dictionary.activations(both[:, start : start + a_chunk])
+        change = acts[0].sub_(acts[1])
+        at, unit = change.nonzero(as_tuple=True)
+        found.append((at + start, unit, change[at, unit]))
+    at, unit, value = (torch.cat(column) for column in zip(*found, strict=True)) if found else (row, row, both[0, :, 0])
+    rows = dictionary.rows
+    return Changes(row[at], pos[at], unit, lambda some: value[some, None] * rows[unit[some]])
+
+
+def _exact(
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    pairs: Sequence[PromptPair],
+    edits: list[tuple[int, Edit]],
+    options: _Options,
+) -> Float[ndarray, "nodes"]:
+    """The metric under each edit, run exactly."""
+    corruption = options.corruption
+    components: list[Component] = [LatentUnits(dictionary) for dictionary in dictionaries]
+    if corruption is None or not corruption.at_component:
+        components += [ErrorTerm(dictionary) for dictionary in dictionaries]
+    return patch_edits(
+        model,
+        components,
+        pairs,
+        edits,
+        positions=options.positions,
+        direction=options.direction,
+        metric=options.metric,
+        corruption=corruption,
+        align=options.align,
+        batch_size=options.batch_size,
+        progress=options.progress,
+    )

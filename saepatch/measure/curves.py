@@ -1,0 +1,125 @@
+"""Effect against the number of latents, with the random controls that belong beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool
+
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import Direction, Edit
+from saepatch.engine.metrics import Metric, logit_difference
+from saepatch.errors import UserError
+from saepatch.measure.controls import control_sets, differing_sets
+from saepatch.measure.effects import Effects
+from saepatch.measure.patching import patch_by_pair, patch_components
+from saepatch.measure.quality import LatentStatistics
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.positions import Positions
+from saepatch.records.statistics import Interval, bootstrap_ratio
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Normalised effect of the first k latents of a ranking, for each k, and of as many others.
+
+    `random` draws from all live latents outside the top set; `matched` draws latents that fire as often and write as
+    much as those of the top set. Most of these do not differ between the two runs of a pair, so patching them is no
+    edit at all; `differing`, the hardest control, draws from those that do (None where one ranking serves all pairs).
+    All are means over the draws; `every` patches the whole dictionary, error term kept. Intervals are over prompts.
+    """
+
+    sizes: tuple[int, ...]
+    top: tuple[Interval, ...]
+    random: tuple[Interval, ...]
+    matched: tuple[Interval, ...]
+    differing: tuple[Interval, ...] | None
+    every: Interval
+    effects: tuple[Effects, ...]
+
+
+def effect_curve(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    pairs: Sequence[PromptPair],
+    ranking: Sequence[int],
+    sizes: Sequence[int],
+    statistics: LatentStatistics,
+    direction: Direction = "denoise",
+    positions: Positions = "all",
+    metric: Metric = logit_difference,
+    seed: int = 0,
+    progress: bool = False,
+) -> Curve:
+    """Patch the first k latents of one ranking together, for each k, and random and matched sets of the same size."""
+    edits = _edits(dictionary, ranking, sizes, statistics, seed)
+    effects = patch_components(
+        model, dictionary, pairs, edits, positions=positions, direction=direction, metric=metric, progress=progress
+    )
+    return _curve(sizes, [effects], seed)
+
+
+def effect_curve_by_pair(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    pairs: Sequence[PromptPair],
+    rankings: Sequence[Sequence[int]],
+    differing: Bool[np.ndarray, "pairs d_sae"],
+    sizes: Sequence[int],
+    statistics: LatentStatistics,
+    direction: Direction = "denoise",
+    positions: Positions = "all",
+    metric: Metric = logit_difference,
+    seed: int = 0,
+    progress: bool = False,
+) -> Curve:
+    """The same with a ranking of its own for each pair; `differing` says which latents differ in each pair."""
+    edits = []
+    for number, (ranking, differs) in enumerate(zip(rankings, differing, strict=True)):
+        own = _edits(dictionary, ranking, sizes, statistics, seed + number)
+        own += [
+            Edit(dictionary.site, drawn, role="differing", beside=tuple(ranking[:k]))
+            for k in sizes
+            for drawn in differing_sets(ranking, k, differs, seed + number)
+        ]
+        edits.append(own)
+    effects = patch_by_pair(
+        model, dictionary, pairs, edits, positions=positions, direction=direction, metric=metric, progress=progress
+    )
+    return _curve(sizes, effects, seed)
+
+
+def _edits(
+    dictionary: Dictionary, ranking: Sequence[int], sizes: Sequence[int], statistics: LatentStatistics, seed: int
+) -> list[Edit]:
+    site = dictionary.site
+    edits = [Edit(site, tuple(range(dictionary.d_sae)), role="every")]
+    if max(sizes) > len(set(ranking)):
+        raise UserError(f"{max(sizes)} latents wanted of a ranking of {len(set(ranking))} different ones: rank more")
+    for k in sizes:
+        top = tuple(ranking[:k])
+        edits.append(Edit(site, top, role="top"))
+        for role, sets in zip(("random", "matched"), control_sets(ranking, k, statistics, seed), strict=True):
+            edits += [Edit(site, drawn, role=role, beside=top) for drawn in sets]
+    return edits
+
+
+def _curve(sizes: Sequence[int], effects: Sequence[Effects], seed: int) -> Curve:
+    roles = np.array([edit.role for edit in effects[0].edits])
+    change = np.concatenate([one.change for one in effects])
+    gap = np.concatenate([one.gap for one in effects])
+
+    def of(role: str) -> tuple[Interval, ...]:
+        by_size = np.split(change[:, roles == role], len(sizes), axis=1)  # groups of one role stand in order of size
+        return tuple(bootstrap_ratio(some.mean(1), gap, seed=seed) for some in by_size)
+
+    return Curve(
+        sizes=tuple(sizes),
+        top=of("top"),
+        random=of("random"),
+        matched=of("matched"),
+        differing=of("differing") if "differing" in roles else None,
+        every=bootstrap_ratio(change[:, roles == "every"][:, 0], gap, seed=seed),
+        effects=tuple(effects),
+    )

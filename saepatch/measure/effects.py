@@ -1,0 +1,251 @@
+"""What a sweep found: the metric under every edit of every pair, normalised, with intervals, controls and rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy import ndarray
+
+from saepatch.engine.components import Direction, Edit
+from saepatch.errors import UserError
+from saepatch.records.rows import Row
+from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, false_discovery, sign_flip_test
+
+CONTROLS = ("random", "matched", "differing")
+NOTHING = "differs in 0: the same in both runs of every pair, so there was nothing to patch, and 0 says nothing of it"
+WHOLE = ("stream", "error")  # kinds of component that have one unit, so it goes without a name
+ROUNDING = 1e-4  # of the mean gap: passes of differently made batches differ by less than this in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What each edit does to the metric, for every pair.
+
+    `patched[pair, edit]` is the metric under the edit. Denoising patches the clean run's values into the corrupted run
+    (are they sufficient?), noising the other way round (are they necessary?). `ran` is false where the two runs have
+    the same values, so the edit is nothing and `patched` is the base run's own value. Where a corruption makes several
+    corrupted runs of a pair, values are means over them.
+    """
+
+    direction: Direction
+    metric: str
+    positions: str
+    edits: tuple[Edit, ...]
+    examples: tuple[str, ...]
+    clean: Float[ndarray, "pairs"]
+    corrupted: Float[ndarray, "pairs"]
+    patched: Float[ndarray, "pairs edits"]
+    ran: Bool[ndarray, "pairs edits"]
+    min_gap: float = 1e-2
+    corruption: str = ""  # what made the corrupted runs, where it was not the pairs' corrupted prompts
+    rounding: float = ROUNDING
+    method: str = "exact"
+
+    def __post_init__(self) -> None:
+        if not self.min_gap > 0:
+            raise UserError(f"min_gap = {self.min_gap}: use a number above 0, such as 0.01")
+
+    @property
+    def _sign_and_base(self) -> tuple[float, Float[ndarray, "pairs"]]:
+        return (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
+
+    @property
+    def gap(self) -> Float[ndarray, "pairs"]:
+        """Metric of the clean run minus that of the corrupted run."""
+        return self.clean - self.corrupted
+
+    @cached_property
+    def change(self) -> Float[ndarray, "pairs edits"]:
+        """How far each edit moves the metric from the base run towards the source run, in the metric's units."""
+        sign, base = self._sign_and_base
+        return sign * (self.patched - base[:, None])
+
+    @property
+    def normalised(self) -> Float[ndarray, "pairs edits"]:
+        """`change / gap`, not clipped: 0 is the base run, 1 the source run; NaN where |gap| < `min_gap`."""
+        usable = np.abs(self.gap) >= self.min_gap
+        gap = np.where(usable, self.gap, np.nan)
+        return self.change / gap[:, None]
+
+    @property
+    def missing(self) -> int:
+        """Pairs whose gap is too small to divide by."""
+        return int((np.abs(self.gap) < self.min_gap).sum())
+
+    def where(self, role: str) -> list[int]:
+        """Indices of the edits of one role."""
+        return [i for i, edit in enumerate(self.edits) if edit.role == role]
+
+    def _index(self, edit: Edit | int) -> int:
+        return edit if isinstance(edit, (int, np.integer)) else self.edits.index(edit)
+
+    def of(self, edit: Edit | int, seed: int = 0) -> Interval:
+        """Ratio of means of one edit (or the one at an index), bootstrapped over pairs: the headline effect."""
+        return bootstrap_ratio(self.change[:, self._index(edit)], self.gap, seed=seed)
+
+    def mean_of_ratios(self, edit: Edit | int, seed: int = 0) -> Interval:
+        """Mean of the per-pair normalised effects, pairs with too small a gap left out."""
+        return bootstrap_mean(self.normalised[:, self._index(edit)], seed=seed)
+
+    def controls(self, edit: Edit | int, role: str, seed: int = 0) -> Interval | None:
+        """The same for the mean over an edit's controls ("random" or "matched"); None where there are none."""
+        mine = self.edits[self._index(edit)]
+        columns = [
+            i
+            for i, other in enumerate(self.edits)
+            if (other.role, other.kind, other.site, other.position) == (role, mine.kind, mine.site, mine.position)
+            if (other.beside == mine.units if other.beside else len(other.units) == len(mine.units))
+        ]
+        return bootstrap_ratio(self.change[:, columns].mean(1), self.gap, seed=seed) if columns else None
+
+    def ratios(self) -> Float[ndarray, "edits"]:
+        """Ratio of means of every edit, without intervals.
+
+        Raises:
+            UserError: clean and corrupted runs are the same on average, so there is nothing to divide by.
+        """
+        if not abs(float(self.gap.mean())) >= self.min_gap:
+            raise UserError(
+                f"the clean and corrupted runs differ by {self.gap.mean():.2g} in {self.metric} on average, less than "
+                f"{self.min_gap}: there is no effect to rank by; look at the pairs and their answers"
+            )
+        return self.change.mean(0) / self.gap.mean()
+
+    def top(self, k: int) -> list[Edit]:
+        """The `k` edits with the largest ratio of means, largest first; controls are not among them."""
+        if k < 0:
+            raise UserError(f"the top {k}: ask for 0 or more")
+        ratios = self.ratios()
+        own = [i for i in np.argsort(-ratios, kind="stable") if self.edits[i].role not in CONTROLS]
+        return [self.edits[i] for i in own[:k]]
+
+    def q_values(self) -> Float[ndarray, "edits"]:
+        """False discovery rate at which each edit's mean change differs from 0 (Benjamini and Hochberg over edits).
+
+        NaN for controls, and for edits that ran on fewer than two pairs: nothing was tested there. Changes of less than
+        `rounding` of the mean gap are taken as 0: rounding goes one way often enough to pass for an effect.
+        """
+        return false_discovery(self._beyond_rounding, self.ran & ~self._is_control)
+
+    def p_max(self, draws: int = 2000, seed: int = 0) -> Float[ndarray, "edits"]:
+        """Chance that the largest of all edits would move the metric as far if signs were random; NaN as above.
+
+        Corrected for the number of edits by the permutation distribution of the maximum.
+        """
+        return sign_flip_test(self._beyond_rounding, self.ran & ~self._is_control, draws, seed)
+
+    @property
+    def _beyond_rounding(self) -> Float[ndarray, "pairs edits"]:
+        return np.where(np.abs(self.change) < self.rounding * np.abs(self.gap).mean(), 0.0, self.change)
+
+    @property
+    def _is_control(self) -> Bool[ndarray, "edits"]:
+        return np.array([edit.role in CONTROLS for edit in self.edits], dtype=bool)
+
+    def map(self, k: int | None = None) -> "Map":
+        """Ratio of means by unit (rows) and position (columns), of edits at one position each; the `k` largest rows.
+
+        Raises:
+            UserError: the edits are at all positions together.
+        """
+        return Map.of(self, k)
+
+    def summary(self, k: int = 10) -> str:
+        """The top edits as a table, with intervals, controls and false discovery rates."""
+        q = self.q_values()
+        roles = [r for r in ("random", "matched") if self.where(r)]
+        heads = ["effect [95 % interval]", *(f"{role} controls" for role in roles)]
+        lines = [f"{'what':<28}{'at':>6}" + "".join(f"{head:>28}" for head in heads) + f"{'differs in':>12}{'q':>10}"]
+        for edit in self.top(k):
+            cells = [self.of(edit), *(self.controls(edit, role) for role in roles)]
+            at = "all" if edit.position is None else str(edit.position)
+            what = f"{edit.site} {describe(edit)}"
+            lines.append(
+                f"{what:<28}{at:>6}"
+                + "".join(f"{cell!s:>28}" for cell in cells)
+                + f"{self.ran[:, self._index(edit)].sum():>12}{q[self._index(edit)]:>10.2g}"
+            )
+        if any(not self.ran[:, self._index(edit)].any() for edit in self.top(k)):
+            lines.append(NOTHING)
+        lines.append(
+            f"{self.direction}, {self.metric}: {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, "
+            f"{len(self.examples)} pairs ({self.missing} with a gap below {self.min_gap}), positions {self.positions}"
+        )
+        return "\n".join(lines)
+
+    def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
+        """Flat rows: each edit on each pair, with the base run's own value where the edit was nothing.
+
+        Only those that ran, of units that were swept alone ("single") or at one position: all others did nothing.
+        `tokens` are the texts of each pair's own tokens, to name the positions with.
+        """
+        normalised = self.normalised
+        everywhere = [edit.role != "single" and edit.position is None for edit in self.edits]
+        wanted = self.ran | np.array(everywhere, dtype=bool)
+        rows = []
+        for pair, column in zip(*np.nonzero(wanted), strict=True):
+            edit = self.edits[column]
+            at = edit.position
+            rows.append(
+                Row(
+                    task=task,
+                    example=self.examples[pair],
+                    site=str(edit.site),
+                    component=edit.kind,
+                    latent=describe(edit),
+                    role=edit.role,
+                    position=self.positions if at is None else str(at),
+                    token="" if at is None or tokens is None else tokens[pair][at],
+                    direction=self.direction,
+                    metric=self.metric,
+                    method=self.method,
+                    corruption=self.corruption,
+                    clean=float(self.clean[pair]),
+                    corrupted=float(self.corrupted[pair]),
+                    patched=float(self.patched[pair, column]),
+                    effect=float(normalised[pair, column]),
+                )
+            )
+        return rows
+
+
+def describe(edit: Edit) -> str:
+    """The units as a text: "417", "3,17", "all"; empty where the component has only one."""
+    if edit.kind in WHOLE:
+        return ""
+    return "all" if edit.role == "every" else ",".join(map(str, edit.units))
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """Effects by unit and position, controls left out; cells that no pair ran are NaN.
+
+    Shares are of the mean gap of all pairs, those that are too short for a position among them: for a map in which a
+    position means one thing, give pairs of one form.
+    """
+
+    labels: tuple[str, ...]
+    positions: tuple[int, ...]
+    values: Float[ndarray, "units positions"]
+
+    @classmethod
+    def of(cls, effects: Effects, k: int | None = None) -> "Map":
+        if any(edit.position is None for edit in effects.edits):
+            raise UserError("a map needs edits at one position each: sweep with each_position=True")
+        ratios, ran = effects.ratios(), np.asarray(effects.ran.any(0))
+        own = [(i, edit) for i, edit in enumerate(effects.edits) if edit.role not in CONTROLS]
+        positions = sorted({edit.position for _, edit in own if edit.position is not None})
+        keys = list(dict.fromkeys((edit.site, edit.units, edit.kind) for _, edit in own))
+        row, column = {key: i for i, key in enumerate(keys)}, {position: i for i, position in enumerate(positions)}
+        values = np.full((len(keys), len(positions)), np.nan)
+        for i, edit in own:
+            if ran[i] and edit.position is not None:
+                values[row[edit.site, edit.units, edit.kind], column[edit.position]] = ratios[i]
+        names = [" ".join(filter(None, (str(at), "" if kind in WHOLE else ",".join(map(str, units)))))
+                 for at, units, kind in keys]  # fmt: skip
+        if k is not None and k < len(keys):
+            best = np.argsort(-np.nan_to_num(np.abs(values)).max(1), kind="stable")[:k]
+            names, values = [names[i] for i in best], values[best]
+        return cls(tuple(names), tuple(positions), values)

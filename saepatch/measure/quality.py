@@ -1,0 +1,301 @@
+"""What a dictionary keeps of a model, and how often each of its latents is active."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latents import Latents
+from saepatch.engine.whole_pass import WholePass, can_skip, edited_logits, whole_pass
+from saepatch.errors import UserError
+from saepatch.model.hooks import capture
+from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.sites import Site
+
+
+@dataclass(frozen=True)
+class SpliceQuality:
+    """What the model loses when a dictionary is its bottleneck at one site.
+
+    Cross-entropies and `kl` are in nats a token, means over the places where an ordinary token follows an ordinary one
+    (neither is BOS or padding); the other figures are over all ordinary positions.
+
+    Attributes:
+        site: Where the dictionary was spliced.
+        tokens: Ordinary positions that were looked at.
+        ce_model: Cross-entropy of the next token, the model untouched.
+        ce_spliced: The same with the error term dropped at ordinary positions.
+        ce_zero: The same with the site set to 0 there.
+        ce_mean: The same with the site set to its mean there.
+        ce_recovered: (ce_zero - ce_spliced) / (ce_zero - ce_model); NaN where the ablation changes nothing.
+        ce_recovered_mean: The same against the mean ablation, which is harder to beat.
+        kl: KL(model || spliced).
+        fvu: Fraction of variance unexplained, sum |x - x̂|² / sum |x - mean(x)|².
+        l0: Mean number of active latents.
+        alive_share: Share of latents active at least once in these tokens.
+        identity_error: Largest absolute difference of a logit between the model and the model whose site is written as
+            reconstruction + error. Rounding alone, or the splice is wrong.
+    """
+
+    site: Site
+    tokens: int
+    ce_model: float
+    ce_spliced: float
+    ce_zero: float
+    ce_mean: float
+    ce_recovered: float
+    ce_recovered_mean: float
+    kl: float
+    fvu: float
+    l0: float
+    alive_share: float
+    identity_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class LatentStatistics:
+    """How each latent of a dictionary behaves on a text: what random controls are matched by, and steering measured in.
+
+    Attributes:
+        frequency: Share of ordinary positions where the latent is active (not 0).
+        mean_active: Mean activation where it is active; 0 for a latent that never is.
+        maximum: Largest activation (a_max); 0 for a latent that is never active.
+        norm: Length of the direction one unit of the latent adds to the site, before a normalising dictionary's scale.
+        reach: How far the latent moves the site at most: largest of its activation times its scale times `norm`.
+        tokens: Ordinary positions that were looked at.
+    """
+
+    frequency: Float[Tensor, "d_sae"]
+    mean_active: Float[Tensor, "d_sae"]
+    maximum: Float[Tensor, "d_sae"]
+    norm: Float[Tensor, "d_sae"]
+    reach: Float[Tensor, "d_sae"]
+    tokens: int
+
+    @property
+    def mean(self) -> Float[Tensor, "d_sae"]:
+        """Mean activation over all ordinary positions, active or not: what mean ablation ablates to."""
+        return self.frequency * self.mean_active
+
+    @property
+    def alive(self) -> Bool[Tensor, "d_sae"]:
+        return self.frequency > 0
+
+
+def splice_quality(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int = 32) -> SpliceQuality:
+    """Measure what is lost by sending a site through its dictionary.
+
+    Two passes over the tokens, a batch at a time: the second holds the logits of one batch under three runs at most.
+
+    Raises:
+        UserError: the dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
+
+    Source: the loss recovered of Bricken et al. 2023 ("Towards Monosemanticity"), with both common ablations.
+    """
+    return splice_qualities(model, [dictionary], tokens, batch_size)[0][0]
+
+
+def splice_qualities(
+    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int = 32
+) -> list[tuple[SpliceQuality, LatentStatistics]]:
+    """`splice_quality` and `latent_statistics` of several dictionaries, each spliced alone.
+
+    They share the model's own passes, and each of the four edited passes that one takes begins at its site.
+
+    Raises:
+        UserError: a dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
+    """
+    for dictionary in dictionaries:
+        dictionary.check(model)
+    means = _means(model, list({d.site for d in dictionaries}), tokens, batch_size)
+    measures = [_Measure(model, dictionary, means[dictionary.site]) for dictionary in dictionaries]
+    for batch in _batches(tokens, batch_size):
+        kept = whole_pass(model, [d.site for d in dictionaries], batch)
+        for measure in measures:
+            measure.add(kept)
+    return [(measure.quality(), measure.sums.statistics(measure.dictionary)) for measure in measures]
+
+
+def latent_statistics(
+    model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int = 32
+) -> LatentStatistics:
+    """Frequency, mean and maximum of every latent over the ordinary positions of the tokens.
+
+    One pass, a batch at a time, that stops at the dictionary's site.
+
+    Raises:
+        UserError: the dictionary does not belong to the model, or there is no ordinary position.
+    """
+    dictionary.check(model)
+    sums, site = _SiteSums.of(dictionary), dictionary.site
+    for batch in _batches(tokens, batch_size):
+        x = capture(model.hf, model.layout, [site], model.inputs(batch))[site]
+        sums.add(dictionary.encode(x), x, batch)
+    if not sums.n:
+        raise UserError(_NOTHING)
+    return sums.statistics(dictionary)
+
+
+_NOTHING = "the tokens hold nothing beside BOS and padding: give at least one ordinary token"
+
+
+@dataclass(eq=False)
+class _SiteSums:
+    """Sums over ordinary positions, in float64."""
+
+    x: Float[Tensor, "d_model"]
+    active: Float[Tensor, "d_sae"]
+    acts: Float[Tensor, "d_sae"]
+    maximum: Float[Tensor, "d_sae"]
+    furthest: Float[Tensor, "d_sae"]
+    xx: float = 0.0
+    residual: float = 0.0
+    n: int = 0
+
+    @classmethod
+    def of(cls, dictionary: Dictionary) -> "_SiteSums":
+        zeros = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=_accurate(dictionary.W_dec[:1]).device)
+        return cls(zeros.new_zeros(dictionary.d_in), zeros, zeros.clone(), zeros.clone(), zeros.clone())
+
+    @torch.no_grad()
+    def add(self, latents: Latents, x: Float[Tensor, "batch pos d_model"], batch: Tokens) -> None:
+        acts, ordinary = latents.acts[batch.ordinary], _accurate(x[batch.ordinary])
+        self.x += ordinary.sum(0)
+        self.xx += float((ordinary**2).sum())
+        self.residual += float((_accurate(latents.error[batch.ordinary]) ** 2).sum())
+        # Within a batch a fp32 sum is exact enough; over batches it would not be.
+        self.active += _accurate((acts != 0).sum(0))
+        self.acts += _accurate(acts.sum(0))
+        if len(acts):
+            self.maximum = torch.maximum(self.maximum, _accurate(acts.amax(0)))
+            written = acts if latents.scale is None else acts * latents.scale[batch.ordinary]
+            self.furthest = torch.maximum(self.furthest, _accurate(written.amax(0)))
+        self.n += len(acts)
+
+    def statistics(self, dictionary: Dictionary) -> LatentStatistics:
+        device, norm = dictionary.W_dec.device, dictionary.rows.float().norm(dim=-1)
+        return LatentStatistics(
+            frequency=(self.active / self.n).float().to(device),
+            mean_active=(self.acts / self.active.clamp(min=1)).float().to(device),
+            maximum=self.maximum.float().to(device),
+            norm=norm,
+            reach=self.furthest.float().to(device) * norm,
+            tokens=self.n,
+        )
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """The values in float64; on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+@torch.no_grad()
+def _means(
+    model: LanguageModel, sites: Sequence[Site], tokens: Tokens, batch_size: int
+) -> dict[Site, Float[Tensor, "d_model"]]:
+    """What each site holds at ordinary positions, on average; one pass that stops at the last of the sites."""
+    sums: dict[Site, Tensor] = {}
+    n = 0
+    for batch in _batches(tokens, batch_size):
+        for site, x in capture(model.hf, model.layout, sites, model.inputs(batch)).items():
+            ordinary = _accurate(x[batch.ordinary]).sum(0)
+            sums[site] = sums[site] + ordinary if site in sums else ordinary
+        n += int(batch.ordinary.sum())
+    if not n:
+        raise UserError(_NOTHING)
+    return {site: (total / n).to(model.dtype).to(model.device) for site, total in sums.items()}
+
+
+class _Measure:
+    """What one dictionary keeps of the model, summed over batches."""
+
+    def __init__(self, model: LanguageModel, dictionary: Dictionary, mean: Float[Tensor, "d_model"]) -> None:
+        self.model, self.dictionary, self.mean = model, dictionary, mean
+        self.sums = _SiteSums.of(dictionary)
+        self.ce: dict[str, float] = {}
+        self.kl = self.identity = 0.0
+        self.n = 0
+        self._skip: bool | None = None  # whether edited passes can begin at the site; seen on the first batch
+
+    @torch.no_grad()
+    def add(self, kept: WholePass) -> None:
+        batch, x = kept.tokens, kept.values[self.dictionary.site]
+        latents = self.dictionary.encode(x)
+        self.sums.add(latents, x, batch)
+        # A target stands one column to the right of its predictor, whichever side the padding is on.
+        counted = batch.ordinary[:, :-1] & batch.ordinary[:, 1:]
+        targets = batch.input_ids[:, 1:][counted]
+        if not len(targets):
+            return
+        if self._skip is None:
+            self._skip = can_skip(self.model, kept, self.dictionary.site)
+        where = batch.ordinary[..., None]
+        written = self._logits(kept, (latents.reconstruction + latents.error).to(x.dtype))
+        gaps = (written - kept.logits)[batch.attention_mask.bool()]
+        self.identity = max(self.identity, float(gaps.abs().max()))
+        del written, gaps
+
+        plain = log_softmax(kept.logits[:, :-1][counted].float(), -1)
+        bottleneck = x - torch.where(where, latents.error, 0).to(x.dtype)  # as `splice` writes it
+        spliced = log_softmax(self._logits(kept, bottleneck)[:, :-1][counted].float(), -1)
+        # A token the model rules out altogether (-inf) adds nothing to the divergence, and must not make it NaN.
+        gap = torch.where(plain.isneginf(), 0.0, plain - spliced)
+        self.kl += float(_accurate((plain.exp() * gap).sum(-1)).sum())
+        self._add_ce("model", plain, targets)
+        self._add_ce("spliced", spliced, targets)
+        del plain, spliced, gap
+        for name, value in {"zero": torch.zeros_like(self.mean), "mean": self.mean}.items():
+            ablated = self._logits(kept, torch.where(where, value, x))
+            self._add_ce(name, log_softmax(ablated[:, :-1][counted].float(), -1), targets)
+        self.n += len(targets)
+
+    def _logits(self, kept: WholePass, value: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+        return edited_logits(self.model, kept, self.dictionary.site, value, bool(self._skip))
+
+    def _add_ce(self, name: str, log_probabilities: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]) -> None:
+        loss = -_accurate(log_probabilities.gather(-1, targets[:, None])).sum()
+        self.ce[name] = self.ce.get(name, 0.0) + float(loss)
+
+    def quality(self) -> SpliceQuality:
+        if not self.n:
+            raise UserError("no ordinary token is followed by another: give texts of at least two tokens beside BOS")
+        sums, ce = self.sums, {name: value / self.n for name, value in self.ce.items()}
+        variance = sums.xx - float((sums.x**2).sum()) / sums.n
+        return SpliceQuality(
+            site=self.dictionary.site,
+            tokens=sums.n,
+            ce_model=ce["model"],
+            ce_spliced=ce["spliced"],
+            ce_zero=ce["zero"],
+            ce_mean=ce["mean"],
+            ce_recovered=_recovered(ce, "zero"),
+            ce_recovered_mean=_recovered(ce, "mean"),
+            kl=self.kl / self.n,
+            fvu=sums.residual / variance if variance > 0 else float("nan"),
+            l0=float(sums.active.sum()) / sums.n,
+            alive_share=float((sums.active > 0).double().mean()),
+            identity_error=self.identity,
+        )
+
+
+def _recovered(ce: dict[str, float], ablation: str) -> float:
+    lost = ce[ablation] - ce["model"]
+    return (ce[ablation] - ce["spliced"]) / lost if abs(lost) > 1e-9 else float("nan")
+
+
+def _batches(tokens: Tokens, size: int) -> Iterator[Tokens]:
+    """Batches without the columns that are padding in all of their rows."""
+    if not hasattr(tokens, "batches"):
+        raise UserError("these are no tokens: give model.tokenize(texts)")
+    if size < 1:
+        raise UserError(f"batch size {size}: use at least 1")
+    for batch in tokens.batches(size):
+        used = batch.attention_mask.any(0).nonzero().flatten()
+        if not len(used):
+            continue
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        yield Tokens(batch.input_ids[:, columns], batch.attention_mask[:, columns], batch.ordinary[:, columns])

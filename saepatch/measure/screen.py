@@ -1,0 +1,344 @@
+"""What a screen found: an estimated effect for every node that differs, and exact ones for those that were verified.
+
+A node is one unit of one site at one position of one pair: a latent, an error term, a query of an attention head.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from saepatch.engine.components import Direction, Edit
+from saepatch.errors import UserError
+from saepatch.measure.effects import ROUNDING, describe
+from saepatch.model.sites import Site
+from saepatch.records.rows import Row
+
+log = logging.getLogger(__name__)
+
+Exact = Callable[[list[tuple[int, Edit]]], Float[ndarray, "nodes"]]
+ERROR = -1  # the unit of an error term
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """Exact effects of the nodes with the largest estimates and of a random sample of the others.
+
+    `index` says which nodes; the first `largest` are the top of the screen, the others the sample, which was drawn
+    uniformly, without replacement, from the `others` nodes below the top; or, where a screen was made in parts, from
+    those of each part apart: `parts` says how many were drawn out of how many, in the order of the sample. Effects are
+    in units of the metric, and so are estimates; with `sizes` these are of sizes (GradDrop), and are correlated with
+    the sizes of exact effects.
+    """
+
+    index: Int[ndarray, "verified"]
+    exact: Float[ndarray, "verified"]
+    estimated: Float[ndarray, "verified"]
+    largest: int
+    others: int
+    sizes: bool = False
+    parts: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sampled(self) -> int:
+        return len(self.index) - self.largest
+
+    def pearson(self, sample_only: bool = False) -> float:
+        """Correlation of estimates with exact effects; NaN where there is nothing to correlate."""
+        from scipy.stats import pearsonr
+
+        return self._correlation(pearsonr, sample_only)
+
+    def spearman(self, sample_only: bool = False) -> float:
+        """Rank correlation of estimates with exact effects; NaN where there is nothing to correlate."""
+        from scipy.stats import spearmanr
+
+        return self._correlation(spearmanr, sample_only)
+
+    def _correlation(self, function: Callable[..., tuple[float, float]], sample_only: bool) -> float:
+        start = self.largest if sample_only else 0
+        estimated, exact = self.estimated[start:], self.exact[start:]
+        exact = np.abs(exact) if self.sizes else exact
+        if len(exact) < 2 or np.ptp(estimated) == 0 or np.ptp(exact) == 0:
+            return float("nan")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scipy's, that values are nearly constant
+            return float(function(estimated, exact)[0])
+
+    def threshold(self, k: int | None = None) -> float:
+        """Size of the `k`-th largest exact effect among the top of the screen; None: of the smallest there.
+
+        Raises:
+            UserError: the top of the screen was not verified, or has fewer than `k` nodes.
+        """
+        k = self.largest if k is None else k
+        if not 1 <= k <= self.largest:
+            raise UserError(
+                f"k = {k}, but {self.largest} nodes of the top were verified: verify more, or ask for fewer"
+            )
+        return float(np.sort(np.abs(self.exact[: self.largest]))[-k])
+
+    def missed(self, k: int | None = None, level: float = 0.95) -> tuple[int, float, float]:
+        """How many nodes below the top have an effect at least as large as `threshold(k)`.
+
+        Returns how many of the sample have, the upper bound on the share of the nodes that were not run that have (at
+        `level`, one-sided), and that share times these nodes: the bound on how many more there are. The bound is that
+        of the hypergeometric distribution: the sample is uniform, and the threshold does not depend on it. Of a screen
+        in parts it is the sum of bounds on each, all of which hold together at `level` (Bonferroni).
+
+        Raises:
+            UserError: as `threshold`, or there is no sample.
+        """
+        if not self.sampled:
+            raise UserError("a bound on what the screen missed needs a random sample: ask for sample=100, say")
+        is_large = np.abs(self.exact[self.largest :]) >= self.threshold(k)
+        drawn, others = np.array(self.parts or [(self.sampled, self.others)], dtype=np.int64).T
+        part = np.repeat(np.arange(len(drawn)), drawn)
+        large = np.bincount(part[is_large], minlength=len(drawn))
+        chance = (1 - level) / max(1, int((drawn < others).sum()))  # of a part all of which was run nothing is unknown
+        most, left = int(_most(large, drawn, others, chance).sum()), self.others - self.sampled
+        return int(is_large.sum()), most / left if left else 0.0, float(most)
+
+    def summary(self) -> str:
+        """What was run and how far the screen can be trusted, in words."""
+        text = f"run exactly: the {self.largest} nodes with the largest estimates"
+        text += f", and {self.sampled} drawn at random from the other {self.others}; agreement of "
+        text += f"{'estimated sizes' if self.sizes else 'estimates'} with exact effects: "
+        text += f"Pearson {self.pearson():.3f}, Spearman {self.spearman():.3f}"
+        if not self.sampled:
+            return text
+        text += f" (in the random draw alone {self.pearson(True):.3f}, {self.spearman(True):.3f})"
+        if not self.largest:
+            return text
+        ranks = sorted({max(1, self.largest // 5), self.largest})
+        return "\n".join([text, *(self._bound(k) for k in ranks)])
+
+    def _bound(self, k: int) -> str:
+        large, share, most = self.missed(k)
+        which = "the smallest" if k == self.largest else f"number {k}"
+        return (
+            f"missed: {large} of the {self.sampled} drawn are as large as {which} of these {self.largest} by exact "
+            f"effect ({self.threshold(k):.3g}); of the {self.others - self.sampled} nodes that were not run at most "
+            f"{int(most)} are ({share:.2%}, 95 % confidence)"
+        )
+
+
+def _most(
+    large: Int[ndarray, "parts"], drawn: Int[ndarray, "parts"], others: Int[ndarray, "parts"], chance: float
+) -> Int[ndarray, "parts"]:
+    """How many more large nodes a part can have: of more, so few drawn would have come with less than that chance."""
+    from scipy.stats import hypergeom
+
+    low, high = large, others - (drawn - large)
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        likely = hypergeom.cdf(large, others, middle, drawn) > chance
+        low, high = np.where(likely, middle, low), np.where(likely, high, middle - 1)
+    return low - large
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Estimated effect of every node that differs between a base and a source run; all others have none.
+
+    Entry i is the node of pair `pair[i]` at `sites[site[i]]`, unit `unit[i]` (-1: the error term) and `position[i]`
+    (counted as in `Edit`), with the estimate `score[i]` of how far patching it moves the metric from the base run
+    towards the source run, in the metric's units (with `sizes`, as GradDrop gives: the size of it). `kinds[s]` says
+    what the units of `sites[s]` are. `clean` and `corrupted` are the runs' own metrics.
+    """
+
+    direction: Direction
+    metric: str
+    method: str
+    positions: str
+    sites: tuple[Site, ...]
+    kinds: tuple[str, ...]
+    examples: tuple[str, ...]
+    clean: Float[ndarray, "pairs"]
+    corrupted: Float[ndarray, "pairs"]
+    pair: Int[ndarray, "nodes"]
+    site: Int[ndarray, "nodes"]
+    unit: Int[ndarray, "nodes"]
+    position: Int[ndarray, "nodes"]
+    score: Float[ndarray, "nodes"]
+    min_gap: float = 1e-2
+    sizes: bool = False
+    verified: Verification | None = None
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    @property
+    def gap(self) -> Float[ndarray, "pairs"]:
+        """Metric of the clean run minus that of the corrupted run."""
+        return self.clean - self.corrupted
+
+    @property
+    def normalised(self) -> Float[ndarray, "nodes"]:
+        """`score / gap` of each node's pair: 0 is the base run, 1 the source run; NaN where |gap| < `min_gap`.
+
+        Of sizes, `score / |gap|`.
+        """
+        gap = self._usable_gap[self.pair]
+        return self.score / (np.abs(gap) if self.sizes else gap)
+
+    @property
+    def _usable_gap(self) -> Float[ndarray, "pairs"]:
+        return np.where(np.abs(self.gap) >= self.min_gap, self.gap, np.nan)
+
+    def shares(self, means: Float[ndarray, "edits"]) -> Float[ndarray, "edits"]:
+        """Mean scores as shares of the mean gap; those of sizes have no sign. NaN where the mean gap is too small."""
+        gap = float(self.gap.mean())
+        return means / (float("nan") if not abs(gap) >= self.min_gap else abs(gap) if self.sizes else gap)
+
+    def warn_if_flat(self, advice: str) -> None:
+        """Warn where all estimates are rounding although clean and corrupted runs differ."""
+        if len(self) and np.abs(self.score).max() < ROUNDING * np.abs(self.gap).mean():
+            log.warning(
+                "all estimates are below the rounding of the gap: the metric %s is flat at the base run (as KL is "
+                "against the base run itself), and gradients there say nothing: %s", self.metric, advice,
+            )  # fmt: skip
+
+    @property
+    def missing(self) -> int:
+        """Pairs whose gap is too small to divide by."""
+        return int((np.abs(self.gap) < self.min_gap).sum())
+
+    def edit(self, node: int) -> Edit:
+        """The edit that patches one node."""
+        return self._edit(int(self.site[node]), int(self.unit[node]), int(self.position[node]))
+
+    def _edit(self, site: int, unit: int, position: int | None) -> Edit:
+        kind = "error" if unit == ERROR else self.kinds[site]
+        return Edit(self.sites[site], (max(unit, 0),), position, kind)
+
+    def means(self, each_position: bool = True) -> tuple[list[Edit], Float[ndarray, "edits"]]:
+        """Edits, and the mean of their scores over all pairs (0 where an edit is nothing).
+
+        Without `each_position` scores are summed over positions, and edits act at all of them.
+        """
+        keys, mean = self._means(each_position)
+        return [self._named(key, each_position) for key in keys.T], mean
+
+    def _named(self, key: Int[ndarray, "3"], each_position: bool) -> Edit:
+        return self._edit(int(key[0]), int(key[1]), int(key[2]) if each_position else None)
+
+    def _means(self, each_position: bool) -> tuple[Int[ndarray, "3 edits"], Float[ndarray, "edits"]]:
+        position = self.position if each_position else np.zeros_like(self.position)
+        columns = (self.site, self.unit, position)
+        sizes = [int(np.ptp(c)) + 1 if len(c) else 1 for c in columns]
+        lows = [int(c.min()) if len(c) else 0 for c in columns]
+        flat = np.ravel_multi_index([c - low for c, low in zip(columns, lows, strict=True)], sizes)
+        found, inverse = np.unique(flat, return_inverse=True)
+        mean = np.bincount(inverse.reshape(-1), weights=self.score, minlength=len(found)) / len(self.examples)
+        keys = [part + low for part, low in zip(np.unravel_index(found, sizes), lows, strict=True)]
+        return np.stack(keys).astype(np.int64), mean
+
+    def top(self, k: int, each_position: bool = True, by_size: bool = False) -> list[Edit]:
+        """The `k` edits with the largest estimated ratio of means, or (by size) with the largest |mean|; largest first.
+
+        Raises:
+            UserError: clean and corrupted runs are the same on average, so there is nothing to rank by.
+        """
+        keys, mean = self._means(each_position)
+        return [self._named(keys[:, i], each_position) for i in self._order(mean, by_size)[:k]]
+
+    def _order(self, mean: Float[ndarray, "edits"], by_size: bool) -> Int[ndarray, "edits"]:
+        gap = float(self.gap.mean())
+        if not abs(gap) >= self.min_gap:
+            raise UserError(
+                f"the clean and corrupted runs differ by {gap:.2g} in {self.metric} on average, less than "
+                f"{self.min_gap}: there is no effect to rank by; look at the pairs and their answers"
+            )
+        return np.argsort(-(np.abs(mean) if by_size else self.shares(mean)), kind="stable")
+
+    def summary(self, k: int = 10) -> str:
+        """The edits with the largest estimates as a table, and what verifying them showed."""
+        keys, mean = self._means(True)
+        shares = self.shares(mean)
+        lines = [f"{'what':<32}{'at':>6}{self.method + ', mean':>32}{'of the gap':>12}"]
+        for i in self._order(mean, False)[:k]:
+            edit = self._named(keys[:, i], True)
+            what = " ".join(filter(None, (str(edit.site), "" if edit.kind == "latent" else edit.kind, describe(edit))))
+            lines.append(f"{what:<32}{edit.position:>6}{mean[i]:>32.4f}{shares[i]:>12.3f}")
+        lines.append(
+            f"{self.direction}, {self.metric}: {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, "
+            f"{len(self.examples)} pairs ({self.missing} with a gap below {self.min_gap}), positions {self.positions}; "
+            f"{len(self)} nodes differ"
+        )
+        return "\n".join(lines if self.verified is None else [*lines, self.verified.summary()])
+
+    def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
+        """Flat rows: every node with its estimate, then those that were verified once more, with method "exact".
+
+        `patched` is the base run's metric moved by the estimate, and NaN for a size, which does not say which way.
+        `tokens` are the texts of each pair's own tokens. Rows that were run exactly have the role "top" (of the largest
+        estimates) or "random" (drawn from all others).
+        """
+        return list(self.rows_at(None, task, tokens))
+
+    def rows_at(self, site: int | None, task: str, tokens: Sequence[Sequence[str]] | None = None) -> Iterator[Row]:
+        """The rows of the nodes at one site (an index into `sites`), one by one; None: of all."""
+        kinds = [("single", np.arange(len(self)), self.score)]
+        if (run := self.verified) is not None:
+            for role, some in (("top", slice(0, run.largest)), ("random", slice(run.largest, None))):
+                kinds.append((role, run.index[some], run.exact[some]))
+        for role, nodes, scores in kinds:
+            mine = slice(None) if site is None else self.site[nodes] == site
+            yield from self._rows(task, tokens, nodes[mine], scores[mine], role)
+
+    def _rows(
+        self,
+        task: str,
+        tokens: Sequence[Sequence[str]] | None,
+        nodes: Int[ndarray, "some"],
+        scores: Float[ndarray, "some"],
+        role: str,
+    ) -> Iterator[Row]:
+        sign, base = (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
+        of_size = self.sizes and role == "single"
+        gap = np.abs(self._usable_gap) if of_size else self._usable_gap
+        for node, score in zip(nodes.tolist(), scores.tolist(), strict=True):
+            edit, pair = self.edit(node), int(self.pair[node])
+            at = int(self.position[node])
+            yield Row(
+                task=task,
+                example=self.examples[pair],
+                site=str(edit.site),
+                component=edit.kind,
+                latent=describe(edit),
+                role=role,
+                position=str(at),
+                token="" if tokens is None else tokens[pair][at],
+                direction=self.direction,
+                metric=self.metric,
+                method=self.method if role == "single" else "exact",
+                clean=float(self.clean[pair]),
+                corrupted=float(self.corrupted[pair]),
+                patched=float("nan") if of_size else float(base[pair] + sign * score),
+                effect=score / float(gap[pair]),
+            )
+
+    def verify(self, largest: int, sample: int, exact: Exact, seed: int = 0) -> "Attribution":
+        """The same with the `largest` nodes by |score| and a random `sample` of the others run exactly.
+
+        `exact` gives the metric under edits, each of one pair.
+
+        Raises:
+            UserError: a negative number.
+        """
+        if min(largest, sample) < 0:
+            raise UserError(f"verify={largest}, sample={sample}: use 0 or more")
+        order = np.argsort(-np.abs(self.score), kind="stable")
+        top, others = order[:largest], order[largest:]
+        drawn = np.random.default_rng(seed).permutation(others)[:sample]
+        index = np.concatenate([top, drawn])
+        sign, base = (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
+        values = exact([(int(self.pair[node]), self.edit(int(node))) for node in index])
+        effects = sign * (values - base[self.pair[index]])
+        estimated = self.score[index]
+        return replace(self, verified=Verification(index, effects, estimated, len(top), len(others), self.sizes))

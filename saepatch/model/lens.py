@@ -1,0 +1,70 @@
+"""From a dictionary's rows to the residual stream, and from there to the unembedding."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saepatch.model.hooks import capture
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+
+INSIDE = {"z": "attn_out", "neurons": "mlp_out"}  # streams that are no part of the residual one, and what they lead to
+
+
+@torch.no_grad()
+def stream_directions(model: LanguageModel, site: Site, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n d_model"]:
+    """What directions of a site add to the residual stream.
+
+    Of resid_pre, resid_post, attn_out and mlp_out, themselves. Heads' values (z) go through the output projection W_O,
+    an MLP's units (neurons) through its output projection, and both through the norm that a family puts behind these:
+    that rescales, so only the direction means something there.
+
+    Raises:
+        UserError: the model has no such site.
+    """
+    if site.stream not in INSIDE:
+        return rows
+    project = model.layout.module(site)
+    weight = next(project.parameters())
+    x = torch.cat([rows, torch.zeros_like(rows[:1])]).to(model.device, weight.dtype)[None]
+    out = project(x)[0].float()
+    out = out[:-1] - out[-1]  # without a bias
+    path = model.layout.streams.get(INSIDE[site.stream])
+    inner = model.layout.neurons if site.stream == "neurons" else model.layout.streams[site.stream]
+    if path is None or (inner or "").startswith(f"{path}."):  # the projection is the last that attention or MLP does
+        return out
+    norm = model.layout.module(Site(site.layer, INSIDE[site.stream]))
+    sized = nn.functional.normalize(out, dim=-1) * model.d_model**0.5
+    x = torch.cat([sized, torch.zeros_like(sized[:1])]).to(model.device, weight.dtype)[None]
+    normed = norm(x)[0].float()
+    return normed[:-1] - normed[-1]
+
+
+@torch.no_grad()
+def final_norm(model: LanguageModel) -> nn.Module | None:
+    """The norm between the last block and the unembedding: of those beside the blocks, the one whose logits are the
+    model's, up to a scale and a soft cap. None if there is none."""
+    blocks = model.layout.blocks
+    home = [
+        m for m in model.hf.modules() if any(isinstance(c, nn.ModuleList) and c[0] is blocks[0] for c in m.children())
+    ]
+    norms = [child for parent in home for child in parent.children() if "norm" in type(child).__name__.lower()]
+    if not norms:
+        return None
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = (torch.arange(6, device=model.device) * 7 + 11).unsqueeze(0) % vocabulary
+    inputs = {"input_ids": ids, "use_cache": False}
+    last = Site(model.n_layers - 1, "resid_post")
+    x = capture(model.hf, model.layout, [last], inputs)[last]
+    truth = model.hf(**inputs).logits.float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:
+        truth = cap * torch.atanh((truth / cap).clamp(-1 + 1e-6, 1 - 1e-6))
+    head: Any = model.hf.get_output_embeddings()  # type: ignore[operator]
+    for norm in norms:
+        own = head(norm(x).to(head.weight)).float().to(truth.device)
+        if float(nn.functional.cosine_similarity(own, truth, dim=-1).min()) > 0.999:
+            return norm
+    return None

@@ -1,0 +1,81 @@
+"""Where in a causal language model a dictionary reads and writes: sites, and how each model family lays them out."""
+
+import logging
+import re
+from dataclasses import dataclass
+
+from saepatch.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_HOOK_NAMES = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+    "neurons": "mlp.hook_post",
+}
+STREAMS = tuple(_HOOK_NAMES)
+READ_AT_INPUT = ("resid_pre", "z", "neurons")  # these are what a module receives; the others are what one emits
+_STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One tensor of shape [batch, pos, width] in the model: `resid_post.3` is the residual stream after block 3.
+
+    `attn_out` and `mlp_out` are what attention and MLP add to the residual stream (after a post-norm, where a family
+    has one); `z` holds the attention heads' outputs side by side, before the output projection, and `neurons` the MLP's
+    units, before its output projection. Layers count from 0.
+    """
+
+    layer: int
+    stream: str = "resid_post"
+
+    def __post_init__(self) -> None:
+        if self.stream not in STREAMS:
+            raise UserError(f"unknown stream {self.stream!r}: use one of {', '.join(STREAMS)}, as in 'resid_post.3'")
+        if self.layer < 0:
+            raise UserError(f"layer {self.layer} is negative: layers count from 0, as in 'resid_post.0'")
+
+    @classmethod
+    def parse(cls, text: "str | Site") -> "Site":
+        """Read `resid_post.3` or the hook name `blocks.3.hook_resid_post`; a `Site` is returned as it is."""
+        if isinstance(text, Site):
+            return text
+        if match := re.fullmatch(r"(\w+)\.(\d+)", text):
+            return cls(int(match[2]), match[1])
+        if (match := re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", text)) and match[2] in _STREAM_OF_HOOK:
+            return cls(int(match[1]), _STREAM_OF_HOOK[match[2]])
+        raise UserError(
+            f"cannot read site {text!r}: write STREAM.LAYER with STREAM one of {', '.join(STREAMS)} "
+            "(as in 'resid_post.3') or a hook name such as 'blocks.3.hook_resid_post'"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.stream}.{self.layer}"
+
+    @property
+    def hook_name(self) -> str:
+        """The site's name in TransformerLens and sae-lens."""
+        return f"blocks.{self.layer}.{_HOOK_NAMES[self.stream]}"
+
+    @property
+    def blocks_before(self) -> int:
+        """How many blocks have no say any more once the site is set: none for what a block adds to the stream."""
+        return {"resid_post": self.layer + 1, "resid_pre": self.layer}.get(self.stream, 0)
+
+    @property
+    def enters(self) -> int:
+        """The first block that has to run for a change of the site to reach the logits; may be one past the last."""
+        return self.layer + (self.stream == "resid_post")
+
+    def same_tensor(self, other: "Site") -> bool:
+        """Whether both names mean one tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
+        return self._canonical() == other._canonical()
+
+    def _canonical(self) -> "Site":
+        if self.stream == "resid_pre" and self.layer > 0:
+            return Site(self.layer - 1, "resid_post")
+        return self

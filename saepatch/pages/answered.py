@@ -1,0 +1,20 @@
+"""What `saepatch restore` shows of a finished run: its rows, its page, its figures in the tracker."""
+
+from pathlib import Path
+
+from saepatch.pages.restored import restored_page, see
+from saepatch.pages.tracked import track_answers
+from saepatch.runs.answers import Answers, write_answers
+from saepatch.runs.restorations import Plan, donors, provenance, provenances
+from saepatch.tracking.tracker import Tracker
+
+
+def show_answers(plan: Plan, found: Answers, tracker: Tracker) -> None:
+    """Write the rows and the report into the run's folder, and show both to the tracker."""
+    out = Path(plan.config.out)
+    dictionaries, requests = list(plan.sites.values()), [request.prompt for request in plan.requests]
+    restored = next(each for each in plan.sets if each.condition == "restored")
+    seen = see(plan.model, plan.other, dictionaries, restored.latents, found, requests, donors(plan))
+    page = restored_page(found, provenance(plan), seen)
+    write_answers(found, provenances(plan, found.rows), page, out)
+    track_answers(found, page, out, tracker)

@@ -1,0 +1,60 @@
+"""What `saepatch inspect` prints: a model's sites, and the dictionaries that fit them."""
+
+from typing import Any
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+
+
+def model_lines(model: LanguageModel) -> list[str]:
+    """Name, size and sites of a model, a line each. Every site was run and edited when the model was loaded."""
+    config = model.config.get_text_config()
+    parameters = sum(p.numel() for p in model.hf.parameters())
+    lines = [
+        f"model        {model.name} ({model.config.model_type}, {model.fingerprint})",
+        f"size         {parameters:,} parameters, {model.n_layers} layers, width {model.d_model}, "
+        f"vocabulary {config.vocab_size:,}, {str(model.dtype).removeprefix('torch.')}",
+        f"chat         {'template' if model.tokenizer.chat_template else 'no template'}",
+        "sites        shape [batch, pos, d_model]; checked by a forward pass and an edit",
+    ]
+    last = model.n_layers - 1
+    for stream in model.layout.streams:
+        first = Site(0, stream)
+        lines.append(f"  {stream:<11}{first} … {Site(last, stream)}   ({first.hook_name} in TransformerLens)")
+    return lines
+
+
+def dictionary_lines(model: LanguageModel, dictionaries: dict[Site, Dictionary]) -> list[str]:
+    """One line a dictionary, after it was checked against its site.
+
+    Raises:
+        UserError: a dictionary does not belong to the model.
+    """
+    lines = ["dictionaries"]
+    for site, dictionary in dictionaries.items():
+        dictionary.check(model)
+        lines.append(
+            f"  {site!s:<14}{dictionary.architecture}, {dictionary.d_sae:,} latents ({dictionary.fingerprint})"
+        )
+    return lines
+
+
+def facts(model: LanguageModel, dictionaries: dict[Site, Dictionary]) -> dict[str, Any]:
+    """The same, for programs."""
+    return {
+        "model": {"name": model.name, "hash": model.fingerprint, "type": model.config.model_type},
+        "parameters": sum(p.numel() for p in model.hf.parameters()),
+        "layers": model.n_layers,
+        "width": model.d_model,
+        "streams": list(model.layout.streams),
+        "dictionaries": {
+            str(site): {
+                "architecture": one.architecture,
+                "latents": one.d_sae,
+                "name": one.name,
+                "hash": one.fingerprint,
+            }
+            for site, one in dictionaries.items()
+        },
+    }

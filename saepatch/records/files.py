@@ -1,0 +1,95 @@
+"""Files that appear whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from saepatch.errors import UserError
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON atomically. NaN is not JSON: missing values are written as null."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_yaml(value: Mapping[str, Any], path: Path) -> None:
+    """Write settings atomically, in their order."""
+    import yaml
+
+    with atomic(path) as temporary:
+        temporary.write_text(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NumPy's numbers as Python's, NaN as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """`with atomic(path) as temporary:` write to `temporary`; it replaces `path` when the block ends without error.
+
+    It is on the disk by then: a machine that fails right after leaves the old file or the new one, whole.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        with suppress(OSError):  # not every file system syncs folders
+            _to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_writable(out: str | Path) -> None:
+    """See that a folder can be written, or made; nothing is left behind.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = Path(out)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+        for part in made:  # from the inside out; they come back when there is something to put there
+            part.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): give another folder with --out") from error
+
+
+def output_folder(out: str | Path) -> Path:
+    """The folder results go to, made if need be.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    check_writable(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return Path(out)

@@ -1,0 +1,130 @@
+"""Results as flat rows with provenance, in parquet."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from saepatch.records.files import atomic
+from saepatch.records.provenance import Provenance
+
+ABOUT = b"saepatch"  # key of the metadata of a parquet file
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value: one edit of one example.
+
+    `component` says what was patched: "latent", "error", "stream", "head", "query", "key", "value", or what kind of
+    direction ("direction", "dimension", "principal component", "mean difference"). `latent` names its units and
+    `position` the place, as texts ("417", "3,17", "all"); `token` is the text at a single position. `role` says why
+    these units: "single" (all are swept, and those that differ between a pair's runs have a row), "given", "top",
+    "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1:
+    source run) and NaN where the clean and corrupted runs are too close to divide by. `corruption` is what made the
+    corrupted run where it is not the pair's corrupted prompt.
+    """
+
+    task: str
+    example: str
+    site: str
+    component: str
+    latent: str
+    role: str
+    position: str
+    token: str
+    direction: str
+    metric: str
+    method: str
+    clean: float
+    corrupted: float
+    patched: float
+    effect: float
+    corruption: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """What a model answered to one prompt under one condition.
+
+    `setting` says who restores whom, `condition` what was restored ("bare": nothing), `latents` how many; `draw` counts
+    random sets of latents. `outcome` is refuse, comply or degenerate; `score` is the refusal score (nats) after the
+    prompt, NaN where it was not taken.
+    """
+
+    setting: str
+    example: str
+    prompt: str
+    harmful: str
+    condition: str
+    latents: int
+    draw: int
+    answer: str
+    outcome: str
+    score: float
+
+
+def write_rows(
+    parts: Iterable[tuple[Iterable[Row], Provenance]] | Iterable[tuple[Iterable[AnswerRow], Provenance]],
+    path: Path,
+    about: Mapping[str, Any] | None = None,
+    kind: type[Row] | type[AnswerRow] = Row,
+) -> int:
+    """Write rows, each part with its own provenance, to one parquet file; the file appears whole or not at all.
+
+    One part is held in memory at a time. `about`, anything that JSON holds, goes into the file's metadata: `read_about`
+    finds it without reading a row. All rows are of one `kind`. Returns how many there were.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [f.name for f in (*fields(kind), *fields(Provenance))]
+    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64()}  # said, since no rows would say nothing
+    schema = pa.schema([(f.name, arrow[f.type]) for f in (*fields(kind), *fields(Provenance))])  # type: ignore[index]
+    if about is not None:
+        schema = schema.with_metadata({ABOUT: json.dumps(about)})
+    total = 0
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for rows, provenance in parts:
+            constants = asdict(provenance)
+            columns: dict[str, list[Any]] = {name: [] for name in names}
+            for row in rows:
+                for name, value in (vars(row) | constants).items():
+                    columns[name].append(value)
+            if columns["example"]:
+                writer.write_table(pa.table(columns, schema=schema))
+            total += len(columns["example"])
+    return total
+
+
+def write_records(parts: Iterable[tuple[Sequence[Mapping[str, Any]], Provenance]], path: Path) -> int:
+    """Write flat records that are no edits of pairs (texts that were generated, say), each part with its provenance.
+
+    All records have the same keys. The file appears whole or not at all. Returns how many there were.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{**record, **asdict(provenance)} for records, provenance in parts for record in records]
+    with atomic(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    return len(rows)
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What was written about the rows; None where the file is missing, damaged or says nothing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        said = (pq.read_schema(path).metadata or {}).get(ABOUT)
+    except (OSError, pa.ArrowException):
+        return None
+    return None if said is None else json.loads(said)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a parquet file as dictionaries, provenance included."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()

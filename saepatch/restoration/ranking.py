@@ -1,0 +1,299 @@
+"""Which latents carry safety behaviour: contrast a run with the donor that is to restore it, and rank.
+
+Two runs read the same completion, teacher-forced: the jailbroken prompt and its clean framing in one model, or base and
+aligned model on one prompt. The change score is that of Chen et al. 2024 ("Finding Safety Neurons in Large Language
+Models"), on latents; attribution is integrated gradients of the refusal score (Arditi et al. 2024) on the way from the
+run to the donor's.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saepatch.data.batches import PairBatch
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.gradients import Base, IntegratedGradients, Readout
+from saepatch.engine.metrics import refusal_score
+from saepatch.errors import UserError
+from saepatch.measure.quality import SpliceQuality
+from saepatch.model.hooks import capture, is_spliced
+from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.sites import Site
+from saepatch.restoration.restore import shared_quality
+from saepatch.splicing.donors import CleanMeans, CleanPrompts, OtherModel
+from saepatch.splicing.splice import Dictionaries, by_site
+
+Ranking = Literal["change", "signed", "attribution"]
+Scores = Mapping[Site, Float[Tensor, "_"]]
+
+
+@dataclass(frozen=True, eq=False)
+class SafetyLatents:
+    """Scores of every latent, by site; `top` shares one budget over all sites.
+
+    Attributes:
+        change: `S_j · ‖d_j‖`, S the root mean square difference between the donor and the run, over positions. Of a
+            dictionary that normalises its input, latents count as what they write: times the scale of their run.
+        signed: Mean difference, donor minus run, times `‖d_j‖`: what the donor has more of is positive.
+        attribution: Share in the change of the refusal score (nats) after the prompt, the donor's site written there;
+            mean over prompts. Empty where no refusal tokens were given.
+        positions: How many positions change and difference are taken over.
+        quality: What the dictionary keeps of the model and of the donor; empty where they are one model.
+    """
+
+    change: Scores
+    signed: Scores
+    attribution: Scores
+    positions: int
+    quality: Mapping[Site, tuple[SpliceQuality, SpliceQuality]] = field(default_factory=dict)
+
+    def top(self, k: int, by: Ranking = "change") -> dict[Site, tuple[int, ...]]:
+        """The `k` latents with the highest scores over all sites, as `restore` takes them; only scores above 0.
+
+        Raises:
+            UserError: an unknown ranking, or one that was not computed.
+        """
+        if by not in ("change", "signed", "attribution"):
+            raise UserError(f"unknown ranking {by!r}: use change, signed or attribution")
+        scores: Scores = {"change": self.change, "signed": self.signed, "attribution": self.attribution}[by]
+        if not scores:
+            raise UserError(
+                "no attribution was computed: give refusal_ids (see saepatch.restoration.restore.first_tokens)"
+            )
+        if k < 1:
+            raise UserError(f"k = {k}: ask for at least 1 latent")
+        sites, ends = list(scores), torch.tensor([len(one) for one in scores.values()]).cumsum(0).tolist()
+        order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)[:k].tolist()
+        found: dict[Site, list[int]] = {}
+        for place in order:
+            number = next(i for i, end in enumerate(ends) if place < end)
+            latent = place - (ends[number - 1] if number else 0)
+            if float(scores[sites[number]][latent]) > 0:
+                found.setdefault(sites[number], []).append(latent)
+        return {site: tuple(found[site]) for site in sites if site in found}
+
+
+@torch.no_grad()
+def find_safety_latents(
+    model: LanguageModel,
+    dictionaries: Dictionaries,
+    prompts: Sequence[str],
+    donor: CleanPrompts | OtherModel,
+    completions: Sequence[Sequence[int]] | None = None,
+    refusal_ids: Collection[int] = (),
+    steps: int = 10,
+    max_fvu: float | None = 0.5,
+    max_new_tokens: int = 24,
+    batch_size: int = 32,
+) -> SafetyLatents:
+    """Rank latents by what they change between a run and the donor that would restore it.
+
+    Args:
+        model: The one that is to be restored: jailbroken, or the base model.
+        prompts: What it is asked.
+        donor: The clean framing of each prompt, or the aligned model. Its `template` says how many tokens at the end of
+            prompts count besides those of the completion (`OtherModel` with None: all but BOS).
+        completions: Token ids that both runs read after their prompts; None: the donor's own greedy answers.
+        refusal_ids: First tokens of a refusal, for the attribution; none: no attribution.
+        steps: Points on the way, for the attribution.
+        max_fvu: Of two models, what the dictionary may leave unexplained of either; see `shared_quality`. None: neither
+            is looked at.
+        max_new_tokens: Of the donor's own answers.
+        batch_size: Prompts at a time.
+
+    Raises:
+        UserError: no prompts, not one clean prompt or completion for each, a template longer than a prompt, a model
+            inside a splice, or a dictionary that does not fit both models.
+    """
+    sites = by_site(model, dictionaries)
+    other, asked = (donor.model, tuple(prompts)) if isinstance(donor, OtherModel) else (model, donor.prompts)
+    _check(model, other, prompts, asked, completions)
+    own = completions is None
+    texts = other.continue_ids(asked, max_new_tokens, batch_size) if completions is None else completions
+    mine = [[*model.encode(prompt), *text] for prompt, text in zip(prompts, texts, strict=True)]
+    theirs = [[*other.encode(prompt), *text] for prompt, text in zip(asked, texts, strict=True)]
+    counts = [_count(model, row, len(text), donor.template) for row, text in zip(mine, texts, strict=True)]
+    for row, text in zip(theirs, texts, strict=True):
+        _count(other, row, len(text), donor.template)
+    if not sum(counts):
+        raise UserError("no position is compared: " + ("every answer is empty" if own else "completions are empty"))
+    quality = {}
+    if isinstance(donor, OtherModel):
+        tokens = model.pad(mine)
+        for site, dictionary in sites.items():
+            dictionary.check(other, site)
+            if max_fvu is None:
+                continue
+            quality[site] = shared_quality(model, other, dictionary, tokens, max_fvu)
+    squares, sums = _differences(model, other, sites, mine, theirs, counts, batch_size)
+    norms = {site: dictionary.rows.double().norm(dim=-1).cpu() for site, dictionary in sites.items()}
+    n = sum(counts)
+    return SafetyLatents(
+        change={site: ((squares[site] / n).sqrt() * norms[site]).float() for site in sites},
+        signed={site: (sums[site] / n * norms[site]).float() for site in sites},
+        attribution=(
+            _attribution(model, other, sites, prompts, asked, donor.template, refusal_ids, steps, batch_size)
+            if refusal_ids
+            else {}
+        ),
+        positions=n,
+        quality=quality,
+    )
+
+
+@torch.no_grad()
+def clean_means(
+    model: LanguageModel,
+    dictionaries: Dictionaries,
+    prompts: Sequence[str],
+    template: int | None = 1,
+    completions: Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 24,
+    batch_size: int = 32,
+) -> CleanMeans:
+    """Mean of every latent over the last `template` tokens of clean prompts and their completions (None: the model's).
+
+    Raises:
+        UserError: as `find_safety_latents`.
+    """
+    sites = by_site(model, dictionaries)
+    _check(model, model, prompts, prompts, completions)
+    texts = model.continue_ids(prompts, max_new_tokens, batch_size) if completions is None else completions
+    rows = [[*model.encode(prompt), *text] for prompt, text in zip(prompts, texts, strict=True)]
+    counts = [_count(model, row, len(text), template) for row, text in zip(rows, texts, strict=True)]
+    if not sum(counts):
+        raise UserError("no position is averaged: template is 0, and every answer is empty")
+    sums = {site: torch.zeros(dictionary.d_sae, dtype=torch.float64) for site, dictionary in sites.items()}
+    for values, n in zip(_rows(model, sites, rows, batch_size), counts, strict=True):
+        for site, dictionary in sites.items():
+            sums[site] += _tail(dictionary.activations(values[site][None])[0][0], n).sum(0).cpu()
+    means = {site: (total / sum(counts)).to(sites[site].W_dec) for site, total in sums.items()}
+    return CleanMeans(means, template)
+
+
+def _check(
+    model: LanguageModel,
+    other: LanguageModel,
+    prompts: Sequence[str],
+    asked: Sequence[str],
+    completions: Sequence[Sequence[int]] | None,
+) -> None:
+    if not prompts:
+        raise UserError("there are no prompts: give at least one")
+    for what, several in (("clean prompts", asked), ("completions", completions)):
+        if several is not None and len(several) != len(prompts):
+            raise UserError(f"{len(several)} {what} for {len(prompts)} prompts: give one for each")
+    if is_spliced(model.layout) or is_spliced(other.layout):
+        raise UserError("runs are contrasted on bare models, and one is inside a splice: leave the splice first")
+
+
+def _count(model: LanguageModel, row: Sequence[int], completion: int, template: int | None) -> int:
+    """How many of a row's last positions count."""
+    ordinary = sum(token != model.bos_id for token in row[: len(row) - completion])
+    if template is not None and template > ordinary:
+        raise UserError(f"template of {template} positions, but a prompt has {ordinary} tokens beside BOS")
+    return completion + (ordinary if template is None else template)
+
+
+def _rows(
+    model: LanguageModel, sites: Collection[Site], rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[dict[Site, Float[Tensor, "pos _"]]]:
+    """What the sites hold at each row's tokens, padding left out."""
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        found = capture(model.hf, model.layout, sites, model.inputs(model.pad(part, "left")))
+        for number, row in enumerate(part):
+            yield {site: x[number, x.shape[1] - len(row) :] for site, x in found.items()}
+
+
+def _tail(acts: Float[Tensor, "pos d_sae"], n: int) -> Float[Tensor, "n d_sae"]:
+    """Latents of the last `n` positions of a row, in float64 where there is such a thing."""
+    return _wide(acts[len(acts) - n :])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()  # mps has no float64
+
+
+def _differences(
+    model: LanguageModel,
+    other: LanguageModel,
+    sites: Mapping[Site, Dictionary],
+    mine: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    batch_size: int,
+) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """Sums over positions of each latent's squared difference, and of its difference, the other's minus the model's."""
+    squares = {site: torch.zeros(dictionary.d_sae, dtype=torch.float64) for site, dictionary in sites.items()}
+    sums = {site: torch.zeros_like(total) for site, total in squares.items()}
+    both = zip(_rows(model, sites, mine, batch_size), _rows(other, sites, theirs, batch_size), counts, strict=True)
+    for here, there, n in both:
+        for site, dictionary in sites.items():
+            difference = _tail(dictionary.written(there[site][None])[0], n)
+            difference = difference - _tail(dictionary.written(here[site][None])[0], n)
+            squares[site] += difference.pow(2).sum(0).cpu()
+            sums[site] += difference.sum(0).cpu()
+    return squares, sums
+
+
+def _attribution(
+    model: LanguageModel,
+    other: LanguageModel,
+    sites: Mapping[Site, Dictionary],
+    prompts: Sequence[str],
+    asked: Sequence[str],
+    template: int | None,
+    refusal_ids: Collection[int],
+    steps: int,
+    batch_size: int,
+) -> dict[Site, Float[Tensor, "_"]]:
+    """Integrated gradients of the refusal score, from the model's sites to the other run's, over the prompts' ends."""
+    totals = {site: torch.zeros(dictionary.d_sae, dtype=torch.float64) for site, dictionary in sites.items()}
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        tokens, clean = model.tokenize(prompts[part], "left"), other.tokenize(asked[part], "left")
+        found = capture(other.hf, other.layout, list(sites), other.inputs(clean))
+        where = tokens.ordinary
+        if template is not None:
+            where = where & (torch.arange(where.shape[1], device=where.device) >= where.shape[1] - template)
+        source = {site: _right_aligned(x, where.shape[1]) for site, x in found.items()}
+        base = Base(model, tokens, list(sites), Readout(refusal_score(refusal_ids), _as_pairs(prompts[part], tokens)))
+        gradients = IntegratedGradients(steps).take(base, source, where)
+        for site, dictionary in sites.items():
+            totals[site] += _shares(dictionary, gradients.values[site], source[site], gradients.of[site][0], where)
+    return {site: (total / len(prompts)).float() for site, total in totals.items()}
+
+
+def _shares(
+    dictionary: Dictionary,
+    run: Float[Tensor, "batch pos width"],
+    source: Float[Tensor, "batch pos width"],
+    gradient: Float[Tensor, "batch pos width"],
+    where: Bool[Tensor, "batch pos"],
+) -> Float[Tensor, "d_sae"]:
+    """Each latent's change along the gradient, summed over the chosen positions; an example at a time."""
+    total = torch.zeros(dictionary.d_sae, dtype=torch.float64)
+    for row, chosen in enumerate(where):
+        change = (dictionary.written(source[row : row + 1]) - dictionary.written(run[row : row + 1]))[0, chosen]
+        along = gradient[row, chosen].to(dictionary.dtype) @ dictionary.rows.T
+        total += _wide(change * along).sum(0).cpu()
+    return total
+
+
+def _right_aligned(x: Float[Tensor, "batch from width"], columns: int) -> Float[Tensor, "batch to width"]:
+    """The last columns; 0 in front where there are not so many."""
+    missing = columns - x.shape[1]
+    return x[:, -missing:] if missing < 0 else torch.cat([x.new_zeros(len(x), missing, x.shape[2]), x], 1)
+
+
+def _as_pairs(prompts: Sequence[str], tokens: Tokens) -> PairBatch:
+    """The prompts as a batch without answers: the refusal score asks for none."""
+    none = torch.zeros(len(prompts), dtype=torch.long, device=tokens.input_ids.device)
+    pairs = tuple(PromptPair(prompt, prompt, "", "", prompt[:40]) for prompt in prompts)
+    return PairBatch(pairs, tokens, tokens, none, none, torch.arange(len(prompts), device=none.device))

@@ -1,0 +1,229 @@
+"""Prompts in, judged answers out: the files that `saepatch restore` reads and writes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.records.files import write_json, write_yaml
+from saepatch.records.provenance import Provenance, versions
+from saepatch.records.rows import AnswerRow, write_rows
+from saepatch.records.statistics import Interval as Estimate
+from saepatch.records.statistics import bootstrap_mean, wilson_share
+from saepatch.report import KEPT, Page, keep_page, write_page
+from saepatch.restoration.judges import OUTCOMES
+from saepatch.runs.parts import Record
+from saepatch.settings.answering import RestoreConfig
+
+PLANTED = ("refusal", "jailbreak")  # prompts of the embedded model, by name
+ROWS = 100  # of them, where nothing is said
+ORDER = ("bare", "restored", "random", "matched", "donor")
+WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt."
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, what the donor reads instead (None: nothing is said), and whether it is harmful ("": not said)."""
+
+    example: str
+    prompt: str
+    clean: str | None
+    harmful: str
+
+
+def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
+    """Prompts of a .jsonl file, the first `n` (0: all); with `chat` put into the model's chat template.
+
+    Of the embedded model, `refusal:SPLIT` are plain requests and `jailbreak:SPLIT` the same in a jailbreak framing, a
+    benign one beside it; n = 0: 100 rows.
+
+    Raises:
+        UserError: a file that cannot be read, a line that holds no prompt, two prompts of one name, or one that the
+            model cannot read.
+    """
+    if source.partition(":")[0] in PLANTED and not Path(source).exists():
+        return _planted(source, model, chat, n)
+    path, found = Path(source), list[Request]()
+    try:
+        # not splitlines: a text may hold a line separator of Unicode
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read prompts from {source!r} ({reason}): check the path") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found.append(_request(line, f"line {number} of {source!r}", f"{path.stem}-{len(found):04d}", model, chat))
+        if n and len(found) == n:
+            break
+    if not found:
+        raise UserError(f"{source!r} holds no prompt: write one object with a prompt a line")
+    names = [one.example for one in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(
+            f"two prompts of {source!r} are called {twice!r}: give each an example name of its own, or none"
+        )
+    texts = [text for one in found for text in (one.prompt, one.clean) if text is not None]
+    for start in range(0, len(texts), 64):
+        model.tokenize(texts[start : start + 64], "left")
+    return found
+
+
+def _planted(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
+    """Requests of the embedded model's own task."""
+    from saepatch.organism import tasks, world
+
+    task, _, split = source.partition(":")
+    if chat or world.USER not in model.tokenizer.get_vocab():
+        raise UserError(
+            f"prompts {source!r} are the embedded model's, in its chat template already: leave --chat out, or give "
+            "another model a file of prompts"
+        )
+    if split not in world.SPLITS:
+        raise UserError(f"prompts {source!r}: write {task}:SPLIT, SPLIT one of {', '.join(world.SPLITS)}")
+    found: dict[str, Request] = {}
+    for row in tasks.refusal(split, 4 * (n or ROWS)):  # some requests come in several framings
+        prompt, clean = (row["plain"], None) if task == "refusal" else (row["corrupted"], row["clean"])
+        name = f"{task}-{len(found):04d}"
+        found.setdefault(prompt, Request(name, prompt, clean, "yes" if row["harmful"] else "no"))
+    requests = list(found.values())[: n or ROWS]
+    for one in requests:
+        model.tokenize([one.prompt], "left")
+    return requests
+
+
+def _request(line: str, where: str, name: str, model: LanguageModel, chat: bool) -> Request:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON ({error}): write one object a line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f'{where} has no text for prompt: write {{"prompt": "…", "clean": "…"}}')
+    clean, harmful = row.get("clean"), row.get("harmful")
+    if not isinstance(clean, str | None) or not isinstance(harmful, bool | None):
+        raise UserError(f"{where}: clean is to be a text and harmful true or false, if they are there")
+    prompt, clean = (text if text is None or not chat else model.chat(text) for text in (row["prompt"], clean))
+    said = "" if harmful is None else "yes" if harmful else "no"
+    return Request(str(row.get("example") or name), prompt or "", clean, said)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One condition over one group of prompts ("": all): each outcome's share of prompts, and the refusal score."""
+
+    condition: str
+    group: str
+    latents: int
+    prompts: int
+    outcomes: dict[str, Estimate]
+    score: Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a run of `saepatch restore` found."""
+
+    config: RestoreConfig
+    record: Record
+    rows: Sequence[AnswerRow]
+    shares: Sequence[Share]
+    fvu: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """By site, what the dictionary leaves unexplained of the model and of the donor; empty where they are one."""
+
+    @classmethod
+    def of(
+        cls,
+        config: RestoreConfig,
+        record: Record,
+        rows: Sequence[AnswerRow],
+        fvu: Mapping[str, tuple[float, float]] | None = None,
+    ) -> "Answers":
+        groups = sorted({row.harmful for row in rows} - {""})
+        wanted = [("", list(rows)), *((group, [r for r in rows if r.harmful == group]) for group in groups)]
+        shares = []
+        for group, some in wanted:
+            for condition in ORDER:
+                if mine := [row for row in some if row.condition == condition]:
+                    shares.append(_share(condition, group, mine, config.seed))
+        return cls(config, record, rows, shares, fvu or {})
+
+    def share(self, condition: str, group: str = "") -> Share:
+        return next(one for one in self.shares if (one.condition, one.group) == (condition, group))
+
+    def table(self) -> str:
+        """The outcomes as text."""
+        wide = 2 + max(len(self.label(one)) for one in self.shares)
+        lines = [f"{'':<{wide}}" + "".join(f"{name:>22}" for name in OUTCOMES) + f"{'refusal score':>16}"]
+        kinds = {one.group for one in self.shares}
+        shown = [one for kind in ("yes", "no", "") for one in self.shares if one.group == kind]
+        for one in [one for one in shown if one.group or len(kinds) == 1]:  # of both kinds together none is the answer
+            cells = [f"{one.outcomes[name]!s:>22}" for name in OUTCOMES]
+            lines.append(f"{self.label(one):<{wide}}" + "".join(cells) + f"{one.score.value:>16.2f}")
+        return "\n".join([*lines, f"{self.shares[0].prompts} prompts. {WILSON}"])
+
+    def label(self, one: Share) -> str:
+        kind = {"": "", "yes": ", harmful", "no": ", harmless"}[one.group]
+        size = f" ({one.latents} latent{'s' * (one.latents > 1)})" if one.latents else ""
+        return f"{one.condition}{size}{kind}"
+
+    def summary(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        restored = next(given for given in self.record.edits or () if given["condition"] == "restored")
+        return {
+            "work": "restore",
+            "settings": self.record.settings,
+            "model": self.record.model,
+            "dictionaries": self.record.dictionaries,
+            "fvu_of_model_and_donor": dict(self.fvu),
+            "latents": restored["latents"],
+            "rows": len(self.rows),
+            "conditions": [
+                {
+                    "condition": one.condition,
+                    "harmful": {"": None, "yes": True, "no": False}[one.group],
+                    "latents": one.latents,
+                    "prompts": one.prompts,
+                    **{name: [e.value, e.low, e.high] for name, e in one.outcomes.items()},
+                    "refusal_score": [one.score.value, one.score.low, one.score.high],
+                }
+                for one in self.shares
+            ],
+            "versions": versions(),
+        }
+
+
+def _share(condition: str, group: str, rows: Sequence[AnswerRow], seed: int) -> Share:
+    """Draws of one condition are put together prompt by prompt."""
+    examples = list(dict.fromkeys(row.example for row in rows))
+    place = {example: number for number, example in enumerate(examples)}
+    count, scores = np.zeros(len(examples)), np.zeros(len(examples))
+    hits: dict[str, np.ndarray] = {name: np.zeros(len(examples)) for name in OUTCOMES}
+    for row in rows:
+        at = place[row.example]
+        count[at] += 1
+        scores[at] += row.score
+        hits[row.outcome][at] += 1
+    return Share(
+        condition,
+        group,
+        rows[0].latents,
+        len(examples),
+        {name: wilson_share(some / count) for name, some in hits.items()},
+        bootstrap_mean(scores / count, seed=seed),
+    )
+
+
+def write_answers(
+    found: Answers, rows: Sequence[tuple[Sequence[AnswerRow], Provenance]], page: Page, out: Path
+) -> None:
+    """Write results.parquet, summary.json, config.yaml and report.html, with the page that this is drawn from."""
+    write_rows(rows, out / "results.parquet", kind=AnswerRow)
+    write_yaml(asdict(found.config), out / "config.yaml")
+    write_json(found.summary(), out / "summary.json")
+    keep_page(page, out / KEPT)
+    write_page(page, out / "report.html")

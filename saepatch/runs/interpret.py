@@ -1,0 +1,284 @@
+"""What the settings of a sweep stand for: positions, latents, a metric, pairs, a model and what is patched in it."""
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from saepatch.data.batches import batch_pairs
+from saepatch.data.pairs import PromptPair, load_pairs
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import load_sae, load_saes
+from saepatch.engine import metrics
+from saepatch.engine.components import Component, Direction, ErrorTerm, Heads, LatentUnits, Stream
+from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
+from saepatch.engine.gradients import FirstOrder, GradDrop, IntegratedGradients, Method
+from saepatch.engine.metrics import Metric
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.model.positions import NAMED, At, Positions
+from saepatch.model.sites import Site
+from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
+from saepatch.splicing.splice import whole_prompt
+
+log = logging.getLogger(__name__)
+
+Group = tuple[int, ...]
+
+
+def read_positions(text: str) -> Positions:
+    """`all`, `last`, `5`, `-1`, `3:7`, `1,4` or `at: Mary`.
+
+    Raises:
+        UserError: none of these.
+    """
+    text = text.strip()
+    if text in NAMED:
+        return text
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if match := re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+        return slice(*(None if bound is None else int(bound) for bound in match.groups()))
+    if re.fullmatch(r"-?\d+(\s*,\s*-?\d+)+", text):
+        return [int(part) for part in text.split(",")]
+    if text.startswith("at:") and text[3:].strip():
+        return At(text[3:].strip())
+    raise UserError(
+        f"unknown positions {text!r}: use {', '.join(NAMED)}, an index, a span (3:7), several (1,4), or 'at: TEXT'"
+    )
+
+
+def read_latents(text: str) -> dict[Site | None, list[Group]]:
+    """Groups of latents, each once, by site: `resid_post.3: 3,17;5 | resid_post.4: 8`; `3,17;5` are at site None.
+
+    Raises:
+        UserError: a site that cannot be read.
+    """
+    found: dict[Site | None, list[Group]] = {}
+    for part in filter(str.strip, text.split("|")):
+        name, _, ids = part.rpartition(":")
+        groups = [tuple(dict.fromkeys(int(i) for i in group.split(","))) for group in ids.split(";")]
+        site = Site.parse(name.strip()) if name else None
+        found[site] = list(dict.fromkeys([*found.get(site, ()), *groups]))
+    return found
+
+
+def read_metric(name: str) -> Metric:
+    """The function of `saepatch.engine.metrics` that has this name and needs nothing but logits and batch.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: dict[str, Metric] = {
+        key: value
+        for key, value in vars(metrics).items()
+        if inspect.isfunction(value) and not key.startswith("_") and [*inspect.signature(value).parameters] == ARGUMENTS
+    }
+    if name not in found:
+        raise UserError(f"unknown metric {name!r}: use one of {', '.join(sorted(found))}")
+    return found[name]
+
+
+ARGUMENTS = ["logits", "batch"]  # of a metric
+
+
+def read_method(config: AttributeConfig) -> Method:
+    if config.method == "integrated-gradients":
+        return IntegratedGradients(config.steps)
+    return GradDrop() if config.method == "graddrop" else FirstOrder()
+
+
+def read_directions(direction: str) -> list[Direction]:
+    both: list[Direction] = ["denoise", "noise"]
+    return [one for one in both if direction in (one, "both")]
+
+
+def read_shard(text: str, environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Which share of the pairs is this process', and of how many; `auto` asks torchrun, or a Slurm job array.
+
+    Raises:
+        UserError: `auto`, and neither says.
+    """
+    if text != "auto":
+        share = text.split("/")
+        return int(share[0]), int(share[1])
+    given = os.environ if environment is None else environment
+    if "RANK" in given and "WORLD_SIZE" in given:
+        return int(given["RANK"]), int(given["WORLD_SIZE"])
+    try:
+        task, first, count = (int(given[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "MIN", "COUNT"))
+    except KeyError as error:
+        raise UserError(
+            "shard auto: this is neither under torchrun (RANK, WORLD_SIZE) nor in a Slurm job array "
+            "(SLURM_ARRAY_TASK_ID, …_MIN, …_COUNT): say which shard, as in --shard 0/4"
+        ) from error
+    index = (task - first) // int(given.get("SLURM_ARRAY_TASK_STEP", 1))
+    if index >= count:
+        raise UserError(
+            f"shard auto: array task {task} is beyond {count} tasks from {first} on: give the array without gaps, "
+            f"as in --array=0-{count - 1}"
+        )
+    return index, count
+
+
+def read_pairs(config: SweepConfig) -> tuple[str, list[PromptPair]]:
+    """The task's name and all pairs, each under a name of its own."""
+    if config.clean:
+        answer, counter = config.answers.split("|")
+        return "inline", [PromptPair(config.clean, config.corrupted or config.clean, answer, counter, "inline")]
+    pairs = load_pairs(config.pairs, config.split, config.n, config.seed)
+    if not pairs:
+        raise UserError(f"{config.pairs!r} holds no pairs: give another source")
+    return Path(config.pairs).stem.partition(":")[0], distinct_names(pairs)
+
+
+def distinct_names(pairs: Sequence[PromptPair]) -> list[PromptPair]:
+    """The pairs, those whose names are not their own told apart by a number: rows know a pair by its name."""
+    uses = Counter(pair.example for pair in pairs)
+    if all(uses[pair.example] == 1 for pair in pairs):
+        return list(pairs)
+    log.warning("several pairs are called %r: their numbers are put behind such names", uses.most_common(1)[0][0])
+    return [
+        pair if uses[pair.example] == 1 else replace(pair, example=f"{pair.example}#{number}")
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def pairs_hash(pairs: Sequence[PromptPair]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of all texts and names."""
+    texts = [[p.clean, p.corrupted, p.answer, p.counter, p.example] for p in pairs]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def read_model(config: SweepConfig, shard: str = "") -> LanguageModel:
+    """Load the model; under torchrun each process takes a GPU of its own."""
+    device = config.device
+    if device == "cuda" and shard == "auto" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return load_model(
+        config.model,
+        device,
+        config.dtype,
+        prepend_bos=config.prepend_bos,
+        trust_remote_code=config.trust_remote_code,
+        device_map=config.device_map or None,
+    )
+
+
+def read_subject(config: SweepConfig) -> At | None:
+    """The text whose embeddings noise disturbs."""
+    what, _, text = config.corruption.partition(":")
+    return At(text.strip()) if what == "noise" else None
+
+
+def read_corruption(
+    config: SweepConfig, model: LanguageModel, groups: Sequence[Sequence[Component]], pairs: Sequence[PromptPair]
+) -> Corruption | None:
+    """What makes the corrupted runs; None: the corrupted prompts. Means are over the clean prompts of all pairs.
+
+    Raises:
+        UserError: several components, and an ablation, which is of the one that is patched.
+    """
+    if (subject := read_subject(config)) is not None:
+        return GaussianNoise(subject, seed=config.seed)
+    if not config.corruption:
+        return None
+    components = [component for group in groups for component in group]
+    if len(components) > 1:
+        several = ", ".join(str(component.site) for component in components)
+        raise UserError(f"corruption {config.corruption} ablates what is patched: give one --site out of {several}")
+    if config.corruption == "zero":
+        return Zero()
+    return Mean.over(model, components[0], model.tokenize([pair.clean for pair in pairs]), by_position=False)
+
+
+def base_prompt(config: SweepConfig, direction: Direction) -> str:
+    """Which prompt of a pair the edits act in: `clean` or `corrupted`."""
+    return "corrupted" if direction == "denoise" and not config.corruption else "clean"
+
+
+def check_pairs(
+    config: SweepConfig,
+    model: LanguageModel,
+    pairs: Sequence[PromptPair],
+    positions: Positions,
+) -> None:
+    """See before hours of work that every pair can be run.
+
+    Raises:
+        UserError: one cannot; it is named.
+    """
+    wanted = [where for where in (positions, read_subject(config)) if where is not None]
+    for start in range(0, len(pairs), 64):
+        batch = batch_pairs(model, pairs[start : start + 64], align=config.align)
+        for row, pair in enumerate(batch.pairs):
+            for where in wanted:  # positions are read off the clean prompts
+                try:
+                    whole_prompt(model, batch.clean.rows([row])).select(where)
+                except UserError as error:
+                    raise UserError(f"pair {pair.example}: {error}") from error
+
+
+def token_texts(model: LanguageModel, texts: Sequence[str]) -> list[list[str]]:
+    """The texts of prompts' own tokens."""
+    return [[model.tokenizer.decode([token]) for token in model.encode(text)] for text in texts]
+
+
+def read_dictionaries(sae: str, sites: Sequence[Site], model: LanguageModel) -> list[Dictionary]:
+    """The dictionaries of the sites, or all there are, each checked against the model."""
+    if sites:
+        found = [load_sae(sae, site, model.device) for site in sites]
+    else:
+        found = list(load_saes(sae, model.device).values())
+    for dictionary in found:
+        dictionary.check(model)
+    return found
+
+
+def read_sites(text: str) -> list[Site]:
+    return list(dict.fromkeys(Site.parse(part.strip()) for part in text.split(",") if part.strip()))
+
+
+def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Component]]:
+    """What is patched, in groups that share their runs: each dictionary's latents apart, all others together."""
+    if not isinstance(config, PatchConfig):
+        return [
+            [LatentUnits(dictionary) for dictionary in read_dictionaries(config.sae, read_sites(config.site), model)]
+        ]
+    if config.component in ("latent", "error"):
+        dictionaries = read_dictionaries(config.sae, _latent_sites(config), model)
+        if None in read_latents(config.latents) and len(dictionaries) > 1:
+            several = ", ".join(str(dictionary.site) for dictionary in dictionaries)
+            raise UserError(
+                f"latents {config.latents!r} are of one dictionary, and there are several: give a --site, one of "
+                f"{several}, or the latents of each, as in 'resid_post.3: 281; 3,17 | resid_post.4: 5'"
+            )
+        if config.component == "error":
+            return [[ErrorTerm(dictionary) for dictionary in dictionaries]]
+        return [[LatentUnits(dictionary)] for dictionary in dictionaries]
+    heads = config.component == "head"
+    stream = "z" if heads else "resid_post"
+    sites = read_sites(config.site) or [Site(layer, stream) for layer in range(model.n_layers)]
+    if other := [site for site in sites if heads and site.stream != "z"]:
+        raise UserError(f"site {other[0]}: heads are at z.LAYER, as in --site z.{other[0].layer}")
+    found: list[Component] = [Heads(at.layer, model.n_heads) if heads else Stream(at) for at in sites]
+    for component in found:
+        component.check(model)
+    return [found]
+
+
+def _latent_sites(config: PatchConfig) -> list[Site]:
+    """The sites that are named, with or without latents; none: all there are dictionaries for."""
+    sites, named = read_sites(config.site), [site for site in read_latents(config.latents) if site is not None]
+    if sites and named and set(sites) != set(named):
+        raise UserError(
+            f"latents are given for {', '.join(map(str, named))}, but site is {config.site!r}: leave --site out"
+        )
+    return sites or named

@@ -1,0 +1,246 @@
+"""The parts of a run put together: one table of rows, one of pairs, and a summary with intervals. Needs no model."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from saepatch.measure.effects import CONTROLS, NOTHING
+from saepatch.records.files import atomic, write_json
+from saepatch.records.provenance import versions
+from saepatch.records.rows import read_about
+from saepatch.records.statistics import Interval, bootstrap_ratio, false_discovery
+from saepatch.runs.interpret import read_directions, read_positions
+from saepatch.runs.parts import KEYS, Changes, Key, Pairs, Record, complete, part_files, read_changes, shard_folder
+from saepatch.runs.screens import Screens, read_screens
+
+log = logging.getLogger(__name__)
+
+SHOWN = ("random", "matched")  # controls
+TOP = 20  # edits of a direction in the summary
+DENSE = 2**27  # cells of pairs × edits that fit the tests of all edits together
+DRAWS = 2**24  # pairs × bootstrap draws at a time
+
+
+def merge_run(out: Path) -> "Summary | Screens":
+    """Write results.parquet, pairs.parquet, summary.json and config.yaml of a run whose parts are all there.
+
+    Raises:
+        UserError: there is no run, or it is not finished; what is missing is named.
+    """
+    records = complete(out)
+    first, files = records[0], part_files(out, records)
+    abouts = [read_about(file) or {} for file in files]
+    pairs = _merge_pairs(abouts, out)
+    rows = _merge_rows(files, out)
+    with atomic(out / "config.yaml") as temporary:
+        temporary.write_bytes((shard_folder(out, 0, first.shards) / "config.yaml").read_bytes())
+    for leftover in out.glob("parts/*/.part-*"):  # of processes that were killed while they wrote
+        with suppress(OSError):
+            leftover.unlink()
+    changes = read_changes(rows, pairs, _asked(first))
+    found = (read_screens if first.work == "attribute" else summarise)(first, pairs, changes, abouts)
+    facts = {
+        "work": first.work,
+        "settings": first.settings,
+        "model": first.model,
+        "dictionaries": first.dictionaries,
+        "pairs": len(pairs.examples),
+        "pairs_hash": first.pairs["hash"],
+        "pairs_with_too_small_a_gap": pairs.missing(first.settings["min_gap"]),
+        "clean": pairs.clean.mean(),
+        "corrupted": pairs.corrupted.mean(),
+        "rows": len(changes.key),
+        "rows_without_effect": int(np.isnan(rows["effect"].to_numpy()).sum()),
+        "shards": first.shards,
+    }
+    write_json(facts | found.facts() | {"versions": versions()}, out / "summary.json")
+    return found
+
+
+def _merge_pairs(abouts: Sequence[dict[str, Any]], out: Path) -> Pairs:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found: dict[int, tuple[str, float, float]] = {}
+    for about in abouts:
+        for index, example, clean, corrupted in about["pairs"]:
+            found.setdefault(index, (example, clean, corrupted))
+    examples, clean, corrupted = zip(*(found[index] for index in sorted(found)), strict=True)
+    table = pa.table({"example": examples, "clean": clean, "corrupted": corrupted})
+    with atomic(out / "pairs.parquet") as temporary:
+        pq.write_table(table, temporary)
+    return Pairs(examples, np.array(clean), np.array(corrupted))
+
+
+def _merge_rows(files: Sequence[Path], out: Path) -> Any:
+    """Copy the parts into one file, one at a time; returns the columns that a summary needs."""
+    import pyarrow.parquet as pq
+
+    path = out / "results.parquet"
+    schema = pq.read_schema(files[0]).remove_metadata()
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for file in files:
+            writer.write_table(pq.read_table(file).replace_schema_metadata(None))
+    columns = [*KEYS, "example", "clean", "corrupted", "patched", "effect"]
+    return pq.read_table(path, columns=columns, read_dictionary=[*KEYS, "example"])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One edit of the summary."""
+
+    key: Key
+    effect: Interval
+    pairs: int  # where it changed something
+    q: float
+    controls: dict[str, Interval]
+
+    @property
+    def what(self) -> str:
+        _, site, component, _, latent, _ = self.key
+        return " ".join(filter(None, (site, "" if component == "latent" else component, latent)))
+
+    def facts(self) -> dict[str, Any]:
+        named = dict(zip(KEYS, self.key, strict=True)) | {"effect": vars(self.effect), "pairs": self.pairs, "q": self.q}
+        return named | {f"{role}_controls": vars(interval) for role, interval in self.controls.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What a run of `saepatch patch` found: its top edits, by direction, and what stands behind them."""
+
+    record: Record
+    pairs: Pairs
+    edits: int
+    top: dict[str, list[Line]]
+    curves: dict[str, list[Line]]
+    """Of sites where groups of several sizes were asked for, one of each size: all of them, on top or not."""
+
+    def facts(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        top, curves = (
+            {direction: [line.facts() for line in lines] for direction, lines in some.items()}
+            for some in (self.top, self.curves)
+        )
+        return {"edits": self.edits, "top": top, "curves": curves}
+
+    def table(self, k: int = 10) -> str:
+        """The top edits as text, with intervals, controls and false discovery rates."""
+        settings, gap = self.record.settings, float(self.pairs.gap.mean())
+        lines = []
+        for direction, top in self.top.items():
+            roles = [role for role in SHOWN if any(role in line.controls for line in top)]
+            heads = ["effect [95 % interval]", *(f"{role} controls" for role in roles)]
+            lines.append(
+                f"{direction:<28}{'at':>12}" + "".join(f"{head:>28}" for head in heads) + f"{'differs in':>12}{'q':>10}"
+            )
+            for line in top[:k]:
+                cells = [line.effect, *(line.controls.get(role, "") for role in roles)]
+                lines.append(
+                    f"{line.what:<28}{line.key[-1]:>12}"
+                    + "".join(f"{cell!s:>28}" for cell in cells)
+                    + f"{line.pairs:>12}{line.q:>10.2g}"
+                )
+            if any(not line.pairs for line in top[:k]):
+                lines.append(NOTHING)
+        lines.append(
+            f"{settings['metric']}: {self.pairs.clean.mean():.3f} clean, {self.pairs.corrupted.mean():.3f} corrupted, "
+            f"{len(self.pairs.examples)} pairs ({self.pairs.missing(settings['min_gap'])} with a gap below "
+            f"{settings['min_gap']}). Effects are shares of the gap of all pairs; q: false discovery rate"
+        )
+        if not abs(gap) >= settings["min_gap"]:
+            lines.append(f"The two runs differ by {gap:.2g} on average: too little to divide by, so look at the pairs")
+        return "\n".join(lines)
+
+
+def summarise(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[dict[str, Any]]) -> Summary:
+    """The largest edits of each direction: ratios of means over all pairs, bootstrapped over pairs."""
+    rounding = max(about["rounding"] for about in abouts)
+    top: dict[str, list[Line]] = {}
+    curves: dict[str, list[Line]] = {}
+    for direction in read_directions(record.settings["direction"]):
+        own = [n for n, key in enumerate(changes.keys) if key[0] == direction and key[3] not in CONTROLS]
+        q = _q_values(changes, own, rounding * float(np.abs(pairs.gap).mean()))
+        largest = np.argsort(-np.sign(pairs.gap.mean()) * changes.totals[own], kind="stable")[:TOP]
+        wanted = [*largest, *(i for i in _on_curves([changes.keys[n] for n in own]) if i not in set(largest))]
+        lines = {i: _line(record, changes, pairs, own[i], float(q[i])) for i in wanted}
+        top[direction] = [lines[i] for i in largest]
+        curves[direction] = [lines[i] for i in _on_curves([changes.keys[n] for n in own])]
+    return Summary(record, pairs, len(changes.keys), top, curves)
+
+
+def _on_curves(keys: Sequence[Key]) -> list[int]:
+    """Places of the groups that were asked for at sites where each has another size, by site and size."""
+    sizes: dict[str, dict[int, list[int]]] = {}
+    for place, key in enumerate(keys):
+        if key[3] == "given":
+            sizes.setdefault(key[1], {}).setdefault(key[4].count(",") + 1, []).append(place)
+    curves = [found for found in sizes.values() if len(found) > 1 and all(len(one) == 1 for one in found.values())]
+    return [place for found in curves for size in sorted(found) for place in found[size]]
+
+
+def _asked(record: Record) -> list[Key]:
+    """The latents that were asked for, as keys; each position alone has none where nothing ran."""
+    settings = record.settings
+    if record.edits is None or settings["each_position"]:
+        return []
+    positions = read_positions(settings["positions"])
+    at = positions if isinstance(positions, str) else repr(positions)
+    return [
+        (direction, edit["site"], "latent", edit["role"], ",".join(map(str, edit["units"])), at)
+        for direction in read_directions(settings["direction"])
+        for edit in record.edits
+    ]
+
+
+def _q_values(changes: Changes, own: Sequence[int], rounding: float) -> Float[ndarray, "edits"]:
+    """False discovery rates of some edits, as `Effects.q_values` has them."""
+    column = np.full(len(changes.keys), -1)
+    column[list(own)] = np.arange(len(own))
+    at = column[changes.key]
+    mine = at >= 0
+    twice = np.flatnonzero(changes.counts[list(own)] >= 2)  # no other is tested
+    q = np.full(len(own), np.nan)
+    if changes.pairs * len(twice) > DENSE:
+        log.warning("%d edits of %d pairs are too many to test together: q is left out", len(twice), changes.pairs)
+        return q
+    place = np.full(len(own), -1)
+    place[twice] = np.arange(len(twice))
+    mine &= place[at] >= 0
+    cells = (changes.pair[mine], place[at[mine]])
+    values = np.zeros((changes.pairs, len(twice)))
+    tested = np.zeros(values.shape, dtype=bool)
+    values[cells], tested[cells] = changes.change[mine], True
+    values[np.abs(values) < rounding] = 0.0
+    q[twice] = false_discovery(values, tested)
+    return q
+
+
+def _line(record: Record, changes: Changes, pairs: Pairs, number: int, q: float) -> Line:
+    key = changes.keys[number]
+    controls = {}
+    for role in SHOWN:
+        sets = [
+            ",".join(map(str, edit["units"]))
+            for edit in record.edits or ()
+            if (edit["site"], edit["role"], ",".join(map(str, edit["beside"]))) == (key[1], role, key[4])
+        ]
+        if sets:
+            each = [changes.of((*key[:3], role, units, key[5])) for units in sets]
+            controls[role] = _ratio(np.mean(each, axis=0), pairs, record)
+    effect = _ratio(changes.of(key), pairs, record)
+    return Line(key, effect, int(changes.counts[number]), q, controls)
+
+
+def _ratio(change: Float[ndarray, "pairs"], pairs: Pairs, record: Record) -> Interval:
+    if not abs(float(pairs.gap.mean())) >= record.settings["min_gap"]:
+        return Interval(float("nan"), float("nan"), float("nan"), len(change))
+    draws = max(200, min(2000, DRAWS // len(change)))  # fewer where there are very many pairs: memory
+    return bootstrap_ratio(change, pairs.gap, draws=draws, seed=record.settings["seed"])

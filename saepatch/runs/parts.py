@@ -1,0 +1,315 @@
+"""What a run leaves on the disk: records and parts, and their rows as numbers. Reading them needs no model.
+
+A run's folder holds `parts/shard-I-of-N/`, one for each process that works on it, and nothing is written by two of
+them. A shard has every N-th pair; a part is a few of its pairs in one direction (and, of what is swept site by site, at
+one site), in one file that appears whole or not at all. `run.json` beside the parts says what decided the numbers:
+whoever adds to a run has to agree with it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from saepatch.engine.components import Direction, Edit
+from saepatch.errors import UserError
+from saepatch.model.sites import Site
+from saepatch.records.files import write_json
+from saepatch.records.provenance import Provenance, command_line, versions
+from saepatch.records.rows import read_about
+
+KEYS = ("direction", "site", "component", "role", "latent", "position")  # what makes an edit, beside its pair
+Key = tuple[str, ...]  # values of KEYS
+
+
+def deciding(work: str, settings: dict[str, Any], shards: int) -> dict[str, Any]:
+    """By name, what has to be the same for rows to belong to one run, as far as settings say."""
+    return {"command": work, **settings, "shards": shards}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What decides a run's numbers, and how it was cut: `run.json` of a shard."""
+
+    work: str  # the command, patch or attribute
+    settings: dict[str, Any]
+    model: dict[str, str]
+    dictionaries: dict[str, dict[str, str]]  # by site
+    pairs: dict[str, Any]
+    shard: int
+    shards: int
+    parts: int
+    edits: list[dict[str, Any]] | None = None  # what was asked for and its controls; None: every unit, each alone
+    versions: dict[str, str] = field(default_factory=versions)
+    command: str = field(default_factory=command_line)
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """By name, what has to be the same for rows to belong to one run."""
+        hashes = {f"dictionary {site}": each["hash"] for site, each in self.dictionaries.items()}
+        hashes |= {"model's weights": self.model["hash"], "pairs' texts": self.pairs["hash"]}
+        return deciding(self.work, self.settings, self.shards) | hashes
+
+    @property
+    def key(self) -> str:
+        """A hash of it; every part carries it."""
+        return hashlib.sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def asked(self) -> list[Edit] | None:
+        """The edits, a control set once for each group that it is beside."""
+        return None if self.edits is None else [_read_edit(edit) for edit in self.edits]
+
+    def provenance(self, site: Site | str) -> Provenance:
+        dictionary = self.dictionaries.get(str(site), {"name": "", "hash": ""})
+        return Provenance(
+            self.model["name"], self.model["hash"], dictionary["name"], dictionary["hash"], self.settings["seed"]
+        )
+
+
+def edit_facts(edit: Edit) -> dict[str, Any]:
+    return {"site": str(edit.site), "units": list(edit.units), "role": edit.role, "beside": list(edit.beside)}
+
+
+def _read_edit(given: dict[str, Any]) -> Edit:
+    return Edit(Site.parse(given["site"]), tuple(given["units"]), role=given["role"], beside=tuple(given["beside"]))
+
+
+def shard_folder(out: Path, shard: int, shards: int) -> Path:
+    return out / "parts" / f"shard-{shard}-of-{shards}"
+
+
+def part_file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.parquet"
+
+
+RUN_ID = "tracked.json"  # what trackers call a run, so that a resumed one is the same
+
+
+def known_run(folder: Path) -> str | None:
+    """The trackers' id of the run that keeps it in this folder; None where there is none."""
+    try:
+        return str(json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep_run(folder: Path, run_id: str | None) -> None:
+    """Keep it for the next start."""
+    if run_id is not None:
+        write_json({"run_id": run_id}, folder / RUN_ID)
+
+
+def read_records(out: Path) -> list[Record]:
+    """Of every shard that was ever started, in order.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    found = []
+    for path in out.glob("parts/shard-*-of-*/run.json"):
+        try:
+            found.append(Record(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"cannot read {path} ({error}): remove {path.parent} to work through its shard anew"
+            ) from error
+    return sorted(found, key=lambda record: (record.shards, record.shard))
+
+
+PARTS, ANSWERS = "parts", "answers"  # what runs are kept in: those of patch and attribute, those of restore
+
+
+def refuse_other_command(out: Path, own: str) -> None:
+    """See that another command's run is not written over, finished or not; `own` is what this command's runs leave.
+
+    Raises:
+        UserError: it would be.
+    """
+    others = any((out / name).is_dir() for name in (PARTS, ANSWERS) if name != own)
+    if others or ((out / "results.parquet").exists() and not (out / own).exists()):
+        raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
+
+
+def refuse_if_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """See that a run in a folder is the one that is asked for, as far as both say what decides.
+
+    Raises:
+        UserError: it is not.
+    """
+    differing = [name for name, value in here.items() if name in there and there[name] != value]
+    if differing:
+        said = ", ".join(f"{name} ({there[name]!r} there, {here[name]!r} now)" for name in differing)
+        raise UserError(f"{str(out)!r} holds a run that differs in {said}: give another --out, or remove that folder")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one file holds."""
+
+    number: int
+    pairs: tuple[int, ...]  # indices into all pairs
+    components: int  # index of the group that is swept
+    direction: Direction
+
+
+def cut_parts(
+    pairs: int, shard: int, shards: int, size: int, groups: int, directions: Sequence[Direction]
+) -> list[Part]:
+    """The parts of one shard, all of a few pairs before the next pairs."""
+    mine = list(range(pairs))[shard::shards]
+    chunks = [tuple(mine[start : start + size]) for start in range(0, len(mine), size)]
+    cells = [(chunk, group, direction) for chunk in chunks for group in range(groups) for direction in directions]
+    return [Part(number, *cell) for number, cell in enumerate(cells)]
+
+
+def complete(out: Path) -> list[Record]:
+    """The records of all shards, once every part of theirs is there.
+
+    Raises:
+        UserError: there is no run, it is not finished, or its shards are not of one run.
+    """
+    records = read_records(out)
+    if not records:
+        raise UserError(f"there is no run in {str(out)!r}: give the folder that was the --out of one")
+    first = records[0]
+    for record in records[1:]:
+        refuse_if_other(out, first.decides, record.decides)
+        if record.edits != first.edits:
+            raise UserError(
+                f"shards {first.shard} and {record.shard} drew other controls, though all else agrees: remove "
+                f"{shard_folder(out, record.shard, record.shards)} and run that shard again"
+            )
+    started = {record.shard: record for record in records}
+    missing, commands = [], []
+    for shard in range(first.shards):
+        if shard not in started:
+            missing.append(f"shard {shard} was never started")
+            config = shard_folder(out, first.shard, first.shards) / "config.yaml"
+            commands.append(f"saepatch {first.work} --config {config} --shard {shard}/{first.shards}")
+        elif lacking := _lacking(out, started[shard]):
+            missing.append(f"shard {shard} lacks part{_ranges(lacking)} of {started[shard].parts}")
+            commands.append(f"saepatch {first.work} --config {shard_folder(out, shard, first.shards) / 'config.yaml'}")
+    if missing:
+        more = f"; and so on for the other {len(commands) - 3}" if len(commands) > 3 else ""
+        raise UserError(
+            f"{str(out)!r} is not finished: {'; '.join(missing[:10])}{'; …' if len(missing) > 10 else ''} "
+            f"({first.shards} shards). To finish: {'; '.join(commands[:3])}{more}"
+        )
+    return records
+
+
+def _lacking(out: Path, record: Record) -> list[int]:
+    folder = shard_folder(out, record.shard, record.shards)
+    return [n for n in range(record.parts) if (read_about(part_file(folder, n)) or {}).get("run") != record.key]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`s 3, 7-9` out of 3, 7, 8, 9; ` 3` out of 3."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    text = ", ".join("-".join(map(str, run)) for run in runs[:8]) + (", …" if len(runs) > 8 else "")
+    return f"{'s' if len(numbers) > 1 else ''} {text}"
+
+
+def part_files(out: Path, records: Sequence[Record]) -> list[Path]:
+    return [
+        part_file(shard_folder(out, record.shard, record.shards), number)
+        for record in records
+        for number in range(record.parts)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The pairs of a run in their order, with the metric of their own two runs."""
+
+    examples: tuple[str, ...]
+    clean: Float[ndarray, "pairs"]
+    corrupted: Float[ndarray, "pairs"]
+
+    @property
+    def gap(self) -> Float[ndarray, "pairs"]:
+        return self.clean - self.corrupted
+
+    def missing(self, min_gap: float) -> int:
+        """Pairs whose gap is too small to divide by."""
+        return int((np.abs(self.gap) < min_gap).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """How far each edit moved the metric towards the source run, in its units: one entry a row of the results."""
+
+    keys: tuple[Key, ...]
+    key: Int[ndarray, "rows"]
+    pair: Int[ndarray, "rows"]
+    change: Float[ndarray, "rows"]
+    pairs: int
+
+    def of(self, key: Key) -> Float[ndarray, "pairs"]:
+        """Of one edit, over all pairs: 0 where there is no row, for there it changed nothing."""
+        out = np.zeros(self.pairs)
+        if key in self._numbers:
+            mine = self.key == self._numbers[key]
+            out[self.pair[mine]] = self.change[mine]
+        return out
+
+    @cached_property
+    def _numbers(self) -> dict[Key, int]:
+        return {key: number for number, key in enumerate(self.keys)}
+
+    @property
+    def totals(self) -> Float[ndarray, "edits"]:
+        return np.bincount(self.key, self.change, minlength=len(self.keys)).astype(np.float64)  # of no rows: integers
+
+    @property
+    def counts(self) -> Int[ndarray, "edits"]:
+        """In how many pairs each edit changes something; what was asked for has rows in all of them."""
+        return np.bincount(self.key, self.change != 0, minlength=len(self.keys)).astype(np.int64)
+
+
+def read_changes(rows: Any, pairs: Pairs, asked: Sequence[Key]) -> Changes:
+    """Number the edits of the rows, those that were asked for and ran nowhere among them.
+
+    Raises:
+        UserError: an edit of a pair has several rows.
+    """
+    place = {example: number for number, example in enumerate(pairs.examples)}
+    codes, texts = zip(*(_codes(rows[column]) for column in (*KEYS, "example")), strict=True)
+    pair = np.array([place[example] for example in texts[-1]], dtype=np.int64)[codes[-1]]
+    sizes = [max(1, len(known)) for known in texts[:-1]]
+    found, key = np.unique(np.ravel_multi_index(codes[:-1], sizes), return_inverse=True)
+    if len(np.unique(key * len(pairs.examples) + pair)) < len(key):
+        raise UserError("an edit of a pair has several rows: these parts are not of one run; remove them and run again")
+    columns = [
+        [known[code] for code in column.tolist()]
+        for known, column in zip(texts[:-1], np.unravel_index(found, sizes), strict=True)
+    ]
+    keys = list(dict.fromkeys([*zip(*columns, strict=True), *asked]))
+    denoise = np.array([one[0] == "denoise" for one in keys], dtype=bool)[key]
+    clean, corrupted, patched, effect = (
+        rows[column].to_numpy() for column in ("clean", "corrupted", "patched", "effect")
+    )
+    change = np.where(denoise, patched - corrupted, clean - patched)
+    change = np.where(np.isnan(patched), effect * np.abs(clean - corrupted), change)  # sizes move the metric nowhere
+    return Changes(tuple(keys), key, pair, change, len(pairs.examples))
+
+
+def _codes(column: Any) -> tuple[Int[ndarray, "rows"], list[str]]:
+    """A column of texts as numbers, and the texts that they stand for."""
+    whole = column.unify_dictionaries().combine_chunks()
+    if not len(whole):
+        return np.zeros(0, dtype=np.int64), []
+    return whole.indices.to_numpy().astype(np.int64), whole.dictionary.to_pylist()

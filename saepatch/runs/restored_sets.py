@@ -1,0 +1,166 @@
+"""Which latents a run of `saepatch restore` restores: given, ranked or all of them, and random sets beside them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.errors import UserError
+from saepatch.measure.controls import control_sets
+from saepatch.measure.quality import latent_statistics
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.restoration.ranking import find_safety_latents
+from saepatch.runs.answers import Request
+from saepatch.runs.interpret import read_latents
+from saepatch.settings.answering import RestoreConfig
+from saepatch.splicing.donors import CleanPrompts, OtherModel
+
+log = logging.getLogger(__name__)
+
+RANKED = 64  # latents of a ranking that are restored where nothing else is said
+
+
+@dataclass(frozen=True)
+class Set:
+    """Latents that are restored together, by site (None: all); `draw` counts the controls of one kind."""
+
+    condition: str
+    draw: int
+    latents: Mapping[Site, tuple[int, ...] | None]
+
+    def facts(self) -> dict[str, Any]:
+        latents = {str(site): None if ids is None else list(ids) for site, ids in self.latents.items()}
+        return {"condition": self.condition, "draw": self.draw, "latents": latents}
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> "Set":
+        latents = {Site.parse(site): None if ids is None else tuple(ids) for site, ids in given["latents"].items()}
+        return cls(given["condition"], given["draw"], latents)
+
+
+def given_latents(config: RestoreConfig) -> dict[Site | None, tuple[int, ...]] | None:
+    """The latents that are spelt out, by site; None: none are."""
+    if not config.latents.strip():
+        return None
+    try:
+        groups = read_latents(config.latents.replace(";", ","))
+    except ValueError as error:
+        raise UserError(
+            f"latents {config.latents!r}: write numbers with commas, of several sites as in "
+            "'resid_post.3: 417,3 | resid_post.4: 5'"
+        ) from error
+    return {site: some[0] for site, some in groups.items()}
+
+
+def chosen_latents(
+    config: RestoreConfig,
+    model: LanguageModel,
+    other: LanguageModel | None,
+    sites: Mapping[Site, Dictionary],
+    latents: Mapping[Site | None, tuple[int, ...]] | None,
+    select: Sequence[Request],
+    template: int,
+    refusal_ids: set[int],
+) -> dict[Site, tuple[int, ...] | None]:
+    """What is restored: what is spelt out, the first of a ranking, or all."""
+    if latents is not None:
+        if None in latents and len(sites) > 1:
+            raise UserError(
+                f"latents {config.latents!r} are of one dictionary, and there are {', '.join(map(str, sites))}: give a "
+                "--site, or the latents of each, as in 'resid_post.3: 281 | resid_post.4: 5'"
+            )
+        spelt: dict[Site, tuple[int, ...] | None] = {
+            next(iter(sites)) if site is None else site: ids for site, ids in latents.items()
+        }
+        for site, ids in spelt.items():
+            if site not in sites:
+                raise UserError(f"latents of {site} are to be restored, but --site is {config.site!r}: leave it out")
+            sites[site].check_ids(ids or ())
+        return spelt
+    if not select:
+        return dict.fromkeys(sites)
+    wanted, select = config.k or RANKED, not_harmless(select, config.select)
+    if other is None:
+        need_clean(select, config.select)
+    donor = OtherModel(other, template) if other else CleanPrompts(tuple(o.clean or "" for o in select), template)
+    ranked = find_safety_latents(
+        model,
+        sites,
+        [one.prompt for one in select],
+        donor,
+        refusal_ids=refusal_ids if config.ranking == "attribution" else (),
+        max_fvu=None,  # both models were looked at when the run was prepared
+        max_new_tokens=config.tokens,
+    )
+    found: dict[Site, tuple[int, ...] | None] = dict(ranked.top(wanted, config.ranking))
+    if not found:
+        raise UserError(
+            f"no latent has a score above 0 in the ranking {config.ranking!r} over {config.select!r}, so nothing would "
+            "be restored: rank on other prompts, by another --ranking, or give --latents"
+        )
+    if (there := sum(len(ids) for ids in found.values() if ids)) < wanted:
+        log.warning(
+            "%d latents are restored, not the %d of --k: no others have a score above 0 in the ranking %r", there,
+            wanted, config.ranking,
+        )  # fmt: skip
+    return found
+
+
+def not_harmless(select: Sequence[Request], source: str) -> list[Request]:
+    """Those of which it is not said that they are harmless: on the others the donor does not do what is to be restored.
+
+    Raises:
+        UserError: all are.
+    """
+    kept = [one for one in select if one.harmful != "no"]
+    if not kept:
+        raise UserError(f"all prompts of {source!r} are harmless: give some on which the donor does what is restored")
+    return kept
+
+
+def check_apart(select: Sequence[Request], requests: Sequence[Request], config: RestoreConfig) -> None:
+    """Raises UserError where latents would be ranked on prompts that they are measured on."""
+    shared = {one.prompt for one in select} & {one.prompt for one in requests}
+    if shared:
+        raise UserError(
+            f"{len(shared)} prompts of --select {config.select!r} are among those of --prompts {config.prompts!r}: "
+            "latents that are ranked (or means taken) on the prompts they are measured on look better than they are; "
+            "give others"
+        )
+
+
+def need_clean(requests: Sequence[Request], source: str) -> None:
+    if lacking := [one.example for one in requests if one.clean is None]:
+        raise UserError(
+            f"prompt {lacking[0]} of {source!r} has no clean prompt for the donor to read: give each a clean one, "
+            "or an aligned model as --donor"
+        )
+
+
+def with_controls(
+    config: RestoreConfig,
+    model: LanguageModel,
+    sites: Mapping[Site, Dictionary],
+    chosen: Mapping[Site, tuple[int, ...] | None],
+    requests: Sequence[Request],
+) -> list[Set]:
+    """What is restored and, where it is not everything, sets with as many latents a site beside it."""
+    sets = [Set("restored", 0, chosen)]
+    some = {site: ids for site, ids in chosen.items() if ids is not None}
+    if not config.controls or len(some) < len(chosen) or not some:
+        return sets
+    tokens = model.tokenize([text for one in requests for text in (one.prompt, one.clean) if text is not None], "left")
+    drawn = {}
+    for site, ids in some.items():
+        try:
+            statistics = latent_statistics(model, sites[site], tokens)
+            drawn[site] = control_sets(ids, len(ids), statistics, config.seed, config.controls)
+        except UserError as error:
+            log.warning("no controls: at %s %s", site, error)
+            return sets
+    for kind, role in enumerate(("random", "matched")):
+        for draw in range(config.controls):
+            sets.append(Set(role, draw, {site: both[kind][draw] for site, both in drawn.items()}))
+    return sets

@@ -1,0 +1,177 @@
+"""A screen on the disk: rows of `saepatch attribute` part by part, and the screen of all parts read out of them again.
+
+A node that was estimated has a row with role "single" and the method's name; one that was run exactly has another, with
+method "exact" and role "top" (of the largest estimates of its part) or "random" (drawn from all others of its part).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from saepatch.engine.components import Direction
+from saepatch.errors import UserError
+from saepatch.measure.effects import describe
+from saepatch.measure.screen import ERROR, Attribution, Verification
+from saepatch.model.sites import Site
+from saepatch.records.rows import Row
+from saepatch.runs.interpret import read_directions
+from saepatch.runs.parts import Changes, Pairs, Record
+
+AT_ONCE = 2**16  # rows that are made at a time
+TOP = 20  # edits of a direction in the summary
+
+
+def screen_rows(
+    screen: Attribution, task: str, tokens: Sequence[Sequence[str]], corruption: str = ""
+) -> Iterator[list[Row]]:
+    """The rows of a part, some of one site at a time: one for every node, then one for each that was run exactly."""
+    for site in range(len(screen.sites)):
+        rows = screen.rows_at(site, task, tokens)
+        while some := list(islice(rows, AT_ONCE)):
+            yield [replace(row, corruption=corruption) for row in some]
+
+
+def screen_about(screen: Attribution) -> dict[str, Any]:
+    """What the rows of a part do not say."""
+    about = {name: getattr(screen, name) for name in ("method", "positions", "sizes")} | {"nodes": len(screen)}
+    if screen.sizes:  # where rows have neither `patched` nor `effect`, in their order
+        lost = np.flatnonzero(np.isnan(screen.normalised))
+        about["lost"] = screen.score[lost[np.argsort(screen.site[lost], kind="stable")]].tolist()
+    return about if screen.verified is None else about | {"others": screen.verified.others}
+
+
+@dataclass(frozen=True, eq=False)
+class Screens:
+    """What all parts found together: a screen of each direction, verified by what was run exactly in each part."""
+
+    found: tuple[Attribution, ...]
+    nodes: dict[str, list[int]]  # of each part, by direction
+
+    def facts(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        return {"screens": {one.direction: _figures(one) | {"top": _top(one)} for one in self.found}}
+
+    def table(self) -> str:
+        """The edits with the largest estimates, and what running some exactly showed, as text."""
+        return "\n".join(self._table(screen) for screen in self.found)
+
+    def _table(self, screen: Attribution) -> str:
+        try:
+            told = screen.summary()
+        except UserError as error:  # two runs that do not differ: nothing to rank by
+            return f"{screen.direction}: {error}"
+        nodes = self.nodes[screen.direction]
+        if screen.verified is None or len(nodes) == 1:
+            return told
+        parts = f"{len(nodes)} parts, of {min(nodes)} to {max(nodes)} nodes"
+        return (
+            f"{told}\n(these are the largest of each of {parts}, and draws from each, taken together; what was missed "
+            "is the sum of bounds on each part)"
+        )
+
+
+def read_screens(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[dict[str, Any]]) -> Screens:
+    """The screen of all parts of a run; `abouts` say of each part what its rows do not."""
+    found: list[Attribution] = []
+    nodes: dict[str, list[int]] = {}
+    for direction in read_directions(record.settings["direction"]):
+        mine = [about for about in abouts if about["direction"] == direction]
+        found.append(_read_screen(record, pairs, changes, mine, direction))
+        nodes[direction] = [about["nodes"] for about in mine]
+    return Screens(tuple(found), nodes)
+
+
+def _read_screen(
+    record: Record, pairs: Pairs, changes: Changes, parts: Sequence[dict[str, Any]], direction: Direction
+) -> Attribution:
+    """The screen of one direction, out of rows that hold several."""
+    own = [n for n, key in enumerate(changes.keys) if key[0] == direction]
+    sites = list(record.dictionaries)
+    place = np.zeros((len(changes.keys), 3), dtype=np.int64)  # of a node: site, unit, position
+    estimate = np.zeros(len(changes.keys), dtype=np.int64)  # the edit that a node was estimated as
+    numbers = {changes.keys[n]: n for n in own}
+    for n in own:
+        _, site, _, _, latent, position = changes.keys[n]
+        place[n] = sites.index(site), int(latent or ERROR), int(position)
+        estimate[n] = numbers[(*changes.keys[n][:3], "single", latent, position)]
+
+    def rows(role: str) -> Int[ndarray, "rows"]:
+        wanted = np.zeros(len(changes.keys), dtype=bool)
+        wanted[[n for n in own if changes.keys[n][3] == role]] = True
+        return np.flatnonzero(wanted[changes.key])
+
+    single, top = rows("single"), rows("top")
+    scores = changes.change[single]
+    scores[np.isnan(scores)] = [score for part in parts for score in part.get("lost", ())]
+    screen = Attribution(
+        direction=direction,
+        metric=record.settings["metric"],
+        method=parts[0]["method"],
+        positions=parts[0]["positions"],
+        sites=tuple(map(Site.parse, sites)),
+        kinds=("latent",) * len(sites),
+        examples=pairs.examples,
+        clean=pairs.clean,
+        corrupted=pairs.corrupted,
+        pair=changes.pair[single],
+        site=place[changes.key[single], 0],
+        unit=place[changes.key[single], 1],
+        position=place[changes.key[single], 2],
+        score=scores,
+        min_gap=record.settings["min_gap"],
+        sizes=parts[0]["sizes"],
+    )
+    if "others" not in parts[0]:
+        return screen
+    part_of = np.zeros(len(pairs.examples), dtype=np.int64)
+    for number, part in enumerate(parts):
+        part_of[[pair[0] for pair in part["pairs"]]] = number
+    random = rows("random")
+    random = random[np.argsort(part_of[changes.pair[random]], kind="stable")]
+    drawn = np.bincount(part_of[changes.pair[random]], minlength=len(parts)).tolist()
+    exact = np.concatenate([top, random])
+    node = estimate[changes.key] * len(pairs.examples) + changes.pair
+    order = np.argsort(node[single])
+    index = order[np.searchsorted(node[single], node[exact], sorter=order)]
+    others = [part["others"] for part in parts]
+    sampled = tuple(zip(drawn, others, strict=True))
+    estimated, sizes = screen.score[index], screen.sizes
+    verified = Verification(index, changes.change[exact], estimated, len(top), sum(others), sizes, sampled)
+    return replace(screen, verified=verified)
+
+
+def _figures(screen: Attribution) -> dict[str, float]:
+    """What running some exactly showed, in numbers."""
+    found: dict[str, float] = {"nodes": len(screen)}
+    if (verified := screen.verified) is None:
+        return found
+    found |= {"verified_top": verified.largest, "verified_random": verified.sampled}
+    found |= {"pearson": verified.pearson(), "spearman": verified.spearman()}
+    if verified.sampled:
+        found |= {"pearson_random": verified.pearson(True), "spearman_random": verified.spearman(True)}
+    if verified.sampled and verified.largest:
+        large, share, most = verified.missed()
+        found |= {"missed_in_sample": large, "missed_share_at_most": share, "missed_at_most": most}
+    return found
+
+
+def _top(screen: Attribution) -> list[dict[str, Any]]:
+    """The edits with the largest estimated effects, over all pairs."""
+    edits, means = screen.means()
+    shares = screen.shares(means)
+    order = np.argsort(-means if screen.sizes else -np.sign(screen.gap.mean()) * means, kind="stable")[:TOP]
+    return [
+        {
+            "site": str(edits[i].site),
+            "component": edits[i].kind,
+            "latent": describe(edits[i]),
+            "position": edits[i].position,
+            "effect": shares[i],
+        }
+        for i in order.tolist()
+    ]

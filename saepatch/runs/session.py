@@ -1,0 +1,141 @@
+"""`saepatch steer`: prompts answered with and without an intervention on latents, once or as a chat."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from saepatch.data.texts import load_texts
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import load_sae
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.model.sites import Site
+from saepatch.runs.interpret import read_latents, read_positions
+from saepatch.settings.answering import SteerConfig
+from saepatch.splicing.interventions import Ablate, AtLeast, Clamp, Intervention, Steer
+from saepatch.steering.choosing import corpus_maxima
+from saepatch.steering.streaming import Sampling, Written, side_by_side
+
+ACTS: dict[str, type[Steer] | type[Clamp] | type[AtLeast]] = {"add": Steer, "clamp": Clamp, "at-least": AtLeast}
+ENDED = {"loop": " […: it repeats itself]", "length": " […]", "context": " […: the model takes no more]"}
+
+
+@dataclass(eq=False)
+class Session:
+    """A model, latents to act on, and (in a chat) what was said so far, once for each side."""
+
+    model: LanguageModel
+    dictionaries: dict[Site, Dictionary]
+    latents: dict[Site, tuple[int, ...]]
+    units: dict[Site, tuple[float, ...]]
+    config: SteerConfig
+    strength: float
+    turns: tuple[list[dict[str, str]], list[dict[str, str]]] = field(default_factory=lambda: ([], []))
+    asked: tuple[str, str] = ("", "")
+    """What each side read before its last answer."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are requests, put into the model's chat template."""
+        chat = self.config.chat
+        return bool(self.model.tokenizer.chat_template) and self.config.interactive if chat is None else chat
+
+    def interventions(self) -> list[Intervention]:
+        """What the settings ask for, an intervention for each site."""
+        config, positions = self.config, read_positions(self.config.positions)
+        made: list[Intervention] = []
+        for site, ids in self.latents.items():
+            if config.act == "ablate":
+                made.append(Ablate(ids, positions=positions, site=site))
+            else:
+                made.append(ACTS[config.act](ids, self.strength, self.units[site], positions, site, config.decay))
+        return made
+
+    def answer(self, prompt: str) -> Iterator[tuple[Written, Written]]:
+        """Both continuations as they grow, without and with the intervention; in a chat, both are remembered."""
+        prompts = (prompt, prompt)
+        if self.chats:
+            if not self.model.tokenizer.chat_template:
+                raise UserError(f"the tokenizer of {self.model.name!r} has no chat template: leave --chat out")
+            for turns in self.turns:
+                turns.append({"role": "user", "content": prompt})
+            prompts = (self._rendered(self.turns[0]), self._rendered(self.turns[1]))
+        self.asked = prompts
+        sampling = Sampling(self.config.max_new_tokens, self.config.temperature, self.config.seed)
+        both = (Written(), Written())
+        try:
+            for both in side_by_side(self.model, self.dictionaries, self.interventions(), prompts, sampling):
+                yield both
+        except BaseException:  # a request without an answer is no part of a chat
+            for turns in self.turns if self.chats else ():
+                turns.pop()
+            raise
+        for turns, written in zip(self.turns, both, strict=True) if self.chats else ():
+            turns.append({"role": "assistant", "content": written.text.strip()})
+
+    def _rendered(self, turns: Sequence[dict[str, str]]) -> str:
+        return self.model.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        for turns in self.turns:
+            turns.clear()
+
+    @property
+    def title(self) -> str:
+        """What is done, in a few words."""
+        where = ", ".join(f"{site}:{','.join(map(str, ids))}" for site, ids in self.latents.items())
+        return f"{self.config.act} {where}" + ("" if self.config.act == "ablate" else f" × {self.strength:g}")
+
+    def record(self, prompt: str, bare: Written, steered: Written) -> dict[str, Any]:
+        """One answer as JSON holds it."""
+        return {
+            "prompt": prompt,
+            "before": bare.text,
+            "after": steered.text,
+            "before_ended": bare.ended,
+            "after_ended": steered.ended,
+            "act": self.config.act,
+            "latents": {str(site): list(ids) for site, ids in self.latents.items()},
+            "strength": self.strength,
+            "units": {str(site): list(units) for site, units in self.units.items()},
+            "positions": self.config.positions,
+            "decay": self.config.decay,
+            "chat": self.chats,
+            "temperature": self.config.temperature,
+            "seed": self.config.seed,
+            "model": f"{self.model.name} ({self.model.fingerprint})",
+            "dictionaries": {str(s): f"{d.name} ({d.fingerprint})" for s, d in self.dictionaries.items()},
+        }
+
+
+def texts_of(both: tuple[Written, Written]) -> list[str]:
+    """Both texts, each with why it ended, where it did not end by itself."""
+    return [one.text + ENDED.get(one.ended, "") for one in both]
+
+
+def open_session(config: SteerConfig) -> Session:
+    """Load the model and the dictionaries, and measure the latents' largest activations.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not fit, or a latent never fires in the reference texts.
+    """
+    groups = {site: groups[0] for site, groups in read_latents(config.latent).items() if site is not None}
+    read_positions(config.positions)
+    texts = load_texts(config.reference or "organism") if not config.unit and config.act != "ablate" else []
+    model = load_model(config.model, config.device, config.dtype, config.prepend_bos, config.trust_remote_code)
+    dictionaries = {site: load_sae(config.sae, site, model.device) for site in groups}
+    units: dict[Site, tuple[float, ...]] = {}
+    for site, ids in groups.items():
+        dictionaries[site].check(model)
+        dictionaries[site].check_ids(ids)
+        units[site] = (config.unit or 1.0,) * len(ids)
+        if texts:
+            units[site] = tuple(corpus_maxima(model, dictionaries[site], texts, ids).tolist())
+            if silent := [latent for latent, unit in zip(ids, units[site], strict=True) if not unit]:
+                raise UserError(
+                    f"latent {silent[0]} of {site} never fires in the {len(texts)} reference texts, so there is no "
+                    "largest activation to measure its strength in: give other texts with --reference, or --unit 1"
+                )
+    return Session(model, dictionaries, groups, units, config, config.strength)

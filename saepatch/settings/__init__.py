@@ -1,0 +1,4 @@
+"""Settings of the commands, as frozen dataclasses. Light: no torch.
+
+May import errors, records.
+"""

@@ -1,0 +1,4 @@
+"""Splice dictionaries into a model: interventions, donors, the splice itself.
+
+May import data and below.
+"""

@@ -1,0 +1,273 @@
+"""Restoration: latents from a donor that runs beside the model while it generates.
+
+Dynamic activation patching (Chen et al. 2024, "Finding Safety Neurons in Large Language Models") on latents: at each
+step the donor reads what it reads with a cache of its own, unpatched, and the model continues from its latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latents import Latents
+from saepatch.errors import UserError
+from saepatch.model.hooks import capture, unedited
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.positions import Pass, Positions
+from saepatch.model.sites import Site
+from saepatch.splicing.interventions import Ids, ids_of
+
+
+@dataclass(frozen=True)
+class CleanPrompts:
+    """A donor that reads other prompts, and after each the tokens that are generated: the same model, unpatched.
+
+    One prompt for each that is generated from. Prompts line up from the right: of theirs only the last `template`
+    tokens (a chat template's, say), and all generated tokens, have a counterpart.
+    """
+
+    prompts: tuple[str, ...]
+    template: int = 1
+
+    def __post_init__(self) -> None:
+        _check_template(self.template)
+
+
+@dataclass(frozen=True, eq=False)
+class OtherModel:
+    """A donor that reads the same tokens as another model, such as the aligned one beside its base.
+
+    Both share the tokenizer and the dictionary, which has to fit both: see
+    `saepatch.restoration.restore.shared_quality`. With a `template`, only the last so many tokens of prompts and all
+    generated tokens are its; None: all tokens.
+    """
+
+    model: LanguageModel
+    template: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_template(self.template)
+
+
+@dataclass(frozen=True, eq=False)
+class CleanMeans:
+    """A donor that always says the same: the mean of each latent of each site over clean runs.
+
+    For the last `template` tokens of prompts (None: all) and all generated tokens. Means are the latents' own values: a
+    dictionary that normalises its input writes them in the recipient's scale.
+    """
+
+    means: Mapping[Site, Float[Tensor, "_"]]
+    template: int | None = 1
+
+    def __post_init__(self) -> None:
+        _check_template(self.template)
+
+
+Donor = CleanPrompts | OtherModel | CleanMeans
+
+
+def _check_template(template: int | None) -> None:
+    if template is not None and template < 0:
+        raise UserError(f"template of {template} positions: use 0 (generated tokens only) or more")
+
+
+def _check_aligned(template: int | None, seen: Pass) -> None:
+    if template is not None and not bool(seen.real[:, -1].all()):
+        raise UserError("Restore aligns prompts from the right: tokenize them with side='left'")
+
+
+@dataclass(frozen=True, eq=False)
+class Restore:
+    """Overwrite latents with those of a donor, at the positions that the donor has a counterpart of.
+
+    With `error`, the donor's error term is written as well; with all latents that is the donor's own value of the site.
+    Dictionaries that normalise their input decode in that input's scale: each latent then writes what it writes in the
+    donor, its value there times the donor's scale, and the bias and mean of the decoder go with the error term.
+    Restorations of several sites (one `Restore` each) that hold the same donor object share its one run.
+    """
+
+    donor: Donor
+    latents: Ids = None
+    positions: Positions = "all"
+    error: bool = False
+    site: Site | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.error and isinstance(self.donor, CleanMeans):
+            raise UserError("Restore(error=True) writes the donor's error term, and means of latents have none")
+
+
+class DonorRun:
+    """What a donor reads beside one splice: its own cache, one step for each of the recipient's, never patched."""
+
+    def __init__(self, donor: CleanPrompts | OtherModel, recipient: LanguageModel) -> None:
+        self.donor = donor
+        self.model = donor.model if isinstance(donor, OtherModel) else recipient
+        self.sites: list[Site] = []
+        if self.model.tokenizer is not recipient.tokenizer and (
+            self.model.tokenizer.get_vocab() != recipient.tokenizer.get_vocab()
+        ):
+            raise UserError(
+                f"{self.model.name} and {recipient.name} have different vocabularies, and the donor reads the other's "
+                "tokens: use two models with one tokenizer"
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the prompt: the next pass starts one."""
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache()
+        self._mask: Tensor | None = None
+        self._values: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        self._columns = 0  # of the prompt that values are kept of: its last ones
+        self._read = 0  # generated tokens
+
+    def follow(self, seen: Pass) -> None:
+        """Make one step: read the prompts when they start, else the tokens generated since the last pass."""
+        reached = seen.start + seen.input_ids.shape[1] - seen.width
+        if reached <= 0:
+            self.reset()
+            ids, self._mask = self._prompts(seen)
+            template = self.donor.template
+            self._columns = ids.shape[1] if template is None else template
+            self._step(ids)
+        elif self._mask is None or reached <= self._read:
+            raise UserError("Restore follows one continuation of prompts that ran inside the splice: start them anew")
+        else:
+            new = seen.input_ids[:, -(reached - self._read) :]
+            self._mask = torch.cat([self._mask, torch.ones_like(new)], 1)
+            self._read = reached
+            self._step(new)
+
+    def _prompts(self, seen: Pass) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+        """Ids and mask of what the donor reads first."""
+        donor, template = self.donor, self.donor.template
+        _check_aligned(template, seen)
+        if isinstance(donor, OtherModel):
+            if seen.start:
+                raise UserError("Restore needs the whole prompt in one pass: its donor has read no part of it")
+            ids, mask, ordinary = seen.input_ids, seen.real.long(), seen.ordinary
+        else:
+            if len(donor.prompts) != len(seen.input_ids):
+                raise UserError(
+                    f"{len(donor.prompts)} donor prompts for {len(seen.input_ids)} prompts: give one for each"
+                )
+            tokens = self.model.tokenize(donor.prompts, side="left")
+            ids, mask, ordinary = tokens.input_ids, tokens.attention_mask, tokens.ordinary
+        shortest = min(int(where.sum(-1).min()) for where in (ordinary, seen.ordinary))
+        if template is not None and not seen.start and template > shortest:
+            raise UserError(
+                f"template of {template} positions, but the shortest prompt has {shortest} tokens beside BOS"
+            )
+        return ids, mask
+
+    def _step(self, ids: Int[Tensor, "batch new"]) -> None:
+        assert self._mask is not None
+        model = self.model
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "past_key_values": self._cache}
+        if "position_ids" in model._forward_arguments:
+            inputs["position_ids"] = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # The pass ends at the last site; but a cache that no block has written to would not know how long it is.
+        stop = any((site.layer, site.stream) != (0, "resid_pre") for site in self.sites)
+        with unedited(model.layout):
+            found = capture(model.hf, model.layout, self.sites, inputs | {"use_cache": True}, stop=stop)
+        keep = ids.shape[1] if self._read else self._columns
+        for site, x in found.items():
+            self._values[site].append(x[:, x.shape[1] - keep :])
+
+    def value(self, site: Site, seen: Pass) -> tuple[Float[Tensor, "batch pos width"], Bool[Tensor, "batch pos"]]:
+        """What the donor's site holds at the columns of this pass, and where there is anything."""
+        parts = self._values[site]
+        if len(parts) > 1:
+            self._values[site] = parts = [torch.cat(parts, 1)]
+        first = seen.width - self._columns  # the whole row's column that the values start at
+        return _from_column(parts[0], first, seen)
+
+
+def _from_column(
+    values: Float[Tensor, "batch reach width"], first: int, seen: Pass
+) -> tuple[Float[Tensor, "batch pos width"], Bool[Tensor, "batch pos"]]:
+    """Values that start at a column of the whole row, at the columns of this pass; and where they reach."""
+    at = torch.arange(seen.start, seen.start + seen.input_ids.shape[1], device=values.device) - first
+    if not values.shape[1]:  # of the prompt none is kept, and this is the prompt
+        values = values.new_zeros(len(values), 1, values.shape[2])
+    return values[:, at.clamp(min=0, max=values.shape[1] - 1)], (at >= 0) & seen.real
+
+
+@dataclass(eq=False)
+class Restoring:
+    """A `Restore` in place: the intervention that a splice runs, with the donor's run where it has one."""
+
+    restore: Restore
+    site: Site
+    dictionary: Dictionary
+    run: DonorRun | None
+
+    def __post_init__(self) -> None:
+        self._ids = ids_of(self.restore.latents)
+        self._alone = None if self._ids is None or self.error else self.dictionary.alone(self._ids)
+        self._seen: Pass | None = None
+
+    @property
+    def latents(self) -> Ids:
+        return self.restore.latents
+
+    @property
+    def positions(self) -> Positions:
+        return self.restore.positions
+
+    @property
+    def error(self) -> bool:
+        return self.restore.error
+
+    def edit(
+        self,
+        acts: Float[Tensor, "batch pos k"],
+        seen: Pass,
+        scale: Float[Tensor, "batch pos 1"] | None = None,
+    ) -> Float[Tensor, "batch pos k"]:
+        """The donor's latents where it has any; in units of the recipient's `scale`, where the dictionary has one."""
+        donor = self.restore.donor
+        if isinstance(donor, CleanMeans):
+            if seen.start < seen.width:  # answers that are given may be padded on the right
+                _check_aligned(donor.template, seen)
+            mean = donor.means[self.site].to(acts)
+            values = (mean if self._ids is None else mean[list(self._ids)]).expand(len(acts), 1, -1)
+            template = seen.width if donor.template is None else donor.template
+            at = torch.arange(seen.start, seen.start + acts.shape[1], device=acts.device)
+            return torch.where(((at >= seen.width - template) & seen.real)[..., None], values, acts)
+        assert self.run is not None
+        x, inside = self.run.value(self.site, seen)
+        if self._alone is not None:
+            values, theirs = self._alone.activations(x)
+        elif self.error:
+            values, theirs = self._encoded(x, seen).acts, self._encoded(x, seen).scale
+        else:
+            values, theirs = self.dictionary.activations(x)
+        if self._alone is None and self._ids is not None:
+            values = values[..., list(self._ids)]
+        if theirs is not None and scale is not None:
+            values = values * (theirs / scale.clamp(min=1e-12))
+        return torch.where(inside[..., None], values, acts)
+
+    def edit_error(
+        self, error: Float[Tensor, "batch pos width"], seen: Pass, own: Latents
+    ) -> Float[Tensor, "batch pos width"]:
+        """The donor's error term where it has any; `own` are the recipient's unedited latents."""
+        assert self.run is not None
+        x, inside = self.run.value(self.site, seen)
+        donors = self._encoded(x, seen)
+        # A decoder that normalises adds its bias and the input's mean in the donor's scale, too: they differ.
+        new = donors.error if donors.scale is None else own.error + (donors.beside - own.beside)
+        return torch.where(inside[..., None], new, error)
+
+    def _encoded(self, x: Float[Tensor, "batch pos width"], seen: Pass) -> Latents:
+        if self._seen is not seen:
+            self._seen, self._latents = seen, self.dictionary.encode(x)
+        return self._latents

@@ -1,0 +1,131 @@
+"""What a splice does at one of its sites: encode what its interventions read, decode what they write, no more."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latents import Latents, decode_sparsely
+from saepatch.errors import UserError
+from saepatch.model.positions import Pass
+from saepatch.splicing.donors import Restoring
+from saepatch.splicing.interventions import Intervention, Patch, Steer, ids_of
+
+
+def writes_error(intervention: Intervention) -> bool:
+    """Whether the intervention writes an error term as well."""
+    return isinstance(intervention, (Patch, Restoring)) and intervention.error
+
+
+@dataclass(eq=False)
+class SiteEdit:
+    """The interventions of one site, in order.
+
+    With the error kept the site gets `Δf · rows`, whatever the latents that are not edited are: so these are encoded
+    only where the dictionary cannot do without, and not at all for latents that are only added to. What records latents
+    or writes or drops the error term takes the whole way through the dictionary.
+    """
+
+    dictionary: Dictionary
+    interventions: Sequence[Intervention]
+    drop_error: bool = False
+    record: Callable[[Latents], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.acted: set[int] = set()  # interventions, by id, that had a position to act on
+        self.whole = self.drop_error or self.record is not None or any(map(writes_error, self.interventions))
+        wanted = [ids_of(intervention.latents) for intervention in self.interventions]
+        self._columns: list[slice | list[int]] = [slice(None) if ids is None else list(ids) for ids in wanted]
+        self.ids: list[int] | None = None  # latents that are dealt with; None: all
+        if not self.whole and all(ids is not None for ids in wanted):
+            self.ids = sorted({latent for ids in wanted for latent in ids or ()})
+            place = {latent: number for number, latent in enumerate(self.ids)}
+            everything = list(range(len(self.ids)))
+            columns = [[place[latent] for latent in ids or ()] for ids in wanted]
+            self._columns = [slice(None) if some == everything else some for some in columns]
+        self._rows = self.dictionary.rows if self.ids is None else self.dictionary.rows[self.ids]
+        only_added = all(isinstance(intervention, Steer) for intervention in self.interventions)
+        scaled = self.dictionary.normalises and any(getattr(i, "scaled", True) for i in self.interventions)
+        self.blind = self.ids is not None and only_added and not scaled
+        few = self.ids is not None and not self.blind and 2 * len(self.ids) <= self.dictionary.d_sae
+        self.alone = self.dictionary.alone(self.ids or ()) if few else None
+
+    def __call__(self, x: Float[Tensor, "batch pos width"], seen: Pass) -> Float[Tensor, "batch pos width"]:
+        if x.requires_grad and (self.interventions or self.drop_error):
+            raise UserError(
+                "a splice is not differentiable: run it under torch.no_grad(), or use saepatch.measure.attribution"
+            )
+        where = [self._where(intervention, seen) for intervention in self.interventions]
+        if self.whole:
+            return self._through(x, where, seen)
+        if all(chosen is None for chosen in where):
+            return x
+        acts, scale = self._read(x)
+        change = self._edited(acts, where, seen, scale) - acts
+        moved = decode_sparsely(change, self._rows) if self.ids is None else change @ self._rows
+        return x + (moved if scale is None else moved * scale).to(x.dtype)
+
+    def _where(self, intervention: Intervention, seen: Pass) -> Bool[Tensor, "batch pos 1"] | None:
+        chosen = seen.select(intervention.positions)
+        if not bool(chosen.any()):
+            return None
+        self.acted.add(id(intervention))
+        return chosen[..., None]
+
+    def _read(
+        self, x: Float[Tensor, "batch pos width"]
+    ) -> tuple[Float[Tensor, "batch pos k"], Float[Tensor, "batch pos 1"] | None]:
+        """Values of the latents that are dealt with, and the scale that edits of them are decoded with."""
+        if self.ids is None:
+            return self.dictionary.activations(x)
+        if self.blind:  # adding is the same whatever is there
+            return x.new_zeros(*x.shape[:2], len(self.ids), dtype=self.dictionary.dtype), None
+        if self.alone is not None:
+            return self.alone.activations(x)
+        acts, scale = self.dictionary.activations(x)
+        return acts[..., self.ids], scale
+
+    def _edited(
+        self,
+        acts: Float[Tensor, "batch pos k"],
+        where: Sequence[Bool[Tensor, "batch pos 1"] | None],
+        seen: Pass,
+        scale: Float[Tensor, "batch pos 1"] | None,
+    ) -> Float[Tensor, "batch pos k"]:
+        for intervention, columns, chosen in zip(self.interventions, self._columns, where, strict=True):
+            if chosen is not None:
+                old = acts[..., columns]
+                if isinstance(intervention, (Restoring, Steer)):
+                    new = torch.where(chosen, intervention.edit(old, seen, scale), old)
+                else:
+                    new = torch.where(chosen, intervention.edit(old, seen), old)
+                if columns == slice(None):
+                    acts = new
+                else:
+                    acts = acts.clone()
+                    acts[..., columns] = new
+        return acts
+
+    def _through(
+        self, x: Float[Tensor, "batch pos width"], where: Sequence[Bool[Tensor, "batch pos 1"] | None], seen: Pass
+    ) -> Float[Tensor, "batch pos width"]:
+        """The whole way: all latents, and the error term."""
+        latents = replace(self.dictionary.encode(x), real=seen.real, ordinary=seen.ordinary)
+        if self.record is not None:
+            self.record(latents)
+        kept = latents.error
+        for intervention, chosen in zip(self.interventions, where, strict=True):
+            if chosen is None or not writes_error(intervention):
+                continue
+            if isinstance(intervention, Restoring):
+                kept = torch.where(chosen, intervention.edit_error(kept, seen, latents), kept)
+            elif isinstance(intervention, Patch):
+                kept = torch.where(chosen, intervention.edit_error(kept, seen), kept)
+        edited = self._edited(latents.acts, where, seen, latents.scale)
+        change = latents.delta(edited) + (kept - latents.error)
+        if self.drop_error:
+            change = torch.where(seen.ordinary[..., None], change - latents.error, change)
+        return x + change.to(x.dtype)

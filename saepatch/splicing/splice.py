@@ -1,0 +1,291 @@
+"""Splice dictionaries into a model: encode a site, edit the latents, write the change back."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saepatch.data.batches import PairBatch
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latents import Latents
+from saepatch.errors import UserError
+from saepatch.model.hooks import (
+    SpliceError,
+    around_generate,
+    before_forward,
+    capture,
+    edit_sites,
+    is_spliced,
+    splice_noted,
+)
+from saepatch.model.language_model import LanguageModel, Tokens, ordinary
+from saepatch.model.positions import Pass, Positions
+from saepatch.model.sites import Site
+from saepatch.splicing.donors import CleanMeans, DonorRun, OtherModel, Restore, Restoring
+from saepatch.splicing.interventions import Intervention, Patch, ids_of
+from saepatch.splicing.site_edit import SiteEdit
+
+log = logging.getLogger(__name__)
+
+GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options of `generate`
+
+Dictionaries = Dictionary | Sequence[Dictionary] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
+Interventions = Intervention | Restore | Sequence[Intervention | Restore]
+
+
+@dataclass(eq=False)
+class Splice:
+    """A splice that is in place. With `record`, `latents[site]` are the unedited latents of the last forward pass."""
+
+    model: LanguageModel
+    latents: dict[Site, Latents] = field(default_factory=dict)
+    seen: Pass | None = None
+    _asked: Tensor | None = None  # prompt ids of the `generate` call under way
+    _generated: bool = False  # whether there was any
+    _prompt: tuple[Tensor, int] | None = None  # tokens of each prompt, and columns of the batch
+    _cache: Any = None  # the cache that holds this prompt
+    _donors: dict[int, DonorRun] = field(default_factory=dict)  # by the identity of their donor
+
+
+@contextmanager
+def splice(
+    model: LanguageModel,
+    dictionaries: Dictionaries,
+    interventions: Interventions = (),
+    error: Literal["keep", "drop"] = "keep",
+    record: bool = False,
+) -> Iterator[Splice]:
+    """Splice dictionaries into the model, at one or several sites, for every forward pass inside the context.
+
+    With the error kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the site.
+    With the error dropped the dictionary is a bottleneck: each position but BOS and padding carries only what the
+    dictionary decodes. Works inside `model.hf.generate`, with a KV cache or without. Latents at BOS and padding are
+    never edited unless a position names them. What no intervention reads or writes is not encoded or decoded.
+
+    Not differentiable: for gradients with respect to latents see `saepatch.measure.attribution`.
+
+    Raises:
+        UserError: a dictionary that does not belong to the model or site, an unknown latent, an intervention on a site
+            that is not spliced, or positions that a prompt does not have.
+        SpliceError: the model did not run through a spliced site inside the context, or no position of any run was one
+            that an intervention acts on.
+    """
+    sites = by_site(model, dictionaries)
+    if error not in ("keep", "drop"):
+        raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
+    chosen = list(interventions) if isinstance(interventions, Sequence) else [interventions]
+    if error == "drop" and any(isinstance(i, (Patch, Restore)) and i.error for i in chosen):
+        raise UserError("error=True writes an error term, and error='drop' leaves it out: use one of the two")
+    run = Splice(model)
+    placed = [(_site_of(intervention, sites), intervention) for intervention in chosen]
+    for site, intervention in placed:
+        sites[site].check_ids(ids_of(intervention.latents) or ())
+    acting = [(site, _in_place(run, site, sites[site], intervention)) for site, intervention in placed]
+    edits = {
+        site: SiteEdit(
+            dictionary,
+            [intervention for at, intervention in acting if at == site],
+            drop_error=error == "drop",
+            record=partial(run.latents.__setitem__, site) if record else None,
+        )
+        for site, dictionary in sites.items()
+    }
+    with ExitStack() as stack:
+        stack.enter_context(splice_noted(model.layout))
+        stack.enter_context(before_forward(model.hf, model.layout, partial(_before_forward, run)))
+        stack.enter_context(around_generate(model.hf, partial(_around_generate, run)))
+        stack.enter_context(edit_sites(model.layout, {site: partial(_edit, run, edits[site]) for site in sites}))
+        yield run
+    for (site, intervention), (_, original) in zip(acting, placed, strict=True):
+        if id(intervention) not in edits[site].acted:
+            message = f"{type(original).__name__} acted at no position of any run (positions {original.positions})"
+            if not run._generated:
+                raise SpliceError(message + ": check them against the prompts")
+            log.warning("%s: every answer may have ended at once", message)
+
+
+def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
+    assert run.seen is not None
+    return edit(x, run.seen)
+
+
+def _in_place(run: Splice, site: Site, dictionary: Dictionary, intervention: Intervention | Restore) -> Intervention:
+    """The intervention itself; of a restoration, one that is tied to its donor's run beside this splice."""
+    if not isinstance(intervention, Restore):
+        return intervention
+    donor = intervention.donor
+    if isinstance(donor, CleanMeans):
+        if site not in donor.means or donor.means[site].shape != (dictionary.d_sae,):
+            raise UserError(
+                f"the clean means hold none for the {dictionary.d_sae} latents of {site}: measure them there"
+            )
+        return Restoring(intervention, site, dictionary, None)
+    if isinstance(donor, OtherModel):
+        dictionary.check(donor.model, site)
+    if id(donor) not in run._donors:
+        run._donors[id(donor)] = DonorRun(donor, run.model)
+    run._donors[id(donor)].sites.append(site)
+    return Restoring(intervention, site, dictionary, run._donors[id(donor)])
+
+
+def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
+    """Latents and error term of one forward pass over a batch, nothing edited; later blocks are not run.
+
+    Raises:
+        UserError: the dictionary does not belong to the model, or the model is inside a splice, where it would not be
+            clear whether edited latents are meant.
+    """
+    dictionary.check(model)
+    if is_spliced(model.layout):
+        raise UserError(
+            "latents are recorded on the bare model, and it is inside a splice: record them outside, or take edited "
+            "runs' latents from splice(…, record=True) as run.latents[site]"
+        )
+    x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
+    return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
+
+
+def choose_positions(model: LanguageModel, batch: PairBatch, positions: Positions) -> PairBatch:
+    """The same pairs with the positions where they may be patched, in either direction.
+
+    Positions are read off the clean prompts. Left out is what has no counterpart in the other prompt: padding, and an
+    ordinary token against a BOS where prompts are aligned from the right.
+
+    Raises:
+        UserError: nothing is left, or positions that a prompt does not have.
+    """
+    clean, corrupted = batch.clean, batch.corrupted
+    both = clean.attention_mask.bool() & corrupted.attention_mask.bool() & (clean.ordinary == corrupted.ordinary)
+    where = whole_prompt(model, clean).select(positions) & both
+    if not bool(where.any()):
+        raise UserError(f"positions {positions!r} hold no token of any pair, so there is nothing to patch")
+    return replace(batch, where=where)
+
+
+def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
+    """The pass that reads a batch of prompts at once: what positions are chosen from outside a splice."""
+    mask = tokens.attention_mask
+    return Pass(
+        input_ids=tokens.input_ids,
+        ordinary=tokens.ordinary,
+        real=mask.bool(),
+        index=mask.cumsum(-1) - 1,
+        n_prompt=mask.sum(-1),
+        start=0,
+        width=mask.shape[1],
+        decode=model.tokenizer.decode,
+    )
+
+
+def by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
+    """Dictionaries by their site, each checked against the model.
+
+    Raises:
+        UserError: a dictionary that does not belong to the model or site, two for one tensor, or none.
+    """
+    if isinstance(dictionaries, Dictionary):
+        dictionaries = [dictionaries]
+    named = dictionaries.items() if isinstance(dictionaries, Mapping) else [(d.site, d) for d in dictionaries]
+    sites: dict[Site, Dictionary] = {}
+    for name, dictionary in named:
+        site = Site.parse(name)
+        dictionary.check(model, site)
+        if taken := [str(other) for other in sites if other.same_tensor(site)]:
+            raise UserError(f"two dictionaries for one site ({taken[0]} and {site}): splice one of them")
+        sites[site] = dictionary
+    if not sites:
+        raise UserError("there is nothing to splice: give at least one dictionary")
+    return sites
+
+
+def _site_of(intervention: Intervention | Restore, sites: Mapping[Site, Dictionary]) -> Site:
+    names = ", ".join(map(str, sites))
+    if intervention.site is None:
+        if len(sites) > 1:
+            raise UserError(
+                f"{type(intervention).__name__} names no site, but several are spliced: give one of {names}"
+            )
+        return next(iter(sites))
+    site = Site.parse(intervention.site)
+    for spliced in sites:
+        if spliced.same_tensor(site):
+            return spliced
+    raise UserError(f"{type(intervention).__name__} acts on {site}, which is not spliced: {names}")
+
+
+def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]) -> None:
+    run._asked, run._prompt, run._cache = ids, None, None
+    run._generated |= ids is not None
+    for donor in run._donors.values():
+        donor.reset()
+    if ids is None:
+        return
+    config = options.get("generation_config") or getattr(run.model.hf, "generation_config", None)
+    given = [vars(one) for one in (config, getattr(run.model.hf, "generation_config", None)) if one is not None]
+    for name in GUESSING:
+        # what is given to `generate` wins over the checkpoint's own, None too
+        if any(one.get(name) is not None for one in ((options,) if name in options else given)):
+            raise UserError(
+                f"a splice follows tokens as they are picked, and {name} has the model read guesses: "
+                f"generate without {name}"
+            )
+    beams = options.get("num_beams") or getattr(config, "num_beams", None) or 1
+    if run._donors and beams != 1:
+        raise UserError("Restore follows one continuation a prompt: generate with num_beams=1")
+
+
+def _prompt_of(run: Splice, mask: Tensor, start: int, cache: Any) -> tuple[Tensor, int]:
+    """How many tokens each prompt has, and how many columns they take."""
+    if run._asked is not None:
+        if run._prompt is not None:
+            return run._prompt
+        if run._asked.shape[1] != mask.shape[1]:
+            raise UserError("a splice needs the whole prompt in one pass: generate without prefill_chunk_size")
+    elif start and run._prompt is not None:
+        n_prompt, width = run._prompt
+        # A model makes its own cache on the first pass, so the second is where it is first seen.
+        first_seen = run._cache is None and start == width and torch.equal(mask[:, :width].sum(-1), n_prompt)
+        if cache is run._cache or first_seen:
+            return run._prompt
+        raise UserError("the cache holds another prompt than the last one that ran inside this splice: run it inside")
+    elif start:
+        raise UserError("the cache holds a prompt that did not run inside this splice: run it inside, too")
+    return mask.sum(-1), mask.shape[1]
+
+
+def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Work out which tokens of which prompts this pass holds."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        raise UserError("a spliced model needs input_ids: embeddings alone do not tell the positions")
+    cache = kwargs.get("past_key_values")
+    start = int(cache.get_seq_length()) if cache is not None else 0
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if mask is None:
+        mask = torch.ones(ids.shape[0], start + ids.shape[1], dtype=torch.long, device=ids.device)
+    if mask.ndim != 2 or mask.shape[1] < start + ids.shape[1]:
+        raise UserError(
+            f"attention mask of shape {tuple(mask.shape)} for {start} cached and {ids.shape[1]} new tokens: "
+            "a splice needs the two-dimensional mask over all of them (generate with the default dynamic cache)"
+        )
+    mask = mask[:, : start + ids.shape[1]].long()
+    run._prompt, run._cache = _prompt_of(run, mask, start, cache), cache
+    n_prompt, width = run._prompt
+    here = mask[:, start:]
+    run.seen = Pass(
+        input_ids=ids,
+        ordinary=ordinary(ids, here, run.model.bos_id),
+        real=here.bool(),
+        index=(mask.cumsum(-1) - 1)[:, start:],
+        n_prompt=n_prompt,
+        start=start,
+        width=width,
+        decode=run.model.tokenizer.decode,
+    )
+    for donor in run._donors.values():
+        donor.follow(run.seen)

@@ -1,0 +1,124 @@
+"""Continuations as they are written, one token at a time; with and without an edit in step, side by side."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saepatch.errors import UserError
+from saepatch.model.greedy import end_tokens
+from saepatch.model.hooks import SpliceError, unedited
+from saepatch.model.language_model import LanguageModel
+from saepatch.splicing.splice import Dictionaries, Interventions, splice
+from saepatch.steering.fluency import loops
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are picked: the most likely one at temperature 0, else drawn, the same draws for the same seed."""
+
+    max_new_tokens: int = 60
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {self.max_new_tokens}: use at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature = {self.temperature}: use 0 for the most likely token, or more")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A continuation so far: its tokens, their text, and why it ended ("" while it goes on).
+
+    It ends with "end" (the model's end of text), "length", "context" (the model takes no more), or "loop" (it has come
+    to repeat one run of tokens).
+    """
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    ended: str = ""
+
+
+def stream(
+    model: LanguageModel, prompt: str, sampling: Sampling | None = None, edited: bool = True
+) -> Iterator[Written]:
+    """Continue one prompt, with a KV cache; what is yielded last has ended.
+
+    Each token is written when it is asked for: inside a splice under the splice, unless `edited` is False, which writes
+    what the bare model would there, too.
+
+    Raises:
+        UserError: an empty prompt, or one longer than the model's context.
+    """
+    sampling = sampling or Sampling()
+    prompt_ids = model.tokenize([prompt]).input_ids
+    stops, context = (
+        end_tokens(model.hf, model.tokenizer),
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
+    generator = torch.Generator().manual_seed(sampling.seed)
+    ids: list[int] = []
+    cache: Any = None
+    while True:
+        mask = torch.ones(1, prompt_ids.shape[1] + len(ids), dtype=torch.long, device=prompt_ids.device)
+        new = prompt_ids if not ids else torch.tensor([[ids[-1]]], device=prompt_ids.device)
+        around: AbstractContextManager[None] = nullcontext() if edited else unedited(model.layout)
+        with around, torch.no_grad():
+            out = model.hf(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        token = _pick(out.logits[0, -1], sampling.temperature, generator)
+        ended = "end" if token in stops else ""
+        if not ended:
+            ids.append(token)
+            if loops(ids):
+                ended = "loop"
+            elif len(ids) == sampling.max_new_tokens:
+                ended = "length"
+            elif context is not None and prompt_ids.shape[1] + len(ids) >= context:
+                ended = "context"
+        yield Written(tuple(ids), model.tokenizer.decode(ids, skip_special_tokens=True), ended)
+        if ended:
+            return
+
+
+def _pick(logits: Float[Tensor, "vocab"], temperature: float, generator: torch.Generator) -> int:
+    if not temperature:
+        return int(logits.argmax())
+    p = (logits.float().cpu() / temperature).softmax(-1)
+    return int(torch.multinomial(p, 1, generator=generator))
+
+
+def side_by_side(
+    model: LanguageModel,
+    dictionaries: Dictionaries,
+    interventions: Interventions,
+    prompts: tuple[str, str],
+    sampling: Sampling | None = None,
+) -> Iterator[tuple[Written, Written]]:
+    """Continue a prompt without and a prompt with the interventions, a token of each in turn; the first is of the bare
+    model. The two prompts are mostly the same; in a chat they come apart with the answers.
+
+    Raises:
+        UserError: what `splice` refuses, or prompts that are empty or too long.
+    """
+    bare, steered = Written(), Written()
+    try:
+        with splice(model, dictionaries, interventions):
+            runs = [stream(model, prompts[0], sampling, edited=False), stream(model, prompts[1], sampling)]
+            while not (bare.ended and steered.ended):
+                bare = bare if bare.ended else next(runs[0])
+                steered = steered if steered.ended else next(runs[1])
+                yield bare, steered
+    except SpliceError as error:
+        if len(steered.ids) > 1:
+            raise
+        log.warning("%s (the steered answer ended with its first token)", error)

@@ -1,0 +1,4 @@
+"""Where a run writes its numbers: the local log always, W&B and trackio beside it.
+
+May import report and below.
+"""

@@ -1,0 +1,267 @@
+"""What a run writes its numbers through: the local log always, and guests beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from saepatch.errors import UserError
+from saepatch.tracking.backends import Courier, Guest, reason
+from saepatch.tracking.logfiles import (
+    ARTIFACTS,
+    METRICS,
+    SUMMARY,
+    contents,
+    number,
+    plain_name,
+    plain_values,
+    read_summary,
+)
+
+if TYPE_CHECKING:
+    from saepatch.report import Chart
+
+logger = logging.getLogger(__name__)
+
+FINISH_TIMEOUT = 60.0  # seconds; without a limit, a connection lost on the way holds a finished run for ever
+
+
+class Tracker:
+    """Where a run writes its numbers. Made by `saepatch.tracking.open.open_tracker`.
+
+    Attributes:
+        out: Folder of the local log.
+        run_id: The guests' id of the run, for a checkpoint to keep; None for a run that never had one.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        lines: TextIO,
+        run_id: str | None = None,
+        guests: Mapping[str, Callable[[], Guest]] | None = None,
+        finish_timeout: float = FINISH_TIMEOUT,
+    ) -> None:
+        self.out, self.run_id = out, run_id
+        self._lines = lines
+        self._last_step = 0
+        self._summary = read_summary(out / SUMMARY)
+        self._warned: set[str] = set()
+        self._finish_timeout = finish_timeout
+        self._couriers = {name: Courier(start, partial(self._complain, name)) for name, start in (guests or {}).items()}
+
+    @property
+    def sync_command(self) -> str | None:
+        """The shell line that uploads what was kept offline; None when there is nothing to upload."""
+        return next(filter(None, (courier.sync_command for courier in self._couriers.values())), None)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Writes one line of metrics.
+
+        Args:
+            metrics: Numbers by name: Python's, NumPy's or one-element tensors. NaN and infinities are kept, as text.
+            step: Position of the line on the time axis: optimiser steps, tokens, whatever the run counts. It should not
+                fall: W&B has no place for a row that goes back (the local log keeps it).
+
+        Raises:
+            TypeError, ValueError: A value is not one number, or is called ``step`` or ``time``.
+        """
+        values = {name: number(value) for name, value in metrics.items()}
+        if self._write_line(plain_values(values), step):
+            self._tell("log", lambda guest: guest.log(values, step))
+
+    def histogram(self, name: str, counts: Iterable[Any], edges: Iterable[Any], step: int) -> None:
+        """Writes a histogram: to ``metrics.jsonl`` a line ``{"step", "time", name: {"counts", "edges"}}``, and to W&B.
+
+        Args:
+            name: Name of the histogram.
+            counts: How many fall between an edge and the next.
+            edges: Edges of the bins, one more than there are counts.
+            step: As for `log`.
+
+        Raises:
+            TypeError, ValueError: The edges do not fit the counts, a value is not one finite number, or the name is
+                ``step`` or ``time``.
+        """
+        heights, bounds = [number(x) for x in counts], [number(x) for x in edges]
+        if len(bounds) != len(heights) + 1:
+            raise ValueError(f"histogram {name!r} has {len(bounds)} edges for {len(heights)} counts: give one more")
+        if not all(map(math.isfinite, heights + bounds)):
+            raise ValueError(f"histogram {name!r} has a count or an edge that is not finite: give finite ones")
+        if self._write_line({name: {"counts": heights, "edges": bounds}}, step):
+            self._tell("take a histogram", lambda guest: guest.histogram(name, heights, bounds, step))
+
+    def summarise(self, metrics: Mapping[str, Any]) -> None:
+        """Sets headline figures of the run: ``metrics.summary.json``, and W&B's run summary. A later value wins.
+
+        Raises:
+            TypeError, ValueError: A value is not one number.
+        """
+        values = {name: number(value) for name, value in metrics.items()}
+        self._summary.update(plain_values(values))
+        with self._local(SUMMARY):
+            fresh = self.out / f"{SUMMARY}.tmp"
+            fresh.write_text(json.dumps(self._summary, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            fresh.replace(self.out / SUMMARY)
+        self._tell("take the summary", lambda guest: guest.summarise(values))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Writes a table to ``tables/NAME.jsonl``, one object a row, and to W&B.
+
+        Args:
+            name: Name of the table. Writing the same name again replaces the local file.
+            columns: Names of the columns.
+            rows: Rows, each as long as `columns`.
+
+        Raises:
+            ValueError: A row is not as long as the columns are.
+        """
+        for index, row in enumerate(rows):
+            if len(row) != len(columns):
+                raise ValueError(f"table {name!r}: row {index} has {len(row)} cells for {len(columns)} columns")
+        kept = [list(row) for row in rows]  # W&B gets them later, and they are the caller's
+        self._write_table(name, columns, kept)
+        step = self._last_step
+        self._tell("take a table", lambda guest: guest.table(name, list(columns), kept, step))
+
+    def curve(self, name: str, x: str, xs: Sequence[float], lines: Mapping[str, Sequence[Any]]) -> None:
+        """Writes lines over an axis of their own, as effects over numbers of latents: a local table, and to guests a
+        point at a time, which W&B draws over that axis. Each point is one of W&B's own steps, so that lines logged
+        after a curve may stand at later steps there than `log` was given.
+
+        Args:
+            name: Name of the curve; a line's own is ``name/line``.
+            x: Name of the axis (``k``, ``strength``).
+            xs: Places on it.
+            lines: Values by line, as many as there are places; None is a gap.
+
+        Raises:
+            ValueError: A line is not as long as the axis.
+        """
+        for line, values in lines.items():
+            if len(values) != len(xs):
+                raise ValueError(f"curve {name!r}: {len(values)} values of {line!r} for {len(xs)} places of {x!r}")
+        points = [{f"{name}/{line}": values[i] for line, values in lines.items()} for i in range(len(xs))]
+        rows = [[place, *point.values()] for place, point in zip(xs, points)]
+        kept = [(place, {key: v for key, v in point.items() if v is not None}) for place, point in zip(xs, points)]
+        self._write_table(name, [x, *lines], rows)
+        self._tell("take a curve", lambda guest: guest.curve(name, x, kept))
+
+    def figure(self, name: str, chart: Chart) -> None:
+        """Writes a chart: locally as ``figures/NAME.svg``, to W&B as a plotly figure (heat maps) or as SVG.
+
+        Args:
+            name: Name of the figure. Writing the same name again replaces the local file.
+            chart: What to draw.
+        """
+        from saepatch.report import write_figure
+
+        path = self.out / "figures" / f"{plain_name(name)}.svg"
+        with self._local(str(path.relative_to(self.out))):
+            write_figure(chart, path)
+        step = self._last_step
+        self._tell("take a figure", lambda guest: guest.figure(name, chart, step))
+
+    def page(self, name: str, path: Path) -> None:
+        """Shows guests an HTML page that the run wrote, its report."""
+        step = self._last_step
+        self._tell("take a page", lambda guest: guest.page(name, path, step))
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Adds settings that were not known when the run began to what guests show of it."""
+        kept = json.loads(json.dumps(dict(settings), default=str))
+        self._tell("take settings", lambda guest: guest.configure(kept))
+
+    def artifact(self, name: str, folder: Path, upload: bool = False) -> None:
+        """Notes a folder that the run made, in ``artifacts.jsonl`` and as an artifact of W&B: its path, size and hash.
+
+        Args:
+            name: Name of the artifact.
+            folder: The folder; it is read through.
+            upload: Have W&B keep a copy of the files, not only a reference to them.
+
+        Raises:
+            UserError: There is no such folder.
+        """
+        if not folder.is_dir():
+            raise UserError(f"no folder {str(folder)!r} to note as an artifact: check the path")
+        folder = folder.absolute()
+        with self._local(ARTIFACTS):
+            about = {"path": str(folder), **contents(folder)}
+            row = {"step": self._last_step, "time": round(time.time(), 3), "name": name, **about}
+            with (self.out / ARTIFACTS).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._tell("take an artifact", lambda guest: guest.artifact(name, folder, about, upload))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Closes the log and the W&B run, which shows as failed with an exit code other than 0; safe to call twice."""
+        with self._local(METRICS):
+            self._lines.close()
+        couriers, self._couriers = self._couriers, {}
+        for name, courier in couriers.items():
+            if courier.finish(exit_code, self._finish_timeout) and (command := courier.sync_command):
+                logger.info("%s ran offline; to upload the run: %s", name, command)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish(0 if kind is None else 1)
+
+    def _write_line(self, values: Mapping[str, Any], step: int) -> bool:
+        """Puts a line into the log; False where it goes back, so that W&B has no place for it."""
+        if clash := values.keys() & {"step", "time"}:
+            raise ValueError(
+                f"a metric cannot be called {min(clash)!r}: every line has one already; choose another name"
+            )
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        with self._local(METRICS):
+            self._lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._lines.flush()
+        if step < self._last_step:
+            self._warn(
+                "steps", f"step {step} comes after step {self._last_step}: W&B would drop it, the local log has it"
+            )
+            return False
+        self._last_step = step
+        return True
+
+    def _write_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        path = self.out / "tables" / f"{plain_name(name)}.jsonl"
+        with self._local(str(path.relative_to(self.out))):
+            path.parent.mkdir(exist_ok=True)
+            with path.open("w", encoding="utf-8") as lines:
+                for row in rows:
+                    cells = plain_values(dict(zip(columns, row)))
+                    lines.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
+
+    def _tell(self, what: str, say: Callable[[Guest], None]) -> None:
+        for courier in self._couriers.values():
+            courier.send(what, say)
+
+    def _complain(self, guest: str, what: str) -> None:
+        self._warn(guest, f"{guest} {what}; the local log in {self.out} goes on")
+
+    def _warn(self, about: str, message: str) -> None:
+        """Says it the first time only."""
+        if about not in self._warned:
+            self._warned.add(about)
+            logger.warning("%s", message)
+
+    @contextmanager
+    def _local(self, name: str) -> Iterator[None]:
+        """A full disk must not stop a run either: its checkpoints will say so soon enough."""
+        try:
+            yield
+        except OSError as error:
+            self._warn(name, f"cannot write {self.out / name} ({reason(error)}): lines are being lost")

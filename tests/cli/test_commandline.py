@@ -1,0 +1,168 @@
+"""The command line as a user meets it: quick help, one line and exit code 2 for a mistake, no traceback."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny import random_sae, tiny_model
+
+from saepatch.cli.main import main
+
+
+def failed(capsys, *arguments):
+    """The one line that a mistake is answered with."""
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert "Traceback" not in err
+    return errors[0]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    model = tiny_model()
+    model.hf.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    for layer, width in ((0, 16), (1, 12)):
+        sae = random_sae(d_in=width)
+        sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
+        sae.save_model(tmp_path / f"saes{width}" / f"resid_post.{layer}")
+    return tmp_path
+
+
+def test_inspect(folders, capsys):
+    assert main(["inspect", str(folders / "model"), "--sae", str(folders / "saes16")]) == 0
+    out = capsys.readouterr().out
+    assert "3 layers, width 16" in out
+    assert "resid_post.0 … resid_post.2" in out
+    assert "topk, 48 latents" in out
+
+
+def test_mistakes(folders, capsys):
+    model = str(folders / "model")
+    assert "unknown dtype 'float8'" in failed(capsys, "inspect", model, "--dtype", "float8")
+    assert "no folder './nowhere'" in failed(capsys, "inspect", "./nowhere")
+    assert "width 12, but" in failed(capsys, "inspect", model, "--sae", str(folders / "saes12"))
+    assert "unknown dictionary 'nowhere'" in failed(capsys, "inspect", model, "--sae", "nowhere")
+    assert "unrecognized arguments: --bogus" in failed(capsys, "inspect", model, "--bogus", "1")
+    assert "invalid choice: 'conjure'" in failed(capsys, "conjure")
+    assert "not provided" in failed(capsys)
+    assert "too few" in failed(capsys, "demo", "--pairs", "3")
+    assert "unknown tracker 'clay'" in failed(capsys, "demo", "--track", "clay", "--out", str(folders / "out"))
+
+
+def test_an_output_folder_that_cannot_be_written(folders, capsys):
+    blocked = folders / "file"
+    blocked.write_text("")
+    assert "cannot write to" in failed(capsys, "demo", "--out", str(blocked / "demo"))
+
+
+def test_settings_from_yaml_and_unknown_keys(folders, capsys):
+    config = folders / "c.yaml"
+    config.write_text("pairs: 4\n")
+    assert "too few" in failed(capsys, "demo", "--config", str(config))
+    config.write_text("pears: 40\n")
+    assert "pears" in failed(capsys, "demo", "--config", str(config))
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--seed", "5", "--print_config"])
+    assert stopped.value.code == 0
+    assert "seed: 5" in capsys.readouterr().out
+
+
+def test_booleans_are_flags(folders, capsys):
+    def quiet(*given):
+        with pytest.raises(SystemExit) as stopped:
+            main(["patch", "--pairs", "ioi", *given, "--print_config"])
+        assert stopped.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)["quiet"]
+
+    config = folders / "c.yaml"
+    config.write_text("quiet: true\n")
+    assert [quiet(), quiet("--quiet"), quiet("--quiet", "--n", "3"), quiet("--config", str(config))] == [
+        False, True, True, True]  # fmt: skip
+    assert [quiet("--quiet", "true"), quiet("--quiet", "false"), quiet("--quiet=false")] == [True, False, False]
+    assert not quiet("--config", str(config), "--quiet", "false")
+    assert "unrecognized arguments: --loud" in failed(capsys, "patch", "--quiet", "--loud")
+    assert "--quiet takes true or false, not 'maybe'" in failed(capsys, "patch", "--quiet", "maybe")
+    assert main(["inspect", str(folders / "model"), "--trust_remote_code"]) == 0
+    for command in ("patch", "attribute"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "[--quiet [{true,false}]]" in capsys.readouterr().out
+
+
+def test_trusting_code_puts_no_bos_in_front(folders, monkeypatch):
+    from saepatch.model import loading as models
+
+    loaded, asked = models.load_model, []
+
+    def load(*args, **options):
+        asked.append(inspect.signature(loaded).bind(*args, **options).arguments)
+        return loaded(*args, **options)
+
+    monkeypatch.setattr(models, "load_model", load)
+    assert main(["inspect", str(folders / "model"), "--trust_remote_code"]) == 0
+    assert [(one.get("trust_remote_code"), one.get("prepend_bos", False)) for one in asked] == [(True, False)]
+
+
+def test_help_of_a_command_says_how_pairs_and_answers_are_written(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["patch", "--help"])
+    assert stopped.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert '--answers " Mary| John"' in told
+    assert ".jsonl, .json, .csv or .parquet file with columns clean, corrupted, answer, counter" in told
+    assert "417;281" in told
+    assert '"resid_post.3: 281; 3,17 | resid_post.4: 5"' in told
+    with pytest.raises(SystemExit):
+        main(["attribute", "--help"])
+    assert "in each part of pairs (--part)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_and_import_load_neither_torch_nor_the_sae_library():
+    """What makes them quick; the times themselves depend on the machine."""
+    code = (
+        "import sys\n"
+        "from saepatch.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "import json\n"
+        "print(json.dumps([m for m in ('torch', 'sae_lens', 'transformers', 'wandb', 'datasets') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"\n    {command} " in done.stdout for command in ("demo", "inspect", "patch", "attribute", "merge"))
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    code = "import torch, sys, saepatch; print([m for m in ('sae_lens', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist():
+    import saepatch
+
+    for name in saepatch.__all__:
+        assert getattr(saepatch, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        _ = saepatch.nosuch
+
+
+def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
+    other = tmp_path / "training.yaml"
+    other.write_text("sae: {k: 4}\n")
+    for arguments, said in (
+        (("steer", "--strength", "abc"), "--strength takes a number, not 'abc'"),
+        (("steer", "--act", "bogus"), "--act takes one of add, clamp, at-least, ablate, not 'bogus'"),
+        (("patch", "--n", "1.5"), "--n takes a whole number, not '1.5'"),
+        (("patch", "--config", str(other)), "--sae takes a text, not a mapping (is the file another command's?)"),
+        (("patch", "--pairz", "ioi"), "(did you mean --pairs?)"),
+        (("compare", "runs/a"), "'other' is missing: see --help"),
+    ):
+        text = failed(capsys, *arguments)
+        assert said in text
+        assert "class" not in text
+        assert "Parser key" not in text

@@ -1,0 +1,271 @@
+"""The safety experiment: a small run of it, and its parts against figures made by hand."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny import random_dictionary, tiny_model
+
+from experiments import safety
+from experiments.restoration.curves import Curve, Point
+from experiments.restoration.guards import auroc, detector, roc, threshold_for
+from experiments.restoration.runs import Answered, Runs
+from experiments.restoration.settings import (
+    Asked,
+    Setting,
+    harmless_in_every_framing,
+    spliced_sites,
+    stacked,
+    two_prompts,
+)
+from saepatch.cli.parser import run_config
+from saepatch.dictionaries.loading import load_saes
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.model.sites import Site
+from saepatch.organism import world
+from saepatch.records.rows import read_rows
+from saepatch.records.statistics import Interval
+from saepatch.restoration.restore import assistant_header, restore
+from saepatch.splicing.donors import CleanPrompts
+
+pytestmark = pytest.mark.whole
+
+SMALL = ["--prompts", "6", "--sizes", "[4,64]", "--draws", "1", "--tokens", "5"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Both settings, small."""
+    out = tmp_path_factory.mktemp("safety")
+    given = [*SMALL, "--out", str(out)]
+    assert run_config(safety.SafetyConfig, safety.main, "safety", given) == 0
+    return out, json.loads((out / "summary.json").read_text())
+
+
+def test_the_summary_has_what_was_promised(run):
+    out, summary = run
+    for name in safety.SETTINGS:
+        found = summary[name]
+        assert {"curve", "share_for_90", "dense_direction", "full_residual", "neurons"} <= set(found)
+        point, _ = found["curve"]
+        total = 1024 * len(found["sites"])
+        assert point["latents"] == 4
+        assert point["share_of_dictionary"] == pytest.approx(4 / total)
+        assert point["share_of_alive"] >= point["share_of_dictionary"]
+        for key in ("refused", "random", "frequency_matched", "later_ranks"):
+            value, low, high = point[key]
+            assert 0 <= low <= value <= high <= 1
+        assert 0 <= point["harmless_refused"] <= 1
+        assert {0 <= found[key] <= 1 for key in ("dense_direction", "full_residual")} == {True}
+        assert max(one["share_of_neurons"] for one in found["neurons"]) == 1
+        assert sum(layer["latents"] for layer in found["layers"]) == found["chosen_on_tune"]["latents"]
+        assert len(found["by_depth"]) == 6
+        assert set(found["guards"]) == {"none", "always on", "triggered"}
+        assert found["detector"]["roc"][0] == [0, 0]
+        assert found["detector"]["roc"][-1] == [1, 1]
+        assert found["acceptance"]["harmless_refusals_rise_at_most_2_points"]
+        assert found["held_out"]
+        assert (out / f"{name}_refusals.svg").is_file()
+    assert summary["setting_a"]["acceptance"]["donor_reproduced_exactly"]
+    assert summary["setting_a"]["full_residual"] >= 0.9  # layers were added until it was
+    assert set(summary["setting_a"]["shared_quality"]) == set(summary["setting_a"]["sites"])
+
+
+def test_few_latents_restore_the_base_model_and_controls_do_not(run):
+    found = run[1]["setting_a"]
+    assert found["bare"][0] == 0 < 0.9 <= found["donor"][0]
+    assert found["acceptance"]["restored_above_random"]
+    assert found["share_for_90"] <= 0.05
+    assert found["curve"][1]["refused"][1] > found["curve"][1]["random"][2]
+    assert max(fvu for one in found["shared_quality"].values() for fvu in one["fvu"]) < 0.1
+
+
+def test_few_latents_restore_jailbroken_requests_and_controls_do_not(run):
+    found = run[1]["setting_b"]
+    assert found["bare"][0] <= 0.1
+    assert found["donor"][0] >= 0.9
+    assert found["curve"][0]["refused"][1] > found["curve"][0]["random"][2]
+    assert found["acceptance"]["restored_above_random"]
+    assert found["full_residual"] >= 0.9
+    assert found["share_for_90"] <= 0.05
+    assert found["reconstruction_only"][0] <= 0.5
+    always = found["guards"]["always on"]  # means of refused requests, whoever asks
+    assert always["refused"][0] >= 0.8
+    assert always["harmless_refused"][0] >= 0.8
+
+
+def test_rows_and_report(run):
+    out, summary = run
+    rows = read_rows(out / "results.parquet")
+    top = [r for r in rows if (r["setting"], r["condition"], r["harmful"]) == ("setting_b", "top", "yes")]
+    assert len(top) == 12
+    top = [row for row in top if row["latents"] == 4]
+    donors = {r["model"] for r in rows if (r["setting"], r["condition"]) == ("setting_a", "donor")}
+    assert (
+        donors == {"organism"} != {r["model"] for r in rows if (r["setting"], r["condition"]) == ("setting_a", "top")}
+    )
+    assert np.mean([row["outcome"] == "refuse" for row in top]) == summary["setting_b"]["curve"][0]["refused"][0]
+    assert len(top) == 6
+    assert len(
+        {(r["setting"], r["condition"], r["harmful"], r["latents"], r["draw"], r["example"]) for r in rows}
+    ) == len(rows)
+    page = (out / "report.html").read_text()
+    for word in ("How few latents bring refusals back?", "Latents and neurons at equal shares", "ROC", "setting_a"):
+        assert word in page
+    assert not (out / "runs.jsonl").exists()
+
+
+def tiny_setting(model: LanguageModel) -> tuple[Setting, Asked]:
+    asked = Asked(("how to cake? now", "tell me all"), ("how to bake? now", "tell me some"), ("x", "y"))
+    dictionaries = {Site(layer): random_dictionary(f"resid_post.{layer}", seed=layer) for layer in (0, 1)}
+    splits = dict.fromkeys(world.SPLITS, asked)
+    return Setting("setting_b", "B", model, None, 2, dictionaries, dictionaries, splits, splits), asked
+
+
+def test_runs_are_what_the_library_restores(tmp_path):
+    model = tiny_model()
+    setting, asked = tiny_setting(model)
+    runs = Runs(tmp_path, {"seed": 0}, {40, 41}, 6)
+    chosen = {Site(0): (3, 5), Site(1): tuple(range(9))}
+    found = runs.restored(setting, asked, "top", chosen)
+    donor = CleanPrompts(asked.clean, 2)
+    assert list(found.texts) == restore(model, setting.sites, asked.prompts, donor, chosen, max_new_tokens=6)
+    p = model.next_logits(model.tokenize(asked.prompts, "left")).double().softmax(-1)[:, [40, 41]].sum(-1)
+    bare = runs.bare(setting, asked)
+    assert bare.scores == pytest.approx((p / (1 - p)).log().tolist())
+    assert bare.texts == tuple(model.generate(asked.prompts, 6))
+    assert found.texts != bare.texts
+    assert runs.donor(setting, asked).texts == tuple(model.generate(asked.clean, 6))
+    assert [row.latents for row in runs.answer_rows(setting, model)] == [11, 11, 0, 0, 0, 0]
+    assert not runs.answer_rows(setting, tiny_model())
+    with pytest.raises(AssertionError, match="two runs are called 'bare'"):
+        runs.bare(setting, Asked(("other",), ("one",), ("x",)))
+
+
+def test_a_stopped_experiment_goes_on(tmp_path, monkeypatch):
+    model = tiny_model()
+    setting, asked = tiny_setting(model)
+    runs = Runs(tmp_path, {"seed": 0}, {40}, 6)
+    one, other = runs.bare(setting, asked), runs.restored(setting, asked, "top", {Site(0): (3,)})
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"key": "cut sho')
+    answered = []
+    monkeypatch.setattr(LanguageModel, "generate", lambda self, *a, **k: answered.append(a) or ["x", "y"])
+    again = Runs(tmp_path, {"seed": 0}, {40}, 6)
+    assert again.bare(setting, asked).texts == one.texts
+    assert again.restored(setting, asked, "another name", {Site(0): (3,)}).scores == other.scores
+    assert not answered
+    assert again.restored(setting, asked, "top", {Site(0): (4,)}).texts == ("x", "y")
+    assert again.restored(setting, asked, "top", {Site(0): (3,)}, error=True).texts == ("x", "y")
+    assert len(Runs(tmp_path, {"seed": 0}, {40}, 6)._kept) == 4
+    with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\)"):
+        Runs(tmp_path, {"seed": 1}, {40}, 6)
+    again.forget()
+    assert not list(tmp_path.iterdir())
+
+
+def answered(flags):
+    return Answered(tuple("I cannot." if flag else "Sure, it is." for flag in flags), (0.0,) * len(flags))
+
+
+def curve_of(bare, donor, by_size):
+    nothing = Interval(0, 0, 0, 1)
+    points = tuple(
+        Point(k, answered(flags), nothing, nothing, nothing, nothing, None, None, None, None)
+        for k, flags in by_size.items()
+    )
+    return Curve(points, 200, 100, 10.0, answered(bare), answered(donor))
+
+
+def test_the_share_that_is_enough():
+    n = 20
+    none, every = [False] * n, [True] * n
+    curve = curve_of(none, every, {1: none, 2: [True] * 17 + [False] * 3, 4: [True] * 18 + [False] * 2, 8: every})
+    found = curve.share_for()
+    assert found.value == 4 / 200  # 18 of 20
+    assert found.low == 2 / 200  # some samples of prompts have 90 % refused at 2 already
+    assert found.high == 8 / 200  # and some not at 4
+    assert curve.recovered(curve.points[1]) == pytest.approx(0.85)
+    partly = [True] * 10 + [False] * 10  # half the way to a donor that refuses every second
+    assert curve_of(none, partly, {1: none, 2: partly}).share_for().value == 2 / 200
+    assert curve_of(none, every, {1: none, 2: partly}).share_for().value == float("inf")
+    assert curve_of(every, every, {1: every}).share_for().value == float("inf")  # nothing to recover
+
+
+def test_the_detectors_arithmetic():
+    yes, no = np.array([3.0, 2.0, 2.0, 0.0]), np.array([2.0, 1.0, 0.0, -1.0])
+    wins = [(y > n) + 0.5 * (y == n) for y in yes for n in no]
+    assert auroc(yes, no) == pytest.approx(sum(wins) / len(wins))
+    assert roc(yes, no) == ((0, 0), (0, 0.25), (0.25, 0.75), (0.5, 0.75), (0.75, 1), (1, 1))
+    assert threshold_for(yes, no, alarms=0.25) == pytest.approx(1.5)  # one negative above it, then half way up to 2
+    assert (no > threshold_for(yes, no, alarms=0.0)).sum() == 0
+
+
+def test_the_detector_lets_harmless_requests_pass():
+    model, n = load_model("organism"), 40
+    setting = two_prompts(model, load_saes("organism"), assistant_header(model), n, 0)
+    harmless = {split: harmless_in_every_framing(split, n, 0) for split in world.SPLITS}
+    found = detector(model, setting.sites, setting.harmful, harmless)
+    assert found.caught.mean() >= 0.8 > 0.1 > found.alarmed.mean()
+    assert found.auroc >= 0.95
+    swapped = detector(model, setting.sites, {**setting.harmful, "report": harmless["report"]}, harmless)
+    assert swapped.caught.mean() == found.alarmed.mean()
+    assert swapped.auroc == 0.5
+
+
+def test_the_prompts():
+    model, saes = load_model("organism"), load_saes("organism")
+    assert assistant_header(model) == 1
+    assert [site.layer for site in spliced_sites(model, saes)] == [0, 1, 2, 3, 4]
+    setting = two_prompts(model, saes, 1, 30, 0)
+    seen = [set(setting.harmful[split].prompts) for split in world.SPLITS]
+    assert all(len(prompts) == 30 for prompts in seen)
+    assert not seen[0] & seen[1]
+    assert not seen[1] & seen[2]
+    assert not seen[0] & seen[2]
+    framings = [set(setting.harmful[split].kinds) for split in world.SPLITS]
+    assert framings[0] == framings[1] == framings[2]  # kinds are shared: half of them are held out apart
+    both = stacked("report", 30, 0)
+    assert len(set(both.prompts)) == 30
+    for prompt, clean in zip(both.prompts, both.clean, strict=True):
+        assert len(model.encode(prompt)) == len(model.encode(clean))
+    half = both.of_kinds(both.kinds[:1])
+    assert 0 < len(half) < 30
+    assert set(half.kinds) == set(both.kinds[:1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": "3"}, "prompts = 3 is too few"),
+        ({"sizes": "[4,2]"}, "give rising numbers from 1"),
+        ({"settings": '["setting_c"]'}, "use setting_a, setting_b or both"),
+        ({"draws": "0"}, "draws = 0"),
+        ({"model": "nowhere-at/all/x"}, "nowhere-at"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, changes, message):
+    given = [word for name, value in changes.items() for word in (f"--{name}", value)]
+    assert run_config(safety.SafetyConfig, safety.main, "safety", [*given, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_layers_are_added_only_where_it_takes_them(tmp_path):
+    from experiments.restoration.probes import extended
+
+    model = tiny_model()
+    setting, _asked = tiny_setting(model)
+    more = replace(setting, every=setting.sites, sites={Site(0): setting.sites[Site(0)]})
+    runs = Runs(tmp_path, {}, {40}, 4)
+    answers = {"bare": [False, False], "donor": [True, True], "0": [False, False], "1": [True, True]}
+    runs.bare = lambda *a, **k: answered(answers["bare"])
+    runs.donor = lambda *a, **k: answered(answers["donor"])
+    runs.restored = lambda s, a, name, *rest, **k: answered(answers[name[-1]])
+    assert list(extended(more, runs).sites) == [Site(0), Site(1)]
+    answers["0"] = [True, True]
+    assert extended(more, runs) is more
+    answers["0"] = answers["1"] = [True, False]
+    assert extended(more, runs) is more

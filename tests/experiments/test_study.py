@@ -1,0 +1,312 @@
+"""The experiments: their prompts for any tokenizer, small runs of them, and the words that follow from numbers."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import byte_tokenizer, random_sae, tiny_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from experiments import agreement, ioi, pronouns
+from experiments.pairs import stages, study
+from experiments.pairs.findings import against_dense, unsure, verdict
+from experiments.pairs.stages import Kind
+from saepatch import organism
+from saepatch.cli.parser import run_config
+from saepatch.data.batches import batch_pairs
+from saepatch.data.pairs import PromptPair
+from saepatch.engine.components import Edit
+from saepatch.errors import UserError
+from saepatch.measure.effects import Effects
+from saepatch.model.loading import load_model
+from saepatch.model.sites import Site
+from saepatch.records.rows import read_rows
+
+pytestmark = pytest.mark.whole
+
+BUILDERS = {"ioi": ioi.ioi_pairs, "agreement": agreement.agreement_pairs, "pronoun": pronouns.story_pairs}
+FILLERS = {
+    "ioi": {*ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS},
+    "agreement": {*agreement.NOUNS, *map(agreement.plural, agreement.NOUNS)},
+    "pronoun": {*pronouns.GIRLS, *pronouns.BOYS},
+}
+SMALL = ["--pairs", "10", "--sizes", "[1,4,16]", "--verify", "20", "--sample", "20"]
+
+
+def word_tokenizer(every: bool = True) -> PreTrainedTokenizerFast:
+    """One token a word with its space, as a large vocabulary has it; without `every`, names are split into letters."""
+    words = re.compile(r" ?[A-Za-z]+|[^\w\s]")
+    texts = [text for task in (ioi, agreement, pronouns) for split in task.TEMPLATES for text in task.TEMPLATES[split]]
+    nouns = [*agreement.NOUNS, *map(agreement.plural, agreement.NOUNS), *ioi.PLACES, *ioi.OBJECTS, "girl", "boy"]
+    names = [*ioi.NAMES, *pronouns.GIRLS, *pronouns.BOYS] if every else []
+    found = {token for text in texts for token in words.findall(re.sub(r"\{\w\}", "it", text))}
+    found |= {space + word for word in (*nouns, *names) for space in ("", " ")}
+    found |= {" is", " are", " She", " He", "<bos>", "<unk>"}
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(sorted(found))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words.pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def worded():
+    """A model whose tokenizer has every word."""
+    return replace(tiny_model("gpt2"), tokenizer=word_tokenizer())
+
+
+@pytest.mark.parametrize("task", BUILDERS)
+def test_prompts_for_another_model(worded, task):
+    seen = {}
+    for split in ("select", "report"):
+        framed = BUILDERS[task](worded, split, 200, 0)
+        pairs = [one.pair for one in framed]
+        assert len(pairs) == len({(pair.clean, pair.corrupted) for pair in pairs}) > 60
+        batch = batch_pairs(worded, pairs)  # raises where lengths or answers do not fit
+        assert bool((batch.clean.lengths == batch.corrupted.lengths).all())
+        assert len({pair.example for pair in pairs}) == len(pairs)
+        assert framed == BUILDERS[task](worded, split, 200, 0)  # the seed decides
+        assert framed != BUILDERS[task](worded, split, 200, 1)
+        sides = [sum(pair.answer == answer for pair in pairs) / len(pairs) for answer in {p.answer for p in pairs}]
+        assert max(sides) < 0.7
+        words = {word for pair in pairs for word in re.findall(r"[A-Za-z]+", pair.clean + pair.corrupted)}
+        seen[split] = ({one.frame for one in framed}, words & FILLERS[task])
+    for select, report in zip(*seen.values(), strict=True):
+        assert select
+        assert not select & report, "the splits share a template, a name, a place or an object"
+
+
+def test_indirect_objects_are_the_one_named_once(worded):
+    for one in ioi.ioi_pairs(worded, "report", 100, 0):
+        for text, answer, other in (
+            (one.pair.clean, one.pair.answer, one.pair.counter),
+            (one.pair.corrupted, one.pair.counter, one.pair.answer),
+        ):
+            assert len(re.findall(rf"\b{answer.strip()}\b", text)) == 1
+            assert len(re.findall(rf"\b{other.strip()}\b", text)) == 2
+
+
+def test_verbs_agree_with_the_first_noun(worded):
+    kinds = set()
+    for one in agreement.agreement_pairs(worded, "select", 100, 0):
+        for text, answer in ((one.pair.clean, one.pair.answer), (one.pair.corrupted, one.pair.counter)):
+            nouns = [w for w in text.split() if w.removesuffix("s") in agreement.NOUNS or w == "boxes"]
+            subject, distractor = (noun.endswith("s") for noun in nouns)
+            assert subject == (answer == " are")
+            kinds.add((subject, distractor))
+    assert len(kinds) == 4
+
+
+def test_a_tokenizer_that_splits_the_names(worded):
+    model = replace(worded, tokenizer=byte_tokenizer())
+    with pytest.raises(UserError, match=r"only 0 prompt pairs fit the tokenizer of tiny-gpt2"):
+        ioi.ioi_pairs(model, "select", 5, 0)
+
+
+def test_positions_of_a_group_mean_the_same():
+    model = load_model("organism")
+    for question in (ioi.QUESTION, agreement.QUESTION, pronouns.QUESTION):
+        framed = study.embedded(question, "report", 60, 0)
+        group = study.largest_group(model, framed)
+        frames = {one.frame for one in framed if one.pair in group}
+        assert len(frames) == 1
+        assert len(group) >= 60 / len({one.frame for one in framed}) / 2
+        labels = study.position_labels(model, group)
+        (template,) = {frame.removesuffix(" ABBA").removesuffix(" BABA") for frame in frames}
+        shown = " ".join(label.split(" ", 1)[1] for label in labels[1:]).replace(" ,", ",")
+        pattern = re.sub(r"\\\{\w+\\\}", r"\\[?[\\w/ ]+\\]?", re.escape(template))
+        assert re.fullmatch(pattern, shown), (template, shown)
+        assert "[" in shown
+
+
+def test_a_longer_name_moves_a_pair_into_another_group(worded):
+    pairs = [
+        PromptPair(f"The {a} near the {b}", f"The {a} near the {c}", " is", " are")
+        for a, b, c in (("key", "car", "box"), ("dog", "car", "cat"), ("key by the box", "cat", "dog"))
+    ]
+    group = study.largest_group(worded, [study.Framed(pair, "f") for pair in pairs])
+    assert group == pairs[:2]
+    assert study.position_labels(worded, group) == ["0 The", "1 [key]", "2 near", "3 the", "4 [car/box]"]
+
+
+def run(module, config, out, *arguments):
+    return run_config(config, module.main, "study", ["--out", str(out), *SMALL, *arguments])
+
+
+def check(out: Path, question: study.Question, pairs: int, heads: bool) -> dict:
+    """The files of a run, and what has to be in each; returns the summary."""
+    found = json.loads((out / "summary.json").read_text())
+    assert found["pairs"] == pairs
+    assert found["site"] in found["ce_recovered"]
+    for key in [f"{d}_{line}" for d in ("denoise", "noise") for line in ("top", "random", "matched")]:
+        for _, value, low, high in found[key]:
+            assert low <= value <= high
+    kinds = ["latents", "residual dimensions", "principal components", "difference of means"]
+    assert list(found["directions"]) == kinds
+    assert found["attribution"][0]["method"] == "first order"
+    maps = ["layer_position", "latent_position"] + ["layer_head"] * heads
+    figures = {f"{name}_{d}" for name in maps for d in ("denoise", "noise")}
+    figures |= {"denoise", "noise", "attribution", "baselines"}
+    assert {path.stem for path in out.glob("*.svg")} == figures
+    report = (out / "report.html").read_text()
+    assert question.title in report
+    assert all(word in report for word in ("Attribution against exact", "Latents against other directions"))
+    assert ("No map of attention heads" in report) is not heads
+    for words in found["verdicts"].values():
+        assert all(word.split(":")[0] in report for word in words)
+    rows = read_rows(out / "results.parquet")
+    components = {"stream", "latent", "dimension", "principal component", "mean difference"}
+    assert {row["component"] for row in rows} - {"error"} == components | ({"head"} if heads else set())
+    assert {row["method"] for row in rows} > {"exact", "first order"}
+    assert {row["task"] for row in rows} == {question.task}
+    assert (out / "config.yaml").stat().st_size > 0
+    return found
+
+
+def test_indirect_objects_on_the_shipped_model(tmp_path, capsys):
+    two = ",".join(str(organism.path("saes") / f"resid_post.{layer}") for layer in (0, 3))
+    assert run(ioi, ioi.IoiConfig, tmp_path, "--sae", two) == 0
+    found = check(tmp_path, ioi.QUESTION, 10, heads=True)
+    assert found["clean"] > 0 > found["corrupted"]
+    assert found["clean_right"] == 1
+    # the last layer's output at the last position is all there is to the answer, and the other name's place decides it
+    assert {cell["site"] for cell in found["layer_position"]} >= {"resid_post.0", "resid_post.5"}
+    assert found["layer_position"][0]["denoise"][0] == pytest.approx(1, abs=0.1)
+    assert found["attribution"][0]["Pearson"] > 0.8
+    printed = capsys.readouterr().out
+    assert found["site"] in printed
+    assert all(
+        word in printed
+        for word in ("layer × position", "attention heads", "principal components", *found["verdicts"]["denoise"])
+    )
+
+
+@pytest.mark.slow
+def test_agreement_on_a_family_that_offers_no_heads(tmp_path, monkeypatch, capsys):
+    def without_heads(*arguments, **options):
+        model = load_model(*arguments, **options)
+        return replace(model, layout=model.layout.without("z"))
+
+    monkeypatch.setattr(study, "load_model", without_heads)
+    two = ",".join(str(organism.path("saes") / f"resid_post.{layer}") for layer in (1, 4))
+    assert run(agreement, agreement.AgreementConfig, tmp_path, "--sae", two) == 0
+    found = check(tmp_path, agreement.QUESTION, 10, heads=False)
+    assert found["heads"] is None
+    assert "No map of attention heads: the family of organism" in capsys.readouterr().out
+    # one dense direction does more than one latent here: the number of the subject is one direction
+    assert found["directions"]["difference of means"]["denoise"]["1"][0] > 0.4
+    assert found["verdicts"]["denoise"][0].startswith("With one direction, most is restored by the difference of means")
+    assert {k: v for k, v, *_ in found["denoise_top"]}[16] > 0.7
+    assert all(value < 0.1 for _, value, *_ in found["denoise_random"])
+    latents = found["latents"]
+    assert [one["denoise"][0] for one in latents] == sorted((one["denoise"][0] for one in latents), reverse=True)
+
+
+def test_a_hugging_face_folder_with_several_dictionaries(tmp_path, capsys):
+    tokenizer = word_tokenizer()
+    model = tiny_model("gpt2", vocab_size=len(tokenizer), seed=3)
+    model.hf.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folders = []
+    for layer in (1, 2):
+        sae = random_sae("jumprelu", seed=layer)
+        sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_pre"
+        sae.cfg.metadata.prepend_bos = True
+        folders.append(tmp_path / f"sae{layer}")
+        sae.save_model(folders[-1])
+    given = ["--model", str(tmp_path / "model"), "--sae", ",".join(map(str, folders))]
+    assert run(agreement, agreement.AgreementConfig, tmp_path / "out", *given) == 0
+    found = check(tmp_path / "out", agreement.QUESTION, 10, heads=True)
+    assert set(found["ce_recovered"]) == {"resid_pre.1", "resid_pre.2"}
+    assert "prepend_bos: true" in (tmp_path / "out" / "config.yaml").read_text()  # as the dictionaries were trained
+    said = capsys.readouterr()
+    assert "does not tell the clean prompts from the corrupted ones" in said.out  # the model is random
+    assert run(agreement, agreement.AgreementConfig, tmp_path / "x", *given[:3], f"{folders[0]},{folders[0]}") == 2
+    assert "two dictionaries for resid_pre.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "1"], "too few for an interval"),
+        (["--sizes", "[4,1]"], "give rising numbers"),
+        (["--sizes", "[0]"], "give rising numbers"),
+        (["--verify", "0"], "use at least 2"),
+        (["--sae", "nowhere"], "unknown dictionary 'nowhere'"),
+        (["--model", "no/such/model"], "no folder 'no/such/model'"),
+        (["--device", "moon"], "cannot be used here"),
+    ],
+)
+def test_bad_settings(tmp_path, capsys, arguments, message):
+    assert run(ioi, ioi.IoiConfig, tmp_path / "out", *arguments) == 2
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error:")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def kinds(**values: list[float]) -> list[Kind]:
+    """Kinds whose only size is 1, with these changes of pairs that differ by 1."""
+    found = []
+    for name, changes in values.items():
+        n = len(changes)
+        effects = Effects(
+            "denoise",
+            "logit_difference",
+            "all",
+            (Edit(Site(0, "resid_post"), (0,)),),
+            tuple(map(str, range(n))),
+            np.ones(n),
+            np.zeros(n),
+            np.array(changes)[:, None],
+            np.ones((n, 1), dtype=bool),
+        )
+        found.append(Kind(name.replace("_", " "), (1,), {"denoise": effects}))
+    return found
+
+
+def test_the_words_follow_from_the_numbers():
+    high, low, wide = [0.8, 0.9, 0.7, 0.8], [0.2, 0.3, 0.1, 0.2], [1.6, 0.0, 1.7, 0.1]
+    assert verdict(kinds(latents=high, residual_dimensions=low, principal_components=low), 1).startswith(
+        "With one direction, most is restored by latents: 0.800 [0.725, 0.875], against 0.200 [0.125, 0.275] for "
+        "residual dimensions, the best of the others (difference 0.600"
+    )
+    assert verdict(kinds(latents=low, residual_dimensions=low, difference_of_means=high), 1).startswith(
+        "With one direction, most is restored by the difference of means: 0.800 [0.725, 0.875], against 0.200"
+    )
+    assert "latents and residual dimensions cannot be told apart" in verdict(
+        kinds(latents=wide, residual_dimensions=high), 1
+    )
+    assert "nothing to compare" in verdict(kinds(latents=low), 1)
+    assert "it takes" not in against_dense(kinds(latents=high, difference_of_means=low))
+    assert "one latent restores as much" in against_dense(kinds(latents=high, difference_of_means=low))
+    assert "no number of latents that was tried" in against_dense(kinds(latents=low, difference_of_means=high))
+    assert against_dense(kinds(latents=low)) == ""
+
+
+def test_paired_differences_see_more_than_intervals_side_by_side():
+    base = np.linspace(0, 2, 12)
+    ahead, behind = kinds(a=(base + 0.1).tolist(), b=base.tolist())
+    gap = ahead.beyond(behind, 1)
+    assert gap.low == pytest.approx(0.1)
+    assert gap.high == pytest.approx(0.1)
+    assert ahead.at(1).low < behind.at(1).high
+
+
+def test_a_model_that_cannot_do_the_task_is_said():
+    (kind,) = kinds(latents=[0.0, 1.0])
+    clear = kind.effects["denoise"]
+    assert unsure(clear, "m") == ""
+    assert "m does not tell" in unsure(replace(clear, clean=np.array([1.0, -1.0])), "m")
+
+
+def test_a_site_where_nothing_has_happened_yet_has_no_dense_direction():
+    model = load_model("organism")
+    pairs = [one.pair for one in study.embedded(agreement.QUESTION, "select", 6, 0)]
+    same = [replace(pair, corrupted=pair.clean) for pair in pairs]
+    assert stages.mean_difference(model, Site(2, "resid_post"), same, None) is None
+    found = stages.mean_difference(model, Site(2, "resid_post"), pairs, agreement.QUESTION.first)
+    assert found.units == 1

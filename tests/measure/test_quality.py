@@ -1,0 +1,188 @@
+"""Quality of a splice: dictionaries whose figures are known beforehand, and the same figures by plain arithmetic."""
+
+import pytest
+import torch
+from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
+from saepatch.errors import UserError
+from saepatch.measure import quality as measuring
+from saepatch.measure.quality import latent_statistics, splice_qualities, splice_quality
+from saepatch.model.hooks import capture, edit_sites
+from saepatch.model.language_model import Tokens
+from saepatch.model.sites import Site
+from saepatch.splicing.splice import splice
+
+TEXTS = ["the cat sat on the mat", "a dog", "birds fly high up in the sky", "two of them"]
+SITE = Site(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def standard(decoder_scale: float, bias: torch.Tensor | None = None) -> Dictionary:
+    """ReLU(x) and ReLU(-x) as latents: with `decoder_scale` 1 it explains everything, with 0 nothing but the bias."""
+    sae = random_sae("standard", d_sae=32)
+    both = torch.cat([torch.eye(16), -torch.eye(16)])
+    sae.load_state_dict(
+        {
+            "W_enc": both.T.clone(),
+            "b_enc": torch.zeros(32),
+            "W_dec": decoder_scale * both,
+            "b_dec": torch.zeros(16) if bias is None else bias,
+        }
+    )
+    return adopt(sae, SITE, "made by hand")
+
+
+def figures(model, dictionary, tokens, batch_size=32):
+    quality = dict(vars(splice_quality(model, dictionary, tokens, batch_size)))
+    assert quality.pop("site") == SITE
+    return quality
+
+
+def test_a_perfect_dictionary_recovers_everything(model):
+    quality = splice_quality(model, standard(1.0), model.tokenize(TEXTS))
+    assert quality.ce_recovered == pytest.approx(1, abs=1e-5)
+    assert quality.ce_recovered_mean == pytest.approx(1, abs=1e-5)
+    assert quality.kl == pytest.approx(0, abs=1e-5)
+    assert quality.fvu == pytest.approx(0, abs=1e-9)
+    assert quality.l0 == pytest.approx(16)
+    assert quality.alive_share == 1
+    assert quality.identity_error < 1e-4
+
+
+def test_a_dictionary_that_says_nothing_is_the_ablation(model):
+    tokens = model.tokenize(TEXTS)
+    silent = splice_quality(model, standard(0.0), tokens)
+    assert silent.ce_spliced == pytest.approx(silent.ce_zero, abs=1e-5)
+    assert silent.ce_recovered == pytest.approx(0, abs=1e-4)
+    x = capture(model.hf, model.layout, [SITE], model.inputs(tokens))[SITE][tokens.ordinary]
+    mean = splice_quality(model, standard(0.0, x.mean(0)), tokens)
+    assert mean.ce_spliced == pytest.approx(mean.ce_mean, abs=1e-5)
+    assert mean.ce_recovered_mean == pytest.approx(0, abs=1e-4)
+    assert mean.fvu == pytest.approx(1, abs=1e-5)
+    assert mean.ce_zero == pytest.approx(silent.ce_zero)
+
+
+def test_figures_against_plain_arithmetic(model):
+    """One text at a time, no padding: nothing is shared with the implementation but the model's forward."""
+    dictionary = random_dictionary("resid_post.1")
+    losses, spliced, divergence, errors, values, active = [], [], [], [], [], []
+    for text in TEXTS:
+        tokens = model.tokenize([text])
+        targets = tokens.input_ids[0, 2:]
+        x = capture(model.hf, model.layout, [SITE], model.inputs(tokens))[SITE]
+        acts = dictionary.sae.encode(x)
+        decoded = dictionary.sae.decode(acts)
+        plain = model.logits(tokens)[0, 1:-1].double().log_softmax(-1)
+        kept_bos = torch.cat([x[:, :1], decoded[:, 1:]], 1)
+        with edit_sites(model.layout, {SITE: lambda _, new=kept_bos: new}):
+            dropped = model.logits(tokens)[0, 1:-1].double().log_softmax(-1)
+        losses.append(-plain[range(len(targets)), targets])
+        spliced.append(-dropped[range(len(targets)), targets])
+        divergence.append((plain.exp() * (plain - dropped)).sum(-1))
+        values.append(x[0, 1:])
+        errors.append((x - decoded)[0, 1:])
+        active.append(acts[0, 1:] != 0)
+    quality = splice_quality(model, dictionary, model.tokenize(TEXTS))
+    x, error, on = torch.cat(values), torch.cat(errors), torch.cat(active)
+    assert quality.ce_model == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+    assert quality.ce_spliced == pytest.approx(float(torch.cat(spliced).mean()), abs=1e-5)
+    assert quality.kl == pytest.approx(float(torch.cat(divergence).mean()), abs=1e-5)
+    assert quality.fvu == pytest.approx(float(error.pow(2).sum() / (x - x.mean(0)).pow(2).sum()), rel=1e-4)
+    assert quality.l0 == pytest.approx(float(on.sum(-1).float().mean()))
+    assert quality.alive_share == pytest.approx(float(on.any(0).float().mean()))
+    assert quality.tokens == len(x)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "gated"])
+def test_padding_and_batches_change_nothing(model, architecture):
+    dictionary = random_dictionary("resid_post.1", architecture)
+    right = figures(model, dictionary, model.tokenize(TEXTS, side="right"))
+    left = figures(model, dictionary, model.tokenize(TEXTS, side="left"))
+    alone = figures(model, dictionary, model.tokenize(TEXTS, side="left"), batch_size=1)  # no padding is left
+    for name in right.keys() - {"identity_error"}:
+        assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-5), name
+        assert alone[name] == pytest.approx(right[name], rel=1e-4, abs=1e-5), name
+    assert right["identity_error"] < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_from_the_site_on_are_as_good_as_whole_ones(family, monkeypatch):
+    model = tiny_model(family)
+    tokens = model.tokenize(TEXTS)
+    sites = [f"{stream}.1" for stream in model.layout.streams]
+    dictionaries = [random_dictionary(site, d_in=model.width(Site.parse(site))) for site in sites]
+    quick = splice_qualities(model, dictionaries, tokens)
+    monkeypatch.setattr(measuring, "can_skip", lambda *_: False)
+    for (one, _), (other, _) in zip(quick, splice_qualities(model, dictionaries, tokens), strict=True):
+        assert one.site == other.site
+        for name in vars(one).keys() - {"site"}:
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-4, abs=1e-5), (one.site, name)
+
+
+def test_it_measures_what_a_splice_does(model):
+    dictionary, tokens = random_dictionary("resid_post.1"), model.tokenize(TEXTS)
+    with splice(model, dictionary, error="drop"):
+        spliced = model.logits(tokens).double().log_softmax(-1)[:, :-1]
+    follow = tokens.ordinary[:, :-1] & tokens.ordinary[:, 1:]
+    loss = -spliced.gather(-1, tokens.input_ids[:, 1:, None])[..., 0][follow].mean()
+    assert splice_quality(model, dictionary, tokens).ce_spliced == pytest.approx(float(loss), abs=1e-6)
+
+
+def test_a_model_that_hands_on_more_than_the_stream_is_run_whole(model, monkeypatch):
+    """A block whose output depends on another having run: going on from the site would leave that out."""
+    tokens, dictionary = model.tokenize(TEXTS), random_dictionary("resid_post.1")
+    first, last = model.layout.blocks[0].mlp, model.layout.blocks[2].mlp
+    seen = {}
+    handles = [
+        first.register_forward_hook(lambda _m, _a, output: seen.update(handed=output)),
+        last.register_forward_hook(lambda _m, _a, output: output + seen.pop("handed", 0)),
+    ]
+    try:
+        quick = splice_quality(model, dictionary, tokens)
+        monkeypatch.setattr(measuring, "can_skip", lambda *_: False)
+        seen.clear()
+        assert splice_quality(model, dictionary, tokens) == quick
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_nothing_is_left_on_the_model(model):
+    tokens = model.tokenize(TEXTS)
+    before = model.logits(tokens)
+    splice_quality(model, random_dictionary("resid_post.1"), tokens)
+    assert torch.equal(model.logits(tokens), before)
+
+
+def test_latent_statistics(model):
+    dictionary = random_dictionary("resid_post.1")
+    tokens = model.tokenize(TEXTS)
+    statistics = latent_statistics(model, dictionary, tokens, batch_size=2)
+    x = capture(model.hf, model.layout, [SITE], model.inputs(tokens))[SITE][tokens.ordinary]
+    acts = dictionary.sae.encode(x)
+    on = acts > 0
+    torch.testing.assert_close(statistics.frequency, on.float().mean(0))
+    torch.testing.assert_close(statistics.maximum, acts.amax(0))
+    torch.testing.assert_close(statistics.mean_active, acts.sum(0) / on.sum(0).clamp(min=1))
+    torch.testing.assert_close(statistics.norm, dictionary.W_dec.norm(dim=-1))
+    assert torch.equal(statistics.alive, on.any(0))
+    assert statistics.tokens == int(tokens.ordinary.sum())
+
+
+def test_bad_input(model):
+    tokens = model.tokenize(TEXTS)
+    with pytest.raises(UserError, match="reads width 8"):
+        splice_quality(model, random_dictionary("resid_post.1", d_in=8), tokens)
+    with pytest.raises(UserError, match="batch size 0"):
+        splice_quality(model, random_dictionary("resid_post.1"), tokens, batch_size=0)
+    with pytest.raises(UserError, match="no ordinary token is followed"):
+        splice_quality(model, random_dictionary("resid_post.1"), model.tokenize(["a", "b"]))
+    nothing = Tokens(tokens.input_ids, tokens.attention_mask, torch.zeros_like(tokens.ordinary))
+    with pytest.raises(UserError, match="beside BOS"):
+        latent_statistics(model, random_dictionary("resid_post.1"), nothing)

@@ -1,0 +1,241 @@
+"""Models and dictionaries from memory, folders and a hub; and the errors for what cannot be loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hub import serve
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
+
+from saepatch.dictionaries.loading import adopt, load_sae, load_saes
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.model.sites import Site
+
+pytestmark = pytest.mark.whole
+
+
+def save_sae(sae, folder, hook="blocks.1.hook_resid_post"):
+    sae.cfg.metadata.hook_name = hook
+    sae.save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    model = tiny_model()
+    folder = tmp_path / "model"
+    model.hf.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_offers_its_streams(family):
+    streams = set(tiny_model(family).layout.streams)
+    assert streams == {"resid_pre", "resid_post", "attn_out", "z"} | ({"mlp_out"} if family != "opt" else set())
+
+
+def test_an_unknown_family_is_read_off_its_structure(monkeypatch):
+    from saepatch.model import families as layouts
+
+    monkeypatch.delitem(layouts.FAMILIES, "llama")
+    assert set(tiny_model().layout.streams) == {"resid_pre", "resid_post"}
+
+
+def test_streams_that_do_not_add_up_are_not_offered(caplog):
+    """Granite scales what its blocks write: attn_out and mlp_out would not mean what they say."""
+    from tiny import COMMON
+    from tiny import FAMILIES as families
+
+    from saepatch.model import families as layouts
+
+    layouts.FAMILIES["granite"] = layouts.FAMILIES["llama"]
+    families["granite"] = COMMON | {"residual_multiplier": 0.3, "attention_multiplier": 1.0}
+    try:
+        assert set(tiny_model("granite").layout.streams) == {"resid_pre", "resid_post", "z"}
+    finally:
+        del layouts.FAMILIES["granite"], families["granite"]
+    assert "do not add up" in caplog.text
+
+
+def test_model_from_a_folder(model_folder):
+    model = load_model(str(model_folder))
+    assert isinstance(model, LanguageModel)
+    assert (model.n_layers, model.d_model) == (3, 16)
+    assert model.fingerprint == tiny_model().fingerprint
+    assert model.fingerprint != tiny_model(seed=1).fingerprint
+    assert load_model(str(model_folder), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_models_that_cannot_be_loaded(model_folder, tmp_path):
+    with pytest.raises(UserError, match="holds no config.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(UserError, match="no folder './nowhere', and that is no Hugging Face id"):
+        load_model("./nowhere")
+    with pytest.raises(UserError, match="unknown dtype 'float33'"):
+        load_model(str(model_folder), dtype="float33")
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="NaN or infinite weights in model.norm.weight"):
+        load_model(str(model_folder))
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights .model.layers.2.mlp.up_proj.weight"):
+        load_model(str(model_folder))
+    whole = (model_folder / "model.safetensors").read_bytes()
+    (model_folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot load model"):
+        load_model(str(model_folder))
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load model"):
+        load_model(str(model_folder))
+    with pytest.raises(UserError, match="device 'banana' cannot be used here"):
+        load_model(str(model_folder), device="banana")
+
+
+def test_a_model_and_dictionary_that_were_not_made_for_each_other_are_said(caplog):
+    model = load_model("organism-base")
+    load_sae("organism", "resid_post.3").check(model)
+    assert "was trained on another model (d76a5eb77d8bf98f)" in caplog.text
+    caplog.clear()
+    load_sae("organism", "resid_post.3").check(load_model("organism"))
+    assert not caplog.text
+
+
+def test_bos_in_front_of_texts_whose_tokenizer_adds_none(model_folder):
+    from tokenizers import processors
+
+    plain = load_model(str(model_folder))
+    plain.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    assert plain.encode("ab")[:1] != [plain.bos_id]
+    model = replace(plain, prepend_bos=True)
+    assert model.encode("ab") == model.encode("<bos>ab") == [model.bos_id, *plain.encode("ab")]
+    assert not model.tokenize(["ab"]).ordinary[0, 0]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "gated"])
+def test_dictionary_from_a_folder_is_what_sae_lens_loads(tmp_path, architecture):
+    from sae_lens import SAE
+
+    folder = save_sae(random_sae(architecture), tmp_path / "sae")
+    dictionary = load_sae(str(folder))
+    assert (dictionary.site, dictionary.architecture, dictionary.d_sae) == (Site(1), architecture, 48)
+    x = torch.randn(2, 5, 16)
+    theirs = SAE.load_from_disk(folder)
+    torch.testing.assert_close(dictionary.encode(x).acts, theirs.encode(x))
+    torch.testing.assert_close(dictionary.encode(x).reconstruction, theirs.decode(theirs.encode(x)))
+
+
+def test_dictionaries_of_several_sites(tmp_path):
+    for layer in (2, 0):
+        save_sae(random_sae(), tmp_path / f"resid_post.{layer}", f"blocks.{layer}.hook_resid_post")
+    assert list(load_saes(str(tmp_path))) == [Site(0), Site(2)]
+    assert load_sae(str(tmp_path), "resid_post.2").site == Site(2)
+    assert load_sae(str(tmp_path), "blocks.2.hook_resid_post").site == Site(2)
+    assert load_sae(str(tmp_path), "resid_pre.1").site == Site(0)
+    with pytest.raises(UserError, match="holds several dictionaries: name a site, one of resid_post.0, resid_post.2"):
+        load_sae(str(tmp_path))
+    with pytest.raises(UserError, match="no dictionary for resid_post.1: it has resid_post.0, resid_post.2"):
+        load_sae(str(tmp_path), "resid_post.1")
+
+
+def test_dictionaries_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(UserError, match="unknown dictionary 'nosuch': use 'organism', 'organism-shared', a folder"):
+        load_sae("nosuch")
+    with pytest.raises(UserError, match="no folder 'nosuch/deeper', and 'nosuch' is no release"):
+        load_sae("nosuch/deeper")
+    with pytest.raises(UserError, match="holds no dictionary"):
+        load_sae(str(tmp_path), "resid_post.0")
+    with pytest.raises(UserError, match="cannot read site 'layer 3'"):
+        load_sae(str(tmp_path), "layer 3")
+    folder = save_sae(random_sae(), tmp_path / "sae")
+    with pytest.raises(UserError, match="was trained at resid_post.1, not at resid_post.0"):
+        load_sae(str(folder), "resid_post.0")
+    weights = load_file(folder / "sae_weights.safetensors")
+    broken = {name: value.clone() for name, value in weights.items()}
+    broken["W_dec"][0, 0] = torch.inf
+    save_file(broken, folder / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="NaN or infinite weights in W_dec"):
+        load_sae(str(folder))
+    (folder / "sae_weights.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="cannot read the dictionary"):
+        load_sae(str(folder))
+    (folder / "sae_weights.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks sae_weights.safetensors"):
+        load_sae(str(folder))
+    nameless = save_sae(random_sae(), tmp_path / "nameless", None)
+    cfg = json.loads((nameless / "cfg.json").read_text())
+    cfg["metadata"].pop("hook_name", None)
+    (nameless / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(UserError, match="does not say where it belongs"):
+        load_sae(str(nameless))
+    assert load_sae(str(nameless), "resid_post.1").site == Site(1)
+
+
+def test_dictionaries_that_cannot_be_edited():
+    with pytest.raises(UserError, match="expects expected_average_only_in inputs that are not folded"):
+        random_dictionary(architecture="standard", normalize_activations="expected_average_only_in")
+    from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
+
+    transcoder = Transcoder(TranscoderConfig(d_in=16, d_sae=48, d_out=16, apply_b_dec_to_input=False))
+    with pytest.raises(UserError, match="is a transcoder, which writes another site than it reads"):
+        adopt(transcoder, Site(1), "t")
+
+
+@pytest.mark.parametrize(
+    ("text", "site"),
+    [("resid_post.3", Site(3)), ("blocks.0.hook_mlp_out", Site(0, "mlp_out")), ("attn_out.12", Site(12, "attn_out"))],
+)
+def test_site_names(text, site):
+    assert Site.parse(text) == site
+    assert Site.parse(str(site)) == site
+    assert Site.parse(site.hook_name) == site
+
+
+@pytest.mark.parametrize("text", ["resid_post", "resid.3", "blocks.3.hook_z", "resid_post.-1", "", "3.resid_post"])
+def test_site_names_that_cannot_be_read(text):
+    with pytest.raises(UserError, match=r"cannot read site|unknown stream"):
+        Site.parse(text)
+
+
+FROM_HUB = """
+import saepatch
+model = saepatch.load_model("acme/tiny")
+sae = saepatch.load_sae("acme/saes/resid_post.1")
+sae.check(model)
+print(model.fingerprint, sae.fingerprint, sae.site)
+try:
+    saepatch.load_model("acme/absent")
+except saepatch.UserError as error:
+    print(error)
+"""
+
+
+def test_model_and_dictionary_from_a_hub(model_folder, tmp_path):
+    saes = tmp_path / "saes"
+    save_sae(random_sae(), saes / "resid_post.1")
+    with serve({"acme/tiny": model_folder, "acme/saes": saes}) as endpoint:
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", FROM_HUB],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{tiny_model().fingerprint} {random_dictionary().fingerprint} resid_post.1"
+    assert lines[1].startswith("cannot load model 'acme/absent'")

@@ -1,0 +1,279 @@
+"""What a dry run says, against counts made another way; and the presets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub import serve
+from tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+
+from saepatch.model.sites import Site
+from training.__main__ import main, read
+from training.config import SAEConfig, TrainingConfig
+from training.loop import plan as planning
+from training.loop.plan import plan, skeleton
+from training.steps.learner import Learner
+
+pytestmark = pytest.mark.whole
+
+CONFIGS = Path(__file__).parents[2] / "training/configs"
+# The models of the presets as their makers describe them, with their published number of parameters.
+MODELS = {
+    "gpt2": (GPT2Config(), 124_439_808),
+    "gemma-2-2b": (Gemma2Config(), 2_614_341_888),
+    "llama-3.1-8b": (
+        LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14_336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128_256,
+            max_position_embeddings=131_072,
+        ),
+        8_030_261_248,
+    ),
+}
+
+
+def small(**changes):
+    return TrainingConfig(**({"context": 32, "sae": SAEConfig(k=4, d_sae=48)} | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer, and weights that would break whoever reads them."""
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    model.config.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    (path / "model.safetensors").write_bytes(b"no weights")
+    return path
+
+
+@pytest.fixture
+def slow_clock(monkeypatch):
+    """No time is spent on calibration."""
+    monkeypatch.setattr(planning, "_CALIBRATION", 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_presets_are_read(name):
+    config = read([str(CONFIGS / f"{name}.yaml")])
+    assert config.steps > 100
+    assert config.batch_size <= config.buffer
+    assert config.sae.d_sae % 2**9 == 0
+
+
+def test_every_model_has_its_preset():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*MODELS, "organism", "stories260k"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_presets_dry_run_without_weights(name, tmp_path, capsys, slow_clock):
+    described, published = MODELS[name]
+    described.save_pretrained(tmp_path)
+    preset = read([str(CONFIGS / f"{name}.yaml")])
+    assert main([str(CONFIGS / f"{name}.yaml"), "--dry_run", "--model", str(tmp_path), "--device", "meta"]) == 0
+    out = capsys.readouterr().out
+    assert f"{published:,} parameters" in out
+    sites = preset.sites_of(described.num_hidden_layers)
+    for site in sites:
+        row = next(line for line in out.splitlines() if line.startswith(f"{site} ")).split()
+        d_in, d_sae = described.hidden_size, preset.sae.d_sae
+        assert row[1:] == [f"{d_in:,}", f"{d_sae:,}", f"{2 * d_in * d_sae + d_sae + d_in:,}"]
+    assert f"{preset.tokens // preset.batch_size:,} steps" in out
+    found = plan(TrainingConfig(**(vars(preset) | {"model": str(tmp_path), "device": "meta"})))
+    assert 1e10 < found.total < 8e10, "one GPU, as the preset says"
+    assert found.n_blocks == max(site.layer for site in sites) + 1
+
+
+def test_parameters_are_those_that_a_learner_has(folder):
+    x = torch.randn(64, 16)
+    for architecture in ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"):
+        config = small(model=str(folder), sae=SAEConfig(architecture=architecture, k=4, d_sae=48))
+        weights = Learner.new(x, config, 0).weights
+        shape = planning.Shape(Site(0), 16, 48, architecture)
+        assert shape.parameters == sum(value.numel() for value in weights.values()), architecture
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi", "opt"])
+def test_a_skeleton_has_the_widths_and_sizes_of_the_model(family, tmp_path):
+    model = tiny_model(family, **({} if family in ("gpt2", "opt", "phi") else {"head_dim": 8}))
+    model.config.save_pretrained(tmp_path)
+    bare = skeleton(str(tmp_path), "float32")
+    assert all(weight.is_meta for weight in bare.hf.parameters())
+    assert sum(w.numel() for w in bare.hf.parameters()) == sum(w.numel() for w in model.hf.parameters())
+    for site in model.layout.sites:
+        assert bare.width(site) == model.width(site), site
+
+
+def test_memory_counts_what_it_says(folder):
+    config = small(
+        model=str(folder),
+        sites=["resid_post.0", "z.1"],
+        dtype="bfloat16",
+        tokens=50_000,
+        batch_size=128,
+        buffer=1000,
+        ema=0.99,
+    )
+    found = plan(config).memory
+    hf = AutoModelForCausalLM.from_config(tiny_model().config, dtype=torch.bfloat16)
+    one = 2 * 16 * 48 + 48 + 16
+    assert found["model"] == sum(t.numel() * t.itemsize for t in (*hf.parameters(), *hf.buffers()))
+    assert found["dictionaries"] == 4 * 2 * one
+    assert found["their gradients (a site at a time)"] == 4 * one
+    assert found["Adam"] == 8 * 2 * one
+    assert found["their running mean"] == 4 * 2 * one
+    assert found["pre-activations (a site at a time)"] == 128 * 48 * 4
+    assert found["buffer of activations, twice"] == 2 * 1000 * 2 * 16 * 2
+    assert found["first batches"] == 16_384 * 2 * 16 * 4
+    once = plan(TrainingConfig(**(vars(config) | {"prefetch": False, "ema": 0.0}))).memory
+    assert once["buffer of activations"] == 1000 * 2 * 16 * 2
+    assert "their running mean" not in once
+
+
+def test_work_of_a_run(folder):
+    config = small(model=str(folder), sites=["resid_post.1"], tokens=1000, batch_size=100)
+    work = plan(config).work
+    # q and o [16, 16], k and v [16, 8], three matrices of the MLP [16, 32]; scores and values over 32 positions.
+    block = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32) + 4 * 32 * 16
+    assert work.model == 2 * block * 1000
+    assert work.dictionaries == (2 * 16 * 48 + 8 * 4 * 16) * 1000
+    dense = small(model=str(folder), sites=["resid_post.1"], tokens=1000, batch_size=100)
+    dense.sae.architecture = "jumprelu"
+    assert plan(dense).work.dictionaries == 5 * 2 * 16 * 48 * 1000
+    earlier = small(model=str(folder), sites=["resid_pre.1"], tokens=1000, batch_size=100)
+    assert plan(earlier).work.model == block * 1000
+    assert plan(earlier).n_blocks == 1
+
+
+def test_disk_is_what_checkpoints_take(folder, tmp_path):
+    from runs_of_training import documents
+
+    from training.loop.checkpoints import FOLDER
+    from training.loop.trainer import train_saes
+
+    config = small(model=str(folder), tokens=2048, batch_size=128, buffer=256, eval_tokens=200, checkpoint_every=512)
+    config = TrainingConfig(**(vars(config) | {"keep_checkpoints": 2}))
+    seen = []
+
+    from training.loop import checkpoints
+
+    real = checkpoints.save
+
+    def save(out, checkpoint, keep):
+        place = real(out, checkpoint, keep)
+        seen.append(sum(path.stat().st_size for path in (out / FOLDER).rglob("*.safetensors")))
+        return place
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save", save)
+        train_saes(tiny_model(), documents(), config, tmp_path / "out")
+    planned = plan(config).disk
+    dictionaries = sum(path.stat().st_size for path in (tmp_path / "out").glob("*/sae_weights.safetensors"))
+    assert dictionaries == pytest.approx(planned["dictionaries"], rel=0.1)  # headers of the files besides
+    kept = planned["checkpoints (2, and one in writing)"] * 2 / 3
+    assert max(seen) == pytest.approx(kept, rel=0.2)
+
+
+def test_epochs(folder, tmp_path):
+    texts = ["aaaa", "bbbb bbbb", "c" * 31] * 10  # a byte is a token
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = small(model=str(folder), data=str(tmp_path / "data.jsonl"), held_out=0.1, tokens=8800, batch_size=88)
+    tokens = sum(map(len, texts)) * 0.9
+    assert plan(config).epochs == pytest.approx(8800 / tokens)
+    assert f"the text is read {8800 / tokens:.2g} times" in "\n".join(plan(config).lines())
+    assert plan(small(model=str(folder), data="owner/data")).epochs is None
+
+
+def test_what_does_not_fit_is_said(folder):
+    lines = plan(small(model=str(folder), buffer=10**12)).lines()
+    assert lines[-1].startswith("warning: ")
+    assert "is more than the" in lines[-1]
+    assert not any(line.startswith("warning") for line in plan(small(model=str(folder))).lines())
+
+
+def test_a_device_that_is_not_here(folder):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    lines = plan(small(model=str(folder), device="cuda")).lines()
+    assert "time: not estimated, cuda is not here" in lines
+    assert any(
+        line.startswith("time: about ") and "estimate" in line for line in plan(small(model=str(folder))).lines()
+    )
+
+
+def test_mistakes(folder, capsys):
+    def failed(*arguments):
+        assert main([*arguments, "--dry_run"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        return err
+
+    assert "no folder './nowhere'" in failed("--model", "./nowhere")
+    assert "the model has 3 layers" in failed("--model", str(folder), "--sites", "[resid_post.7]", "--context", "16")
+    assert "unknown dtype 'int3'" in failed("--model", str(folder), "--dtype", "int3")
+    assert "longer than the 64 positions" in failed("--model", str(folder), "--context", "65")
+    assert "lower k or widen it" in failed("--model", str(folder), "--context", "16", "--sae.k", "500")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, capsys):
+    settings = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.MineLM"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of the model was run')")
+    assert main(["--model", str(tmp_path), "--dry_run"]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot read the config of model")
+
+
+def test_a_model_on_the_hub_and_one_that_is_not(tmp_path):
+    """The endpoint is read when huggingface_hub is imported, so it takes a process of its own."""
+    MODELS["gemma-2-2b"][0].save_pretrained(tmp_path / "gemma")
+    script = (
+        "from training.__main__ import main\n"
+        "preset = 'training/configs/gemma-2-2b.yaml'\n"
+        "print(main([preset, '--dry_run', '--device', 'meta']))\n"
+        "print(main([preset, '--dry_run', '--model', 'google/absent']))\n"
+    )
+    with serve({"google/gemma-2-2b": tmp_path / "gemma"}) as endpoint:
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            cwd=CONFIGS.parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert "2,614,341,888 parameters" in done.stdout, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-2:][0] == "0"
+    assert done.stdout.splitlines()[-1] == "2"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "cannot read the config of model 'google/absent'" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_quick():
+    script = (
+        "import sys\n"
+        "from training.__main__ import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'sae_lens', 'transformers', 'datasets', 'wandb'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=CONFIGS.parents[1], capture_output=True, text=True, check=True
+    )
+    assert "--sweep" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

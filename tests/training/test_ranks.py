@@ -1,0 +1,138 @@
+"""Several processes train as one: the same batches, the same selection, the same dictionaries."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs_of_training import documents, small
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from saepatch.errors import UserError
+from training.config import SAEConfig
+from training.loop.checks import check_model
+from training.loop.trainer import train_saes
+from training.ranks import ALONE, Ranks, joined
+
+pytestmark = pytest.mark.whole
+
+TESTS = Path(__file__).parent
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from runs_of_training import documents, small
+from test_ranks import CONFIGS
+from tiny import tiny_model
+from training.ranks import joined
+from training.trainer import Run, train_saes
+
+with joined(torch.device("cpu")) as ranks:
+    stop_at, out = int(sys.argv[1]), Path(sys.argv[2])
+    real = Run._asked_to_stop
+    def asked(run):
+        # One process alone is asked; all of them stop.
+        run.asked.stop = run.step == stop_at and ranks.rank == 1
+        return real(run)
+    Run._asked_to_stop = asked
+    for name, config in CONFIGS.items():
+        train_saes(tiny_model(), documents(), config, out / name, ranks)
+"""
+CONFIGS = {
+    architecture: small(
+        tokens=50 * 256,
+        sites=["resid_post.1"],
+        resume=True,
+        sae=SAEConfig(
+            architecture=architecture,
+            k=4,
+            d_sae=48,
+            dead_after=1000,
+            levels=[0.5, 1],
+            p_end=0.5,
+            aux_share=0.05,  # 13 rows of 256: one process has more of them than the other
+        ),
+    )
+    for architecture in ("topk", "batchtopk", "matryoshka", "jumprelu", "standard")
+}
+
+
+def two_processes(out, stop_at=-1):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = out.parent / "worker.py"
+    script.write_text(WORKER)
+    done = subprocess.run(
+        [*command, str(script), str(stop_at), str(out)],
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One process; two; and two that were stopped, with one that went on from there."""
+    root = tmp_path_factory.mktemp("ranks")
+    one, two, both = (root / name for name in ("one", "two", "both"))
+    two_processes(two)
+    two_processes(both, stop_at=20)
+    for name, config in CONFIGS.items():
+        train_saes(tiny_model(), documents(), config, one / name)
+        assert not (both / name / "resid_post.1").exists()
+        train_saes(tiny_model(), documents(), config, both / name)
+    return one, two, both
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("which", ["two", "stopped and resumed by one"])
+def test_two_processes_equal_one(runs, architecture, which):
+    one, two, both = runs
+    other = (two if which == "two" else both) / architecture
+    ours, theirs = (load_file(out / "resid_post.1/sae_weights.safetensors") for out in (other, one / architecture))
+    for name, value in theirs.items():
+        away = (ours[name] - value).abs() / value.abs().max().clamp(min=1e-3)
+        if architecture in ("jumprelu", "standard"):
+            # Where rounding puts a value on the other side of a band's edge, its latent feels it.
+            assert float(away.max()) < 1e-3, name
+            away = away.flatten().quantile(0.95)
+        assert float(away.max()) < 1e-5, name
+    log, expected = (
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (other, one / architecture)
+    )
+    assert [row["step"] for row in log] == [row["step"] for row in expected]
+    for row, wanted in zip(log[:-1], expected[:-1]):  # the last is a histogram
+        for name in ("loss", "l0", "dead"):
+            assert row[f"resid_post.1/{name}"] == pytest.approx(wanted[f"resid_post.1/{name}"], rel=1e-4, abs=1e-6)
+
+
+def test_one_process_saves(runs):
+    _, two, _ = runs
+    assert {path.name for path in (two / "topk").iterdir() if not path.name.startswith(".")} == {
+        "config.yaml", "metrics.jsonl", "metrics.summary.json", "summary.json", "artifacts.jsonl", "resid_post.1",
+    }  # fmt: skip
+
+
+def test_alone_nothing_is_exchanged():
+    x = torch.arange(4.0)
+    assert ALONE.first
+    assert ALONE.gathered(x) is x
+    ALONE.mean_([x])
+    assert x.tolist() == [0, 1, 2, 3]
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks == ALONE
+
+
+def test_a_batch_is_divided_evenly():
+    with pytest.raises(
+        UserError, match="batch_size 256 cannot be divided among 3 processes: use a multiple, as in 258"
+    ):
+        check_model(tiny_model(), [], small(), Ranks(0, 3))

@@ -1,0 +1,276 @@
+"""Runs that are stopped: what a checkpoint holds, and that going on from it ends where an uninterrupted run does."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs_of_training import documents, small
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from saepatch.errors import UserError
+from saepatch.model.sites import Site
+from training.config import SAEConfig
+from training.loop import checkpoints, trainer
+from training.loop.checkpoints import Checkpoint
+from training.loop.trainer import train_saes
+
+pytestmark = pytest.mark.whole
+
+TESTS = Path(__file__).parent
+TIMES = {"time", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "saes"
+    train_saes(model, documents(), small(), out)
+    return out
+
+
+def weights(out):
+    return {file.parent.name: load_file(file) for file in out.glob("*/sae_weights.safetensors")}
+
+
+def log_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def assert_same_run(out, whole):
+    """Bit for bit the same dictionaries, and the same figures in the log."""
+    ours, theirs = weights(out), weights(whole)
+    assert ours.keys() == theirs.keys() != set()
+    for site, tensors in theirs.items():
+        assert all(torch.equal(ours[site][name], value) for name, value in tensors.items()), site
+    assert log_of(out) == log_of(whole)
+
+
+def stop_after(monkeypatch, steps):
+    """Have the run asked to stop after so many steps, as by a signal."""
+    taken = []
+
+    def asked(run):
+        taken.append(1)
+        return len(taken) == steps
+
+    monkeypatch.setattr(trainer.Run, "_asked_to_stop", asked)
+
+
+def stopped_run(monkeypatch, model, out, steps, config=None, **changes):
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        outcome = train_saes(model, documents(), config or small(**changes), out)
+    assert outcome.stopped
+    assert outcome.figures == {}
+    assert outcome.tokens == steps * 256
+    return outcome
+
+
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "interrupted.py"), str(tmp_path), "10", "0"],
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said["killed"]) == 10, said
+    assert set(said["killed"]) == {"SIGTERM", "SIGINT", "SIGKILL"}
+    assert said["codes"][-1] == 0, (said, done.stderr[-3000:])
+    assert 3 in said["codes"]
+    assert -signal.SIGKILL in said["codes"]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert not (tmp_path / "run" / checkpoints.FOLDER).exists()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 31])
+def test_resumed_anywhere(monkeypatch, model, whole, tmp_path, steps):
+    out = tmp_path / "run"
+    stopped_run(monkeypatch, model, out, steps)
+    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", checkpoints.FOLDER}
+    outcome = train_saes(model, documents(), small(resume=True), out)
+    assert not outcome.stopped
+    assert_same_run(out, whole)
+    again = train_saes(model, documents(), small(resume=True), out)
+    assert again.figures == outcome.figures
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sae": SAEConfig(architecture="batchtopk", k=4, d_sae=48)},
+        {"sae": SAEConfig(architecture="jumprelu", k=4, d_sae=48)},
+        {"ema": 0.9, "pack": True, "prefetch": False},
+        {"finetune_tokens": 1024},
+    ],
+    ids=["batchtopk", "jumprelu", "ema", "finetune"],
+)
+def test_resumed_with_other_settings(monkeypatch, model, tmp_path, changes):
+    config = small(sites=["resid_post.1"], tokens=4096, **changes)
+    train_saes(model, documents(), config, tmp_path / "whole")
+    stopped_run(monkeypatch, model, tmp_path / "run", 9, config)
+    train_saes(model, documents(), replace(config, resume=True), tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_newest_checkpoints_are_kept(monkeypatch, model, tmp_path):
+    stopped_run(monkeypatch, model, tmp_path, 9, checkpoint_every=512, keep_checkpoints=3)
+    assert sorted(int(path.name) for path in (tmp_path / checkpoints.FOLDER).iterdir()) == [1536, 2048, 2304]
+
+
+@pytest.mark.parametrize("damage", ["cut", "state", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(monkeypatch, model, whole, tmp_path, damage, caplog):
+    out = tmp_path / "run"
+    stopped_run(monkeypatch, model, out, 9, checkpoint_every=512)
+    last = out / checkpoints.FOLDER / f"{9 * 256:015d}"
+    weights_file = last / "resid_post.1.safetensors"
+    if damage == "cut":
+        weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    elif damage == "missing":
+        weights_file.unlink()
+    else:
+        (last / "state.json").write_text('{"tokens": 23')
+    train_saes(model, documents(), small(resume=True), out)
+    assert "is damaged" in caplog.text
+    assert_same_run(out, whole)
+
+
+def test_nothing_that_is_half_written_counts(tmp_path):
+    tensors = {Site(0): {"weights/W": torch.arange(3.0)}}
+    checkpoints.save(tmp_path, Checkpoint(100, tensors, {"step": 1}), keep=2)
+    shutil.copytree(tmp_path / "checkpoints" / f"{100:015d}", tmp_path / "checkpoints" / ".part-77")
+    found = checkpoints.newest(tmp_path)
+    assert (found.tokens, found.state) == (100, {"step": 1})
+    assert torch.equal(found.tensors[Site(0)]["weights/W"], torch.arange(3.0))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch, model, whole, tmp_path):
+    out, saved = tmp_path / "run", []
+    real = checkpoints.save_file
+
+    def full(tensors, file):
+        saved.append(file)
+        if len(saved) > 6:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        with pytest.raises(UserError, match=r"cannot write a checkpoint .*No space left.*--resume true"):
+            train_saes(model, documents(), small(checkpoint_every=512), out)
+    assert [path.name for path in sorted((out / checkpoints.FOLDER).iterdir())] == [f"{n:015d}" for n in (512, 1024)]
+    train_saes(model, documents(), small(resume=True), out)
+    assert_same_run(out, whole)
+
+
+def test_weights_that_are_not_finite_are_never_checkpointed(monkeypatch, model, tmp_path):
+    """Nor is anything lost of what was sound."""
+    stopped_run(monkeypatch, model, tmp_path, 4)
+    real = trainer.Run._train
+
+    def poisoned(run, batch, rate, logged):
+        figures = real(run, batch, rate, logged)
+        if run.step == 6:
+            run.learners[Site(1)].weights["W_enc"][0, 0] = float("nan")
+        return figures
+
+    monkeypatch.setattr(trainer.Run, "_train", poisoned)
+    with pytest.raises(UserError, match="not finite at step 7"):
+        train_saes(model, documents(), small(resume=True, checkpoint_every=256), tmp_path)
+    assert max(int(path.name) for path in (tmp_path / checkpoints.FOLDER).iterdir()) == 6 * 256
+
+
+def test_a_checkpoint_is_of_one_run_alone(monkeypatch, model, tmp_path):
+    stopped_run(monkeypatch, model, tmp_path, 3)
+    for changes, name in [({"lr": 1e-2}, "lr 0.003"), ({"sae": SAEConfig(k=5, d_sae=48)}, "sae.dead_after 4000")]:
+        with pytest.raises(UserError, match=rf"holds a run with {name}"):
+            train_saes(model, documents(), small(resume=True, **changes), tmp_path)
+    with pytest.raises(UserError, match="another text"):
+        train_saes(model, documents(seed=1), small(resume=True), tmp_path)
+    with pytest.raises(UserError, match="another model"):
+        train_saes(tiny_model(seed=1), documents(), small(resume=True), tmp_path)
+    with pytest.raises(UserError, match="checkpoints of a run that was stopped: go on with --resume true"):
+        train_saes(model, documents(), small(), tmp_path)
+
+
+def test_overwrite_starts_anew(monkeypatch, model, whole, tmp_path):
+    stopped_run(monkeypatch, model, tmp_path, 3)
+    train_saes(model, documents(), small(overwrite=True), tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_an_overwriting_run_that_is_stopped_is_gone_on_with(monkeypatch, model, tmp_path):
+    """What is left of the run that it replaces is taken neither for it nor for its result."""
+    first = train_saes(model, documents(), small(tokens=2048), tmp_path)
+    other = small(tokens=2048, lr=1e-3, overwrite=True)
+    stopped_run(monkeypatch, model, tmp_path, 3, other)
+    resumed = train_saes(model, documents(), replace(other, resume=True, overwrite=False), tmp_path)
+    assert resumed.figures != first.figures
+    train_saes(model, documents(), replace(other, overwrite=False), tmp_path.parent / "alone")
+    assert_same_run(tmp_path, tmp_path.parent / "alone")
+    with pytest.raises(UserError, match="another text"):
+        train_saes(model, documents(seed=1), replace(other, resume=True, overwrite=False), tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_does_not_cost_the_whole_ones(tmp_path):
+    tensors = {Site(0): {"weights/W": torch.arange(3.0)}}
+    for tokens in (100, 200):
+        checkpoints.save(tmp_path, Checkpoint(tokens, tensors, {}), keep=2)
+    (tmp_path / checkpoints.FOLDER / f"{200:015d}" / "state.json").write_text("{")
+    checkpoints.save(tmp_path, Checkpoint(150, tensors, {}), keep=1)
+    assert checkpoints.newest(tmp_path).tokens == 150
+
+
+def test_stopped_in_fine_tuning(monkeypatch, model, tmp_path):
+    """Sites that are done are kept; the one under way starts again, and ends alike."""
+    config = small(tokens=2048, sites=["resid_post.0", "resid_post.1"], finetune_tokens=1024, log_every=1)
+    train_saes(model, documents(), config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8 + 6)
+        assert train_saes(model, documents(), config, tmp_path / "run").stopped
+    found = checkpoints.newest(tmp_path / "run")
+    assert found.state["finetuned"] == 1
+    train_saes(model, documents(), replace(config, resume=True), tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_full_disk_at_the_end(monkeypatch, model, whole, tmp_path):
+    from sae_lens.saes.sae import SAE
+    from safetensors import SafetensorError
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAE, "save_model", full)
+        with pytest.raises(UserError, match=r"cannot write the dictionaries .*No space left.*--resume true"):
+            train_saes(model, documents(), small(), tmp_path)
+    train_saes(model, documents(), small(resume=True), tmp_path)
+    assert weights(tmp_path).keys() == weights(whole).keys()
+    assert all(torch.equal(weights(tmp_path)[s][n], v) for s, w in weights(whole).items() for n, v in w.items())
+
+
+def test_a_model_in_training_mode_is_refused(tmp_path):
+    model = tiny_model()
+    model.hf.train()
+    with pytest.raises(UserError, match="training mode"):
+        train_saes(model, documents(), small(), tmp_path)

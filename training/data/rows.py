@@ -1,0 +1,112 @@
+"""Documents as rows of token ids, and rows as padded batches."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saepatch.model.language_model import LanguageModel, Tokens
+
+_TOKENISED_DOCUMENTS, _TOKENISED_CHARACTERS = 64, 1_000_000  # at a time
+
+
+def rows(model: LanguageModel, documents: Sequence[str], context: int, pack: bool = False) -> list[list[int]]:
+    """Token ids of documents, cut to rows of at most `context` tokens.
+
+    Each row begins with BOS where the tokenizer puts one before a text. With `pack`, rows are filled with document
+    after document, each begun by its own BOS, and what does not fill the last row is left as a shorter one. Rows of
+    special tokens alone are left out.
+    """
+    bodies = (Body(0, i, ids, 0) for i, ids in tokenised(model, enumerate(documents)))
+    return [row for row, _ in cut(bodies, context, bos_before(model), pack, set(model.tokenizer.all_special_ids))]
+
+
+def token_batches(model: LanguageModel, ids: Sequence[list[int]], forward_tokens: int) -> Iterator[Tokens]:
+    """Padded batches of rows of like length, none with more than `forward_tokens` places unless a single row has."""
+    batch: list[list[int]] = []
+    for row in sorted(ids, key=len):
+        if batch and (len(batch) + 1) * len(row) > forward_tokens:
+            yield model.pad(batch)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield model.pad(batch)
+
+
+def text_positions(tokens: Tokens, special: Collection[int]) -> Bool[Tensor, "batch pos"]:
+    """True where a token is learnt from: no padding, no BOS, none of the special ones."""
+    ids = torch.tensor(sorted(special), dtype=torch.long, device=tokens.input_ids.device)
+    return tokens.ordinary & ~torch.isin(tokens.input_ids, ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A document's tokens without the BOS in front, to be read from `offset` on."""
+
+    epoch: int
+    document: int
+    ids: list[int]
+    offset: int
+
+
+def cut(
+    bodies: Iterable[Body], context: int, bos: int | None, pack: bool, special: set[int]
+) -> Iterator[tuple[list[int], tuple[int, int, int]]]:
+    """Rows, and the (epoch, document, offset) after each, from which cutting can begin anew with the same rows."""
+    front = [] if bos is None else [bos]
+    row: list[int] = []
+    place = (0, 0, 0)
+    for body in bodies:
+        at = body.offset
+        row += front if row and body.ids else []
+        while at < len(body.ids):
+            row = row or list(front)
+            taken = body.ids[at : at + context - len(row)]
+            row += taken
+            at += len(taken)
+            place = (body.epoch, body.document, at) if at < len(body.ids) else (body.epoch, body.document + 1, 0)
+            if len(row) == context or (not pack and at == len(body.ids)):
+                if not special.issuperset(row):
+                    yield row, place
+                row = []
+    if not special.issuperset(row):
+        yield row, place
+
+
+def tokenised(model: LanguageModel, documents: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[int]]]:
+    """Numbered documents as token ids, without a BOS in front."""
+    bos = bos_before(model)
+    for chunk in _chunks(documents):
+        for (number, _), ids in zip(chunk, _encoded(model, [text for _, text in chunk]), strict=True):
+            yield number, ids[1:] if bos is not None and ids[:1] == [bos] else ids
+
+
+def _chunks(documents: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    chunk: list[tuple[int, str]] = []
+    characters = 0
+    for number, text in documents:
+        chunk.append((number, text))
+        characters += len(text)
+        if len(chunk) == _TOKENISED_DOCUMENTS or characters >= _TOKENISED_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encoded(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """What `model.encode` gives for each text; those that a tokenizer treats alike are given to it at once."""
+    bos = model.tokenizer.bos_token
+    if model.prepend_bos or (bos and any(text.startswith(bos) for text in texts)):
+        return [model.encode(text) for text in texts]
+    found: list[list[int]] = model.tokenizer(
+        list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return found
+
+
+def bos_before(model: LanguageModel) -> int | None:
+    """The BOS, if one is put before a text."""
+    return model.bos_id if model.encode("a")[:1] == [model.bos_id] else None

@@ -1,0 +1,54 @@
+"""Whether models can be trained on: seen before any work."""
+
+from collections.abc import Sequence
+
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from training.config import TrainingConfig
+from training.ranks import ALONE, Ranks
+
+
+def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingConfig, ranks: Ranks = ALONE) -> None:
+    """Raises UserError when the model has no such site, too few positions, or too small a width for `k`."""
+    for site in sites:
+        model.layout.module(site)
+        d_sae = config.sae.width(model.width(site))
+        if config.sae.architecture == "matryoshka":
+            config.sae.widths(d_sae)
+    if config.batch_size % ranks.size:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be divided among {ranks.size} processes: "
+            f"use a multiple, as in {-(-config.batch_size // ranks.size) * ranks.size}"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.context > limit:
+        raise UserError(f"context {config.context} is longer than the {limit} positions of {model.name!r}: lower it")
+
+
+def check_also(
+    model: LanguageModel, also: Sequence[LanguageModel], sites: Sequence[Site], config: TrainingConfig
+) -> None:
+    """Raises UserError where another model cannot share dictionaries with the first: other tokens, or other widths; or
+    where the run asks for what several models cannot have."""
+    if also and config.finetune_tokens:
+        raise UserError(
+            f"finetune_tokens is {config.finetune_tokens}: fine-tuning goes through the splice of one model; use 0 "
+            "with several"
+        )
+    names = [model.name, *(other.name for other in also)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{sorted(twice)[0]} is given twice: name each model once in --model and --also")
+    for other in also:
+        vocabularies: list[object] = [
+            getattr(one.tokenizer, "get_vocab", dict)() for one in (model, other)
+        ]  # a skeleton has none
+        if vocabularies[0] != vocabularies[1]:
+            raise UserError(f"{other.name} and {model.name} have different vocabularies: use models of one tokenizer")
+        check_model(other, sites, config)
+        for site in sites:
+            if other.width(site) != model.width(site):
+                raise UserError(
+                    f"{site} has width {model.width(site)} in {model.name} and {other.width(site)} in {other.name}: "
+                    "use models of one size"
+                )

@@ -1,0 +1,160 @@
+"""What a trained dictionary is worth, on text it was not trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.errors import UserError
+from saepatch.measure.quality import LatentStatistics, SpliceQuality, splice_qualities
+from saepatch.model.language_model import LanguageModel, Tokens
+from training.data.rows import rows
+
+DENSE = 0.1  # a latent active at more than this share of positions tells little about any of them
+ALIKE = 0.9  # two latents whose directions have a cosine above this are nearly one
+DENSITY_EDGES = tuple(
+    -6 + i / 4 for i in range(25)
+)  # log10 of the share of positions; what is rarer is in the first bin
+
+ELEMENTS = 2**26  # of the largest tensor to hold: logits or latents of a batch, cosines of some latents with all
+_COMPARED = 8192  # latents whose nearest neighbour is looked for; of wider dictionaries, as many, evenly spread
+
+
+@dataclass(frozen=True)
+class Density:
+    """How many latents are how often active.
+
+    Attributes:
+        counts: Latents in each bin, those that are never active left out.
+        edges: Edges of the bins, log10 of the share of ordinary positions where a latent is active.
+        never: Latents that were never active.
+    """
+
+    counts: tuple[int, ...]
+    edges: tuple[float, ...]
+    never: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a dictionary is worth: the figures of `metrics.json`, and how its latents' frequencies are distributed."""
+
+    figures: dict[str, float]
+    density: Density
+
+
+def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int, eval_tokens: int) -> Tokens:
+    """About `eval_tokens` tokens of documents, each cut to one row, in a padded batch ordered by length.
+
+    Raises:
+        UserError: no document has two ordinary tokens in a row.
+    """
+    chosen: list[list[int]] = []
+    n = 0
+    for document in documents:
+        if n >= eval_tokens:
+            break
+        row = rows(model, [document], context)[:1]  # later pieces would lack what they follow from
+        chosen += row
+        n += sum(map(len, row))
+    if not any(len(row) > 2 for row in chosen):
+        raise UserError("the held-out documents are too short to evaluate on: raise held_out or give longer text")
+    return model.pad(sorted(chosen, key=len))
+
+
+def some_of(tokens: Tokens, count: int) -> Tokens:
+    """About `count` of the tokens (ordinary ones), in rows evenly spread: for a quick look in the midst of training."""
+    there = int(tokens.ordinary.sum())
+    kept = min(len(tokens), max(1, round(len(tokens) * count / max(1, there))))
+    return tokens.rows([(2 * i + 1) * len(tokens) // (2 * kept) for i in range(kept)])
+
+
+def evaluate(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int | None = None) -> Evaluation:
+    """The quality of a dictionary's splice, how its latents fire, and how its weights lie.
+
+    `ce_ablated`, and with it `ce_recovered`, is against zero ablation. `eval_tokens` counts the positions evaluated on;
+    `alive_share` is that of these tokens.
+
+    Args:
+        model: The model it was trained on.
+        dictionary: The dictionary.
+        tokens: Text it was not trained on.
+        batch_size: Rows at a time; none for as many as leave logits and latents within some hundred MB.
+
+    Raises:
+        UserError: the dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
+    """
+    return evaluate_all(model, [dictionary], tokens, batch_size)[0]
+
+
+def evaluate_all(
+    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int | None = None
+) -> list[Evaluation]:
+    """`evaluate` of several dictionaries, each spliced alone; they share the model's own passes."""
+    if batch_size is None:
+        widest = max(int(model.config.get_text_config().vocab_size), *(d.d_sae for d in dictionaries))
+        batch_size = max(1, min(64, ELEMENTS // (widest * tokens.input_ids.shape[1])))
+    measured = splice_qualities(model, dictionaries, tokens, batch_size)
+    return [_evaluation(d, quality, found) for d, (quality, found) in zip(dictionaries, measured, strict=True)]
+
+
+def _evaluation(dictionary: Dictionary, quality: SpliceQuality, latents: LatentStatistics) -> Evaluation:
+    measured = {name: float(value) for name, value in vars(quality).items() if name not in ("site", "tokens")}
+    figures = {
+        "eval_tokens": quality.tokens,
+        **measured,
+        "explained_variance": 1 - quality.fvu,
+        "ce_ablated": quality.ce_zero,
+        "dead_share": 1 - quality.alive_share,
+        "dense_share": float((latents.frequency > DENSE).float().mean()),
+        "max_frequency": float(latents.frequency.max()),
+        **geometry(dictionary),
+    }
+    return Evaluation(figures, density(latents.frequency))
+
+
+def density(frequency: Float[Tensor, "d_sae"]) -> Density:
+    """The distribution of latents over their frequency of being active."""
+    active = frequency[frequency > 0].cpu().double().log10().clamp(DENSITY_EDGES[0], DENSITY_EDGES[-1])
+    counts, _ = torch.histogram(active, torch.tensor(DENSITY_EDGES, dtype=torch.float64))
+    return Density(tuple(map(int, counts.tolist())), DENSITY_EDGES, len(frequency) - len(active))
+
+
+@torch.no_grad()
+def geometry(dictionary: Dictionary) -> dict[str, float]:
+    """How a dictionary's weights lie.
+
+    The norms of its decoder's rows; how like a latent is to the one that is most like it (the cosine of their decoder
+    rows, for at most 8192 latents, evenly spread); and the cosine of what a latent reads and what it writes.
+    """
+    W_dec = dictionary.W_dec.float()
+    norms, nearest = W_dec.norm(dim=-1), _nearest(normalize(W_dec, dim=-1))
+    figures = {
+        "decoder_norm_mean": float(norms.mean()),
+        "decoder_norm_min": float(norms.min()),
+        "decoder_norm_max": float(norms.max()),
+        "max_cosine_mean": float(nearest.mean()),
+        "max_cosine_share": float((nearest > ALIKE).float().mean()),
+    }
+    W_enc = getattr(dictionary.sae, "W_enc", None)
+    if isinstance(W_enc, Tensor):
+        figures["encoder_decoder_cosine"] = float(cosine_similarity(W_enc.detach().float().T, W_dec, dim=-1).mean())
+    return figures
+
+
+def _nearest(rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n"]:
+    """The largest cosine of unit rows with another of them, some rows at a time."""
+    n = len(rows)
+    if n < 2:
+        return rows.new_zeros(n)
+    chosen = torch.linspace(0, n - 1, min(n, _COMPARED), dtype=torch.float64).round().long().to(rows.device)
+    found = []
+    for some in chosen.split(max(1, ELEMENTS // 4 // n)):
+        cosines = rows[some] @ rows.T
+        cosines[torch.arange(len(some), device=rows.device), some] = -1
+        found.append(cosines.amax(-1))
+    return torch.cat(found)

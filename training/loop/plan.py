@@ -1,0 +1,367 @@
+"""What a run would take: shapes, memory, disk, time. No weights are loaded; the model is built without storage."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saepatch import organism
+from saepatch.errors import UserError
+from saepatch.model.families import layout_of
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import usable_device
+from saepatch.model.sites import Site
+from training.config import TrainingConfig
+from training.loop.evaluate import ELEMENTS
+from training.loop.trainer import FIRST_TOKENS
+
+_EVALUATED_RUNS = 3  # of the model, whose logits or latents of held-out text are there at a time
+_SAMPLED = 200  # documents that are tokenised to tell how many tokens there are
+_CALIBRATION = 0.1  # seconds for each of the kinds of work
+_MATRICES = {"standard": 5, "jumprelu": 5, "gated": 8}  # dense products a step; the others have one
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dictionary of one site."""
+
+    site: Site
+    d_in: int
+    d_sae: int
+    architecture: str
+
+    @property
+    def parameters(self) -> int:
+        vectors = {"standard": 1, "topk": 1, "jumprelu": 2, "batchtopk": 1, "matryoshka": 1, "gated": 3}
+        return 2 * self.d_in * self.d_sae + vectors[self.architecture] * self.d_sae + self.d_in
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a run computes, in all.
+
+    Attributes:
+        model: FLOPs of the model's forwards (and, in fine-tuning, backwards).
+        dictionaries: FLOPs of the dictionaries' steps.
+        moved: Bytes that Adam reads and writes.
+        seconds: An estimate from a short calibration on the device; None where the device is not there.
+    """
+
+    model: float
+    dictionaries: float
+    moved: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        config: The run.
+        n_parameters: Of the model.
+        n_layers: Of the model.
+        n_blocks: Blocks of it that a forward runs.
+        shapes: The dictionaries.
+        memory: Bytes by what takes them.
+        available: Bytes that the device has; None where that cannot be told.
+        disk: Bytes by what takes them.
+        epochs: How often the text is read; None where that is not known.
+        work: FLOPs and time.
+    """
+
+    config: TrainingConfig
+    n_parameters: int
+    n_layers: int
+    n_blocks: int
+    shapes: list[Shape]
+    memory: dict[str, int]
+    available: int | None
+    disk: dict[str, int]
+    epochs: float | None
+    work: Work
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        config = self.config
+        lines = [
+            f"model {config.model}: {self.n_parameters:,} parameters in {config.dtype}; "
+            f"a forward runs {self.n_blocks} of {self.n_layers} blocks",
+            "site".ljust(16) + "d_in".rjust(8) + "d_sae".rjust(10) + "parameters".rjust(16),
+        ]
+        lines += [f"{s.site!s:16}{s.d_in:8,}{s.d_sae:10,}{s.parameters:16,}" for s in self.shapes]
+        lines += [f"memory on {config.device}", *_sizes({**self.memory, "total": self.total})]
+        lines += ["disk", *_sizes(self.disk)]
+        steps = f"{config.steps:,} steps of {config.batch_size:,} tokens, {config.steps * config.batch_size:,} in all"
+        lines.append(steps + (f"; the text is read {self.epochs:.2g} times" if self.epochs is not None else ""))
+        lines.append(f"work: {self.work.model:.2g} FLOP in the model, {self.work.dictionaries:.2g} in the dictionaries")
+        if self.work.seconds is None:
+            lines.append(f"time: not estimated, {config.device} is not here")
+        else:
+            lines.append(
+                f"time: about {_duration(self.work.seconds)}, an estimate from {3 * _CALIBRATION:.1g} s of work"
+            )
+        return [*lines, *self.warnings()]
+
+    def warnings(self) -> list[str]:
+        """A line for each thing that would not fit."""
+        if self.available is None or self.total <= self.available:
+            return []
+        return [
+            f"warning: {_gb(self.total)} GB is more than the {_gb(self.available)} GB of {self.config.device}: lower "
+            "buffer, sae.d_sae or the number of sites, or use another device"
+        ]
+
+
+def plan(config: TrainingConfig) -> Plan:
+    """Work out what a run would take.
+
+    Raises:
+        UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.
+    """
+    from training.loop.checks import check_also, check_model
+
+    model = skeleton(config.model, config.dtype)
+    sites = config.sites_of(model.n_layers)
+    check_model(model, sites, config)
+    check_also(model, [skeleton(name, config.dtype) for name in config.also], sites, config)
+    shapes = [_shape(model, site, config) for site in sites]
+    blocks = max(site.blocks_before if site.stream == "resid_pre" else site.layer + 1 for site in sites)
+    work = _work(model, shapes, blocks, config)
+    try:
+        device = usable_device(config.device)
+    except UserError:
+        device = None
+    if device is not None:
+        work = replace(work, seconds=_seconds(work, model, shapes[0], config, device))
+    return Plan(
+        config,
+        sum(weight.numel() for weight in model.hf.parameters()),
+        model.n_layers,
+        blocks,
+        shapes,
+        memory(model, shapes, config),
+        _available(device),
+        disk(shapes, config),
+        _epochs(config, model.config),
+        work,
+    )
+
+
+def skeleton(name: str, dtype: str) -> LanguageModel:
+    """A model that has every module but no storage, from its config alone. It has no tokenizer and cannot run.
+
+    Raises:
+        UserError: there is no such model, its config cannot be read, or its blocks cannot be found.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    source = _source(name)
+    if source is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"no folder {name!r}, and that is no Hugging Face id: use 'organism', a folder, or OWNER/NAME")
+    try:
+        described = AutoConfig.from_pretrained(str(source or name), trust_remote_code=False)
+        with torch.device("meta"):
+            hf: nn.Module = AutoModelForCausalLM.from_config(described, dtype=resolved)
+    except Exception as error:  # the hub's client and configs fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"cannot read the config of model {name!r} (use 'organism', a folder with config.json, or an id on the hub "
+            f"that can be reached): {reason}"
+        ) from error
+    text: Any = described.get_text_config()
+    layout = layout_of(hf, described.model_type, int(text.num_hidden_layers))
+    width = int(text.hidden_size)
+    widths = dict.fromkeys(layout.streams, width)
+    if "z" in widths:  # the projection of the heads' outputs is [width, z], or its transpose
+        weight: Any = layout.module(Site(0, "z")).weight
+        widths["z"] = weight.numel() // width
+    return LanguageModel(hf, None, name, replace(layout, widths=widths))
+
+
+def _source(name: str) -> Path | None:
+    folder = organism.path(name) if name in ("organism", "organism-base") else Path(name).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _shape(model: LanguageModel, site: Site, config: TrainingConfig) -> Shape:
+    d_in = model.width(site)
+    return Shape(site, d_in, config.sae.width(d_in), config.sae.architecture)
+
+
+def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) -> dict[str, int]:
+    """Bytes on the device, by what takes them. All of a run's phases are summed, though not all are at one time."""
+    text = model.config.get_text_config()
+    width = model.dtype.itemsize
+    weights = sum(s.parameters for s in shapes)
+    largest = max(shapes, key=lambda s: s.parameters)
+    d_in = sum(s.d_in for s in shapes)
+    low = config.sae.precision == "bfloat16" and config.sae.architecture not in _MATRICES
+    inner = 4 * model.d_model + 3 * int(getattr(text, "intermediate_size", 0) or 4 * model.d_model)
+    first = max(1, min(config.steps, FIRST_TOKENS // config.batch_size)) * config.batch_size
+    widest = max(int(text.vocab_size), largest.d_sae)
+    rows = max(1, min(64, ELEMENTS // (widest * config.context), -(-config.eval_tokens // config.context)))
+    return {
+        "model" if not config.also else f"{1 + len(config.also)} models of this size": (1 + len(config.also))
+        * sum(t.numel() * t.itemsize for t in (*model.hf.parameters(), *model.hf.buffers())),
+        "its forward (roughly)": config.forward_tokens * (d_in + inner) * width,
+        "dictionaries": 4 * weights,
+        "their gradients (a site at a time)": 4 * largest.parameters,
+        "Adam": 8 * weights,
+        **({"their running mean": 4 * weights} if config.ema else {}),
+        "pre-activations (a site at a time)": config.batch_size * largest.d_sae * (2 if low else 4),
+        "buffer of activations" + (", twice" if config.prefetch else ""): (
+            config.buffer * d_in * width * (2 if config.prefetch else 1)
+        ),
+        "first batches": 4 * first * d_in,
+        "copies of the dictionaries in an evaluation": 4 * weights,
+        "logits of an evaluation": _EVALUATED_RUNS * rows * config.context * widest * width,
+    }
+
+
+def disk(shapes: list[Shape], config: TrainingConfig) -> dict[str, int]:
+    """Bytes under `out`, and in the cache, by what takes them."""
+    weights = sum(s.parameters for s in shapes)
+    # Weights, Adam's two means, the running mean; tokens since each latent was active.
+    one = (16 if config.ema else 12) * weights + 8 * sum(s.d_sae for s in shapes)
+    found = {"dictionaries": 4 * weights, f"checkpoints ({config.keep_checkpoints}, and one in writing)": 0}
+    found[list(found)[1]] = one * (config.keep_checkpoints + 1)
+    return found | ({"cache of activations, at most": int(config.cache_gb * 1e9)} if config.cache else {})
+
+
+def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: TrainingConfig) -> Work:
+    """FLOPs of a run: two for each weight of a matrix and token, attention's products over whole rows besides."""
+    each = [
+        sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
+        for block in model.layout.blocks[:blocks]
+    ]
+    attended = 4 * config.context * model.layout.widths.get("z", model.d_model)
+    token = sum(2 * weights + attended for weights in each)
+    tokens = config.steps * config.batch_size
+    # Fine-tuning: two forwards and the backward through activations alone, of the whole model, for every site.
+    whole = 2 * sum(weight.numel() for weight in model.hf.parameters() if weight.ndim > 1)
+    tuned = 3 * whole * config.finetune_tokens * len(shapes)
+    steps = 0
+    for s in shapes:
+        dense = _MATRICES.get(s.architecture, 1)
+        sparse = 0 if s.architecture in _MATRICES else 8 * config.sae.k * s.d_in  # decode; three gradients
+        if s.architecture == "matryoshka":
+            sparse *= len(config.sae.levels)
+        steps += 2 * dense * s.d_in * s.d_sae + sparse
+    # Adam reads weights, gradients and two means, and writes all but the gradients.
+    moved = 28.0 * sum(s.parameters for s in shapes) * config.steps
+    return Work(float(token * tokens + tuned), float(steps * tokens), moved)
+
+
+def _seconds(work: Work, model: LanguageModel, shape: Shape, config: TrainingConfig, device: torch.device) -> float:
+    """The time all that would take one after the other, at the speed of a few products on the device."""
+    low = config.sae.precision == "bfloat16"
+    inner = 4 * model.d_model
+    forward = gemm_rate(device, model.dtype, min(config.forward_tokens, 2048), model.d_model, min(inner, 8192))
+    step = gemm_rate(
+        device,
+        torch.bfloat16 if low else torch.float32,
+        min(config.batch_size, 2048),
+        shape.d_in,
+        min(shape.d_sae, 8192),
+    )
+    return work.model / forward + work.dictionaries / step + work.moved / _copy_rate(device)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
+    """FLOPs a second of a product [rows, inner] · [inner, columns]."""
+    a, b = (torch.ones(size, dtype=dtype, device=device) for size in ((rows, inner), (inner, columns)))
+    return 2.0 * rows * inner * columns / _time(lambda: a @ b, device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second read and written."""
+    x = torch.ones(2**23, device=device)
+    y = torch.empty_like(x)
+    return 2.0 * x.numel() * x.itemsize / _time(lambda: y.copy_(x), device)
+
+
+def _time(work: Callable[[], object], device: torch.device) -> float:
+    """Mean seconds of a piece of work, after a first one."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
+    work()
+    wait()
+    start, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - start) < _CALIBRATION:
+        work()
+        wait()
+        count += 1
+    return taken / max(1, count)
+
+
+def _available(device: torch.device | None) -> int | None:
+    """Bytes of memory that the device has, or the CPU as far as this process may use it."""
+    if device is None:
+        return None
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a system that tells
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(found, int(text)) if text.isdigit() else found
+
+
+def _epochs(config: TrainingConfig, described: Any) -> float | None:
+    """How often a run would read its text: known of local files where the tokenizer is at hand."""
+    if not config.data or config.streaming or not Path(config.data).expanduser().exists():
+        return None
+    from transformers import AutoTokenizer
+
+    from training.data.texts import texts
+
+    documents = texts(config.data, config.text_column)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(_source(config.model) or config.model), trust_remote_code=False)
+    except Exception:  # one without files, or out of reach; the plan is of use without it
+        return None
+    assert not hasattr(documents, "read")
+    stride = max(1, len(documents) // _SAMPLED)
+    sampled = [documents[i] for i in range(0, len(documents), stride)][:_SAMPLED]
+    special = set(tokenizer.all_special_ids)
+    counts = [sum(token not in special for token in ids) for ids in tokenizer(sampled, verbose=False)["input_ids"]]
+    tokens = sum(counts) / len(counts) * len(documents) * (1 - config.held_out)
+    return config.steps * config.batch_size / tokens if tokens else None
+
+
+def _sizes(sizes: dict[str, int]) -> list[str]:
+    return [f"  {name:38}{_gb(size):>12} GB" for name, size in sizes.items()]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.3f}" if size < 1e10 else f"{size / 1e9:,.1f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.2g} seconds"

@@ -1,0 +1,186 @@
+"""The folder that a finished run leaves: dictionaries in sae_lens' format, metrics, the run's summary and config."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.records.files import check_writable
+from saepatch.records.provenance import versions
+from training.config import TrainingConfig
+from training.loop import checkpoints
+
+SUMMARY = "summary.json"
+REMEDY = "use what it began with, another --out, or --overwrite true without --resume"
+
+
+@dataclass(frozen=True)
+class Serves:
+    """What dictionaries are worth in a further model that they were trained on."""
+
+    model_name: str
+    model_fingerprint: str
+    figures: dict[Site, dict[str, float]]
+
+
+def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> None:
+    """See, before any work, that the dictionaries can be put where they are wanted.
+
+    Raises:
+        UserError: the folder cannot be written, or holds dictionaries or checkpoints that neither `resume` goes on with
+            nor `overwrite` gives up.
+    """
+    taken = [str(site) for site in sites if (out / str(site)).exists()]
+    if taken and not (config.overwrite or config.resume):
+        raise UserError(f"{str(out)!r} holds {', '.join(taken)} already: choose another --out, or add --overwrite true")
+    if checkpoints.any_in(out) and not (config.overwrite or config.resume):
+        raise UserError(
+            f"{str(out)!r} holds checkpoints of a run that was stopped: go on with --resume true, "
+            "or start anew with --overwrite true"
+        )
+    check_writable(out)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is complete: the metrics of its sites, and what they follow from (`Run.identity`)."""
+
+    figures: dict[Site, dict[str, float]]
+    identity: dict[str, Any]
+    also: dict[str, dict[Site, dict[str, float]]]
+
+
+def finished(out: Path, sites: Sequence[Site]) -> Finished | None:
+    """The complete run in `out`, or None; an unfinished one that was begun in its place leaves none."""
+    if checkpoints.any_in(out):
+        return None
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        also = {name: {site: rows[str(site)] for site in sites} for name, rows in summary.get("also", {}).items()}
+        return Finished({site: summary["sites"][str(site)] for site in sites}, summary["identity"], also)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def begin(out: Path, overwrite: bool) -> None:
+    """Give up what an earlier run left, where this is asked for: its dictionaries stay until the new ones are there.
+
+    Without its summary it is complete no longer, so that nobody takes it for the new run once that is interrupted.
+    """
+    checkpoints.clear_parts(out)
+    if overwrite:
+        checkpoints.clear(out)
+        (out / SUMMARY).unlink(missing_ok=True)
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Raises UserError where what is in `out` is of other settings, text or model than a run that would go on there."""
+    for what in ("model", "text"):
+        if before[what] != now[what]:
+            raise UserError(f"{str(out)!r} holds a run of another {what}: {REMEDY}")
+    check_settings(before["config"], now["config"], out)
+
+
+def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Raises UserError where what is in `out` was made with other settings than a run that would go on with it."""
+    now = json.loads(json.dumps(now))
+    default = TrainingConfig().to_dict()
+    added = {name: default[name] for name in now.keys() - before.keys() if name in default}
+    before = {**json.loads(json.dumps(added)), **before}  # a setting that there was not yet had no other value
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{str(out)!r} holds a run with {name} {before.get(name)!r}, "
+                f"and {now.get(name)!r} is asked for: {REMEDY}"
+            )
+
+
+def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -> dict[str, Any]:
+    """What every dictionary's metadata says, site and metrics aside."""
+    import sae_lens
+
+    sample = model.encode("a")
+    return {
+        # Without its version, sae_lens takes a file for an old one and drops the rest of the metadata.
+        "sae_lens_version": sae_lens.__version__,
+        "sae_lens_training_version": sae_lens.__version__,
+        "saepatch_version": versions()["saepatch"],
+        "model_name": model.name,
+        "model_fingerprint": model.fingerprint,
+        "dataset_path": config.data,
+        "dataset_documents": documents,
+        "training_tokens": config.steps * config.batch_size,
+        "finetuning_tokens": config.finetune_tokens,
+        "context_size": config.context,
+        "prepend_bos": bool(sample) and sample[0] == model.bos_id,
+        "normalization": "activations were scaled to a mean norm of sqrt(d_in); the scale is folded into the biases",
+        "training_architecture": config.sae.architecture,
+        "seed": config.seed,
+    }
+
+
+def write(
+    out: Path,
+    dictionaries: Mapping[Site, Dictionary],
+    figures: Mapping[Site, Mapping[str, float]],
+    about: Mapping[str, Any],
+    config: TrainingConfig,
+    identity: Mapping[str, Any],
+    also: Sequence[Serves] = (),
+) -> None:
+    """Save dictionaries, metrics, summary and config: into a folder beside their place first, then moved there.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    from sae_lens.saes.sae import SAEMetadata
+
+    part = out / f".part-{os.getpid()}"
+    try:
+        for site, dictionary in dictionaries.items():
+            sae: Any = dictionary.sae
+            metadata = {**sae.cfg.metadata.to_dict(), **about, "hook_name": site.hook_name}
+            if also:
+                metadata["also_trained_on"] = [
+                    {
+                        "model_name": one.model_name,
+                        "model_fingerprint": one.model_fingerprint,
+                        "metrics": dict(one.figures[site]),
+                    }
+                    for one in also
+                ]
+            sae.cfg.metadata = SAEMetadata(**metadata, metrics=dict(figures[site]))
+            sae.save_model(part / str(site))
+            _json(part / str(site) / "metrics.json", figures[site])
+        (part / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        sites = {str(site): dict(row) for site, row in figures.items()}
+        seconds = sum(row["seconds"] for row in figures.values())
+        others = {one.model_name: {str(site): dict(row) for site, row in one.figures.items()} for one in also}
+        _json(part / SUMMARY, {**about, "identity": identity, "seconds": seconds, "sites": sites, "also": others})
+        # The summary goes last: where it is, all of it is.
+        for made in sorted(part.iterdir(), key=lambda path: path.name == SUMMARY):
+            place = out / made.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            made.replace(place)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot write the dictionaries to {str(out)!r} ({reason}): make room there and go on with --resume true"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,377 @@
+"""Train a sparse autoencoder at several sites of a model in one pass over its activations."""
+
+import logging
+import math
+import time
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.sites import Site
+from saepatch.tracking.open import Tracker, open_tracker
+from training.config import TrainingConfig
+from training.data.activations import ActivationStream, Batch, Position
+from training.data.texts import Streamed, as_documents, split
+from training.loop import checkpoints, saving
+from training.loop.checkpoints import Checkpoint
+from training.loop.checks import check_also, check_model
+from training.loop.evaluate import evaluate_all, held_out_tokens
+from training.loop.progress import Asked, Progress, deferred_signals
+from training.ranks import ALONE, Ranks
+from training.steps.finetune import finetune
+from training.steps.learner import Learner, reconstruction, schedule
+
+log = logging.getLogger(__name__)
+
+FIRST_TOKENS = 16_384  # activations that scale and decoder bias are set from
+
+# What a run may go on with otherwise than it began: where it runs, what it says and keeps, not what it learns.
+_MAY_DIFFER = {
+    *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "prefetch", "cache", "cache_gb"),
+    *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        figures: The content of each site's `metrics.json`; empty where the run was stopped.
+        tokens: Tokens trained on.
+        stopped: Whether it was asked to stop before its end; a checkpoint was written then.
+        also: The same figures in each further model, by its name.
+    """
+
+    figures: dict[Site, dict[str, float]]
+    tokens: int
+    stopped: bool = False
+    also: dict[str, dict[Site, dict[str, float]]] = field(default_factory=dict)
+
+
+def train_saes(
+    model: LanguageModel,
+    texts: Iterable[str] | Streamed,
+    config: TrainingConfig,
+    out: Path,
+    ranks: Ranks = ALONE,
+    also: Sequence[LanguageModel] = (),
+) -> Outcome:
+    """Train one SAE a site and save each as `out/SITE/` in sae_lens' format, with its metrics.
+
+    All sites learn from one stream of activations. A share of the texts is held out and evaluated on. `config.model`,
+    `config.also`, `config.data` and `config.out` are not used, only noted down. `out` gets its log as training goes;
+    dictionaries, `summary.json` and `config.yaml` appear in it once all of them are complete. SIGTERM and SIGINT end
+    the run after the step under way with a checkpoint; with `config.resume` the same call goes on from there, and ends
+    bit for bit as if it had never been stopped (on the CPU).
+
+    Args:
+        model: Whose activations are learnt.
+        texts: Documents; an iterable that is no sequence is read as it is needed.
+        config: The run.
+        out: Folder for all of it.
+        ranks: The processes of the run; each calls this with the same arguments.
+        also: Further models that the dictionaries are to serve. Checkpoints' evaluations are of `model` alone.
+
+    Raises:
+        UserError: the model has no such site, the texts are too few, `out` cannot be written or holds dictionaries
+            already, the checkpoint is of another run, or a loss is not finite.
+    """
+    sites = config.sites_of(model.n_layers)
+    check_model(model, sites, config, ranks)
+    check_also(model, also, sites, config)
+    saving.check_folder(out, sites, config)
+    for one in (model, *also):
+        refuse_training(one)
+    train, held_out = split(as_documents(texts), config.held_out, config.seed)
+    stream = ActivationStream(model, train, sites, config, ranks, also=also)
+    run = Run(model, sites, config, out, ranks, stream)
+    if config.resume and (done := saving.finished(out, sites)) is not None:
+        saving.check_identity(done.identity, run.identity(), out)
+        log.info("%s is finished already", out)
+        return Outcome(done.figures, config.steps * config.batch_size, also=done.also)
+    run.begin()
+    run.held_out = held_out_tokens(model, held_out, config.context, config.eval_tokens)
+    stream.check_evaluated(run.held_out)
+    with ExitStack() as stack:
+        if ranks.first:
+            opened = open_tracker(
+                config.track,
+                out,
+                run=out.name,
+                config=config.to_dict(),
+                run_id=run.run_id,
+                resume_from=run.logged if run.learners else None,
+                job_type="train",
+                axes={"*": "tokens"},
+            )
+            run.tracker = stack.enter_context(opened)
+        with deferred_signals() as asked:
+            run.asked = asked
+            if not (run.fit() and run.finetune()):
+                return Outcome({}, run.tokens, stopped=True)
+            return run.finish(len(train) if isinstance(train, Sequence) else None)
+
+
+@dataclass(eq=False)
+class Run:
+    """A run under way: what a checkpoint holds, and what it needs beside that.
+
+    `finetuned` counts the sites whose fine-tuning is done.
+    """
+
+    model: LanguageModel
+    sites: Sequence[Site]
+    config: TrainingConfig
+    out: Path
+    ranks: Ranks
+    stream: ActivationStream
+    learners: dict[Site, Learner] = field(default_factory=dict)
+    position: Position = field(default_factory=Position)
+    step: int = 0
+    seconds: float = 0.0
+    finetuned: int = 0
+    run_id: str | None = None
+    tracker: Tracker = field(init=False)
+    held_out: Tokens = field(init=False)
+    asked: Asked = field(init=False)
+
+    def begin(self) -> None:
+        """Begin anew, or where the newest checkpoint is.
+
+        Raises:
+            UserError: that checkpoint is of a run with other settings, another model or other text.
+        """
+        found = checkpoints.newest(self.out, str(self.model.device)) if self.config.resume else None
+        if self.ranks.first:
+            saving.begin(self.out, self.config.overwrite and found is None)
+        if found is None:
+            return
+        state = found.state
+        saving.check_identity(state, self.identity(), self.out)
+        self.step, self.seconds, self.run_id = state["step"], state["seconds"], state["run_id"]
+        self.position, self.finetuned = Position(**state["position"]), state["finetuned"]
+        self.learners = {
+            site: Learner.restored(found.tensors[site], state["learners"][str(site)], self.config)
+            for site in self.sites
+        }
+        log.info("going on after %s tokens", f"{found.tokens:,}")
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.batch_size
+
+    @property
+    def logged(self) -> int:
+        """Where the log is once what is done so far is in it: tokens, those of fine-tuning after the others."""
+        return self.tokens + self.finetuned * self.config.finetune_tokens
+
+    def fit(self) -> bool:
+        """The training loop: every site takes a step on each batch of the stream. False if it was asked to stop.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        config, start = self.config, time.monotonic() - self.seconds
+        if self.step >= config.steps:
+            return True
+        total = config.steps * config.batch_size
+        with closing(self._batches()) as batches, Progress(total, self.tokens, self.ranks.first) as progress:
+            for batch, after in batches:
+                last = self.step == config.steps - 1
+                logged = self.step % config.log_every == 0 or last
+                rate = config.lr * schedule(self.step, config.steps, config.warmup, config.decay)
+                figures = self._train(batch, rate, logged)
+                self.step, self.position, self.seconds = self.step + 1, after, time.monotonic() - start
+                progress.add(config.batch_size)
+                if logged:
+                    self._log(figures, rate, progress)
+                if self._due(config.eval_every) and not last:
+                    self._evaluate()
+                stop = self._asked_to_stop()
+                if stop or last or self._due(config.checkpoint_every):
+                    self.save()
+                if last:
+                    return True
+                if stop:
+                    return False
+        raise UserError(f"the text ended after {self.tokens:,} of {config.tokens:,} tokens: lower tokens, or give more")
+
+    def _batches(self) -> Generator[tuple[Batch, Position]]:
+        """The stream from where the run is; a new run's dictionaries are made from what comes first in it."""
+        with closing(self.stream.batches(self.position)) as batches:
+            if not self.learners:
+                wanted = max(1, min(self.config.steps, FIRST_TOKENS // self.config.batch_size))
+                first = list(islice(batches, wanted))
+                for site in self.sites:
+                    sample = torch.cat([batch[site] for batch, _ in first])
+                    sample = self.ranks.gathered(sample.flatten()).view(-1, sample.shape[-1])
+                    self.learners[site] = Learner.new(sample, self.config, self.config.seed)
+                yield from first
+            yield from batches
+
+    def _train(self, batch: Batch, rate: float, logged: bool) -> dict[Site, dict[str, float]]:
+        figures = {}
+        for site, learner in self.learners.items():
+            found = learner.step(batch[site], rate, self.ranks)
+            # On an accelerator, looking at each loss would have it wait for the CPU.
+            if logged or self.model.device.type == "cpu":
+                loss = sum(float(term) for term in found.losses.values())
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"the loss at {site} is {loss} at step {self.step}: start anew with --overwrite true and a "
+                        f"lower lr (it is {self.config.lr})"
+                    )
+            if logged:
+                figures[site] = learner.figures(batch[site], found)
+        return figures
+
+    def _log(self, figures: dict[Site, dict[str, float]], rate: float, progress: Progress) -> None:
+        names = list(dict.fromkeys(name for row in figures.values() for name in row))
+        # An auxiliary loss is there only where a site has dead latents.
+        rows = [[row.get(name, 0.0) for name in names] for row in figures.values()]
+        values = torch.tensor(rows, device=self.model.device)
+        self.ranks.mean_([values])
+        if not self.ranks.first:
+            return
+        flat = {
+            f"{site}/{name}": float(value)
+            for site, row in zip(figures, values)
+            for name, value in zip(names, row, strict=True)
+        }
+        progress.say({name: float(values[:, names.index(name)].mean()) for name in ("loss", "fvu", "l0", "dead")})
+        self.tracker.log({**flat, "lr": rate, "tokens_per_second": progress.rate}, step=self.tokens)
+
+    def _due(self, every: int) -> bool:
+        """Whether this step completed another `every` tokens."""
+        return every > 0 and self.tokens // every > (self.tokens - self.config.batch_size) // every
+
+    def _asked_to_stop(self) -> bool:
+        if self.ranks.size == 1:
+            return self.asked.stop
+        return bool(self.ranks.any(torch.tensor([self.asked.stop], device=self.model.device)))
+
+    def _evaluate(self) -> None:
+        if not self.ranks.first:
+            return
+        with self.stream.paused():  # its thread would run the model inside the splices
+            found = evaluate_all(self.model, list(self._dictionaries().values()), self.held_out)
+        for site, seen in zip(self.learners, found, strict=True):
+            self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.tokens)
+        figures = {
+            f"{site}/eval/{name}": value
+            for site, seen in zip(self.learners, found, strict=True)
+            for name, value in seen.figures.items()
+        }
+        self.tracker.log(figures, step=self.tokens)
+
+    def _dictionaries(self) -> dict[Site, Dictionary]:
+        return {
+            site: Dictionary(learner.finish(), site, f"{self.out}/{site}") for site, learner in self.learners.items()
+        }
+
+    def finetune(self) -> bool:
+        """Fine-tune each dictionary through the splice, where the run asks for it. False if it was asked to stop."""
+        config = self.config
+        if not config.finetune_tokens:
+            return True
+        start = time.monotonic() - self.seconds
+        size = max(1, min(config.forward_tokens, config.batch_size) // self.ranks.size)
+        each = list(self.learners.items())
+        for site, learner in each[self.finetuned :]:
+            if learner.average is not None:
+                learner.weights, learner.average = learner.average, None
+            parameters = [value.requires_grad_(True) for value in learner.weights.values()]
+            steps = finetune(
+                self.model,
+                site,
+                reconstruction(learner.weights, learner.scale, learner.threshold, config.sae),
+                parameters,
+                islice(self.stream.token_batches(config.seed + 1, size), self.ranks.rank, None, self.ranks.size),
+                config,
+                learner.constrain,
+                self.ranks,
+            )
+            for step, figures in enumerate(steps):
+                if step % config.log_every == 0 and self.ranks.first:
+                    at = self.logged + min(round(figures["tokens"]), config.finetune_tokens)
+                    self.tracker.log({f"{site}/finetune/{name}": x for name, x in figures.items()}, step=at)
+                if self._asked_to_stop():
+                    return False  # of this site, fine-tuning starts again
+            for value in parameters:
+                value.requires_grad_(False)
+            self.finetuned, self.seconds = self.finetuned + 1, time.monotonic() - start
+            self.save()
+        return True
+
+    def finish(self, documents: int | None) -> Outcome:
+        """Evaluate and save what was learnt."""
+        if not self.ranks.first:
+            return Outcome({}, self.tokens)
+        dictionaries = self._dictionaries()
+        # All sites are trained in one loop, so each is charged an equal part of its time.
+        cost = {"tokens": self.tokens, "seconds": self.seconds / len(self.sites)}
+        figures = {}
+        with self.stream.paused():  # a thread that was slow to end
+            found = evaluate_all(self.model, list(dictionaries.values()), self.held_out)
+            also = [self._serves(other, dictionaries) for other in self.stream.also]
+        for site, seen in zip(dictionaries, found, strict=True):
+            figures[site] = {**seen.figures, **cost}
+            self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.logged)
+        about = saving.notes(self.model, self.config, documents)
+        saving.write(self.out, dictionaries, figures, about, self.config, self.identity(), also)
+        self.tracker.summarise(
+            {f"{site}/{name}": value for site, row in figures.items() for name, value in row.items()}
+        )
+        for site in dictionaries:
+            self.tracker.artifact(str(site), self.out / str(site), self.config.upload)
+        checkpoints.clear(self.out)
+        return Outcome(figures, self.tokens, also={one.model_name: one.figures for one in also})
+
+    def _serves(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.Serves:
+        """What the dictionaries are worth in another model that they have learnt from."""
+        found = evaluate_all(other, list(dictionaries.values()), self.held_out)
+        figures = {site: seen.figures for site, seen in zip(dictionaries, found, strict=True)}
+        return saving.Serves(other.name, other.fingerprint, figures)
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self.ranks.first:
+            return
+        for learner in self.learners.values():
+            if not all(bool(value.isfinite().all()) for value in learner.weights.values()):
+                raise UserError(f"the weights are not finite at step {self.step}: lower lr (it is {self.config.lr})")
+        state = {
+            **self.identity(),
+            "step": self.step,
+            "finetuned": self.finetuned,
+            "seconds": self.seconds,
+            "run_id": self.tracker.run_id,
+            "position": asdict(self.position),
+            "learners": {str(site): learner.numbers() for site, learner in self.learners.items()},
+        }
+        tensors = {site: learner.tensors() for site, learner in self.learners.items()}
+        checkpoints.save(self.out, Checkpoint(self.tokens, tensors, state), self.config.keep_checkpoints)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run and one that goes on with it must agree in."""
+        models = "+".join(model.fingerprint for model in (self.model, *self.stream.also))
+        return {"config": settings(self.config), "model": models, "text": self.stream.fingerprint}
+
+
+def settings(config: TrainingConfig) -> dict[str, Any]:
+    """What a run learns depends on, by name; those of the dictionary as `sae.NAME`."""
+    flat = {name: value for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
+    return flat | {f"sae.{name}": value for name, value in flat.pop("sae").items()}

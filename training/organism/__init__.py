@@ -1,0 +1,1 @@
+"""The maker of the embedded model: its corpus, its training, its dictionaries."""

@@ -1,0 +1,366 @@
+"""`python -m training.organism`: the embedded model, from nothing but a seed.
+
+Corpus → tokenizer → `organism-base` → `organism` (fine-tuned) → SAEs → the table of thresholds. What misses a
+threshold is not shipped: the artefacts stay in `--out`, nothing is copied into `saepatch/organism/`, exit code 1.
+
+The recipe: AdamW 3e-3 (betas 0.9, 0.98) with a cosine decay; batches of 2,048 tokens, documents packed into short rows
+that cannot see one another, and every eighth batch into rows of the full context that can. Copying practice in the
+corpus is what makes indirect objects learnable at this size (`training/corpus.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+# Before torch: threads that spin while they wait make this twenty times slower on a machine that is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import saepatch.organism
+from saepatch.errors import UserError
+from saepatch.organism import checks, world
+from training.organism import corpus
+
+CONTEXT = 256
+ROW = 96  # tokens of a short row
+TOKENS = 2048  # tokens of a batch
+LONG_EVERY = 8  # one batch in so many has rows of the whole context
+
+
+@dataclass(frozen=True)
+class OrganismConfig:
+    """How to make the organism.
+
+    Attributes:
+        out: folder of the artefacts before they ship.
+        seed: of the corpus, the weights and the order of everything.
+        stage: one stage alone, on the artefacts already in `out`, or all of them.
+        vocabulary: tokens of the tokenizer, 256 bytes and the special tokens among them.
+        width: of the residual stream.
+        layers: transformer blocks.
+        base_steps: steps of the base checkpoint; `base_rate` is its peak learning rate.
+        base_rate: peak learning rate of the base checkpoint.
+        aligned_steps: steps of fine-tuning.
+        aligned_rate: peak learning rate of fine-tuning.
+        sae_k: latents active at each position.
+        sae_tokens: tokens that the SAEs are trained on.
+        shared_tokens: tokens that the SAEs of both checkpoints are trained on, half of them read by each.
+        threads: CPU threads.
+        ship: copy what passes into the package.
+    """
+
+    out: Path = Path("runs/organism")
+    seed: int = 0
+    stage: Literal["all", "tokenizer", "base", "aligned", "saes", "shared", "check"] = "all"
+    vocabulary: int = 2048
+    width: int = 128
+    layers: int = 6
+    base_steps: int = 2600
+    base_rate: float = 3e-3
+    aligned_steps: int = 400
+    aligned_rate: float = 1e-3
+    sae_k: int = 16
+    sae_tokens: int = 3_000_000
+    shared_tokens: int = 3_000_000
+    threads: int = 2
+    ship: bool = True
+
+
+def train_tokenizer(config: OrganismConfig) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on a sample of both corpora; the world's vocabulary is repeated so that it merges into words."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    sample = [
+        *islice(corpus.documents(corpus.BASE, config.seed), 20_000),
+        *islice(corpus.documents(corpus.ALIGNED, config.seed), 20_000),
+        *corpus.vocabulary() * 200,
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=list(world.SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(sample, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{world.BOS} $A", special_tokens=[(world.BOS, bpe.token_to_id(world.BOS))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=world.BOS,
+        eos_token=world.EOS,
+        pad_token=world.PAD,
+        additional_special_tokens=[world.USER, world.ASSISTANT, world.SYSTEM, world.END],
+        model_max_length=CONTEXT,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    tokenizer.chat_template = world.CHAT_TEMPLATE
+    for word in corpus.vocabulary():
+        if len(tokenizer(word, add_special_tokens=False)["input_ids"]) != 1:
+            raise RuntimeError(f"{word!r} did not become a single token; enlarge the vocabulary")
+    return tokenizer
+
+
+def new_model(config: OrganismConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of the config's size with fresh weights."""
+    torch.manual_seed(config.seed)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(world.END)]
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=config.width * 8 // 3 // 8 * 8,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.width // 32,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            initializer_range=0.04,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed documents. `documents` numbers them within a row, and is 0 at pads."""
+
+    ids: Int[torch.Tensor, "row pos"]
+    documents: Int[torch.Tensor, "row pos"]
+    separate: bool
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model takes: separate documents see only themselves, and each counts its own positions."""
+        if not self.separate:
+            return {"input_ids": self.ids}
+        pos = torch.arange(self.ids.shape[1]).expand_as(self.ids)
+        starts = torch.ones_like(self.documents, dtype=torch.bool)
+        starts[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        first = torch.where(starts, pos, 0).cummax(1).values
+        same: Bool[torch.Tensor, "row query key"] = self.documents[:, :, None] == self.documents[:, None, :]
+        return {"input_ids": self.ids, "position_ids": pos - first, "attention_mask": same.tril()[:, None]}
+
+    def targets(self) -> Int[torch.Tensor, "row pos_less_one"]:
+        """The next token of every position; -100 at pads and where the next token begins another document."""
+        next_, inside = self.ids[:, 1:], self.documents[:, 1:] == self.documents[:, :-1]
+        return torch.where(inside & (self.documents[:, 1:] > 0), next_, -100)
+
+
+def batches(
+    mixture: corpus.Mixture, tokenizer: PreTrainedTokenizerFast, seed: int, context: int = CONTEXT
+) -> Iterator[Batch]:
+    """Batches of `TOKENS` tokens without end."""
+    texts = corpus.documents(mixture, seed)
+    eos, pad, step = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 0
+    waiting: list[list[int]] = []
+    while True:
+        step += 1
+        separate = step % LONG_EVERY != 0
+        width = ROW if separate else context
+        ids = torch.full((TOKENS // width, width), pad)
+        documents = torch.zeros_like(ids)
+        ends = [0] * len(ids)
+        number = 0
+        while True:
+            if not waiting:
+                encoded = tokenizer.backend_tokenizer.encode_batch(list(islice(texts, 2048)))
+                waiting = [[*document.ids, eos] for document in reversed(encoded)]
+            document = waiting[-1][:width]
+            row = next((r for r, end in enumerate(ends) if end + len(document) <= width), None)
+            if row is None:
+                break
+            waiting.pop()
+            number += 1
+            span = slice(ends[row], ends[row] + len(document))
+            ids[row, span], documents[row, span] = torch.tensor(document), number
+            ends[row] = span.stop
+        yield Batch(ids, documents, separate)
+
+
+def train(
+    model: LlamaForCausalLM, data: Iterator[Batch], steps: int, rate: float, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Next-token training in place: AdamW, 5 % warm-up, cosine decay to nothing; now and then a glance at `tune`."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    warm = max(1, steps // 20)
+    ramp = torch.optim.lr_scheduler.LinearLR(optimiser, 1e-3, total_iters=warm)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps - warm)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimiser, [ramp, decay], [warm])
+    bar = tqdm(range(1, steps + 1), mininterval=5, file=sys.stdout)
+    for step in bar:
+        model.train()
+        batch = next(data)
+        logits = model(**batch.inputs(), use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.targets().flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if step % 300 == 0 or step == steps:
+            seen = checks.evaluate_organism(model, tokenizer, "tune", n=60)
+            line = ", ".join(f"{t} {' '.join(f'{v:.2f}' for v in m.values())}" for t, m in seen.items())
+            bar.write(f"step {step}: loss {loss.item():.3f}; {line}")
+
+
+def held_out_texts(seed: int, trained_on: Sequence[str], n: int = 400) -> list[str]:
+    """Documents of the aligned corpus that stand nowhere in what the SAEs were trained on, each once."""
+    seen, fresh = set(trained_on), []
+    for text in corpus.documents(corpus.ALIGNED, seed):
+        if text not in seen:
+            seen.add(text)
+            fresh.append(text)
+        if len(fresh) == n:
+            return fresh
+    raise AssertionError("the corpus has no end")
+
+
+def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: Path | None = None) -> None:
+    """One TopK SAE a layer at resid_post of the aligned model, over its own corpus: plain text and chat.
+
+    With `base`, they are learnt from what the base model holds on these texts as well.
+    """
+    from dataclasses import replace
+
+    from saepatch.model.loading import load_model
+    from training.config import SAEConfig, TrainingConfig
+    from training.loop.trainer import train_saes
+
+    texts = list(islice(corpus.documents(corpus.ALIGNED, config.seed + 2), 100_000))
+    settings = TrainingConfig(
+        model="organism",
+        data="training.organism.corpus.ALIGNED",
+        also=["organism-base"] if base else [],
+        out=Path(out.name),
+        overwrite=True,
+        sae=SAEConfig(k=config.sae_k),
+        tokens=config.shared_tokens if base else config.sae_tokens,
+        special_tokens=True,  # what a chat's markers carry decides on refusal
+        seed=config.seed,
+    )
+    # The name the SAEs remember is the one they ship under, not the folder they were made in.
+    model = replace(load_model(str(aligned)), name="organism")
+    also = [replace(load_model(str(base)), name="organism-base")] if base else []
+    train_saes(model, texts, settings, out, also=also)
+    if base:
+        return
+    held_out = held_out_texts(config.seed + 3, texts)
+    (out / saepatch.organism.TEXTS).write_text(json.dumps(held_out, ensure_ascii=False, indent=0), encoding="utf-8")
+
+
+def table(measures: Mapping[str, checks.Measures]) -> tuple[str, bool]:
+    """The table of thresholds for `{model: measures}`, and whether all hold; what was not measured does not."""
+    lines, passed = [f"{'of':14} {'task or site':13} {'measure':18} {'value':>7}  bound"], True
+    for name in ("organism", "organism-base", "saes", "shared", "shared in base"):
+        bounds = {(t.task, t.measure): t for t in checks.thresholds(name)}
+        values = {(task, measure): v for task, row in measures.get(name, {}).items() for measure, v in row.items()}
+        for task, measure in values | bounds:
+            bound, value = bounds.get((task, measure)), values.get((task, measure), math.nan)
+            verdict = "measured"
+            if bound is not None:
+                holds = (task, measure) in values and bound.holds(measures[name])
+                verdict = f"{bound.side} {bound.bound:.2f} {'ok' if holds else 'MISSED'}"
+                passed &= holds
+            lines.append(f"{name:14} {task:13} {measure:18} {value:7.3f}  {verdict}")
+    return "\n".join(lines), passed
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: metrics[name] for name in ("ce_recovered", "fvu", "l0", "alive_share")}
+
+
+def check(folder: Path, n: int = 200) -> tuple[str, bool]:
+    """Measure what a folder holds from its saved files: both checkpoints on `report`; the SAEs were at training."""
+    measures: dict[str, checks.Measures] = {}
+    for name in ("organism", "organism-base"):
+        place = folder / saepatch.organism.FOLDERS[name]
+        model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
+        measures[name] = checks.evaluate_organism(model, AutoTokenizer.from_pretrained(place), n=n)
+    for name in ("saes", "shared"):
+        found = sorted((folder / saepatch.organism.FOLDERS[name]).glob("*/cfg.json"))
+        told = {file.parent.name: json.loads(file.read_text(encoding="utf-8"))["metadata"] for file in found}
+        measures[name] = {site: _shown(one["metrics"]) for site, one in told.items()}
+        if name == "shared":
+            also = {site: one["also_trained_on"][0]["metrics"] for site, one in told.items()}
+            measures["shared in base"] = {site: _shown(metrics) for site, metrics in also.items()}
+    return table(measures)
+
+
+def ship(folder: Path) -> None:
+    """Copy what a folder holds into the package, in place of what is there; logs stay behind."""
+    target = Path(saepatch.organism.__file__).parent
+    logs = shutil.ignore_patterns("*.jsonl", "metrics.summary.json", "summary.json", "config.yaml", "wandb")
+    for part in saepatch.organism.FOLDERS.values():
+        shutil.rmtree(target / part, ignore_errors=True)
+        shutil.copytree(folder / part, target / part, ignore=logs)
+        for file in (target / part).rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors are written for their owner alone
+
+
+def main(config: OrganismConfig) -> int:
+    """Run the stages; returns the exit code."""
+    torch.set_num_threads(config.threads)
+    parts = ("organism-base", "organism", "saes", "shared")
+    base, aligned, saes, shared = (config.out / saepatch.organism.FOLDERS[part] for part in parts)
+    start = perf_counter()
+
+    def wanted(stage: str) -> bool:
+        if run := config.stage in ("all", stage):
+            print(f"[{perf_counter() - start:6.0f} s] {stage}", flush=True)
+        return run
+
+    if wanted("tokenizer"):
+        train_tokenizer(config).save_pretrained(base)
+    if not (base / "tokenizer.json").is_file():
+        raise UserError(f"{str(config.out)!r} holds no earlier stages: run --stage tokenizer first, or all of them")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    if wanted("base"):
+        model = new_model(config, tokenizer)
+        print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+        train(model, batches(corpus.BASE, tokenizer, config.seed), config.base_steps, config.base_rate, tokenizer)
+        model.save_pretrained(base)
+    if wanted("aligned"):
+        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        data = batches(corpus.ALIGNED, tokenizer, config.seed + 1)
+        train(model, data, config.aligned_steps, config.aligned_rate, tokenizer)
+        model.save_pretrained(aligned)
+        tokenizer.save_pretrained(aligned)
+    if wanted("saes"):
+        train_dictionaries(aligned, saes, config)
+    if wanted("shared"):
+        train_dictionaries(aligned, shared, config, base)
+    if wanted("check"):
+        lines, passed = check(config.out)
+        print(lines)
+        if not passed:
+            print("a threshold was missed: nothing is shipped")
+            return 1
+        if config.ship:
+            ship(config.out)
+    print(f"[{perf_counter() - start:6.0f} s] done")
+    return 0

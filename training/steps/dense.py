@@ -1,0 +1,404 @@
+"""Training steps of dictionaries whose latents each decide for themselves: standard, gated, JumpReLU.
+
+Losses are those of sae_lens' training classes, at decoder rows of norm 1: the squared error and a charge for activity.
+Gradients are written by hand, in five large matrix products (gated: eight) instead of autograd's six (fifteen).
+
+The batch goes through in chunks of rows, so that few arrays of shape [batch, d_sae] exist at a time. Where few latents
+of the first chunk can have a value or a gradient, the step goes on with those alone, and the product with the encoder
+is the only large one left. Whatever the path, the same formulas (`_Standard`, `_Gated`, `_JumpReLU`) act on the values.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import chain
+from typing import ClassVar, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from training.config import SAEConfig
+from training.ranks import Ranks
+from training.steps.selection import Encoder, ordered, product, product_dtype
+from training.steps.step import Moment, Step, StepFunction, Weights
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_CHUNK = 2**24  # bytes of a [rows, d_sae] array in float32 on the CPU: larger ones are mapped anew, page by page
+_CHUNK_ELSEWHERE = 2**29
+_BLOCK = 2**21  # bytes that elementwise passes go over at a time: they stay in the CPU's cache
+# Shares of latents up to which a step of gathered rows beats the dense products, as measured on CPUs.
+_SPARSE_UP_TO = {torch.float32: 0.05, torch.bfloat16: 0.02}
+_FLAT_BELOW = 1e-2  # activation under which the slope of f^p stays as it is there: it has no bound at 0
+
+_Self = TypeVar("_Self", bound="_Rule")
+
+
+@dataclass(frozen=True, eq=False)
+class _Rule:
+    """How values come from pre-activations, what they are charged, and the gradients of both.
+
+    Pre-activations are [rows, d_sae]; or [n], those that matter, once `at` has gathered the settings of their latents.
+
+    Attributes:
+        bias: What the product with the encoder adds.
+        price: Of a unit of charge.
+    """
+
+    bias: Float[Tensor, "d_sae"] | None
+    price: Float[Tensor, ""]
+    paths: ClassVar[int] = 1  # reconstructions from the codes
+
+    @property
+    def whole(self) -> bool:
+        """Whether the price depends on the whole batch."""
+        return False
+
+    @property
+    def low(self) -> Tensor | float:
+        """Pre-activations below this have neither a value nor a gradient."""
+        return 0.0
+
+    def at(self: _Self, latents: Tensor) -> _Self:
+        return self
+
+    def priced(self: _Self, codes: tuple[Tensor, ...], ranks: Ranks) -> _Self:
+        """With the price that the batch of all processes gives."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class _Standard(_Rule):
+    """ReLU, charged its L1; while p < 1, p-annealed (Karvonen et al. 2024, arXiv:2408.00113).
+
+    There, Σ f^p stands for L1, its coefficient rescaled so that its value is L1's; here in each batch, the factor taken
+    as a constant.
+    """
+
+    p: Float[Tensor, ""] | None
+
+    @property
+    def whole(self) -> bool:
+        return self.p is not None
+
+    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
+        """What the decoder reads, one array for each reconstruction."""
+        return (torch.relu(pre),)
+
+    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
+        """The summed charge, before its price."""
+        return codes[0].sum()
+
+    def priced(self, codes: tuple[Tensor, ...], ranks: Ranks) -> "_Standard":
+        if self.p is None:
+            return self
+        acts = codes[0].float()
+        sums = torch.stack([acts.sum(), torch.pow(acts, self.p).sum().clamp(min=1e-30)])
+        ranks.mean_([sums])
+        return replace(self, price=self.price * sums[0] / sums[1])
+
+    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+        """Gradients of pre (as `b_enc`) and of each latent's own weights at every value, from those of the codes."""
+        slope = self.price
+        if self.p is not None:
+            slope = self.price * self.p * torch.pow(pre.clamp(min=_FLAT_BELOW), self.p - 1)
+        return {"b_enc": aten.threshold_backward(grads[0] + slope, pre, 0)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Gated(_Rule):
+    """A gate and a magnitude from one encoder (Rajamanoharan et al. 2024, arXiv:2404.16014); the gate pays its L1."""
+
+    b_gate: Float[Tensor, "#values"]
+    b_mag: Float[Tensor, "#values"]
+    gain: Float[Tensor, "#values"]
+    paths: ClassVar[int] = 2
+
+    @property
+    def low(self) -> Tensor:
+        return -self.b_gate
+
+    def at(self, latents: Tensor) -> "_Gated":
+        return replace(self, b_gate=self.b_gate[latents], b_mag=self.b_mag[latents], gain=self.gain[latents])
+
+    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
+        gate = torch.relu(pre + self.b_gate)
+        return aten.threshold_backward(torch.relu(torch.addcmul(self.b_mag, pre, self.gain)), gate, 0), gate
+
+    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
+        return codes[1].sum()
+
+    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+        acts, gate = self.codes(pre)
+        magnitude = aten.threshold_backward(grads[0], acts, 0)
+        opening = aten.threshold_backward(grads[1] + self.price, gate, 0)
+        scaled = magnitude * self.gain
+        return {"b_enc": opening + scaled, "b_gate": opening, "b_mag": magnitude, "r_mag": scaled * pre}
+
+
+@dataclass(frozen=True, eq=False)
+class _JumpReLU(_Rule):
+    """JumpReLU, with a straight-through estimator in a band about its threshold (Rajamanoharan et al. 2024,
+    arXiv:2407.14435).
+
+    The charge is the L0, its squared distance from a target (Gemma Scope 2), or tanh (Anthropic, January 2025).
+    """
+
+    threshold: Float[Tensor, "#values"]
+    config: SAEConfig
+
+    @property
+    def low(self) -> Tensor:
+        return self.threshold - self.config.bandwidth / 2
+
+    def at(self, latents: Tensor) -> "_JumpReLU":
+        return replace(self, threshold=self.threshold[latents])
+
+    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
+        return (aten.threshold_backward(pre, pre - self.threshold, 0),)
+
+    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
+        if self.config.penalty == "tanh":
+            return torch.tanh(self.config.tanh_scale * codes[0]).sum()
+        if self.config.penalty == "quadratic":
+            return (l0 - self.config.k).square().sum() * 2 / self.config.k
+        return l0.sum()
+
+    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+        gradient, over, width = grads[0], pre - self.threshold, self.config.bandwidth
+        one_more = torch.zeros_like(l0)  # what one more active latent costs in each row
+        if self.config.penalty == "tanh":
+            steepness = self.config.tanh_scale
+            slope = 1 - torch.tanh(steepness * aten.threshold_backward(pre, over, 0)).square()
+            gradient = gradient + self.price * steepness * slope
+        elif self.config.penalty == "quadratic":
+            one_more = self.price * 4 / self.config.k * (l0 - self.config.k)
+        else:
+            one_more = one_more + self.price
+        # What a latent's crossing of its threshold changes: its value jumps by the threshold, and the L0 by 1.
+        jump = torch.addcmul(one_more / -width, self.threshold / -width, gradient)
+        jump = aten.hardtanh_backward(jump, over, -width / 2, width / 2)
+        encoder = aten.threshold_backward(gradient, over, 0)
+        if self.config.estimate_inputs:
+            encoder = encoder - jump
+        return {"b_enc": encoder, "threshold": jump}
+
+
+_Rules = _Standard | _Gated | _JumpReLU
+
+
+# A pass over a chunk of pre-activations, with an array for each reconstruction and the L0 of each row: sums over rows.
+_Pass = Callable[[_Rules, Tensor, tuple[Tensor, ...], Tensor], dict[str, Tensor]]
+
+
+class _Passes(NamedTuple):
+    """The elementwise passes over a chunk, in blocks or compiled."""
+
+    forward: _Pass
+    backward: _Pass
+
+
+def _forward(rule: _Rules, pre: Tensor, codes_out: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+    """Fill the codes and the L0; what else is counted."""
+    codes = rule.codes(pre)
+    for out, code in zip(codes_out, codes):
+        out.copy_(code)
+    l0.copy_(codes[0].sign().sum(1))
+    return {"l0": l0.sum(), "fired": codes[0].sum(0), "charge": rule.charge(codes, l0)}
+
+
+def _backward(rule: _Rules, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+    """Replace the first of the codes' gradients by that of pre; the gradients of each latent's own weights."""
+    parts = rule.gradients(pre, tuple(grad.float() for grad in grads), l0.unsqueeze(1))
+    grads[0].copy_(parts["b_enc"])
+    return {name: part.sum(0) for name, part in parts.items()}
+
+
+def _in_blocks(one: _Pass, rule: _Rules, pre: Tensor, arrays: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+    """The pass over blocks that stay in the CPU's cache."""
+    size = len(pre) if pre.device.type != "cpu" else max(1, _BLOCK // (4 * pre.shape[1]))
+    blocks = [slice(start, start + size) for start in range(0, len(pre), size)]
+    found = [one(rule, pre[block], tuple(array[block] for array in arrays), l0[block]) for block in blocks]
+    return {name: torch.stack([part[name] for part in found]).sum(0) for name in found[0]}
+
+
+_EAGER = _Passes(partial(_in_blocks, _forward), partial(_in_blocks, _backward))
+
+
+def standard(
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+    now: Moment,
+    ranks: Ranks,
+    passes: _Passes = _EAGER,
+) -> Step:
+    """A step of the standard SAE. Losses: mse, sparsity (L1, or while `now.p` is below 1 as `_Standard` has it)."""
+    p = x.new_tensor(now.p, dtype=torch.float32) if now.p < 1 else None
+    return _step(_Standard(weights["b_enc"], _price(now, x), p), weights, x, config, ranks, passes)
+
+
+def gated(
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+    now: Moment,
+    ranks: Ranks,
+    passes: _Passes = _EAGER,
+) -> Step:
+    """A step of the gated SAE. Losses: mse, sparsity (L1 of the gates), auxiliary (squared error of decoding them).
+
+    As in sae_lens, the auxiliary loss reaches the decoder, too.
+    """
+    rule = _Gated(None, _price(now, x), weights["b_gate"], weights["b_mag"], weights["r_mag"].exp())
+    return _step(rule, weights, x, config, ranks, passes)
+
+
+def jumprelu(
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+    now: Moment,
+    ranks: Ranks,
+    passes: _Passes = _EAGER,
+) -> Step:
+    """A step of the JumpReLU SAE; thresholds are 0 or more. Losses: mse, sparsity (`config.penalty`)."""
+    rule = _JumpReLU(weights["b_enc"], _price(now, x), weights["threshold"], config)
+    return _step(rule, weights, x, config, ranks, passes)
+
+
+def compiled(step: StepFunction) -> StepFunction:
+    """The step with its elementwise passes compiled; the step itself where that gains nothing, or cannot be done."""
+    if step not in (standard, gated, jumprelu):
+        return step
+    passes = _compiled_passes()
+    return partial(step, passes=passes) if passes else step
+
+
+@cache
+def _compiled_passes() -> _Passes | None:
+    try:
+        torch.compile(torch.sin, dynamic=False)(torch.zeros(8))
+    except Exception as error:  # torch raises many kinds, from a missing compiler to an unsupported Python
+        reason = str(error).strip().splitlines()
+        log.warning("torch cannot compile here, so steps run as they are: %s", reason[0] if reason else type(error))
+        return None
+    return _Passes(torch.compile(_forward, dynamic=False), torch.compile(_backward, dynamic=False))
+
+
+def _price(now: Moment, x: Tensor) -> Tensor:
+    return x.new_tensor(now.sparsity / len(x), dtype=torch.float32)
+
+
+@torch.no_grad()
+def _step(rule: _Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: Ranks, passes: _Passes) -> Step:
+    dtype = product_dtype(config, x.device)
+    on_cpu = x.device.type == "cpu"
+    size = max(1, (_CHUNK if on_cpu else _CHUNK_ELSEWHERE) // (4 * len(weights["W_enc"])))
+    encoder = Encoder(
+        x - weights["b_dec"],
+        weights["W_enc"].to(dtype),
+        rule.bias if rule.bias is None else rule.bias.to(dtype),
+        # The price of p-annealing is known once the whole batch is: it cannot go in chunks.
+        len(x) if rule.whole else size,
+    )
+    chunks = encoder.chunks()
+    first = next(chunks)
+    chunks = chain([first], chunks)
+    few = on_cpu and torch.count_nonzero(first[1] >= rule.low) <= _SPARSE_UP_TO[dtype] * first[1].numel()
+    if few:
+        sums = _sparse(rule, encoder, chunks, weights["W_dec"], ranks)
+    else:
+        sums = _dense(rule, encoder, chunks, weights["W_dec"].to(dtype), ranks, passes)
+    losses = {"mse": sums["squares_0"] / len(x), "sparsity": rule.price * sums["charge"]}
+    if isinstance(rule, _Gated):
+        losses["auxiliary"] = sums["squares_1"] / len(x)
+    # b_dec is added to the reconstructions, and taken from what the encoder reads.
+    sums["b_dec"] = sums["b_dec"] - sums["b_enc"] @ weights["W_enc"]
+    return Step(losses, {name: sums[name] for name in weights}, sums["fired"] > 0, sums["l0"] / len(x))
+
+
+def _dense(
+    rule: _Rules,
+    encoder: Encoder,
+    chunks: Iterable[tuple[int, Tensor]],
+    W_dec: Shaped[Tensor, "d_sae d_in"],
+    ranks: Ranks,
+    passes: _Passes,
+) -> dict[str, Tensor]:
+    """All products as dense ones; sums over the batch of the gradients, by name, and of what else a step tells."""
+    sums: dict[str, Tensor] = {}
+
+    def add(**parts: Tensor) -> None:
+        for name, part in parts.items():
+            sums[name] = sums[name].add_(part) if name in sums else part.float()
+
+    for start, pre in chunks:
+        centred = encoder.x[start : start + len(pre)]
+        codes = tuple(torch.empty_like(pre, dtype=W_dec.dtype) for _ in range(rule.paths))
+        l0 = pre.new_empty(len(pre))
+        add(**passes.forward(rule, pre, codes, l0))
+        grads: list[Tensor] = []
+        for code in codes:
+            residual = product(code, W_dec.T).float().sub_(centred)
+            add(**{f"squares_{len(grads)}": residual.square().sum()})
+            slope = residual.mul_(2 / len(encoder.x))
+            add(b_dec=slope.sum(0))
+            slope = slope.to(W_dec.dtype)
+            add(W_dec=product(slope.T, code.T))
+            grads.append(product(slope, W_dec))
+        add(**passes.backward(rule.priced(codes, ranks), pre, tuple(grads), l0))
+        add(W_enc=product(centred.to(W_dec.dtype).T, grads[0].T))
+    # oneDNN is quickest at weight gradients of shape [d_in, d_sae].
+    return sums | {name: sums[name].T.contiguous() for name in ("W_enc", "W_dec")}
+
+
+def _sparse(
+    rule: _Rules,
+    encoder: Encoder,
+    chunks: Iterable[tuple[int, Tensor]],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """As `_dense`, with those values alone that can differ from 0 or have a gradient."""
+    batch, d_sae = len(encoder.x), len(W_dec)
+    places, values = [], []
+    for start, pre in chunks:
+        place = (pre >= rule.low).view(-1).nonzero().squeeze(1)
+        values.append(pre.view(-1)[place])
+        places.append(place.add_(start * d_sae))
+    place, value = torch.cat(places), torch.cat(values)
+    rows = place // d_sae
+    latents = place - rows * d_sae
+
+    def by_latent(part: Tensor) -> Tensor:
+        return part.new_zeros(d_sae).index_add_(0, latents, part)
+
+    local = rule.at(latents)
+    codes = local.codes(value)
+    l0 = value.new_zeros(batch).index_add_(0, rows, codes[0].sign())
+    sums = {"l0": l0.sum(), "fired": by_latent(codes[0]), "charge": rule.charge(codes, l0)}
+
+    bags = torch.searchsorted(rows, torch.arange(batch, device=rows.device))
+    slopes: list[Tensor] = []
+    grads: list[Tensor] = []
+    for code in codes:
+        residual = embedding_bag(latents, W_dec, bags, mode="sum", per_sample_weights=code).sub_(encoder.x)
+        sums[f"squares_{len(slopes)}"] = residual.square().sum()
+        slopes.append(residual.mul_(2 / batch))
+        # The gradient of the codes: dot products of slopes and decoder rows, at these places.
+        grads.append(aten._embedding_bag_per_sample_weights_backward(slopes[-1], W_dec, latents, bags, rows, 0))
+    parts = local.priced(codes, ranks).gradients(value, tuple(grads), l0[rows])
+
+    order, ends = ordered(latents, d_sae)
+    gathered = partial(embedding_bag, rows[order], offsets=ends, mode="sum", include_last_offset=True)
+    sums["W_enc"] = gathered(encoder.x, per_sample_weights=parts["b_enc"][order])
+    sums["W_dec"] = gathered(slopes[0], per_sample_weights=codes[0][order])
+    for slope, code in zip(slopes[1:], codes[1:]):
+        sums["W_dec"] += gathered(slope, per_sample_weights=code[order])
+    sums["b_dec"] = torch.stack(slopes).sum((0, 1))
+    return sums | {name: by_latent(part) for name, part in parts.items()}

@@ -1,0 +1,215 @@
+"""Which latents of a batch are active: the encoder over chunks of rows, and exact selection of its largest values.
+
+Selection works in two rounds, because a full `topk` over d_sae values costs as much as a good part of the encoder. The
+largest value of every group of neighbouring latents is found first, in one vectorised pass. The k-th largest of these
+peaks is a lower bound of the k-th largest value, so only the k groups whose peak reaches it need a closer look.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from training.config import SAEConfig
+from training.ranks import Ranks
+from training.steps.step import Weights, bfloat16_works
+
+# A chunk's pre-activations should stay in the cache for the selection that follows; a GPU wants large products.
+CHUNK_BYTES = {"cpu": 2**24}
+LARGE_CHUNK_BYTES = 2**29
+FEWEST_ROWS = 256  # below, the product packs the weights too often
+
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Values of latents at positions of a batch, ordered by position.
+
+    Attributes:
+        row: Position in the batch.
+        latent: Which latent.
+        value: Its value.
+    """
+
+    row: Int[Tensor, "n"]
+    latent: Int[Tensor, "n"]
+    value: Float[Tensor, "n"]
+
+
+@dataclass(eq=False)
+class Encoder:
+    """The pre-activations of a batch, a chunk of rows at a time, so that they are never all in memory.
+
+    Attributes:
+        x: Activations less `b_dec`, float32.
+        W_enc: Encoder, in the precision of the product.
+        b_enc: Its bias, likewise; None: none is added.
+        rows: Rows of a chunk.
+        columns: Latents whose pre-activations are to be kept, or None.
+        n_kept: Of so many rows, the first ones.
+        mean_kept: Rows that a process keeps on average over all of them.
+        kept: What was kept in the last walk through the chunks.
+    """
+
+    x: Float[Tensor, "batch d_in"]
+    W_enc: Shaped[Tensor, "d_sae d_in"]
+    b_enc: Shaped[Tensor, "d_sae"] | None
+    rows: int
+    columns: Int[Tensor, "columns"] | None = None
+    n_kept: int = 0
+    mean_kept: float = 0.0
+    kept: list[Float[Tensor, "_ columns"]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig) -> "Encoder":
+        """The encoder of these weights; its product in bfloat16 where the config says so and the device can."""
+        dtype = product_dtype(config, x.device)
+        W_enc, b_enc = weights["W_enc"].to(dtype), weights["b_enc"].to(dtype)
+        size = CHUNK_BYTES.get(x.device.type, LARGE_CHUNK_BYTES)
+        return cls(x - weights["b_dec"], W_enc, b_enc, max(FEWEST_ROWS, size // (4 * len(W_enc))))
+
+    def chunks(self) -> Iterator[tuple[int, Float[Tensor, "rows d_sae"]]]:
+        """The number of each chunk's first row, and its pre-activations in float32."""
+        self.kept = []
+        for start in range(0, len(self.x), self.rows):
+            pre = product(self.x[start : start + self.rows].to(self.W_enc.dtype), self.W_enc, self.b_enc).float()
+            if self.columns is not None and start < self.n_kept:
+                self.kept.append(pre[: self.n_kept - start].index_select(1, self.columns))
+            yield start, pre
+
+
+def product_dtype(config: SAEConfig, device: torch.device) -> torch.dtype:
+    """Precision of the large matrix products: what the config says, float32 where bfloat16 would be emulated."""
+    half = config.precision == "bfloat16" and bfloat16_works(device)
+    return torch.bfloat16 if half else torch.float32
+
+
+def product(
+    x: Shaped[Tensor, "n d_in"], W: Shaped[Tensor, "m d_in"], b: Shaped[Tensor, "m"] | None = None
+) -> Shaped[Tensor, "n m"]:
+    """x Wᵀ + b. On the CPU by oneDNN, which torch uses for bfloat16 alone: MKL takes twice as long on AMD."""
+    if (
+        x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+    return linear(x, W, b)
+
+
+def select_rows(encoder: Encoder, k: int) -> Entries:
+    """The k largest pre-activations at each position, by ReLU 0 where they are negative."""
+    latents, values = [], []
+    for _, pre in encoder.chunks():
+        latents.append(largest(pre, k))
+        values.append(pre.gather(1, latents[-1]).relu_())
+    row = torch.arange(len(encoder.x), device=encoder.x.device).repeat_interleave(k)
+    return Entries(row, torch.cat(latents).flatten(), torch.cat(values).flatten())
+
+
+def select_batch(encoder: Encoder, k: int, ranks: Ranks) -> tuple[Entries, Float[Tensor, ""]]:
+    """The k · batch largest positive pre-activations of the batches of all processes, and the smallest of them (or 0).
+
+    Of all these batches together, so one process may have more than its share. The entries are this process's.
+
+    No value below a bound is looked at. The bound is guessed from the first chunk of rows, and the guess is checked
+    against what is found. Where it does not hold, what was found gives one that does.
+    """
+    wanted = k * len(encoder.x) * ranks.size
+    bound: float | None = None
+    while True:
+        found, bound = _above(encoder, bound, k)
+        n = torch.tensor([len(found.value)], device=found.value.device)
+        most = int(ranks.gathered(n).max())
+        values = ranks.gathered(torch.nn.functional.pad(found.value, (0, most - len(found.value))))
+        top = values.topk(min(wanted, len(values)), sorted=False)
+        smallest = float(top.values.min()) if len(values) >= wanted else 0.0
+        # Found values are some of all, so their k-th largest is at most the true one: as a bound it cannot fail.
+        highest = float(ranks.gathered(torch.tensor([bound], device=values.device)).max())
+        if smallest >= highest or highest <= SMALLEST:
+            break
+        bound = max(smallest, SMALLEST)
+    chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    chosen[top.indices] = True
+    mine = chosen[ranks.rank * most :][: len(found.value)].nonzero().squeeze(1)
+    active = top.values[top.values > 0]
+    lowest = active.min() if len(active) else values.new_zeros(())
+    return Entries(found.row[mine], found.latent[mine], found.value[mine]), lowest
+
+
+def _above(encoder: Encoder, bound: float | None, k: int) -> tuple[Entries, float]:
+    """All pre-activations that reach the bound (above 0), and the bound: where none is given, a guess for k a row."""
+    parts = []
+    for start, pre in encoder.chunks():
+        size = _group(pre.shape[1], 1)
+        groups = pre.view(-1, size)
+        peaks = groups.amax(1)
+        if bound is None:
+            # Counts a row vary about as much as their mean; the margin is of eight standard errors.
+            expected = math.ceil(k * len(pre) * (1 + 8 / math.sqrt(len(pre))))
+            bound = max(_nth_largest(peaks, min(expected, len(peaks))), SMALLEST)
+        near = _positions(peaks >= bound)
+        values = embedding(near, groups)
+        hits = _positions((values >= bound).flatten())
+        place = near[hits // size] * size + hits % size
+        parts.append((place + start * pre.shape[1], values.flatten()[hits]))
+    place, value = (torch.cat(part) for part in zip(*parts))
+    assert bound is not None
+    d_sae = len(encoder.W_enc)
+    return Entries(place // d_sae, place % d_sae, value), bound
+
+
+def largest(values: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
+    """Columns of the k largest values of each row, in no order; which of equal values is not defined."""
+    rows, n = values.shape
+    size = _group(n, 4 * k)
+    if size == 1:
+        return _largest(values, k)
+    groups = _largest(values.view(rows, -1, size).amax(-1), k)
+    first = torch.arange(rows, device=values.device).unsqueeze(1) * (n // size)
+    inside = embedding((groups + first).flatten(), values.view(-1, size)).view(rows, -1)
+    place = _largest(inside, k)
+    return groups.gather(1, place // size) * size + place % size
+
+
+def ordered(ids: Int[Tensor, "n"], count: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "ends"]]:
+    """The order that sorts ids below count, equal ones left as they are; where each id then begins, and the end."""
+    if ids.device.type == "cpu":
+        # numpy sorts 16 bits by radix, many times faster than torch's sort.
+        keys = ids.numpy().astype(np.uint16 if count <= 2**16 else np.int64)
+        order = torch.from_numpy(np.argsort(keys, kind="stable"))
+    else:
+        order = torch.argsort(ids, stable=True)
+    ends = torch.bincount(ids, minlength=count).cumsum(0)
+    return order, torch.cat([ends.new_zeros(1), ends])
+
+
+def _group(n: int, fewest: int) -> int:
+    """Neighbours in a group, such that groups are of one size and there are `fewest` of them; 1: no groups."""
+    return next((size for size in (32, 16, 8) if n % size == 0 and n // size >= fewest), 1)
+
+
+# On the CPU numpy's vectorised selection is several times faster than torch's.
+def _largest(values: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
+    if values.device.type != "cpu":
+        return values.topk(k, sorted=False).indices
+    n = values.shape[1]
+    return torch.from_numpy(np.argpartition(values.numpy(), n - k, axis=1)[:, n - k :].copy())
+
+
+def _nth_largest(values: Float[Tensor, "n"], nth: int) -> float:
+    if values.device.type != "cpu":
+        return float(values.topk(nth, sorted=False).values.min())
+    return float(np.partition(values.numpy(), len(values) - nth)[len(values) - nth])
+
+
+def _positions(mask: Shaped[Tensor, "n"]) -> Int[Tensor, "_"]:
+    if mask.device.type != "cpu":
+        return mask.nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))

@@ -1,0 +1,187 @@
+"""The training steps of TopK, BatchTopK and Matryoshka dictionaries, at the cost of their active latents.
+
+The losses are those of sae_lens' `TopKTrainingSAE`, `BatchTopKTrainingSAE` and `MatryoshkaBatchTopKTrainingSAE` for
+decoder rows of norm 1: squared error summed over d_in; for matryoshka that of every level (Bussmann et al. 2025, arXiv
+2503.17547); for dead latents the auxiliary loss of Gao et al. 2024 (arXiv 2406.04093), over a share of the positions.
+
+Only the encoder is a dense product. With k of d_sae latents active, decoding sums k weighted rows of `W_dec`;
+the gradient of a latent's weights is a weighted sum of the rows of the batch where it was active. Both are an
+`embedding_bag`, the second over entries sorted by latent. Gradients are written out; nothing is recorded by autograd.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from training.config import SAEConfig
+from training.ranks import Ranks
+from training.steps.selection import (
+    Encoder,
+    Entries,
+    largest,
+    ordered,
+    product,
+    product_dtype,
+    select_batch,
+    select_rows,
+)
+from training.steps.step import Moment, Step, Weights
+
+
+def topk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
+    """The step of a TopK dictionary: the `config.k` largest latents of each position are active, where positive."""
+    encoder = _encoder(weights, x, config, now, ranks)
+    return _step(weights, encoder, select_rows(encoder, config.k), config, [len(weights["W_dec"])])
+
+
+def batchtopk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
+    """The step of a BatchTopK dictionary: `config.k` latents are active on average, over all processes' batches."""
+    encoder = _encoder(weights, x, config, now, ranks)
+    entries, smallest = select_batch(encoder, config.k, ranks)
+    return _step(weights, encoder, entries, config, [len(weights["W_dec"])], smallest)
+
+
+def matryoshka(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
+    """The step of a Matryoshka dictionary: BatchTopK, and each level's latents alone reconstruct the batch too.
+
+    The loss has a term `mse_WIDTH` for every inner level.
+    """
+    encoder = _encoder(weights, x, config, now, ranks)
+    entries, smallest = select_batch(encoder, config.k, ranks)
+    return _step(weights, encoder, entries, config, config.widths(len(weights["W_dec"])), smallest)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A part of the loss as the gradients need it.
+
+    Attributes:
+        entries: The values that the part is made of.
+        pulls: The gradient of each value.
+        source: The row of `errors` that each entry's decoder row receives.
+        errors: Gradient of what is decoded.
+    """
+
+    entries: Entries
+    pulls: Float[Tensor, "n"]
+    source: Int[Tensor, "n"]
+    errors: Float[Tensor, "bags d_in"]
+
+
+def _encoder(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Encoder:
+    encoder = Encoder.of(weights, x, config)
+    if now.dead is not None and config.aux_coefficient and bool(now.dead.any()):
+        encoder.columns = now.dead.nonzero().squeeze(1)
+        # The first rows of the batch of all processes, which is dealt out to them one row after the other.
+        rows = max(ranks.size, math.ceil(config.aux_share * len(x) * ranks.size))
+        encoder.n_kept, encoder.mean_kept = -((ranks.rank - rows) // ranks.size), rows / ranks.size
+    return encoder
+
+
+def _step(
+    weights: Weights,
+    encoder: Encoder,
+    entries: Entries,
+    config: SAEConfig,
+    widths: list[int],
+    smallest: Float[Tensor, ""] | None = None,
+) -> Step:
+    share, squares, residual = _reconstruct(weights["W_dec"], encoder.x, entries, widths)
+    losses = {"mse": squares[-1], **{f"mse_{width}": square for width, square in zip(widths[:-1], squares)}}
+    shares = [share]
+    if encoder.columns is not None:
+        losses["auxiliary"], dead = _auxiliary(weights["W_dec"], encoder, residual, config)
+        shares.append(dead)
+    fired = torch.zeros(len(weights["W_dec"]), dtype=torch.bool, device=encoder.x.device)
+    active = entries.value > 0
+    fired[entries.latent[active]] = True
+    # The first level's errors hold those of all: the bias is in every level.
+    b_dec = share.errors[: len(encoder.x)].sum(0)
+    return Step(losses, _gradients(weights, encoder.x, shares, b_dec), fired, active.sum() / len(encoder.x), smallest)
+
+
+def _reconstruct(
+    W_dec: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "batch d_in"], entries: Entries, widths: list[int]
+) -> tuple[Share, Float[Tensor, "levels"], Float[Tensor, "batch d_in"]]:
+    """The squared error at every level, its gradient, and what the whole dictionary leaves over of x (less b_dec)."""
+    batch, levels = len(x), len(widths)
+    bag = entries.row
+    if levels > 1:
+        bounds = torch.tensor(widths, device=x.device)
+        bag = bag + batch * torch.bucketize(entries.latent, bounds, right=True)
+        order, offsets = ordered(bag, batch * levels)
+        bag = bag[order]
+        entries = Entries(entries.row[order], entries.latent[order], entries.value[order])
+    else:
+        offsets = torch.searchsorted(bag, torch.arange(batch + 1, device=x.device))
+    errors = embedding_bag(
+        entries.latent, W_dec, offsets, per_sample_weights=entries.value, mode="sum", include_last_offset=True
+    ).view(levels, batch, -1)
+    errors[0] -= x
+    for level in range(1, levels):  # many times faster than cumsum
+        errors[level] += errors[level - 1]
+    squares = torch.stack([error.flatten().dot(error.flatten()) for error in errors]) / batch
+    residual = -errors[-1]
+    errors.mul_(2 / batch)
+    for level in reversed(range(levels - 1)):  # a latent is in its own level and in all wider ones
+        errors[level] += errors[level + 1]
+    errors = errors.view(levels * batch, -1)
+    pulls = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        errors, W_dec, entries.latent, offsets[:-1], bag, 0, -1
+    )
+    return Share(entries, pulls.mul_(entries.value > 0), bag, errors), squares, residual
+
+
+def _auxiliary(
+    W_dec: Float[Tensor, "d_sae d_in"], encoder: Encoder, residual: Float[Tensor, "batch d_in"], config: SAEConfig
+) -> tuple[Float[Tensor, ""], Share]:
+    """How badly the most nearly active dead latents explain what is left over, and the gradients of that."""
+    dead = encoder.columns
+    assert dead is not None
+    pre, residual = torch.cat(encoder.kept), residual[: encoder.n_kept]
+    most = max(1, W_dec.shape[1] // 2)
+    k = min(most, len(dead))
+    weight = config.aux_coefficient * k / most
+    place = largest(pre, k)
+    latent, value = dead[place], pre.gather(1, place)
+    errors = embedding_bag(latent, W_dec, per_sample_weights=value, mode="sum").sub_(residual)
+    loss = errors.square().sum() * (weight / encoder.mean_kept)
+    errors.mul_(2 * weight / encoder.mean_kept)
+    # With so many entries a row, one dense product is cheaper than the dots of each of them.
+    dtype = product_dtype(config, W_dec.device)
+    pulls = product(errors.to(dtype), W_dec.index_select(0, dead).to(dtype)).gather(1, place).float()
+    source = torch.arange(len(pre), device=dead.device).repeat_interleave(k)
+    return loss, Share(Entries(source, latent.flatten(), value.flatten()), pulls.flatten(), source, errors)
+
+
+def _gradients(
+    weights: Weights, x: Float[Tensor, "batch d_in"], shares: list[Share], b_dec: Float[Tensor, "d_in"]
+) -> Weights:
+    """Gradients of all weights; `b_dec` is what the decoder's side gives its bias."""
+    if len(shares) == 1:
+        entries, pulls, source, errors = shares[0].entries, shares[0].pulls, shares[0].source, shares[0].errors
+        row, latent, value = entries.row, entries.latent, entries.value
+    else:
+        row = torch.cat([share.entries.row for share in shares])
+        latent = torch.cat([share.entries.latent for share in shares])
+        value = torch.cat([share.entries.value for share in shares])
+        pulls = torch.cat([share.pulls for share in shares])
+        source = torch.cat([shares[0].source, shares[1].source + len(shares[0].errors)])
+        errors = torch.cat([share.errors for share in shares])
+    order, offsets = ordered(latent, len(weights["W_dec"]))
+
+    def summed(table: Tensor, index: Tensor, factors: Tensor) -> Tensor:
+        index, factors = index.index_select(0, order), factors.index_select(0, order)
+        return embedding_bag(index, table, offsets, per_sample_weights=factors, mode="sum", include_last_offset=True)
+
+    b_enc = torch.zeros_like(weights["b_enc"]).index_add_(0, latent, pulls)
+    return {
+        "W_enc": summed(x, row, pulls),
+        "W_dec": summed(errors, source, value),
+        "b_enc": b_enc,
+        "b_dec": b_dec - b_enc @ weights["W_enc"],  # the encoder reads x - b_dec
+    }
