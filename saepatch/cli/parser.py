@@ -164,11 +164,44 @@ def _plainly(said: str, parser: Any, given: Sequence[str]) -> str:
         return f"--{key} takes {wanted}, not {told}"
     if found := re.search(r"required: (\S+)", said):
         return f"{found[1].rpartition('.')[2]!r} is missing: see --help"
-    if found := re.search(r"unrecognized arguments: (-\S+)?", said):
-        known = {name for one in _parsers(parser, given) for name in one._option_string_actions}
-        near = difflib.get_close_matches((found[1] or "").partition("=")[0], sorted(known), 1)
-        return said + (f" (did you mean {near[0]}?)" if near else " (see --help)")
+    if found := re.search(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted", said):
+        group = re.search(r"Group '([^']+)'", said)
+        return _unknown(f"{group[1]}.{found[1]}" if group else found[1] or found[2], _keys(parser, given))
+    if found := re.search(r"unrecognized arguments: (?:--([^\s=]+))?", said):
+        where = _place(found[1], _keys(parser, given)) if found[1] else ""
+        return f"{said} ({where or 'see --help'})"
     return said
+
+
+def _unknown(key: str, keys: Sequence[str]) -> str:
+    """What to say of a key in a file that is no setting there."""
+    section, _, name = key.rpartition(".")
+    where = _place(key, keys) or "see --help"
+    return f"{name!r} is not a setting {f'under {section!r}' if section else 'at the top level'}: {where}"
+
+
+def _place(key: str, keys: Sequence[str]) -> str:
+    """Where a key lives that stands in the wrong section, or the key that was probably meant; empty: none is near."""
+    names = {known: known.rpartition(".")[2] for known in keys}
+    near = difflib.get_close_matches(key.rpartition(".")[2], sorted(set(names.values())), 1)
+    if not near:
+        return ""
+    homes = [known for known in keys if names[known] == near[0]]
+    home = max(homes, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
+    section, _, name = home.rpartition(".")
+    if section == key.rpartition(".")[0] or name != key.rpartition(".")[2]:
+        return f"did you mean --{home}?"
+    return f"it belongs {f'under {section!r}' if section else 'at the top level'}, --{home} on the command line"
+
+
+def _keys(parser: Any, given: Sequence[str]) -> list[str]:
+    """Every setting there is, those of a section as `section.key`."""
+    return [
+        option.removeprefix("--")
+        for each in _parsers(parser, given)
+        for option in each._option_string_actions
+        if option.startswith("--")
+    ]
 
 
 def _parsers(parser: Any, given: Sequence[str]) -> list[Any]:

@@ -4,12 +4,15 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 
 import pytest
 import yaml
 from tiny import random_sae, tiny_model
 
 from saepatch.cli.main import main
+from saepatch.cli.parser import read_config
+from saepatch.errors import UserError
 
 
 def failed(capsys, *arguments):
@@ -166,3 +169,49 @@ def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
         assert said in text
         assert "class" not in text
         assert "Parser key" not in text
+
+
+@dataclass(frozen=True)
+class Inner:
+    depth: int = 1
+    width: int = 2
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A command whose settings have sections."""
+
+    size: int = 3
+    width: int = 4
+    inner: Inner = field(default_factory=Inner)
+    outer: Inner = field(default_factory=Inner)
+
+
+@pytest.mark.parametrize(
+    ("text", "argument", "place"),
+    [
+        ("depht: 2", "--depht", "did you mean --inner.depth?"),
+        ("inner: {size: 2}", "--inner.size", "it belongs at the top level, --size on the command line"),
+        ("inner: {widht: 2}", "--inner.widht", "did you mean --inner.width?"),
+        ("widht: 2", "--widht", "did you mean --width?"),
+        ("inner: {siez: 2}", "--inner.siez", "did you mean --size?"),
+        ("depth: 2", "--depth", "it belongs under 'inner', --inner.depth on the command line"),
+        ("zebra: 2", "--zebra", "see --help"),
+    ],
+)
+def test_a_misplaced_setting_is_told_where_it_lives(tmp_path, text, argument, place):
+    (tmp_path / "config.yaml").write_text(text)
+    name = argument.removeprefix("--").rpartition(".")[2]
+    level = "under 'inner'" if "inner" in text else "at the top level"
+    with pytest.raises(UserError) as refused:
+        read_config(Nested, "prog", [str(tmp_path / "config.yaml")])
+    assert str(refused.value) == f"{name!r} is not a setting {level}: {place}"
+    with pytest.raises(UserError) as refused:
+        read_config(Nested, "prog", [argument, "2"])
+    assert str(refused.value) == f"unrecognized arguments: {argument} 2 ({place})"
+
+
+def test_an_unknown_setting_in_a_commands_file(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: organism\nsiet: resid_post.1\n")
+    said = failed(capsys, "attribute", "--config", str(tmp_path / "config.yaml"))
+    assert "'siet' is not a setting at the top level: did you mean --site" in said

@@ -143,6 +143,8 @@ def test_text_that_is_too_short(model, tmp_path):
         (["nowhere.yaml"], "no config file 'nowhere.yaml'"),
         (["--nonsense", "3"], "nonsense"),
         (["--sae.nonsense", "3"], "nonsense"),
+        (["--dead_after", "3"], "belongs under 'sae', --sae.dead_after on"),
+        (["misplaced.yaml"], "'dead_after' is not a setting at the top level: it belongs under 'sae', --sae.dead_after"),
         (["--tokens", "many"], "tokens"),
         (["--sae.k", "0"], "sae.k is 0: use a number above 0"),
         (["--sae.k", "9", "--sae.d_sae", "8"], "sae.k is 9, but the dictionary has 8 latents"),
@@ -171,6 +173,7 @@ def test_command_line_refusals(tmp_path, monkeypatch, capsys, arguments, message
     monkeypatch.chdir(tmp_path)
     files = {"a.pickle": "x", "empty.jsonl": "", "broken.jsonl": "{'text", "blank.jsonl": '{"text": " "}\n'}
     files |= {"numbers.jsonl": '{"text": 3}\n', "good.jsonl": '{"text": "one two"}\n{"text": "three four"}\n'}
+    files["misplaced.yaml"] = "data: good.jsonl\ndead_after: 3\n"
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert main(arguments) == 2

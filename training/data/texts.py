@@ -130,6 +130,7 @@ def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[A
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says what its log would repeat
     path = Path(data).expanduser()
     files: list[Path] = []
     options: dict[str, Any] = {"split": split, "streaming": streaming}
