@@ -144,7 +144,7 @@ def test_text_that_is_too_short(model, tmp_path):
         (["--nonsense", "3"], "nonsense"),
         (["--sae.nonsense", "3"], "nonsense"),
         (["--dead_after", "3"], "belongs under 'sae', --sae.dead_after on"),
-        (["misplaced.yaml"], "'dead_after' is not a setting at the top level: it belongs under 'sae', --sae.dead_after"),
+        (["misplaced.yaml"], "'dead_after' is not a setting at the top level: it belongs under 'sae'"),
         (["--tokens", "many"], "tokens"),
         (["--sae.k", "0"], "sae.k is 0: use a number above 0"),
         (["--sae.k", "9", "--sae.d_sae", "8"], "sae.k is 9, but the dictionary has 8 latents"),
