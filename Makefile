@@ -80,13 +80,9 @@ bench-generation: $(STAMP)  ## time generation under a splice beside the bare mo
 	@$(PIP) -e '.[bench]' $(OR_SHOW)
 	@$(BIN)/python -m experiments.benchmarks.generation --out runs/bench-generation
 
-# Every module by name: the package's own __all__ names what users import, and not where concepts are explained.
-MODULES = saepatch training
-
-docs: $(STAMP)  ## every concept's documentation, from the docstrings, into docs/index.html
-	@rm -rf docs
-	@$(BIN)/python -W error::UserWarning -m pdoc --docformat google --output-directory docs $(MODULES)
-	@echo "Documentation: docs/index.html"
+docs: $(STAMP)  ## the documentation in docs/ with the reference from the docstrings, as a site in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Documentation: site/index.html"
 
 picture: $(STAMP)  ## the README's picture, from the report of `make demo`
 	@$(BIN)/python -m experiments.picture --run $(OUT)
@@ -101,5 +97,5 @@ constraints: $(STAMP)  ## rewrite constraints.txt from what .venv holds (run it 
 	touch $(STAMP)
 
 clean:  ## remove the environment, caches and builds; keeps runs/
-	rm -rf $(VENV) build dist docs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

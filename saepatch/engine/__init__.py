@@ -2,3 +2,5 @@
 
 May import splicing and below.
 """
+
+from saepatch.engine import metrics as metrics  # `saepatch.metrics`: a public name has to be an attribute of its room

@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 from saepatch.errors import UserError
+from saepatch.organism import tasks as tasks  # a public name of saepatch
 
 TEXTS = "held_out.json"  # in the folder of the SAEs
 FOLDERS = {"organism": "model", "organism-base": "base", "saes": "saes", "shared": "shared"}

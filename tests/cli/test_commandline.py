@@ -145,15 +145,6 @@ def test_help_and_import_load_neither_torch_nor_the_sae_library():
     assert done.stdout.strip() == "[]"
 
 
-def test_public_names_exist():
-    import saepatch
-
-    for name in saepatch.__all__:
-        assert getattr(saepatch, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
-        _ = saepatch.nosuch
-
-
 def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
     other = tmp_path / "training.yaml"
     other.write_text("sae: {k: 4}\n")
