@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from random import Random
 
-from experiments.pairs.study import Framed, Question, StudyConfig, fitting, run
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.model.language_model import LanguageModel
+
+from .pairs.study import Framed, Question, StudyConfig, fitting, run
 
 # Every other noun is of the report split.
 NOUNS = (

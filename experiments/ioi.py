@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from random import Random
 
-from experiments.pairs.study import Framed, Question, StudyConfig, fitting, run
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.model.language_model import LanguageModel
+
+from .pairs.study import Framed, Question, StudyConfig, fitting, run
 
 # After Wang et al. 2022 (https://arxiv.org/abs/2211.00593). Of names, places and objects every other one is of the
 # report split; all are single tokens to GPT-2.

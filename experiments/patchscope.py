@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.common.tracked import show
 from saepatch.cli.parser import run_config
 from saepatch.demo.concepts import WORDS, organism_concepts
 from saepatch.dictionaries.dictionary import Dictionary
@@ -37,6 +36,8 @@ from saepatch.report import Block, Facts, Page, Section, Table, write_page
 from saepatch.steering.choosing import first_alive
 from saepatch.steering.contrasts import contrast, direction_dictionary
 from saepatch.tracking.open import read_spec
+
+from .common.tracked import show
 
 X = "Lucy"  # the placeholder: one token
 PROMPTS = (

@@ -21,24 +21,6 @@ from typing import Any
 
 import torch
 
-from experiments.common.tracked import show
-from experiments.restoration.curves import Choice, Curve, choose, dense, measure, neurons, rank
-from experiments.restoration.guards import Guards, guards
-from experiments.restoration.page import printed, write
-from experiments.restoration.probes import (
-    Depth,
-    HeldOut,
-    Layer,
-    Utility,
-    by_kind,
-    depths,
-    extended,
-    held_out,
-    layers,
-    utility,
-)
-from experiments.restoration.runs import Answered, Runs
-from experiments.restoration.settings import Setting, two_models, two_prompts
 from saepatch import organism
 from saepatch.cli.parser import run_config
 from saepatch.dictionaries.loading import load_saes
@@ -53,6 +35,25 @@ from saepatch.restoration.restore import assistant_header, first_tokens, restore
 from saepatch.runs.progress import stoppable
 from saepatch.splicing.donors import OtherModel
 from saepatch.tracking.open import read_spec
+
+from .common.tracked import show
+from .restoration.curves import Choice, Curve, choose, dense, measure, neurons, rank
+from .restoration.guards import Guards, guards
+from .restoration.page import printed, write
+from .restoration.probes import (
+    Depth,
+    HeldOut,
+    Layer,
+    Utility,
+    by_kind,
+    depths,
+    extended,
+    held_out,
+    layers,
+    utility,
+)
+from .restoration.runs import Answered, Runs
+from .restoration.settings import Setting, two_models, two_prompts
 
 log = logging.getLogger("experiments.safety")  # by name: run as a module, this file is `__main__`
 

@@ -11,10 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from saepatch.cli.parser import read_config, run_config
 from saepatch.errors import UserError
-from training.config import TrainingConfig
+
+from .config import TrainingConfig
 
 if TYPE_CHECKING:
-    from training.loop.sweep import Swept
+    from .loop.sweep import Swept
 
 PROG = "python -m training"
 COLUMNS = ("ce_recovered", "ce_recovered_mean", "kl", "fvu", "l0", "alive_share", "dense_share", "identity_error")
@@ -37,10 +38,11 @@ def run(config: TrainingConfig) -> None:
         return
     from saepatch.model.loading import load_model, usable_device
     from saepatch.records.files import check_writable
-    from training.data.texts import texts
-    from training.loop.sweep import points, run_sweep
-    from training.loop.trainer import train_saes
-    from training.ranks import joined
+
+    from .data.texts import texts
+    from .loop.sweep import points, run_sweep
+    from .loop.trainer import train_saes
+    from .ranks import joined
 
     points(config)  # so that a field that does not exist is said before anything is loaded
     check_writable(config.out)
@@ -94,8 +96,8 @@ def own_device(device: str) -> str:
 
 def show_plan(config: TrainingConfig) -> None:
     """Print what the run would take; of a sweep, which runs there are, and what the first of this shard takes."""
-    from training.loop.plan import plan
-    from training.loop.sweep import points, share
+    from .loop.plan import plan
+    from .loop.sweep import points, share
 
     mine = share(points(config), config.shard)
     if config.sweep:
@@ -113,7 +115,7 @@ def show_sweep(swept: "Swept", config: TrainingConfig) -> None:
     Raises:
         UserError: one that ran here failed.
     """
-    from training.loop.sweep import SUMMARY, table
+    from .loop.sweep import SUMMARY, table
 
     print("\n".join(table(swept.runs, COLUMNS)))
     print(

@@ -27,9 +27,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from experiments.benchmarks.cases import VOCABULARIES, Size, Subject, make_subject
-from experiments.benchmarks.patching import LIBRARIES, Clock, _version, clock_of
-from experiments.benchmarks.peers import missing
 from saepatch.cli.parser import run_config
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import adopt
@@ -41,6 +38,10 @@ from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import versions
 from saepatch.splicing.interventions import Clamp, Steer
 from saepatch.splicing.splice import splice
+
+from .cases import VOCABULARIES, Size, Subject, make_subject
+from .patching import LIBRARIES, Clock, _version, clock_of
+from .peers import missing
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks.cases import Case, Size, Subject, make_case, make_subject
-from experiments.benchmarks.peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
 from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
 from saepatch.model.loading import usable_device
 from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import versions
+
+from .cases import Case, Size, Subject, make_case, make_subject
+from .peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 

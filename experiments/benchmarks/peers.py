@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.cases import Case
 from saepatch.engine.metrics import logit_difference
 from saepatch.measure.patching import patch_edits
+
+from .cases import Case
 
 # Runs some of the case's edits, named by their index, and gives the metric of each.
 Runner = Callable[[Sequence[int]], list[float]]

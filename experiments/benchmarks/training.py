@@ -33,7 +33,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.benchmarks.trainers import (
+from saepatch.cli.parser import run_config
+from saepatch.errors import UserError
+from saepatch.records.files import check_writable, output_folder, write_json
+from saepatch.records.provenance import versions
+from training.config import Architecture
+
+from .trainers import (
     OURS,
     SAE_LENS,
     SIDES,
@@ -46,11 +52,6 @@ from experiments.benchmarks.trainers import (
     settled_weights,
     start_weights,
 )
-from saepatch.cli.parser import run_config
-from saepatch.errors import UserError
-from saepatch.records.files import check_writable, output_folder, write_json
-from saepatch.records.provenance import versions
-from training.config import Architecture
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 

@@ -10,9 +10,9 @@ from saepatch.report import Page
 from saepatch.tracking.open import open_tracker
 
 if TYPE_CHECKING:
-    from experiments.patchscope import PatchscopeConfig
-    from experiments.safety import SafetyConfig
-    from experiments.steering.question import SteeringConfig
+    from ..patchscope import PatchscopeConfig
+    from ..safety import SafetyConfig
+    from ..steering.question import SteeringConfig
 
 
 def show(

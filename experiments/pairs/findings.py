@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from experiments.pairs.stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, Kind, RankedSite
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Direction, Edit
 from saepatch.measure.curves import Curve
@@ -12,8 +11,10 @@ from saepatch.measure.effects import CONTROLS, Effects, describe
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean
 
+from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, Kind, RankedSite
+
 if TYPE_CHECKING:
-    from experiments.pairs.study import Question, StudyConfig
+    from .study import Question, StudyConfig
 
 NAMES: Mapping[Direction, str] = {"denoise": "denoising", "noise": "noising"}
 NO_HEADS = "No map of attention heads: the family of {model} does not offer the heads' outputs (stream `z`)."

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pairs.findings import AGREEMENT, NAMES, NO_HEADS, Found, largest, latent_rows, said, unsure, verdict
-from experiments.pairs.stages import CHOOSE_BY, DENSE, DIRECTIONS, Both
 from saepatch.measure.attribution import Attribution
 from saepatch.measure.effects import Map, describe
 from saepatch.pages.charts import (
@@ -25,6 +23,9 @@ from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import Row, write_rows
 from saepatch.records.statistics import Interval
 from saepatch.report import KEPT, Chart, Facts, Page, Section, Table, keep_page, write_figure, write_page
+
+from .findings import AGREEMENT, NAMES, NO_HEADS, Found, largest, latent_rows, said, unsure, verdict
+from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Both
 
 
 def write(found: Found, out: Path) -> Page:

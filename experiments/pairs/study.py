@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 
-from experiments.pairs import stages
-from experiments.pairs.findings import Found, printed, unsure
-from experiments.pairs.page import write
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair, pairs_of
 from saepatch.dictionaries.dictionary import Dictionary
@@ -31,6 +28,10 @@ from saepatch.organism import tasks
 from saepatch.pages import track_page
 from saepatch.records.files import check_writable, output_folder
 from saepatch.tracking.open import open_tracker, read_spec
+
+from . import stages
+from .findings import Found, printed, unsure
+from .page import write
 
 log = logging.getLogger(__name__)
 

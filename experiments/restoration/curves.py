@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy import ndarray
 
-from experiments.restoration.runs import Answered, Dictionaries, Latents, Runs
-from experiments.restoration.settings import Asked, Setting
 from saepatch.dictionaries.bases import directions_of, units_of
 from saepatch.errors import UserError
 from saepatch.measure.controls import control_sets
@@ -17,6 +15,9 @@ from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.restoration.ranking import Ranking, SafetyLatents, find_safety_latents
 from saepatch.splicing.donors import CleanPrompts, OtherModel
+
+from .runs import Answered, Dictionaries, Latents, Runs
+from .settings import Asked, Setting
 
 log = logging.getLogger("experiments.safety")
 

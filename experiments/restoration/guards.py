@@ -11,10 +11,6 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from experiments.restoration.curves import share_of
-from experiments.restoration.probes import Utility, utility
-from experiments.restoration.runs import Dictionaries, Latents, Runs
-from experiments.restoration.settings import Asked, Setting, harmless_in_every_framing
 from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
@@ -22,6 +18,11 @@ from saepatch.records.statistics import Interval, wilson_share
 from saepatch.restoration.restore import restorations
 from saepatch.splicing.donors import CleanMeans, Donor
 from saepatch.splicing.splice import splice
+
+from .curves import share_of
+from .probes import Utility, utility
+from .runs import Dictionaries, Latents, Runs
+from .settings import Asked, Setting, harmless_in_every_framing
 
 READ = (1, 4, 16, 64)  # numbers of latents that detectors read
 READINGS = ("last", "largest")  # where: at the last prompt position, or anywhere in the prompt

@@ -6,10 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.pairs.findings import text_table
-from experiments.restoration.curves import SHARE_LIMIT, Curve, share_of
-from experiments.restoration.guards import FALSE_ALARMS
-from experiments.restoration.summary import acceptance, few, percent, spoken, summary, verdict
 from saepatch.pages.charts import band, cell
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance
@@ -32,8 +28,13 @@ from saepatch.report import (
     write_page,
 )
 
+from ..pairs.findings import text_table
+from .curves import SHARE_LIMIT, Curve, share_of
+from .guards import FALSE_ALARMS
+from .summary import acceptance, few, percent, spoken, summary, verdict
+
 if TYPE_CHECKING:
-    from experiments.safety import Found, Result
+    from ..safety import Found, Result
 
 WILSON = "Intervals: 95 % Wilson score over prompts."
 

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.restoration.curves import ENOUGH, choose, rank, share_of
-from experiments.restoration.runs import Answered, Latents, Runs
-from experiments.restoration.settings import Asked, Setting
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.restoration.restore import answer_log_probs, restorations
 from saepatch.splicing.donors import Donor
 from saepatch.splicing.splice import splice
+
+from .curves import ENOUGH, choose, rank, share_of
+from .runs import Answered, Latents, Runs
+from .settings import Asked, Setting
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Bool
 from numpy import ndarray
 
-from experiments.restoration.settings import Asked, Setting
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.metrics import refusal_log_odds
 from saepatch.model.language_model import LanguageModel
@@ -24,6 +23,8 @@ from saepatch.restoration.restore import Outcome, judge, restorations
 from saepatch.runs.parts import refuse_if_other
 from saepatch.splicing.donors import Donor
 from saepatch.splicing.splice import splice
+
+from .settings import Asked, Setting
 
 log = logging.getLogger("experiments.safety")
 

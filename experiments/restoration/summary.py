@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.restoration.curves import ENOUGH, SHARE_LIMIT, Curve, Point, share_of, within
-from experiments.restoration.settings import spliced_sites
 from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval
 
+from .curves import ENOUGH, SHARE_LIMIT, Curve, Point, share_of, within
+from .settings import spliced_sites
+
 if TYPE_CHECKING:
-    from experiments.safety import Found, Result
+    from ..safety import Found, Result
 
 RISE = 0.02  # of harmless refusals that is accepted
 

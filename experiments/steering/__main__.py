@@ -2,8 +2,9 @@
 
 import sys
 
-from experiments.steering.question import SteeringConfig, main
 from saepatch.cli.parser import run_config
+
+from .question import SteeringConfig, main
 
 sys.exit(
     run_config(

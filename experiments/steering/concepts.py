@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.pronouns import BOYS, GIRLS, TEMPLATES
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.steering.contrasts import Concept
 from saepatch.steering.degenerate import is_degenerate
+
+from ..pronouns import BOYS, GIRLS, TEMPLATES
 
 SHE = ("she", "her", "hers", "herself", "girl", "mom", "mommy")
 HE = ("he", "him", "his", "himself", "boy", "dad", "daddy")

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.steering.stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
 from saepatch.model.language_model import LanguageModel
 from saepatch.pages.charts import cell
 from saepatch.records.files import write_json, write_yaml
@@ -28,8 +27,10 @@ from saepatch.report import (
     write_page,
 )
 
+from .stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
+
 if TYPE_CHECKING:
-    from experiments.steering.question import Found, SteeringConfig
+    from .question import Found, SteeringConfig
 
 SHARES = "Intervals: 95 % Wilson score over prompts."
 METRICS = ("success", "degenerate", "perplexity", "kl", "distinct_1", "distinct_2", "repetition")

@@ -23,12 +23,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments.common.cells import Cells
-from experiments.common.tracked import show
-from experiments.pairs.study import StudyConfig, load
-from experiments.steering import concepts
-from experiments.steering.page import printed, write
-from experiments.steering.stages import Bench, KnownDictionary, Point, choose_order, choose_site, dense, random_way, top
 from saepatch.data.texts import load_texts
 from saepatch.demo.concepts import organism_concepts
 from saepatch.dictionaries.dictionary import Dictionary
@@ -41,6 +35,13 @@ from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.steering.contrasts import Concept
 from saepatch.tracking.open import read_spec
+
+from ..common.cells import Cells
+from ..common.tracked import show
+from ..pairs.study import StudyConfig, load
+from . import concepts
+from .page import printed, write
+from .stages import Bench, KnownDictionary, Point, choose_order, choose_site, dense, random_way, top
 
 log = logging.getLogger(__name__)
 

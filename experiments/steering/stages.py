@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from experiments.common.cells import Cells
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.baselines import difference_of_means
@@ -25,6 +24,8 @@ from saepatch.steering.choosing import attribution_contrast, auroc_contrast, fir
 from saepatch.steering.contrasts import Concept, contrast, direction_dictionary, equal_norm_steer, generate_steered
 from saepatch.steering.degenerate import is_degenerate
 from saepatch.steering.fluency import continuation_kl, distinct, repetition
+
+from ..common.cells import Cells
 
 CANDIDATES = 40  # latents whose output scores are measured
 NEUTRAL = 4  # prompts that they are measured on

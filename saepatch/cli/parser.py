@@ -92,7 +92,7 @@ def run_commands(
 
 
 COMPLETION = 'Completion in a shell: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'
-LOGGERS = ("saepatch", "training", "experiments")
+LOGGERS = ("saepatch", "training", "experiments", "saepatch_training", "saepatch_experiments")  # in a clone; installed
 
 
 def _json(facts: Mapping[str, Any]) -> str:

@@ -16,12 +16,13 @@ from saepatch.errors import UserError
 from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
-from training.config import TrainingConfig
-from training.data.cache import RoundCache, cache_key, model_facts
-from training.data.prefetch import ahead, go_on
-from training.data.rows import Body, bos_before, cut, text_positions, token_batches, tokenised
-from training.data.texts import Streamed, fingerprint, in_order, mixed_seed
-from training.ranks import ALONE, Ranks
+
+from ..config import TrainingConfig
+from ..ranks import ALONE, Ranks
+from .cache import RoundCache, cache_key, model_facts
+from .prefetch import ahead, go_on
+from .rows import Body, bos_before, cut, text_positions, token_batches, tokenised
+from .texts import Streamed, fingerprint, in_order, mixed_seed
 
 log = logging.getLogger(__name__)
 

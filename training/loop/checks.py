@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from training.config import TrainingConfig
-from training.ranks import ALONE, Ranks
+
+from ..config import TrainingConfig
+from ..ranks import ALONE, Ranks
 
 
 def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingConfig, ranks: Ranks = ALONE) -> None:

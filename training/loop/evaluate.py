@@ -12,7 +12,8 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics, SpliceQuality, splice_qualities
 from saepatch.model.language_model import LanguageModel, Tokens
-from training.data.rows import rows
+
+from ..data.rows import rows
 
 DENSE = 0.1  # a latent active at more than this share of positions tells little about any of them
 ALIKE = 0.9  # two latents whose directions have a cosine above this are nearly one

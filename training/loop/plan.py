@@ -17,9 +17,10 @@ from saepatch.model.families import layout_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
-from training.config import TrainingConfig
-from training.loop.evaluate import ELEMENTS
-from training.loop.trainer import FIRST_TOKENS
+
+from ..config import TrainingConfig
+from .evaluate import ELEMENTS
+from .trainer import FIRST_TOKENS
 
 _EVALUATED_RUNS = 3  # of the model, whose logits or latents of held-out text are there at a time
 _SAMPLED = 200  # documents that are tokenised to tell how many tokens there are
@@ -129,7 +130,7 @@ def plan(config: TrainingConfig) -> Plan:
     Raises:
         UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.
     """
-    from training.loop.checks import check_also, check_model
+    from .checks import check_also, check_model
 
     model = skeleton(config.model, config.dtype)
     sites = config.sites_of(model.n_layers)
@@ -336,7 +337,7 @@ def _epochs(config: TrainingConfig, described: Any) -> float | None:
         return None
     from transformers import AutoTokenizer
 
-    from training.data.texts import texts
+    from ..data.texts import texts
 
     documents = texts(config.data, config.text_column)
     try:

@@ -17,8 +17,9 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
-from training.config import TrainingConfig
-from training.loop import checkpoints
+
+from ..config import TrainingConfig
+from . import checkpoints
 
 SUMMARY = "summary.json"
 REMEDY = "use what it began with, another --out, or --overwrite true without --resume"

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from saepatch.cli.parser import read_config
 from saepatch.errors import UserError
-from training.config import TrainingConfig
-from training.data.texts import Streamed, as_documents
-from training.ranks import ALONE, Ranks
+
+from ..config import TrainingConfig
+from ..data.texts import Streamed, as_documents
+from ..ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from saepatch.model.language_model import LanguageModel
@@ -143,9 +144,9 @@ def run_sweep(
     Raises:
         UserError: a point of the sweep cannot be run, seen before the first one is.
     """
-    from training.loop import saving
-    from training.loop.checks import check_also, check_model
-    from training.loop.trainer import train_saes
+    from . import saving
+    from .checks import check_also, check_model
+    from .trainer import train_saes
 
     every = points(config)
     mine = share(every, config.shard)
@@ -190,8 +191,8 @@ def _write(every: Sequence[Point], n_layers: int, config: TrainingConfig) -> lis
 
 
 def _finished(every: Sequence[Point], n_layers: int) -> list[dict[str, Any]]:
-    from training.loop import saving
-    from training.loop.trainer import settings
+    from . import saving
+    from .trainer import settings
 
     runs = []
     for point in every:

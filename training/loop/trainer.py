@@ -17,17 +17,18 @@ from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
 from saepatch.tracking.open import Tracker, open_tracker
-from training.config import TrainingConfig
-from training.data.activations import ActivationStream, Batch, Position
-from training.data.texts import Streamed, as_documents, split
-from training.loop import checkpoints, saving
-from training.loop.checkpoints import Checkpoint
-from training.loop.checks import check_also, check_model
-from training.loop.evaluate import evaluate_all, held_out_tokens
-from training.loop.progress import Asked, Progress, deferred_signals
-from training.ranks import ALONE, Ranks
-from training.steps.finetune import finetune
-from training.steps.learner import Learner, reconstruction, schedule
+
+from ..config import TrainingConfig
+from ..data.activations import ActivationStream, Batch, Position
+from ..data.texts import Streamed, as_documents, split
+from ..ranks import ALONE, Ranks
+from ..steps.finetune import finetune
+from ..steps.learner import Learner, reconstruction, schedule
+from . import checkpoints, saving
+from .checkpoints import Checkpoint
+from .checks import check_also, check_model
+from .evaluate import evaluate_all, held_out_tokens
+from .progress import Asked, Progress, deferred_signals
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ import sys
 from jsonargparse import auto_cli
 
 from saepatch.errors import UserError
-from training.organism.maker import OrganismConfig, main
+
+from .maker import OrganismConfig, main
 
 try:
     sys.exit(main(auto_cli(OrganismConfig, as_positional=False)))

@@ -34,7 +34,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 import saepatch.organism
 from saepatch.errors import UserError
 from saepatch.organism import checks, world
-from training.organism import corpus
+
+from . import corpus
 
 CONTEXT = 256
 ROW = 96  # tokens of a short row
@@ -248,8 +249,9 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: P
     from dataclasses import replace
 
     from saepatch.model.loading import load_model
-    from training.config import SAEConfig, TrainingConfig
-    from training.loop.trainer import train_saes
+
+    from ..config import SAEConfig, TrainingConfig
+    from ..loop.trainer import train_saes
 
     texts = list(islice(corpus.documents(corpus.ALIGNED, config.seed + 2), 100_000))
     settings = TrainingConfig(

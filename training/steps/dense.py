@@ -20,10 +20,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from training.config import SAEConfig
-from training.ranks import Ranks
-from training.steps.selection import Encoder, ordered, product, product_dtype
-from training.steps.step import Moment, Step, StepFunction, Weights
+from ..config import SAEConfig
+from ..ranks import Ranks
+from .selection import Encoder, ordered, product, product_dtype
+from .step import Moment, Step, StepFunction, Weights
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

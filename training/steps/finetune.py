@@ -11,8 +11,9 @@ from saepatch.engine.whole_pass import WholePass, can_skip, edited_logits, whole
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
-from training.config import TrainingConfig
-from training.ranks import ALONE, Ranks
+
+from ..config import TrainingConfig
+from ..ranks import ALONE, Ranks
 
 _LOGITS_AT_ONCE = 2**27  # elements; the graph of one pass from the site on holds a few times as many
 

@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.errors import UserError
-from training.config import SAEConfig, TrainingConfig
-from training.ranks import ALONE, Ranks
-from training.steps import dense, sparse
-from training.steps.step import Moment, Step, StepFunction, Weights
+
+from ..config import SAEConfig, TrainingConfig
+from ..ranks import ALONE, Ranks
+from . import dense, sparse
+from .step import Moment, Step, StepFunction, Weights
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from training.config import SAEConfig
-from training.ranks import Ranks
-from training.steps.step import Weights, bfloat16_works
+from ..config import SAEConfig
+from ..ranks import Ranks
+from .step import Weights, bfloat16_works
 
 # A chunk's pre-activations should stay in the cache for the selection that follows; a GPU wants large products.
 CHUNK_BYTES = {"cpu": 2**24}

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from training.config import SAEConfig
-from training.ranks import Ranks
-from training.steps.selection import (
+from ..config import SAEConfig
+from ..ranks import Ranks
+from .selection import (
     Encoder,
     Entries,
     largest,
@@ -29,7 +29,7 @@ from training.steps.selection import (
     select_batch,
     select_rows,
 )
-from training.steps.step import Moment, Step, Weights
+from .step import Moment, Step, Weights
 
 
 def topk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from training.config import SAEConfig
-from training.ranks import Ranks
+from ..config import SAEConfig
+from ..ranks import Ranks
 
 Weights = dict[str, Tensor]
 
