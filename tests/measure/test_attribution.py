@@ -231,7 +231,8 @@ def test_prompts_aligned_from_the_right(family):
     unequal = [PromptPair("a cat sat", "the horse sat", "x", "y"), PromptPair("abcdef", "abc", "x", "y")]
     found, _, exact = all_exact(model, dictionary, unequal, align="right")
     assert (found.position < 0).all()
-    assert np.count_nonzero(exact) > 0.9 * len(exact)
+    near = found.position[found.verified.index] >= -4  # all that one block sees through a sliding window of 4
+    assert np.count_nonzero(exact[near]) > 0.9 * near.sum()
     swept = patch_latents(model, dictionary, unequal, each_position=True, align="right")
     ran = {
         (int(p), *swept.edits[e].units, swept.edits[e].position) for p, e in zip(*np.nonzero(swept.ran), strict=True)

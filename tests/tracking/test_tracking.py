@@ -362,7 +362,7 @@ def test_the_interpreter_exits_though_wandbs_service_hangs(tmp_path, monkeypatch
     """W&B's service is a process of its own: stopped, it answers nothing, and W&B would wait for it at exit."""
     code = """
 import os, pathlib, signal, sys
-from saepatch import tracking
+from saepatch.tracking import open as tracking
 tracking.FINISH_TIMEOUT = 0.5
 with tracking.open_tracker("wandb:offline", pathlib.Path(sys.argv[1]), run="r", config={}) as tracker:
     assert tracker.sync_command

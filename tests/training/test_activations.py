@@ -573,9 +573,9 @@ from safetensors.torch import save_file
 from runs_of_training import documents, small
 from tiny import tiny_model
 from saepatch.errors import UserError
-from saepatch.sites import Site
-from training import activations
-from training.activations import ActivationStream
+from saepatch.model.sites import Site
+from training.data import activations
+from training.data.activations import ActivationStream
 from training.ranks import Ranks
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])

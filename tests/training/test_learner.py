@@ -10,6 +10,7 @@ from tiny import tiny_model
 import saepatch as sp
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
+from saepatch.model.hooks import capture, edit_sites
 from saepatch.model.sites import Site
 from training.config import SAEConfig, TrainingConfig
 from training.steps.learner import DESIGNS, Learner, geometric_median, reconstruction, schedule
@@ -57,7 +58,7 @@ def test_saved_is_what_was_trained(architecture, tmp_path):
 
     model = tiny_model()
     tokens = model.pad([model.encode(text) for text in ("a cat sat here", "two dogs")])
-    x = sp.hooks.capture(model.hf, model.layout, [Site(1)], model.inputs(tokens))[Site(1)]
+    x = capture(model.hf, model.layout, [Site(1)], model.inputs(tokens))[Site(1)]
     seen = x.flatten(0, 1)[torch.arange(640) % x[..., 0].numel()]
     learner = train(
         settings(architecture), seen + 0.1 * torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
@@ -80,9 +81,7 @@ def test_saved_is_what_was_trained(architecture, tmp_path):
     torch.testing.assert_close(theirs.W_dec.norm(dim=-1), torch.ones(D_SAE))
     with sp.splice(model, dictionary, error="drop"):
         spliced = model.logits(tokens)
-    with sp.hooks.edit_sites(
-        model.layout, {Site(1): lambda value: torch.where(tokens.ordinary[..., None], ours, value)}
-    ):
+    with edit_sites(model.layout, {Site(1): lambda value: torch.where(tokens.ordinary[..., None], ours, value)}):
         written = model.logits(tokens)
     torch.testing.assert_close(spliced[tokens.ordinary], written[tokens.ordinary], atol=1e-4, rtol=1e-4)
 

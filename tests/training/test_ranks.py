@@ -30,7 +30,7 @@ from runs_of_training import documents, small
 from test_ranks import CONFIGS
 from tiny import tiny_model
 from training.ranks import joined
-from training.trainer import Run, train_saes
+from training.loop.trainer import Run, train_saes
 
 with joined(torch.device("cpu")) as ranks:
     stop_at, out = int(sys.argv[1]), Path(sys.argv[2])
