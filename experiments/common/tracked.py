@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saepatch.pages.tracked import track_dictionaries, track_page
 from saepatch.report import Page
-from saepatch.tracking.open import open_tracker
+from saepatch.tracking.open import RunDescription, open_tracker
 
 if TYPE_CHECKING:
     from ..patchscope import PatchscopeConfig
@@ -27,7 +27,8 @@ def show(
         summary: Figures, nested as you like: numbers, and intervals as [value, low, high].
     """
     out = Path(config.out)
-    with open_tracker(config.track, out, run=run, config=asdict(config), job_type="experiment") as tracker:
+    about = RunDescription(out, run=run, config=asdict(config), job_type="experiment")
+    with open_tracker(config.track, about) as tracker:
         tracker.summarise(dict(figures(summary)))
         track_page(page, out / "report.html", tracker)
         for sae in dict.fromkeys((config.sae, getattr(config, "shared_sae", config.sae))):

@@ -27,7 +27,7 @@ from saepatch.model.sites import Site
 from saepatch.organism import tasks
 from saepatch.pages import track_page
 from saepatch.records.files import check_writable, output_folder
-from saepatch.tracking.open import open_tracker, read_spec
+from saepatch.tracking.open import RunDescription, open_tracker, read_spec
 
 from . import stages
 from .findings import Found, printed, unsure
@@ -220,7 +220,8 @@ def run(question: Question, config: StudyConfig) -> Found:
     settings = replace(config, prepend_bos=model.prepend_bos)
     found = _measure(question, settings, model, list(saes.values()), select, report, clock)
     out = output_folder(config.out)
-    with open_tracker(config.track, out, run=question.task, config=asdict(settings), job_type="experiment") as tracker:
+    about = RunDescription(out, run=question.task, config=asdict(settings), job_type="experiment")
+    with open_tracker(config.track, about) as tracker:
         track_page(write(found, out), out / "report.html", tracker)
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return found

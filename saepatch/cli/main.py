@@ -91,19 +91,13 @@ def sweep(config: SweepConfig) -> Said:
 
 def merge(config: MergeConfig) -> Said:
     from saepatch.runs.catalogue import read_json
-    from saepatch.tracking.open import open_tracker
+    from saepatch.tracking.open import RunDescription, open_tracker
 
     out = Path(config.out)
     if config.track == "none":
         return _merged(out, None)
-    with open_tracker(
-        config.track,
-        out,
-        run=f"merge-{out.name}",
-        config=asdict(config),
-        job_type="merge",
-        group=out.absolute().parent.name,
-    ) as tracker:
+    about = RunDescription(out, run=f"merge-{out.name}", config=asdict(config), job_type="merge")
+    with open_tracker(config.track, about) as tracker:
         said = _merged(out, tracker)
         tracker.configure(read_json(out / "summary.json")["settings"])
     return said
@@ -302,18 +296,17 @@ def _page_tracker(config: "SteerConfig | LatentConfig", job_type: str) -> "Track
 
     The folder's name is one that no run has: a log that is begun anew takes the place of the one before.
     """
-    from saepatch.tracking.open import open_tracker
+    from saepatch.tracking.open import RunDescription, open_tracker
 
     path = Path(config.html)
-    return open_tracker(
-        config.track,
+    about = RunDescription(
         path.with_name(f"{path.name}.log"),
         run=path.stem,
         config=asdict(config),
-        group=path.absolute().parent.name,
         job_type=job_type,
-        axes={"*": "answers"} if job_type == "steer" else None,
+        axes={"*": "answers"} if job_type == "steer" else {},
     )
+    return open_tracker(config.track, about)
 
 
 def _answer(session: "Session", prompt: str) -> "tuple[Written, Written]":

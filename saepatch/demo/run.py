@@ -30,7 +30,7 @@ from saepatch.records.rows import write_rows
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
 from saepatch.runs.parts import refuse_other_command
 from saepatch.settings.commands import DemoConfig
-from saepatch.tracking.open import Tracker, open_tracker
+from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +74,8 @@ def run_demo(config: DemoConfig) -> Findings:
             if site:
                 _at(saes, site)
     out = output_folder(config.out)
-    with open_tracker(
-        config.track,
-        out,
-        run="demo",
-        config=asdict(config),
-        job_type="demo",
-        axes={"splice/*": "layer"},
-    ) as tracker:
+    about = RunDescription(out, run="demo", config=asdict(config), job_type="demo", axes={"splice/*": "layer"})
+    with open_tracker(config.track, about) as tracker:
         findings = _measure(config, model, saes, clock, tracker)
         tracker.summarise(_headline(findings))
         track_page(_write(findings, out), out / "report.html", tracker)

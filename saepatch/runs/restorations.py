@@ -41,7 +41,7 @@ from saepatch.runs.restored_sets import (
 from saepatch.settings.answering import RestoreConfig
 from saepatch.splicing.donors import CleanMeans, CleanPrompts, Donor, OtherModel
 from saepatch.splicing.splice import splice
-from saepatch.tracking.open import Tracker, open_tracker
+from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -116,17 +116,15 @@ def run_restore(config: RestoreConfig, conclude: Callable[[Plan, Answers, Tracke
 
 
 def _tracker(plan: Plan) -> Tracker:
-    return open_tracker(
-        plan.config.track,
+    about = RunDescription(
         Path(plan.config.out),
         run=f"restore-{Path(plan.config.prompts).stem}",
         config=asdict(plan.config),
-        resume=len(plan.left) < plan.record.parts,
         run_id=known_run(plan.folder),
-        group=Path(plan.config.out).absolute().parent.name,
         job_type="restore",
         axes={"*": "answers"},
     )
+    return open_tracker(plan.config.track, about, resume=len(plan.left) < plan.record.parts)
 
 
 def _judged(plan: Plan) -> list[AnswerRow]:

@@ -60,7 +60,7 @@ from saepatch.runs.parts import (
 from saepatch.runs.progress import Check, Meter, said_once, stoppable
 from saepatch.runs.screens import screen_about, screen_rows
 from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
-from saepatch.tracking.open import Tracker, open_tracker
+from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -226,17 +226,16 @@ def _work(sweep: Sweep, left: Sequence[Part], check: Check, conclude: Conclude |
         log.info("%d of %d parts are there already", done, len(sweep.parts))
     where = Path(config.out) if record.shards == 1 else sweep.folder
     name = f"{config.command}-{sweep.task}"
-    tracker = open_tracker(
-        config.track,
+    about = RunDescription(
         where,
         run=name,
         config=asdict(config),
-        resume=done > 0,
         run_id=known_run(sweep.folder),
         group=Path(config.out).absolute().parent.name,
         job_type=config.command,
         axes={"*": "edits"},
     )
+    tracker = open_tracker(config.track, about, resume=done > 0)
     keep_run(sweep.folder, tracker.run_id)
     with tracker:
         alike = said_once("saepatch.engine.sweep", "saepatch.measure.screen")

@@ -1,4 +1,4 @@
-"""What a run writes its numbers through: the local log always, and guests beside it."""
+"""What a run writes its numbers through: the local log always, and the backends beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from saepatch.errors import UserError
-from saepatch.tracking.backends import Courier, Guest, reason
+from saepatch.tracking.backends import Backend
 from saepatch.tracking.logfiles import (
     ARTIFACTS,
     METRICS,
@@ -25,13 +25,12 @@ from saepatch.tracking.logfiles import (
     plain_values,
     read_summary,
 )
+from saepatch.tracking.sender import BackgroundSender, reason
 
 if TYPE_CHECKING:
     from saepatch.report import Chart
 
 logger = logging.getLogger(__name__)
-
-FINISH_TIMEOUT = 60.0  # seconds; without a limit, a connection lost on the way holds a finished run for ever
 
 
 class Tracker:
@@ -39,7 +38,7 @@ class Tracker:
 
     Attributes:
         out: Folder of the local log.
-        run_id: The guests' id of the run, for a checkpoint to keep; None for a run that never had one.
+        run_id: The backends' id of the run, for a checkpoint to keep; None for a run that never had one.
     """
 
     def __init__(
@@ -47,21 +46,21 @@ class Tracker:
         out: Path,
         lines: TextIO,
         run_id: str | None = None,
-        guests: Mapping[str, Callable[[], Guest]] | None = None,
-        finish_timeout: float = FINISH_TIMEOUT,
+        backends: Mapping[str, Callable[[], Backend]] | None = None,
     ) -> None:
         self.out, self.run_id = out, run_id
         self._lines = lines
         self._last_step = 0
         self._summary = read_summary(out / SUMMARY)
         self._warned: set[str] = set()
-        self._finish_timeout = finish_timeout
-        self._couriers = {name: Courier(start, partial(self._complain, name)) for name, start in (guests or {}).items()}
+        self._senders = {
+            name: BackgroundSender(start, partial(self._complain, name)) for name, start in (backends or {}).items()
+        }
 
     @property
     def sync_command(self) -> str | None:
         """The shell line that uploads what was kept offline; None when there is nothing to upload."""
-        return next(filter(None, (courier.sync_command for courier in self._couriers.values())), None)
+        return next(filter(None, (sender.sync_command for sender in self._senders.values())), None)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Writes one line of metrics.
@@ -76,7 +75,7 @@ class Tracker:
         """
         values = {name: number(value) for name, value in metrics.items()}
         if self._write_line(plain_values(values), step):
-            self._tell("log", lambda guest: guest.log(values, step))
+            self._send("log", lambda backend: backend.log(values, step))
 
     def histogram(self, name: str, counts: Iterable[Any], edges: Iterable[Any], step: int) -> None:
         """Writes a histogram: to ``metrics.jsonl`` a line ``{"step", "time", name: {"counts", "edges"}}``, and to W&B.
@@ -97,7 +96,7 @@ class Tracker:
         if not all(map(math.isfinite, heights + bounds)):
             raise ValueError(f"histogram {name!r} has a count or an edge that is not finite: give finite ones")
         if self._write_line({name: {"counts": heights, "edges": bounds}}, step):
-            self._tell("take a histogram", lambda guest: guest.histogram(name, heights, bounds, step))
+            self._send("take a histogram", lambda backend: backend.histogram(name, heights, bounds, step))
 
     def summarise(self, metrics: Mapping[str, Any]) -> None:
         """Sets headline figures of the run: ``metrics.summary.json``, and W&B's run summary. A later value wins.
@@ -111,7 +110,7 @@ class Tracker:
             fresh = self.out / f"{SUMMARY}.tmp"
             fresh.write_text(json.dumps(self._summary, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
             fresh.replace(self.out / SUMMARY)
-        self._tell("take the summary", lambda guest: guest.summarise(values))
+        self._send("take the summary", lambda backend: backend.summarise(values))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Writes a table to ``tables/NAME.jsonl``, one object a row, and to W&B.
@@ -130,11 +129,11 @@ class Tracker:
         kept = [list(row) for row in rows]  # W&B gets them later, and they are the caller's
         self._write_table(name, columns, kept)
         step = self._last_step
-        self._tell("take a table", lambda guest: guest.table(name, list(columns), kept, step))
+        self._send("take a table", lambda backend: backend.table(name, list(columns), kept, step))
 
     def curve(self, name: str, x: str, xs: Sequence[float], lines: Mapping[str, Sequence[Any]]) -> None:
-        """Writes lines over an axis of their own, as effects over numbers of latents: a local table, and to guests a
-        point at a time, which W&B draws over that axis. Each point is one of W&B's own steps, so that lines logged
+        """Writes lines over an axis of their own, as effects over numbers of latents: a local table, and to backends
+        a point at a time, which W&B draws over that axis. Each point is one of W&B's own steps, so that lines logged
         after a curve may stand at later steps there than `log` was given.
 
         Args:
@@ -153,7 +152,7 @@ class Tracker:
         rows = [[place, *point.values()] for place, point in zip(xs, points)]
         kept = [(place, {key: v for key, v in point.items() if v is not None}) for place, point in zip(xs, points)]
         self._write_table(name, [x, *lines], rows)
-        self._tell("take a curve", lambda guest: guest.curve(name, x, kept))
+        self._send("take a curve", lambda backend: backend.curve(name, x, kept))
 
     def figure(self, name: str, chart: Chart) -> None:
         """Writes a chart: locally as ``figures/NAME.svg``, to W&B as a plotly figure (heat maps) or as SVG.
@@ -168,17 +167,17 @@ class Tracker:
         with self._local(str(path.relative_to(self.out))):
             write_figure(chart, path)
         step = self._last_step
-        self._tell("take a figure", lambda guest: guest.figure(name, chart, step))
+        self._send("take a figure", lambda backend: backend.figure(name, chart, step))
 
     def page(self, name: str, path: Path) -> None:
-        """Shows guests an HTML page that the run wrote, its report."""
+        """Shows backends an HTML page that the run wrote, its report."""
         step = self._last_step
-        self._tell("take a page", lambda guest: guest.page(name, path, step))
+        self._send("take a page", lambda backend: backend.page(name, path, step))
 
     def configure(self, settings: Mapping[str, Any]) -> None:
-        """Adds settings that were not known when the run began to what guests show of it."""
+        """Adds settings that were not known when the run began to what backends show of it."""
         kept = json.loads(json.dumps(dict(settings), default=str))
-        self._tell("take settings", lambda guest: guest.configure(kept))
+        self._send("take settings", lambda backend: backend.configure(kept))
 
     def artifact(self, name: str, folder: Path, upload: bool = False) -> None:
         """Notes a folder that the run made, in ``artifacts.jsonl`` and as an artifact of W&B: its path, size and hash.
@@ -199,15 +198,15 @@ class Tracker:
             row = {"step": self._last_step, "time": round(time.time(), 3), "name": name, **about}
             with (self.out / ARTIFACTS).open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._tell("take an artifact", lambda guest: guest.artifact(name, folder, about, upload))
+            self._send("take an artifact", lambda backend: backend.artifact(name, folder, about, upload))
 
     def finish(self, exit_code: int = 0) -> None:
         """Closes the log and the W&B run, which shows as failed with an exit code other than 0; safe to call twice."""
         with self._local(METRICS):
             self._lines.close()
-        couriers, self._couriers = self._couriers, {}
-        for name, courier in couriers.items():
-            if courier.finish(exit_code, self._finish_timeout) and (command := courier.sync_command):
+        senders, self._senders = self._senders, {}
+        for name, sender in senders.items():
+            if sender.finish(exit_code) and (command := sender.sync_command):
                 logger.info("%s ran offline; to upload the run: %s", name, command)
 
     def __enter__(self) -> Tracker:
@@ -245,15 +244,15 @@ class Tracker:
                     cells = plain_values(dict(zip(columns, row)))
                     lines.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
 
-    def _tell(self, what: str, say: Callable[[Guest], None]) -> None:
-        for courier in self._couriers.values():
-            courier.send(what, say)
+    def _send(self, what: str, call: Callable[[Backend], None]) -> None:
+        for sender in self._senders.values():
+            sender.send(what, call)
 
-    def _complain(self, guest: str, what: str) -> None:
-        self._warn(guest, f"{guest} {what}; the local log in {self.out} goes on")
+    def _complain(self, backend: str, what: str) -> None:
+        self._warn(backend, f"{backend} {what}; the local log in {self.out} goes on")
 
     def _warn(self, about: str, message: str) -> None:
-        """Says it the first time only."""
+        """Warns the first time only."""
         if about not in self._warned:
             self._warned.add(about)
             logger.warning("%s", message)

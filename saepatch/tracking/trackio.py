@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saepatch.tracking.backends import About
+from saepatch.tracking.backends import RunDescription
 
 if TYPE_CHECKING:
     from saepatch.report import Chart
@@ -26,7 +26,7 @@ class TrackioRun:
     """One trackio run; every method may raise whatever trackio raises. It has no run summary and no axes of its own:
     summaries go into the run's last row, and a curve's steps are its points."""
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, about: RunDescription, resumed: bool) -> None:
         with _silent():
             import trackio
 
@@ -37,7 +37,7 @@ class TrackioRun:
                 name=f"{about.run}-{about.run_id}",  # a name is what it knows a run by
                 group=about.group,
                 config={**settings, **({"job_type": about.job_type} if about.job_type else {})},
-                resume="allow" if about.resumed else "never",
+                resume="allow" if resumed else "never",
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from saepatch.errors import UserError
-from saepatch.tracking import backends as guests
 from saepatch.tracking import open as tracking
-from saepatch.tracking.open import open_tracker
+from saepatch.tracking import sender
+from saepatch.tracking import wandb as wandb_backend
+from saepatch.tracking.open import RunDescription, open_tracker
 
 pytestmark = pytest.mark.whole
 
@@ -53,12 +54,12 @@ def history(folder: Path) -> list[dict]:
 
 
 class Visitor:
-    """A guest that remembers what it was told."""
+    """A backend that records its calls."""
 
     sync_command = None
 
     def __init__(self):
-        self.told, self.exit_code, self.left_alone = [], None, 0
+        self.told, self.exit_code, self.abandoned = [], None, 0
 
     def log(self, values, step):
         self.told.append((step, dict(values)))
@@ -79,12 +80,12 @@ class Visitor:
         self.exit_code = exit_code
 
     def abandon(self):
-        self.left_alone += 1
+        self.abandoned += 1
 
 
 def receive(monkeypatch, visitor: Visitor) -> Visitor:
     """Have W&B be this visitor."""
-    monkeypatch.setattr(tracking, "_WandbRun", lambda *args: visitor)
+    monkeypatch.setattr(wandb_backend, "WandbRun", lambda *args: visitor)
     return visitor
 
 
@@ -93,7 +94,7 @@ def warnings(caplog) -> list[str]:
 
 
 def test_local_log_is_on_disk_at_every_line(tmp_path):
-    tracker = open_tracker("none", tmp_path / "run", run="r", config={})
+    tracker = open_tracker("none", RunDescription(tmp_path / "run", "r", {}))
     tracker.log({"loss": torch.tensor(0.5), "n": 3, "acc": np.float32(0.25)}, step=0)
     tracker.log({"loss": float("nan"), "gap": float("-inf")}, step=10)
     first, second = read_lines(tmp_path / "run" / "metrics.jsonl")  # before finish: a kill loses nothing
@@ -107,13 +108,13 @@ def test_local_log_is_on_disk_at_every_line(tmp_path):
 
 def test_resume_appends_and_a_new_run_starts_afresh(tmp_path):
     for resume, steps in ((False, [0]), (True, [0, 1]), (False, [2])):
-        with open_tracker("none", tmp_path, run="r", config={}, resume=resume) as tracker:
+        with open_tracker("none", RunDescription(tmp_path, "r", {}), resume=resume) as tracker:
             tracker.log({"x": 1.0}, step=steps[-1])
         assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == steps
 
 
 def test_summary_and_tables_have_local_twins(tmp_path):
-    with open_tracker("none", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("none", RunDescription(tmp_path, "r", {})) as tracker:
         tracker.summarise({"best": 0.1})
         tracker.summarise({"best": 0.2, "worst": float("inf")})
         tracker.table("steered/before", ["text", "score"], [["über\n", 1], ["b", float("nan")]])
@@ -125,7 +126,7 @@ def test_summary_and_tables_have_local_twins(tmp_path):
 
 
 def test_wrong_calls_are_errors(tmp_path):
-    with open_tracker("none", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("none", RunDescription(tmp_path, "r", {})) as tracker:
         with pytest.raises(ValueError, match="1 cells for 2 columns"):
             tracker.table("t", ["a", "b"], [["x"]])
         with pytest.raises(ValueError, match="'step'"):
@@ -137,7 +138,7 @@ def test_wrong_calls_are_errors(tmp_path):
 @pytest.mark.parametrize("spec", ["", "tensorboard", "wandb:cloud", "wandb:"])
 def test_unknown_spec(spec, tmp_path):
     with pytest.raises(UserError, match="use one of none, wandb") as caught:
-        open_tracker(spec, tmp_path / "run", run="r", config={})
+        open_tracker(spec, RunDescription(tmp_path / "run", "r", {}))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -145,11 +146,11 @@ def test_unknown_spec(spec, tmp_path):
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
-        open_tracker("none", tmp_path / "file" / "run", run="r", config={})
+        open_tracker("none", RunDescription(tmp_path / "file" / "run", "r", {}))
 
 
 def test_full_disk_warns_once_and_the_run_goes_on(tmp_path, caplog):
-    tracker = open_tracker("none", tmp_path, run="r", config={})
+    tracker = open_tracker("none", RunDescription(tmp_path, "r", {}))
     tracker._lines.close()
     tracker._lines = open("/dev/full", "w")  # noqa: SIM115  the tracker closes it
     for step in range(3):
@@ -163,7 +164,10 @@ def test_full_disk_warns_once_and_the_run_goes_on(tmp_path, caplog):
 @pytest.mark.parametrize("spec", ["wandb", "wandb:offline", "wandb:online"])
 def test_without_a_key_wandb_runs_offline(spec, tmp_path, caplog):
     out = tmp_path / "a run"  # the blank must survive the shell
-    with caplog.at_level(logging.INFO), open_tracker(spec, out, run="first", config={"k": {"path": out}}) as tracker:
+    with (
+        caplog.at_level(logging.INFO),
+        open_tracker(spec, RunDescription(out, "first", {"k": {"path": out}})) as tracker,
+    ):
         tracker.table("early", ["a"], [["before the first step"]])
         tracker.log({"loss": 1.0}, step=0)
         tracker.log({"loss": 0.5}, step=100)
@@ -192,7 +196,7 @@ def test_without_a_key_wandb_runs_offline(spec, tmp_path, caplog):
 
 
 def test_an_exception_leaves_both_logs_complete(tmp_path):
-    with pytest.raises(KeyError), open_tracker("wandb:offline", tmp_path, run="r", config={}) as tracker:
+    with pytest.raises(KeyError), open_tracker("wandb:offline", RunDescription(tmp_path, "r", {})) as tracker:
         tracker.log({"loss": 1.0}, step=0)
         raise KeyError("training went wrong")
     assert tracker._lines.closed
@@ -204,8 +208,8 @@ def test_an_exception_leaves_both_logs_complete(tmp_path):
 
 def test_a_server_that_does_not_answer(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 1.0)
-    with open_tracker("wandb:online", tmp_path, run="r", config={}) as tracker:
+    monkeypatch.setattr(wandb_backend, "INIT_TIMEOUT", 1.0)
+    with open_tracker("wandb:online", RunDescription(tmp_path, "r", {})) as tracker:
         tracker.log({"loss": 1.0}, step=0)
     assert len([record for record in caplog.records if "W&B could not start" in record.message]) == 1
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
@@ -219,8 +223,8 @@ def test_an_exploding_wandb_does_not_stop_the_run(broken, tmp_path, monkeypatch,
         calls.append(broken)
         raise RuntimeError("boom\nand a long trace")
 
-    monkeypatch.setattr(tracking._WandbRun, broken, explode)
-    with open_tracker("wandb:offline", tmp_path, run="r", config={}) as tracker:
+    monkeypatch.setattr(wandb_backend.WandbRun, broken, explode)
+    with open_tracker("wandb:offline", RunDescription(tmp_path, "r", {})) as tracker:
         for step in range(3):
             tracker.log({"loss": 1.0}, step=step)
             tracker.summarise({"best": 1.0})
@@ -234,7 +238,7 @@ def test_an_exploding_wandb_does_not_stop_the_run(broken, tmp_path, monkeypatch,
 
 def test_wandb_that_cannot_be_imported(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with open_tracker("wandb", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("wandb", RunDescription(tmp_path, "r", {})) as tracker:
         tracker.log({"loss": 1.0}, step=0)
     assert "W&B could not start" in caplog.text
 
@@ -244,10 +248,10 @@ def test_wandb_stays_unimported_until_asked_for():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_guest_is_told_everything_in_order(tmp_path, monkeypatch):
+def test_a_backend_is_told_everything_in_order(tmp_path, monkeypatch):
     visitor = receive(monkeypatch, Visitor())
     rows = [["x", 1]]
-    with open_tracker("wandb", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("wandb", RunDescription(tmp_path, "r", {})) as tracker:
         for step in range(3000):
             tracker.log({"loss": step / 2}, step=step)
         tracker.table("t", ["a", "b"], rows)
@@ -261,10 +265,10 @@ def test_a_guest_is_told_everything_in_order(tmp_path, monkeypatch):
     assert histogram == (3000, "h", [1, 2], [0.0, 0.5, 1.0])
     assert (name, folder, upload) == ("made", tmp_path, False)
     assert summary == ("summary", {"best": 1.0})
-    assert (visitor.exit_code, visitor.left_alone) == (0, 0)
+    assert (visitor.exit_code, visitor.abandoned) == (0, 0)
 
 
-def test_a_guest_that_hangs_is_left_alone(tmp_path, monkeypatch, caplog):
+def test_a_backend_that_hangs_is_abandoned(tmp_path, monkeypatch, caplog):
     """A run of thousands of lines goes on beside a call that never returns, and closes."""
     release, entered = threading.Event(), threading.Event()
 
@@ -275,13 +279,13 @@ def test_a_guest_that_hangs_is_left_alone(tmp_path, monkeypatch, caplog):
 
     visitor = receive(monkeypatch, Hanging())
     try:
-        with open_tracker("wandb", tmp_path, run="r", config={}) as tracker:
+        with open_tracker("wandb", RunDescription(tmp_path, "r", {})) as tracker:
             tracker.log({"x": 0.0}, step=0)
             assert entered.wait(30)
-            monkeypatch.setattr(guests, "CALL_TIMEOUT", 0.0)
+            monkeypatch.setattr(sender, "CALL_TIMEOUT", 0.0)
             for step in range(1, 2000):
                 tracker.log({"x": 0.0}, step=step)
-        assert visitor.left_alone == 1
+        assert visitor.abandoned == 1
         assert warnings(caplog) == [
             f"W&B has not answered for 0 seconds; the local log in {tmp_path} goes on",
         ]
@@ -310,18 +314,18 @@ def test_finishing_waits_no_longer_than_it_may(hangs, tmp_path, monkeypatch, cap
             release.wait()
         return visitor
 
-    monkeypatch.setattr(tracking, "_WandbRun", start)
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 0.05)
+    monkeypatch.setattr(wandb_backend, "WandbRun", start)
+    monkeypatch.setattr(sender, "FINISH_TIMEOUT", 0.05)
     try:
-        with open_tracker("wandb", tmp_path, run="r", config={}) as tracker:
+        with open_tracker("wandb", RunDescription(tmp_path, "r", {})) as tracker:
             tracker.log({"x": 0.0}, step=0)
         assert warnings(caplog) == [f"W&B did not finish within 0 seconds; the local log in {tmp_path} goes on"]
-        assert visitor.left_alone == (hangs != "start")
+        assert visitor.abandoned == (hangs != "start")
     finally:
         release.set()
 
 
-def test_a_guest_that_falls_behind_is_left_alone(tmp_path, monkeypatch, caplog):
+def test_a_backend_that_falls_behind_is_abandoned(tmp_path, monkeypatch, caplog):
     release, entered = threading.Event(), threading.Event()
 
     class Slow(Visitor):
@@ -330,8 +334,8 @@ def test_a_guest_that_falls_behind_is_left_alone(tmp_path, monkeypatch, caplog):
             release.wait()
 
     visitor = receive(monkeypatch, Slow())
-    monkeypatch.setattr(guests, "WAITING", 10)
-    tracker = open_tracker("wandb", tmp_path, run="r", config={})
+    monkeypatch.setattr(sender, "QUEUE_SIZE", 10)
+    tracker = open_tracker("wandb", RunDescription(tmp_path, "r", {}))
     tracker.log({"x": 0.0}, step=0)
     assert entered.wait(30)
     for step in range(1, 100):
@@ -339,18 +343,18 @@ def test_a_guest_that_falls_behind_is_left_alone(tmp_path, monkeypatch, caplog):
     assert warnings(caplog) == [f"W&B is 10 messages behind; the local log in {tmp_path} goes on"]
     release.set()
     tracker.finish()
-    assert visitor.left_alone == 1
+    assert visitor.abandoned == 1
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 100
 
 
-def test_a_slow_guest_gets_everything(tmp_path, monkeypatch, caplog):
+def test_a_slow_backend_gets_everything(tmp_path, monkeypatch, caplog):
     class Slow(Visitor):
         def log(self, values, step):
             threading.Event().wait(0.005)
             super().log(values, step)
 
     visitor = receive(monkeypatch, Slow())
-    with open_tracker("wandb", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("wandb", RunDescription(tmp_path, "r", {})) as tracker:
         for step in range(50):
             tracker.log({"x": 0.0}, step=step)
     assert [step for step, _ in visitor.told] == list(range(50))
@@ -362,9 +366,10 @@ def test_the_interpreter_exits_though_wandbs_service_hangs(tmp_path, monkeypatch
     """W&B's service is a process of its own: stopped, it answers nothing, and W&B would wait for it at exit."""
     code = """
 import os, pathlib, signal, sys
-from saepatch.tracking import open as tracking
-tracking.FINISH_TIMEOUT = 0.5
-with tracking.open_tracker("wandb:offline", pathlib.Path(sys.argv[1]), run="r", config={}) as tracker:
+from saepatch.tracking import sender
+from saepatch.tracking.open import RunDescription, open_tracker
+sender.FINISH_TIMEOUT = 0.5
+with open_tracker("wandb:offline", RunDescription(pathlib.Path(sys.argv[1]), "r", {})) as tracker:
     assert tracker.sync_command
     tasks = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
     children = {int(pid) for task in tasks for pid in task.read_text().split()}
@@ -388,7 +393,7 @@ with tracking.open_tracker("wandb:offline", pathlib.Path(sys.argv[1]), run="r", 
 
 
 def test_histograms(tmp_path):
-    with open_tracker("wandb:offline", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("wandb:offline", RunDescription(tmp_path, "r", {})) as tracker:
         tracker.log({"loss": 1.0}, step=0)
         tracker.histogram("site/density", np.array([3, 0, 1]), torch.tensor([-2.0, -1.0, -0.5, 0.0]), step=100)
         tracker.log({"loss": 0.5}, step=100)
@@ -418,7 +423,7 @@ def test_versions_and_commit_go_along(tmp_path, monkeypatch):
         subprocess.run(["git", *command], cwd=repository, check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, check=True, capture_output=True, text=True)
     monkeypatch.chdir(repository)
-    with open_tracker("wandb:offline", tmp_path / "out", run="r", config={"lr": 0.1}) as tracker:
+    with open_tracker("wandb:offline", RunDescription(tmp_path / "out", "r", {"lr": 0.1})) as tracker:
         tracker.log({"loss": 1.0}, step=0)
     (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
     config = json.loads(leet(folder, "--summary"))["config"]
@@ -441,7 +446,7 @@ def test_artifacts(upload, tmp_path, caplog):
     (made / "deep").mkdir(parents=True)
     (made / "cfg.json").write_text("{}")
     (made / "deep" / "weights").write_bytes(b"1234")
-    with open_tracker("wandb:offline", tmp_path / "out", run="r", config={}) as tracker:
+    with open_tracker("wandb:offline", RunDescription(tmp_path / "out", "r", {})) as tracker:
         tracker.log({"loss": 1.0}, step=7)
         tracker.artifact("sae/é", made, upload=upload)
         with pytest.raises(UserError, match="no folder"):
@@ -465,15 +470,15 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path):
             tracker.log({"x": step * 0.5}, step=step)
             tracker.histogram("h", [step], [0.0, 1.0], step=step)
 
-    with open_tracker("none", tmp_path / "whole", run="r", config={}) as tracker:
+    with open_tracker("none", RunDescription(tmp_path / "whole", "r", {})) as tracker:
         steps(tracker, range(6))
-    killed = open_tracker("none", tmp_path / "killed", run="r", config={})
+    killed = open_tracker("none", RunDescription(tmp_path / "killed", "r", {}))
     steps(killed, range(4))
     killed.artifact("early", tmp_path / "whole")
     killed._lines.close()
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 4, "ti')
-    with open_tracker("none", tmp_path / "killed", run="r", config={}, resume_from=2) as tracker:
+    with open_tracker("none", RunDescription(tmp_path / "killed", "r", {}), resume_from=2) as tracker:
         steps(tracker, range(3, 6))
     whole, resumed = (
         [{name: value for name, value in row.items() if name != "time"} for row in read_lines(path / "metrics.jsonl")]
@@ -485,24 +490,24 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path):
 
 def test_a_line_cut_short_is_taken_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "x": 1}\nnull\n{"step": 1, "x": 2}\n{"step": 2, "x"')
-    with open_tracker("none", tmp_path, run="r", config={}, resume=True) as tracker:
+    with open_tracker("none", RunDescription(tmp_path, "r", {}), resume=True) as tracker:
         tracker.log({"x": 3}, step=2)
     assert [row["x"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_resumed_run_keeps_its_summary_and_a_new_one_does_not(tmp_path):
     for resume, expected in ((False, {"a": 1}), (True, {"a": 1, "b": 2}), (False, {"b": 2})):
-        with open_tracker("none", tmp_path, run="r", config={}, resume=resume) as tracker:
+        with open_tracker("none", RunDescription(tmp_path, "r", {}), resume=resume) as tracker:
             tracker.summarise({list(expected)[-1]: list(expected.values())[-1]})
         assert json.loads((tmp_path / "metrics.summary.json").read_text()) == expected
 
 
 def test_a_wandb_run_goes_on_under_its_id(tmp_path, caplog):
-    with open_tracker("wandb:offline", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("wandb:offline", RunDescription(tmp_path, "r", {})) as tracker:
         tracker.log({"loss": 1.0}, step=100)
         run_id = tracker.run_id
     assert run_id
-    with open_tracker("wandb:offline", tmp_path, run="r", config={}, resume_from=100, run_id=run_id) as tracker:
+    with open_tracker("wandb:offline", RunDescription(tmp_path, "r", {}, run_id=run_id), resume_from=100) as tracker:
         assert tracker.run_id == run_id
         tracker.log({"loss": 0.5}, step=200)
         command = tracker.sync_command
@@ -513,9 +518,9 @@ def test_a_wandb_run_goes_on_under_its_id(tmp_path, caplog):
         [(200, 0.5)],
     ]
     assert not warnings(caplog)
-    with open_tracker("none", tmp_path, run="r", config={}, run_id=run_id) as tracker:
+    with open_tracker("none", RunDescription(tmp_path, "r", {}, run_id=run_id)) as tracker:
         assert tracker.run_id == run_id  # kept for a later run that has W&B again
-    with open_tracker("none", tmp_path, run="r", config={}) as tracker:
+    with open_tracker("none", RunDescription(tmp_path, "r", {})) as tracker:
         assert tracker.run_id is None
 
 
@@ -542,7 +547,7 @@ def test_a_resumed_online_run_never_goes_back(tmp_path, monkeypatch):
     run = Resumed()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(wandb, "init", lambda **options: run)
-    with open_tracker("wandb:online", tmp_path, run="r", config={}, resume_from=0, run_id="x") as tracker:
+    with open_tracker("wandb:online", RunDescription(tmp_path, "r", {}, run_id="x"), resume_from=0) as tracker:
         tracker.table("t", ["a"], [[1]])
         tracker.curve("c", "k", [1, 2], {"y": [0.1, 0.2]})
         tracker.log({"loss": 0.5}, step=30)

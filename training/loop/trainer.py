@@ -16,7 +16,7 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
-from saepatch.tracking.open import Tracker, open_tracker
+from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 from ..config import TrainingConfig
 from ..data.activations import ActivationStream, Batch, Position
@@ -104,17 +104,16 @@ def train_saes(
     stream.check_evaluated(run.held_out)
     with ExitStack() as stack:
         if ranks.first:
-            opened = open_tracker(
-                config.track,
+            about = RunDescription(
                 out,
                 run=out.name,
                 config=config.to_dict(),
                 run_id=run.run_id,
-                resume_from=run.logged if run.learners else None,
                 job_type="train",
                 axes={"*": "tokens"},
             )
-            run.tracker = stack.enter_context(opened)
+            resume_from = run.logged if run.learners else None
+            run.tracker = stack.enter_context(open_tracker(config.track, about, resume_from=resume_from))
         with deferred_signals() as asked:
             run.asked = asked
             if not (run.fit() and run.finetune()):
