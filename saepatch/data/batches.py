@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.data.pairs import PromptPair
@@ -24,6 +24,7 @@ class PairBatch:
     counter: Int[Tensor, "batch"]
     index: Int[Tensor, "batch"]  # each row's place in the list of pairs it was made from
     where: Bool[Tensor, "batch pos"] | None = None  # positions that were chosen (`splicing.choose_positions`)
+    clean_logits: Float[Tensor, "batch vocab"] | None = None  # of the clean run, for metrics that compare with it
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -39,6 +40,7 @@ class PairBatch:
             self.counter[rows],
             self.index[rows],
             None if self.where is None else self.where[rows],
+            None if self.clean_logits is None else self.clean_logits[rows],
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes
 from saepatch.engine.kept_run import Run, entry
-from saepatch.engine.metrics import Metric, answers_only, checked, metric_name
+from saepatch.engine.metrics import Metric, answers_only, checked, metric_name, needs_clean_logits
 from saepatch.engine.shortcuts import quick_activations
 from saepatch.errors import UserError
 from saepatch.model.hooks import (
@@ -41,7 +41,10 @@ class Readout:
     only: Int[Tensor, "some"] | None = None
 
     @classmethod
-    def of(cls, metric: Metric, part: PairBatch) -> "Readout":
+    def of(cls, metric: Metric, part: PairBatch, model: LanguageModel) -> "Readout":
+        if needs_clean_logits(metric) and part.clean_logits is None:
+            with torch.no_grad():
+                part = replace(part, clean_logits=model.next_logits(part.clean))
         if not answers_only(metric):
             return cls(metric, part)
         only, places = torch.unique(torch.stack([part.answer, part.counter]), return_inverse=True)

@@ -1,6 +1,19 @@
-"""Metrics: functions from next-token logits [batch, vocab] and the batch to one value an example."""
+"""Metrics: functions from next-token logits [batch, vocab] and the batch to one value an example.
 
+Any function of this kind is a metric. One that says what it needs (`DeclaredMetric`) gets it: passes unembed no more
+logits than it reads, and the batch holds the clean run's logits where it compares with them. `METRICS` lists those that
+the command line knows by name.
+"""
+
+import hashlib
+import importlib
+import os
+import sys
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +25,25 @@ from saepatch.errors import UserError
 Metric = Callable[[Float[Tensor, "batch vocab"], PairBatch], Float[Tensor, "batch"]]
 
 
+@dataclass(frozen=True)
+class DeclaredMetric:
+    """A metric with what it needs beside the batch; called like the function that it wraps.
+
+    Attributes:
+        function: The metric.
+        answers_only: Of the logits it reads those of the answer and the counter-answer alone, at `batch.answer` and
+            `batch.counter`: sweeps unembed no others, so the vocabulary that it sees is smaller, and differs by batch.
+        clean_logits: It reads `batch.clean_logits`, the next-token logits of each pair's clean run.
+    """
+
+    function: Metric
+    answers_only: bool = False
+    clean_logits: bool = False
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
+        return self.function(logits, batch)
+
+
 def _precise(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
     return logits.float() if logits.device.type == "mps" else logits.double()  # mps has no float64
 
@@ -20,42 +52,61 @@ def _at(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids[:, None])[:, 0]
 
 
+@partial(DeclaredMetric, answers_only=True)
 def logit_difference(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Logit of the answer minus logit of the counter-answer."""
     logits = _precise(logits)
     return _at(logits, batch.answer) - _at(logits, batch.counter)
 
 
+@DeclaredMetric
 def probability(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Probability of the answer."""
     return _at(_precise(logits).softmax(-1), batch.answer)
 
 
+@DeclaredMetric
 def log_probability(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Log-probability of the answer, in nats."""
     return _at(_precise(logits).log_softmax(-1), batch.answer)
 
 
+@DeclaredMetric
 def cross_entropy(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Cross-entropy of the answer, in nats."""
     return -log_probability(logits, batch)
 
 
+@DeclaredMetric
 def answer_rank(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """How many tokens have a higher logit than the answer: 0 is the top."""
     logits = _precise(logits)
     return (logits > _at(logits, batch.answer)[:, None]).sum(-1).to(logits.dtype)
 
 
-def kl_divergence(reference: Float[Tensor, "pairs vocab"]) -> Metric:
-    """KL(reference ‖ run) over the vocabulary, in nats; `reference` holds one row of logits a pair."""
-    expected = _precise(reference).log_softmax(-1)
+def kl_divergence(reference: Float[Tensor, "pairs vocab"] | None = None) -> Metric:
+    """KL(reference ‖ run) of the next token over the vocabulary, in nats.
+
+    Without a `reference` (`kl_divergence` on the command line) it is each pair's own clean run, whichever direction is
+    patched: the clean run has 0, the corrupted run KL(clean ‖ corrupted), so the gap is negative, and an effect is the
+    share of that divergence which denoising takes away or noising brings about. Where the corruption draws samples,
+    each is compared with the clean run. In the clean run the divergence is flat, so gradients there say nothing:
+    attribute noising with `IntegratedGradients`.
+
+    Args:
+        reference: One row of logits for each pair of the whole list that is patched.
+    """
 
     def kl(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
-        p = expected[batch.index].to(logits.device)
-        return (p.exp() * (p - _precise(logits).log_softmax(-1))).sum(-1)
+        if reference is None and batch.clean_logits is None:
+            raise UserError("kl_divergence() compares with clean runs, and this batch has none: give it a reference")
+        there = batch.clean_logits if reference is None else reference[batch.index.to(reference.device)]
+        assert there is not None
+        log_p, log_q = (_precise(each.to(logits.device)).log_softmax(-1) for each in (there, logits))
+        # a token that the reference rules out (-inf) adds nothing
+        return (log_p.exp() * (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
-    return kl
+    return DeclaredMetric(kl, clean_logits=reference is None)
 
 
 def refusal_score(refusal_ids: Collection[int]) -> Metric:
@@ -79,9 +130,69 @@ def refusal_log_odds(logits: Float[Tensor, "batch vocab"], refusal_ids: Collecti
     return log_p[:, ids].logsumexp(-1) - log_p[:, others].logsumexp(-1)
 
 
+METRICS: dict[str, Metric] = {
+    "answer_rank": answer_rank,
+    "cross_entropy": cross_entropy,
+    "kl_divergence": kl_divergence(),
+    "log_probability": log_probability,
+    "logit_difference": logit_difference,
+    "probability": probability,
+}
+"""Metrics that `--metric` knows by name."""
+
+
+def read_metric(text: str) -> Metric:
+    """The metric of this name in `METRICS`, or MODULE:FUNCTION, imported with the working directory on the path.
+
+    Raises:
+        UserError: there is none.
+    """
+    if ":" not in text:
+        if text not in METRICS:
+            known = ", ".join(METRICS)
+            raise UserError(f"unknown metric {text!r}: use one of {known}, or your own function, as MODULE:FUNCTION")
+        return METRICS[text]
+    value = _imported(text)
+    if not callable(value):
+        raise UserError(f"metric {text!r} is a {type(value).__name__}: name a function of logits and batch")
+    return value
+
+
+def source_hash(text: str) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the file of a metric MODULE:FUNCTION; "" for those of `METRICS`."""
+    file = getattr(sys.modules[text.partition(":")[0]], "__file__", None) if ":" in text else None
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def _imported(text: str) -> Any:
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # what the user's module itself imports
+            raise
+        raise UserError(f"metric {text!r}: there is no module {error.name!r} in {os.getcwd()} or installed") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not hasattr(found, name):
+        raise UserError(f"metric {text!r}: {found.__file__} has no {name!r}")
+    return getattr(found, name)
+
+
 def answers_only(metric: Metric) -> bool:
-    """Whether a metric looks at the logits of answer and counter-answer alone: sweeps unembed no others for it."""
-    return metric is logit_difference
+    """Whether a metric reads the logits of answer and counter-answer alone: sweeps unembed no others for it."""
+    return isinstance(metric, DeclaredMetric) and metric.answers_only
+
+
+def needs_clean_logits(metric: Metric) -> bool:
+    """Whether a metric compares with the clean run, so that the batch has to hold its logits."""
+    return isinstance(metric, DeclaredMetric) and metric.clean_logits
+
+
+def bytes_per_logit(metric: Metric) -> int:
+    """Memory that a metric takes for each entry of the vocabulary, copies in float64 among them."""
+    return 0 if answers_only(metric) else 56 if needs_clean_logits(metric) else 24
 
 
 def checked(metric: Metric, logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
@@ -102,7 +213,7 @@ def checked(metric: Metric, logits: Float[Tensor, "batch vocab"], batch: PairBat
 
 def metric_name(metric: Metric) -> str:
     """How a metric is called in results."""
-    while hasattr(metric, "func"):  # functools.partial
-        metric = metric.func
+    while isinstance(metric, (partial, DeclaredMetric)):
+        metric = metric.func if isinstance(metric, partial) else metric.function
     name = getattr(metric, "__qualname__", None) or type(metric).__qualname__
     return name.split(".<locals>")[0]

@@ -21,7 +21,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Changes, Component, Direction, between
 from saepatch.engine.corruptions import Corruption
 from saepatch.engine.kept_run import Checked, Run
-from saepatch.engine.metrics import Metric, answers_only, checked
+from saepatch.engine.metrics import Metric, answers_only, bytes_per_logit, checked, needs_clean_logits
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Positions
@@ -104,6 +104,8 @@ def sweep(
         for part in same_length_batches(whole, at_once):
             part = part.rows([row for row in range(len(part)) for _ in range(samples)])
             clean, corrupted = _two_runs(model, components, part, options)
+            if needs_clean_logits(options.metric):
+                part = replace(part, clean_logits=clean.logits)
             base, source = (corrupted, clean) if options.direction == "denoise" else (clean, corrupted)
             base.checked = ways
             _check_padding(model, base)
@@ -266,7 +268,7 @@ def _at_once(model: LanguageModel, width: int, metric: Metric) -> tuple[int, int
     if model.device.type == "cuda":
         memory = int(0.4 * torch.cuda.mem_get_info(model.device)[0])
     a_token = 4 * (4 * wide + 12 * model.d_model + 3 * getattr(config, "num_attention_heads", 1) * width)
-    an_edit = 8 * model.d_model * width + (0 if answers_only(metric) else 24 * int(config.vocab_size))
+    an_edit = 8 * model.d_model * width + bytes_per_logit(metric) * int(config.vocab_size)
     return memory // a_token, max(1, memory // an_edit)
 
 

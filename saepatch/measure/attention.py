@@ -11,7 +11,7 @@ key or value at one position; keys and values of grouped queries are counted by 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ def attribute_attention(
         tokens, others = (part.corrupted, part.clean) if denoise else (part.clean, part.corrupted)
         if not layers:
             layers = _checked_layers(model, tokens)
-        readout = Readout.of(metric, part)
+        readout = Readout.of(metric, part, model)
         source, metric_there = _run(model, others, readout)
         base, metric_here, gradients = _gradients(model, tokens, readout)
         index = part.index.cpu().numpy()
@@ -153,13 +153,15 @@ def patch_attention(
             continue
         tokens, others = (part.corrupted, part.clean) if direction == "denoise" else (part.clean, part.corrupted)
         layers = layers or _checked_layers(model, tokens)
+        readout = Readout.of(metric, part, model)
+        part = replace(part, clean_logits=readout.part.clean_logits)
         assert part.where is not None
-        source, _ = _run(model, others, Readout.of(metric, part))
+        source, _ = _run(model, others, readout)
         for start in range(0, len(mine), batch_size):
             some = mine[start : start + batch_size]
             rows = [place[edits[number][0]] for number in some]
             edited = _Edited([edits[number][1] for number in some], rows, tokens, part.where, source)
-            _, found = _run(model, tokens.rows(rows), Readout.of(metric, part.rows(rows)), edited)
+            _, found = _run(model, tokens.rows(rows), Readout.of(metric, part.rows(rows), model), edited)
             values[some] = found.double().cpu().numpy()
     return values
 

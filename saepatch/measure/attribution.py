@@ -253,7 +253,7 @@ def _screen_part(
     """Screen one batch: its source run, its base run with gradients, and the products of these."""
     denoise, corruption = options.direction == "denoise", options.corruption
     sites = [dictionary.site for dictionary in dictionaries]
-    readout = Readout.of(options.metric, part)
+    readout = Readout.of(options.metric, part, model)
     runs: tuple[Run, Run] | None = None
     if corruption is None:
         tokens, others = (part.corrupted, part.clean) if denoise else (part.clean, part.corrupted)

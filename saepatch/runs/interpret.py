@@ -1,7 +1,6 @@
 """What the settings of a sweep stand for: positions, latents, a metric, pairs, a model and what is patched in it."""
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -15,11 +14,9 @@ from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_sae, load_saes
-from saepatch.engine import metrics
 from saepatch.engine.components import Component, Direction, ErrorTerm, Heads, LatentUnits, Stream
 from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
 from saepatch.engine.gradients import FirstOrder, GradDrop, IntegratedGradients, Method
-from saepatch.engine.metrics import Metric
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
@@ -68,25 +65,6 @@ def read_latents(text: str) -> dict[Site | None, list[Group]]:
         site = Site.parse(name.strip()) if name else None
         found[site] = list(dict.fromkeys([*found.get(site, ()), *groups]))
     return found
-
-
-def read_metric(name: str) -> Metric:
-    """The function of `saepatch.engine.metrics` that has this name and needs nothing but logits and batch.
-
-    Raises:
-        UserError: there is none.
-    """
-    found: dict[str, Metric] = {
-        key: value
-        for key, value in vars(metrics).items()
-        if inspect.isfunction(value) and not key.startswith("_") and [*inspect.signature(value).parameters] == ARGUMENTS
-    }
-    if name not in found:
-        raise UserError(f"unknown metric {name!r}: use one of {', '.join(sorted(found))}")
-    return found[name]
-
-
-ARGUMENTS = ["logits", "batch"]  # of a metric
 
 
 def read_method(config: AttributeConfig) -> Method:

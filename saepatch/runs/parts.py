@@ -47,6 +47,7 @@ class Record:
     shards: int
     parts: int
     edits: list[dict[str, Any]] | None = None  # what was asked for and its controls; None: every unit, each alone
+    metric_source: str = ""  # hash of the file of a metric of one's own
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command_line)
 
@@ -55,6 +56,7 @@ class Record:
         """By name, what has to be the same for rows to belong to one run."""
         hashes = {f"dictionary {site}": each["hash"] for site, each in self.dictionaries.items()}
         hashes |= {"model's weights": self.model["hash"], "pairs' texts": self.pairs["hash"]}
+        hashes |= {"metric's source": self.metric_source} if self.metric_source else {}
         return deciding(self.work, self.settings, self.shards) | hashes
 
     @property

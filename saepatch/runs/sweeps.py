@@ -17,7 +17,7 @@ from numpy import ndarray
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component, LatentUnits
 from saepatch.engine.corruptions import Corruption
-from saepatch.engine.metrics import Metric
+from saepatch.engine.metrics import Metric, read_metric, source_hash
 from saepatch.errors import UserError
 from saepatch.measure.attribution import attribute
 from saepatch.measure.controls import with_controls
@@ -35,7 +35,6 @@ from saepatch.runs.interpret import (
     read_directions,
     read_latents,
     read_method,
-    read_metric,
     read_model,
     read_pairs,
     read_positions,
@@ -184,6 +183,7 @@ def prepare(config: SweepConfig) -> Sweep:
         shard,
         shards,
         len(parts),
+        metric_source=source_hash(config.metric),
     )
     for other in there:
         refuse_if_other(out, other.decides, record.decides)

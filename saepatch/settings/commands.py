@@ -107,7 +107,8 @@ class SweepConfig(Output):
     direction: Literal["denoise", "noise", "both"] = "denoise"
     """denoise: clean values into the corrupted run; noise: corrupted values into the clean run."""
     metric: str = "logit_difference"
-    """A function of saepatch.engine.metrics: logit_difference, probability, log_probability, …"""
+    """logit_difference, probability, log_probability, cross_entropy, answer_rank, kl_divergence (of the run from the
+    clean run), or a function of your own, MODULE:FUNCTION, imported from the working directory."""
     min_gap: float = 1e-2
     """Pairs whose clean and corrupted metric differ by less have no effect of their own."""
     align: Literal["equal", "right"] = "equal"

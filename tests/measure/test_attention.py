@@ -294,6 +294,17 @@ def test_a_metric_that_is_flat_at_the_base_run(caplog):
     assert "the metric kl_divergence is flat at the base run" in caplog.text
 
 
+def test_kl_from_the_clean_run_is_screened_as_with_that_reference():
+    model = tiny_model()
+    given = kl_divergence(model.next_logits(batch_pairs(model, PAIRS).clean))
+    own, expected = (
+        attribute_attention(model, PAIRS, metric=metric, verify=4, batch_size=2) for metric in (kl_divergence(), given)
+    )
+    np.testing.assert_allclose(own.score, expected.score, rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(own.verified.exact, expected.verified.exact, rtol=1e-3, atol=1e-9)
+    assert (own.gap < 0).all()
+
+
 def test_nothing_of_the_replaced_attention_is_left():
     model = tiny_model("gemma2")
     before, tables = model.config._attn_implementation, (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)

@@ -8,7 +8,7 @@ from tiny import FAMILIES, random_dictionary, tiny_model
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
-from saepatch.engine.components import ErrorTerm
+from saepatch.engine.components import ErrorTerm, Stream
 from saepatch.engine.corruptions import GaussianNoise, Zero
 from saepatch.engine.metrics import answer_rank, kl_divergence, logit_difference, probability
 from saepatch.errors import UserError
@@ -365,6 +365,32 @@ def test_a_metric_that_is_flat_at_the_base_run(caplog):
     attribute(model, dictionary, PAIRS, method=IntegratedGradients(2), **options)
     attribute(model, dictionary, PAIRS)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_kl_from_the_clean_run_is_screened_as_with_that_reference(direction):
+    model, dictionary = tiny_model(), random_dictionary()
+    batch = batch_pairs(model, PAIRS)
+    given = kl_divergence(model.next_logits(batch.clean))
+    for method in (FirstOrder(), IntegratedGradients(3)):
+        options = {"direction": direction, "method": method, "verify": 4, "sample": 3, "batch_size": 2}
+        own, expected = (
+            attribute(model, dictionary, PAIRS, metric=metric, **options) for metric in (kl_divergence(), given)
+        )
+        np.testing.assert_allclose(own.clean, 0, atol=1e-9)
+        np.testing.assert_allclose(own.corrupted, expected.corrupted, rtol=1e-4, atol=1e-9)
+        if direction == "noise" and isinstance(method, FirstOrder):  # flat there: all are rounding
+            assert np.abs(own.score).max() < 1e-5 * np.abs(own.gap).max()
+        else:
+            np.testing.assert_allclose(own.score, expected.score, rtol=1e-3, atol=1e-8)
+            np.testing.assert_allclose(own.verified.exact, expected.verified.exact, rtol=1e-3, atol=1e-8)
+    # completeness: latents and error terms together are the way from one run's divergence to the other's
+    many = attribute(
+        model, dictionary, PAIRS, metric=kl_divergence(), method=IntegratedGradients(200), direction=direction
+    )
+    whole = patch_components(model, Stream(dictionary.site), PAIRS, metric=kl_divergence(), direction=direction)
+    total = np.bincount(many.pair, weights=many.score, minlength=len(PAIRS))
+    np.testing.assert_allclose(total, whole.change[:, 0], rtol=0.02, atol=1e-6)
 
 
 class TopLogit:

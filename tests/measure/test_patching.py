@@ -7,7 +7,7 @@ from tiny import FAMILIES, random_dictionary, tiny_model
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
-from saepatch.engine.metrics import log_probability, logit_difference
+from saepatch.engine.metrics import DeclaredMetric, kl_divergence, log_probability, logit_difference
 from saepatch.errors import UserError
 from saepatch.measure.controls import DRAWS, control_sets, differing_sets
 from saepatch.measure.curves import effect_curve, effect_curve_by_pair
@@ -24,7 +24,7 @@ PAIRS = [
 ]
 
 
-def plain_forward(model, dictionary, pair, group, direction, where=slice(1, None)):
+def plain_forward(model, dictionary, pair, group, direction, where=slice(1, None), metric=logit_difference):
     """One pair, one edit, one forward with a bare torch hook."""
     batch = batch_pairs(model, [pair])
     base, source = (batch.corrupted, batch.clean) if direction == "denoise" else (batch.clean, batch.corrupted)
@@ -41,7 +41,7 @@ def plain_forward(model, dictionary, pair, group, direction, where=slice(1, None
         logits = model.hf(input_ids=base.input_ids).logits[:, -1]
     finally:
         handle.remove()
-    return float(logit_difference(logits, batch))
+    return float(metric(logits, batch))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -230,3 +230,62 @@ def test_curve_by_pair_is_each_pair_with_its_own_ranking():
     rows = [row for one in curve.effects for row in one.rows("t")]
     assert len([row for row in rows if row.role == "top"]) == 2 * len(PAIRS)
     assert {row.latent for row in rows if row.role == "every"} == {"all"}
+
+
+def literal_kl(model, pair, logits):
+    """sum over the vocabulary of p log(p / q), p the clean prompt's next-token distribution."""
+    clean = model.hf(input_ids=batch_pairs(model, [pair]).clean.input_ids).logits[0, -1]
+    p, q = (torch.softmax(each.double(), -1) for each in (clean, logits))
+    return (p * (p / q).log()).sum()
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_kl_from_the_clean_run_equals_plain_hooks_and_its_formula(direction):
+    model, dictionary = tiny_model(), random_dictionary()
+    groups = [(3,), (1, 2, 7), tuple(range(48))]
+    options = {"direction": direction, "controls": 0, "batch_size": 3}
+    effects = patch_latents(model, dictionary, PAIRS, groups, metric=kl_divergence(), **options)
+    assert effects.metric == "kl_divergence"
+    np.testing.assert_allclose(effects.clean, 0, atol=1e-10)
+    for row, pair in enumerate(PAIRS):
+        corrupted = model.hf(input_ids=batch_pairs(model, [pair]).corrupted.input_ids).logits[0, -1]
+        between = float(literal_kl(model, pair, corrupted).detach())
+        assert effects.corrupted[row] == pytest.approx(between, rel=1e-4, abs=1e-9)
+        for column, group in enumerate(groups):
+            expected = plain_forward(
+                model,
+                dictionary,
+                pair,
+                group,
+                direction,
+                metric=lambda logits, _, p=pair: literal_kl(model, p, logits[0]),
+            )
+            assert effects.patched[row, column] == pytest.approx(expected, rel=1e-3, abs=1e-8)
+            share = (between - expected if direction == "denoise" else expected) / between
+            moved = effects.change[row, column] / effects.gap[row]
+            assert moved == pytest.approx(share, rel=1e-3, abs=1e-4)
+    alone = patch_latents(model, dictionary, PAIRS[2:3], groups, metric=kl_divergence(), **options)  # rows of their own
+    np.testing.assert_allclose(alone.patched[0], effects.patched[2], rtol=1e-4, atol=1e-9)
+
+
+def test_metrics_of_ones_own_are_told_what_they_declare():
+    model, dictionary = tiny_model(), random_dictionary()
+
+    def further(logits, batch):
+        assert batch.clean_logits.shape == logits.shape
+        return (logits - batch.clean_logits).abs().sum(-1)
+
+    def bare(logits, batch):
+        assert batch.clean_logits is None
+        return logits[:, 0]
+
+    effects = patch_latents(
+        model, dictionary, PAIRS, [(3,)], controls=0, metric=DeclaredMetric(further, clean_logits=True)
+    )
+    assert (effects.clean == 0).all()
+    assert (effects.corrupted > 0).all()
+    assert effects.metric == "test_metrics_of_ones_own_are_told_what_they_declare"
+    patch_latents(model, dictionary, PAIRS, [(3,)], controls=0, metric=bare)
+    whole = patch_latents(model, dictionary, PAIRS, [(3,), (1, 2)], controls=0, metric=logit_difference.function)
+    few = patch_latents(model, dictionary, PAIRS, [(3,), (1, 2)], controls=0)
+    np.testing.assert_allclose(whole.patched, few.patched, atol=1e-5)

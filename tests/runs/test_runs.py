@@ -20,7 +20,7 @@ from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.loading import load_sae
 from saepatch.engine.components import Edit, ErrorTerm, LatentUnits
 from saepatch.engine.corruptions import GaussianNoise, Mean, Zero
-from saepatch.engine.metrics import logit_difference
+from saepatch.engine.metrics import logit_difference, read_metric
 from saepatch.errors import UserError
 from saepatch.measure.attribution import FirstOrder, GradDrop, IntegratedGradients, attribute
 from saepatch.measure.patching import patch_components, patch_edits
@@ -29,7 +29,7 @@ from saepatch.model.loading import load_model
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_about, read_rows
-from saepatch.runs.interpret import distinct_names, read_latents, read_metric, read_pairs, read_positions, read_shard
+from saepatch.runs.interpret import distinct_names, read_latents, read_pairs, read_positions, read_shard
 from saepatch.runs.parts import cut_parts
 from saepatch.runs.progress import Check, stoppable
 from saepatch.settings.commands import PatchConfig
@@ -192,6 +192,50 @@ def test_corrupted_runs_are_made_as_the_library_makes_them(place, tmp_path, text
             key = tuple({"token": token, "corruption": str(corruption)}.get(k, getattr(row, k)) for k in KEY)
             np.testing.assert_allclose(screened[key][:3], [row.clean, row.corrupted, row.patched], atol=1e-4)
     assert not found
+
+
+MARGIN = """
+def margin(logits, batch):
+    rows = range(len(batch))
+    return logits[rows, batch.answer] - logits.mean(-1)
+"""
+
+
+@pytest.mark.parametrize("name", ["kl_divergence", "metrics_of_test_runs:margin"])
+@pytest.mark.parametrize("command", ["patch", "attribute"])
+def test_metrics_by_name_and_of_ones_own(place, tmp_path, capsys, monkeypatch, command, name):
+    """Through the command line, both directions and two parts, against the library called directly."""
+    monkeypatch.chdir(tmp_path)
+    Path("metrics_of_test_runs.py").write_text(MARGIN)
+    given = ("--site", "resid_post.1", "--metric", name, "--direction", "both", "--part", "6", "--min_gap", "1e-9")
+    given += ("--latents", "3;5,7", "--controls", "0") if command == "patch" else ("--verify", "0", "--sample", "0")
+    rows = run(command, place, tmp_path / "run", *given)
+    model, dictionary = load_model(str(place / "model")), load_sae(str(place / "saes"), "resid_post.1")
+    _, pairs = read_pairs(PatchConfig(pairs=str(place / "pairs.jsonl")))
+    metric = read_metric(name)
+    for direction in ("denoise", "noise"):
+        options = {"metric": metric, "direction": direction, "min_gap": 1e-9}
+        if command == "patch":
+            edits = [Edit(Site(1), units, role="given") for units in ((3,), (5, 7))]
+            found = patch_components(model, dictionary, pairs, edits, **options)
+        else:
+            found = attribute(model, dictionary, pairs, **options)
+        expected = found.rows("pairs")
+        assert {row.metric for row in expected} == {name.rpartition(":")[2]}
+        here = {key: values for key, values in rows.items() if key[7] == direction}
+        assert len(here) == len(expected) > 0
+        by_node = {(key[0], key[2], key[3], key[5]): values for key, values in here.items()}
+        for row in expected:
+            values = by_node[row.example, row.component, row.latent, row.position]
+            np.testing.assert_allclose(values[:3], [row.clean, row.corrupted, row.patched], rtol=1e-3, atol=1e-5)
+        if name == "kl_divergence":
+            assert max(abs(values[0]) for values in here.values()) < 1e-9 < min(values[1] for values in here.values())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["settings"]["metric"] == name
+    if ":" in name:  # parts of a metric that has changed since do not mix
+        monkeypatch.delitem(sys.modules, "metrics_of_test_runs")
+        Path("metrics_of_test_runs.py").write_text(MARGIN + "# changed\n")
+        error = failed(capsys, command, *arguments(place, tmp_path / "run", *given))
+        assert "holds a run that differs in metric's source" in error
 
 
 def test_a_run_is_not_mixed_with_another(place, tmp_path, capsys):
