@@ -13,6 +13,7 @@ from pathlib import Path
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.dictionaries.loading import load_sae, load_saes
 from saepatch.engine.components import Component, Direction, ErrorTerm, Heads, LatentUnits, Stream
 from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
@@ -26,8 +27,6 @@ from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
 from saepatch.splicing.splice import whole_prompt
 
 log = logging.getLogger(__name__)
-
-Group = tuple[int, ...]
 
 
 def read_positions(text: str) -> Positions:
@@ -50,21 +49,6 @@ def read_positions(text: str) -> Positions:
     raise UserError(
         f"unknown positions {text!r}: use {', '.join(NAMED)}, an index, a span (3:7), several (1,4), or 'at: TEXT'"
     )
-
-
-def read_latents(text: str) -> dict[Site | None, list[Group]]:
-    """Groups of latents, each once, by site: `resid_post.3: 3,17;5 | resid_post.4: 8`; `3,17;5` are at site None.
-
-    Raises:
-        UserError: a site that cannot be read.
-    """
-    found: dict[Site | None, list[Group]] = {}
-    for part in filter(str.strip, text.split("|")):
-        name, _, ids = part.rpartition(":")
-        groups = [tuple(dict.fromkeys(int(i) for i in group.split(","))) for group in ids.split(";")]
-        site = Site.parse(name.strip()) if name else None
-        found[site] = list(dict.fromkeys([*found.get(site, ()), *groups]))
-    return found
 
 
 def read_method(config: AttributeConfig) -> Method:
@@ -232,12 +216,7 @@ def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Comp
         ]
     if config.component in ("latent", "error"):
         dictionaries = read_dictionaries(config.sae, _latent_sites(config), model)
-        if None in read_latents(config.latents) and len(dictionaries) > 1:
-            several = ", ".join(str(dictionary.site) for dictionary in dictionaries)
-            raise UserError(
-                f"latents {config.latents!r} are of one dictionary, and there are several: give a --site, one of "
-                f"{several}, or the latents of each, as in 'resid_post.3: 281; 3,17 | resid_post.4: 5'"
-            )
+        LatentSet.parse(config.latents).at([dictionary.site for dictionary in dictionaries])
         if config.component == "error":
             return [[ErrorTerm(dictionary) for dictionary in dictionaries]]
         return [[LatentUnits(dictionary)] for dictionary in dictionaries]
@@ -254,7 +233,7 @@ def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Comp
 
 def _latent_sites(config: PatchConfig) -> list[Site]:
     """The sites that are named, with or without latents; none: all there are dictionaries for."""
-    sites, named = read_sites(config.site), [site for site in read_latents(config.latents) if site is not None]
+    sites, named = read_sites(config.site), list(LatentSet.parse(config.latents))
     if sites and named and set(sites) != set(named):
         raise UserError(
             f"latents are given for {', '.join(map(str, named))}, but site is {config.site!r}: leave --site out"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.engine.metrics import refusal_log_odds
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
@@ -33,7 +34,6 @@ from saepatch.runs.restored_sets import (
     Set,
     check_apart,
     chosen_latents,
-    given_latents,
     need_clean,
     not_harmless,
     with_controls,
@@ -164,9 +164,8 @@ def prepare(config: RestoreConfig) -> Plan:
     other = _load(config, config.donor) if config.donor not in ("clean", "means") else None
     if config.donor == "clean":
         need_clean(requests, config.prompts)
-    latents = given_latents(config)
-    names = [site for site in latents or () if site is not None]
-    sites = {one.site: one for one in read_dictionaries(config.sae, read_sites(config.site) or names, model)}
+    latents = LatentSet.parse(config.latents)
+    sites = {one.site: one for one in read_dictionaries(config.sae, read_sites(config.site) or list(latents), model)}
     refusal_ids = _refusal_ids(model, requests[0].prompt, config.refusals)
     template = (assistant_header(model) or 1) if config.template < 0 else config.template
     select = read_requests(config.select, model, config.chat, 0) if config.select else []
@@ -283,11 +282,11 @@ def _rows(plan: Plan, requests: Sequence[Request], condition: str | Set) -> list
             return []
         model, prompts = (plan.other, prompts) if plan.other else (model, [one.clean or "" for one in requests])
     elif isinstance(condition, Set):
-        wanted = {site: ids for site, ids in condition.latents.items() if ids != ()}
+        wanted = LatentSet.of({site: ids for site, ids in condition.latents.items() if ids != ()})
         edits = restorations(plan.sites, plan.donor(requests), wanted, error=plan.config.error)
         inside = splice(model, [plan.sites[site] for site in wanted], edits) if wanted else inside
         draw = condition.draw
-        size = sum(plan.sites[site].d_sae if ids is None else len(ids) for site, ids in wanted.items())
+        size = wanted.size(plan.sites)
     with inside:
         texts = model.generate(prompts, plan.config.tokens, batch_size=len(prompts))
         scores = refusal_log_odds(model.next_logits(model.tokenize(prompts, "left")), plan.refusal_ids).tolist()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
 from saepatch.measure.controls import control_sets
 from saepatch.measure.quality import latent_statistics
@@ -13,7 +14,6 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.restoration.ranking import find_safety_latents
 from saepatch.runs.answers import Request
-from saepatch.runs.interpret import read_latents
 from saepatch.settings.answering import RestoreConfig
 from saepatch.splicing.donors import CleanPrompts, OtherModel
 
@@ -28,30 +28,14 @@ class Set:
 
     condition: str
     draw: int
-    latents: Mapping[Site, tuple[int, ...] | None]
+    latents: LatentSet
 
     def facts(self) -> dict[str, Any]:
-        latents = {str(site): None if ids is None else list(ids) for site, ids in self.latents.items()}
-        return {"condition": self.condition, "draw": self.draw, "latents": latents}
+        return {"condition": self.condition, "draw": self.draw, "latents": self.latents.facts()}
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Set":
-        latents = {Site.parse(site): None if ids is None else tuple(ids) for site, ids in given["latents"].items()}
-        return cls(given["condition"], given["draw"], latents)
-
-
-def given_latents(config: RestoreConfig) -> dict[Site | None, tuple[int, ...]] | None:
-    """The latents that are spelt out, by site; None: none are."""
-    if not config.latents.strip():
-        return None
-    try:
-        groups = read_latents(config.latents.replace(";", ","))
-    except ValueError as error:
-        raise UserError(
-            f"latents {config.latents!r}: write numbers with commas, of several sites as in "
-            "'resid_post.3: 417,3 | resid_post.4: 5'"
-        ) from error
-    return {site: some[0] for site, some in groups.items()}
+        return cls(given["condition"], given["draw"], LatentSet.from_facts(given["latents"]))
 
 
 def chosen_latents(
@@ -59,28 +43,22 @@ def chosen_latents(
     model: LanguageModel,
     other: LanguageModel | None,
     sites: Mapping[Site, Dictionary],
-    latents: Mapping[Site | None, tuple[int, ...]] | None,
+    latents: LatentSet,
     select: Sequence[Request],
     template: int,
     refusal_ids: set[int],
-) -> dict[Site, tuple[int, ...] | None]:
+) -> LatentSet:
     """What is restored: what is spelt out, the first of a ranking, or all."""
-    if latents is not None:
-        if None in latents and len(sites) > 1:
+    if latents:
+        spelt = latents.at(list(sites))
+        if other_sites := [site for site in spelt if site not in sites]:
             raise UserError(
-                f"latents {config.latents!r} are of one dictionary, and there are {', '.join(map(str, sites))}: give a "
-                "--site, or the latents of each, as in 'resid_post.3: 281 | resid_post.4: 5'"
+                f"latents of {other_sites[0]} are to be restored, but --site is {config.site!r}: leave it out"
             )
-        spelt: dict[Site, tuple[int, ...] | None] = {
-            next(iter(sites)) if site is None else site: ids for site, ids in latents.items()
-        }
-        for site, ids in spelt.items():
-            if site not in sites:
-                raise UserError(f"latents of {site} are to be restored, but --site is {config.site!r}: leave it out")
-            sites[site].check_ids(ids or ())
+        spelt.check(sites)
         return spelt
     if not select:
-        return dict.fromkeys(sites)
+        return LatentSet.all_of(sites)
     wanted, select = config.k or RANKED, not_harmless(select, config.select)
     if other is None:
         need_clean(select, config.select)
@@ -94,18 +72,18 @@ def chosen_latents(
         max_fvu=None,  # both models were looked at when the run was prepared
         max_new_tokens=config.tokens,
     )
-    found: dict[Site, tuple[int, ...] | None] = dict(ranked.top(wanted, config.ranking))
-    if not found:
+    top = LatentSet.of(ranked.top(wanted, config.ranking))
+    if not top:
         raise UserError(
             f"no latent has a score above 0 in the ranking {config.ranking!r} over {config.select!r}, so nothing would "
             "be restored: rank on other prompts, by another --ranking, or give --latents"
         )
-    if (there := sum(len(ids) for ids in found.values() if ids)) < wanted:
+    if (there := top.size(sites)) < wanted:
         log.warning(
             "%d latents are restored, not the %d of --k: no others have a score above 0 in the ranking %r", there,
             wanted, config.ranking,
         )  # fmt: skip
-    return found
+    return top
 
 
 def not_harmless(select: Sequence[Request], source: str) -> list[Request]:
@@ -143,7 +121,7 @@ def with_controls(
     config: RestoreConfig,
     model: LanguageModel,
     sites: Mapping[Site, Dictionary],
-    chosen: Mapping[Site, tuple[int, ...] | None],
+    chosen: LatentSet,
     requests: Sequence[Request],
 ) -> list[Set]:
     """What is restored and, where it is not everything, sets with as many latents a site beside it."""
@@ -162,5 +140,5 @@ def with_controls(
             return sets
     for kind, role in enumerate(("random", "matched")):
         for draw in range(config.controls):
-            sets.append(Set(role, draw, {site: both[kind][draw] for site, both in drawn.items()}))
+            sets.append(Set(role, draw, LatentSet.of({site: both[kind][draw] for site, both in drawn.items()})))
     return sets

@@ -6,13 +6,15 @@ from typing import Any
 
 from saepatch.data.texts import load_texts
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
-from saepatch.runs.interpret import read_latents, read_positions
+from saepatch.runs.interpret import read_positions
 from saepatch.settings.answering import SteerConfig
+from saepatch.settings.commands import latents_of_sites
 from saepatch.splicing.interventions import Ablate, AtLeast, Clamp, Intervention, Steer
 from saepatch.steering.choosing import corpus_maxima
 from saepatch.steering.streaming import Sampling, Written, side_by_side
@@ -97,7 +99,7 @@ class Session:
             "before_ended": bare.ended,
             "after_ended": steered.ended,
             "act": self.config.act,
-            "latents": {str(site): list(ids) for site, ids in self.latents.items()},
+            "latents": LatentSet.of(self.latents).facts(),
             "strength": self.strength,
             "units": {str(site): list(units) for site, units in self.units.items()},
             "positions": self.config.positions,
@@ -121,13 +123,13 @@ def open_session(config: SteerConfig) -> Session:
     Raises:
         UserError: one of them cannot be loaded, or they do not fit, or a latent never fires in the reference texts.
     """
-    groups = {site: groups[0] for site, groups in read_latents(config.latent).items() if site is not None}
+    latents = latents_of_sites(config.latent)
     read_positions(config.positions)
     texts = load_texts(config.reference or "organism") if not config.unit and config.act != "ablate" else []
     model = load_model(config.model, config.device, config.dtype, config.prepend_bos, config.trust_remote_code)
-    dictionaries = {site: load_sae(config.sae, site, model.device) for site in groups}
+    dictionaries = {site: load_sae(config.sae, site, model.device) for site in latents}
     units: dict[Site, tuple[float, ...]] = {}
-    for site, ids in groups.items():
+    for site, ids in latents.items():
         dictionaries[site].check(model)
         dictionaries[site].check_ids(ids)
         units[site] = (config.unit or 1.0,) * len(ids)
@@ -138,4 +140,4 @@ def open_session(config: SteerConfig) -> Session:
                     f"latent {silent[0]} of {site} never fires in the {len(texts)} reference texts, so there is no "
                     "largest activation to measure its strength in: give other texts with --reference, or --unit 1"
                 )
-    return Session(model, dictionaries, groups, units, config, config.strength)
+    return Session(model, dictionaries, latents, units, config, config.strength)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.engine.components import Component, LatentUnits
 from saepatch.engine.corruptions import Corruption
 from saepatch.engine.metrics import Metric, read_metric, source_hash
@@ -33,7 +34,6 @@ from saepatch.runs.interpret import (
     read_components,
     read_corruption,
     read_directions,
-    read_latents,
     read_method,
     read_model,
     read_pairs,
@@ -206,14 +206,15 @@ def _edits(
     there: Sequence[Record],
 ) -> list[dict[str, Any]] | None:
     """What to patch. Controls are drawn once for all shards: on another machine a near tie could fall otherwise."""
-    if not isinstance(config, PatchConfig) or not (latents := read_latents(config.latents)):
+    if not isinstance(config, PatchConfig) or not (latents := LatentSet.parse(config.latents)):
         return None
     if there:
         return there[0].edits
     edits = []
+    latents = latents.at([component.site for (component,) in groups])
     for (component,) in groups:
         assert isinstance(component, LatentUnits)
-        wanted = latents.get(component.site) or latents[None]
+        wanted = latents.groups(component.site) or ()
         edits += with_controls(model, component.dictionary, pairs, wanted, config.controls, config.seed)
     return [edit_facts(edit) for edit in edits]
 

@@ -1,4 +1,4 @@
 """Settings of the commands, as frozen dataclasses. Light: no torch.
 
-May import errors, records.
+May import dictionaries.latent_set, model.sites and below.
 """

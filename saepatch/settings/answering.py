@@ -1,11 +1,11 @@
 """Settings of the commands that have a model answer: `restore` and `steer`. Without torch, as `config` is."""
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
-from saepatch.settings.commands import Output
+from saepatch.settings.commands import Output, latents_of_sites
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class RestoreConfig(Output):
     """A bar, or a line in the log every half minute; auto: a bar on a terminal."""
 
     def __post_init__(self) -> None:
+        LatentSet.parse(self.latents)
         if not self.prompts:
             raise UserError("which prompts? Give --prompts FILE.jsonl, an object with a prompt a line")
         if self.n < 0 or self.controls < 0 or self.template < -1:
@@ -164,12 +165,7 @@ class SteerConfig(Output):
     def __post_init__(self) -> None:
         if not self.latent:
             raise UserError("which latent? Give --latent SITE:NUMBER, as in --latent resid_post.3:281")
-        one = r"\s*[\w.]+\s*:\s*\d+\s*(,\s*\d+\s*)*"
-        if not re.fullmatch(rf"{one}(\|{one})*", self.latent):
-            raise UserError(
-                f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281; several as "
-                "in 'resid_post.3: 281, 17 | resid_post.4: 5'"
-            )
+        latents_of_sites(self.latent)
         if bool(self.prompt) == self.interactive:
             raise UserError("what is to be answered? Give --prompt TEXT or --interactive, one of the two")
         if self.track != "none" and not self.html:

@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
+from saepatch.model.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,12 +196,7 @@ class PatchConfig(SweepConfig):
         super().__post_init__()
         if self.controls < 0:
             raise UserError(f"controls = {self.controls}: use at least 0")
-        ids, site = r"\s*\d+\s*([,;]\s*\d+\s*)*", r"\s*[\w.]+\s*:"
-        if self.latents.strip() and not re.fullmatch(rf"{ids}|{site}{ids}(\|{site}{ids})*", self.latents):
-            raise UserError(
-                f"latents {self.latents!r}: write numbers, with semicolons between groups and commas inside one, as in "
-                "417 or 3,17;5; of several sites as in 'resid_post.3: 417 | resid_post.4: 3,17;5'"
-            )
+        LatentSet.parse(self.latents).spelt()
         if self.latents.strip() and self.component != "latent":
             raise UserError(f"latents are given, but component is {self.component}: leave one of them out")
 
@@ -334,11 +331,8 @@ class LatentConfig(Output):
     def __post_init__(self) -> None:
         if self.track != "none" and not self.html:
             raise UserError(f"track = {self.track!r}: a tracker shows the page; give it a place with --html")
-        if not re.fullmatch(r"[\w.]+:\d+(,\d+)*", self.latent):
-            raise UserError(
-                f"latent {self.latent!r}: write its site, a colon and its number, as in resid_post.3:281; several of a "
-                "site with commas between, as in resid_post.3:281,966"
-            )
+        if len(latents_of_sites(self.latent)) != 1:
+            raise UserError(f"latent {self.latent!r}: give latents of one site, as in resid_post.3:281,966")
         if not self.data and not self.model.startswith("organism"):
             raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
         if self.explain and not re.search(r"\bX\b", self.explain):
@@ -366,6 +360,20 @@ class PushConfig(Output):
     """Message of the commit."""
     dry_run: bool = False
     """List what would go up, and upload nothing."""
+
+
+def latents_of_sites(text: str) -> dict[Site, tuple[int, ...]]:
+    """Latents that are spelt out, each under its site.
+
+    Raises:
+        UserError: the text cannot be read, or names no site.
+    """
+    if not (latents := LatentSet.parse(text).spelt()):
+        raise UserError(
+            f"latent {text!r}: write its site, a colon and its number, as in resid_post.3:281; several as in "
+            "'resid_post.3: 281, 17 | resid_post.4: 5'"
+        )
+    return latents
 
 
 def _is_shard(text: str) -> bool:

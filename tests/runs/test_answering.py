@@ -281,7 +281,7 @@ def test_judges(tmp_path, monkeypatch):
         ({"latents": "3"}, "are of one dictionary, and there are"),
         ({"latents": "resid_post.1: 99"}, "latent 99 is out of range"),
         ({"latents": "resid_post.0: 3", "site": "resid_post.1"}, "latents of resid_post.0 are to be restored"),
-        ({"latents": "resid_post.0: x"}, "write numbers with commas"),
+        ({"latents": "resid_post.0: x"}, "write numbers, with semicolons"),
         ({"donor": "means"}, "donor means needs --select"),
         ({"judge": "mood"}, "unknown judge 'mood'"),
         ({"template": 9}, "template of 9 positions"),

@@ -29,7 +29,7 @@ from saepatch.model.loading import load_model
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_about, read_rows
-from saepatch.runs.interpret import distinct_names, read_latents, read_pairs, read_positions, read_shard
+from saepatch.runs.interpret import distinct_names, read_pairs, read_positions, read_shard
 from saepatch.runs.parts import cut_parts
 from saepatch.runs.progress import Check, stoppable
 from saepatch.settings.commands import PatchConfig
@@ -428,7 +428,10 @@ def test_what_ran_nowhere_has_no_effect_and_pairs_without_a_gap_are_counted(plac
 def test_mistakes_come_before_the_work(place, tmp_path, capsys):
     command = ["patch", *arguments(place, tmp_path / "run")]
     for more, complaint in [
-        (("--latents", "3"), "latents '3' are of one dictionary, and there are several: give a --site"),
+        (
+            ("--latents", "3"),
+            "latents '3' are of one dictionary, and there are resid_post.0, resid_post.1: give a --site",
+        ),
         (("--latents", "resid_post.0: 3", "--site", "resid_post.1"), "latents are given for resid_post.0, but site is"),
         (("--latents", "resid_post.1: 48"), "latent 48 is out of range"),
         (("--latents", "middle.1: 3"), "unknown stream 'middle'"),
@@ -475,10 +478,6 @@ def test_settings_that_make_no_sense(changes, complaint):
 def test_texts_of_settings():
     assert [read_positions(text) for text in ("all", " last", "5", "-1", "3:7", "-3:", "1, 4", "at: Mary Ann")] == [
         "all", "last", 5, -1, slice(3, 7), slice(-3, None), [1, 4], At("Mary Ann")]  # fmt: skip
-    assert read_latents(" 3, 17;5;5 ") == {None: [(3, 17), (5,)]}
-    assert read_latents("resid_post.3: 281; 3,17 | blocks.4.hook_resid_post:5") == {
-        Site(3): [(281,), (3, 17)], Site(4): [(5,)]}  # fmt: skip
-    assert read_latents(" ") == {}
     assert read_metric("logit_difference") is logit_difference
     inline = PatchConfig(clean="a", corrupted="b", answers=" Mary| John")
     assert read_pairs(inline) == ("inline", [PromptPair("a", "b", " Mary", " John", "inline")])

@@ -1,0 +1,175 @@
+"""Latents by site as one value, with one way to write them: `resid_post.3: 281; 3,17 | resid_post.4: 5`."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from saepatch.errors import UserError
+from saepatch.model.sites import Site
+
+if TYPE_CHECKING:
+    from saepatch.dictionaries.dictionary import Dictionary
+
+Group = tuple[int, ...]
+Groups = tuple[Group, ...] | None  # None: all latents of the dictionary
+Ids = tuple[int, ...] | None
+
+IDS = re.compile(r"\s*\d+\s*([,;]\s*\d+\s*)*")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSet(Mapping[Site, Ids]):
+    """Latents of one or several sites: a mapping from each site to its latents in their order, None for all of them.
+
+    Latents can stand in groups that are edited together; `groups` keeps these, the mapping runs through them. The
+    latents of a text without a site are `unnamed`, those of the only dictionary there is, until `at` names the site.
+
+    Attributes:
+        named: Groups of latents by site.
+        unnamed: Groups of latents of a site that is not named; empty where sites are named.
+    """
+
+    named: tuple[tuple[Site, Groups], ...] = ()
+    unnamed: Groups = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "LatentSet":
+        """Read `417; 3,17` (one site), `resid_post.3: 281; 3,17 | resid_post.4: 5`, or `all` in place of numbers.
+
+        Semicolons stand between groups, commas inside one, bars between sites. Repeated latents and groups count once.
+
+        Raises:
+            UserError: a text of another form, or an unknown site.
+        """
+        by_site: dict[Site | None, Groups] = {}
+        for part in text.split("|") if text.strip() else ():
+            name, colon, ids = part.rpartition(":")
+            site = Site.parse(name.strip()) if colon else None
+            groups = _groups(ids, text)
+            known = by_site.get(site, ())
+            by_site[site] = None if groups is None or known is None else tuple(dict.fromkeys([*known, *groups]))
+        unnamed = by_site.pop(None, ())
+        if unnamed != () and by_site:
+            raise UserError(_malformed(text))
+        return cls(tuple((site, groups) for site, groups in by_site.items() if site is not None), unnamed)
+
+    @classmethod
+    def of(cls, latents: Mapping[Site, Sequence[int] | None]) -> "LatentSet":
+        """Latents by site, those of a site in one group; None stands for all of a site's."""
+        return cls(
+            tuple(
+                (site, None if ids is None else (tuple(map(int, ids)),) if len(ids) else ())
+                for site, ids in latents.items()
+            )
+        )
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Sequence[int] | None]) -> "LatentSet":
+        """Read what `facts` gives, as it stands in run.json and summary.json."""
+        return cls.of({Site.parse(site): ids for site, ids in facts.items()})
+
+    @classmethod
+    def all_of(cls, sites: Iterable[Site]) -> "LatentSet":
+        """All latents of these sites."""
+        return cls(tuple((site, None) for site in sites))
+
+    def __getitem__(self, site: Site) -> Ids:
+        groups = dict(self.named)[site]
+        return None if groups is None else _flat(groups)
+
+    def __iter__(self) -> Iterator[Site]:
+        return (site for site, _ in self.named)
+
+    def __len__(self) -> int:
+        return len(self.named)
+
+    def __bool__(self) -> bool:
+        return bool(self.named) or self.unnamed != ()
+
+    def __eq__(self, other: object) -> bool:
+        """Of two sets the groups count, too; beside a plain mapping, the latents of each site."""
+        if isinstance(other, LatentSet):
+            return (dict(self.named), self.unnamed) == (dict(other.named), other.unnamed)
+        return self.unnamed == () and isinstance(other, Mapping) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.named), self.unnamed))
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        named = " | ".join(f"{site}: {_text(groups)}" for site, groups in self.named if groups != ())
+        return named or _text(self.unnamed)
+
+    def groups(self, site: Site) -> Groups:
+        """The groups of a site's latents; None: all latents of the site.
+
+        Raises:
+            KeyError: the site is not in the set.
+        """
+        return dict(self.named)[site]
+
+    def spelt(self) -> dict[Site, tuple[int, ...]]:
+        """Latents by site, where each is named.
+
+        Raises:
+            UserError: the set asks for all latents of a site.
+        """
+        spelt = {site: ids for site, ids in self.items() if ids is not None}
+        if len(spelt) < len(self.named) or self.unnamed is None:
+            raise UserError(f"latents {str(self)!r}: 'all' cannot stand here, write their numbers")
+        return spelt
+
+    def at(self, sites: Sequence[Site]) -> "LatentSet":
+        """The set with each site under the name it has among `sites`, unnamed latents at the only one of them.
+
+        Raises:
+            UserError: there is more than one site that unnamed latents could be of.
+        """
+        if self.unnamed == ():
+            names = {site: next((one for one in sites if one.same_tensor(site)), site) for site in self}
+            return LatentSet(tuple((names[site], groups) for site, groups in self.named))
+        if len(sites) != 1:
+            raise UserError(
+                f"latents {str(self)!r} are of one dictionary, and there are {', '.join(map(str, sites)) or 'none'}: "
+                "give a --site, or the latents of each, as in 'resid_post.3: 281; 3,17 | resid_post.4: 5'"
+            )
+        return LatentSet(((sites[0], self.unnamed),))
+
+    def size(self, dictionaries: Mapping[Site, "Dictionary"]) -> int:
+        """Number of latents over all sites."""
+        return sum(dictionaries[site].d_sae if ids is None else len(ids) for site, ids in self.items())
+
+    def check(self, dictionaries: Mapping[Site, "Dictionary"]) -> None:
+        """Raises UserError for a site without a dictionary, or a latent that its dictionary does not have."""
+        for site, ids in self.items():
+            if site not in dictionaries:
+                raise UserError(f"latents of {site}, but there are dictionaries of {', '.join(map(str, dictionaries))}")
+            dictionaries[site].check_ids(ids or ())
+
+    def facts(self) -> dict[str, list[int] | None]:
+        """Latents by the sites' names, as JSON holds them; None: all of a site's."""
+        return {str(site): None if ids is None else list(ids) for site, ids in self.items()}
+
+
+def _groups(ids: str, text: str) -> Groups:
+    if ids.strip() == "all":
+        return None
+    if not IDS.fullmatch(ids):
+        raise UserError(_malformed(text))
+    return tuple(dict.fromkeys(tuple(dict.fromkeys(map(int, group.split(",")))) for group in ids.split(";")))
+
+
+def _flat(groups: Iterable[Group]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(latent for group in groups for latent in group))
+
+
+def _text(groups: Groups) -> str:
+    return "all" if groups is None else "; ".join(",".join(map(str, group)) for group in groups)
+
+
+def _malformed(text: str) -> str:
+    return (
+        f"latents {text!r}: write numbers, with semicolons between groups and commas inside one, as in 417 or 3,17;5; "
+        "of several sites as in 'resid_post.3: 417 | resid_post.4: 3,17;5'"
+    )
