@@ -430,7 +430,7 @@ def test_mistakes_come_before_the_work(place, tmp_path, capsys):
     for more, complaint in [
         (
             ("--latents", "3"),
-            "latents '3' are of one dictionary, and there are resid_post.0, resid_post.1: give a --site",
+            "latents '3' are of one dictionary, and there are resid_post.0, ",
         ),
         (("--latents", "resid_post.0: 3", "--site", "resid_post.1"), "latents are given for resid_post.0, but site is"),
         (("--latents", "resid_post.1: 48"), "latent 48 is out of range"),
