@@ -115,9 +115,6 @@ class Base:
         self.model, self.tokens, self.readout, self._given = model, tokens, readout, run
         # gradients start at the first, so that all others have to come after it
         self.sites = sorted(sites, key=lambda s: (s.enters, ORDER.index(s.stream)))
-        self._inputs = model.inputs(tokens)
-        if "logits_to_keep" in model._forward_arguments:
-            self._inputs["logits_to_keep"] = 1
 
     def graph(self, droppable: Sequence[int] = ()) -> tuple[Float[Tensor, "batch"], dict[Site, Tensor], Dropped]:
         """One forward pass with a graph from the first site on: the metric, the sites' values, and the blocks' switch.
@@ -133,7 +130,7 @@ class Base:
             if self._given is not None:
                 stack.enter_context(self._from(self.sites[0], self._given, self._given.values[self.sites[0]]))
             held = stack.enter_context(graph_through(layout, self.sites))
-            metric = self.readout(self.model.hf(**self._inputs).logits[:, -1])
+            metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
         if self._given is not None:
             expected = self.readout(self._given.logits)
             if not torch.allclose(metric.detach(), expected, rtol=1e-2, atol=1e-3):
@@ -165,7 +162,7 @@ class Base:
         """Gradient at a site where it holds `x` and all before it is as in the base run; earlier blocks are skipped."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), self.readout.running(self.model), self._from(site, self.plain(), leaf):
-            metric = self.readout(self.model.hf(**self._inputs).logits[:, -1])
+            metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
             return self.backward(metric, [leaf])[0]
 
     def backward(self, metric: Float[Tensor, "batch"], at: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -74,18 +74,14 @@ class Run:
         self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # what maps of the first block gave, by site
 
     def _first_pass(self, keep_cache: bool) -> tuple[Any, Float[Tensor, "batch vocab"]]:
-        model, inputs = self.model, self.model.inputs(self.tokens)
-        if "logits_to_keep" in model._forward_arguments:
-            inputs["logits_to_keep"] = 1
-        if keep_cache and "past_key_values" in model._forward_arguments:
-            # without the config every layer keeps all positions, sliding windows too: the masks cut them
-            cache = DynamicCache()
+        model, tokens = self.model, self.tokens
+        if keep_cache and model.takes_cache:
+            cache = DynamicCache()  # keys and values of every column; a model of recurrent states cannot use it
             try:
-                logits = model.hf(**inputs | {"past_key_values": cache, "use_cache": True}).logits
-                return cache, logits[:, -1].to(model.device)
+                return cache, model.call(tokens, last=True, cache=cache)[:, -1].to(model.device)
             except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
                 log.info("%s runs without a cache of keys and values (%s): all passes are whole", model.name, error)
-        return None, model.hf(**inputs).logits[:, -1].to(model.device)
+        return None, model.call(tokens, last=True)[:, -1].to(model.device)
 
     def split(self, n: int) -> tuple["Run", "Run"]:
         """The first `n` rows and the others, as runs of their own; they share this one's memory."""
@@ -103,7 +99,7 @@ class Run:
     @property
     def width(self) -> int:
         """Columns of the batch."""
-        return self.tokens.input_ids.shape[1]
+        return self.tokens.width
 
     def resume(
         self,
@@ -140,7 +136,7 @@ class Run:
         edited = {site: (old + change).to(old.dtype)}
         if entry(site) != site:
             edited[entry(site)] = self.values[entry(site)][rows, first:]
-        inputs = self._inputs(rows, first)
+        cache = Cache(layers=[_Before(kept, rows, first) for kept in self._cache.layers]) if first else None
         with ExitStack() as stack:
             if way != "whole":
                 stack.enter_context(skip_blocks(model.layout, site.enters))
@@ -149,22 +145,10 @@ class Run:
             if only is not None:
                 stack.enter_context(only_logits_of(model.hf, only))
             stack.enter_context(edit_sites(model.layout, {at: _set_to(value) for at, value in edited.items()}))
-            logits = model.hf(**inputs).logits[:, -1].to(model.device)
+            logits = model.call(self.tokens.rows(rows), first, last=True, cache=cache)[:, -1].to(model.device)
         if only is not None and logits.shape[-1] != len(only):
             logits = logits[:, only]
         return logits
-
-    def _inputs(self, rows: Int[Tensor, "edits"], first: int) -> dict[str, Any]:
-        inputs = self.model.inputs(self.tokens.rows(rows))
-        if "logits_to_keep" in self.model._forward_arguments:
-            inputs["logits_to_keep"] = 1
-        if first:
-            inputs["input_ids"] = inputs["input_ids"][:, first:]
-            if "position_ids" in inputs:
-                inputs["position_ids"] = inputs["position_ids"][:, first:]
-            layers: list[Any] = [_Before(kept, rows, first) for kept in self._cache.layers]
-            inputs |= {"past_key_values": Cache(layers=layers), "use_cache": True}
-        return inputs
 
     @contextmanager
     def _shortcuts(
@@ -189,8 +173,7 @@ class Run:
         if entry(site) != site or not bool((edited.sum(-1) == 1).all()):
             return {}  # several positions edited, or a block whose own parts are
         if site not in self._kept:
-            inputs = self.model.inputs(self.tokens)
-            self._kept[site] = kept_outputs(self.model, site.enters, self.values[site], inputs)
+            self._kept[site] = kept_outputs(self.model, site.enters, self.values[site], self.tokens)
         column = edited.int().argmax(-1)
         return {m: at_edited(m, out[rows, first:], column) for m, out in self._kept[site].items()}
 

@@ -6,7 +6,7 @@ site is edited, a linear map of the first block that sees its own position only 
 where it runs beside attention) runs at that position alone; elsewhere it gives what it gave in the kept run.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saepatch.model.hooks import capture, edit_sites, forwards_replaced, skip_blocks
-from saepatch.model.language_model import LanguageModel
+from saepatch.model.hooks import edit_sites, forwards_replaced, skip_blocks
+from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
 Forward = Callable[..., Any]
@@ -89,7 +89,7 @@ def forget_maps(model: LanguageModel) -> bool:
 
 @torch.no_grad()
 def kept_outputs(
-    model: LanguageModel, layer: int, x: Float[Tensor, "batch pos d_model"], inputs: Mapping[str, Any]
+    model: LanguageModel, layer: int, x: Float[Tensor, "batch pos d_model"], tokens: Tokens
 ) -> dict[nn.Module, Float[Tensor, "batch pos out"]]:
     """What the `own` maps of a block give for an input of the block."""
     maps, seen = find_maps(model, layer).own, {}
@@ -102,15 +102,15 @@ def kept_outputs(
         return forward
 
     with forwards_replaced({module: watched(module, module.forward) for module in maps}):
-        _block(model, layer, x, inputs)
+        _block(model, layer, x, tokens)
     return seen
 
 
-def _block(model: LanguageModel, layer: int, x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+def _block(model: LanguageModel, layer: int, x: Tensor, tokens: Tokens) -> Tensor:
     """What one block makes of an input, run by the model itself."""
     after = Site(layer)
     with skip_blocks(model.layout, layer), edit_sites(model.layout, {Site(layer, "resid_pre"): lambda _: x}):
-        return capture(model.hf, model.layout, [after], inputs)[after]
+        return model.capture(tokens, [after])[after]
 
 
 @torch.no_grad()
@@ -121,9 +121,7 @@ def _probe(model: LanguageModel, layer: int) -> Maps:
     linear = [m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D))]
     if not 0 < len(linear) <= MOST_MAPS:
         return Maps()
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = (torch.arange(6, device=model.device) * 5 + 3).unsqueeze(0) % vocabulary
-    inputs = {"input_ids": ids, "use_cache": False}
+    tokens = model.probe()
     x = torch.randn(1, 6, model.d_model, generator=torch.Generator().manual_seed(1)).to(model.device, model.dtype)
     other = x.clone()
     other[:, 0] = other[:, 0].roll(1, -1)
@@ -137,8 +135,8 @@ def _probe(model: LanguageModel, layer: int) -> Maps:
         return forward
 
     with forwards_replaced({module: watched(module, module.forward) for module in linear}):
-        expected = _block(model, layer, x, inputs)
-        _block(model, layer, other, inputs)
+        expected = _block(model, layer, x, tokens)
+        _block(model, layer, other, tokens)
     called_once = [m for m in linear if len(seen[m]) == 2 and seen[m][0].shape[:2] == (1, 6)]
     own = [m for m in called_once if torch.equal(seen[m][0][:, 1:], seen[m][1][:, 1:])]
     stays, wide = [], set()
@@ -146,7 +144,7 @@ def _probe(model: LanguageModel, layer: int) -> Maps:
     def runs(module: nn.Module, forward: Forward) -> Tensor | None:
         with forwards_replaced({module: forward}):
             try:
-                return _block(model, layer, x, inputs)
+                return _block(model, layer, x, tokens)
             except RuntimeError:  # shapes that no longer fit
                 return None
 

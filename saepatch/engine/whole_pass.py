@@ -63,7 +63,7 @@ def edited_logits(
         if skip:
             stack.enter_context(_from(model, kept, site))
         stack.enter_context(edit_sites(model.layout, {site: lambda x: value.to(x)}))
-        return model.hf(**model.inputs(kept.tokens)).logits.to(model.device)
+        return model.call(kept.tokens).to(model.device)
 
 
 @contextmanager

@@ -249,11 +249,8 @@ def _run(
 ) -> tuple[dict[int, _Seen], Float[Tensor, "batch"]]:
     """What every attention layer saw in one pass over prompts that end in the last column, and the metric."""
     attention = _Attention(model, edit)
-    inputs = model.inputs(tokens)
-    if "logits_to_keep" in model._forward_arguments:
-        inputs["logits_to_keep"] = 1
     with torch.set_grad_enabled(grad), readout.running(model), attention_replaced(model.hf, attention):
-        return attention.seen, readout(model.hf(**inputs).logits[:, -1])
+        return attention.seen, readout(model.call(tokens, last=True)[:, -1])
 
 
 def _gradients(

@@ -124,8 +124,7 @@ def patch_streams(
     progress: Progress = False,
 ) -> Effects:
     """Patch the whole value of a stream at every layer and position, each alone: the classic layer × position map."""
-    model.layout.module(Site(0, stream))  # raises where the family does not offer it
-    sites = [Stream(site) for site in model.layout.sites if site.stream == stream]
+    sites = [Stream(site) for site in model.layout.of_stream(stream)]
     return patch_components(
         model,
         sites,
@@ -157,7 +156,7 @@ def patch_heads(
     progress: Progress = False,
 ) -> Effects:
     """Patch the output z of every attention head at every layer: the classic layer × head map."""
-    heads = [Heads(layer, model.n_heads) for layer in range(model.n_layers)]
+    heads = [Heads(site.layer, model.n_heads) for site in model.layout.of_stream("z")]
     return patch_components(
         model,
         heads,

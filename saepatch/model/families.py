@@ -1,7 +1,7 @@
 """How each model family lays out its sites."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -12,22 +12,44 @@ from saepatch.model.sites import Site
 log = logging.getLogger(__name__)
 
 
+Paths = str | tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one model family: the blocks from the model, the others from a block (None: not offered)."""
+    """Module paths of one model family: the blocks from the model, the others from a block (None: not offered).
+
+    Where blocks differ, a tuple lists alternatives: the first that a block has. A block with none of them does not
+    offer the stream.
+    """
 
     blocks: str
-    attn: str | None = None
-    mlp: str | None = None
-    z: str | None = None
-    neurons: str | None = None
+    attn: Paths | None = None
+    mlp: Paths | None = None
+    z: Paths | None = None
+    neurons: Paths | None = None
+
+    def paths(self, block: nn.Module) -> dict[str, str]:
+        """The streams that one block offers, and the module path of each ("": the block itself)."""
+        offered = {"resid_pre": "", "resid_post": ""}
+        listed = {"attn_out": self.attn, "mlp_out": self.mlp, "z": self.z, "neurons": self.neurons}
+        for stream, paths in listed.items():
+            alternatives = (paths,) if isinstance(paths, str) else paths or ()
+            if (path := next((path for path in alternatives if _has(block, path)), None)) is not None:
+                offered[stream] = path
+        return offered
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 _LLAMA = Family("model.layers", "self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj")
-
-
 _POST_NORM = replace(_LLAMA, attn="post_attention_layernorm", mlp="post_feedforward_layernorm")
-
 
 # Keyed by `config.model_type`. `attn` and `mlp` name the module whose output enters the residual stream, `z` the one
 # that projects the heads' outputs, `neurons` the one that projects the MLP's units (a mixture of experts has none).
@@ -44,42 +66,69 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("transformer.h", "attn", "mlp", "attn.out_proj", "mlp.fc_out"),
     "gpt_neox": Family("gpt_neox.layers", "attention", "mlp", "attention.dense", "mlp.dense_4h_to_h"),
     "opt": Family("model.decoder.layers", "self_attn", None, "self_attn.out_proj"),
+    # a hybrid: some blocks mix positions by a short convolution in place of attention
+    "lfm2": Family("model.layers", ("self_attn", "conv"), "feed_forward", "self_attn.out_proj", "feed_forward.w2"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the sites of one loaded model are.
-
-    `streams` maps a stream to the module path inside a block ("" is the block itself). `neurons` is that of the MLP's
-    units, which sweeps over all streams leave out.
-    """
+    """Where the sites of one loaded model are: for each layer, the streams and their module paths inside the block."""
 
     blocks: tuple[nn.Module, ...]
-    streams: Mapping[str, str]
+    paths: tuple[Mapping[str, str], ...]
     tuple_blocks: bool = False  # whether a block returns a tuple that starts with the stream; seen on load
-    widths: Mapping[str, int] = field(default_factory=dict)  # of each stream; seen on load
-    neurons: str | None = None
+    widths: Mapping[Site, int] = field(default_factory=dict)  # size of each site's last dimension; seen on load
 
     def module(self, site: Site) -> nn.Module:
         """The module that emits the site (for `resid_pre`: that receives it).
 
         Raises:
-            UserError: the model has no such layer, or its family does not offer the stream.
+            UserError: the model has no such layer, or the block does not offer the stream.
         """
         if site.layer >= len(self.blocks):
             raise UserError(f"site {site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
-        paths = {**self.streams} if self.neurons is None else {**self.streams, "neurons": self.neurons}
+        paths = self.paths[site.layer]
         if site.stream not in paths:
-            raise UserError(f"site {site}: this model family offers {', '.join(paths)}")
+            elsewhere = ", ".join(str(at) for at in self.all_sites if at.stream == site.stream)
+            raise UserError(
+                f"site {site}: this layer offers {', '.join(paths)}"
+                + (f", and of that stream the model has {elsewhere}" if elsewhere else "")
+            )
         return self.blocks[site.layer].get_submodule(paths[site.stream])
 
     @property
-    def sites(self) -> list[Site]:
-        return [Site(layer, stream) for layer in range(len(self.blocks)) for stream in self.streams]
+    def all_sites(self) -> list[Site]:
+        """Every site, by layer."""
+        return [Site(layer, stream) for layer, paths in enumerate(self.paths) for stream in paths]
 
-    def without(self, stream: str) -> "Layout":
-        return replace(self, streams={name: path for name, path in self.streams.items() if name != stream})
+    @property
+    def sites(self) -> list[Site]:
+        """What a sweep over all sites takes: every one but the MLPs' units, which are as many as an MLP is wide."""
+        return [site for site in self.all_sites if site.stream != "neurons"]
+
+    @property
+    def streams(self) -> list[str]:
+        """The streams among `sites`."""
+        return list(dict.fromkeys(site.stream for site in self.sites))
+
+    def of_stream(self, stream: str) -> list[Site]:
+        """The sites of one stream: those of all layers that offer it.
+
+        Raises:
+            UserError: no layer does.
+        """
+        found = [site for site in self.all_sites if site.stream == stream]
+        if not found:
+            self.module(Site(0, stream))
+        return found
+
+    def without(self, sites: Collection[Site]) -> "Layout":
+        paths = tuple(
+            {stream: path for stream, path in offered.items() if Site(layer, stream) not in sites}
+            for layer, offered in enumerate(self.paths)
+        )
+        return replace(self, paths=paths)
 
 
 def layout_of(hf: nn.Module, model_type: str, n_layers: int) -> Layout:
@@ -95,14 +144,7 @@ def layout_of(hf: nn.Module, model_type: str, n_layers: int) -> Layout:
         blocks = tuple(hf.get_submodule(family.blocks).children())
     except AttributeError as error:
         raise UserError(f"model type {model_type!r} has no blocks at {family.blocks!r}: {error}") from error
-    streams = {"resid_pre": "", "resid_post": ""}
-    if family.attn is not None:
-        streams["attn_out"] = family.attn
-    if family.mlp is not None:
-        streams["mlp_out"] = family.mlp
-    if family.z is not None:
-        streams["z"] = family.z
-    return Layout(blocks, streams, neurons=family.neurons)
+    return Layout(blocks, tuple(map(family.paths, blocks)))
 
 
 def _guess_family(hf: nn.Module, model_type: str, n_layers: int) -> Family:

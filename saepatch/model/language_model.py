@@ -1,58 +1,25 @@
 """A causal language model and its tokenizer: prompts in, logits and text out."""
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saepatch.errors import UserError
 from saepatch.model.families import Layout
 from saepatch.model.fingerprint import fingerprint, weights_of
+from saepatch.model.forward import Forward
 from saepatch.model.greedy import end_tokens, greedy_options
+from saepatch.model.hooks import capture
 from saepatch.model.sites import Site
+from saepatch.model.tokens import Tokens, ordinary
 
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A padded batch of prompts.
-
-    `ordinary` is true at every position that is neither padding nor BOS: where means, rankings and edits act.
-    """
-
-    input_ids: Int[Tensor, "batch pos"]
-    attention_mask: Int[Tensor, "batch pos"]
-    ordinary: Bool[Tensor, "batch pos"]
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-    @property
-    def lengths(self) -> Int[Tensor, "batch"]:
-        """Number of tokens of each prompt, BOS included, padding not."""
-        return self.attention_mask.sum(-1)
-
-    @property
-    def last(self) -> Int[Tensor, "batch"]:
-        """Index of each prompt's last token in the padded row."""
-        width = self.attention_mask.shape[1]
-        return width - 1 - self.attention_mask.flip(-1).argmax(-1)
-
-    @property
-    def padded(self) -> bool:
-        return not bool(self.attention_mask.all())
-
-    def rows(self, index: Sequence[int] | Int[Tensor, "n"] | slice) -> "Tokens":
-        return Tokens(self.input_ids[index], self.attention_mask[index], self.ordinary[index])
-
-    def batches(self, size: int) -> Iterator["Tokens"]:
-        for start in range(0, len(self), size):
-            yield self.rows(slice(start, start + size))
+__all__ = ["LanguageModel", "Tokens", "ordinary", "refuse_training"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +46,14 @@ class LanguageModel:
 
     @property
     def n_heads(self) -> int:
-        """Attention (query) heads a layer."""
-        return int(self.config.get_text_config().num_attention_heads)
+        """Attention (query) heads a layer; 0 where the config does not give one number for all layers."""
+        heads = getattr(self.config.get_text_config(), "num_attention_heads", None)
+        return heads if isinstance(heads, int) else 0
 
     def width(self, site: Site) -> int:
         """Size of the last dimension of what a site holds."""
         self.layout.module(site)
-        return self.layout.widths[site.stream]
+        return self.layout.widths[site]
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +85,8 @@ class LanguageModel:
         return {}
 
     @cached_property
-    def _forward_arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.hf.forward).parameters)
+    def _forward(self) -> Forward:
+        return Forward(self.hf)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one prompt. A text that begins with the BOS text already gets no second BOS."""
@@ -164,29 +132,74 @@ class LanguageModel:
         mask = torch.tensor(masks, device=self.device)
         return Tokens(input_ids, mask, ordinary(input_ids, mask, self.bos_id))
 
-    def inputs(self, tokens: Tokens) -> dict[str, Any]:
-        """Arguments of `hf` for a batch. Padded batches carry explicit positions, so either side gives one result."""
-        if not tokens.padded:
-            return {"input_ids": tokens.input_ids, "use_cache": False}
-        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "use_cache": False}
-        if "position_ids" in self._forward_arguments:
-            inputs["position_ids"] = (tokens.attention_mask.cumsum(-1) - 1).clamp(min=0)
-        return inputs
+    def probe(self) -> Tokens:
+        """A few tokens, any ones, to see how the model behaves."""
+        vocabulary = int(self.config.get_text_config().vocab_size)
+        ids = (torch.arange(6, device=self.device) * 7 + 11).unsqueeze(0) % vocabulary
+        return Tokens(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
+
+    @property
+    def takes_cache(self) -> bool:
+        return self._forward.cache_name is not None
+
+    def new_cache(self) -> Any:
+        """An empty cache for `inputs`, `call` and `capture`, which passes take in their columns to."""
+        return self._forward.new_cache()
+
+    def inputs(self, tokens: Tokens, start: int = 0, last: bool = False, cache: Any = None) -> dict[str, Any]:
+        """Arguments of `hf` for a batch: see `saepatch.model.forward.Forward.arguments`."""
+        return self._forward.arguments(tokens, start, last, cache)
+
+    def call(
+        self, tokens: Tokens, start: int = 0, last: bool = False, cache: Any = None
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Logits of one forward pass, with a graph where gradients are enabled.
+
+        Args:
+            tokens: The whole batch, with what the cache holds.
+            start: First column that is run; those before it are in the cache.
+            last: Give the last column's logits alone.
+            cache: What holds the columns before `start`, and takes in the others; None: nothing is kept.
+        """
+        logits = self.hf(**self.inputs(tokens, start, last, cache)).logits
+        return logits[:, -1:] if last else logits
+
+    @torch.no_grad()
+    def capture(
+        self, tokens: Tokens, sites: Collection[Site], start: int = 0, cache: Any = None, stop: bool = True
+    ) -> dict[Site, Float[Tensor, "batch pos width"]]:
+        """What the sites emit in one forward pass; with `stop`, the pass ends at the last site needed."""
+        return capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop)
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Float[Tensor, "batch pos vocab"]:
         """Logits at every position."""
-        return self.hf(**self.inputs(tokens)).logits
+        return self.call(tokens)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tokens) -> Float[Tensor, "batch vocab"]:
         """Logits after each prompt's last token; only those are computed where the batch allows."""
         last = tokens.last
-        aligned = bool((last == tokens.input_ids.shape[1] - 1).all())
-        if aligned and "logits_to_keep" in self._forward_arguments:
-            return self.hf(**self.inputs(tokens), logits_to_keep=1).logits[:, -1]
-        logits = self.hf(**self.inputs(tokens)).logits
+        if bool((last == tokens.width - 1).all()):
+            return self.call(tokens, last=True)[:, -1]
+        logits = self.call(tokens)
         return logits[torch.arange(len(tokens), device=logits.device), last]
+
+    @torch.no_grad()
+    def logits_of_continuations(
+        self, prompts: Tokens, continuations: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "batch new vocab"]:
+        """The logits that each token of given continuations (token ids) is predicted by.
+
+        Two passes, the prompts and then the continuations on their cache, so that inside a splice they go as in
+        generation. Prompts are padded on the left; what follows a shorter continuation's end means nothing.
+        """
+        cache = self.new_cache()
+        first = self.call(prompts, last=True, cache=cache)
+        if max(map(len, continuations)) < 2:
+            return first
+        rows = prompts.followed_by(self.pad([row[:-1] for row in continuations]))
+        return torch.cat([first, self.call(rows, prompts.width, cache=cache)], 1)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 40, batch_size: int = 64) -> list[str]:
         """Greedy continuations, prompt and special tokens left out."""
@@ -229,14 +242,6 @@ class LanguageModel:
             raise UserError(f"the tokenizer of {self.name!r} has no chat template: write the prompt out yourself")
         turns = [{"role": "user", "content": request}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
-def ordinary(
-    input_ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], bos_id: int | None
-) -> Bool[Tensor, "batch pos"]:
-    """True where a token is neither padding nor BOS."""
-    real = mask.bool()
-    return real if bos_id is None else real & (input_ids != bos_id)
 
 
 def refuse_training(model: LanguageModel) -> None:

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
@@ -31,9 +30,11 @@ def stream_directions(model: LanguageModel, site: Site, rows: Float[Tensor, "n w
     x = torch.cat([rows, torch.zeros_like(rows[:1])]).to(model.device, weight.dtype)[None]
     out = project(x)[0].float()
     out = out[:-1] - out[-1]  # without a bias
-    path = model.layout.streams.get(INSIDE[site.stream])
-    inner = model.layout.neurons if site.stream == "neurons" else model.layout.streams[site.stream]
-    if path is None or (inner or "").startswith(f"{path}."):  # the projection is the last that attention or MLP does
+    paths = model.layout.paths[site.layer]
+    path = paths.get(INSIDE[site.stream])
+    if path is None or paths[site.stream].startswith(
+        f"{path}."
+    ):  # the projection is the last that attention or MLP does
         return out
     norm = model.layout.module(Site(site.layer, INSIDE[site.stream]))
     sized = nn.functional.normalize(out, dim=-1) * model.d_model**0.5
@@ -53,12 +54,9 @@ def final_norm(model: LanguageModel) -> nn.Module | None:
     norms = [child for parent in home for child in parent.children() if "norm" in type(child).__name__.lower()]
     if not norms:
         return None
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = (torch.arange(6, device=model.device) * 7 + 11).unsqueeze(0) % vocabulary
-    inputs = {"input_ids": ids, "use_cache": False}
-    last = Site(model.n_layers - 1, "resid_post")
-    x = capture(model.hf, model.layout, [last], inputs)[last]
-    truth = model.hf(**inputs).logits.float()
+    tokens, last = model.probe(), Site(model.n_layers - 1, "resid_post")
+    x = model.capture(tokens, [last])[last]
+    truth = model.call(tokens).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if cap:
         truth = cap * torch.atanh((truth / cap).clamp(-1 + 1e-6, 1 - 1e-6))

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from saepatch import organism
 from saepatch.errors import UserError
 from saepatch.model.families import layout_of
-from saepatch.model.hooks import SpliceError, blocks_return_tuples, capture, edit_sites
+from saepatch.model.hooks import Edit, SpliceError, blocks_return_tuples, edit_sites
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
+from saepatch.model.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -112,43 +113,26 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
 def check_sites(model: LanguageModel) -> LanguageModel:
     """Run a few tokens and see that every site emits [batch, pos, width] and that editing it changes the logits.
 
-    `attn_out` and `mlp_out` must together account for what a block adds to the stream; a family where they do not
-    (scaled residuals, say) loses these two streams, with a warning; one whose `z` is not the heads side by side
-    loses that.
+    `attn_out` and `mlp_out` must together account for what a block adds to the stream; a model where they do not
+    (scaled residuals, say) loses these two streams, with a warning. A layer whose `z` is not the heads side by side
+    loses that, and one whose MLP has no units in sight (a mixture of experts) loses `neurons`.
 
     Raises:
         UserError: a residual site does not behave as one.
     """
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = (torch.arange(6, device=model.device) * 7 + 11).unsqueeze(0) % vocabulary
-    inputs = {"input_ids": ids, "use_cache": False}
-    as_tuple = blocks_return_tuples(model.hf, model.layout, inputs)
+    tokens = model.probe()
+    as_tuple = blocks_return_tuples(model.hf, model.layout, model.inputs(tokens))
     model = replace(model, layout=replace(model.layout, tuple_blocks=as_tuple))
-    seen = capture(model.hf, model.layout, model.layout.sites, inputs, stop=False)
-    if "z" in model.layout.streams:
-        z = tuple(seen[Site(0, "z")].shape)
-        if z[:-1] != (1, 6) or z[-1] % model.n_heads:
-            log.warning("z of %r has shape %s, not %d heads side by side: not offered", model.name, z, model.n_heads)
-            model = replace(model, layout=model.layout.without("z"))
-    widths = {site.stream: value.shape[-1] for site, value in seen.items()}
-    model = replace(model, layout=replace(model.layout, widths=widths))
-    for site, value in seen.items():
-        if site.stream != "z" and value.shape != (1, 6, model.d_model):
-            raise UserError(
-                f"site {site} emits {tuple(value.shape)}, not (1, 6, {model.d_model}): "
-                "check saepatch.model.families.FAMILIES"
-            )
-    if {"attn_out", "mlp_out"} <= set(model.layout.streams) and not _streams_add_up(model, seen):
-        log.warning("attn_out and mlp_out of %r do not add up to what a block writes: not offered", model.name)
-        model = replace(model, layout=model.layout.without("attn_out").without("mlp_out"))
-    model = _with_neurons(model, inputs)
-    plain = model.hf(**inputs).logits
-    for stream in model.layout.streams:
-        site = Site(model.n_layers // 2, stream)
+    seen = _emitted(model, tokens)
+    layout = model.layout.without(_not_offered(model, seen))
+    layout = replace(layout, widths={site: seen[site].shape[-1] for site in layout.all_sites})
+    model = replace(model, layout=layout)
+    plain = model.call(tokens)
+    for site in _one_of_each_kind(model):
         noise = torch.randn(seen[site].shape, generator=torch.Generator().manual_seed(0)).to(seen[site])
         scale = seen[site].float().std().clamp(min=1e-3).to(noise.dtype)
-        with edit_sites(model.layout, {site: lambda x, noise=noise, scale=scale: x + scale * noise}):  # type: ignore[misc]
-            edited = model.hf(**inputs).logits
+        with edit_sites(layout, {site: lambda x, noise=noise, scale=scale: x + scale * noise}):  # type: ignore[misc]
+            edited = model.call(tokens)
         if torch.equal(plain, edited):
             raise UserError(
                 f"editing site {site} of {model.name!r} leaves the logits as they were: "
@@ -157,29 +141,66 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     return model
 
 
-def _with_neurons(model: LanguageModel, inputs: Mapping[str, Any]) -> LanguageModel:
-    """The model with the width of its MLPs' units, or without that site where a block has no such units."""
-    layout = model.layout
-    if layout.neurons is None:
-        return model
-    sites = [Site(layer, "neurons") for layer in range(model.n_layers)]
-    try:
-        seen = capture(model.hf, layout, sites, inputs)
-    except (AttributeError, SpliceError):  # no such module, or one that is passed by: a mixture of experts
-        seen = {}
-    shapes = {tuple(value.shape) for value in seen.values()}
-    if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[:2] != (1, 6):
-        log.info("the MLPs of %r have no units of one width in sight: the site neurons is not offered", model.name)
-        return replace(model, layout=replace(layout, neurons=None))
-    return replace(model, layout=replace(layout, widths={**layout.widths, "neurons": shape[-1]}))
+def _emitted(model: LanguageModel, tokens: Tokens) -> dict[Site, Tensor]:
+    """What every site emits in one pass. An MLP's units may be passed by: those of a mixture of experts are."""
+    seen: dict[Site, Tensor] = {}
+    edits: dict[Site, Edit] = {site: lambda x, site=site: seen.setdefault(site, x) for site in model.layout.all_sites}  # type: ignore[misc]
+    units = {site: edits.pop(site) for site in model.layout.all_sites if site.stream == "neurons"}
+    with edit_sites(model.layout, edits), suppress(SpliceError), edit_sites(model.layout, units):
+        model.call(tokens)
+    return seen
 
 
-def _streams_add_up(model: LanguageModel, seen: dict[Site, Tensor]) -> bool:
+def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]:
+    """The sites that do not hold what their names say.
+
+    Raises:
+        UserError: one of them is of the residual stream, or should be as wide.
+    """
+    odd: set[Site] = set()
+    for site in model.layout.all_sites:
+        shape = tuple(seen[site].shape) if site in seen else ()
+        if site.stream == "neurons":
+            odd |= {site} if len(shape) != 3 or shape[:2] != (1, 6) else set()
+        elif site.stream == "z":
+            odd |= {site} if shape[:-1] != (1, 6) or not model.n_heads or shape[-1] % model.n_heads else set()
+        elif shape != (1, 6, model.d_model):
+            raise UserError(
+                f"site {site} emits {shape}, not (1, 6, {model.d_model}): check saepatch.model.families.FAMILIES"
+            )
+    if heads := sorted(site for site in odd if site.stream == "z"):
+        log.warning(
+            "%s of %r has shape %s, not %d heads side by side: not offered%s",
+            heads[0], model.name, tuple(seen[heads[0]].shape), model.n_heads,
+            "" if len(heads) == 1 else f", nor are {len(heads) - 1} more",
+        )  # fmt: skip
+    if units := sorted(site for site in odd if site.stream == "neurons"):
+        log.info("the MLPs of %r have no units in sight in %d layers: neurons is not offered", model.name, len(units))
+    added = {site for site in model.layout.all_sites if site.stream in ("attn_out", "mlp_out")}
+    if not _streams_add_up(model, seen):
+        log.warning("attn_out and mlp_out of %r do not add up to what a block writes: not offered", model.name)
+        odd |= added
+    return odd
+
+
+def _one_of_each_kind(model: LanguageModel) -> list[Site]:
+    """For every stream and module path that blocks have it at, the middle one of these sites."""
+    kinds: dict[tuple[str, str], list[Site]] = {}
+    for site in model.layout.all_sites:
+        kinds.setdefault((site.stream, model.layout.paths[site.layer][site.stream]), []).append(site)
+    return [sites[len(sites) // 2] for sites in kinds.values()]
+
+
+def _streams_add_up(model: LanguageModel, seen: Mapping[Site, Tensor]) -> bool:
+    """Whether, in every layer that offers both, attn_out and mlp_out are together what the block adds."""
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     for layer in range(model.n_layers):
-        added = seen[Site(layer, "attn_out")].float() + seen[Site(layer, "mlp_out")].float()
-        wrote = seen[Site(layer, "resid_post")].float() - seen[Site(layer, "resid_pre")].float()
-        if (added - wrote).norm() > tolerance * (wrote.norm() + seen[Site(layer, "resid_pre")].float().norm()):
+        before, after, *parts = (Site(layer, s) for s in ("resid_pre", "resid_post", "attn_out", "mlp_out"))
+        if any(site not in seen for site in parts):
+            continue
+        wrote = seen[after].float() - seen[before].float()
+        added = sum(seen[site].float() for site in parts)
+        if (added - wrote).norm() > tolerance * (wrote.norm() + seen[before].float().norm()):
             return False
     return True
 

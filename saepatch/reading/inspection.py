@@ -18,10 +18,10 @@ def model_lines(model: LanguageModel) -> list[str]:
         f"chat         {'template' if model.tokenizer.chat_template else 'no template'}",
         "sites        shape [batch, pos, d_model]; checked by a forward pass and an edit",
     ]
-    last = model.n_layers - 1
     for stream in model.layout.streams:
-        first = Site(0, stream)
-        lines.append(f"  {stream:<11}{first} … {Site(last, stream)}   ({first.hook_name} in TransformerLens)")
+        first, *_, last = [*(sites := model.layout.of_stream(stream)), sites[-1]]
+        some = "" if len(sites) == model.n_layers else f", {len(sites)} of {model.n_layers} layers"
+        lines.append(f"  {stream:<11}{first} … {last}   ({first.hook_name} in TransformerLens{some})")
     return lines
 
 

@@ -208,21 +208,11 @@ def answer_log_probs(
     Raises:
         UserError: not as many answers as prompts, or one without a token.
     """
-    from transformers import DynamicCache
-
     if len(answers) != len(prompts) or not all(map(len, answers)):
         raise UserError(f"{len(answers)} answers for {len(prompts)} prompts: give one of at least one token for each")
-    tokens, rest = model.tokenize(prompts, "left"), model.pad([row[:-1] or [0] for row in answers], "right")
-    mask = torch.cat([tokens.attention_mask, rest.attention_mask], 1)
-    cache, start, found = DynamicCache(), tokens.input_ids.shape[1], []
-    for ids, part in ((tokens.input_ids, slice(0, start)), (rest.input_ids, slice(start, None))):
-        seen = mask[:, : part.stop]
-        inputs = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache, "use_cache": True}
-        if "position_ids" in model._forward_arguments:
-            inputs["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)[:, part]
-        found.append(model.hf(**inputs).logits.float().log_softmax(-1))
-    first, later = found
-    return [torch.cat([a[-1:], b[: len(row) - 1]]) for a, b, row in zip(first, later, answers, strict=True)]
+    logits = model.logits_of_continuations(model.tokenize(prompts, "left"), answers)
+    log_p = logits.float().log_softmax(-1)
+    return [row[: len(answer)] for row, answer in zip(log_p, answers, strict=True)]
 
 
 def shared_quality(

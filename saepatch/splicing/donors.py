@@ -6,17 +6,16 @@ step the donor reads what it reads with a cache of its own, unpatched, and the m
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
-from saepatch.model.hooks import capture, unedited
-from saepatch.model.language_model import LanguageModel
+from saepatch.model.hooks import unedited
+from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
 from saepatch.splicing.interventions import Ids, ids_of
@@ -120,10 +119,8 @@ class DonorRun:
 
     def reset(self) -> None:
         """Forget the prompt: the next pass starts one."""
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache()
-        self._mask: Tensor | None = None
+        self._cache = self.model.new_cache()
+        self._tokens: Tokens | None = None  # all that was read
         self._values: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         self._columns = 0  # of the prompt that values are kept of: its last ones
         self._read = 0  # generated tokens
@@ -133,52 +130,46 @@ class DonorRun:
         reached = seen.start + seen.input_ids.shape[1] - seen.width
         if reached <= 0:
             self.reset()
-            ids, self._mask = self._prompts(seen)
-            template = self.donor.template
-            self._columns = ids.shape[1] if template is None else template
-            self._step(ids)
-        elif self._mask is None or reached <= self._read:
+            tokens, template = self._prompts(seen), self.donor.template
+            self._columns = tokens.width if template is None else template
+            self._step(tokens, 0)
+        elif self._tokens is None or reached <= self._read:
             raise UserError("Restore follows one continuation of prompts that ran inside the splice: start them anew")
         else:
             new = seen.input_ids[:, -(reached - self._read) :]
-            self._mask = torch.cat([self._mask, torch.ones_like(new)], 1)
-            self._read = reached
-            self._step(new)
+            self._read, start = reached, self._tokens.width
+            real = torch.ones_like(new)
+            self._step(self._tokens.followed_by(Tokens(new, real, real.bool())), start)
 
-    def _prompts(self, seen: Pass) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-        """Ids and mask of what the donor reads first."""
+    def _prompts(self, seen: Pass) -> Tokens:
+        """What the donor reads first."""
         donor, template = self.donor, self.donor.template
         _check_aligned(template, seen)
         if isinstance(donor, OtherModel):
             if seen.start:
                 raise UserError("Restore needs the whole prompt in one pass: its donor has read no part of it")
-            ids, mask, ordinary = seen.input_ids, seen.real.long(), seen.ordinary
+            tokens = Tokens(seen.input_ids, seen.real.long(), seen.ordinary)
         else:
             if len(donor.prompts) != len(seen.input_ids):
                 raise UserError(
                     f"{len(donor.prompts)} donor prompts for {len(seen.input_ids)} prompts: give one for each"
                 )
             tokens = self.model.tokenize(donor.prompts, side="left")
-            ids, mask, ordinary = tokens.input_ids, tokens.attention_mask, tokens.ordinary
-        shortest = min(int(where.sum(-1).min()) for where in (ordinary, seen.ordinary))
+        shortest = min(int(where.sum(-1).min()) for where in (tokens.ordinary, seen.ordinary))
         if template is not None and not seen.start and template > shortest:
             raise UserError(
                 f"template of {template} positions, but the shortest prompt has {shortest} tokens beside BOS"
             )
-        return ids, mask
+        return tokens
 
-    def _step(self, ids: Int[Tensor, "batch new"]) -> None:
-        assert self._mask is not None
-        model = self.model
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "past_key_values": self._cache}
-        if "position_ids" in model._forward_arguments:
-            inputs["position_ids"] = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    def _step(self, tokens: Tokens, start: int) -> None:
+        self._tokens, model = tokens, self.model
         # The pass ends at the last site; but a cache that no block has written to would not know how long it is.
         stop = any((site.layer, site.stream) != (0, "resid_pre") for site in self.sites)
         with unedited(model.layout):
-            found = capture(model.hf, model.layout, self.sites, inputs | {"use_cache": True}, stop=stop)
-        keep = ids.shape[1] if self._read else self._columns
-        for site, x in found.items():
+            held = model.capture(tokens, self.sites, start, self._cache, stop)
+        keep = tokens.width - start if self._read else self._columns
+        for site, x in held.items():
             self._values[site].append(x[:, x.shape[1] - keep :])
 
     def value(self, site: Site, seen: Pass) -> tuple[Float[Tensor, "batch pos width"], Bool[Tensor, "batch pos"]]:

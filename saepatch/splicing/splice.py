@@ -14,11 +14,11 @@ from saepatch.data.batches import PairBatch
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
+from saepatch.model.forward import cache_among, columns_in
 from saepatch.model.hooks import (
     SpliceError,
     around_generate,
     before_forward,
-    capture,
     edit_sites,
     is_spliced,
     splice_noted,
@@ -146,7 +146,7 @@ def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens)
             "latents are recorded on the bare model, and it is inside a splice: record them outside, or take edited "
             "runs' latents from splice(…, record=True) as run.latents[site]"
         )
-    x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
+    x = model.capture(tokens, [dictionary.site])[dictionary.site]
     return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
 
 
@@ -263,8 +263,8 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         raise UserError("a spliced model needs input_ids: embeddings alone do not tell the positions")
-    cache = kwargs.get("past_key_values")
-    start = int(cache.get_seq_length()) if cache is not None else 0
+    cache = cache_among(kwargs)
+    start = 0 if cache is None else columns_in(cache)
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if mask is None:
         mask = torch.ones(ids.shape[0], start + ids.shape[1], dtype=torch.long, device=ids.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics
-from saepatch.model.hooks import capture, edit_sites, graph_through
+from saepatch.model.hooks import edit_sites, graph_through
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import stream_directions
 from saepatch.model.positions import Positions
@@ -98,11 +98,8 @@ def _gradient(
     model: LanguageModel, site: Site, tokens: Tokens, toward: Float[Tensor, "vocab"]
 ) -> Float[Tensor, "batch pos width"]:
     """Of the next-token logits along `toward`, at what the site holds; tokens are padded on the left."""
-    inputs = model.inputs(tokens)
-    if "logits_to_keep" in model._forward_arguments:
-        inputs["logits_to_keep"] = 1
     with torch.enable_grad(), graph_through(model.layout, [site]) as held:
-        logits = model.hf(**inputs).logits[:, -1].float()
+        logits = model.call(tokens, last=True)[:, -1].float()
         return torch.autograd.grad((logits @ toward.to(logits.device)).sum(), held[site])[0]
 
 
@@ -257,7 +254,7 @@ def corpus_maxima(
     stream = (ids[: min(max_tokens, context)] for ids in map(model.encode, texts) if ids)
     while batch := list(islice(stream, batch_size)):
         tokens = model.pad(batch)
-        x = capture(model.hf, model.layout, [dictionary.site], model.inputs(tokens))[dictionary.site]
+        x = model.capture(tokens, [dictionary.site])[dictionary.site]
         acts = (few or dictionary).activations(x)[0]
         if latents is not None and few is None:
             acts = acts[..., list(latents)]
@@ -279,5 +276,5 @@ def _activations(
     """Latents of batches of prompts, and where the chosen positions are."""
     dictionary.check(model)
     for part in model.tokenize(texts).batches(batch_size):
-        x = capture(model.hf, model.layout, [dictionary.site], model.inputs(part))[dictionary.site]
+        x = model.capture(part, [dictionary.site])[dictionary.site]
         yield dictionary.activations(x)[0], whole_prompt(model, part).select(positions)

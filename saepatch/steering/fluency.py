@@ -86,21 +86,9 @@ def _continued(
     """
     for start in range(0, len(prompts), batch_size):
         rows, new = (list(given[start : start + batch_size]) for given in (prompts, continuations))
-        before, width = model.pad(rows, side="left"), max(1, max(map(len, new)))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in new], device=model.device)
-        real = torch.tensor([[at < len(row) for at in range(width)] for row in new], device=model.device)
-        inputs = model.inputs(before) | {"use_cache": True}
-        if "logits_to_keep" in model._forward_arguments:
-            inputs["logits_to_keep"] = 1
-        first = model.hf(**inputs)
-        logits = first.logits[:, -1:]
-        if width > 1:
-            mask = torch.cat([before.attention_mask, real.to(before.attention_mask)], 1)[:, :-1]
-            more = {"input_ids": ids[:, :-1], "attention_mask": mask, "past_key_values": first.past_key_values}
-            if "position_ids" in model._forward_arguments:
-                more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, before.input_ids.shape[1] :]
-            logits = torch.cat([logits, model.hf(**more, use_cache=True).logits], 1)
-        yield new, logits, real.to(logits.device)
+        logits = model.logits_of_continuations(model.pad(rows, side="left"), new)
+        real = torch.tensor([[at < len(row) for at in range(logits.shape[1])] for row in new], device=logits.device)
+        yield new, logits, real
 
 
 def distinct(ids: Sequence[int], n: int) -> float:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -60,30 +59,27 @@ def stream(
         UserError: an empty prompt, or one longer than the model's context.
     """
     sampling = sampling or Sampling()
-    prompt_ids = model.tokenize([prompt]).input_ids
+    tokens, cache, read = model.tokenize([prompt]), model.new_cache(), 0
     stops, context = (
         end_tokens(model.hf, model.tokenizer),
         getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
     generator = torch.Generator().manual_seed(sampling.seed)
     ids: list[int] = []
-    cache: Any = None
     while True:
-        mask = torch.ones(1, prompt_ids.shape[1] + len(ids), dtype=torch.long, device=prompt_ids.device)
-        new = prompt_ids if not ids else torch.tensor([[ids[-1]]], device=prompt_ids.device)
         around: AbstractContextManager[None] = nullcontext() if edited else unedited(model.layout)
         with around, torch.no_grad():
-            out = model.hf(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        token = _pick(out.logits[0, -1], sampling.temperature, generator)
+            logits = model.call(tokens, read, last=True, cache=cache)
+        token, read = _pick(logits[0, -1], sampling.temperature, generator), tokens.width
         ended = "end" if token in stops else ""
         if not ended:
             ids.append(token)
+            tokens = tokens.followed_by(model.pad([[token]]))
             if loops(ids):
                 ended = "loop"
             elif len(ids) == sampling.max_new_tokens:
                 ended = "length"
-            elif context is not None and prompt_ids.shape[1] + len(ids) >= context:
+            elif context is not None and tokens.width >= context:
                 ended = "context"
         yield Written(tuple(ids), model.tokenizer.decode(ids, skip_special_tokens=True), ended)
         if ended:

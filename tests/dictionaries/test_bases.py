@@ -54,7 +54,7 @@ def test_neurons_are_what_the_output_projection_reads(family):
 
 def test_a_model_without_such_units_does_not_offer_them():
     model = tiny_model("mixtral", num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(UserError, match=r"site neurons\.1: this model family offers resid_pre, resid_post"):
+    with pytest.raises(UserError, match=r"site neurons\.1: this layer offers resid_pre, resid_post"):
         units_of(model, "neurons.1")
     with pytest.raises(UserError, match="the model has 3 layers"):
         units_of(tiny_model(), "neurons.3")

@@ -15,6 +15,7 @@ from saepatch.engine.metrics import log_probability, logit_difference
 from saepatch.engine.shortcuts import Maps, find_maps
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_components, patch_edits, patch_heads, patch_latents, patch_streams
+from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
@@ -144,14 +145,14 @@ def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog, ways):
     right = patch_latents(model, dictionary, [PAIR])
 
     ways.clear()
-    plain = Run._inputs
+    plain = LanguageModel.inputs
 
-    def broken(run, rows, first):
-        if first:
+    def broken(model, tokens, start=0, last=False, cache=None):
+        if start:
             raise NotImplementedError("no such cache")
-        return plain(run, rows, first)
+        return plain(model, tokens, start, last, cache)
 
-    monkeypatch.setattr(Run, "_inputs", broken)
+    monkeypatch.setattr(LanguageModel, "inputs", broken)
     with caplog.at_level(logging.INFO, "saepatch"):
         again = patch_latents(model, dictionary, [PAIR])
     assert {way for way, _ in ways} == {"whole"}

@@ -188,7 +188,7 @@ def test_indirect_objects_on_the_shipped_model(tmp_path, capsys):
 def test_agreement_on_a_family_that_offers_no_heads(tmp_path, monkeypatch, capsys):
     def without_heads(*arguments, **options):
         model = load_model(*arguments, **options)
-        return replace(model, layout=model.layout.without("z"))
+        return replace(model, layout=model.layout.without(model.layout.of_stream("z")))
 
     monkeypatch.setattr(study, "load_model", without_heads)
     two = ",".join(str(organism.path("saes") / f"resid_post.{layer}") for layer in (1, 4))

@@ -186,10 +186,11 @@ def skeleton(name: str, dtype: str) -> LanguageModel:
     text: Any = described.get_text_config()
     layout = layout_of(hf, described.model_type, int(text.num_hidden_layers))
     width = int(text.hidden_size)
-    widths = dict.fromkeys(layout.streams, width)
-    if "z" in widths:  # the projection of the heads' outputs is [width, z], or its transpose
-        weight: Any = layout.module(Site(0, "z")).weight
-        widths["z"] = weight.numel() // width
+    widths = dict.fromkeys(layout.all_sites, width)
+    for site in widths:
+        if site.stream in ("z", "neurons"):  # read where they are projected: the weight is [width, z], or its transpose
+            weight: Any = layout.module(site).weight
+            widths[site] = weight.numel() // width
     return LanguageModel(hf, None, name, replace(layout, widths=widths))
 
 
@@ -249,7 +250,8 @@ def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: Traini
         sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
         for block in model.layout.blocks[:blocks]
     ]
-    attended = 4 * config.context * model.layout.widths.get("z", model.d_model)
+    heads = [width for site, width in model.layout.widths.items() if site.stream == "z"]
+    attended = 4 * config.context * max(heads, default=model.d_model)
     token = sum(2 * weights + attended for weights in each)
     tokens = config.steps * config.batch_size
     # Fine-tuning: two forwards and the backward through activations alone, of the whole model, for every site.

@@ -1,0 +1,66 @@
+"""Padded batches of token ids."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A padded batch of prompts.
+
+    `ordinary` is true at every position that is neither padding nor BOS: where means, rankings and edits act.
+    """
+
+    input_ids: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    ordinary: Bool[Tensor, "batch pos"]
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        """Number of tokens of each prompt, BOS included, padding not."""
+        return self.attention_mask.sum(-1)
+
+    @property
+    def last(self) -> Int[Tensor, "batch"]:
+        """Index of each prompt's last token in the padded row."""
+        width = self.attention_mask.shape[1]
+        return width - 1 - self.attention_mask.flip(-1).argmax(-1)
+
+    @property
+    def width(self) -> int:
+        """Columns of the batch, padding included."""
+        return self.input_ids.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.attention_mask.all())
+
+    def rows(self, index: Sequence[int] | Int[Tensor, "n"] | slice) -> "Tokens":
+        return Tokens(self.input_ids[index], self.attention_mask[index], self.ordinary[index])
+
+    def followed_by(self, other: "Tokens") -> "Tokens":
+        """Each row with the other batch's row behind it."""
+        return Tokens(
+            torch.cat([self.input_ids, other.input_ids], 1),
+            torch.cat([self.attention_mask, other.attention_mask], 1),
+            torch.cat([self.ordinary, other.ordinary], 1),
+        )
+
+    def batches(self, size: int) -> Iterator["Tokens"]:
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+
+def ordinary(
+    input_ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], bos_id: int | None
+) -> Bool[Tensor, "batch pos"]:
+    """True where a token is neither padding nor BOS."""
+    real = mask.bool()
+    return real if bos_id is None else real & (input_ids != bos_id)
