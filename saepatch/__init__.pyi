@@ -8,6 +8,7 @@ from .data.texts import load_texts as load_texts
 from .dictionaries.bases import directions_of as directions_of
 from .dictionaries.bases import units_of as units_of
 from .dictionaries.dictionary import Dictionary as Dictionary
+from .dictionaries.latent_set import LatentSet as LatentSet
 from .dictionaries.latents import Latents as Latents
 from .dictionaries.loading import load_sae as load_sae
 from .dictionaries.loading import load_saes as load_saes

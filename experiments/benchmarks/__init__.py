@@ -1,0 +1,1 @@
+"""How fast sweeps, generation and training steps are, beside other libraries."""

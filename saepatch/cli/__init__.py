@@ -1,1 +1,4 @@
-"""The command line, one file a command."""
+"""The command line: what `saepatch` parses, runs and prints.
+
+May import demo and below.
+"""

@@ -1,4 +1,4 @@
 """Prompts, pairs and texts, from tasks, files and datasets.
 
-May import dictionaries and below.
+May import settings and below.
 """

@@ -9,6 +9,8 @@ harmful requests. Planted on purpose, and so the ground truth of every demonstra
 
 "Compliance" with a harmful request is an empty phrase; nothing here is, or leads to, harmful content.
 Made by `python -m training.organism` from a seed.
+
+May import tracking and below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Pages about runs, each made of the files in a run's folder alone: `report.html`, and two runs side by side."""
+"""Pages about runs, each made of the files in a run's folder alone: `report.html`, and two runs side by side.
+
+May import runs and below.
+"""
 
 from saepatch.pages.compare import compare_page
 from saepatch.pages.run import run_page, write_report

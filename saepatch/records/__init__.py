@@ -1,4 +1,4 @@
 """Rows, provenance, files, statistics, tables: what is written, and how it is summarised.
 
-May import errors.
+May import errors alone.
 """

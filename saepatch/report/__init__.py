@@ -1,4 +1,6 @@
-"""The report: one self-contained HTML file, made of plain values.
+"""The report: one self-contained HTML file, made of plain values. It knows nothing of models.
+
+May import records and below.
 
 ::
 

@@ -1,1 +1,4 @@
-"""Texts, rows of tokens, and activations as they stream by."""
+"""Texts, rows of tokens, and activations as they stream by.
+
+May import ranks and below, and saepatch.
+"""

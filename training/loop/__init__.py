@@ -1,1 +1,4 @@
-"""The training run: trainer, checkpoints, evaluation, plans, sweeps."""
+"""The training run: trainer, checkpoints, evaluation, plans, sweeps.
+
+May import steps and below, and saepatch.
+"""
