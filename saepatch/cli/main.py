@@ -30,8 +30,11 @@ from saepatch.settings.commands import (
 )
 
 if TYPE_CHECKING:
+    from saepatch.runs.answers import Answers
+    from saepatch.runs.driver import Finished
+    from saepatch.runs.restorations import Plan
     from saepatch.runs.session import Session
-    from saepatch.runs.sweeps import Finished
+    from saepatch.runs.sweeps import Sweep
     from saepatch.steering.streaming import Written
     from saepatch.tracking.open import Tracker
 
@@ -69,24 +72,43 @@ def inspect(config: InspectConfig) -> Said:
 
 
 def sweep(config: SweepConfig) -> Said:
+    from saepatch.pages.gather import try_reading
     from saepatch.runs.sweeps import run_sweep
 
     said: list[Said] = []
 
-    def conclude(found: "Finished", tracker: "Tracker") -> None:
-        from saepatch.pages.gather import try_reading
+    def conclude(work: "Sweep", tracker: "Tracker") -> None:
+        out = Path(config.out)
+        said.append(_merged(out, tracker, lambda: try_reading(work, out)))
 
-        said.append(_merged(Path(config.out), tracker, lambda: try_reading(found.sweep, found.out)))
+    return _finished(run_sweep(config, conclude), said)
 
-    found = run_sweep(config, conclude)
+
+def restore(config: RestoreConfig) -> Said:
+    from saepatch.pages.answered import show_answers
+    from saepatch.runs.restorations import run_restore
+
+    said: list[Said] = []
+
+    def conclude(plan: "Plan", answers: "Answers", tracker: "Tracker") -> None:
+        show_answers(plan, answers, tracker)
+        said.append(_said(Path(config.out), answers.table()))
+
+    return _finished(run_restore(config, conclude), said)
+
+
+def _finished(done: "Finished", said: Sequence[Said]) -> Said:
+    """What a run of one shard says; of several, what to do once all are finished."""
     if said:
         return said[0]
-    facts = {"out": config.out, "shard": found.shard, "shards": found.shards, "edits": found.edits}
+    from saepatch.runs.parts import read_records
+
+    unit = "answers" if read_records(done.out)[0].work == "restore" else "edits"
     lines = [
-        f"shard {found.shard} of {found.shards} is finished ({found.parts} parts, {found.edits:,} edits)",
-        f"When all of them are: saepatch merge {shlex.quote(config.out)}",
+        f"shard {done.shard} of {done.shards} is finished ({done.parts} parts, {done.count:,} {unit})",
+        f"When all of them are: saepatch merge {shlex.quote(str(done.out))}",
     ]
-    return Said("\n".join(lines), facts)
+    return Said("\n".join(lines), {"out": str(done.out), "shard": done.shard, "shards": done.shards, unit: done.count})
 
 
 def merge(config: MergeConfig) -> Said:
@@ -103,32 +125,27 @@ def merge(config: MergeConfig) -> Said:
     return said
 
 
-def restore(config: RestoreConfig) -> Said:
-    from saepatch.pages.answered import show_answers
-    from saepatch.runs.catalogue import read_json
-    from saepatch.runs.restorations import run_restore
-
-    table, out = run_restore(config, show_answers).table(), config.out
-    text = f"{table}\nReport: {out}/report.html   Figures: {out}/summary.json   Rows: {out}/results.parquet"
-    return Said(text, {"out": out, "summary": read_json(Path(out) / "summary.json")})
-
-
 def _merged(out: Path, tracker: "Tracker | None", before: Callable[[], None] = lambda: None) -> Said:
     """Put a run's parts together, write its report, and show both to a tracker."""
     from saepatch.pages import track_run, write_report
-    from saepatch.runs.catalogue import read_json
     from saepatch.runs.merge import merge_run
 
     table = merge_run(out).table()
     before()
-    report = write_report(out)
+    write_report(out)
     if tracker is not None:
         track_run(out, tracker)
-    text = (
-        f"{table}\nRows: {out}/results.parquet   Pairs: {out}/pairs.parquet   Figures: {out}/summary.json\n"
-        f"Report: {report}"
-    )
-    return Said(text, {"out": str(out), "report": str(report), "summary": read_json(out / "summary.json")})
+    return _said(out, table)
+
+
+def _said(out: Path, table: str) -> Said:
+    """A finished run: its table, its summary, and where its files are."""
+    from saepatch.runs.catalogue import read_json
+
+    files = {"Report": "report.html", "Figures": "summary.json", "Rows": "results.parquet", "Pairs": "pairs.parquet"}
+    there = "   ".join(f"{name}: {out / file}" for name, file in files.items() if (out / file).exists())
+    facts = {"out": str(out), "report": str(out / "report.html"), "summary": read_json(out / "summary.json")}
+    return Said(f"{table}\n{there}", facts)
 
 
 def report(config: ReportConfig) -> Said:

@@ -4,17 +4,20 @@ from pathlib import Path
 
 from saepatch.pages.restored import restored_page, see
 from saepatch.pages.tracked import track_answers
+from saepatch.report import KEPT, keep_page, write_page
 from saepatch.runs.answers import Answers, write_answers
-from saepatch.runs.restorations import Plan, donors, provenance, provenances
+from saepatch.runs.restorations import Plan
 from saepatch.tracking.tracker import Tracker
 
 
-def show_answers(plan: Plan, found: Answers, tracker: Tracker) -> None:
+def show_answers(plan: Plan, answers: Answers, tracker: Tracker) -> None:
     """Write the rows and the report into the run's folder, and show both to the tracker."""
     out = Path(plan.config.out)
     dictionaries, requests = list(plan.sites.values()), [request.prompt for request in plan.requests]
     restored = next(each for each in plan.sets if each.condition == "restored")
-    seen = see(plan.model, plan.other, dictionaries, restored.latents, found, requests, donors(plan))
-    page = restored_page(found, provenance(plan), seen)
-    write_answers(found, provenances(plan, found.rows), page, out)
-    track_answers(found, page, out, tracker)
+    seen = see(plan.model, plan.other, dictionaries, restored.latents, answers, requests, plan.donors())
+    page = restored_page(answers, plan.provenance(plan.config.sae, plan.config.seed), seen)
+    write_answers(answers, out)
+    keep_page(page, out / KEPT)
+    write_page(page, out / "report.html")
+    track_answers(answers, page, out, tracker)

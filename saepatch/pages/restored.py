@@ -15,7 +15,7 @@ from saepatch.pages.left import anchor
 from saepatch.pages.overview import FEW, RECOVERED, splice_section
 from saepatch.reading.cards import Card, ReadText, read_latents, read_texts
 from saepatch.records.provenance import Provenance
-from saepatch.records.rows import AnswerRow, read_rows
+from saepatch.records.rows import read_rows
 from saepatch.records.statistics import Interval as Estimate
 from saepatch.report import (
     BarChart,
@@ -34,7 +34,7 @@ from saepatch.report import (
 from saepatch.report.text import number
 from saepatch.restoration.judges import OUTCOMES, SAID
 from saepatch.restoration.restore import Outcome
-from saepatch.runs.answers import ORDER, WILSON, Answers, Share
+from saepatch.runs.answers import ORDER, WILSON, Answers, Share, grouped, read_row
 from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.parts import Record
 from saepatch.settings.answering import RestoreConfig
@@ -136,11 +136,10 @@ def left_page(run: RunFolder) -> Page:
         config = RestoreConfig(**{name: value for name, value in run.settings.items() if name in known})
         edits = [{"condition": "restored", "draw": 0, "latents": facts["latents"]}]
         record = Record("restore", run.settings, facts["model"], facts["dictionaries"], {}, 0, 1, 1, edits)
-        answers = [AnswerRow(**{one.name: row[one.name] for one in fields(AnswerRow)}) for row in rows]
-        first = next(row for row in rows if row["condition"] == "bare")
-        provenance = Provenance(**{one.name: first[one.name] for one in fields(Provenance)})
+        answers = [read_row(row) for row in rows]
+        provenance = next(whose for row, whose in answers if row.condition == "bare")
         latents = {Site.parse(site): ids and tuple(ids) for site, ids in facts["latents"].items()}
-        found = Answers.of(config, record, answers, facts.get("fvu_of_model_and_donor"))
+        found = Answers.of(config, record, grouped(answers), facts.get("fvu_of_model_and_donor"))
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise UserError(
             f"cannot read the answers in {str(run.path)!r} ({type(error).__name__}: {error}): start the run again, "

@@ -1,8 +1,10 @@
-"""Prompts in, judged answers out: the files that `saepatch restore` reads and writes."""
+"""Prompts in, judged answers out: the files that `saepatch restore` reads and writes. Reading them needs no model."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
-from saepatch.records.rows import AnswerRow, write_rows
+from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
 from saepatch.records.statistics import Interval as Estimate
 from saepatch.records.statistics import bootstrap_mean, wilson_share
-from saepatch.report import KEPT, Page, keep_page, write_page
-from saepatch.restoration.judges import OUTCOMES
-from saepatch.runs.parts import Record
+from saepatch.restoration.judges import OUTCOMES, Answer, Judge, judge_version, read_judge
+from saepatch.runs.parts import Record, part_files
 from saepatch.settings.answering import RestoreConfig
+
+log = logging.getLogger(__name__)
 
 PLANTED = ("refusal", "jailbreak")  # prompts of the embedded model, by name
 ROWS = 100  # of them, where nothing is said
@@ -126,11 +129,11 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a run of `saepatch restore` found."""
+    """What came of a run of `saepatch restore`: its rows with their provenance, and shares by condition."""
 
     config: RestoreConfig
     record: Record
-    rows: Sequence[AnswerRow]
+    parts: Sequence["Part"]
     shares: Sequence[Share]
     fvu: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """By site, what the dictionary leaves unexplained of the model and of the donor; empty where they are one."""
@@ -140,9 +143,10 @@ class Answers:
         cls,
         config: RestoreConfig,
         record: Record,
-        rows: Sequence[AnswerRow],
+        parts: Sequence["Part"],
         fvu: Mapping[str, tuple[float, float]] | None = None,
     ) -> "Answers":
+        rows = [row for some, _ in parts for row in some]
         groups = sorted({row.harmful for row in rows} - {""})
         wanted = [("", list(rows)), *((group, [r for r in rows if r.harmful == group]) for group in groups)]
         shares = []
@@ -150,7 +154,11 @@ class Answers:
             for condition in ORDER:
                 if mine := [row for row in some if row.condition == condition]:
                     shares.append(_share(condition, group, mine, config.seed))
-        return cls(config, record, rows, shares, fvu or {})
+        return cls(config, record, parts, shares, fvu or {})
+
+    @property
+    def rows(self) -> list[AnswerRow]:
+        return [row for rows, _ in self.parts for row in rows]
 
     def share(self, condition: str, group: str = "") -> Share:
         return next(one for one in self.shares if (one.condition, one.group) == (condition, group))
@@ -218,12 +226,73 @@ def _share(condition: str, group: str, rows: Sequence[AnswerRow], seed: int) -> 
     )
 
 
-def write_answers(
-    found: Answers, rows: Sequence[tuple[Sequence[AnswerRow], Provenance]], page: Page, out: Path
-) -> None:
-    """Write results.parquet, summary.json, config.yaml and report.html, with the page that this is drawn from."""
-    write_rows(rows, out / "results.parquet", kind=AnswerRow)
-    write_yaml(asdict(found.config), out / "config.yaml")
-    write_json(found.summary(), out / "summary.json")
-    keep_page(page, out / KEPT)
-    write_page(page, out / "report.html")
+Part = tuple[list[AnswerRow], Provenance]
+
+
+def write_answers(answers: Answers, out: Path) -> None:
+    """Write results.parquet, summary.json and config.yaml."""
+    write_rows(answers.parts, out / "results.parquet", kind=AnswerRow)
+    write_yaml(asdict(answers.config), out / "config.yaml")
+    write_json(answers.summary(), out / "summary.json")
+
+
+def merge_answers(out: Path, records: Sequence[Record]) -> Answers:
+    """The same of a run whose parts are all there, without its model.
+
+    Raises:
+        UserError: its settings cannot be read.
+    """
+    import yaml
+
+    path = records[0].folder(out) / "config.yaml"
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = RestoreConfig(**given | {"out": str(out), "shard": "0/1"})
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path} ({error}): start one of the shards again, which writes it") from error
+    answers = read_answers(config, records, read_judge(config.judge), judge_version(config.judge))
+    if not answers.fvu and (out / "summary.json").exists():  # of parts that did not say it
+        known = json.loads((out / "summary.json").read_text(encoding="utf-8")).get("fvu_of_model_and_donor", {})
+        answers = replace(answers, fvu={site: (mine, theirs) for site, (mine, theirs) in known.items()})
+    write_answers(answers, out)
+    return answers
+
+
+def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge, judged: str) -> Answers:
+    """What the parts of all shards hold; verdicts that another version of the judge gave are given anew.
+
+    `judged` is the judge's version; empty where it is quicker to judge again than to ask.
+    """
+    out, changed = Path(config.out), 0
+    placed: list[tuple[int, AnswerRow, Provenance]] = []
+    fvu: dict[str, tuple[float, float]] = {}
+    for record in records:
+        numbers: dict[str, int] = {}  # a shard has every N-th prompt
+        for file in part_files(out, [record]):
+            about = read_about(file) or {}
+            rows = [read_row(row) for row in read_rows(file)]
+            fvu = fvu or {site: (mine, theirs) for site, (mine, theirs) in about.get("fvu", {}).items()}
+            if not judged or about.get("judge") != judged:
+                before = [row.outcome for row, _ in rows]
+                rows = [(replace(r, outcome=judge(Answer(r.prompt, r.answer, r.score))), whose) for r, whose in rows]
+                changed += sum(outcome != row.outcome for outcome, (row, _) in zip(before, rows, strict=True))
+                if judged:  # a judge of one's own may cost something: it is asked once
+                    write_rows(grouped(rows), file, {**about, "judge": judged}, AnswerRow)
+            for row, whose in rows:
+                number = numbers.setdefault(row.example, record.shard + record.shards * len(numbers))
+                placed.append((number if record.shards > 1 else 0, row, whose))
+    if changed:
+        log.warning("the judge is another than when this run began: %d answers are judged otherwise now", changed)
+    ordered = [(row, whose) for _, row, whose in sorted(placed, key=lambda entry: entry[0])]
+    return Answers.of(config, records[0], grouped(ordered), fvu)
+
+
+def read_row(row: Mapping[str, Any]) -> tuple[AnswerRow, Provenance]:
+    """A row of a file of answers."""
+    answer, whose = ({f.name: row[f.name] for f in fields(kind)} for kind in (AnswerRow, Provenance))
+    return AnswerRow(**answer), Provenance(**whose)
+
+
+def grouped(rows: Sequence[tuple[AnswerRow, Provenance]]) -> list[Part]:
+    """Rows in their order, neighbours of one provenance together."""
+    return [([row for row, _ in some], whose) for whose, some in groupby(rows, key=lambda row: row[1])]

@@ -23,6 +23,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.positions import NAMED, At, Positions
 from saepatch.model.sites import Site
+from saepatch.settings.answering import RestoreConfig
 from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
 from saepatch.splicing.splice import whole_prompt
 
@@ -119,7 +120,7 @@ def pairs_hash(pairs: Sequence[PromptPair]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def read_model(config: SweepConfig, shard: str = "") -> LanguageModel:
+def read_model(config: SweepConfig | RestoreConfig, shard: str = "") -> LanguageModel:
     """Load the model; under torchrun each process takes a GPU of its own."""
     device = config.device
     if device == "cuda" and shard == "auto" and "LOCAL_RANK" in os.environ:

@@ -16,8 +16,9 @@ from saepatch.records.files import atomic, write_json
 from saepatch.records.provenance import versions
 from saepatch.records.rows import read_about
 from saepatch.records.statistics import Interval, bootstrap_ratio, false_discovery
+from saepatch.runs.answers import Answers, merge_answers
 from saepatch.runs.interpret import read_directions, read_positions
-from saepatch.runs.parts import KEYS, Changes, Key, Pairs, Record, complete, part_files, read_changes, shard_folder
+from saepatch.runs.parts import KEYS, Changes, Key, Pairs, Record, complete, part_files, read_changes
 from saepatch.runs.screens import Screens, read_screens
 
 log = logging.getLogger(__name__)
@@ -28,19 +29,21 @@ DENSE = 2**27  # cells of pairs × edits that fit the tests of all edits togethe
 DRAWS = 2**24  # pairs × bootstrap draws at a time
 
 
-def merge_run(out: Path) -> "Summary | Screens":
-    """Write results.parquet, pairs.parquet, summary.json and config.yaml of a run whose parts are all there.
+def merge_run(out: Path) -> "Summary | Screens | Answers":
+    """Write results.parquet, summary.json, config.yaml and (of patch and attribute) pairs.parquet of a complete run.
 
     Raises:
         UserError: there is no run, or it is not finished; what is missing is named.
     """
     records = complete(out)
+    if records[0].work == "restore":
+        return merge_answers(out, records)
     first, files = records[0], part_files(out, records)
     abouts = [read_about(file) or {} for file in files]
     pairs = _merge_pairs(abouts, out)
     rows = _merge_rows(files, out)
     with atomic(out / "config.yaml") as temporary:
-        temporary.write_bytes((shard_folder(out, 0, first.shards) / "config.yaml").read_bytes())
+        temporary.write_bytes((first.folder(out) / "config.yaml").read_bytes())
     for leftover in out.glob("parts/*/.part-*"):  # of processes that were killed while they wrote
         with suppress(OSError):
             leftover.unlink()

@@ -69,6 +69,9 @@ class Record:
         """The edits, a control set once for each group that it is beside."""
         return None if self.edits is None else [_read_edit(edit) for edit in self.edits]
 
+    def folder(self, out: Path) -> Path:
+        return shard_folder(out, self.shard, self.shards, self.work)
+
     def provenance(self, site: Site | str) -> Provenance:
         dictionary = self.dictionaries.get(str(site), {"name": "", "hash": ""})
         return Provenance(
@@ -84,8 +87,15 @@ def _read_edit(given: dict[str, Any]) -> Edit:
     return Edit(Site.parse(given["site"]), tuple(given["units"]), role=given["role"], beside=tuple(given["beside"]))
 
 
-def shard_folder(out: Path, shard: int, shards: int) -> Path:
-    return out / "parts" / f"shard-{shard}-of-{shards}"
+PARTS, ANSWERS = "parts", "answers"  # folders of parts: of patch and attribute, and of restore
+
+
+def shard_folder(out: Path, shard: int, shards: int, work: str = "patch") -> Path:
+    """Where a shard's parts are; those of a `restore` that was not cut lie in `answers/` itself."""
+    name = f"shard-{shard}-of-{shards}"
+    if work == "restore":
+        return out / ANSWERS if shards == 1 else out / ANSWERS / name
+    return out / PARTS / name
 
 
 def part_file(folder: Path, number: int) -> Path:
@@ -109,6 +119,11 @@ def keep_run(folder: Path, run_id: str | None) -> None:
         write_json({"run_id": run_id}, folder / RUN_ID)
 
 
+def record_files(out: Path) -> list[Path]:
+    """`run.json` of every shard that was ever started."""
+    return sorted([*out.glob(f"{PARTS}/shard-*/run.json"), *out.glob(f"{ANSWERS}/**/run.json")])
+
+
 def read_records(out: Path) -> list[Record]:
     """Of every shard that was ever started, in order.
 
@@ -116,7 +131,7 @@ def read_records(out: Path) -> list[Record]:
         UserError: one cannot be read.
     """
     found = []
-    for path in out.glob("parts/shard-*-of-*/run.json"):
+    for path in record_files(out):
         try:
             found.append(Record(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError) as error:
@@ -126,16 +141,14 @@ def read_records(out: Path) -> list[Record]:
     return sorted(found, key=lambda record: (record.shards, record.shard))
 
 
-PARTS, ANSWERS = "parts", "answers"  # what runs are kept in: those of patch and attribute, those of restore
-
-
-def refuse_other_command(out: Path, own: str) -> None:
-    """See that another command's run is not written over, finished or not; `own` is what this command's runs leave.
+def refuse_other_command(out: Path, work: str) -> None:
+    """See that another command's run is not written over, finished or not.
 
     Raises:
         UserError: it would be.
     """
-    others = any((out / name).is_dir() for name in (PARTS, ANSWERS) if name != own)
+    own = ANSWERS if work == "restore" else PARTS
+    others = any(path.relative_to(out).parts[0] != own for path in record_files(out))
     if others or ((out / "results.parquet").exists() and not (out / own).exists()):
         raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
 
@@ -187,18 +200,18 @@ def complete(out: Path) -> list[Record]:
         if record.edits != first.edits:
             raise UserError(
                 f"shards {first.shard} and {record.shard} drew other controls, though all else agrees: remove "
-                f"{shard_folder(out, record.shard, record.shards)} and run that shard again"
+                f"{record.folder(out)} and run that shard again"
             )
     started = {record.shard: record for record in records}
     missing, commands = [], []
     for shard in range(first.shards):
         if shard not in started:
             missing.append(f"shard {shard} was never started")
-            config = shard_folder(out, first.shard, first.shards) / "config.yaml"
+            config = first.folder(out) / "config.yaml"
             commands.append(f"saepatch {first.work} --config {config} --shard {shard}/{first.shards}")
         elif lacking := _lacking(out, started[shard]):
             missing.append(f"shard {shard} lacks part{_ranges(lacking)} of {started[shard].parts}")
-            commands.append(f"saepatch {first.work} --config {shard_folder(out, shard, first.shards) / 'config.yaml'}")
+            commands.append(f"saepatch {first.work} --config {started[shard].folder(out) / 'config.yaml'}")
     if missing:
         more = f"; and so on for the other {len(commands) - 3}" if len(commands) > 3 else ""
         raise UserError(
@@ -209,7 +222,7 @@ def complete(out: Path) -> list[Record]:
 
 
 def _lacking(out: Path, record: Record) -> list[int]:
-    folder = shard_folder(out, record.shard, record.shards)
+    folder = record.folder(out)
     return [n for n in range(record.parts) if (read_about(part_file(folder, n)) or {}).get("run") != record.key]
 
 
@@ -226,11 +239,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def part_files(out: Path, records: Sequence[Record]) -> list[Path]:
-    return [
-        part_file(shard_folder(out, record.shard, record.shards), number)
-        for record in records
-        for number in range(record.parts)
-    ]
+    return [part_file(record.folder(out), number) for record in records for number in range(record.parts)]
 
 
 @dataclass(frozen=True, eq=False)

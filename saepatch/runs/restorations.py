@@ -1,13 +1,11 @@
-"""`saepatch restore`: answers under restoration, part by part, so that a run can be stopped and goes on."""
+"""`saepatch restore`: answers under restoration, part by part, and its parts put together."""
 
 import hashlib
 import json
 import logging
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,19 @@ import torch
 
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
-from saepatch.engine.metrics import refusal_log_odds
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
-from saepatch.records.files import check_writable, output_folder, write_json, write_yaml
 from saepatch.records.provenance import Provenance
-from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
+from saepatch.records.rows import AnswerRow
+from saepatch.restoration.answering import Answered, Restoration
 from saepatch.restoration.judges import Answer, Judge, judge_version, read_judge
 from saepatch.restoration.ranking import clean_means
-from saepatch.restoration.restore import MEASURED_ON, assistant_header, first_tokens, restorations, shared_quality
-from saepatch.runs.answers import Answers, Request, read_requests
-from saepatch.runs.interpret import read_dictionaries, read_sites
-from saepatch.runs.parts import ANSWERS, Record, keep_run, known_run, part_file, refuse_if_other, refuse_other_command
-from saepatch.runs.progress import Check, Meter, stoppable
+from saepatch.restoration.restore import MEASURED_ON, assistant_header, first_tokens, shared_quality
+from saepatch.runs.answers import Answers, Request, read_answers, read_requests
+from saepatch.runs.driver import Count, Finished, PartContent, Place, drive
+from saepatch.runs.interpret import read_dictionaries, read_model, read_sites
+from saepatch.runs.parts import Record
 from saepatch.runs.restored_sets import (
     Set,
     check_apart,
@@ -39,28 +35,18 @@ from saepatch.runs.restored_sets import (
     with_controls,
 )
 from saepatch.settings.answering import RestoreConfig
-from saepatch.splicing.donors import CleanMeans, CleanPrompts, Donor, OtherModel
-from saepatch.splicing.splice import splice
-from saepatch.tracking.open import RunDescription, Tracker, open_tracker
+from saepatch.splicing.donors import CleanMeans
+from saepatch.tracking.open import Tracker
 
 log = logging.getLogger(__name__)
 
-# Settings that say where and how a run goes, not what comes out of it: they may change from one start to the next.
-FREE = ("out", "track", "device", "progress", "quiet", "json", "trust_remote_code")
-FOLDER = ANSWERS  # of the parts
 
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Everything that working through the parts takes."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan(Restoration):
+    """Everything that working through the parts of a shard takes."""
 
     config: RestoreConfig
-    model: LanguageModel
-    other: LanguageModel | None
-    sites: Mapping[Site, Dictionary]
-    requests: Sequence[Request]
-    means: CleanMeans | None
-    template: int
+    requests: Sequence[Request]  # of the shard
     judge: Judge
     judged: str
     """The judge's version; empty where it is quicker to judge again than to ask."""
@@ -68,100 +54,63 @@ class Plan:
     fvu: Mapping[str, tuple[float, float]]
     """By site, what the dictionary leaves unexplained of the model and of the donor; empty where they are one."""
     record: Record
-    folder: Path
+    place: Place
+    unit: str = "answers"
+
+    @property
+    def source(self) -> str:
+        return Path(self.config.prompts).stem
 
     @property
     def sets(self) -> list[Set]:
         return [Set.read(given) for given in self.record.edits or ()]
 
-    @property
-    def left(self) -> list[int]:
-        """Numbers of the parts that are not there yet, or that are damaged."""
-        files = [part_file(self.folder, number) for number in range(self.record.parts)]
-        return [n for n, file in enumerate(files) if (read_about(file) or {}).get("run") != self.record.key]
+    def run_part(self, number: int, count: Count) -> PartContent:
+        requests = self.requests[number * self.config.part : (number + 1) * self.config.part]
+        parts: list[tuple[list[AnswerRow], Provenance]] = []
+        conditions: list[str | Set] = ["bare", "donor", *self.sets]
+        own = self.provenance(self.config.sae, self.config.seed)
+        for condition in conditions:
+            rows = _rows(self, requests, condition)
+            count(len(rows))
+            other = self.other if condition == "donor" else None
+            parts.append((rows, own if other is None else replace(own, model=other.name, model_hash=other.fingerprint)))
+        return PartContent(parts, {"judge": self.judged, "fvu": dict(self.fvu)}, AnswerRow)
 
-    def donor(self, requests: Sequence[Request]) -> Donor:
+    def donors(self) -> list[str] | None:
+        """What the donor reads before each answer; None where it reads nothing, but says means."""
         if self.means is not None:
-            return self.means
-        if self.other is not None:
-            return OtherModel(self.other, self.template)
-        return CleanPrompts(tuple(one.clean or "" for one in requests), self.template)
+            return None
+        return [request.prompt if self.other else request.clean or "" for request in self.requests]
 
 
-def run_restore(config: RestoreConfig, conclude: Callable[[Plan, Answers, Tracker], None]) -> Answers:
+def run_restore(config: RestoreConfig, conclude: Callable[[Plan, Answers, Tracker], None]) -> Finished:
     """Answer every prompt bare, restored and under every control; what is on the disk already is not run again.
 
-    `conclude` gets what was found, to show it: files, a page, the tracker.
-
-    Raises:
-        UserError: settings that do not fit, or a folder that holds another run.
-        KeyboardInterrupt: the run was stopped, by Ctrl-C or SIGTERM; what is written stays, and how to go on is said.
+    `conclude` gets what came out of a run of one shard, to show it: files, a page, the tracker. See
+    `saepatch.runs.driver.drive`.
     """
-    with stoppable() as check:
-        torch.manual_seed(config.seed)
-        plan = prepare(config)
-        try:
-            with _tracker(plan) as tracker:
-                keep_run(plan.folder, tracker.run_id)
-                _work(plan, tracker, check)
-                found = Answers.of(config, plan.record, _judged(plan), plan.fvu)
-                conclude(plan, found, tracker)
-                return found
-        except KeyboardInterrupt:
-            total = plan.record.parts
-            again = f"saepatch restore --config {shlex.quote(str(plan.folder / 'config.yaml'))}"
-            raise KeyboardInterrupt(
-                f"{total - len(plan.left)} of {total} parts are written; to go on from there: {again}"
-            ) from None
 
+    def show(plan: Plan, tracker: Tracker) -> None:
+        answers = read_answers(config, [plan.record], plan.judge, plan.judged)
+        conclude(plan, replace(answers, fvu=plan.fvu), tracker)
 
-def _tracker(plan: Plan) -> Tracker:
-    about = RunDescription(
-        Path(plan.config.out),
-        run=f"restore-{Path(plan.config.prompts).stem}",
-        config=asdict(plan.config),
-        run_id=known_run(plan.folder),
-        job_type="restore",
-        axes={"*": "answers"},
-    )
-    return open_tracker(plan.config.track, about, resume=len(plan.left) < plan.record.parts)
-
-
-def _judged(plan: Plan) -> list[AnswerRow]:
-    """The rows of all parts; verdicts that another version of the judge gave are given anew."""
-    rows: list[AnswerRow] = []
-    changed = 0
-    for number in range(plan.record.parts):
-        file = part_file(plan.folder, number)
-        mine = [AnswerRow(**{name: row[name] for name in AnswerRow.__dataclass_fields__}) for row in read_rows(file)]
-        if not plan.judged or (read_about(file) or {}).get("judge") != plan.judged:
-            before, mine = mine, [replace(r, outcome=plan.judge(Answer(r.prompt, r.answer, r.score))) for r in mine]
-            changed += sum(one.outcome != other.outcome for one, other in zip(before, mine, strict=True))
-            if plan.judged:  # a judge of one's own may cost something: it is asked once
-                about = {**(read_about(file) or {}), "judge": plan.judged}
-                write_rows(provenances(plan, mine), file, about, AnswerRow)
-        rows += mine
-    if changed:
-        log.warning("the judge is another than when this run began: %d answers are judged otherwise now", changed)
-    return rows
-
-
-def donors(plan: Plan) -> list[str] | None:
-    """What the donor reads before each answer; None where it reads nothing, but says means."""
-    if plan.means is not None:
-        return None
-    return [one.prompt if plan.other else one.clean or "" for one in plan.requests]
+    return drive(config, prepare, show)
 
 
 def prepare(config: RestoreConfig) -> Plan:
-    """Load what a run needs, see that all of it fits, and choose what is restored."""
-    out = Path(config.out)
-    check_writable(out)
-    refuse_other_command(out, FOLDER)
+    """Load what a run needs, see that all of it fits, and choose what is restored.
+
+    Raises:
+        UserError: it does not fit, or the folder holds another run.
+    """
+    place = Place.of(config)
     judge = read_judge(config.judge)
-    model = _load(config, config.model)
+    model = read_model(config, config.shard)
     requests = read_requests(config.prompts, model, config.chat, config.n)
-    other = _load(config, config.donor) if config.donor not in ("clean", "means") else None
+    other = None
+    if config.donor not in ("clean", "means"):
+        other = read_model(replace(config, model=config.donor), config.shard)
     if config.donor == "clean":
         need_clean(requests, config.prompts)
     latents = LatentSet.parse(config.latents)
@@ -171,41 +120,54 @@ def prepare(config: RestoreConfig) -> Plan:
     select = read_requests(config.select, model, config.chat, 0) if config.select else []
     if select:
         check_apart(select, requests, config)
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    record = place.agreed(_record(config, place, model, other, sites, requests, select))
+    fvu = {} if other is None else _shared(config, model, other, sites, requests)
+    means = _means(config, model, sites, select, template) if config.donor == "means" else None
+    if not place.records:
+        chosen = chosen_latents(config, model, other, sites, latents, select, template, refusal_ids)
+        record = replace(record, edits=[s.facts() for s in with_controls(config, model, sites, chosen, requests)])
+    return Plan(
+        model=model,
+        other=other,
+        sites=sites,
+        template=template,
+        means=means,
+        config=config,
+        requests=requests[place.shard :: place.shards],
+        judge=judge,
+        judged=judge_version(config.judge),
+        refusal_ids=refusal_ids,
+        fvu=fvu,
+        record=record,
+        place=place,
+    )
+
+
+def _record(
+    config: RestoreConfig,
+    place: Place,
+    model: LanguageModel,
+    other: LanguageModel | None,
+    sites: Mapping[Site, Dictionary],
+    requests: Sequence[Request],
+    select: Sequence[Request],
+) -> Record:
+    settings = dict(place.settings)
     if other is not None:
         settings["donor's weights"] = other.fingerprint
     if select:  # means over them are taken again at every start
         settings["select's texts"] = _hash(select)
-    record = Record(
-        "restore",
+    mine = len(requests[place.shard :: place.shards])
+    return Record(
+        config.command,
         settings,
         {"name": model.name, "hash": model.fingerprint},
-        {str(site): {"name": one.name, "hash": one.fingerprint} for site, one in sites.items()},
+        {str(site): {"name": dictionary.name, "hash": dictionary.fingerprint} for site, dictionary in sites.items()},
         {"count": len(requests), "hash": _hash(requests)},
-        0,
-        1,
-        -(-len(requests) // config.part),
+        place.shard,
+        place.shards,
+        -(-mine // config.part),
     )
-    folder = out / FOLDER
-    there = folder / "run.json"
-    before = None if not there.exists() else Record(**json.loads(there.read_text(encoding="utf-8")))
-    if before is not None:
-        refuse_if_other(out, before.decides, record.decides)
-    fvu = {} if other is None else _shared(config, model, other, sites, requests)
-    means = _means(config, model, sites, select, template) if config.donor == "means" else None
-    if before is None:
-        chosen = chosen_latents(config, model, other, sites, latents, select, template, refusal_ids)
-        edits = [one.facts() for one in with_controls(config, model, sites, chosen, requests)]
-        record = replace(record, edits=edits)
-    output_folder(folder)
-    write_yaml(asdict(config), folder / "config.yaml")
-    judged = judge_version(config.judge)
-    whole = before or record
-    return Plan(config, model, other, sites, requests, means, template, judge, judged, refusal_ids, fvu, whole, folder)
-
-
-def _load(config: RestoreConfig, name: str) -> LanguageModel:
-    return load_model(name, config.device, config.dtype, config.prepend_bos, config.trust_remote_code)
 
 
 def _refusal_ids(model: LanguageModel, prompt: str, refusals: str) -> set[int]:
@@ -248,81 +210,38 @@ def _means(
     return clean_means(model, sites, clean, template=template, max_new_tokens=config.tokens)
 
 
-def _work(plan: Plan, tracker: Tracker, check: Check) -> None:
-    config, left = plan.config, plan.left
-    there = sorted(set(range(plan.record.parts)) - set(left))
-    if there and not config.quiet:
-        log.info("%d of %d parts are there already", len(there), plan.record.parts)
-    before = sum((read_about(part_file(plan.folder, number)) or {})["answers"] for number in there)
-    with Meter(plan.record.parts, len(there), before, config, tracker, "answers") as meter:
-        for number in left:
-            requests = plan.requests[number * config.part : (number + 1) * config.part]
-            rows: list[AnswerRow] = []
-            conditions: list[str | Set] = ["bare", "donor", *plan.sets]
-            for condition in conditions:
-                check()
-                new = _rows(plan, requests, condition)
-                meter.ran(len(new))
-                rows += new
-            about = {"run": plan.record.key, "answers": len(rows), "judge": plan.judged}
-            if not (plan.folder / "run.json").exists():  # with the first part: settings that fail leave nothing behind
-                write_json(asdict(plan.record), plan.folder / "run.json")
-            write_rows(provenances(plan, rows), part_file(plan.folder, number), about, AnswerRow)
-            meter.part_done()
-
-
 @torch.no_grad()
 def _rows(plan: Plan, requests: Sequence[Request], condition: str | Set) -> list[AnswerRow]:
     """One part's answers under one condition; means answer nothing themselves."""
-    model, prompts = plan.model, [one.prompt for one in requests]
+    model, prompts, clean = plan.model, [r.prompt for r in requests], [r.clean or "" for r in requests]
     inside: Any = nullcontext()
     draw, size = 0, 0
     if condition == "donor":
         if plan.means is not None:
             return []
-        model, prompts = (plan.other, prompts) if plan.other else (model, [one.clean or "" for one in requests])
+        model, prompts = (plan.other, prompts) if plan.other else (model, clean)
     elif isinstance(condition, Set):
-        wanted = LatentSet.of({site: ids for site, ids in condition.latents.items() if ids != ()})
-        edits = restorations(plan.sites, plan.donor(requests), wanted, error=plan.config.error)
-        inside = splice(model, [plan.sites[site] for site in wanted], edits) if wanted else inside
-        draw = condition.draw
-        size = wanted.size(plan.sites)
+        inside = plan.restored(condition.latents, plan.donor_of(clean), plan.config.error)
+        draw, size = condition.draw, condition.latents.size(plan.sites)
     with inside:
-        texts = model.generate(prompts, plan.config.tokens, batch_size=len(prompts))
-        scores = refusal_log_odds(model.next_logits(model.tokenize(prompts, "left")), plan.refusal_ids).tolist()
+        answered = Answered.by(model, prompts, plan.config.tokens, plan.refusal_ids)
     return [
         AnswerRow(
             setting=plan.config.donor,
-            example=one.example,
-            prompt=one.prompt,
-            harmful=one.harmful,
+            example=request.example,
+            prompt=request.prompt,
+            harmful=request.harmful,
             condition=condition if isinstance(condition, str) else condition.condition,
             latents=size,
             draw=draw,
             answer=text,
-            outcome=plan.judge(Answer(one.prompt, text, score)),
+            outcome=plan.judge(Answer(request.prompt, text, score)),
             score=score,
         )
-        for one, text, score in zip(requests, texts, scores, strict=True)
+        for request, text, score in zip(requests, answered.texts, answered.scores, strict=True)
     ]
 
 
 def _hash(requests: Sequence[Request]) -> str:
-    told = json.dumps([[one.example, one.prompt, one.clean, one.harmful] for one in requests])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def provenance(plan: Plan, model: LanguageModel | None = None) -> Provenance:
-    """Of several dictionaries the hash is taken over all of their hashes."""
-    hashes = [one.fingerprint for one in plan.sites.values()]
-    whole = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
-    model = model or plan.model
-    return Provenance(model.name, model.fingerprint, plan.config.sae, whole, plan.config.seed)
-
-
-def provenances(plan: Plan, rows: Sequence[AnswerRow]) -> list[tuple[list[AnswerRow], Provenance]]:
-    """Rows in their order, those that another model answered under its name."""
-    return [
-        (list(some), provenance(plan, plan.other if donor else None))
-        for donor, some in groupby(rows, key=lambda row: row.condition == "donor")
-    ]
+    texts = json.dumps([[r.example, r.prompt, r.clean, r.harmful] for r in requests])
+    return hashlib.sha256(texts.encode()).hexdigest()[:16]

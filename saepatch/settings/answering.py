@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
-from saepatch.settings.commands import Output, latents_of_sites
+from saepatch.settings.commands import Output, check_shard, latents_of_sites
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class RestoreConfig(Output):
     the donor's answers to them."""
     n: int = 0
     """Prompts, at most; 0: all."""
+    shard: str = "0/1"
+    """Which share of the prompts: I/N counting from 0, or auto for the one that a Slurm job array or torchrun says;
+    `saepatch merge` puts them together."""
     part: int = 32
     """Prompts between two writes: what a kill can lose."""
     seed: int = 0
@@ -75,6 +78,8 @@ class RestoreConfig(Output):
     """Where to run: cpu, cuda, cuda:1 or mps."""
     dtype: str = "float32"
     """Precision of the model: float32, bfloat16 or float16."""
+    device_map: str = ""
+    """auto: spread a model that is too large for one device over all there are."""
     prepend_bos: bool = False
     """Put a BOS in front of prompts where the tokenizer does not."""
     trust_remote_code: bool = False
@@ -90,6 +95,9 @@ class RestoreConfig(Output):
             raise UserError(f"n = {self.n}, controls = {self.controls}, template = {self.template}: use 0, 0 and -1 on")
         if min(self.tokens, self.part) < 1 or self.k < 0:
             raise UserError(f"k = {self.k}, tokens = {self.tokens}, part = {self.part}: use at least 1 of each")
+        check_shard(self.shard)
+        if self.device_map not in ("", "auto"):
+            raise UserError(f"device_map {self.device_map!r}: use auto, or leave it empty")
         if self.k and (self.latents or not self.select):
             raise UserError(f"k = {self.k} takes the first of a ranking: give --select to rank on, and no --latents")
         if not self.out:

@@ -161,8 +161,7 @@ class SweepConfig(Output):
             raise UserError(f"corruption {self.corruption!r}: write 'noise: TEXT', zero or mean, or leave it empty")
         if self.part < 1:
             raise UserError(f"part = {self.part}: use at least 1")
-        if self.shard != "auto" and not _is_shard(self.shard):
-            raise UserError(f"shard {self.shard!r}: write I/N with I from 0 to N-1, as in 0/4, or auto")
+        check_shard(self.shard)
         if not self.min_gap > 0:
             raise UserError(f"min_gap = {self.min_gap}: use a number above 0, such as 0.01")
         if self.device_map not in ("", "auto"):
@@ -376,6 +375,8 @@ def latents_of_sites(text: str) -> dict[Site, tuple[int, ...]]:
     return latents
 
 
-def _is_shard(text: str) -> bool:
+def check_shard(text: str) -> None:
+    """Raises UserError where a shard is neither I/N nor auto."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
-    return match is not None and int(match[1]) < int(match[2])
+    if text != "auto" and not (match and int(match[1]) < int(match[2])):
+        raise UserError(f"shard {text!r}: write I/N with I from 0 to N-1, as in 0/4, or auto")

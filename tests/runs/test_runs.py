@@ -526,7 +526,7 @@ def test_logs_that_nobody_watches_get_a_line_now_and_then(place, tmp_path, capsy
 DRIVER = """
 import os, sys, json
 import torch, sae_lens, transformers.models.llama, datasets, pyarrow.parquet, scipy.stats, yaml
-import saepatch.merging
+import saepatch.runs.merge
 from saepatch.cli.main import main
 torch.set_num_threads(1)
 print("ready", flush=True)

@@ -125,17 +125,17 @@ def test_a_figure_says_what_the_map_says():
 def test_a_killed_run_goes_on_as_the_same_run_of_wandb(place, monkeypatch):
     out = place / "study" / "killed"
     flags = ["--latents", "3", "--part", "1", "--track", "wandb:offline", "--quiet"]
-    import saepatch.runs.sweeps
+    import saepatch.runs.driver
 
-    write = saepatch.runs.sweeps._write_part
+    write = saepatch.runs.driver._write_part
 
-    def stop(sweep, part, meter, check):
-        if part.number == 1:
+    def stop(work, number, meter, check):
+        if number == 1:
             raise KeyboardInterrupt
-        write(sweep, part, meter, check)
+        write(work, number, meter, check)
 
     with monkeypatch.context() as patched:
-        patched.setattr(saepatch.runs.sweeps, "_write_part", stop)
+        patched.setattr(saepatch.runs.driver, "_write_part", stop)
         assert run(place, out, "patch", *flags) == 130
     assert run(place, out, "patch", *flags) == 0
     # offline-run-<time>-<id>, and a trailing -1 where both began within a second

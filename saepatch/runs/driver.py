@@ -1,0 +1,339 @@
+"""The one engine of long runs: parts written whole, a record of whose they are, a lock, and a way to resume.
+
+A run's folder holds one folder for each shard, and one process at a time works in it (`locked`). A kind of run says
+what it is and how one of its parts is run (`Work`); everything else is done here. The files are described in
+`saepatch.runs.parts`.
+"""
+
+import json
+import logging
+import os
+import shlex
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from saepatch.errors import UserError
+from saepatch.records.files import check_writable, output_folder, write_json, write_yaml
+from saepatch.records.provenance import Provenance
+from saepatch.records.rows import AnswerRow, Row, read_about, write_rows
+from saepatch.runs.interpret import read_shard
+from saepatch.runs.parts import (
+    Record,
+    deciding,
+    keep_run,
+    known_run,
+    part_file,
+    read_records,
+    refuse_if_other,
+    refuse_other_command,
+    shard_folder,
+)
+from saepatch.runs.progress import Check, Meter, said_once, stoppable
+from saepatch.settings.answering import RestoreConfig
+from saepatch.settings.commands import SweepConfig
+from saepatch.tracking.open import RunDescription, Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+# Settings that say where and how a run goes, not what comes out of it: they may change from one start to the next.
+FREE = ("out", "shard", "track", "device", "device_map", "batch_size", "progress", "quiet", "json", "trust_remote_code")
+LOCK = "lock"
+
+RunConfig = SweepConfig | RestoreConfig
+Config = TypeVar("Config", SweepConfig, RestoreConfig)
+
+
+@dataclass(frozen=True, eq=False)
+class PartContent:
+    """What a part's file holds: rows with their provenance, made as they are written, and what else merging needs."""
+
+    rows: Iterable[tuple[list[Row], Provenance]] | Iterable[tuple[list[AnswerRow], Provenance]]
+    about: dict[str, Any]
+    kind: type[Row] | type[AnswerRow] = Row
+
+
+Count = Callable[[int], None]
+"""Told how many edits or answers were just done; raises KeyboardInterrupt once the run is asked to stop."""
+
+
+class Work(Protocol):
+    """A shard of a run, with the model and all else that running its parts takes."""
+
+    @property
+    def record(self) -> Record: ...
+    @property
+    def place(self) -> "Place": ...
+    @property
+    def source(self) -> str:
+        """Where its prompts come from, in a word."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What is counted: edits or answers."""
+        ...
+
+    def run_part(self, number: int, count: Count) -> PartContent: ...
+
+
+SomeWork = TypeVar("SomeWork", bound=Work)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of one shard, and the records of all shards that have been started."""
+
+    config: RunConfig
+    out: Path
+    shard: int
+    shards: int
+    records: Sequence[Record]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Place":
+        """See that the folder can hold this run, as far as its settings say: before anything is loaded.
+
+        Raises:
+            UserError: it cannot be written, or holds another run.
+        """
+        shard, shards = read_shard(config.shard)
+        out = Path(config.out)
+        check_writable(out)
+        refuse_other_command(out, config.command)
+        place = cls(config, out, shard, shards, read_records(out))
+        place.refuse_others(deciding(config.command, place.settings, shards))
+        return place
+
+    @property
+    def folder(self) -> Path:
+        return shard_folder(self.out, self.shard, self.shards, self.config.command)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide what comes out."""
+        return {name: value for name, value in asdict(self.config).items() if name not in FREE}
+
+    @property
+    def edits(self) -> list[dict[str, Any]] | None:
+        """What the run patches or restores, as its first shard recorded it: a near tie may fall otherwise elsewhere."""
+        return self.records[0].edits if self.records else None
+
+    def refuse_others(self, decides: dict[str, Any]) -> None:
+        """Raises UserError where a record there disagrees; settings it does not have yet stood at their defaults."""
+        defaults = {f.name: f.default for f in fields(self.config) if f.default is not MISSING and f.name not in FREE}
+        for record in self.records:
+            refuse_if_other(self.out, defaults | record.decides, decides)
+
+    def agreed(self, here: Record) -> Record:
+        """The record to work under: what this shard wrote when it was started, else `here`.
+
+        Raises:
+            UserError: the folder holds another run.
+        """
+        self.refuse_others(here.decides)
+        mine = [record for record in self.records if record.shard == self.shard]
+        if mine and mine[0].versions != here.versions:
+            log.warning(
+                "some libraries have other versions than when this shard was started: see %s/run.json", self.folder
+            )
+        return mine[0] if mine else replace(here, edits=self.edits)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard whose parts are all there."""
+
+    out: Path
+    shard: int
+    shards: int
+    parts: int
+    count: int  # edits or answers, over all starts
+
+
+def drive(
+    config: Config,
+    prepare: Callable[[Config], SomeWork],
+    conclude: Callable[[SomeWork, Tracker], None] | None = None,
+) -> Finished:
+    """Run the parts of a shard that are not there yet.
+
+    `conclude` is called at the end of a run of one shard, while its tracker is still open.
+
+    Raises:
+        UserError: settings that do not fit, a folder that holds another run, or one that another process works in.
+        KeyboardInterrupt: the run was stopped, by Ctrl-C or SIGTERM; what is written stays, and the message says how to
+            resume.
+    """
+    with stoppable() as check:
+        torch.manual_seed(config.seed)
+        with locked(Place.of(config).folder):
+            work = prepare(config)
+            try:
+                return _run_parts(work, check, conclude)
+            except KeyboardInterrupt:
+                record, folder = work.record, work.place.folder
+                again = f"saepatch {record.work} --config {shlex.quote(str(folder / 'config.yaml'))}"
+                raise KeyboardInterrupt(
+                    f"{record.parts - len(missing_parts(work))} of {record.parts} parts are written; "
+                    f"to go on from there: {again}"
+                ) from None
+
+
+def missing_parts(work: Work) -> list[int]:
+    """Numbers of the parts that are not there yet, or that are damaged.
+
+    Raises:
+        UserError: a part is of another run.
+    """
+    missing = []
+    for number in range(work.record.parts):
+        path = part_file(work.place.folder, number)
+        about = read_about(path)
+        if about is None:
+            missing.append(number)
+        elif about["run"] != work.record.key:
+            raise UserError(f"{path} is of another run: remove {work.place.folder}")
+    return missing
+
+
+def _run_parts(work: SomeWork, check: Check, conclude: Callable[[SomeWork, Tracker], None] | None) -> Finished:
+    record, place = work.record, work.place
+    config, folder = place.config, output_folder(place.folder)
+    write_yaml(asdict(config) | {"shard": f"{place.shard}/{place.shards}"}, folder / "config.yaml")
+    missing = missing_parts(work)
+    done = record.parts - len(missing)
+    before = sum((read_about(part_file(folder, n)) or {}).get(work.unit, 0) for n in range(record.parts))
+    if done and not config.quiet:
+        log.info("%d of %d parts are there already", done, record.parts)
+    description = RunDescription(
+        place.out if place.shards == 1 else folder,
+        run=f"{config.command}-{work.source}",
+        config=asdict(config),
+        run_id=known_run(folder),
+        group=place.out.absolute().parent.name,
+        job_type=config.command,
+        axes={"*": work.unit},
+    )
+    tracker = open_tracker(config.track, description, resume=done > 0)
+    keep_run(folder, tracker.run_id)
+    with tracker:
+        quieter = said_once("saepatch.engine.sweep", "saepatch.measure.screen")
+        with quieter, Meter(record.parts, done, before, config, tracker, work.unit) as meter:
+            for number in missing:
+                _write_part(work, number, meter, check)
+                meter.part_done()
+        _write_record(work)
+        if conclude is not None and place.shards == 1:
+            conclude(work, tracker)
+    return Finished(place.out, place.shard, place.shards, record.parts, meter.edits)
+
+
+def _write_part(work: Work, number: int, meter: Meter, check: Check) -> None:
+    before = meter.edits
+
+    def count(done: int) -> None:
+        check()
+        meter.ran(done)
+
+    check()
+    content = work.run_part(number, count)
+    about = {"run": work.record.key, work.unit: meter.edits - before} | content.about
+    _write_record(work)
+    write_rows(content.rows, part_file(work.place.folder, number), about, content.kind)
+
+
+def _write_record(work: Work) -> None:
+    """With the first part: settings that turn out not to work leave nothing that other settings run into."""
+    path = work.place.folder / "run.json"
+    if not path.exists():
+        write_json(asdict(work.record), path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Work in a folder that no other process works in, made if need be and removed again where nothing was written.
+
+    The lock is the kernel's (flock), so that it ends with its process, however that ends; the file names the holder. On
+    a file system without such locks, what the file says counts: a process of this host that is gone holds nothing.
+
+    Raises:
+        UserError: another process works there.
+    """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    handle = _lock(output_folder(folder) / LOCK)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(handle)
+        for part in made:  # from the inside out, as far as they are empty
+            with suppress(OSError):
+                part.rmdir()
+
+
+def _lock(path: Path) -> int:
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        holder = os.read(handle, 4096).decode(errors="replace")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:  # no such locks here
+            free = not _alive(holder)
+        if not free:
+            os.close(handle)
+            raise UserError(_refusal(path, holder))
+        try:
+            current = path.stat().st_ino == os.fstat(handle).st_ino
+        except FileNotFoundError:
+            current = False
+        if current:
+            break
+        os.close(handle)  # its holder removed the file in between: the lock is of a file that is no more
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    return handle
+
+
+def _read_holder(text: str) -> tuple[int, str] | None:
+    try:
+        holder = json.loads(text)
+        return int(holder["pid"]), str(holder["host"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _alive(text: str) -> bool:
+    """Whether the process that a lock names may still be there: of another host, nobody can say."""
+    holder = _read_holder(text)
+    if holder is None:
+        return False
+    pid, host = holder
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _refusal(path: Path, text: str) -> str:
+    holder = _read_holder(text)
+    who = "another process" if holder is None else f"process {holder[0]} on {holder[1]}"
+    return (
+        f"{who} is working in {str(path.parent)!r}: wait for it or stop it, or give another --out or --shard "
+        f"(if it is gone for certain, remove {path})"
+    )
