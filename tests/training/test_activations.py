@@ -32,7 +32,7 @@ from training.ranks import Ranks
 
 pytestmark = pytest.mark.whole
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 SITES = [Site(0), Site(2), Site(1, "mlp_out")]
 LONG = " ".join(documents(30, seed=5))  # far more tokens than one round holds
 

@@ -20,7 +20,7 @@ from training.ranks import ALONE, Ranks, joined
 
 pytestmark = pytest.mark.whole
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 WORKER = """
 import sys
 from pathlib import Path

@@ -25,7 +25,7 @@ from training.loop.trainer import train_saes
 
 pytestmark = pytest.mark.whole
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TIMES = {"time", "tokens_per_second"}
 
 

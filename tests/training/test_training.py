@@ -222,8 +222,6 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell starts its background jobs deaf to SIGINT, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = out / "metrics.jsonl"
     for _ in range(600):
