@@ -131,6 +131,16 @@ def resampled(model: LanguageModel, pairs: Sequence[PromptPair], seed: int = 0) 
     return out
 
 
+def own_positions(
+    tokens: Tokens, rows: Int[Tensor, "some"], columns: Int[Tensor, "some"], align: Literal["equal", "right"]
+) -> Int[Tensor, "some"]:
+    """Columns of a batch as positions in their own prompts: from 0, or back from -1 where `align` is "right"."""
+    width = tokens.input_ids.shape[1]
+    if align == "right":
+        return columns - width
+    return columns - (width - tokens.lengths).to(columns.device)[rows]
+
+
 def same_length_batches(batch: PairBatch, size: int) -> Iterator[PairBatch]:
     """Split a batch so that each part needs little or no padding; rows of one length stay in order."""
     lengths = torch.maximum(batch.clean.lengths, batch.corrupted.lengths)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Changes, Component, Direction, between
 from saepatch.engine.corruptions import Corruption
@@ -126,7 +126,7 @@ def sweep(
                     swept.pair += [index[row] for row in rows.tolist()]
                     swept.component += [number] * len(rows)
                     swept.group += planned.group[batch].tolist()
-                    swept.position += _own_positions(base.tokens, rows, planned.first[batch], options.align)
+                    swept.position += own_positions(base.tokens, rows, planned.first[batch], options.align).tolist()
                     swept.change += ((values - own[rows.numpy()]) / samples).tolist()
                     done(len(rows))
     return swept
@@ -327,14 +327,3 @@ class _Measure:
 
 def _values(metric: Metric, logits: Tensor, batch: PairBatch) -> Float[np.ndarray, "batch"]:
     return checked(metric, logits, batch).double().cpu().numpy()
-
-
-def _own_positions(
-    tokens: Tokens, rows: Int[Tensor, "edits"], columns: Int[Tensor, "edits"], align: Align
-) -> list[int]:
-    """Columns as positions in the prompt: from 0, or back from -1 where prompts are aligned from the right."""
-    width = tokens.input_ids.shape[1]
-    if align == "right":
-        return (columns - width).tolist()
-    padding = (width - tokens.lengths).cpu()
-    return (columns - padding[rows]).tolist()

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor, nn
 
-from saepatch.data.batches import batch_pairs, same_length_batches
+from saepatch.data.batches import batch_pairs, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Direction, Edit
 from saepatch.engine.gradients import Readout
@@ -81,14 +81,13 @@ def attribute_attention(
         ends = (metric_there, metric_here) if denoise else (metric_here, metric_there)
         clean[index], corrupted[index] = (end.detach().double().cpu().numpy() for end in ends)
         assert part.where is not None
-        shift = tokens.input_ids.shape[1] - (tokens.lengths if align == "equal" else 0)
         for number, layer in enumerate(layers):
             for offset, what in enumerate(PARTS):
                 change = source[layer].of(what) - base[layer].of(what)
                 score = _estimate(base[layer], source[layer], gradients[layer], what, qk_fix)
                 moved = change.ne(0).any(-1) & part.where[:, None]
                 row, head, column = moved.nonzero(as_tuple=True)
-                position = column - (shift[row] if isinstance(shift, Tensor) else shift)
+                position = own_positions(tokens, row, column, align)
                 entries = {"unit": head, "position": position, "score": score[row, head, column].double()}
                 found.append({name: entry.cpu().numpy() for name, entry in entries.items()})
                 found[-1] |= {"pair": index[row.cpu().numpy()], "site": np.full(len(row), 3 * number + offset)}

@@ -16,7 +16,7 @@ from numpy import ndarray
 from torch import Tensor
 from tqdm import tqdm
 
-from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import (
@@ -275,9 +275,6 @@ def _screen_part(
     for total, metric in zip((found.clean, found.corrupted), metrics[::-1] if denoise else metrics, strict=True):
         np.add.at(total, index, metric / samples)
     found.absolute = gradients.absolute
-    padding = tokens.input_ids.shape[1] - tokens.lengths
-    if options.align == "right":  # positions count back from the end
-        padding = torch.full_like(padding, tokens.input_ids.shape[1])
     for number, dictionary in enumerate(dictionaries):
         with torch.no_grad():
             x = source.values[dictionary.site]
@@ -289,7 +286,7 @@ def _screen_part(
                 "pair": index[here.row.cpu().numpy()],
                 "site": np.full(len(here.row), number),
                 "unit": here.unit.cpu().numpy(),
-                "position": (here.pos - padding[here.row]).cpu().numpy(),
+                "position": own_positions(tokens, here.row, here.pos, options.align).cpu().numpy(),
                 "score": _numpy(here.score) / samples,
             }
         )

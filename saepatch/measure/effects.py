@@ -10,8 +10,10 @@ from numpy import ndarray
 
 from saepatch.engine.components import Direction, Edit
 from saepatch.errors import UserError
+from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.records.rows import Row
-from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, false_discovery, sign_flip_test
+from saepatch.records.statistics import Interval, bootstrap_mean, false_discovery, sign_flip_test
+from saepatch.records.tables import text_table
 
 CONTROLS = ("random", "matched", "differing")
 NOTHING = "differs in 0: the same in both runs of every pair, so there was nothing to patch, and 0 says nothing of it"
@@ -20,7 +22,7 @@ ROUNDING = 1e-4  # of the mean gap: passes of differently made batches differ by
 
 
 @dataclass(frozen=True, eq=False)
-class Effects:
+class Effects(PairGaps):
     """What each edit does to the metric, for every pair.
 
     `patched[pair, edit]` is the metric under the edit. Denoising patches the clean run's values into the corrupted run
@@ -47,32 +49,15 @@ class Effects:
         if not self.min_gap > 0:
             raise UserError(f"min_gap = {self.min_gap}: use a number above 0, such as 0.01")
 
-    @property
-    def _sign_and_base(self) -> tuple[float, Float[ndarray, "pairs"]]:
-        return (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
-
-    @property
-    def gap(self) -> Float[ndarray, "pairs"]:
-        """Metric of the clean run minus that of the corrupted run."""
-        return self.clean - self.corrupted
-
     @cached_property
     def change(self) -> Float[ndarray, "pairs edits"]:
         """How far each edit moves the metric from the base run towards the source run, in the metric's units."""
-        sign, base = self._sign_and_base
-        return sign * (self.patched - base[:, None])
+        return towards_source(self.patched, self.clean[:, None], self.corrupted[:, None], self.direction == "denoise")
 
     @property
     def normalised(self) -> Float[ndarray, "pairs edits"]:
         """`change / gap`, not clipped: 0 is the base run, 1 the source run; NaN where |gap| < `min_gap`."""
-        usable = np.abs(self.gap) >= self.min_gap
-        gap = np.where(usable, self.gap, np.nan)
-        return self.change / gap[:, None]
-
-    @property
-    def missing(self) -> int:
-        """Pairs whose gap is too small to divide by."""
-        return int((np.abs(self.gap) < self.min_gap).sum())
+        return self.change / self.usable_gap[:, None]
 
     def where(self, role: str) -> list[int]:
         """Indices of the edits of one role."""
@@ -82,8 +67,11 @@ class Effects:
         return edit if isinstance(edit, (int, np.integer)) else self.edits.index(edit)
 
     def of(self, edit: Edit | int, seed: int = 0) -> Interval:
-        """Ratio of means of one edit (or the one at an index), bootstrapped over pairs: the headline effect."""
-        return bootstrap_ratio(self.change[:, self._index(edit)], self.gap, seed=seed)
+        """Ratio of means of one edit (or the one at an index), bootstrapped over pairs: the headline effect.
+
+        NaN where the mean gap is smaller than `min_gap`.
+        """
+        return self.ratio(self.change[:, self._index(edit)], seed)
 
     def mean_of_ratios(self, edit: Edit | int, seed: int = 0) -> Interval:
         """Mean of the per-pair normalised effects, pairs with too small a gap left out."""
@@ -98,7 +86,7 @@ class Effects:
             if (other.role, other.kind, other.site, other.position) == (role, mine.kind, mine.site, mine.position)
             if (other.beside == mine.units if other.beside else len(other.units) == len(mine.units))
         ]
-        return bootstrap_ratio(self.change[:, columns].mean(1), self.gap, seed=seed) if columns else None
+        return self.ratio(self.change[:, columns].mean(1), seed) if columns else None
 
     def ratios(self) -> Float[ndarray, "edits"]:
         """Ratio of means of every edit, without intervals.
@@ -106,12 +94,8 @@ class Effects:
         Raises:
             UserError: clean and corrupted runs are the same on average, so there is nothing to divide by.
         """
-        if not abs(float(self.gap.mean())) >= self.min_gap:
-            raise UserError(
-                f"the clean and corrupted runs differ by {self.gap.mean():.2g} in {self.metric} on average, less than "
-                f"{self.min_gap}: there is no effect to rank by; look at the pairs and their answers"
-            )
-        return self.change.mean(0) / self.gap.mean()
+        self.check_gap(self.metric)
+        return self.change.mean(0) / self.mean_gap
 
     def top(self, k: int) -> list[Edit]:
         """The `k` edits with the largest ratio of means, largest first; controls are not among them."""
@@ -154,25 +138,18 @@ class Effects:
 
     def summary(self, k: int = 10) -> str:
         """The top edits as a table, with intervals, controls and false discovery rates."""
-        q = self.q_values()
-        roles = [r for r in ("random", "matched") if self.where(r)]
-        heads = ["effect [95 % interval]", *(f"{role} controls" for role in roles)]
-        lines = [f"{'what':<28}{'at':>6}" + "".join(f"{head:>28}" for head in heads) + f"{'differs in':>12}{'q':>10}"]
-        for edit in self.top(k):
+        q, top = self.q_values(), self.top(k)
+        roles = [role for role in CONTROLS[:2] if self.where(role)]
+        rows = []
+        for edit in top:
+            number = self._index(edit)
             cells = [self.of(edit), *(self.controls(edit, role) for role in roles)]
-            at = "all" if edit.position is None else str(edit.position)
-            what = f"{edit.site} {describe(edit)}"
-            lines.append(
-                f"{what:<28}{at:>6}"
-                + "".join(f"{cell!s:>28}" for cell in cells)
-                + f"{self.ran[:, self._index(edit)].sum():>12}{q[self._index(edit)]:>10.2g}"
-            )
-        if any(not self.ran[:, self._index(edit)].any() for edit in self.top(k)):
+            at = "all" if edit.position is None else edit.position
+            rows.append([f"{edit.site} {describe(edit)}", at, *cells, self.ran[:, number].sum(), f"{q[number]:.2g}"])
+        lines = [effects_table("what", roles, rows)]
+        if any(not self.ran[:, self._index(edit)].any() for edit in top):
             lines.append(NOTHING)
-        lines.append(
-            f"{self.direction}, {self.metric}: {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, "
-            f"{len(self.examples)} pairs ({self.missing} with a gap below {self.min_gap}), positions {self.positions}"
-        )
+        lines.append(f"{self.direction}, {self.metric}: {self.ends()}, positions {self.positions}")
         return "\n".join(lines)
 
     def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
@@ -209,6 +186,12 @@ class Effects:
                 )
             )
         return rows
+
+
+def effects_table(what: str, controls: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Edits with their intervals, those of their controls, in how many pairs they change something, and q values."""
+    heads = ["effect [95 % interval]", *(f"{role} controls" for role in controls)]
+    return text_table([what, "at", *heads, "differs in", "q"], rows)
 
 
 def describe(edit: Edit) -> str:

@@ -15,8 +15,10 @@ from numpy import ndarray
 from saepatch.engine.components import Direction, Edit
 from saepatch.errors import UserError
 from saepatch.measure.effects import ROUNDING, describe
+from saepatch.measure.gaps import PairGaps, moved_by, towards_source
 from saepatch.model.sites import Site
 from saepatch.records.rows import Row
+from saepatch.records.tables import text_table
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +144,7 @@ def _most(
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class Attribution(PairGaps):
     """Estimated effect of every node that differs between a base and a source run; all others have none.
 
     Entry i is the node of pair `pair[i]` at `sites[site[i]]`, unit `unit[i]` (-1: the error term) and `position[i]`
@@ -173,27 +175,17 @@ class Attribution:
         return len(self.score)
 
     @property
-    def gap(self) -> Float[ndarray, "pairs"]:
-        """Metric of the clean run minus that of the corrupted run."""
-        return self.clean - self.corrupted
-
-    @property
     def normalised(self) -> Float[ndarray, "nodes"]:
         """`score / gap` of each node's pair: 0 is the base run, 1 the source run; NaN where |gap| < `min_gap`.
 
         Of sizes, `score / |gap|`.
         """
-        gap = self._usable_gap[self.pair]
+        gap = self.usable_gap[self.pair]
         return self.score / (np.abs(gap) if self.sizes else gap)
-
-    @property
-    def _usable_gap(self) -> Float[ndarray, "pairs"]:
-        return np.where(np.abs(self.gap) >= self.min_gap, self.gap, np.nan)
 
     def shares(self, means: Float[ndarray, "edits"]) -> Float[ndarray, "edits"]:
         """Mean scores as shares of the mean gap; those of sizes have no sign. NaN where the mean gap is too small."""
-        gap = float(self.gap.mean())
-        return means / (float("nan") if not abs(gap) >= self.min_gap else abs(gap) if self.sizes else gap)
+        return means / (abs(self.mean_gap) if self.sizes else self.mean_gap)
 
     def warn_if_flat(self, advice: str) -> None:
         """Warn where all estimates are rounding although clean and corrupted runs differ."""
@@ -202,11 +194,6 @@ class Attribution:
                 "all estimates are below the rounding of the gap: the metric %s is flat at the base run (as KL is "
                 "against the base run itself), and gradients there say nothing: %s", self.metric, advice,
             )  # fmt: skip
-
-    @property
-    def missing(self) -> int:
-        """Pairs whose gap is too small to divide by."""
-        return int((np.abs(self.gap) < self.min_gap).sum())
 
     def edit(self, node: int) -> Edit:
         """The edit that patches one node."""
@@ -248,27 +235,21 @@ class Attribution:
         return [self._named(keys[:, i], each_position) for i in self._order(mean, by_size)[:k]]
 
     def _order(self, mean: Float[ndarray, "edits"], by_size: bool) -> Int[ndarray, "edits"]:
-        gap = float(self.gap.mean())
-        if not abs(gap) >= self.min_gap:
-            raise UserError(
-                f"the clean and corrupted runs differ by {gap:.2g} in {self.metric} on average, less than "
-                f"{self.min_gap}: there is no effect to rank by; look at the pairs and their answers"
-            )
+        self.check_gap(self.metric)
         return np.argsort(-(np.abs(mean) if by_size else self.shares(mean)), kind="stable")
 
     def summary(self, k: int = 10) -> str:
         """The edits with the largest estimates as a table, and what verifying them showed."""
         keys, mean = self._means(True)
         shares = self.shares(mean)
-        lines = [f"{'what':<32}{'at':>6}{self.method + ', mean':>32}{'of the gap':>12}"]
+        rows = []
         for i in self._order(mean, False)[:k]:
             edit = self._named(keys[:, i], True)
             what = " ".join(filter(None, (str(edit.site), "" if edit.kind == "latent" else edit.kind, describe(edit))))
-            lines.append(f"{what:<32}{edit.position:>6}{mean[i]:>32.4f}{shares[i]:>12.3f}")
+            rows.append([what, edit.position, f"{mean[i]:.4f}", f"{shares[i]:.3f}"])
+        lines = [text_table(["what", "at", f"{self.method}, mean", "of the gap"], rows)]
         lines.append(
-            f"{self.direction}, {self.metric}: {self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, "
-            f"{len(self.examples)} pairs ({self.missing} with a gap below {self.min_gap}), positions {self.positions}; "
-            f"{len(self)} nodes differ"
+            f"{self.direction}, {self.metric}: {self.ends()}, positions {self.positions}; {len(self)} nodes differ"
         )
         return "\n".join(lines if self.verified is None else [*lines, self.verified.summary()])
 
@@ -299,10 +280,10 @@ class Attribution:
         scores: Float[ndarray, "some"],
         role: str,
     ) -> Iterator[Row]:
-        sign, base = (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
-        of_size = self.sizes and role == "single"
-        gap = np.abs(self._usable_gap) if of_size else self._usable_gap
-        for node, score in zip(nodes.tolist(), scores.tolist(), strict=True):
+        of_size, whose = self.sizes and role == "single", self.pair[nodes]
+        gap = np.abs(self.usable_gap) if of_size else self.usable_gap
+        patched = moved_by(scores, self.clean[whose], self.corrupted[whose], self.direction == "denoise")
+        for node, score, moved in zip(nodes.tolist(), scores.tolist(), patched.tolist(), strict=True):
             edit, pair = self.edit(node), int(self.pair[node])
             at = int(self.position[node])
             yield Row(
@@ -319,7 +300,7 @@ class Attribution:
                 method=self.method if role == "single" else "exact",
                 clean=float(self.clean[pair]),
                 corrupted=float(self.corrupted[pair]),
-                patched=float("nan") if of_size else float(base[pair] + sign * score),
+                patched=float("nan") if of_size else moved,
                 effect=score / float(gap[pair]),
             )
 
@@ -337,8 +318,7 @@ class Attribution:
         top, others = order[:largest], order[largest:]
         drawn = np.random.default_rng(seed).permutation(others)[:sample]
         index = np.concatenate([top, drawn])
-        sign, base = (1.0, self.corrupted) if self.direction == "denoise" else (-1.0, self.clean)
-        values = exact([(int(self.pair[node]), self.edit(int(node))) for node in index])
-        effects = sign * (values - base[self.pair[index]])
+        values, whose = exact([(int(self.pair[node]), self.edit(int(node))) for node in index]), self.pair[index]
+        effects = towards_source(values, self.clean[whose], self.corrupted[whose], self.direction == "denoise")
         estimated = self.score[index]
         return replace(self, verified=Verification(index, effects, estimated, len(top), len(others), self.sizes))

@@ -86,13 +86,15 @@ def _effects(left: Left, one: Reading) -> list[Simple]:
         number
         for direction in left.directions
         for number in left.own(direction)
-        if keys[number][1] == one.site and keys[number][2] == "latent" and str(one.latent) in keys[number][4].split(",")
+        if keys[number].site == one.site
+        and keys[number].component == "latent"
+        and str(one.latent) in keys[number].latent.split(",")
     ]
     mine = sorted(mine, key=lambda n: -abs(float(np.nan_to_num(left.effects[n]))))[:EFFECTS]
     if not mine:
         return []
     rows: list[list[Cell]] = [
-        [keys[n][0], keys[n][4], keys[n][5], interval, int(left.changes.counts[n])]
+        [keys[n].direction, keys[n].latent, keys[n].position, interval, int(left.changes.counts[n])]
         for n, interval in zip(mine, left.intervals(mine))
     ]
     columns = ["direction", "patched", "position", "effect", "pairs changed"]

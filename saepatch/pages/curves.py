@@ -42,7 +42,7 @@ def groups(left: Left) -> Section | None:
                 charts.append(_curve(f"{site}: {direction}", curve))
                 continue
             keys = (left.changes.keys[number] for number in left.own(direction))
-            asked = sum((key[1], key[3]) == (site, "given") for key in keys)
+            asked = sum((key.site, key.role) == (site, "given") for key in keys)
             mine = sorted((line for line in given if line["site"] == site), key=_size)
             charts.append(_bars(f"{site}: {direction}", mine, asked))
     if not charts:
@@ -137,8 +137,8 @@ def _verified(left: Left, direction: str) -> tuple[Int[ndarray, "nodes"], Int[nd
     numbers = {key: number for number, key in enumerate(keys)}
     partner = np.full(len(keys), -1)
     for number, key in enumerate(keys):
-        if key[0] == direction and key[3] in EXACT:
-            partner[number] = numbers[(*key[:3], "single", *key[4:])]
+        if key.direction == direction and key.role in EXACT:
+            partner[number] = numbers[key._replace(role="single")]
     exact = np.flatnonzero(partner[changes.key] >= 0)
     pairs = len(left.pairs.examples)
     code = changes.key * pairs + changes.pair
@@ -149,15 +149,14 @@ def _verified(left: Left, direction: str) -> tuple[Int[ndarray, "nodes"], Int[nd
 
 def _label(left: Left, row: int) -> str:
     key = left.changes.keys[left.changes.key[row]]
-    unit = key[4] if key[2] == "latent" else f"{key[2]} {key[4]}".strip()
-    return f"{left.pairs.examples[left.changes.pair[row]]}: {key[1]} {unit} at {key[5]}"
+    return f"{left.pairs.examples[left.changes.pair[row]]}: {key.site} {key.unit} at {key.position}"
 
 
 def _scatter(
     left: Left, direction: str, exact: Int[ndarray, "nodes"], estimate: Int[ndarray, "nodes"], screen: dict[str, Any]
 ) -> Chart:
     change = left.changes.change
-    roles = np.array([left.changes.keys[number][3] for number in left.changes.key[exact]])
+    roles = np.array([left.changes.keys[number].role for number in left.changes.key[exact]])
     size = np.abs if left.sizes else np.asarray
     series = []
     for role, name in zip(EXACT, ("largest estimates", "drawn at random")):
@@ -189,10 +188,12 @@ def _nodes(left: Left, direction: str, exact: Int[ndarray, "nodes"], estimate: I
     rows: list[list[Cell]] = []
     for i in best.tolist():
         key = left.changes.keys[left.changes.key[exact[i]]]
-        anchor = left.anchors.get((key[1], key[4]))
-        unit: Cell = Link(key[4], anchor) if anchor else key[4] if key[2] == "latent" else key[2]
+        anchor = left.anchors.get((key.site, key.latent))
+        unit: Cell = Link(key.latent, anchor) if anchor else key.latent if key.component == "latent" else key.component
         example = left.pairs.examples[left.changes.pair[exact[i]]]
-        rows.append([example, key[1], unit, int(key[5]), key[3], float(change[exact[i]]), float(change[estimate[i]])])
+        rows.append(
+            [example, key.site, unit, int(key.position), key.role, float(change[exact[i]]), float(change[estimate[i]])]
+        )
     return Table(
         ["pair", "site", "unit", "position", "why", "exact", "estimated"],
         rows,

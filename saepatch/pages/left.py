@@ -17,7 +17,7 @@ from saepatch.pages.gather import READING
 from saepatch.reading.cards import Card
 from saepatch.report import Interval, token_text
 from saepatch.runs.catalogue import RunFolder, read_json, read_run
-from saepatch.runs.parts import KEYS, Changes, Key, Pairs, read_changes
+from saepatch.runs.parts import KEYS, Changes, EditKey, Pairs, read_changes
 
 EXACT = ("top", "random")  # roles of a screen's verified nodes
 
@@ -53,17 +53,14 @@ class Left:
     @property
     def gap(self) -> float:
         """What effects are shares of: the mean gap; NaN where it is too small."""
-        gap = float(self.pairs.gap.mean())
-        if not abs(gap) >= self.run.settings["min_gap"]:
-            return float("nan")
-        return abs(gap) if self.sizes else gap
+        return abs(self.pairs.mean_gap) if self.sizes else self.pairs.mean_gap
 
     def own(self, direction: str) -> list[int]:
         """The edits of a direction that are no controls (in a screen: the estimates)."""
         return [
             number
             for number, key in enumerate(self.changes.keys)
-            if key[0] == direction and (key[3] == "single" if self.is_screen else key[3] not in CONTROLS)
+            if key.direction == direction and (key.role == "single" if self.is_screen else key.role not in CONTROLS)
         ]
 
     @cached_property
@@ -76,36 +73,24 @@ class Left:
         mine = self.changes.pair == pair
         found = np.zeros(len(self.changes.keys))
         there = np.zeros(len(found), dtype=bool)
-        gap = float(self.pairs.gap[pair])
-        small = not abs(gap) >= self.run.settings["min_gap"]
-        found[self.changes.key[mine]] = self.changes.change[mine] / (
-            np.nan if small else abs(gap) if self.sizes else gap
-        )
+        gap = self.pairs.usable_gap[pair]
+        found[self.changes.key[mine]] = self.changes.change[mine] / (abs(gap) if self.sizes else gap)
         there[self.changes.key[mine]] = True
         return found, there
 
     def intervals(self, numbers: Sequence[int], seed: int | None = None) -> list[Interval]:
         """Ratios of means with percentile bootstrap intervals over pairs, on the draws that the summary uses."""
         n, changes = len(self.pairs.examples), self.changes
+        values = [float(self.effects[number]) for number in numbers]
         if n < 2 or self.gap != self.gap:
-            return [Interval(float(self.effects[number]), None, None) for number in numbers]
-        draws = max(200, min(2000, 2**24 // n))
-        chosen = int(self.run.settings["seed"]) if seed is None else seed
-        index = np.random.default_rng(chosen).integers(0, n, (draws, n))
-        weights = np.stack([np.bincount(row, minlength=n) for row in index]).astype(float)
-        gaps = weights @ (np.abs(self.pairs.gap) if self.sizes else self.pairs.gap)
+            return [Interval(value, None, None) for value in values]
+        bootstrap = self.pairs.bootstrap(int(self.run.settings["seed"]) if seed is None else seed, self.sizes)
         out = []
-        for number in numbers:
-            mine = self._rows_of(number)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratios = weights[:, changes.pair[mine]] @ changes.change[mine] / gaps
-            if np.isnan(ratios).all():
-                out.append(Interval(float(self.effects[number]), None, None))
-                continue
-            low, high = np.nanquantile(
-                ratios, [0.025, 0.975], method="inverted_cdf" if np.isinf(ratios).any() else "linear"
-            )
-            out.append(Interval(float(self.effects[number]), float(low), float(high)))
+        for number, value in zip(numbers, values):
+            mine, change = self._rows_of(number), np.zeros(n)
+            change[changes.pair[mine]] = changes.change[mine]
+            found = bootstrap.of(change)
+            out.append(Interval(value, None, None) if np.isnan(found.low) else Interval(value, found.low, found.high))
         return out
 
     def _rows_of(self, number: int) -> Int[ndarray, "rows"]:
@@ -119,12 +104,12 @@ class Left:
         return order, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     @cached_property
-    def q(self) -> dict[Key, float]:
+    def q(self) -> dict[EditKey, float]:
         """False discovery rates of the edits in the summary, which tested all edits together."""
         if self.is_screen:
             return {}
         return {
-            tuple(str(line[name]) for name in KEYS): line["q"]
+            EditKey(*(str(line[name]) for name in KEYS)): line["q"]
             for top in self.run.summary["top"].values()
             for line in top
             if line["q"] is not None
@@ -175,7 +160,7 @@ def read_left(out: Path) -> Left:
     if run.work not in ("patch", "attribute"):
         raise UserError(f"{str(out)!r} holds no run of patch or attribute: give the folder of one")
     reading = read_json(out / READING) if (out / READING).exists() else None
-    pairs, changes, provenance = _read_rows(out)
+    pairs, changes, provenance = _read_rows(out, run.settings["min_gap"])
     try:
         cards = tuple(map(Card.read, reading["latents"])) if reading else ()
     except (KeyError, TypeError) as error:
@@ -186,7 +171,7 @@ def read_left(out: Path) -> Left:
     return Left(run, pairs, changes, provenance, reading, cards)
 
 
-def _read_rows(out: Path) -> tuple[Pairs, Changes, dict[str, str]]:
+def _read_rows(out: Path, min_gap: float) -> tuple[Pairs, Changes, dict[str, str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -199,7 +184,7 @@ def _read_rows(out: Path) -> tuple[Pairs, Changes, dict[str, str]]:
         )
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read the rows in {str(out)!r} ({error}): merge the run again") from error
-    pairs = Pairs(tuple(own["example"]), np.array(own["clean"]), np.array(own["corrupted"]))
+    pairs = Pairs(tuple(own["example"]), np.array(own["clean"]), np.array(own["corrupted"]), min_gap)
     provenance: dict[str, str] = {}
     if first is not None and len(first):
         told = first.to_pylist()[0]

@@ -7,7 +7,7 @@ import numpy as np
 from saepatch.model.sites import Site
 from saepatch.pages.left import Left
 from saepatch.report import Cell, Choice, HeatMap, Link, Section, Simple, Table
-from saepatch.runs.parts import Key
+from saepatch.runs.parts import EditKey
 
 ROWS = 24  # units of a map by position
 COLUMNS = 64  # positions of a map
@@ -24,8 +24,8 @@ Values = np.ndarray  # of each edit
 
 def maps(left: Left) -> Section | None:
     """Maps of the run's edits in each direction, over all pairs and for the first few alone."""
-    by_position = any(key[5].isdigit() for key in left.changes.keys)
-    heads = any(key[2] == "head" for key in left.changes.keys)
+    by_position = any(key.position.isdigit() for key in left.changes.keys)
+    heads = any(key.component == "head" for key in left.changes.keys)
     if not by_position and not heads:
         return None
     options: list[tuple[str, list[Simple]]] = []
@@ -69,8 +69,8 @@ def _maps(
 ) -> list[Simple]:
     """The maps of some edits that have these effects."""
     own = [number for number in own if there[number]]
-    placed = [number for number in own if left.changes.keys[number][5].isdigit()]
-    whole = [number for number in own if left.changes.keys[number][2] == "head" and number not in set(placed)]
+    placed = [number for number in own if left.changes.keys[number].position.isdigit()]
+    whole = [number for number in own if left.changes.keys[number].component == "head" and number not in set(placed)]
     found: list[Simple] = []
     if placed:
         found += _by_site(left, placed, effects, pair, direction)
@@ -84,7 +84,7 @@ def _columns(left: Left, own: Sequence[int], effects: Values) -> list[int]:
     """The positions of a map: all, or of very many those with the largest effects."""
     largest: dict[int, float] = {}
     for number in own:
-        position = int(left.changes.keys[number][5])
+        position = int(left.changes.keys[number].position)
         largest[position] = max(largest.get(position, 0.0), abs(float(np.nan_to_num(effects[number]))))
     return sorted(sorted(largest, key=lambda position: -largest[position])[:COLUMNS])
 
@@ -102,9 +102,9 @@ def _by_site(left: Left, own: Sequence[int], effects: Values, pair: int | None, 
     """Component and site against position; of many units the sum of their effects."""
     keys = left.changes.keys
     columns = _whole_prompt(left, _columns(left, own, effects), pair)
-    kinds = sorted({keys[n][2] for n in own if keys[n][2] != "head"})
+    kinds = sorted({keys[n].component for n in own if keys[n].component != "head"})
     rows = sorted(
-        {(Site.parse(keys[n][1]), keys[n][2]) for n in own if keys[n][2] in kinds},
+        {(Site.parse(keys[n].site), keys[n].component) for n in own if keys[n].component in kinds},
         key=lambda r: (r[1] == "error", r[0].layer, str(r)),
     )
     if not rows:
@@ -144,23 +144,23 @@ def _cell_key(direction: str, site: str, kind: str, position: object) -> str:
     return f"{direction}/{site}/{kind}/{position}"
 
 
-def _unit_key(key: Key) -> str:
-    return f"{key[0]}/{key[1]}/{key[2]}:{key[4]}/{key[5].replace(' ', '')}"
+def _unit_key(key: EditKey) -> str:
+    return f"{key.direction}/{key.site}/{key.component}:{key.latent}/{key.position.replace(' ', '')}"
 
 
 def _by_unit(left: Left, own: Sequence[int], effects: Values, pair: int | None) -> list[Simple]:
     """The units with the largest effects against position."""
     keys = left.changes.keys
-    units = [number for number in own if keys[number][2] in ("latent", "head")]
+    units = [number for number in own if keys[number].component in ("latent", "head")]
     largest: dict[tuple[str, str, str], float] = {}
     for number in units:
-        unit = (keys[number][1], keys[number][2], keys[number][4])
+        unit = (keys[number].site, keys[number].component, keys[number].latent)
         largest[unit] = max(largest.get(unit, 0.0), abs(float(np.nan_to_num(effects[number]))))
     rows = sorted(largest, key=lambda unit: -largest[unit])[:ROWS]
     if not rows:
         return []
     kept = set(rows)
-    units = [number for number in units if (keys[number][1], keys[number][2], keys[number][4]) in kept]
+    units = [number for number in units if (keys[number].site, keys[number].component, keys[number].latent) in kept]
     columns = _columns(left, units, effects)
     column = {position: i for i, position in enumerate(columns)}
     row = {unit: i for i, unit in enumerate(rows)}
@@ -168,15 +168,15 @@ def _by_unit(left: Left, own: Sequence[int], effects: Values, pair: int | None) 
     cells = [["" for _ in columns] for _ in rows]
     for number in units:
         key = keys[number]
-        if int(key[5]) in column:
-            at = row[key[1], key[2], key[4]], column[int(key[5])]
+        if int(key.position) in column:
+            at = row[key.site, key.component, key.latent], column[int(key.position)]
             values[at] = effects[number]
             cells[at[0]][at[1]] = _unit_key(key)
     names, below = left.tokens_at(columns, pair)
     kind = "latents" if rows[0][1] == "latent" else "heads"
     return [
         HeatMap(
-            f"The {len(rows)} {kind} with the largest effects, by position: {keys[units[0]][0]}",
+            f"The {len(rows)} {kind} with the largest effects, by position: {keys[units[0]].direction}",
             [f"{site} {'head ' if kind == 'head' else ''}{unit}" for site, kind, unit in rows],
             names,
             values.tolist(),
@@ -192,16 +192,16 @@ def _by_unit(left: Left, own: Sequence[int], effects: Values, pair: int | None) 
 def _by_head(left: Left, own: Sequence[int], effects: Values) -> HeatMap:
     """Layer against head."""
     keys = left.changes.keys
-    layers = sorted({Site.parse(keys[number][1]).layer for number in own})
-    count = 1 + max(int(keys[number][4]) for number in own)
+    layers = sorted({Site.parse(keys[number].site).layer for number in own})
+    count = 1 + max(int(keys[number].latent) for number in own)
     values = np.full((len(layers), count), np.nan)
     cells = [["" for _ in range(count)] for _ in layers]
     for number in own:
-        at = layers.index(Site.parse(keys[number][1]).layer), int(keys[number][4])
+        at = layers.index(Site.parse(keys[number].site).layer), int(keys[number].latent)
         values[at] = effects[number]
         cells[at[0]][at[1]] = _unit_key(keys[number])
     return HeatMap(
-        f"Attention heads: {keys[own[0]][0]}",
+        f"Attention heads: {keys[own[0]].direction}",
         [f"layer {layer}" for layer in layers],
         [str(head) for head in range(count)],
         values.tolist(),
@@ -241,7 +241,7 @@ def _largest(left: Left, direction: str) -> list[int]:
     kept = dict.fromkeys(ranked[: EDITS // 3])
     seen: dict[tuple[str, str, str], int] = {}
     for number in ranked:
-        cell = (left.changes.keys[number][1], left.changes.keys[number][2], left.changes.keys[number][5])
+        cell = (left.changes.keys[number].site, left.changes.keys[number].component, left.changes.keys[number].position)
         seen[cell] = seen.get(cell, 0) + 1
         if len(kept) < EDITS and seen[cell] <= EACH:
             kept[number] = None
@@ -250,7 +250,7 @@ def _largest(left: Left, direction: str) -> list[int]:
 
 def _table(left: Left, direction: str, numbers: Sequence[int], every: int) -> Table:
     keys, changed = left.changes.keys, left.changes.counts
-    positions = sorted({int(keys[number][5]) for number in numbers if keys[number][5].isdigit()})
+    positions = sorted({int(keys[number].position) for number in numbers if keys[number].position.isdigit()})
     names = dict(zip(map(str, positions), _tokens(left, positions)))
     tested = any(keys[number] in left.q for number in numbers)
     columns = ["site", "unit", "position", "effect", "pairs changed", *(["q"] if tested else [])]
@@ -272,14 +272,16 @@ def _table(left: Left, direction: str, numbers: Sequence[int], every: int) -> Ta
         caption,
         {"effect": ".3f", "pairs changed": "d", **({"q": ".2g"} if tested else {})},
         [
-            [_cell_key(direction, keys[n][1], keys[n][2], keys[n][5]), _unit_key(keys[n])] if _mapped(keys[n]) else []
+            [_cell_key(direction, keys[n].site, keys[n].component, keys[n].position), _unit_key(keys[n])]
+            if _mapped(keys[n])
+            else []
             for n in numbers
         ],
     )
 
 
-def _mapped(key: Key) -> bool:
-    return key[5].isdigit() or key[2] == "head"
+def _mapped(key: EditKey) -> bool:
+    return key.position.isdigit() or key.component == "head"
 
 
 def _tokens(left: Left, positions: Sequence[int]) -> list[str]:

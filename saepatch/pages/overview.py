@@ -78,7 +78,7 @@ def _said(left: Left) -> str:
         f"Effects are shares of the gap between the clean and the corrupted run in {left.metric}, ratios of means "
         "over all pairs: 0 is the base run, 1 the source run, nothing is clipped."
     )
-    if not left.is_screen and any(key[3] == "single" for key in left.changes.keys):
+    if not left.is_screen and any(key.role == "single" for key in left.changes.keys):
         text += (
             " The largest of many edits was chosen on the pairs that it is measured on, so its effect is too large on "
             "average: measure it again on other pairs before quoting it."
@@ -138,7 +138,7 @@ def notices(left: Left) -> list[str]:
 
 def _forms(left: Left) -> list[str]:
     """Positions that are one by one those of pairs that are not of one form."""
-    if not left.reading or len(left.pairs.examples) < 2 or not any(key[5].isdigit() for key in left.changes.keys):
+    if not left.reading or len(left.pairs.examples) < 2 or not any(key.position.isdigit() for key in left.changes.keys):
         return []
     columns = left.reading["prompts"]["shared"]["clean"]
     mixed = sum(token is None for token in columns)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Literal
 
@@ -37,6 +38,36 @@ def bootstrap_mean(
     return bootstrap_ratio(kept, np.ones_like(kept), level, draws, seed)
 
 
+class RatioBootstrap:
+    """Percentile bootstrap of ratios of means with one denominator: the same draws of examples for every numerator."""
+
+    def __init__(
+        self, denominator: Float[np.ndarray, "examples"], level: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> None:
+        self.denominator, self.level = np.asarray(denominator, dtype=float), level
+        n = len(self.denominator)
+        self._index = np.random.default_rng(seed).integers(0, n, (draws, n)) if n > 1 else None
+
+    @cached_property
+    def _denominators(self) -> Float[np.ndarray, "draws"]:
+        return self.denominator[self._index].mean(1)
+
+    def of(self, numerator: Float[np.ndarray, "examples"]) -> Interval:
+        """Ratio of means with its interval; NaN where the denominator's mean is 0, no interval for one example."""
+        top, bottom = np.asarray(numerator, dtype=float), self.denominator
+        n = len(top)
+        if n == 0 or bottom.mean() == 0:
+            return Interval(float("nan"), float("nan"), float("nan"), n)
+        if n == 1:  # one example says nothing about others
+            return Interval(float(top[0] / bottom[0]), float("nan"), float("nan"), n)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = top[self._index].mean(1) / self._denominators
+        # a quantile between two infinities cannot be interpolated
+        method: Literal["inverted_cdf", "linear"] = "inverted_cdf" if np.isinf(ratios).any() else "linear"
+        low, high = np.nanquantile(ratios, [(1 - self.level) / 2, (1 + self.level) / 2], method=method)
+        return Interval(float(top.mean() / bottom.mean()), float(low), float(high), n)
+
+
 def bootstrap_ratio(
     numerator: Float[np.ndarray, "examples"],
     denominator: Float[np.ndarray, "examples"],
@@ -45,19 +76,7 @@ def bootstrap_ratio(
     seed: int = 0,
 ) -> Interval:
     """Ratio of means with a percentile bootstrap interval: examples are drawn, both means taken on the same draw."""
-    top, bottom = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
-    n = len(top)
-    if n == 0 or bottom.mean() == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), n)
-    if n == 1:  # one example says nothing about others
-        return Interval(float(top[0] / bottom[0]), float("nan"), float("nan"), n)
-    index = np.random.default_rng(seed).integers(0, n, (draws, n))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = top[index].mean(1) / bottom[index].mean(1)
-    # a quantile between two infinities cannot be interpolated
-    method: Literal["inverted_cdf", "linear"] = "inverted_cdf" if np.isinf(ratios).any() else "linear"
-    low, high = np.nanquantile(ratios, [(1 - level) / 2, (1 + level) / 2], method=method)
-    return Interval(float(top.mean() / bottom.mean()), float(low), float(high), n)
+    return RatioBootstrap(denominator, level, draws, seed).of(numerator)
 
 
 def wilson_share(shares: Float[np.ndarray, "examples"], level: float = 0.95) -> Interval:

@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from saepatch.measure.effects import CONTROLS, NOTHING
+from saepatch.measure.effects import CONTROLS, NOTHING, effects_table
 from saepatch.records.files import atomic, write_json
 from saepatch.records.provenance import versions
 from saepatch.records.rows import read_about
-from saepatch.records.statistics import Interval, bootstrap_ratio, false_discovery
+from saepatch.records.statistics import Interval, RatioBootstrap, false_discovery
 from saepatch.runs.answers import Answers, merge_answers
 from saepatch.runs.interpret import read_directions, read_positions
-from saepatch.runs.parts import KEYS, Changes, Key, Pairs, Record, complete, part_files, read_changes
+from saepatch.runs.parts import KEYS, Changes, EditKey, Pairs, Record, complete, part_files, read_changes
 from saepatch.runs.screens import Screens, read_screens
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 SHOWN = ("random", "matched")  # controls
 TOP = 20  # edits of a direction in the summary
 DENSE = 2**27  # cells of pairs × edits that fit the tests of all edits together
-DRAWS = 2**24  # pairs × bootstrap draws at a time
 
 
 def merge_run(out: Path) -> "Summary | Screens | Answers":
@@ -40,7 +39,7 @@ def merge_run(out: Path) -> "Summary | Screens | Answers":
         return merge_answers(out, records)
     first, files = records[0], part_files(out, records)
     abouts = [read_about(file) or {} for file in files]
-    pairs = _merge_pairs(abouts, out)
+    pairs = _merge_pairs(abouts, out, first.settings["min_gap"])
     rows = _merge_rows(files, out)
     with atomic(out / "config.yaml") as temporary:
         temporary.write_bytes((first.folder(out) / "config.yaml").read_bytes())
@@ -56,7 +55,7 @@ def merge_run(out: Path) -> "Summary | Screens | Answers":
         "dictionaries": first.dictionaries,
         "pairs": len(pairs.examples),
         "pairs_hash": first.pairs["hash"],
-        "pairs_with_too_small_a_gap": pairs.missing(first.settings["min_gap"]),
+        "pairs_with_too_small_a_gap": pairs.missing,
         "clean": pairs.clean.mean(),
         "corrupted": pairs.corrupted.mean(),
         "rows": len(changes.key),
@@ -67,7 +66,7 @@ def merge_run(out: Path) -> "Summary | Screens | Answers":
     return found
 
 
-def _merge_pairs(abouts: Sequence[dict[str, Any]], out: Path) -> Pairs:
+def _merge_pairs(abouts: Sequence[dict[str, Any]], out: Path, min_gap: float) -> Pairs:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -79,7 +78,7 @@ def _merge_pairs(abouts: Sequence[dict[str, Any]], out: Path) -> Pairs:
     table = pa.table({"example": examples, "clean": clean, "corrupted": corrupted})
     with atomic(out / "pairs.parquet") as temporary:
         pq.write_table(table, temporary)
-    return Pairs(examples, np.array(clean), np.array(corrupted))
+    return Pairs(examples, np.array(clean), np.array(corrupted), min_gap)
 
 
 def _merge_rows(files: Sequence[Path], out: Path) -> Any:
@@ -99,7 +98,7 @@ def _merge_rows(files: Sequence[Path], out: Path) -> Any:
 class Line:
     """One edit of the summary."""
 
-    key: Key
+    key: EditKey
     effect: Interval
     pairs: int  # where it changed something
     q: float
@@ -107,11 +106,10 @@ class Line:
 
     @property
     def what(self) -> str:
-        _, site, component, _, latent, _ = self.key
-        return " ".join(filter(None, (site, "" if component == "latent" else component, latent)))
+        return f"{self.key.site} {self.key.unit}".strip()
 
     def facts(self) -> dict[str, Any]:
-        named = dict(zip(KEYS, self.key, strict=True)) | {"effect": vars(self.effect), "pairs": self.pairs, "q": self.q}
+        named = self.key._asdict() | {"effect": vars(self.effect), "pairs": self.pairs, "q": self.q}
         return named | {f"{role}_controls": vars(interval) for role, interval in self.controls.items()}
 
 
@@ -136,29 +134,22 @@ class Summary:
 
     def table(self, k: int = 10) -> str:
         """The top edits as text, with intervals, controls and false discovery rates."""
-        settings, gap = self.record.settings, float(self.pairs.gap.mean())
         lines = []
         for direction, top in self.top.items():
             roles = [role for role in SHOWN if any(role in line.controls for line in top)]
-            heads = ["effect [95 % interval]", *(f"{role} controls" for role in roles)]
-            lines.append(
-                f"{direction:<28}{'at':>12}" + "".join(f"{head:>28}" for head in heads) + f"{'differs in':>12}{'q':>10}"
-            )
+            rows = []
             for line in top[:k]:
                 cells = [line.effect, *(line.controls.get(role, "") for role in roles)]
-                lines.append(
-                    f"{line.what:<28}{line.key[-1]:>12}"
-                    + "".join(f"{cell!s:>28}" for cell in cells)
-                    + f"{line.pairs:>12}{line.q:>10.2g}"
-                )
+                rows.append([line.what, line.key.position, *cells, line.pairs, f"{line.q:.2g}"])
+            lines.append(effects_table(direction, roles, rows))
             if any(not line.pairs for line in top[:k]):
                 lines.append(NOTHING)
         lines.append(
-            f"{settings['metric']}: {self.pairs.clean.mean():.3f} clean, {self.pairs.corrupted.mean():.3f} corrupted, "
-            f"{len(self.pairs.examples)} pairs ({self.pairs.missing(settings['min_gap'])} with a gap below "
-            f"{settings['min_gap']}). Effects are shares of the gap of all pairs; q: false discovery rate"
+            f"{self.record.settings['metric']}: {self.pairs.ends()}. Effects are shares of the gap of all pairs; "
+            "q: false discovery rate"
         )
-        if not abs(gap) >= settings["min_gap"]:
+        if np.isnan(self.pairs.mean_gap):
+            gap = self.pairs.gap.mean()
             lines.append(f"The two runs differ by {gap:.2g} on average: too little to divide by, so look at the pairs")
         return "\n".join(lines)
 
@@ -168,28 +159,29 @@ def summarise(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[d
     rounding = max(about["rounding"] for about in abouts)
     top: dict[str, list[Line]] = {}
     curves: dict[str, list[Line]] = {}
+    bootstrap = None if np.isnan(pairs.mean_gap) else pairs.bootstrap(record.settings["seed"])
     for direction in read_directions(record.settings["direction"]):
-        own = [n for n, key in enumerate(changes.keys) if key[0] == direction and key[3] not in CONTROLS]
+        own = [n for n, key in enumerate(changes.keys) if key.direction == direction and key.role not in CONTROLS]
         q = _q_values(changes, own, rounding * float(np.abs(pairs.gap).mean()))
-        largest = np.argsort(-np.sign(pairs.gap.mean()) * changes.totals[own], kind="stable")[:TOP]
+        largest = pairs.largest_first(changes.totals[own])[:TOP]
         wanted = [*largest, *(i for i in _on_curves([changes.keys[n] for n in own]) if i not in set(largest))]
-        lines = {i: _line(record, changes, pairs, own[i], float(q[i])) for i in wanted}
+        lines = {i: _line(record, changes, bootstrap, own[i], float(q[i])) for i in wanted}
         top[direction] = [lines[i] for i in largest]
         curves[direction] = [lines[i] for i in _on_curves([changes.keys[n] for n in own])]
     return Summary(record, pairs, len(changes.keys), top, curves)
 
 
-def _on_curves(keys: Sequence[Key]) -> list[int]:
+def _on_curves(keys: Sequence[EditKey]) -> list[int]:
     """Places of the groups that were asked for at sites where each has another size, by site and size."""
     sizes: dict[str, dict[int, list[int]]] = {}
     for place, key in enumerate(keys):
-        if key[3] == "given":
-            sizes.setdefault(key[1], {}).setdefault(key[4].count(",") + 1, []).append(place)
-    curves = [found for found in sizes.values() if len(found) > 1 and all(len(one) == 1 for one in found.values())]
-    return [place for found in curves for size in sorted(found) for place in found[size]]
+        if key.role == "given":
+            sizes.setdefault(key.site, {}).setdefault(key.latent.count(",") + 1, []).append(place)
+    curves = [groups for groups in sizes.values() if len(groups) > 1 and all(len(g) == 1 for g in groups.values())]
+    return [place for groups in curves for size in sorted(groups) for place in groups[size]]
 
 
-def _asked(record: Record) -> list[Key]:
+def _asked(record: Record) -> list[EditKey]:
     """The latents that were asked for, as keys; each position alone has none where nothing ran."""
     settings = record.settings
     if record.edits is None or settings["each_position"]:
@@ -197,7 +189,7 @@ def _asked(record: Record) -> list[Key]:
     positions = read_positions(settings["positions"])
     at = positions if isinstance(positions, str) else repr(positions)
     return [
-        (direction, edit["site"], "latent", edit["role"], ",".join(map(str, edit["units"])), at)
+        EditKey(direction, edit["site"], "latent", edit["role"], ",".join(map(str, edit["units"])), at)
         for direction in read_directions(settings["direction"])
         for edit in record.edits
     ]
@@ -226,24 +218,22 @@ def _q_values(changes: Changes, own: Sequence[int], rounding: float) -> Float[nd
     return q
 
 
-def _line(record: Record, changes: Changes, pairs: Pairs, number: int, q: float) -> Line:
+def _line(record: Record, changes: Changes, bootstrap: RatioBootstrap | None, number: int, q: float) -> Line:
+    """One edit with its controls; without `bootstrap` the mean gap is too small to divide by."""
+
+    def ratio(change: Float[ndarray, "pairs"]) -> Interval:
+        nan = float("nan")
+        return Interval(nan, nan, nan, len(change)) if bootstrap is None else bootstrap.of(change)
+
     key = changes.keys[number]
     controls = {}
     for role in SHOWN:
         sets = [
             ",".join(map(str, edit["units"]))
             for edit in record.edits or ()
-            if (edit["site"], edit["role"], ",".join(map(str, edit["beside"]))) == (key[1], role, key[4])
+            if (edit["site"], edit["role"], ",".join(map(str, edit["beside"]))) == (key.site, role, key.latent)
         ]
         if sets:
-            each = [changes.of((*key[:3], role, units, key[5])) for units in sets]
-            controls[role] = _ratio(np.mean(each, axis=0), pairs, record)
-    effect = _ratio(changes.of(key), pairs, record)
-    return Line(key, effect, int(changes.counts[number]), q, controls)
-
-
-def _ratio(change: Float[ndarray, "pairs"], pairs: Pairs, record: Record) -> Interval:
-    if not abs(float(pairs.gap.mean())) >= record.settings["min_gap"]:
-        return Interval(float("nan"), float("nan"), float("nan"), len(change))
-    draws = max(200, min(2000, DRAWS // len(change)))  # fewer where there are very many pairs: memory
-    return bootstrap_ratio(change, pairs.gap, draws=draws, seed=record.settings["seed"])
+            each = [changes.of(key._replace(role=role, latent=units)) for units in sets]
+            controls[role] = ratio(np.mean(each, axis=0))
+    return Line(key, ratio(changes.of(key)), int(changes.counts[number]), q, controls)

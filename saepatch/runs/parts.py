@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,13 +20,30 @@ from numpy import ndarray
 
 from saepatch.engine.components import Direction, Edit
 from saepatch.errors import UserError
+from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.model.sites import Site
 from saepatch.records.files import write_json
 from saepatch.records.provenance import Provenance, command_line, versions
 from saepatch.records.rows import read_about
 
-KEYS = ("direction", "site", "component", "role", "latent", "position")  # what makes an edit, beside its pair
-Key = tuple[str, ...]  # values of KEYS
+
+class EditKey(NamedTuple):
+    """What makes an edit, beside its pair, as rows have it."""
+
+    direction: str
+    site: str
+    component: str
+    role: str
+    latent: str
+    position: str
+
+    @property
+    def unit(self) -> str:
+        """The units, with the kind of component unless they are latents."""
+        return self.latent if self.component == "latent" else f"{self.component} {self.latent}".strip()
+
+
+KEYS = EditKey._fields
 
 
 def deciding(work: str, settings: dict[str, Any], shards: int) -> dict[str, Any]:
@@ -243,33 +260,26 @@ def part_files(out: Path, records: Sequence[Record]) -> list[Path]:
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(PairGaps):
     """The pairs of a run in their order, with the metric of their own two runs."""
 
     examples: tuple[str, ...]
     clean: Float[ndarray, "pairs"]
     corrupted: Float[ndarray, "pairs"]
-
-    @property
-    def gap(self) -> Float[ndarray, "pairs"]:
-        return self.clean - self.corrupted
-
-    def missing(self, min_gap: float) -> int:
-        """Pairs whose gap is too small to divide by."""
-        return int((np.abs(self.gap) < min_gap).sum())
+    min_gap: float
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
     """How far each edit moved the metric towards the source run, in its units: one entry a row of the results."""
 
-    keys: tuple[Key, ...]
+    keys: tuple[EditKey, ...]
     key: Int[ndarray, "rows"]
     pair: Int[ndarray, "rows"]
     change: Float[ndarray, "rows"]
     pairs: int
 
-    def of(self, key: Key) -> Float[ndarray, "pairs"]:
+    def of(self, key: EditKey) -> Float[ndarray, "pairs"]:
         """Of one edit, over all pairs: 0 where there is no row, for there it changed nothing."""
         out = np.zeros(self.pairs)
         if key in self._numbers:
@@ -278,7 +288,7 @@ class Changes:
         return out
 
     @cached_property
-    def _numbers(self) -> dict[Key, int]:
+    def _numbers(self) -> dict[EditKey, int]:
         return {key: number for number, key in enumerate(self.keys)}
 
     @property
@@ -291,7 +301,7 @@ class Changes:
         return np.bincount(self.key, self.change != 0, minlength=len(self.keys)).astype(np.int64)
 
 
-def read_changes(rows: Any, pairs: Pairs, asked: Sequence[Key]) -> Changes:
+def read_changes(rows: Any, pairs: Pairs, asked: Sequence[EditKey]) -> Changes:
     """Number the edits of the rows, those that were asked for and ran nowhere among them.
 
     Raises:
@@ -308,12 +318,12 @@ def read_changes(rows: Any, pairs: Pairs, asked: Sequence[Key]) -> Changes:
         [known[code] for code in column.tolist()]
         for known, column in zip(texts[:-1], np.unravel_index(found, sizes), strict=True)
     ]
-    keys = list(dict.fromkeys([*zip(*columns, strict=True), *asked]))
-    denoise = np.array([one[0] == "denoise" for one in keys], dtype=bool)[key]
+    keys = list(dict.fromkeys([*map(EditKey._make, zip(*columns, strict=True)), *asked]))
+    denoise = np.array([edit.direction == "denoise" for edit in keys], dtype=bool)[key]
     clean, corrupted, patched, effect = (
         rows[column].to_numpy() for column in ("clean", "corrupted", "patched", "effect")
     )
-    change = np.where(denoise, patched - corrupted, clean - patched)
+    change = towards_source(patched, clean, corrupted, denoise)
     change = np.where(np.isnan(patched), effect * np.abs(clean - corrupted), change)  # sizes move the metric nowhere
     return Changes(tuple(keys), key, pair, change, len(pairs.examples))
 

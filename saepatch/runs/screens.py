@@ -90,19 +90,19 @@ def _read_screen(
     record: Record, pairs: Pairs, changes: Changes, parts: Sequence[dict[str, Any]], direction: Direction
 ) -> Attribution:
     """The screen of one direction, out of rows that hold several."""
-    own = [n for n, key in enumerate(changes.keys) if key[0] == direction]
+    own = [n for n, key in enumerate(changes.keys) if key.direction == direction]
     sites = list(record.dictionaries)
     place = np.zeros((len(changes.keys), 3), dtype=np.int64)  # of a node: site, unit, position
     estimate = np.zeros(len(changes.keys), dtype=np.int64)  # the edit that a node was estimated as
     numbers = {changes.keys[n]: n for n in own}
     for n in own:
-        _, site, _, _, latent, position = changes.keys[n]
-        place[n] = sites.index(site), int(latent or ERROR), int(position)
-        estimate[n] = numbers[(*changes.keys[n][:3], "single", latent, position)]
+        key = changes.keys[n]
+        place[n] = sites.index(key.site), int(key.latent or ERROR), int(key.position)
+        estimate[n] = numbers[key._replace(role="single")]
 
     def rows(role: str) -> Int[ndarray, "rows"]:
         wanted = np.zeros(len(changes.keys), dtype=bool)
-        wanted[[n for n in own if changes.keys[n][3] == role]] = True
+        wanted[[n for n in own if changes.keys[n].role == role]] = True
         return np.flatnonzero(wanted[changes.key])
 
     single, top = rows("single"), rows("top")
@@ -164,7 +164,7 @@ def _top(screen: Attribution) -> list[dict[str, Any]]:
     """The edits with the largest estimated effects, over all pairs."""
     edits, means = screen.means()
     shares = screen.shares(means)
-    order = np.argsort(-means if screen.sizes else -np.sign(screen.gap.mean()) * means, kind="stable")[:TOP]
+    order = (np.argsort(-means, kind="stable") if screen.sizes else screen.largest_first(means))[:TOP]
     return [
         {
             "site": str(edits[i].site),

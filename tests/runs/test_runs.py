@@ -206,6 +206,7 @@ def margin(logits, batch):
 def test_metrics_by_name_and_of_ones_own(place, tmp_path, capsys, monkeypatch, command, name):
     """Through the command line, both directions and two parts, against the library called directly."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "metrics_of_test_runs", raising=False)
     Path("metrics_of_test_runs.py").write_text(MARGIN)
     given = ("--site", "resid_post.1", "--metric", name, "--direction", "both", "--part", "6", "--min_gap", "1e-9")
     given += ("--latents", "3;5,7", "--controls", "0") if command == "patch" else ("--verify", "0", "--sample", "0")
