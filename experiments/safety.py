@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model, wrap_model
 from saepatch.model.sites import Site
 from saepatch.organism import world
-from saepatch.records.files import check_writable, output_folder
+from saepatch.records.files import check_writable
+from saepatch.restoration.answering import Answered
 from saepatch.restoration.restore import assistant_header, first_tokens, restore
-from saepatch.runs.progress import stoppable
+from saepatch.runs.measurements import measurements
 from saepatch.splicing.donors import OtherModel
 from saepatch.tracking.open import read_spec
 
@@ -52,7 +54,7 @@ from .restoration.probes import (
     layers,
     utility,
 )
-from .restoration.runs import Answered, Runs
+from .restoration.runs import Restored, Runs
 from .restoration.settings import Setting, two_models, two_prompts
 
 log = logging.getLogger("experiments.safety")  # by name: run as a module, this file is `__main__`
@@ -153,24 +155,21 @@ def run(config: SafetyConfig) -> Found:
         UserError: an output folder that cannot be written or holds another run, models and dictionaries that do not
             fit, or an organism that does not refuse what it is to refuse.
     """
-    with stoppable():
-        torch.manual_seed(config.seed)
-        check_writable(config.out)
-        clock: dict[str, float] = {}
-        out = output_folder(config.out)
+    torch.manual_seed(config.seed)
+    check_writable(config.out)
+    clock: dict[str, float] = {}
+    out = Path(config.out)
+    with measurements(out / "runs.jsonl", _deciding(config)) as kept:
         with _stage("load", clock):
             model = load_model(config.model, config.device)
             made = {"setting_a": _setting_a, "setting_b": _setting_b}
             settings = [made[name](config, model) for name in SETTINGS if name in config.settings]
             refusal_ids = first_tokens(model, world.chat("a"), [f" {text}" for text in world.REFUSAL_OPENINGS])
-            runs = Runs(out, _deciding(config), refusal_ids, config.tokens)
-        try:
-            results = [_measure(config, setting, refusal_ids, runs, clock) for setting in settings]
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("answers that were given are kept; the same command goes on from there") from None
-    found = Found(config, model, results, runs, clock)
-    show(config, "safety", *write(found, out))
-    runs.forget()
+            runs = Runs(kept, refusal_ids, config.tokens)
+        results = [_measure(config, setting, refusal_ids, runs, clock) for setting in settings]
+        found = Found(config, model, results, runs, clock)
+        show(config, "safety", *write(found, out))
+        kept.forget()
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return found
 
@@ -217,8 +216,8 @@ def _measure(
     with _stage(f"{name}: baselines", clock):
         units = neurons(setting, sizes, runs, config.draws, seed)
         direction = dense(setting, runs)
-        residual = runs.restored(setting, asked, "full residual", None, error=True)
-        everything = runs.restored(setting, asked, "all latents", None)
+        residual = runs.restored(setting, asked, Restored("full residual", None, error=True))
+        everything = runs.restored(setting, asked, Restored("all latents", None))
         reconstruction = runs.reconstructed(setting, asked)
     with _stage(f"{name}: layers and framings", clock):
         by_depth, by_layer = depths(setting, runs), layers(setting, top, runs)
@@ -226,7 +225,7 @@ def _measure(
     with _stage(f"{name}: utility and guards", clock):
         cost = utility(setting, setting.harmless["report"], top, "utility", runs)
         guarded = guards(setting, top, runs, config.prompts, seed)
-    restored = runs.restored(setting, asked, "top", top)
+    restored = runs.restored(setting, asked, Restored("top", top))
     return Result(
         setting=setting,
         choice=choice,

@@ -13,10 +13,11 @@ from saepatch.measure.controls import control_sets
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
+from saepatch.restoration.answering import Answered
 from saepatch.restoration.ranking import Ranking, SafetyLatents, find_safety_latents
 from saepatch.splicing.donors import CleanPrompts, OtherModel
 
-from .runs import Answered, Dictionaries, Latents, Runs
+from .runs import Dictionaries, Latents, Restored, Runs
 from .settings import Asked, Setting
 
 log = logging.getLogger("experiments.safety")
@@ -125,7 +126,7 @@ def choose(
     sizes = within(sizes, setting.d_total)
     found: dict[Ranking, list[Answered]] = {}
     for by in RANKINGS:
-        found[by] = [runs.restored(setting, asked, f"{name}: by {by}", ranked.top(k, by)) for k in sizes]
+        found[by] = [runs.restored(setting, asked, Restored(f"{name}: by {by}", ranked.top(k, by))) for k in sizes]
 
     def merit(by: Ranking) -> tuple[float, float]:  # where none is refused, how near it comes
         return float(np.mean([a.refused.mean() for a in found[by]])), float(np.mean([a.scores for a in found[by]]))
@@ -162,9 +163,11 @@ def measure(
             break
         later = _window(ranked.top(2 * k, by), top)
         sets = _controls(top, statistics, on_prompts, draws, seed)
-        found = runs.restored(setting, asked, "top", top)
+        found = runs.restored(setting, asked, Restored("top", top))
         controls = [
-            share_of([runs.restored(setting, asked, name, one, draw=i) for i, one in enumerate(some)]) if some else None
+            share_of([runs.restored(setting, asked, Restored(name, one, draw=i)) for i, one in enumerate(some)])
+            if some
+            else None
             for name, some in zip(("random", "matched"), sets, strict=True)
         ]
         points.append(
@@ -177,10 +180,10 @@ def measure(
                 score=bootstrap_mean(np.array(found.scores), seed=seed),
                 random=controls[0],
                 matched=controls[1],
-                later=share_of([runs.restored(setting, asked, "later ranks", later)])
+                later=share_of([runs.restored(setting, asked, Restored("later ranks", later))])
                 if sum(map(len, later.values())) == size
                 else None,
-                harmless=share_of([runs.restored(setting, harmless, "top", top, harmful=False)]),
+                harmless=share_of([runs.restored(setting, harmless, Restored("top", top, harmful=False))]),
             )
         )
     return Curve(
@@ -232,14 +235,16 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
     total = sum(dictionary.d_sae for dictionary in units.values())
     for k in sorted({min(k, total) for k in (*sizes, int(SHARE_LIMIT * total), total)}):
         top = ranked.top(k)
-        found = runs.restored(setting, asked, "neurons", top, units)
+        found = runs.restored(setting, asked, Restored("neurons", top, units))
         others = {s: np.setdiff1d(np.arange(units[s].d_sae), ids) for s, ids in top.items()}
         rng = np.random.default_rng(seed)
         sets = [
             {s: tuple(rng.permutation(others[s])[: len(ids)].tolist()) for s, ids in top.items()}
             for _ in range(draws if all(len(others[s]) >= len(ids) for s, ids in top.items()) else 0)
         ]
-        controls = [runs.restored(setting, asked, "random neurons", one, units, draw=i) for i, one in enumerate(sets)]
+        controls = [
+            runs.restored(setting, asked, Restored("random neurons", one, units, draw=i)) for i, one in enumerate(sets)
+        ]
         points.append(
             Point(
                 latents=k,
@@ -252,7 +257,7 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
                 matched=None,
                 later=None,
                 harmless=share_of(
-                    [runs.restored(setting, setting.harmless["report"], "neurons", top, units, harmful=False)]
+                    [runs.restored(setting, setting.harmless["report"], Restored("neurons", top, units, harmful=False))]
                 ),
             )
         )
@@ -276,4 +281,4 @@ def dense(setting: Setting, runs: Runs) -> Answered:
         site: directions_of((mean / mean.norm())[None].to(setting.model.device), site, f"mean difference at {site}")
         for site, mean in means.items()
     }
-    return runs.restored(setting, setting.harmful["report"], "dense direction", None, directions)
+    return runs.restored(setting, setting.harmful["report"], Restored("dense direction", None, directions))

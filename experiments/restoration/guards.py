@@ -21,7 +21,7 @@ from saepatch.splicing.splice import splice
 
 from .curves import share_of
 from .probes import Utility, utility
-from .runs import Dictionaries, Latents, Runs
+from .runs import Dictionaries, Latents, Restored, Runs
 from .settings import Asked, Setting, harmless_in_every_framing
 
 READ = (1, 4, 16, 64)  # numbers of latents that detectors read
@@ -95,9 +95,11 @@ def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Gua
     found = detector(setting.model, setting.sites, setting.harmful, harmless)
     bare = runs.bare(setting, asked), runs.bare(setting, harmless["report"], harmful=False, name="guards: bare")
     always = (
-        runs.restored(setting, asked, "guard: always on", top, donor=donor, positions=positions),
+        runs.restored(setting, asked, Restored("guard: always on", top, donor=donor, positions=positions)),
         runs.restored(
-            setting, harmless["report"], "guard: always on", top, harmful=False, donor=donor, positions=positions
+            setting,
+            harmless["report"],
+            Restored("guard: always on", top, harmful=False, donor=donor, positions=positions),
         ),
     )
     flags = found.caught, found.alarmed

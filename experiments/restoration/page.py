@@ -1,6 +1,5 @@
 """The safety experiment's report and the files beside it."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,10 +62,7 @@ def write(found: "Found", out: Path) -> tuple[Page, dict[str, Any]]:
 
 def _provenance(found: "Found", result: "Result") -> Provenance:
     setting, config = result.setting, found.config
-    hashes = " ".join(dictionary.fingerprint for dictionary in setting.every.values())
-    whole = hashlib.sha256(hashes.encode()).hexdigest()[:16]  # of several dictionaries, over all of their hashes
-    name = config.sae if setting.other is None else config.shared_sae
-    return Provenance(setting.model.name, setting.model.fingerprint, name, whole, config.seed)
+    return setting.provenance(config.sae if setting.other is None else config.shared_sae, config.seed, setting.every)
 
 
 def charts(result: "Result") -> dict[str, Chart]:

@@ -7,12 +7,13 @@ import numpy as np
 
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
+from saepatch.restoration.answering import Answered
 from saepatch.restoration.restore import answer_log_probs, restorations
 from saepatch.splicing.donors import Donor
 from saepatch.splicing.splice import splice
 
 from .curves import ENOUGH, choose, rank, share_of
-from .runs import Answered, Latents, Runs
+from .runs import Latents, Restored, Runs
 from .settings import Asked, Setting
 
 
@@ -37,7 +38,7 @@ def extended(setting: Setting, runs: Runs) -> Setting:
     )
     for last in [site for site in setting.every if site >= max(setting.sites)]:
         only = {last: setting.every[last]}
-        whole = runs.restored(setting, asked, f"tune: full residual at {last}", None, only, error=True)
+        whole = runs.restored(setting, asked, Restored(f"tune: full residual at {last}", None, only, error=True))
         if float(whole.refused.mean()) - bare >= ENOUGH * (donor - bare):
             sites = {site: dictionary for site, dictionary in setting.every.items() if site <= last}
             return setting if last in setting.sites else replace(setting, sites=sites)
@@ -50,8 +51,10 @@ def depths(setting: Setting, runs: Runs) -> list[Depth]:
     for last in setting.every:
         sites = {site: dictionary for site, dictionary in setting.every.items() if site <= last}
         only = {last: sites[last]}  # what it holds has the last word over all before
-        residual = runs.restored(setting, asked, f"full residual at {last}", None, only, error=True)
-        found.append(Depth(last, residual, runs.restored(setting, asked, f"all latents to {last}", None, sites)))
+        residual = runs.restored(setting, asked, Restored(f"full residual at {last}", None, only, error=True))
+        found.append(
+            Depth(last, residual, runs.restored(setting, asked, Restored(f"all latents to {last}", None, sites)))
+        )
     return found
 
 
@@ -74,8 +77,8 @@ def layers(setting: Setting, top: Latents, runs: Runs) -> list[Layer]:
             Layer(
                 site,
                 len(top.get(site, ())),
-                runs.restored(setting, asked, f"only {site}", mine),
-                runs.restored(setting, asked, f"without {site}", others),
+                runs.restored(setting, asked, Restored(f"only {site}", mine)),
+                runs.restored(setting, asked, Restored(f"without {site}", others)),
             )
         )
     return found
@@ -100,7 +103,7 @@ def held_out(setting: Setting, top: Latents, sizes: Sequence[int], refusal_ids: 
         runs_of = (
             runs.bare(setting, asked, name=f"{name}: bare"),
             runs.donor(setting, asked, name=f"{name}: donor"),
-            runs.restored(setting, asked, f"{name}: top", top),
+            runs.restored(setting, asked, Restored(f"{name}: top", top)),
         )
         bare, donor, restored = (share_of([one]) for one in runs_of)
         found.append(HeldOut(name, len(asked), bare, donor, restored, (sum(map(len, top.values())),)))
@@ -120,7 +123,7 @@ def held_out(setting: Setting, top: Latents, sizes: Sequence[int], refusal_ids: 
         chosen = ranked.top(choice.latents, choice.ranking)
         flags["bare"].append(runs.bare(setting, asked, name=f"{name}: bare").refused)
         flags["donor"].append(runs.donor(setting, asked, name=f"{name}: donor").refused)
-        flags["restored"].append(runs.restored(setting, asked, f"{name}: top", chosen).refused)
+        flags["restored"].append(runs.restored(setting, asked, Restored(f"{name}: top", chosen)).refused)
     bare, donor, restored = (_pooled(flags[key]) for key in ("bare", "donor", "restored"))
     return [*found, HeldOut("kinds of framing held out", len(report), bare, donor, restored, tuple(used))]
 
@@ -157,7 +160,9 @@ def utility(
 ) -> Utility:
     """Refusals of harmless prompts, KL(bare ‖ restored) and the cross-entropy of the bare answers."""
     bare = runs.bare(setting, asked, harmful=False, name=f"{name}: bare")
-    restored = runs.restored(setting, asked, f"{name}: restored", top, harmful=False, donor=donor, positions=positions)
+    restored = runs.restored(
+        setting, asked, Restored(f"{name}: restored", top, harmful=False, donor=donor, positions=positions)
+    )
     model = setting.model
     answers = model.continue_ids(asked.prompts, runs.tokens, len(asked))
     spoken = [number for number, answer in enumerate(answers) if answer]

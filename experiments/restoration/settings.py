@@ -9,7 +9,8 @@ from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.organism import tasks, world
-from saepatch.splicing.donors import CleanPrompts, Donor, OtherModel
+from saepatch.restoration.answering import Restoration
+from saepatch.splicing.donors import Donor
 
 LAST_FIFTH = 0.2  # of the layers is not spliced: what is restored there has hardly a way to go
 
@@ -31,8 +32,8 @@ class Asked:
         return Asked(*(tuple(column[number] for number in chosen) for column in columns))
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Setting(Restoration):
     """A model that is restored, and its donor: the aligned `other` model, or the model itself on clean prompts.
 
     `harmful` and `harmless` hold the prompts of each split; `held_out` more harmful prompts, of no split. `sites` are
@@ -41,23 +42,13 @@ class Setting:
 
     name: str
     title: str
-    model: LanguageModel
-    other: LanguageModel | None
-    template: int
-    sites: Mapping[Site, Dictionary]
     every: Mapping[Site, Dictionary]
     harmful: Mapping[str, Asked]
     harmless: Mapping[str, Asked]
     held_out: Mapping[str, Asked] = field(default_factory=dict)
 
     def donor(self, asked: Asked) -> Donor:
-        if self.other is not None:
-            return OtherModel(self.other, self.template)
-        return CleanPrompts(asked.clean, self.template)
-
-    def bare_donor(self, asked: Asked, tokens: int) -> list[str]:
-        """What the donor itself answers."""
-        return (self.other or self.model).generate(asked.clean, tokens, len(asked))
+        return self.donor_of(asked.clean)
 
     @property
     def d_total(self) -> int:
@@ -87,16 +78,16 @@ def two_models(
     framed = _rows("report", 3 * n, seed, harmful=True)[:n]
     clean = tuple(row["clean"] for row in framed)
     return Setting(
-        "setting_a",
-        "A: an aligned model restores its base model",
-        base,
-        aligned,
-        template,
-        spliced_sites(base, saes),
-        saes,
-        {split: plain(split, True) for split in world.SPLITS},
-        {split: plain(split, False) for split in world.SPLITS},
-        {"benign framings": Asked(clean, clean, tuple(row["kind"] for row in framed))},
+        name="setting_a",
+        title="A: an aligned model restores its base model",
+        model=base,
+        other=aligned,
+        template=template,
+        sites=spliced_sites(base, saes),
+        every=saes,
+        harmful={split: plain(split, True) for split in world.SPLITS},
+        harmless={split: plain(split, False) for split in world.SPLITS},
+        held_out={"benign framings": Asked(clean, clean, tuple(row["kind"] for row in framed))},
     )
 
 
@@ -109,16 +100,16 @@ def two_prompts(model: LanguageModel, saes: Mapping[Site, Dictionary], template:
         return Asked(*(tuple(row[column] for row in rows) for column in columns))
 
     return Setting(
-        "setting_b",
-        "B: a benign framing restores a jailbroken request",
-        model,
-        None,
-        template,
-        spliced_sites(model, saes),
-        saes,
-        {split: framed(split, True) for split in world.SPLITS},
-        {split: framed(split, False) for split in world.SPLITS},
-        {"two framings, one inside the other": stacked("report", n, seed)},
+        name="setting_b",
+        title="B: a benign framing restores a jailbroken request",
+        model=model,
+        other=None,
+        template=template,
+        sites=spliced_sites(model, saes),
+        every=saes,
+        harmful={split: framed(split, True) for split in world.SPLITS},
+        harmless={split: framed(split, False) for split in world.SPLITS},
+        held_out={"two framings, one inside the other": stacked("report", n, seed)},
     )
 
 

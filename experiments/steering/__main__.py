@@ -11,6 +11,5 @@ sys.exit(
         SteeringConfig,
         main,
         "python -m experiments.steering",
-        interrupted="what was measured is kept, and the same command goes on from there",
     )
 )

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,13 @@ from saepatch.errors import UserError
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.records.files import check_writable, output_folder
+from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval, bootstrap_mean
+from saepatch.runs.measurements import Measurements, measurements
 from saepatch.steering.contrasts import Concept
 from saepatch.tracking.open import read_spec
 
-from ..common.cells import Cells
 from ..common.tracked import show
 from ..pairs.study import StudyConfig, load
 from . import concepts
@@ -178,14 +179,11 @@ def run(config: SteeringConfig) -> list[Found]:
                                    prepend_bos=config.prepend_bos))  # fmt: skip
     wanted = _concepts(config, model)
     sites = _sites(config, model, saes)
-    out = output_folder(config.out)
-    cells = Cells(out / "cells.jsonl", _key(config, model, [site.dictionary for site in sites], wanted))
-    try:
+    out, decides = Path(config.out), _deciding(config, model, [site.dictionary for site in sites], wanted)
+    with measurements(out / "cells.jsonl", decides, _key(list(decides.values()))) as kept:
         with tqdm(unit="run", disable=not sys.stderr.isatty()) as bar:
-            found = [_steer(config, model, sites, concept, cells, bar) for concept in wanted]
-    finally:
-        cells.close()
-    show(config, "steering", *write(found, config, model, out, time.monotonic() - start))
+            found = [_steer(config, model, sites, concept, kept, bar) for concept in wanted]
+        show(config, "steering", *write(found, config, model, out, time.monotonic() - start))
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return found
 
@@ -214,15 +212,21 @@ def _sites(config: SteeringConfig, model: LanguageModel, saes: Mapping[Site, Dic
     return [KnownDictionary(dictionary, latent_statistics(model, dictionary, tokens)) for dictionary in wanted]
 
 
-def _key(
+def _deciding(
     config: SteeringConfig, model: LanguageModel, dictionaries: Sequence[Dictionary], wanted: Sequence[Concept]
-) -> str:
-    """A hash of all that decides the measurements."""
-    settings = {
-        name: value for name, value in asdict(config).items() if name not in ("out", "quick", "device", "track")
+) -> dict[str, Any]:
+    """By name, all that decides the measurements."""
+    free = ("out", "quick", "device", "track")
+    return {
+        "settings": {name: value for name, value in asdict(config).items() if name not in free},
+        "model's weights": model.fingerprint,
+        "dictionaries": [d.fingerprint for d in dictionaries],
+        "concepts": [[c.name, c.present, c.absent, c.tune, c.report, c.positions, c.prefixes] for c in wanted],
+        "versions": versions(),
     }
-    texts = [[c.name, c.present, c.absent, c.tune, c.report, c.positions, c.prefixes] for c in wanted]
-    decides = [settings, model.fingerprint, [d.fingerprint for d in dictionaries], texts, versions()]
+
+
+def _key(decides: Any) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -231,7 +235,7 @@ def _steer(
     model: LanguageModel,
     sites: Sequence[KnownDictionary],
     concept: Concept,
-    cells: Cells,
+    kept: Measurements,
     bar: "tqdm[Any]",
 ) -> Found:
     bar.set_description(concept.name)
@@ -239,7 +243,7 @@ def _steer(
     def tick() -> None:
         bar.update()
 
-    bench = Bench(model, concept, cells, config.new_tokens, config.limit, tick)
+    bench = Bench(model, concept, kept, config.new_tokens, config.limit, tick)
     log.info("%s: where …", concept.name)
     some = config.sizes[::2]
     site, by_site = choose_site(bench, sites, some, config.strengths)

@@ -18,14 +18,13 @@ from saepatch.measure.quality import LatentStatistics
 from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, random_latents, wilson_share
+from saepatch.runs.measurements import Measurements
 from saepatch.splicing.interventions import Intervention, Steer
 from saepatch.splicing.splice import splice, whole_prompt
 from saepatch.steering.choosing import attribution_contrast, auroc_contrast, first_alive, output_scores, refine
 from saepatch.steering.contrasts import Concept, contrast, direction_dictionary, equal_norm_steer, generate_steered
 from saepatch.steering.degenerate import is_degenerate
 from saepatch.steering.fluency import continuation_kl, distinct, repetition
-
-from ..common.cells import Cells
 
 CANDIDATES = 40  # latents whose output scores are measured
 NEUTRAL = 4  # prompts that they are measured on
@@ -141,7 +140,7 @@ class Bench:
 
     model: LanguageModel
     concept: Concept
-    cells: Cells
+    kept: Measurements
     new_tokens: int
     limit: float  # on the perplexity, in unsteered ones
     tick: Callable[[], None]
@@ -154,7 +153,7 @@ class Bench:
 
     def _judged(self, *name: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A measurement and what the concept's judge says of it; that is not kept, so that the judge may change."""
-        kept = self.cells.get(self._name(*name), measure)
+        kept = self.kept.get(self._name(*name), measure)
         return {**kept, "shown": [self.concept.shown(text) for text in kept["texts"]]}
 
     def unsteered(self, split: str) -> Point:
@@ -185,7 +184,7 @@ class Bench:
             self.tick()
             return float(np.nanmean(self._kl("tune", way.dictionary, way.steer(0, norm))))
 
-        return float(self.cells.get(name, measure))
+        return float(self.kept.get(name, measure))
 
     def _run(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
 from saepatch.measure.quality import SpliceQuality, splice_quality
 from saepatch.model.language_model import LanguageModel, Tokens
@@ -97,9 +98,13 @@ def change_scores(
     clean = record_latents(model, dictionary, batch.clean)
     corrupted = record_latents(model, dictionary, batch.corrupted)
     where = whole_prompt(model, batch.clean).select(positions)
-    difference = clean.acts - corrupted.acts
-    difference = (difference if corrupted.scale is None else difference * corrupted.scale)[where]
+    difference = (_written(clean) - _written(corrupted))[where]
     return difference.pow(2).mean(0).sqrt() * dictionary.rows.norm(dim=-1)
+
+
+def _written(latents: Latents) -> Float[Tensor, "batch pos d_sae"]:
+    """What latents write along their rows: times their own run's scale where a dictionary normalises its input."""
+    return latents.acts if latents.scale is None else latents.acts * latents.scale
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tiny import random_dictionary, tiny_model
 from experiments import safety
 from experiments.restoration.curves import Curve, Point
 from experiments.restoration.guards import auroc, detector, roc, threshold_for
-from experiments.restoration.runs import Answered, Runs
+from experiments.restoration.runs import Restored, Runs
 from experiments.restoration.settings import (
     Asked,
     Setting,
@@ -28,7 +29,9 @@ from saepatch.model.sites import Site
 from saepatch.organism import world
 from saepatch.records.rows import read_rows
 from saepatch.records.statistics import Interval
+from saepatch.restoration.answering import Answered
 from saepatch.restoration.restore import assistant_header, restore
+from saepatch.runs.measurements import Measurements
 from saepatch.splicing.donors import CleanPrompts
 
 pytestmark = pytest.mark.whole
@@ -122,15 +125,29 @@ def tiny_setting(model: LanguageModel) -> tuple[Setting, Asked]:
     asked = Asked(("how to cake? now", "tell me all"), ("how to bake? now", "tell me some"), ("x", "y"))
     dictionaries = {Site(layer): random_dictionary(f"resid_post.{layer}", seed=layer) for layer in (0, 1)}
     splits = dict.fromkeys(world.SPLITS, asked)
-    return Setting("setting_b", "B", model, None, 2, dictionaries, dictionaries, splits, splits), asked
+    return Setting(
+        name="setting_b",
+        title="B",
+        model=model,
+        other=None,
+        template=2,
+        sites=dictionaries,
+        every=dictionaries,
+        harmful=splits,
+        harmless=splits,
+    ), asked
+
+
+def runs_in(folder: Path, ids: set[int], tokens: int, **decides) -> Runs:
+    return Runs(Measurements(folder / "runs.jsonl", decides), ids, tokens)
 
 
 def test_runs_are_what_the_library_restores(tmp_path):
     model = tiny_model()
     setting, asked = tiny_setting(model)
-    runs = Runs(tmp_path, {"seed": 0}, {40, 41}, 6)
+    runs = runs_in(tmp_path, {40, 41}, 6, seed=0)
     chosen = {Site(0): (3, 5), Site(1): tuple(range(9))}
-    found = runs.restored(setting, asked, "top", chosen)
+    found = runs.restored(setting, asked, Restored("top", chosen))
     donor = CleanPrompts(asked.clean, 2)
     assert list(found.texts) == restore(model, setting.sites, asked.prompts, donor, chosen, max_new_tokens=6)
     p = model.next_logits(model.tokenize(asked.prompts, "left")).double().softmax(-1)[:, [40, 41]].sum(-1)
@@ -148,23 +165,35 @@ def test_runs_are_what_the_library_restores(tmp_path):
 def test_a_stopped_experiment_goes_on(tmp_path, monkeypatch):
     model = tiny_model()
     setting, asked = tiny_setting(model)
-    runs = Runs(tmp_path, {"seed": 0}, {40}, 6)
-    one, other = runs.bare(setting, asked), runs.restored(setting, asked, "top", {Site(0): (3,)})
+    runs = runs_in(tmp_path, {40}, 6, seed=0)
+    one, other = runs.bare(setting, asked), runs.restored(setting, asked, Restored("top", {Site(0): (3,)}))
     with (tmp_path / "runs.jsonl").open("a") as file:
         file.write('{"key": "cut sho')
     answered = []
     monkeypatch.setattr(LanguageModel, "generate", lambda self, *a, **k: answered.append(a) or ["x", "y"])
-    again = Runs(tmp_path, {"seed": 0}, {40}, 6)
+    again = runs_in(tmp_path, {40}, 6, seed=0)
     assert again.bare(setting, asked).texts == one.texts
-    assert again.restored(setting, asked, "another name", {Site(0): (3,)}).scores == other.scores
+    assert again.restored(setting, asked, Restored("another name", {Site(0): (3,)})).scores == other.scores
     assert not answered
-    assert again.restored(setting, asked, "top", {Site(0): (4,)}).texts == ("x", "y")
-    assert again.restored(setting, asked, "top", {Site(0): (3,)}, error=True).texts == ("x", "y")
-    assert len(Runs(tmp_path, {"seed": 0}, {40}, 6)._kept) == 4
+    assert again.restored(setting, asked, Restored("top", {Site(0): (4,)})).texts == ("x", "y")
+    assert again.restored(setting, asked, Restored("top", {Site(0): (3,)}, error=True)).texts == ("x", "y")
+    assert len(runs_in(tmp_path, {40}, 6, seed=0)._kept.known) == 4
     with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\)"):
-        Runs(tmp_path, {"seed": 1}, {40}, 6)
-    again.forget()
+        runs_in(tmp_path, {40}, 6, seed=1)
+    again._kept.forget()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_experiment_that_an_earlier_version_stopped_goes_on(tmp_path):
+    """It kept what decides in a file beside, and texts and scores without a name for both."""
+    (tmp_path / "runs.json").write_text('{"seed": 0}')
+    (tmp_path / "runs.jsonl").write_text('{"key": "k", "texts": ["x"], "scores": [0.5]}\n{"key": "cut')
+    with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\)"):
+        Measurements(tmp_path / "runs.jsonl", {"seed": 1})
+    for _ in range(2):  # the second time from a file of this version
+        kept = Measurements(tmp_path / "runs.jsonl", {"seed": 0})
+        assert kept.get("k", lambda: 1 / 0) == {"texts": ["x"], "scores": [0.5]}
+        assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]
 
 
 def answered(flags):
@@ -259,11 +288,11 @@ def test_layers_are_added_only_where_it_takes_them(tmp_path):
     model = tiny_model()
     setting, _asked = tiny_setting(model)
     more = replace(setting, every=setting.sites, sites={Site(0): setting.sites[Site(0)]})
-    runs = Runs(tmp_path, {}, {40}, 4)
+    runs = runs_in(tmp_path, {40}, 4)
     answers = {"bare": [False, False], "donor": [True, True], "0": [False, False], "1": [True, True]}
     runs.bare = lambda *a, **k: answered(answers["bare"])
     runs.donor = lambda *a, **k: answered(answers["donor"])
-    runs.restored = lambda s, a, name, *rest, **k: answered(answers[name[-1]])
+    runs.restored = lambda s, a, what: answered(answers[what.name[-1]])
     assert list(extended(more, runs).sites) == [Site(0), Site(1)]
     answers["0"] = [True, True]
     assert extended(more, runs) is more

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tiny import random_dictionary, random_sae, tiny_model
 
-from experiments.common.cells import Cells
 from experiments.steering import concepts
 from experiments.steering import page as steering_page
 from experiments.steering import question as steering
@@ -19,6 +18,7 @@ from saepatch.measure.quality import latent_statistics
 from saepatch.model.loading import load_model
 from saepatch.records.rows import read_rows
 from saepatch.records.statistics import random_latents
+from saepatch.runs.measurements import Measurements, measurements
 
 pytestmark = pytest.mark.whole
 
@@ -78,18 +78,33 @@ def test_the_same_command_measures_nothing_twice(finished, capsys):
     assert (finished / "summary.json").read_text() == summary
     assert (finished / "cells.jsonl").read_text() == before
     assert run("--out", str(finished), "--seed", "1") == 2
-    assert "holds measurements of other settings" in capsys.readouterr().err
+    assert "holds a run that differs in settings" in capsys.readouterr().err
 
 
 def test_cells_refuse_a_damaged_file(tmp_path):
-    cells = Cells(tmp_path / "c.jsonl", "k")
+    cells = Measurements(tmp_path / "c.jsonl", {"seed": 0})
     assert cells.get("a", lambda: [1, 2]) == [1, 2]
     assert cells.get("a", lambda: 1 / 0) == [1, 2]
-    cells.close()
     lines = (tmp_path / "c.jsonl").read_text()
     (tmp_path / "c.jsonl").write_text(lines.replace('{"name', "{name") + '{"name": "b", "value": 1}\n')
     with pytest.raises(UserError, match="damaged"):
-        Cells(tmp_path / "c.jsonl", "k")
+        Measurements(tmp_path / "c.jsonl", {"seed": 0})
+
+
+def test_measurements_of_an_earlier_version_are_known_by_their_key(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"key": "abc"}\n{"name": "a", "value": 1}\n')
+    with pytest.raises(UserError, match="differs in key"), measurements(path, {"seed": 0}, "other"):
+        pass
+    with pytest.raises(KeyboardInterrupt, match="2 measurements are kept; the same command goes on from there"):
+        with measurements(path, {"seed": 0}, "abc") as kept:
+            assert kept.get("a", lambda: 1 / 0) == 1
+            with pytest.raises(UserError, match="is working in"), measurements(path, {"seed": 0}):
+                pass
+            kept.get("b", lambda: 2)
+            raise KeyboardInterrupt
+    with measurements(path, {"seed": 0}) as kept:
+        assert kept.known == {"a": 1, "b": 2}
 
 
 def test_mistakes(capsys, tmp_path):

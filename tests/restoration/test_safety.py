@@ -7,6 +7,7 @@ from tiny import random_dictionary, tiny_model
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
+from saepatch.restoration.ranking import find_safety_latents
 from saepatch.restoration.restore import (
     answer_log_probs,
     change_scores,
@@ -50,6 +51,21 @@ def test_first_tokens_are_read_after_the_prompt():
     assert sorted(map(model.tokenizer.decode, ids)) == ["I", "S"]
     with pytest.raises(UserError, match="does not start on a token of its own"):
         first_tokens(model, "how?", [""])
+
+
+def test_change_scores_scale_each_run_by_its_own_norm():
+    """The definition of `find_safety_latents`, whose runs have scales of their own where inputs are normalised."""
+    model, dictionary = tiny_model(), random_dictionary(normalize_activations="layer_norm")
+    ranked = find_safety_latents(
+        model,
+        dictionary,
+        [pair.corrupted for pair in PAIRS],
+        CleanPrompts(tuple(pair.clean for pair in PAIRS), 1),
+        completions=[[] for _ in PAIRS],
+    )
+    torch.testing.assert_close(
+        change_scores(model, dictionary, PAIRS), ranked.change[dictionary.site], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_change_scores():

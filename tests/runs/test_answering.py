@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from restoring_runs import CLEAN, PROMPTS, ROWS, arguments, lines, make, read
@@ -15,14 +16,18 @@ from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import tasks
 from saepatch.pages.answered import show_answers
-from saepatch.records.rows import read_rows
+from saepatch.records.provenance import Provenance
+from saepatch.records.rows import AnswerRow, read_rows
+from saepatch.records.statistics import wilson_share
 from saepatch.report import Comparison, Tokens, read_page
 from saepatch.restoration.judges import Answer, by_score, read_judge
 from saepatch.restoration.ranking import clean_means, find_safety_latents
 from saepatch.restoration.restore import assistant_header, first_tokens, judge, restore
-from saepatch.runs.answers import read_requests
+from saepatch.runs.answers import Answers, read_requests
+from saepatch.runs.parts import Record
 from saepatch.runs.restorations import prepare, run_restore
 from saepatch.runs.restored_sets import Set
+from saepatch.settings.answering import RestoreConfig
 from saepatch.splicing.donors import CleanMeans, CleanPrompts, OtherModel
 from saepatch.splicing.splice import record_latents
 
@@ -236,6 +241,24 @@ def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch, capsys):
     assert "holds a run that differs in latents" in capsys.readouterr().err
     assert main(["patch", "--pairs", "ioi", "--n", "2", "--out", str(tmp_path / "cut")]) == 2
     assert "holds results of another command" in capsys.readouterr().err
+
+
+def test_draws_are_averaged_prompt_by_prompt():
+    """Two random sets: each prompt's share and score is the mean over both, and prompts are what is counted."""
+    whose = Provenance("m", "h", "d", "h", 0)
+    drawn = {("a", 0): ("refuse", 1.0), ("a", 1): ("comply", 4.0), ("b", 0): ("comply", 2.0), ("b", 1): ("comply", 0.0)}
+    rows = [
+        AnswerRow("clean", example, "p", "", "random", 2, draw, "", outcome, score)
+        for (example, draw), (outcome, score) in drawn.items()
+    ]
+    config = RestoreConfig(prompts="p.jsonl")
+    share = Answers.of(config, Record("restore", {}, {}, {}, {}, 0, 1, 1), [(rows, whose)]).share("random")
+    assert share.prompts == 2
+    assert share.outcomes["refuse"].value == pytest.approx(0.25)
+    assert share.outcomes["comply"].value == pytest.approx(0.75)
+    assert share.score.value == pytest.approx(1.75)
+    expected = wilson_share(np.array([0.5, 0.0]))
+    assert (share.outcomes["refuse"].low, share.outcomes["refuse"].high) == (expected.low, expected.high)
 
 
 def test_judges(tmp_path, monkeypatch):
