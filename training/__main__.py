@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from saepatch.cli.parser import read_config, run_config
 from saepatch.errors import UserError
+from saepatch.records.tables import text_table
 
 from .config import TrainingConfig
 
@@ -130,10 +131,8 @@ def show_sweep(swept: "Swept", config: TrainingConfig) -> None:
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """The metrics of each site, a line each."""
-    lines = ["site".ljust(14) + "".join(name.rjust(19) for name in COLUMNS)]
-    for site, row in found.items():
-        lines.append(site.ljust(14) + "".join(f"{row[name]:19.4g}" for name in COLUMNS))
-    return "\n".join(lines)
+    rows = [[site, *(f"{figures[name]:.4g}" for name in COLUMNS)] for site, figures in found.items()]
+    return text_table(["site", *COLUMNS], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

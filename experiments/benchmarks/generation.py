@@ -36,6 +36,7 @@ from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
 from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import versions
+from saepatch.records.tables import text_table
 from saepatch.splicing.interventions import Clamp, Steer
 from saepatch.splicing.splice import splice
 
@@ -305,10 +306,11 @@ class Found:
 
     def table(self) -> str:
         """What is printed: a row a variant."""
-        lines = [f"{'':<20}{'ms a token':>14}{'over bare':>14}"]
+        rows = []
         for name, seconds in self.seconds.items():
             over = "" if name == "bare" else f"{100 * self.overhead(name):+.1f} %"
-            lines.append(f"{name:<20}{1e3 * median(seconds) / self.config.new_tokens:>14.2f}{over:>14}")
+            rows.append([name, f"{1e3 * median(seconds) / self.config.new_tokens:.2f}", over])
+        lines = [text_table(["", "ms a token", "over bare"], rows)]
         return "\n".join([*lines, *(f"left out: {name} ({why})" for name, why in self.left_out.items())])
 
 

@@ -29,6 +29,7 @@ from saepatch.errors import UserError
 from saepatch.model.loading import usable_device
 from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import versions
+from saepatch.records.tables import text_table
 
 from .cases import Case, Size, Subject, make_case, make_subject
 from .peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
@@ -177,19 +178,18 @@ class Found:
         names = list(self.cases)
         variants = list(dict.fromkeys(variant for case in self.cases.values() for variant in case.ms))
 
-        def row(title: str, cells: Sequence[str]) -> str:
-            return f"{title:<24}" + "".join(f"{cell:>14}" for cell in cells)
-
-        lines = [row("times our cost an edit", names)]
-        for variant in variants:
-            if variant != OURS:
-                lines.append(row(variant, [f"{self.cases[name].ratio(variant):.2f}" for name in names]))
-        lines.append(row("ours, ms an edit", [f"{median(self.cases[name].ms[OURS]):.2f}" for name in names]))
-        lines.append(row("ours / floor", [f"{self.cases[name].floor_ratio:.2f}" for name in names]))
+        rows = [
+            [variant, *(f"{self.cases[name].ratio(variant):.2f}" for name in names)]
+            for variant in variants
+            if variant != OURS
+        ]
+        rows.append(["ours, ms an edit", *(f"{median(self.cases[name].ms[OURS]):.2f}" for name in names)])
+        rows.append(["ours / floor", *(f"{self.cases[name].floor_ratio:.2f}" for name in names)])
         if all(case.attribution for case in self.cases.values()):
-            lines.append(row("attribution / bare", [f"{median(self.cases[n].attribution):.2f}" for n in names]))
-        lines.append(row("largest difference", [f"{self.cases[name].worst:.1e}" for name in names]))
-        lines.append(row("largest effect", [f"{self.cases[name].largest:.1e}" for name in names]))
+            rows.append(["attribution / bare", *(f"{median(self.cases[n].attribution):.2f}" for n in names)])
+        rows.append(["largest difference", *(f"{self.cases[name].worst:.1e}" for name in names)])
+        rows.append(["largest effect", *(f"{self.cases[name].largest:.1e}" for name in names)])
+        lines = [text_table(["times our cost an edit", *names], rows)]
         for name, points in self.curves.items():
             if points:
                 lines.append(f"ms an edit by {name}: " + ", ".join(f"{n:g}: {ms:.2f}" for n, ms in points))

@@ -37,6 +37,7 @@ from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
 from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import versions
+from saepatch.records.tables import text_table
 from training.config import Architecture
 
 from .trainers import (
@@ -391,19 +392,22 @@ class Found:
         """What is printed: a row a variant."""
         summary = self.summary()
         head = ("times sae_lens", "lowest", "highest", "wall", "ms", "theirs", "MB", "theirs")
-        lines = [f"{'':<24}" + "".join(f"{word:>9}" if i else f"{word:>16}" for i, word in enumerate(head))]
+        rows = []
         for name in self.speed.ours:
             low, high = summary["spread"][name]
             ms, mb = summary["ms"][name], summary["peak_mb"].get(name)
-            cells = [f"{summary['ratios'][name]:16.2f}", f"{low:9.2f}", f"{high:9.2f}"]
-            cells += [f"{summary['wall_ratios'][name]:9.2f}", f"{ms[OURS]:9.1f}", f"{ms[SAE_LENS]:9.1f}"]
-            cells += [f"{mb[side]:9.0f}" if mb else f"{'':9}" for side in (OURS, SAE_LENS)]
-            lines.append(f"{name:<24}" + "".join(cells))
-        for rate, found in self.quality.items():
-            what = ("fvu", "l0", "mmcs")
-            lines.append(f"{f'learning rate {rate:g}':<24}" + "".join(f"{w:>9}{'theirs':>9}" for w in what))
-            for name, sides in found.items():
-                lines.append(f"{name:<24}" + "".join(f"{sides[s][w]:9.4f}" for w in what for s in (OURS, SAE_LENS)))
+            ratios = (summary["ratios"][name], low, high, summary["wall_ratios"][name])
+            memory = [f"{mb[side]:.0f}" if mb else "" for side in (OURS, SAE_LENS)]
+            rows.append([name, *(f"{r:.2f}" for r in ratios), f"{ms[OURS]:.1f}", f"{ms[SAE_LENS]:.1f}", *memory])
+        lines = [text_table(["", *head], rows)]
+        what = ("fvu", "l0", "mmcs")
+        for rate, sides_by_name in self.quality.items():
+            rows = [
+                [name, *(f"{sides[side][figure]:.4f}" for figure in what for side in (OURS, SAE_LENS))]
+                for name, sides in sides_by_name.items()
+            ]
+            heads = [word for figure in what for word in (figure, "theirs")]
+            lines.append(text_table([f"learning rate {rate:g}", *heads], rows))
         if shares := summary["auxiliary"]:
             lines.append(
                 f"half a dead dictionary adds {shares[OURS]:.0%} to our step, {shares[SAE_LENS]:.0%} to theirs"

@@ -10,6 +10,7 @@ from saepatch.measure.curves import Curve
 from saepatch.measure.effects import CONTROLS, Effects, describe
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean
+from saepatch.records.tables import text_table
 
 from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, Kind, RankedSite
 
@@ -119,16 +120,6 @@ def largest(effects: Both, k: int = CELLS) -> list[tuple[Edit, Interval, Interva
     denoise, noise = effects["denoise"], effects["noise"]
     known = {edit: number for number, edit in enumerate(noise.edits)}
     return [(edit, denoise.of(edit), noise.of(known[edit]) if edit in known else None) for edit in denoise.top(k)]
-
-
-def text_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns of text, the first to the left."""
-    cells = [[str(cell) if cell is not None else "–" for cell in row] for row in [heads, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
-        for row in cells
-    )
 
 
 def printed(found: Found) -> str:

@@ -10,6 +10,7 @@ from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import AnswerRow, write_rows
 from saepatch.records.statistics import Interval
+from saepatch.records.tables import text_table
 from saepatch.report import (
     BarChart,
     Bars,
@@ -27,7 +28,6 @@ from saepatch.report import (
     write_page,
 )
 
-from ..pairs.findings import text_table
 from .curves import SHARE_LIMIT, Curve, share_of
 from .guards import FALSE_ALARMS
 from .summary import acceptance, few, percent, spoken, summary, verdict

@@ -12,6 +12,7 @@ from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import write_records
 from saepatch.records.statistics import Interval
+from saepatch.records.tables import text_table
 from saepatch.report import (
     Block,
     Comparison,
@@ -108,17 +109,24 @@ def printed(found: "Sequence[Found]") -> str:
     lines = []
     for one in found:
         lines += ["", f"{one.concept.name} at {one.site.dictionary.site}, n = {len(one.concept.report)}"]
-        lines.append(
-            f"{'':<22}{'strength':>9}  {'success':<20}{'perplexity':>11}{'KL':>8}{'distinct-2':>12}{'repeated':>10}"
-        )
-        for point in _lines(one):
-            lines.append(
-                f"{point.way:<22}{point.norm:>9.2f}  {_shown(point.success):<20}{point.perplexity.value:>11.2f}"
-                f"{point.kl.value:>8.2f}{point.distinct(2).value:>12.2f}{point.repetition.value:>10.2f}"
-            )
+        rows = [
+            [
+                point.way,
+                f"{point.norm:.2f}",
+                _shown(point.success),
+                *(f"{value:.2f}" for value in _measures(point)),
+            ]
+            for point in _lines(one)
+        ]
+        heads = ["", "strength", "success", "perplexity", "KL", "distinct-2", "repeated"]
+        lines.append(text_table(heads, rows))
         sizes = [int(name.removeprefix("top-")) for name in one.norms if name.startswith("top-")]
         lines.append(verdict(one, sizes))
     return "\n".join(lines[1:])
+
+
+def _measures(point: Point) -> tuple[float, ...]:
+    return point.perplexity.value, point.kl.value, point.distinct(2).value, point.repetition.value
 
 
 def _lines(found: "Found") -> list[Point]:

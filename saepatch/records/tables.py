@@ -10,12 +10,12 @@ def text_table(head: Sequence[object], rows: Sequence[Sequence[object]], left: i
 
     Args:
         head: What stands over the columns; empty: nothing.
-        rows: Cells, each written as `str` writes it. Rows may be shorter than the longest.
+        rows: Cells, each written as `str` writes it, None as a dash. Rows may be shorter than the longest.
         left: How many columns are flush left; the others, such as numbers, are flush right.
     """
     from tabulate import tabulate  # what `saepatch --help` loads does without it
 
-    cells = [[str(cell) for cell in row] for row in ([head, *rows] if head else rows)]
+    cells = [["–" if cell is None else str(cell) for cell in row] for row in ([head, *rows] if head else rows)]
     width = max(map(len, cells), default=0)
     if not width:
         return ""

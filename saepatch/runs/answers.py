@@ -17,6 +17,7 @@ from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
 from saepatch.records.statistics import Interval as Estimate
 from saepatch.records.statistics import bootstrap_mean, wilson_share
+from saepatch.records.tables import text_table
 from saepatch.restoration.judges import OUTCOMES, Answer, Judge, judge_version, read_judge
 from saepatch.runs.parts import Record, part_files
 from saepatch.settings.answering import RestoreConfig
@@ -165,13 +166,14 @@ class Answers:
 
     def table(self) -> str:
         """The outcomes as text."""
-        wide = 2 + max(len(self.label(one)) for one in self.shares)
-        lines = [f"{'':<{wide}}" + "".join(f"{name:>22}" for name in OUTCOMES) + f"{'refusal score':>16}"]
-        kinds = {one.group for one in self.shares}
-        shown = [one for kind in ("yes", "no", "") for one in self.shares if one.group == kind]
-        for one in [one for one in shown if one.group or len(kinds) == 1]:  # of both kinds together none is the answer
-            cells = [f"{one.outcomes[name]!s:>22}" for name in OUTCOMES]
-            lines.append(f"{self.label(one):<{wide}}" + "".join(cells) + f"{one.score.value:>16.2f}")
+        kinds = {share.group for share in self.shares}
+        shown = [share for kind in ("yes", "no", "") for share in self.shares if share.group == kind]
+        rows = [
+            [self.label(share), *(share.outcomes[name] for name in OUTCOMES), f"{share.score.value:.2f}"]
+            for share in shown
+            if share.group or len(kinds) == 1  # of both kinds together none is the answer
+        ]
+        lines = [text_table(["", *OUTCOMES, "refusal score"], rows)]
         return "\n".join([*lines, f"{self.shares[0].prompts} prompts. {WILSON}"])
 
     def label(self, one: Share) -> str:

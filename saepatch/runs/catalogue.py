@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saepatch.errors import UserError
+from saepatch.records.tables import text_table
 
 
 def read_json(path: Path) -> Any:
@@ -204,14 +205,15 @@ def show_share(share: Sequence[float]) -> str:
 def runs_table(root: Path) -> str:
     """Runs below a folder as text: a line each."""
     runs = find_runs(root)
-    rows = [["run", "command", "model", "pairs", "sites", "finished", "headline"]]
+    head = ["run", "command", "model", "pairs", "sites", "finished", "headline"]
+    rows = []
     for run in runs:
         pairs = run.task if run.count is None else f"{run.task} × {run.count}"
         said = _short(headline(run), 200)
         cells = [str(run.path), run.work or "?", run.model, pairs, _short(run.sites), run.finished, said]
         rows.append(cells)
     rows += [[str(path), "", "", "", "", "not finished", ""] for path in unfinished(root, runs)]
-    return "\n".join(aligned(rows)) if len(rows) > 1 else f"no runs in {root}"
+    return text_table(head, rows, left=len(head)) if rows else f"no runs in {root}"
 
 
 def runs_facts(root: Path) -> dict[str, Any]:
@@ -239,12 +241,6 @@ def _short(text: str, room: int = 28) -> str:
     return text if len(text) <= room else text[: room - 1] + "…"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells as lines, columns under each other."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Two runs side by side: what was set and what came out, a row of texts (name, in A, in B) each."""
@@ -267,7 +263,7 @@ class Comparison:
             blocks.append(("largest effects", edits))
         lines: list[str] = []
         for title, rows in blocks:
-            lines += aligned([[title, *names[1:]], *rows]) if rows else [f"{title}: none"]
+            lines.append(text_table([title, *names[1:]], rows, left=3) if rows else f"{title}: none")
             lines.append("")
         return "\n".join(lines).rstrip()
 

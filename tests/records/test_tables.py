@@ -25,3 +25,4 @@ def test_empty_tables_and_cells():
     assert text_table([], [["a", 1], ["bb", 22]]) == "a    1\nbb  22"
     assert text_table(["", "n"], [["", ""], ["a"]]).splitlines() == ["   n", "", "a"]
     assert text_table([], [[]]) == ""
+    assert text_table(["what", "n"], [["a", None]]).splitlines()[1] == "a     –"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from saepatch.model.families import layout_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
+from saepatch.records.tables import text_table
 
 from ..config import TrainingConfig
 from .evaluate import ELEMENTS
@@ -98,11 +100,13 @@ class Plan:
         lines = [
             f"model {config.model}: {self.n_parameters:,} parameters in {config.dtype}; "
             f"a forward runs {self.n_blocks} of {self.n_layers} blocks",
-            "site".ljust(16) + "d_in".rjust(8) + "d_sae".rjust(10) + "parameters".rjust(16),
+            text_table(
+                ["site", "d_in", "d_sae", "parameters"],
+                [[s.site, f"{s.d_in:,}", f"{s.d_sae:,}", f"{s.parameters:,}"] for s in self.shapes],
+            ),
         ]
-        lines += [f"{s.site!s:16}{s.d_in:8,}{s.d_sae:10,}{s.parameters:16,}" for s in self.shapes]
-        lines += [f"memory on {config.device}", *_sizes({**self.memory, "total": self.total})]
-        lines += ["disk", *_sizes(self.disk)]
+        lines += [f"memory on {config.device}", _sizes({**self.memory, "total": self.total})]
+        lines += ["disk", _sizes(self.disk)]
         steps = f"{config.steps:,} steps of {config.batch_size:,} tokens, {config.steps * config.batch_size:,} in all"
         lines.append(steps + (f"; the text is read {self.epochs:.2g} times" if self.epochs is not None else ""))
         lines.append(f"work: {self.work.model:.2g} FLOP in the model, {self.work.dictionaries:.2g} in the dictionaries")
@@ -355,8 +359,8 @@ def _epochs(config: TrainingConfig, described: Any) -> float | None:
     return config.steps * config.batch_size / tokens if tokens else None
 
 
-def _sizes(sizes: dict[str, int]) -> list[str]:
-    return [f"  {name:38}{_gb(size):>12} GB" for name, size in sizes.items()]
+def _sizes(sizes: dict[str, int]) -> str:
+    return indent(text_table([], [[name, f"{_gb(size)} GB"] for name, size in sizes.items()]), "  ")
 
 
 def _gb(size: int) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from saepatch.cli.parser import read_config
 from saepatch.errors import UserError
+from saepatch.records.tables import text_table
 
 from ..config import TrainingConfig
 from ..data.texts import Streamed, as_documents
@@ -205,10 +206,9 @@ def _finished(every: Sequence[Point], n_layers: int) -> list[dict[str, Any]]:
 
 def table(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
     """A line for each run: figures as means over its sites."""
-    width = max([len("run"), *(len(run["name"]) for run in runs)]) + 2
-    lines = ["run".ljust(width) + "".join(name.rjust(19) for name in columns)]
+    rows = []
     for run in runs:
         sites = list(run["sites"].values())
         means = [sum(row[name] for row in sites) / len(sites) for name in columns]
-        lines.append(run["name"].ljust(width) + "".join(f"{mean:19.4g}" for mean in means))
-    return lines
+        rows.append([run["name"], *(f"{mean:.4g}" for mean in means)])
+    return text_table(["run", *columns], rows).splitlines()

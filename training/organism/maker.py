@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 import saepatch.organism
 from saepatch.errors import UserError
 from saepatch.organism import checks, world
+from saepatch.records.tables import text_table
 
 from . import corpus
 
@@ -277,7 +278,7 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: P
 
 def table(measures: Mapping[str, checks.Measures]) -> tuple[str, bool]:
     """The table of thresholds for `{model: measures}`, and whether all hold; what was not measured does not."""
-    lines, passed = [f"{'of':14} {'task or site':13} {'measure':18} {'value':>7}  bound"], True
+    rows, passed = [], True
     for name in ("organism", "organism-base", "saes", "shared", "shared in base"):
         bounds = {(t.task, t.measure): t for t in checks.thresholds(name)}
         values = {(task, measure): v for task, row in measures.get(name, {}).items() for measure, v in row.items()}
@@ -288,8 +289,8 @@ def table(measures: Mapping[str, checks.Measures]) -> tuple[str, bool]:
                 holds = (task, measure) in values and bound.holds(measures[name])
                 verdict = f"{bound.side} {bound.bound:.2f} {'ok' if holds else 'MISSED'}"
                 passed &= holds
-            lines.append(f"{name:14} {task:13} {measure:18} {value:7.3f}  {verdict}")
-    return "\n".join(lines), passed
+            rows.append([name, task, measure, f"{value:.3f}", verdict])
+    return text_table(["of", "task or site", "measure", "value", "bound"], rows, left=3), passed
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
