@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-COMMIT = "0" * 40
+COMMIT, OTHER_COMMIT = "0" * 40, "1" * 40
 WRITER = "hf_writer"  # the token that may write; any other is refused
 
 
 @contextmanager
 def serve(repositories: dict[str, Path], uploads: Path | None = None) -> Iterator[str]:
-    """Serve folders as repositories, `{"owner/name": folder}`; yields the endpoint.
+    """Serve folders as repositories, `{"owner/name": folder}`, and revisions, `{"owner/name@branch": folder}`.
+
+    Yields the endpoint.
 
     With `uploads`, repositories can be made and written: each is the folder `uploads/owner/name` from then on, a branch
     of it `uploads/owner/name@branch`. Large files are kept in `uploads/.lfs` until a commit names them.
@@ -32,32 +34,41 @@ def serve(repositories: dict[str, Path], uploads: Path | None = None) -> Iterato
 
         def answer(self, body: bool) -> None:
             path = self.path.split("?")[0].lstrip("/")
-            for name, folder in repositories.items():
-                if path.startswith(f"{name}/resolve/"):
-                    file = folder / path.removeprefix(f"{name}/resolve/").split("/", 1)[1]
-                    if file.is_file():
-                        return self.send(file.read_bytes(), body)
+            for name in list(repositories):
+                if match := re.fullmatch(rf"{name}/resolve/([^/]+)/(.+)|api/models/{name}(?:/revision/([^/]+))?", path):
+                    if (there := self.revision(name, match[1] or match[3] or "main")) is None:
+                        return self.refuse("RevisionNotFound")
+                    folder, commit = there
+                    if match[2] and (folder / match[2]).is_file():
+                        return self.send((folder / match[2]).read_bytes(), body, commit)
+                    if not match[2]:
+                        files = [str(f.relative_to(folder)) for f in sorted(folder.rglob("*")) if f.is_file()]
+                        siblings = [{"rfilename": f} for f in files]
+                        info = {"id": name, "sha": commit, "siblings": siblings, "private": name in hidden}
+                        return self.send(json.dumps(info).encode(), body)
                 elif path.startswith(f"api/models/{name}/tree/"):
                     return self.send(b"[]", body)  # asked for chat templates in a folder of their own
-                elif path.startswith(f"api/models/{name}"):
-                    files = [str(f.relative_to(folder)) for f in sorted(folder.rglob("*")) if f.is_file()]
-                    info = {
-                        "id": name,
-                        "sha": COMMIT,
-                        "siblings": [{"rfilename": f} for f in files],
-                        "private": name in hidden,
-                    }
-                    return self.send(json.dumps(info).encode(), body)
+            self.refuse("EntryNotFound" if "resolve" in path else "RepoNotFound")
+
+        def revision(self, name: str, revision: str) -> tuple[Path, str] | None:
+            """The folder and the commit of a branch or a commit; a repository has one branch beside main at most."""
+            if revision in ("main", COMMIT):
+                return repositories[name], COMMIT
+            branches = [known for known in repositories if known.startswith(f"{name}@")]
+            wanted = f"{name}@{revision}" if revision != OTHER_COMMIT else "".join(branches)
+            return (repositories[wanted], OTHER_COMMIT) if wanted in branches else None
+
+        def refuse(self, code: str) -> None:
             self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if "resolve" in path else "RepoNotFound")
+            self.send_header("X-Error-Code", code)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def send(self, content: bytes, body: bool) -> None:
+        def send(self, content: bytes, body: bool, commit: str = COMMIT) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", commit)
             self.end_headers()
             if body:
                 self.wfile.write(content)

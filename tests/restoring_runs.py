@@ -4,7 +4,7 @@ import json
 
 from tiny import random_sae, tiny_model
 
-from saepatch.settings.answering import RestoreConfig
+from saepatch.settings.restore import RestoreConfig
 
 ROWS = [
     {"prompt": "how to cake? now", "clean": "how to bake? now", "harmful": True},

@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """What a command says when it is done: lines for people, and the same for programs (anything that JSON holds)."""
 
     text: str
@@ -50,7 +50,7 @@ def run_config(
 
 
 def run_commands(
-    commands: Mapping[str, tuple[type, Callable[[Any], Said | None]]],
+    commands: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]],
     prog: str,
     description: str,
     version: Callable[[], str],

@@ -18,7 +18,6 @@ from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
 from saepatch.measure.quality import SpliceQuality, latent_statistics, splice_quality
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
 from saepatch.organism.checks import Measures, evaluate_organism
 from saepatch.pages import track_page
@@ -28,8 +27,9 @@ from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import write_rows
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
+from saepatch.runs.interpret import read_model
 from saepatch.runs.parts import refuse_other_command
-from saepatch.settings.commands import DemoConfig
+from saepatch.settings.demo import DemoConfig
 from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def run_demo(config: DemoConfig) -> Findings:
     refuse_other_command(Path(config.out), KEPT)
     clock: dict[str, float] = {}
     with _stage("load", clock):
-        model = load_model(config.model, config.device)
-        saes = load_saes(config.sae, config.device)
+        model = read_model(config)
+        saes = load_saes(config.sae, model.device)
         for dictionary in saes.values():
             dictionary.check(model)
         for site in (config.ioi_site, config.steering_site, config.safety_site):

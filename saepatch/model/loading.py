@@ -31,15 +31,18 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | None = None,
+    revision: str | None = None,
 ) -> LanguageModel:
     """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
 
     `prepend_bos` puts a BOS in front of every text where the tokenizer does not (GPT-2's, say), as many dictionaries
     were trained. `device_map` ("auto", say) spreads a model that one device cannot hold over several and, within
     `max_memory`, over main memory and `offload_folder`, as transformers and accelerate do; `device` is not used then.
+    `revision` is a branch, a tag or a commit of the model's repository on the hub; None: its main branch.
 
     Raises:
-        UserError: there is no such model or device, weights are missing, damaged or NaN, or its blocks cannot be found.
+        UserError: there is no such model, revision or device, weights are missing, damaged or NaN, or its blocks
+            cannot be found.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,6 +58,10 @@ def load_model(
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     device = usable_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        if source.is_dir():
+            raise UserError(f"revision {revision!r}: {name!r} is a folder, which has none: leave it out")
+        options["revision"] = revision
     spread = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
     spread = {key: value for key, value in spread.items() if value is not None} if device_map is not None else {}
     try:

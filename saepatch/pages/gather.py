@@ -16,7 +16,7 @@ from saepatch.reading.cards import read_latents, token_texts
 from saepatch.records.files import write_json
 from saepatch.runs.catalogue import read_json, read_run
 from saepatch.runs.sweeps import Sweep, prepare
-from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
+from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 
 log = logging.getLogger(__name__)
 

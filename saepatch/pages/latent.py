@@ -11,7 +11,6 @@ from saepatch.data.texts import load_texts
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
 from saepatch.pages.cards import card_blocks, latent_card
 from saepatch.pages.left import anchor
 from saepatch.reading.cards import Card, read_latents, token_texts
@@ -19,7 +18,9 @@ from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscop
 from saepatch.report import Card as Folded
 from saepatch.report import Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
-from saepatch.settings.commands import LatentConfig
+from saepatch.runs.interpret import read_model
+from saepatch.settings.latent import LatentConfig
+from saepatch.settings.mixins import latents_of_sites
 from saepatch.steering.choosing import output_scores
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -44,13 +45,10 @@ def read_named(config: LatentConfig) -> list[Found]:
     Raises:
         UserError: one of them cannot be read, or they do not fit.
     """
-    site, _, names = config.latent.partition(":")
-    ids = [int(name) for name in names.split(",")]
+    ((site, ids),) = latents_of_sites(config.latent).items()
     texts = load_texts(config.data or "organism")
-    model = load_model(
-        config.model, config.device, config.dtype, config.prepend_bos, trust_remote_code=config.trust_remote_code
-    )
-    dictionary = load_sae(config.sae, site, config.device)
+    model = read_model(config)
+    dictionary = load_sae(config.sae, site, model.device)
     cards = read_latents(model, dictionary, ids, texts)
     maxima = torch.zeros(dictionary.d_sae)
     maxima[ids] = torch.tensor([card.maximum for card in cards])

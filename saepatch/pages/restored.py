@@ -37,7 +37,7 @@ from saepatch.restoration.restore import Outcome
 from saepatch.runs.answers import ORDER, WILSON, Answers, Share, grouped, read_row
 from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.parts import Record
-from saepatch.settings.answering import RestoreConfig
+from saepatch.settings.restore import RestoreConfig
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from saepatch.records.statistics import bootstrap_mean, wilson_share
 from saepatch.records.tables import text_table
 from saepatch.restoration.judges import OUTCOMES, Answer, Judge, judge_version, read_judge
 from saepatch.runs.parts import Record, part_files
-from saepatch.settings.answering import RestoreConfig
+from saepatch.settings.restore import RestoreConfig
 
 log = logging.getLogger(__name__)
 

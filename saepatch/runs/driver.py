@@ -35,14 +35,13 @@ from saepatch.runs.parts import (
     shard_folder,
 )
 from saepatch.runs.progress import Check, Meter, said_once, stoppable
-from saepatch.settings.answering import RestoreConfig
-from saepatch.settings.commands import SweepConfig
+from saepatch.settings.mixins import FREE
+from saepatch.settings.restore import RestoreConfig
+from saepatch.settings.sweeps import SweepConfig
 from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
-# Settings that say where and how a run goes, not what comes out of it: they may change from one start to the next.
-FREE = ("out", "shard", "track", "device", "device_map", "batch_size", "progress", "quiet", "json", "trust_remote_code")
 LOCK = "lock"
 
 RunConfig = SweepConfig | RestoreConfig

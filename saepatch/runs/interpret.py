@@ -23,8 +23,8 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.positions import NAMED, At, Positions
 from saepatch.model.sites import Site
-from saepatch.settings.answering import RestoreConfig
-from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
+from saepatch.settings.mixins import ModelSettings
+from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 from saepatch.splicing.splice import whole_prompt
 
 log = logging.getLogger(__name__)
@@ -120,18 +120,19 @@ def pairs_hash(pairs: Sequence[PromptPair]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def read_model(config: SweepConfig | RestoreConfig, shard: str = "") -> LanguageModel:
+def read_model(settings: ModelSettings, shard: str = "") -> LanguageModel:
     """Load the model; under torchrun each process takes a GPU of its own."""
-    device = config.device
+    device = settings.device
     if device == "cuda" and shard == "auto" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return load_model(
-        config.model,
+        settings.model,
         device,
-        config.dtype,
-        prepend_bos=config.prepend_bos,
-        trust_remote_code=config.trust_remote_code,
-        device_map=config.device_map or None,
+        settings.dtype,
+        prepend_bos=settings.prepend_bos,
+        trust_remote_code=settings.trust_remote_code,
+        device_map=settings.device_map or None,
+        revision=settings.revision or None,
     )
 
 

@@ -11,8 +11,8 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from saepatch.settings.answering import RestoreConfig
-from saepatch.settings.commands import SweepConfig
+from saepatch.settings.restore import RestoreConfig
+from saepatch.settings.sweeps import SweepConfig
 from saepatch.tracking.open import Tracker
 
 log = logging.getLogger(__name__)

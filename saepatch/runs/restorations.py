@@ -34,7 +34,7 @@ from saepatch.runs.restored_sets import (
     not_harmless,
     with_controls,
 )
-from saepatch.settings.answering import RestoreConfig
+from saepatch.settings.restore import RestoreConfig
 from saepatch.splicing.donors import CleanMeans
 from saepatch.tracking.open import Tracker
 
@@ -110,7 +110,7 @@ def prepare(config: RestoreConfig) -> Plan:
     requests = read_requests(config.prompts, model, config.chat, config.n)
     other = None
     if config.donor not in ("clean", "means"):
-        other = read_model(replace(config, model=config.donor), config.shard)
+        other = read_model(replace(config, model=config.donor, revision=""), config.shard)
     if config.donor == "clean":
         need_clean(requests, config.prompts)
     latents = LatentSet.parse(config.latents)

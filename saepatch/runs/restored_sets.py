@@ -14,7 +14,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.restoration.ranking import find_safety_latents
 from saepatch.runs.answers import Request
-from saepatch.settings.answering import RestoreConfig
+from saepatch.settings.restore import RestoreConfig
 from saepatch.splicing.donors import CleanPrompts, OtherModel
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,10 @@ from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
-from saepatch.runs.interpret import read_positions
-from saepatch.settings.answering import SteerConfig
-from saepatch.settings.commands import latents_of_sites
+from saepatch.runs.interpret import read_model, read_positions
+from saepatch.settings.mixins import latents_of_sites
+from saepatch.settings.steer import SteerConfig
 from saepatch.splicing.interventions import Ablate, AtLeast, Clamp, Intervention, Steer
 from saepatch.steering.choosing import corpus_maxima
 from saepatch.steering.streaming import Sampling, Written, side_by_side
@@ -126,7 +125,7 @@ def open_session(config: SteerConfig) -> Session:
     latents = latents_of_sites(config.latent)
     read_positions(config.positions)
     texts = load_texts(config.reference or "organism") if not config.unit and config.act != "ablate" else []
-    model = load_model(config.model, config.device, config.dtype, config.prepend_bos, config.trust_remote_code)
+    model = read_model(config)
     dictionaries = {site: load_sae(config.sae, site, model.device) for site in latents}
     units: dict[Site, tuple[float, ...]] = {}
     for site, ids in latents.items():

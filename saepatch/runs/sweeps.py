@@ -34,7 +34,7 @@ from saepatch.runs.interpret import (
 )
 from saepatch.runs.parts import Part, Record, cut_parts, edit_facts
 from saepatch.runs.screens import screen_about, screen_rows
-from saepatch.settings.commands import AttributeConfig, PatchConfig, SweepConfig
+from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 from saepatch.tracking.open import Tracker
 
 

@@ -100,15 +100,15 @@ def test_booleans_are_flags(folders, capsys):
 
 
 def test_trusting_code_puts_no_bos_in_front(folders, monkeypatch):
-    from saepatch.model import loading as models
+    from saepatch.runs import interpret
 
-    loaded, asked = models.load_model, []
+    loaded, asked = interpret.load_model, []
 
     def load(*args, **options):
         asked.append(inspect.signature(loaded).bind(*args, **options).arguments)
         return loaded(*args, **options)
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(interpret, "load_model", load)
     assert main(["inspect", str(folders / "model"), "--trust_remote_code"]) == 0
     assert [(one.get("trust_remote_code"), one.get("prepend_bos", False)) for one in asked] == [(True, False)]
 

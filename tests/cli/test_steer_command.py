@@ -22,7 +22,7 @@ from saepatch.model.loading import load_model
 from saepatch.pages.steered import listen, notices
 from saepatch.report.text import number
 from saepatch.runs.session import open_session, texts_of
-from saepatch.settings.answering import SteerConfig
+from saepatch.settings.steer import SteerConfig
 from saepatch.splicing.interventions import Ablate, Clamp, Steer
 from saepatch.splicing.splice import record_latents, splice
 from saepatch.steering.fluency import perplexity

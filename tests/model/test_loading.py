@@ -216,13 +216,19 @@ try:
     saepatch.load_model("acme/absent")
 except saepatch.UserError as error:
     print(error)
+from saepatch.cli.main import main
+assert main(["inspect", "acme/tiny", "--revision", "v2", "--json"]) == 0
+assert main(["inspect", "acme/tiny", "--revision", "v3"]) == 2
 """
 
 
 def test_model_and_dictionary_from_a_hub(model_folder, tmp_path):
     saes = tmp_path / "saes"
     save_sae(random_sae(), saes / "resid_post.1")
-    with serve({"acme/tiny": model_folder, "acme/saes": saes}) as endpoint:
+    other = tiny_model(seed=1)
+    other.hf.save_pretrained(tmp_path / "v2")
+    other.tokenizer.save_pretrained(tmp_path / "v2")
+    with serve({"acme/tiny": model_folder, "acme/tiny@v2": tmp_path / "v2", "acme/saes": saes}) as endpoint:
         environment = os.environ | {
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(tmp_path / "cache"),
@@ -239,3 +245,17 @@ def test_model_and_dictionary_from_a_hub(model_folder, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == f"{tiny_model().fingerprint} {random_dictionary().fingerprint} resid_post.1"
     assert lines[1].startswith("cannot load model 'acme/absent'")
+    assert other.fingerprint != tiny_model().fingerprint
+    assert other.fingerprint in done.stdout
+    assert "error: cannot load model 'acme/tiny'" in done.stderr
+
+
+def test_a_folder_has_no_revisions(model_folder):
+    with pytest.raises(UserError, match="revision 'v2': .*is a folder"):
+        load_model(str(model_folder), revision="v2")
+
+
+def test_a_model_that_is_spread_over_devices_is_the_same(model_folder):
+    whole, spread = load_model(str(model_folder)), load_model(str(model_folder), device_map="auto")
+    tokens = whole.tokenize(["abc def"], "left")
+    torch.testing.assert_close(spread.next_logits(tokens), whole.next_logits(tokens))

@@ -32,7 +32,7 @@ from saepatch.records.rows import read_about, read_rows
 from saepatch.runs.interpret import distinct_names, read_pairs, read_positions, read_shard
 from saepatch.runs.parts import cut_parts
 from saepatch.runs.progress import Check, stoppable
-from saepatch.settings.commands import PatchConfig
+from saepatch.settings.sweeps import PatchConfig
 
 pytestmark = pytest.mark.whole
 

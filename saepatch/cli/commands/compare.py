@@ -1,0 +1,19 @@
+"""`saepatch compare`."""
+
+from pathlib import Path
+
+from saepatch.cli.parser import CommandResult
+from saepatch.settings.compare import CompareConfig
+
+
+def compare(config: CompareConfig) -> CommandResult:
+    from saepatch.runs.catalogue import compare_runs, read_run
+
+    comparison = compare_runs(read_run(Path(config.one)), read_run(Path(config.other)))
+    text = comparison.table()
+    if config.html:
+        from saepatch.pages import compare_page
+        from saepatch.report import write_page
+
+        text += f"\n\nPage: {write_page(compare_page(comparison), Path(config.html))}"
+    return CommandResult(text, comparison.facts())

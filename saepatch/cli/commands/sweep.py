@@ -1,0 +1,60 @@
+"""The commands whose work is cut into parts and shards: `saepatch patch`, `attribute` and `restore`."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saepatch.cli.commands.merge import merge_and_report, run_result
+from saepatch.cli.parser import CommandResult
+from saepatch.settings.restore import RestoreConfig
+from saepatch.settings.sweeps import SweepConfig
+
+if TYPE_CHECKING:
+    from saepatch.runs.answers import Answers
+    from saepatch.runs.driver import Finished
+    from saepatch.runs.restorations import Plan
+    from saepatch.runs.sweeps import Sweep
+    from saepatch.tracking.open import Tracker
+
+
+def sweep(config: SweepConfig) -> CommandResult:
+    from saepatch.pages.gather import try_reading
+    from saepatch.runs.sweeps import run_sweep
+
+    results: list[CommandResult] = []
+
+    def conclude(work: "Sweep", tracker: "Tracker") -> None:
+        out = Path(config.out)
+        results.append(merge_and_report(out, tracker, lambda: try_reading(work, out)))
+
+    return _finished(run_sweep(config, conclude), results)
+
+
+def restore(config: RestoreConfig) -> CommandResult:
+    from saepatch.pages.answered import show_answers
+    from saepatch.runs.restorations import run_restore
+
+    results: list[CommandResult] = []
+
+    def conclude(plan: "Plan", answers: "Answers", tracker: "Tracker") -> None:
+        show_answers(plan, answers, tracker)
+        results.append(run_result(Path(config.out), answers.table()))
+
+    return _finished(run_restore(config, conclude), results)
+
+
+def _finished(done: "Finished", results: Sequence[CommandResult]) -> CommandResult:
+    """What a run of one shard says; of several, what to do once all are finished."""
+    if results:
+        return results[0]
+    from saepatch.runs.parts import read_records
+
+    unit = "answers" if read_records(done.out)[0].work == "restore" else "edits"
+    lines = [
+        f"shard {done.shard} of {done.shards} is finished ({done.parts} parts, {done.count:,} {unit})",
+        f"When all of them are: saepatch merge {shlex.quote(str(done.out))}",
+    ]
+    return CommandResult(
+        "\n".join(lines), {"out": str(done.out), "shard": done.shard, "shards": done.shards, unit: done.count}
+    )

@@ -1,0 +1,29 @@
+"""Tracking for commands that write a page."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saepatch.settings.latent import LatentConfig
+from saepatch.settings.steer import SteerConfig
+
+if TYPE_CHECKING:
+    from saepatch.tracking.open import Tracker
+
+
+def page_tracker(config: SteerConfig | LatentConfig, job_type: str) -> "Tracker":
+    """The local log in a folder beside the page of --html, and the trackers that were asked for.
+
+    A new log replaces the one before; its folder's name is one that no run has.
+    """
+    from saepatch.tracking.open import RunDescription, open_tracker
+
+    path = Path(config.html)
+    about = RunDescription(
+        path.with_name(f"{path.name}.log"),
+        run=path.stem,
+        config=asdict(config),
+        job_type=job_type,
+        axes={"*": "answers"} if job_type == "steer" else {},
+    )
+    return open_tracker(config.track, about)

@@ -1,0 +1,23 @@
+"""Settings of `saepatch compare`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from saepatch.settings.mixins import Output
+
+
+@dataclass(frozen=True)
+class CompareConfig(Output):
+    """Show two runs of one command side by side: settings, figures and largest effects."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch compare runs/a runs/b",
+        "saepatch compare runs/a runs/b --html both.html",
+    )
+
+    one: str
+    """Folder of a run of patch, attribute or restore."""
+    other: str
+    """Folder of another run."""
+    html: str = ""
+    """File to write the comparison to as a page, too."""

@@ -1,0 +1,37 @@
+"""Settings of `saepatch latent`."""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from saepatch.errors import UserError
+from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output, PageSettings, latents_of_sites
+
+
+@dataclass(frozen=True)
+class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
+    """Print what latents are about: their top examples, how often they fire, what they write, their neighbours."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch latent resid_post.3:281",
+        "saepatch latent resid_post.3:281,966,417 --html latents.html",
+        'saepatch latent resid_post.3:281 --explain "The meaning of X is"',
+        "saepatch latent resid_pre.8:417 --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --data texts.txt",
+    )
+
+    latent: str
+    """Site and number, as in resid_post.3:281; several with commas between, which share one pass over the texts."""
+    data: str = ""
+    """Texts to look for examples in, a line each; empty: the embedded model's own."""
+    explain: str = ""
+    """An explanation prompt for the model itself, with an X where the latent is written in (Patchscope), as in
+    "The meaning of X is"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(latents_of_sites(self.latent)) != 1:
+            raise UserError(f"latent {self.latent!r}: give latents of one site, as in resid_post.3:281,966")
+        if not self.data and not self.model.startswith("organism"):
+            raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
+        if self.explain and not re.search(r"\bX\b", self.explain):
+            raise UserError(f"explain {self.explain!r}: put an X where the latent is to be written in")

@@ -1,0 +1,121 @@
+"""Settings that commands share: of models, dictionaries, trackers, output. A command's own settings come first in its
+`--help`, these after them.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from saepatch.dictionaries.latent_set import LatentSet
+from saepatch.errors import UserError
+from saepatch.model.sites import Site
+
+# Settings that say where and how a run goes, not what comes out: they may differ from one start to the next. The
+# revision of a model is among them, since a run compares the weights.
+FREE = frozenset(
+    {"out", "track", "shard", "batch_size", "progress", "quiet", "json"}
+    | {"device", "device_map", "revision", "trust_remote_code"}
+)
+
+
+class Settings:
+    """Settings that are validated when they are made."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that make no sense; subclasses add checks of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """Which model, and how it is loaded."""
+
+    model: str = "organism"
+    """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
+    revision: str = ""
+    """Revision of the model on the Hugging Face hub: a branch, a tag or a commit; empty: its main branch."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1 or mps."""
+    device_map: str = ""
+    """auto: spread a model that is too large for one device over all there are."""
+    dtype: str = "float32"
+    """Precision of the model: float32, bfloat16 or float16."""
+    prepend_bos: bool = False
+    """Put a BOS in front of texts where the tokenizer does not."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave off unless you trust its author."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device_map not in ("", "auto"):
+            raise UserError(f"device_map {self.device_map!r}: use auto, or leave it empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionarySettings(Settings):
+    """Which dictionaries."""
+
+    sae: str = "organism"
+    """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracked(Settings):
+    """Where a run is logged."""
+
+    track: str = "none"
+    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageSettings(Settings):
+    """A page of what the command prints."""
+
+    html: str = ""
+    """HTML file to write what is shown to, too, with more about the latents."""
+    track: str = "none"
+    """Show the page to wandb, wandb:offline, wandb:online, trackio, or several with commas between; the local log lies
+    beside the page of --html, in FILE.log/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.track != "none" and not self.html:
+            raise UserError(f"track = {self.track!r}: a tracker shows the page; give it a place with --html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Settings):
+    """How progress is shown."""
+
+    progress: Literal["auto", "bar", "log"] = "auto"
+    """A bar, or a line in the log every half minute; auto: a bar on a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Settings):
+    """How results are printed."""
+
+    json: bool = False
+    """Print the results as one JSON object on the standard output, for programs; implies quiet."""
+    quiet: bool = False
+    """No progress and no notes: warnings, errors and results alone."""
+
+
+def latents_of_sites(text: str) -> dict[Site, tuple[int, ...]]:
+    """Latents that are spelt out, each under its site.
+
+    Raises:
+        UserError: the text cannot be read, or names no site.
+    """
+    if not (latents := LatentSet.parse(text).spelt()):
+        raise UserError(
+            f"latent {text!r}: write its site, a colon and its number, as in resid_post.3:281; several as in "
+            "'resid_post.3: 281, 17 | resid_post.4: 5'"
+        )
+    return latents
+
+
+def check_shard(text: str) -> None:
+    """Raises UserError where a shard is neither I/N nor auto."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if text != "auto" and not (match and int(match[1]) < int(match[2])):
+        raise UserError(f"shard {text!r}: write I/N with I from 0 to N-1, as in 0/4, or auto")

@@ -1,0 +1,145 @@
+"""Settings of the sweeps: `patch` and `attribute`."""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from saepatch.dictionaries.latent_set import LatentSet
+from saepatch.errors import UserError
+from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output, Progress, Tracked, check_shard
+
+
+@dataclass(frozen=True)
+class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
+    """What sweeps share: model, dictionaries, pairs, positions, where results go, how the work is cut."""
+
+    command: ClassVar[str]  # that has these settings
+    site: str = ""
+    """One site or several, as in resid_post.3,resid_post.4; empty: every one there is a dictionary for."""
+    pairs: str = ""
+    """Prompt pairs: a task of the embedded model (ioi, say); a .jsonl, .json, .csv or .parquet file with columns clean,
+    corrupted, answer, counter; a folder saved by `datasets`; OWNER/NAME[:CONFIGURATION] of a dataset."""
+    split: str = "report"
+    """Split of a task (select, tune, report) or dataset; files have none."""
+    n: int = 200
+    """Pairs, at most; 0: all of a file or dataset."""
+    clean: str = ""
+    """Instead of `pairs`: the clean prompt of one pair."""
+    corrupted: str = ""
+    """… its corrupted prompt."""
+    answers: str = ""
+    """… the answer after each, with a bar between and their leading spaces: --answers " Mary| John"."""
+    corruption: str = ""
+    """What makes the corrupted run. Empty: the corrupted prompt. Else the clean prompt, with noise on the embeddings of
+    a text's tokens ("noise: Mary"), or with everything at the one --site set to 0 (zero) or to its mean over the clean
+    prompts (mean)."""
+    positions: str = "all"
+    """Where to patch: all, last, an index (5, or -1 for the last), a span (3:7, or --positions=-3: with an equals
+    sign), several (1,4), or the tokens of a text ("at: Mary")."""
+    direction: Literal["denoise", "noise", "both"] = "denoise"
+    """denoise: clean values into the corrupted run; noise: corrupted values into the clean run."""
+    metric: str = "logit_difference"
+    """logit_difference, probability, log_probability, cross_entropy, answer_rank, kl_divergence (of the run from the
+    clean run), or a function of your own, MODULE:FUNCTION, imported from the working directory."""
+    min_gap: float = 1e-2
+    """Pairs whose clean and corrupted metric differ by less have no effect of their own."""
+    align: Literal["equal", "right"] = "equal"
+    """equal: both prompts of a pair have as many tokens; right: they are lined up from the last token."""
+    batch_size: int = 0
+    """Edits at a time; 0: as many as pay and fit."""
+    seed: int = 0
+    """Seed of a task's pairs, of noise, of controls and of bootstrap draws."""
+    shard: str = "0/1"
+    """Which share of the pairs: I/N counting from 0, or auto for the one that a Slurm job array or torchrun says (as in
+    torchrun --nproc-per-node 8 -m -- saepatch patch …: without the lone -- it takes --n for its own)."""
+    part: int = 16
+    """Pairs between two writes: what a kill can lose. `attribute` verifies so many of each part."""
+    out: str = "runs/patch"
+    """Folder for the results."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inline = (self.clean, self.corrupted, self.answers)
+        if bool(self.pairs) == any(inline):
+            raise UserError(
+                "which prompts? Give --pairs (a task such as ioi, or a file), or else --clean, --corrupted and "
+                '--answers " Mary| John"' + (", not both" if self.pairs else "")
+            )
+        if any(inline) and not (self.clean and self.answers and (self.corrupted or self.corruption)):
+            raise UserError("an inline pair needs all of --clean, --corrupted (or --corruption) and --answers")
+        if self.answers and not re.fullmatch(r"[^|]+\|[^|]+", self.answers):
+            raise UserError(
+                f"answers {self.answers!r} are not two: write the one after the clean prompt, a bar and the other, "
+                'each with its leading space, as in --answers " Mary| John"'
+            )
+        if self.n < 0 or self.batch_size < 0:
+            raise UserError(f"n = {self.n}, batch_size = {self.batch_size}: neither can be below 0")
+        if not re.fullmatch(r"(noise:.*\S.*|zero|mean)?", self.corruption):
+            raise UserError(f"corruption {self.corruption!r}: write 'noise: TEXT', zero or mean, or leave it empty")
+        if self.part < 1:
+            raise UserError(f"part = {self.part}: use at least 1")
+        check_shard(self.shard)
+        if not self.min_gap > 0:
+            raise UserError(f"min_gap = {self.min_gap}: use a number above 0, such as 0.01")
+        if not self.out:
+            raise UserError("out is empty: give a folder for the results")
+
+
+@dataclass(frozen=True)
+class PatchConfig(SweepConfig):
+    """Patch latents (or error terms, streams, heads) between paired prompts, exactly; can be stopped and resumed."""
+
+    command: ClassVar[str] = "patch"
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch patch --pairs ioi --site resid_post.3 --each_position --direction both --out runs/sweep",
+        'saepatch patch --pairs ioi --site resid_post.3 --latents "281; 3,17" --track wandb --out runs/groups',
+        "saepatch patch --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.csv --out runs/gpt2",
+        "saepatch patch --config runs/sweep/config.yaml --out runs/again",
+    )
+    latents: str = ""
+    """Latents, each alone (417;281), or groups patched together (3,17;5); of several sites each under its name
+    ("resid_post.3: 281; 3,17 | resid_post.4: 5"); empty: every latent, each alone."""
+    component: Literal["latent", "error", "stream", "head"] = "latent"
+    """What to patch at a site; streams and heads need no dictionary."""
+    each_position: bool = False
+    """Patch at each of the positions alone, instead of at all of them together."""
+    controls: int = 5
+    """Random sets, and as many matched in frequency and size, beside each of the given latents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.controls < 0:
+            raise UserError(f"controls = {self.controls}: use at least 0")
+        LatentSet.parse(self.latents).spelt()
+        if self.latents.strip() and self.component != "latent":
+            raise UserError(f"latents are given, but component is {self.component}: leave one of them out")
+
+
+@dataclass(frozen=True)
+class AttributeConfig(SweepConfig):
+    """Estimate what every latent contributes from gradients, and run the top exactly; can be stopped and resumed."""
+
+    command: ClassVar[str] = "attribute"
+    examples: ClassVar[tuple[str, ...]] = (
+        "saepatch attribute --pairs ioi --verify 50 --sample 50 --out runs/screen",
+        'saepatch attribute --clean "Tom was late when" --corrupted "Mary was late when" --answers " he| she" '
+        "--out runs/one",
+    )
+    out: str = "runs/attribute"
+    """Folder for the results."""
+    method: Literal["first-order", "integrated-gradients", "graddrop"] = "first-order"
+    """How gradients are taken."""
+    steps: int = 10
+    """Points on the way from base to source, for integrated-gradients."""
+    verify: int = 50
+    """Edits with the largest estimates in each part of pairs (--part) that are run exactly; 0: none."""
+    sample: int = 50
+    """Edits drawn at random from all others in each part of pairs that are run exactly, too: they say how good the
+    estimates are, and how many large effects they can have missed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1 or self.verify < 0 or self.sample < 0:
+            raise UserError(
+                f"steps = {self.steps}, verify = {self.verify}, sample = {self.sample}: use at least 1, 0 and 0"
+            )
