@@ -24,7 +24,7 @@ from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
-from saepatch.organism import tasks
+from saepatch.organism import is_checkpoint, tasks
 from saepatch.pages import track_page
 from saepatch.records.files import check_writable, output_folder
 from saepatch.tracking.open import RunDescription, open_tracker, read_spec
@@ -210,7 +210,7 @@ def run(question: Question, config: StudyConfig) -> Found:
     clock: dict[str, float] = {}
     with _stage("load", clock):
         model, saes = load(config)
-        own = config.model in ("organism", "organism-base")
+        own = is_checkpoint(config.model)
         select, report = (
             embedded(question, split, config.pairs, config.seed)
             if own

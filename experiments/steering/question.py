@@ -31,6 +31,7 @@ from saepatch.errors import UserError
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
+from saepatch.organism import is_checkpoint
 from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval, bootstrap_mean
@@ -46,7 +47,6 @@ from .stages import Bench, KnownDictionary, Point, choose_order, choose_site, de
 
 log = logging.getLogger(__name__)
 
-OWN = ("organism", "organism-base")  # models that have concepts and reference texts of their own
 LONGEST = 128  # tokens of a reference text
 
 
@@ -110,7 +110,7 @@ class SteeringConfig:
                 raise UserError(f"{name} = {getattr(self, name)}: use at least {least}")
         if self.limit < 1:
             raise UserError(f"limit = {self.limit}: use at least 1")
-        if not self.reference and self.model not in OWN:
+        if not self.reference and not is_checkpoint(self.model):
             raise UserError(f"which texts are latents' maxima in {self.model} taken over? Give --reference FILE")
 
 
@@ -191,7 +191,7 @@ def run(config: SteeringConfig) -> list[Found]:
 def _concepts(config: SteeringConfig, model: LanguageModel) -> list[Concept]:
     if config.concepts:
         wanted = concepts.read_concepts(config.concepts)
-    elif config.model in OWN:
+    elif is_checkpoint(config.model):
         wanted = organism_concepts(model, config.prompts, config.seed)
     else:
         wanted = [concepts.gender(model, config.new_tokens)]

@@ -1,16 +1,16 @@
-"""Clean/corrupted prompt pairs, and the aligned batches that patching runs on."""
+"""Clean and corrupted prompt pairs."""
 
-import csv
-import io
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from saepatch.data.files import TABLES, first_line, read_rows
 from saepatch.errors import UserError
+
+COLUMNS = ("clean", "corrupted", "answer", "counter")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) 
     if n < 0:
         raise UserError(f"n = {n} asks for no pairs: give 1 or more, or 0 for all of a file or dataset")
     path = Path(source)
-    if path.suffix in _READERS:
-        return list(islice(_READERS[path.suffix](path), n or None))
+    if path.suffix in TABLES:
+        read = islice(read_rows(path, "pairs", COLUMNS), n or None)
+        return [_pair(row.value, row.where, f"{path.stem}-{row.number}") for row in read]
     if path.is_dir() or "/" in source:
         rows = _saved_dataset(path, split) if path.is_dir() else _hub_dataset(source, split)
         name = path.name.partition(":")[0]
@@ -57,7 +58,7 @@ def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) 
                 f"unknown task {source!r}: the split has a setting of its own, as in split='report' (--split)"
             )
         raise UserError(
-            f"unknown task {source!r}: use one of {', '.join(tasks.TASKS)}, a file ({', '.join(_READERS)}) of pairs, "
+            f"unknown task {source!r}: use one of {', '.join(tasks.TASKS)}, a file ({', '.join(TABLES)}) of pairs, "
             "a folder saved by `datasets`, or OWNER/NAME of a dataset"
         )
     return pairs_of(tasks.TASKS[source](split, n, seed))
@@ -68,105 +69,15 @@ def pairs_of(rows: Any) -> list[PromptPair]:
     return [_pair(row, str(number), str(number)) for number, row in enumerate(rows)]
 
 
-COLUMNS = ("clean", "corrupted", "answer", "counter")
-
-
-def _pair(row: Mapping[str, Any], where: str, name: str) -> PromptPair:
-    """`where` is said of a row that will not do; `name` is the pair's where it has none of its own."""
+def _pair(row: Any, where: str, name: str) -> PromptPair:
+    """A pair from a mapping; `where` names the row in messages, `name` the pair where it has no name of its own."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}, is not a JSON object with {', '.join(COLUMNS)}")
     if missing := [key for key in COLUMNS if not isinstance(row.get(key), str)]:
         raise UserError(f"pair {where} lacks text for {', '.join(missing)}: each needs {', '.join(COLUMNS)}")
     own = row.get("example")
     named = name if own is None or own == "" else str(own)
     return PromptPair(row["clean"], row["corrupted"], row["answer"], row["counter"], named)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read pairs from {str(path)!r} ({reason}): check the path") from error
-
-
-def _read_json(path: Path) -> Iterator[PromptPair]:
-    text = _text(path)
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path, text)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield _json_pair(path, f"item {number}", number, row)
-
-
-def _read_jsonl(path: Path) -> Iterator[PromptPair]:
-    return _json_lines(path, _text(path))
-
-
-def _json_lines(path: Path, text: str) -> Iterator[PromptPair]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold a line separator of Unicode
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}, is not JSON: {error}") from error
-        yield _json_pair(path, f"line {number}", number, row)
-
-
-def _json_pair(path: Path, where: str, number: int, row: Any) -> PromptPair:
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, {where}, is not a JSON object with {', '.join(COLUMNS)}")
-    return _pair(row, f"{path}, {where}", f"{path.stem}-{number}")
-
-
-def _read_csv(path: Path) -> Iterator[PromptPair]:
-    lines = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    number = 1  # of the line that a row starts on: a text in quotes may go over several
-    try:
-        _check_columns(path, lines.fieldnames or ())
-        number = lines.line_num + 1
-        for row in lines:
-            if None in row:  # where csv puts the cells that no column is left for
-                raise UserError(
-                    f"pair {path}, line {number}, has more cells than the header: put a text that holds a comma in "
-                    "double quotes"
-                )
-            yield _pair(row, f"{path}, line {number}", f"{path.stem}-{number}")
-            number = lines.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {number}, is not CSV: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[PromptPair]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-        _check_columns(path, table.schema_arrow.names)
-        for number, row in enumerate(row for batch in table.iter_batches() for row in batch.to_pylist()):
-            yield _pair(row, f"{path}, row {number}", f"{path.stem}-{number}")
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read pairs from {str(path)!r}: {_first_line(error)}") from error
-
-
-_READERS: Mapping[str, Callable[[Path], Iterator[PromptPair]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _check_columns(path: Path, columns: Sequence[str]) -> None:
-    if missing := [key for key in COLUMNS if key not in columns]:
-        raise UserError(
-            f"{path} has no column {', '.join(missing)} (it has {', '.join(map(str, columns)) or 'none'}): name its "
-            f"columns {', '.join(COLUMNS)}"
-        )
 
 
 def _saved_dataset(folder: Path, split: str) -> Any:
@@ -176,7 +87,7 @@ def _saved_dataset(folder: Path, split: str) -> Any:
         found = load_from_disk(str(folder))
     except Exception as error:  # damaged files fail in many ways inside the loader; all are bad input
         raise UserError(
-            f"folder {str(folder)!r} is no dataset that `datasets` saved with save_to_disk ({_first_line(error)}): "
+            f"folder {str(folder)!r} is no dataset that `datasets` saved with save_to_disk ({first_line(error)}): "
             "save it so, or give a file of pairs"
         ) from error
     if not isinstance(found, DatasetDict):
@@ -202,11 +113,6 @@ def _hub_dataset(source: str, split: str) -> Any:
         return load_dataset(name, configuration or None, split=split)
     except Exception as error:  # whatever the hub's client raises: no network, no such dataset, no such split
         raise UserError(
-            f"cannot load dataset {source!r}, split {split!r} ({_first_line(error)}): check its name and split, or "
+            f"cannot load dataset {source!r}, split {split!r} ({first_line(error)}): check its name and split, or "
             "fetch it where there is a network and give the folder or file"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

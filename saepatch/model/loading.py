@@ -47,7 +47,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = organism.path(name) if name in ("organism", "organism-base") else Path(name)
+    source = organism.path(name) if organism.is_checkpoint(name) else Path(name)
     if source.is_dir() and not (source / "config.json").is_file():
         raise UserError(f"folder {name!r} holds no config.json, so it is no Hugging Face model")
     if not source.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):

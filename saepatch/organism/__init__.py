@@ -22,8 +22,14 @@ from saepatch.errors import UserError
 from saepatch.organism import tasks as tasks  # a public name of saepatch
 
 TEXTS = "held_out.json"  # in the folder of the SAEs
+CHECKPOINTS = ("organism", "organism-base")
 FOLDERS = {"organism": "model", "organism-base": "base", "saes": "saes", "shared": "shared"}
 DICTIONARIES = {"organism": "saes", "organism-shared": "shared"}  # as they are asked for, and their part
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a model of this name is one of the embedded ones, which have texts and concepts of their own."""
+    return name in CHECKPOINTS
 
 
 def path(name: str) -> Path:

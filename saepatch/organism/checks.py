@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 
 from saepatch.errors import UserError
-from saepatch.organism import world
+from saepatch.organism import CHECKPOINTS, world
 from saepatch.organism.tasks import TASKS, task
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Threshold:
     measure: str
     bound: float
     side: Literal[">=", "<="] = ">="
-    models: tuple[str, ...] = ("organism", "organism-base")
+    models: tuple[str, ...] = CHECKPOINTS
 
     def holds(self, measures: Mapping[str, Mapping[str, float]]) -> bool:
         """Whether measured values keep the bound."""

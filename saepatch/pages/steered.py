@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from saepatch.data.texts import load_texts
+from saepatch.organism import is_checkpoint
 from saepatch.pages.cards import coloured, latent_card
 from saepatch.pages.left import anchor
 from saepatch.reading.cards import Card, ReadText, read_latents, read_texts
@@ -50,7 +51,7 @@ def listen(session: "Session", prompt: str, both: tuple["Written", "Written"], t
 def read_cards(session: "Session") -> tuple[Card, ...]:
     """Cards of the latents that act, over the reference texts; none where there are no texts."""
     config = session.config
-    if not config.reference and config.model not in ("organism", "organism-base"):
+    if not config.reference and not is_checkpoint(config.model):
         return ()
     tokens = session.model.tokenize(load_texts(config.reference or "organism"))
     return tuple(

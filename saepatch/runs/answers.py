@@ -1,4 +1,4 @@
-"""Prompts in, judged answers out: the files that `saepatch restore` reads and writes. Reading them needs no model."""
+"""Judged answers: their shares, their table, and what `saepatch restore` writes. Reading them needs no model."""
 
 import json
 import logging
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from saepatch.errors import UserError
-from saepatch.model.language_model import LanguageModel
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
@@ -24,96 +23,8 @@ from saepatch.settings.restore import RestoreConfig
 
 log = logging.getLogger(__name__)
 
-PLANTED = ("refusal", "jailbreak")  # prompts of the embedded model, by name
-ROWS = 100  # of them, where nothing is said
 ORDER = ("bare", "restored", "random", "matched", "donor")
 WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt."
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, what the donor reads instead (None: nothing is said), and whether it is harmful ("": not said)."""
-
-    example: str
-    prompt: str
-    clean: str | None
-    harmful: str
-
-
-def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
-    """Prompts of a .jsonl file, the first `n` (0: all); with `chat` put into the model's chat template.
-
-    Of the embedded model, `refusal:SPLIT` are plain requests and `jailbreak:SPLIT` the same in a jailbreak framing, a
-    benign one beside it; n = 0: 100 rows.
-
-    Raises:
-        UserError: a file that cannot be read, a line that holds no prompt, two prompts of one name, or one that the
-            model cannot read.
-    """
-    if source.partition(":")[0] in PLANTED and not Path(source).exists():
-        return _planted(source, model, chat, n)
-    path, found = Path(source), list[Request]()
-    try:
-        # not splitlines: a text may hold a line separator of Unicode
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read prompts from {source!r} ({reason}): check the path") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            found.append(_request(line, f"line {number} of {source!r}", f"{path.stem}-{len(found):04d}", model, chat))
-        if n and len(found) == n:
-            break
-    if not found:
-        raise UserError(f"{source!r} holds no prompt: write one object with a prompt a line")
-    names = [one.example for one in found]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(
-            f"two prompts of {source!r} are called {twice!r}: give each an example name of its own, or none"
-        )
-    texts = [text for one in found for text in (one.prompt, one.clean) if text is not None]
-    for start in range(0, len(texts), 64):
-        model.tokenize(texts[start : start + 64], "left")
-    return found
-
-
-def _planted(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
-    """Requests of the embedded model's own task."""
-    from saepatch.organism import tasks, world
-
-    task, _, split = source.partition(":")
-    if chat or world.USER not in model.tokenizer.get_vocab():
-        raise UserError(
-            f"prompts {source!r} are the embedded model's, in its chat template already: leave --chat out, or give "
-            "another model a file of prompts"
-        )
-    if split not in world.SPLITS:
-        raise UserError(f"prompts {source!r}: write {task}:SPLIT, SPLIT one of {', '.join(world.SPLITS)}")
-    found: dict[str, Request] = {}
-    for row in tasks.refusal(split, 4 * (n or ROWS)):  # some requests come in several framings
-        prompt, clean = (row["plain"], None) if task == "refusal" else (row["corrupted"], row["clean"])
-        name = f"{task}-{len(found):04d}"
-        found.setdefault(prompt, Request(name, prompt, clean, "yes" if row["harmful"] else "no"))
-    requests = list(found.values())[: n or ROWS]
-    for one in requests:
-        model.tokenize([one.prompt], "left")
-    return requests
-
-
-def _request(line: str, where: str, name: str, model: LanguageModel, chat: bool) -> Request:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is no JSON ({error}): write one object a line") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f'{where} has no text for prompt: write {{"prompt": "…", "clean": "…"}}')
-    clean, harmful = row.get("clean"), row.get("harmful")
-    if not isinstance(clean, str | None) or not isinstance(harmful, bool | None):
-        raise UserError(f"{where}: clean is to be a text and harmful true or false, if they are there")
-    prompt, clean = (text if text is None or not chat else model.chat(text) for text in (row["prompt"], clean))
-    said = "" if harmful is None else "yes" if harmful else "no"
-    return Request(str(row.get("example") or name), prompt or "", clean, said)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from saepatch.data.requests import Request, read_requests
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
@@ -22,7 +23,7 @@ from saepatch.restoration.answering import Answered, Restoration
 from saepatch.restoration.judges import Answer, Judge, judge_version, read_judge
 from saepatch.restoration.ranking import clean_means
 from saepatch.restoration.restore import MEASURED_ON, assistant_header, first_tokens, shared_quality
-from saepatch.runs.answers import Answers, Request, read_answers, read_requests
+from saepatch.runs.answers import Answers, read_answers
 from saepatch.runs.driver import Count, Finished, PartContent, Place, drive
 from saepatch.runs.interpret import read_dictionaries, read_model, read_sites
 from saepatch.runs.parts import Record

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saepatch.data.requests import Request
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
@@ -13,7 +14,6 @@ from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.restoration.ranking import find_safety_latents
-from saepatch.runs.answers import Request
 from saepatch.settings.restore import RestoreConfig
 from saepatch.splicing.donors import CleanPrompts, OtherModel
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from saepatch.errors import UserError
+from saepatch.organism import is_checkpoint
 from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output, PageSettings, latents_of_sites
 
 
@@ -31,7 +32,7 @@ class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
         super().__post_init__()
         if len(latents_of_sites(self.latent)) != 1:
             raise UserError(f"latent {self.latent!r}: give latents of one site, as in resid_post.3:281,966")
-        if not self.data and not self.model.startswith("organism"):
+        if not self.data and not is_checkpoint(self.model):
             raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
         if self.explain and not re.search(r"\bX\b", self.explain):
             raise UserError(f"explain {self.explain!r}: put an X where the latent is to be written in")

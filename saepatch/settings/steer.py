@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from saepatch.errors import UserError
+from saepatch.organism import is_checkpoint
 from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output, PageSettings, latents_of_sites
 
 
@@ -65,7 +66,7 @@ class SteerConfig(Output, PageSettings, DictionarySettings, ModelSettings):
             raise UserError(
                 f"max_new_tokens = {self.max_new_tokens}, temperature = {self.temperature}: use at least 1 and 0"
             )
-        own = self.model in ("organism", "organism-base")
+        own = is_checkpoint(self.model)
         if not (own or self.reference or self.unit or self.act == "ablate"):
             raise UserError(
                 f"what is a strength of {self.strength:g} in {self.model}? Give --reference FILE, with texts that "

@@ -11,6 +11,7 @@ from saepatch import organism
 from saepatch.errors import UserError
 from saepatch.organism import checks, world
 from saepatch.organism.tasks import task
+from saepatch.settings.latent import LatentConfig
 
 pytestmark = pytest.mark.whole
 
@@ -109,3 +110,11 @@ def test_files_are_safe_small_and_say_nothing_of_where_they_were_made():
 def test_unknown_part_is_refused():
     with pytest.raises(UserError, match="model2"):
         organism.path("model2")
+
+
+def test_a_name_that_begins_like_an_embedded_model_is_another_models():
+    assert [organism.is_checkpoint(name) for name in (*MODELS, "organism-other", "organisms", "saes")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="which texts.*look for examples of organism-other in"):
+        LatentConfig(latent="resid_post.3:281", model="organism-other")

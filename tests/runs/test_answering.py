@@ -11,6 +11,7 @@ from restoring_runs import CLEAN, PROMPTS, ROWS, arguments, lines, make, read
 from tiny import random_dictionary, tiny_model
 
 from saepatch.cli.main import main
+from saepatch.data.requests import read_requests
 from saepatch.errors import UserError
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
@@ -23,7 +24,7 @@ from saepatch.report import Comparison, Tokens, read_page
 from saepatch.restoration.judges import Answer, by_score, read_judge
 from saepatch.restoration.ranking import clean_means, find_safety_latents
 from saepatch.restoration.restore import assistant_header, first_tokens, judge, restore
-from saepatch.runs.answers import Answers, read_requests
+from saepatch.runs.answers import Answers
 from saepatch.runs.parts import Record
 from saepatch.runs.restorations import prepare, run_restore
 from saepatch.runs.restored_sets import Set
@@ -320,8 +321,8 @@ def test_bad_settings(place, tmp_path, capsys, changes, message):
     ("text", "message"),
     [
         ("", "holds no prompt"),
-        ("{nope", "line 1 of .* is no JSON"),
-        ('{"text": "x"}', "line 1 of .* has no text for prompt"),
+        ("{nope", "p.jsonl, line 1, is not JSON"),
+        ('{"text": "x"}', "p.jsonl, line 1, has no text for prompt"),
         ('{"prompt": "a", "harmful": "yes"}', "harmful true or false"),
         ('{"prompt": "a", "example": "x"}\n{"prompt": "b", "example": "x"}', "two prompts of .* are called 'x'"),
         ('{"prompt": ""}', "empty prompt"),

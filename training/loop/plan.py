@@ -199,7 +199,7 @@ def skeleton(name: str, dtype: str) -> LanguageModel:
 
 
 def _source(name: str) -> Path | None:
-    folder = organism.path(name) if name in ("organism", "organism-base") else Path(name).expanduser()
+    folder = organism.path(name) if organism.is_checkpoint(name) else Path(name).expanduser()
     return folder if folder.is_dir() else None
 
 

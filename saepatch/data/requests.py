@@ -1,0 +1,89 @@
+"""Requests to be answered: a file's, or the embedded model's own."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from saepatch.data.files import Row, read_rows
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+
+PLANTED = ("refusal", "jailbreak")  # the embedded model's prompts, by name
+ROWS = 100  # how many of them, where no number is given
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, what the donor reads instead (None: nothing is said), and whether it is harmful ("": not said)."""
+
+    example: str
+    prompt: str
+    clean: str | None
+    harmful: str
+
+
+def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
+    """Prompts of a file, the first `n` (0: all); with `chat` put into the model's chat template.
+
+    A row holds `prompt` and, if you like, `clean`, `harmful` and `example`, in .json, .csv, .parquet or JSON lines.
+
+    Of the embedded model, `refusal:SPLIT` are plain requests and `jailbreak:SPLIT` the same in a jailbreak framing, a
+    benign one beside it; n = 0: 100 rows.
+
+    Raises:
+        UserError: a file that cannot be read, a line that holds no prompt, two prompts of one name, or one that the
+            model cannot read.
+    """
+    if source.partition(":")[0] in PLANTED and not Path(source).exists():
+        return _planted(source, model, chat, n)
+    path = Path(source)
+    rows = islice(read_rows(path, "prompts", ["prompt"]), n or None)
+    requests = [_request(row, f"{path.stem}-{i:04d}", model, chat) for i, row in enumerate(rows)]
+    if not requests:
+        raise UserError(f"{source!r} holds no prompt: write one object with a prompt a line")
+    name, times = Counter(request.example for request in requests).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"two prompts of {source!r} are called {name!r}: give each an example name of its own, or none")
+    texts = [text for request in requests for text in (request.prompt, request.clean) if text is not None]
+    for start in range(0, len(texts), 64):
+        model.tokenize(texts[start : start + 64], "left")
+    return requests
+
+
+def _planted(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
+    """Requests of the embedded model's own task."""
+    from saepatch.organism import tasks, world
+
+    task, _, split = source.partition(":")
+    if chat or world.USER not in model.tokenizer.get_vocab():
+        raise UserError(
+            f"prompts {source!r} are the embedded model's, in its chat template already: leave --chat out, or give "
+            "another model a file of prompts"
+        )
+    if split not in world.SPLITS:
+        raise UserError(f"prompts {source!r}: write {task}:SPLIT, SPLIT one of {', '.join(world.SPLITS)}")
+    distinct: dict[str, Request] = {}
+    for row in tasks.refusal(split, 4 * (n or ROWS)):  # some requests come in several framings
+        prompt, clean = (row["plain"], None) if task == "refusal" else (row["corrupted"], row["clean"])
+        name = f"{task}-{len(distinct):04d}"
+        distinct.setdefault(prompt, Request(name, prompt, clean, "yes" if row["harmful"] else "no"))
+    requests = list(distinct.values())[: n or ROWS]
+    for request in requests:
+        model.tokenize([request.prompt], "left")
+    return requests
+
+
+def _request(row: Row, name: str, model: LanguageModel, chat: bool) -> Request:
+    value = row.value
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise UserError(f'{row.where}, has no text for prompt: write {{"prompt": "…", "clean": "…"}}')
+    clean, harmful = value.get("clean"), value.get("harmful")
+    if isinstance(harmful, str):  # of a CSV file
+        harmful = {"true": True, "false": False, "": None}.get(harmful.lower(), harmful)
+    if not isinstance(clean, str | None) or not isinstance(harmful, bool | None):
+        raise UserError(f"{row.where}: clean is to be a text and harmful true or false, if they are there")
+    prompt = model.chat(value["prompt"]) if chat else value["prompt"]
+    clean = model.chat(clean) if chat and clean is not None else clean
+    kind = "" if harmful is None else "yes" if harmful else "no"
+    return Request(str(value.get("example") or name), prompt, clean, kind)
