@@ -82,7 +82,7 @@ bench-generation: $(STAMP)  ## time generation under a splice beside the bare mo
 
 docs: $(STAMP)  ## the documentation in docs/ with the reference from the docstrings, as a site in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "Documentation: site/index.html"
+	@echo "Documentation: site/index.html (with a search where it is served: $(BIN)/python -m http.server -d site)"
 
 picture: $(STAMP)  ## the README's picture, from the report of `make demo`
 	@$(BIN)/python -m experiments.picture --run $(OUT)

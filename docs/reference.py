@@ -72,7 +72,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for package in ("saepatch", "training"):
         for room in rooms(package):
             uri = f"reference/{room}.md" if package == "saepatch" else f"reference/{package}.{room}.md"
-            files.append(File.generated(config, uri, content=f"# {package}.{room}\n\n::: {package}.{room}\n"))
+            options = "    options:\n      heading_level: 1\n      show_root_full_path: true\n"
+            files.append(File.generated(config, uri, content=f"::: {package}.{room}\n{options}"))
     picture = ROOT / "experiments" / "figures" / "report.svg"
     files.append(File.generated(config, "report.svg", abs_src_path=str(picture)))
     return files
