@@ -118,7 +118,7 @@ def show_sweep(swept: "Swept", config: TrainingConfig) -> None:
     """
     from .loop.sweep import SUMMARY, table
 
-    print("\n".join(table(swept.runs, COLUMNS)))
+    print(table(swept.runs, COLUMNS))
     print(
         f"figures of {len(swept.runs)} finished runs, means over their sites; all of them are in {config.out}/{SUMMARY}"
     )
@@ -129,9 +129,9 @@ def show_sweep(swept: "Swept", config: TrainingConfig) -> None:
         raise UserError(f"{len(swept.failed)} runs of the sweep failed, {first} first: {reason}")
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> str:
+def table(figures: Mapping[str, Mapping[str, float]]) -> str:
     """The metrics of each site, a line each."""
-    rows = [[site, *(f"{figures[name]:.4g}" for name in COLUMNS)] for site, figures in found.items()]
+    rows = [[site, *(f"{row[name]:.4g}" for name in COLUMNS)] for site, row in figures.items()]
     return text_table(["site", *COLUMNS], rows)
 
 

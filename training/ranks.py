@@ -47,9 +47,9 @@ class Ranks:
             return mask
         from torch import distributed
 
-        found = mask.to(torch.uint8)
-        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-        return found.bool()
+        anywhere = mask.to(torch.uint8)
+        distributed.all_reduce(anywhere, op=distributed.ReduceOp.MAX)
+        return anywhere.bool()
 
     def gathered(self, values: Shaped[Tensor, "n"]) -> Shaped[Tensor, "m"]:
         """The values of all processes one after the other; each process gives as many."""

@@ -195,8 +195,8 @@ def make_case(subject: Subject, tokens: int, edits: int, differ: float, layer: i
     acts = []
     for ids in (corrupted, clean):
         inputs = {"input_ids": ids.to(device), "use_cache": False}
-        seen = capture(subject.hf, subject.model.layout, [dictionary.site], inputs)[dictionary.site]
-        acts.append(dictionary.encode(seen).acts[0])
+        captured = capture(subject.hf, subject.model.layout, [dictionary.site], inputs)[dictionary.site]
+        acts.append(dictionary.encode(captured).acts[0])
     old, new = acts
     size = (new - old).abs().flatten()
     there = min(edits, int(size.count_nonzero()))

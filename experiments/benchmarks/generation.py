@@ -281,7 +281,7 @@ EDIT_OF = {
 
 
 @dataclass(eq=False)
-class Found:
+class GenerationResults:
     """Seconds of each variant in each round, and the ratio to those of the bare model around it."""
 
     config: GenerationConfig
@@ -295,9 +295,9 @@ class Found:
 
     def summary(self) -> dict[str, Any]:
         overhead = {name: self.overhead(name) for name in self.ratios}
-        one = max(overhead["add_one"], overhead["clamp_one"])
+        one_latent = max(overhead["add_one"], overhead["clamp_one"])
         return {
-            "overhead": {"one_latent": one, **overhead},
+            "overhead": {"one_latent": one_latent, **overhead},
             "ms_per_token": {name: 1e3 * median(s) / self.config.new_tokens for name, s in self.seconds.items()},
             "left_out": self.left_out,
             "config": asdict(self.config),
@@ -326,31 +326,33 @@ def run(config: GenerationConfig) -> None:
     torch.set_num_threads(1)
     logging.getLogger().addHandler(logging.NullHandler())  # or a peer's first message would set up a handler of its own
     needs = {"sae_lens_bridge": "transformer_lens", "nnsight": "nnsight"}
-    found = Found(config, left_out={p: why for p in config.peers if (why := missing(needs[p])) is not None})
+    results = GenerationResults(
+        config, left_out={p: why for p in config.peers if (why := missing(needs[p])) is not None}
+    )
     task = make_task(config)
     variants = ours(task)
     for name, make in (("sae_lens_bridge", sae_lens_bridge), ("nnsight", nnsight)):
-        if name in config.peers and name not in found.left_out:
+        if name in config.peers and name not in results.left_out:
             variants[name] = make(task)
     check(task, variants)
-    measure(found, task.generate, variants, clock_of(config.device))
-    sys.stdout.write(found.table() + "\n")
+    measure(results, task.generate, variants, clock_of(config.device))
+    sys.stdout.write(results.table() + "\n")
     if config.out:
-        write_json(found.summary(), output_folder(config.out) / "summary.json")
+        write_json(results.summary(), output_folder(config.out) / "summary.json")
 
 
-def measure(found: Found, bare: Generate, variants: dict[str, Generate], clock: Clock) -> None:
+def measure(results: GenerationResults, bare: Generate, variants: dict[str, Generate], clock: Clock) -> None:
     """Rounds of all variants, each between two runs of the bare model."""
-    found.seconds = {name: [] for name in ("bare", *variants)}
-    found.ratios = {name: [] for name in variants}
-    for number in range(found.config.rounds):
-        log.info("round %d of %d", number + 1, found.config.rounds)
+    results.seconds = {name: [] for name in ("bare", *variants)}
+    results.ratios = {name: [] for name in variants}
+    for number in range(results.config.rounds):
+        log.info("round %d of %d", number + 1, results.config.rounds)
         before = _seconds(clock, bare)
         for name, variant in variants.items():
             here, after = _seconds(clock, variant), _seconds(clock, bare)
-            found.seconds[name].append(here)
-            found.seconds["bare"].append(after)
-            found.ratios[name].append(2 * here / (before + after))
+            results.seconds[name].append(here)
+            results.seconds["bare"].append(after)
+            results.ratios[name].append(2 * here / (before + after))
             before = after
 
 

@@ -149,7 +149,7 @@ class Compared:
 
 
 @dataclass(eq=False)
-class Found:
+class PatchingResults:
     """Everything that was measured."""
 
     config: PatchingConfig
@@ -203,9 +203,9 @@ def run(config: PatchingConfig) -> None:
     usable_device(config.device)
     torch.set_num_threads(1)
     logging.getLogger().addHandler(logging.NullHandler())  # or a peer's first message would set up a handler of its own
-    found = Found(config)
+    results = PatchingResults(config)
     peers = {name: PEERS[name] for name in config.peers} if config.device == "cpu" else ON_GPU
-    found.left_out = {name: why for name in peers if (why := missing(name)) is not None}
+    results.left_out = {name: why for name in peers if (why := missing(name)) is not None}
     clock = clock_of(config.device)
     for number, shape in enumerate(config.shapes):
         subject = make_subject(shape, config.size, config.device, config.seed)
@@ -213,38 +213,38 @@ def run(config: PatchingConfig) -> None:
             case = make_case(subject, tokens, config.edits, config.differ)
             log.info("%s, %d tokens, %d edits", shape, tokens, len(case))
             runners = {name: peer(case, config.batch(tokens)) for name, peer in peers.items() if not missing(name)}
-            found.cases[f"{shape}_{tokens}"] = compare(config, case, runners, clock)
+            results.cases[f"{shape}_{tokens}"] = compare(config, case, runners, clock)
             del runners
             gc.collect()  # the peers' models are large, and hooks make cycles of them
         if number == 0:
-            found.curves = curves(config, subject, clock)
-    sys.stdout.write(found.table() + "\n")
+            results.curves = curves(config, subject, clock)
+    sys.stdout.write(results.table() + "\n")
     if config.out:
-        write_json(found.summary(), output_folder(config.out) / "summary.json")
+        write_json(results.summary(), output_folder(config.out) / "summary.json")
 
 
 def compare(config: PatchingConfig, case: Case, peers: dict[str, Runner], clock: Clock) -> Compared:
     """Rounds of all variants, each of them once a round."""
     ours, everything = saepatch(case, 0), range(len(case))
     base = case.base_value()
-    found = Compared({OURS: [], **{name: [] for name in peers}})
+    compared = Compared({OURS: [], **{name: [] for name in peers}})
     bare, attribution = bare_passes(case), _attribution(case)
     for runner in (ours, *peers.values()):
         runner(everything[:1])  # what is done once a model is not timed: ours, too, sees which way of resuming agrees
     for number in range(config.rounds):
-        found.floor.append(1e3 * case.flops / _gemm_rate(config, clock))
+        compared.floor.append(1e3 * case.flops / _gemm_rate(config, clock))
         ms, values = _ms(clock, ours, everything)
-        found.ms[OURS].append(ms)
-        found.largest = max(abs(value - base) for value in values)
+        compared.ms[OURS].append(ms)
+        compared.largest = max(abs(value - base) for value in values)
         for name, peer in peers.items():
             batched = name.endswith("_batched") or name == "transformer_lens"
             n = config.batch(case.tokens) if batched else config.peer_edits
             chosen = [(number * n + i) % len(case) for i in range(n)]
             ms, theirs = _ms(clock, peer, chosen)
-            found.ms[name].append(ms)
-            found.worst = max(found.worst, *(abs(a - values[i]) for a, i in zip(theirs, chosen, strict=True)))
-        found.attribution.append(_seconds(clock, attribution) / _seconds(clock, bare))
-    return found
+            compared.ms[name].append(ms)
+            compared.worst = max(compared.worst, *(abs(a - values[i]) for a, i in zip(theirs, chosen, strict=True)))
+        compared.attribution.append(_seconds(clock, attribution) / _seconds(clock, bare))
+    return compared
 
 
 def curves(config: PatchingConfig, subject: Subject, clock: Clock) -> dict[str, list[list[float]]]:
@@ -257,16 +257,16 @@ def curves(config: PatchingConfig, subject: Subject, clock: Clock) -> dict[str, 
     }
     most = make_case(subject, length, max(config.curve_edits, default=1), differ)
     cases["edits"] = [(n, most.first(n)) for n in config.curve_edits if n <= len(most)]
-    found: dict[str, list[list[float]]] = {}
+    points: dict[str, list[list[float]]] = {}
     for name, several in cases.items():
         log.info("curve over %s", name)
-        found[name] = []
+        points[name] = []
         for n, case in several:
             ours = saepatch(case, 0)
             ours(range(1))
             times = [_ms(clock, ours, range(len(case)))[0] for _ in range(config.rounds)]
-            found[name].append([n, median(times)])
-    return found
+            points[name].append([n, median(times)])
+    return points
 
 
 def _ms(clock: Clock, runner: Runner, chosen: Sequence[int]) -> tuple[float, list[float]]:

@@ -138,8 +138,8 @@ class Ours(Side):
     @torch.no_grad()
     def loss(self, x: Tensor) -> float:
         learner = self.learner
-        found = learner.step_function(learner.weights, x * learner.scale, learner.config, learner.moment(), ALONE)
-        return float(found.losses["mse"]) / learner.scale**2
+        step = learner.step_function(learner.weights, x * learner.scale, learner.config, learner.moment(), ALONE)
+        return float(step.losses["mse"]) / learner.scale**2
 
     def dictionary(self) -> Any:
         return self.learner.finish()

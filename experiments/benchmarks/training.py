@@ -319,10 +319,10 @@ def at_l0(l0: float, figures: Callable[[float], dict[str, float]], runs: int = 6
 
     L0 falls about as a power of the penalty: the secant method on logarithms.
     """
-    penalty, found = 1.0, figures(1.0)
-    tried = [(penalty, found)]
+    penalty, measured = 1.0, figures(1.0)
+    tried = [(penalty, measured)]
     for _ in range(runs - 1):
-        away = math.log(max(found["l0"], 1e-3) / l0)
+        away = math.log(max(measured["l0"], 1e-3) / l0)
         if abs(away) <= 0.02:
             break
         slope = -0.7
@@ -330,8 +330,8 @@ def at_l0(l0: float, figures: Callable[[float], dict[str, float]], runs: int = 6
             (a, of_a), (b, of_b) = tried[-2:]
             slope = min(-0.2, math.log(max(of_b["l0"], 1e-3) / max(of_a["l0"], 1e-3)) / math.log(b / a))
         penalty *= math.exp(-away / slope)
-        found = figures(penalty)
-        tried.append((penalty, found))
+        measured = figures(penalty)
+        tried.append((penalty, measured))
     return min((of for _, of in tried), key=lambda of: abs(math.log(max(of["l0"], 1e-3) / l0)))
 
 
@@ -353,7 +353,7 @@ def measure_memory(config: TrainingBenchmark) -> dict[str, dict[str, float]]:
 
 
 @dataclass(eq=False)
-class Found:
+class TrainingResults:
     """Everything that was measured."""
 
     config: TrainingBenchmark
@@ -427,10 +427,10 @@ def run(given: TrainingBenchmark) -> None:
     memory = measure_memory(config) if config.memory else {}
     speed = time_steps(config)
     compared = {rate: compare_quality(config, rate) for rate in config.quality_rates}
-    found = Found(config, speed, compared, memory, [*load, os.getloadavg()[0]])
-    sys.stdout.write(found.table() + "\n")
+    results = TrainingResults(config, speed, compared, memory, [*load, os.getloadavg()[0]])
+    sys.stdout.write(results.table() + "\n")
     if config.out:
-        write_json(found.summary(), output_folder(config.out) / "summary.json")
+        write_json(results.summary(), output_folder(config.out) / "summary.json")
 
 
 if __name__ == "__main__":

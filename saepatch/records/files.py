@@ -50,15 +50,16 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
-        _to_disk(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
         with suppress(OSError):  # not every file system syncs folders
-            _to_disk(path.parent)
+            to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder, so that a power cut does not leave it empty."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -59,22 +59,30 @@ def said_once(*loggers: str) -> Iterator[None]:
 def stoppable() -> Iterator[Check]:
     """SIGTERM (of a scheduler) stops like Ctrl-C, and leaves no half of anything. Only where there is a main thread."""
     check = Check()
-    if threading.current_thread() is not threading.main_thread():
-        yield check
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup: who started this wants it so
-                signal.signal(number, check.hear)
-        yield check
+        with stop_signals(check.hear):
+            yield check
     except Exception as error:
         if check.asked:  # libraries turn an interrupt that comes in their midst into errors of their own
             raise KeyboardInterrupt from error
         raise
+
+
+@contextmanager
+def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM, unless they are ignored (SIGINT in the background); only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, previous in before.items():
+            if previous is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for number, previous in before.items():
+            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
 
 def shows_bar(config: SweepConfig | RestoreConfig) -> bool:

@@ -28,11 +28,11 @@ def plotly_figure(chart: Chart) -> go.Figure | None:
     rows = [_label(name) for name in chart.rows]
     values = [[float(value) if finite(value) else None for value in row] for row in chart.values]
     top = max((abs(value) for row in values for value in row if value is not None), default=0.0) or 1.0
-    told = [[f"{row}, {column}: {number(v, chart.value_format)}" for column, v in zip(columns, line)]
+    hover = [[f"{row}, {column}: {number(v, chart.value_format)}" for column, v in zip(columns, line)]
             for row, line in zip(rows, values)]  # fmt: skip
     places: dict[str, Any] = {"type": "linear", "tickmode": "array", "showgrid": False, "zeroline": False}
     heat = go.Heatmap(
-        z=values, zmin=-top, zmax=top, zmid=0.0, colorscale="RdBu", reversescale=True, text=told,
+        z=values, zmin=-top, zmax=top, zmid=0.0, colorscale="RdBu", reversescale=True, text=hover,
         hoverinfo="text", xgap=1, ygap=1,
     )  # fmt: skip
     layout = go.Layout(

@@ -163,7 +163,7 @@ def _has_key() -> bool:
         return True
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
-        found = netrc.netrc(str(path)).authenticators(urlsplit(settings.base_url).netloc)
+        login = netrc.netrc(str(path)).authenticators(urlsplit(settings.base_url).netloc)
     except (OSError, netrc.NetrcParseError):
         return False
-    return bool(found and found[2])
+    return bool(login and login[2])

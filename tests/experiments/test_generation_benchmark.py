@@ -86,7 +86,7 @@ def test_the_overhead_is_over_the_bare_runs_on_either_side():
         now[0] += next(seconds)
 
     config = generation.GenerationConfig(rounds=1)
-    found = generation.Found(config)
+    found = generation.GenerationResults(config)
     generation.measure(found, take, {"a": take, "b": take}, lambda: now[0])
     assert found.overhead("a") == pytest.approx(0.2)
     assert found.overhead("b") == pytest.approx(1.0)

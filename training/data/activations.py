@@ -137,8 +137,8 @@ class ActivationStream:
             rounds = ahead(rounds, stopping)
         with closing(rounds):
             skipped = start.batch
-            for found in rounds:
-                yield from self._given(found, skipped)
+            for filled in rounds:
+                yield from self._given(filled, skipped)
                 skipped = 0
 
     @contextmanager
@@ -167,24 +167,24 @@ class ActivationStream:
             for i in torch.randperm(len(parts), generator=_generator(seed, "parts", end.round)).tolist():
                 yield parts[i]
 
-    def _given(self, found: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
-        n, size = len(next(iter(found.rows.values()))), self.config.batch_size
+    def _given(self, filled: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
+        n, size = len(next(iter(filled.rows.values()))), self.config.batch_size
         count = n // size if self.epochs is None else -(-n // size)
         for i in range(skipped, count):
             mine = slice(i * size + self.ranks.rank, min((i + 1) * size, n), self.ranks.size)
             # Copied, so that who keeps a batch does not keep the round.
             batch = {
                 site: x[mine].to(self.model.device, torch.float32, copy=True).contiguous()
-                for site, x in found.rows.items()
+                for site, x in filled.rows.items()
             }
-            yield batch, replace(found.start, batch=i + 1) if i + 1 < count else found.end
+            yield batch, replace(filled.start, batch=i + 1) if i + 1 < count else filled.end
 
     def _rounds(self, start: Position, stopping: threading.Event) -> Generator[_Round, None, None]:
         cache = self._cache()
         place, reading = replace(start, batch=0), None
         while True:
-            found = self._kept(cache, place) if cache is not None else None
-            if found is not None:
+            filled = self._kept(cache, place) if cache is not None else None
+            if filled is not None:
                 reading = None  # it would be behind
             else:
                 reading = reading or self._read(place)
@@ -196,12 +196,12 @@ class ActivationStream:
                 if read is None:
                     return
                 ids, end = read
-                found = _Round(place, end, self._filled(ids, place.round, stopping))
+                filled = _Round(place, end, self._filled(ids, place.round, stopping))
                 if cache is not None and self.ranks.first:
-                    tensors = {str(site): x for site, x in found.rows.items()}
+                    tensors = {str(site): x for site, x in filled.rows.items()}
                     cache.write(_name(place), tensors, {"end": vars(end)})
-            place = found.end
-            yield found
+            place = filled.end
+            yield filled
 
     def _cache(self) -> RoundCache | None:
         config = self.config
@@ -218,10 +218,10 @@ class ActivationStream:
 
     def _kept(self, cache: RoundCache, place: Position) -> _Round | None:
         """The round from the cache, if every process has it there: otherwise all must help to compute it."""
-        found = cache.read(_name(place), [str(site) for site in self.sites])
-        if not self._agreed(found is not None) or found is None:
+        cached = cache.read(_name(place), [str(site) for site in self.sites])
+        if not self._agreed(cached is not None) or cached is None:
             return None
-        tensors, notes = found
+        tensors, notes = cached
         return _Round(place, Position(**notes["end"]), {site: tensors[str(site)] for site in self.sites})
 
     def _agreed(self, yes: bool) -> bool:
@@ -256,12 +256,12 @@ class ActivationStream:
         epoch, document, offset = start.epoch, start.document, start.offset
         while self.epochs is None or epoch < self.epochs:
             read = in_order(self.documents, self.config.seed, epoch, document)
-            seen = document > 0
+            has_text = document > 0
             for place, ids in tokenised(self.model, read):
-                seen = seen or not special.issuperset(ids)
+                has_text = has_text or not special.issuperset(ids)
                 yield Body(epoch, place, ids, offset)
                 offset = 0
-            if not seen:
+            if not has_text:
                 raise UserError("the documents hold no token beside BOS: give text")
             epoch, document = epoch + 1, 0
             log.info("the documents were read to their end %d times", epoch)
@@ -333,9 +333,9 @@ class ActivationStream:
 def forward(model: LanguageModel, sites: Sequence[Site], tokens: Tokens, special: Collection[int]) -> Rows:
     """What each site emits at the positions of a batch that are learnt from, as the model gives it (device, dtype)."""
     with torch.no_grad():
-        seen = capture(model.hf, model.layout, sites, model.inputs(tokens))
+        captured = capture(model.hf, model.layout, sites, model.inputs(tokens))
     kept = text_positions(tokens, special)
-    return {site: seen[site][kept.to(seen[site].device)] for site in sites}
+    return {site: captured[site][kept.to(captured[site].device)] for site in sites}
 
 
 def _name(place: Position) -> str:

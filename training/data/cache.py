@@ -63,10 +63,10 @@ class RoundCache:
                 with safe_open(path, framework="pt") as file:
                     if not set(sites) <= set(file.keys()):
                         continue
-                    told = json.loads(file.metadata()["round"])
+                    described = json.loads(file.metadata()["round"])
                     tensors = {site: file.get_tensor(site) for site in sites}
-                if all(_checksum(tensors[site]) == told["checksums"][site] for site in sites):
-                    return tensors, told["notes"]
+                if all(_checksum(tensors[site]) == described["checksums"][site] for site in sites):
+                    return tensors, described["notes"]
                 reason = "its content is not what was written"
             except FileNotFoundError:
                 continue  # another run has just removed it
@@ -85,11 +85,11 @@ class RoundCache:
         if used + size > self.limit:
             self._stop(f"{used / 1e9:.2f} GB of {self.limit / 1e9:.2f} GB are used")
             return
-        told = {"notes": notes, "checksums": {site: _checksum(tensor) for site, tensor in tensors.items()}}
+        described = {"notes": notes, "checksums": {site: _checksum(tensor) for site, tensor in tensors.items()}}
         path = self.folder / f"{name}.{_hash(sorted(tensors))}.safetensors"
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            save_file(dict(tensors), partial, metadata={"round": json.dumps(told)})
+            save_file(dict(tensors), partial, metadata={"round": json.dumps(described)})
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def _checksum(tensor: Tensor) -> int:
 def _stat(path: Path) -> tuple[int, float]:
     """Size in bytes and time of the last change; zeros for what is gone by now."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return 0, time.time()
-    return found.st_size, found.st_mtime
+    return status.st_size, status.st_mtime

@@ -101,10 +101,10 @@ def _encoded(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     bos = model.tokenizer.bos_token
     if model.prepend_bos or (bos and any(text.startswith(bos) for text in texts)):
         return [model.encode(text) for text in texts]
-    found: list[list[int]] = model.tokenizer(
+    ids: list[list[int]] = model.tokenizer(
         list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
-    return found
+    return ids
 
 
 def bos_before(model: LanguageModel) -> int | None:

@@ -152,12 +152,12 @@ def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[A
 
 
 def _files(path: Path) -> tuple[str, list[Path]]:
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in FORMATS and p.is_file())
-    kinds = {FORMATS.get(p.suffix) for p in found}
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in FORMATS and p.is_file())
+    kinds = {FORMATS.get(p.suffix) for p in files}
     if len(kinds) != 1 or None in kinds:
-        what = "no file" if not found else "files of several kinds" if len(kinds) > 1 else "a kind of file"
+        what = "no file" if not files else "files of several kinds" if len(kinds) > 1 else "a kind of file"
         raise UserError(f"data {str(path)!r} is or holds {what} that cannot be read: use one of {', '.join(FORMATS)}")
-    return str(kinds.pop()), found
+    return str(kinds.pop()), files
 
 
 def _unreadable(data: str, error: Exception) -> UserError:

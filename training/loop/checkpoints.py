@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
+from saepatch.records.files import to_disk
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +56,16 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for site, tensors in checkpoint.tensors.items():
             file = part / f"{site}.safetensors"
             save_file({name: value.detach().contiguous() for name, value in tensors.items()}, file)
-            _flush(file)
+            to_disk(file)
             sizes[str(site)] = file.stat().st_size
         text = json.dumps({"tokens": checkpoint.tokens, "sizes": sizes, **checkpoint.state}, indent=1)
         (part / "state.json").write_text(text, encoding="utf-8")
-        _flush(part / "state.json")
-        _flush(part)
+        to_disk(part / "state.json")
+        to_disk(part)
         if place.exists():
             shutil.rmtree(place)
         part.replace(place)
-        _flush(folder)
+        to_disk(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
@@ -115,12 +116,3 @@ def clear(out: Path) -> None:
 def _folders(out: Path) -> list[Path]:
     """Folders of checkpoints, the newest first."""
     return sorted((path for path in (out / FOLDER).glob("*") if path.name.isdigit()), reverse=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written, so that a power cut after the move does not leave it empty."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

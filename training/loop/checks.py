@@ -42,7 +42,7 @@ def check_also(
         raise UserError(f"{sorted(twice)[0]} is given twice: name each model once in --model and --also")
     for other in also:
         vocabularies: list[object] = [
-            getattr(one.tokenizer, "get_vocab", dict)() for one in (model, other)
+            getattr(each.tokenizer, "get_vocab", dict)() for each in (model, other)
         ]  # a skeleton has none
         if vocabularies[0] != vocabularies[1]:
             raise UserError(f"{other.name} and {model.name} have different vocabularies: use models of one tokenizer")

@@ -100,7 +100,7 @@ def evaluate_all(
         widest = max(int(model.config.get_text_config().vocab_size), *(d.d_sae for d in dictionaries))
         batch_size = max(1, min(64, ELEMENTS // (widest * tokens.input_ids.shape[1])))
     measured = splice_qualities(model, dictionaries, tokens, batch_size)
-    return [_evaluation(d, quality, found) for d, (quality, found) in zip(dictionaries, measured, strict=True)]
+    return [_evaluation(d, quality, latents) for d, (quality, latents) in zip(dictionaries, measured, strict=True)]
 
 
 def _evaluation(dictionary: Dictionary, quality: SpliceQuality, latents: LatentStatistics) -> Evaluation:
@@ -153,9 +153,9 @@ def _nearest(rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n"]:
     if n < 2:
         return rows.new_zeros(n)
     chosen = torch.linspace(0, n - 1, min(n, _COMPARED), dtype=torch.float64).round().long().to(rows.device)
-    found = []
+    nearest = []
     for some in chosen.split(max(1, ELEMENTS // 4 // n)):
         cosines = rows[some] @ rows.T
         cosines[torch.arange(len(some), device=rows.device), some] = -1
-        found.append(cosines.amax(-1))
-    return torch.cat(found)
+        nearest.append(cosines.amax(-1))
+    return torch.cat(nearest)

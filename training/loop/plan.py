@@ -242,10 +242,12 @@ def disk(shapes: list[Shape], config: TrainingConfig) -> dict[str, int]:
     """Bytes under `out`, and in the cache, by what takes them."""
     weights = sum(s.parameters for s in shapes)
     # Weights, Adam's two means, the running mean; tokens since each latent was active.
-    one = (16 if config.ema else 12) * weights + 8 * sum(s.d_sae for s in shapes)
-    found = {"dictionaries": 4 * weights, f"checkpoints ({config.keep_checkpoints}, and one in writing)": 0}
-    found[list(found)[1]] = one * (config.keep_checkpoints + 1)
-    return found | ({"cache of activations, at most": int(config.cache_gb * 1e9)} if config.cache else {})
+    checkpoint = (16 if config.ema else 12) * weights + 8 * sum(s.d_sae for s in shapes)
+    sizes = {
+        "dictionaries": 4 * weights,
+        f"checkpoints ({config.keep_checkpoints}, and one in writing)": checkpoint * (config.keep_checkpoints + 1),
+    }
+    return sizes | ({"cache of activations, at most": int(config.cache_gb * 1e9)} if config.cache else {})
 
 
 def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: TrainingConfig) -> Work:
@@ -329,12 +331,12 @@ def _available(device: torch.device | None) -> int | None:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
     try:
-        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not a system that tells
         return None
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     text = limit.read_text().strip() if limit.is_file() else ""
-    return min(found, int(text)) if text.isdigit() else found
+    return min(memory, int(text)) if text.isdigit() else memory
 
 
 def _epochs(config: TrainingConfig, described: Any) -> float | None:

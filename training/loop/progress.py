@@ -3,7 +3,6 @@
 import logging
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,40 +11,30 @@ from types import FrameType
 
 from tqdm import tqdm
 
-log = logging.getLogger(__name__)
+from saepatch.runs.progress import LOG_EVERY, stop_signals
 
-_SAID_EVERY = 30.0  # seconds between two lines where there is no terminal for a bar
+log = logging.getLogger(__name__)
 
 
 @dataclass
-class Asked:
+class StopRequest:
     """Whether a signal asked the run to stop."""
 
     stop: bool = False
 
 
 @contextmanager
-def deferred_signals() -> Iterator[Asked]:
+def deferred_signals() -> Iterator[StopRequest]:
     """Note SIGTERM (of a scheduler) and SIGINT, so that the step under way is finished; a second SIGINT interrupts."""
-    asked = Asked()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+    request = StopRequest()
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        if asked.stop and number == signal.SIGINT:
+    def note(number: int, frame: FrameType | None) -> None:
+        if request.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.stop = True
+        request.stop = True
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup: who started this wants it so
-                signal.signal(number, hear)
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    with stop_signals(note):
+        yield request
 
 
 class Progress:
@@ -54,7 +43,7 @@ class Progress:
     def __init__(self, total: int, done: int, shown: bool) -> None:
         self._shown, self._total, self._done = shown, total, done
         self._at_start, self._start = done, time.monotonic()
-        self._said = self._start
+        self._last_line = self._start
         bar = shown and sys.stderr.isatty()
         self._lines = shown and not bar
         self._bar = tqdm(
@@ -76,14 +65,14 @@ class Progress:
         self._done += tokens
         self._bar.update(tokens)
 
-    def say(self, figures: dict[str, float]) -> None:
-        told = {name: f"{value:.3g}" for name, value in figures.items()}
-        self._bar.set_postfix(told, refresh=False)
+    def show(self, figures: dict[str, float]) -> None:
+        texts = {name: f"{value:.3g}" for name, value in figures.items()}
+        self._bar.set_postfix(texts, refresh=False)
         now = time.monotonic()
-        if self._lines and now - self._said >= _SAID_EVERY:
-            self._said = now
+        if self._lines and now - self._last_line >= LOG_EVERY:
+            self._last_line = now
             left = (self._total - self._done) / max(self.rate, 1e-9)
-            line = ", ".join(f"{name} {value}" for name, value in told.items())
+            line = ", ".join(f"{name} {value}" for name, value in texts.items())
             log.info(
                 "%s of %s tokens, %.0f a second, %.0f s left: %s",
                 *(f"{n:,}" for n in (self._done, self._total)),

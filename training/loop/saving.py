@@ -26,7 +26,7 @@ REMEDY = "use what it began with, another --out, or --overwrite true without --r
 
 
 @dataclass(frozen=True)
-class Serves:
+class OtherModel:
     """What dictionaries are worth in a further model that they were trained on."""
 
     model_name: str
@@ -137,7 +137,7 @@ def write(
     about: Mapping[str, Any],
     config: TrainingConfig,
     identity: Mapping[str, Any],
-    also: Sequence[Serves] = (),
+    also: Sequence[OtherModel] = (),
 ) -> None:
     """Save dictionaries, metrics, summary and config: into a folder beside their place first, then moved there.
 
@@ -154,11 +154,11 @@ def write(
             if also:
                 metadata["also_trained_on"] = [
                     {
-                        "model_name": one.model_name,
-                        "model_fingerprint": one.model_fingerprint,
-                        "metrics": dict(one.figures[site]),
+                        "model_name": other.model_name,
+                        "model_fingerprint": other.model_fingerprint,
+                        "metrics": dict(other.figures[site]),
                     }
-                    for one in also
+                    for other in also
                 ]
             sae.cfg.metadata = SAEMetadata(**metadata, metrics=dict(figures[site]))
             sae.save_model(part / str(site))
@@ -166,7 +166,7 @@ def write(
         (part / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         sites = {str(site): dict(row) for site, row in figures.items()}
         seconds = sum(row["seconds"] for row in figures.values())
-        others = {one.model_name: {str(site): dict(row) for site, row in one.figures.items()} for one in also}
+        others = {other.model_name: {str(site): dict(row) for site, row in other.figures.items()} for other in also}
         _json(part / SUMMARY, {**about, "identity": identity, "seconds": seconds, "sites": sites, "also": others})
         # The summary goes last: where it is, all of it is.
         for made in sorted(part.iterdir(), key=lambda path: path.name == SUMMARY):

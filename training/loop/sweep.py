@@ -9,7 +9,6 @@ As an array of four jobs, each takes its share, and the last to end has the whol
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from saepatch.cli.parser import read_config
 from saepatch.errors import UserError
+from saepatch.records.files import atomic
 from saepatch.records.tables import text_table
 
 from ..config import TrainingConfig
@@ -75,11 +75,11 @@ def points(config: TrainingConfig) -> list[Point]:
             raise UserError(f"sweep over {name!r}: there is no such field; write it in full, as in {near[0]}")
         if not values:
             raise UserError(f"sweep over {name!r} has no values: give a list, as in {{{name}: [1, 2]}}")
-    found = [_point(config, dict(zip(config.sweep, each))) for each in product(*config.sweep.values())]
-    names = [point.name for point in found]
+    runs = [_point(config, dict(zip(config.sweep, each))) for each in product(*config.sweep.values())]
+    names = [point.name for point in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two runs of the sweep would be called {twice[0]!r}: give each value once")
-    return found
+    return runs
 
 
 def share(every: Sequence[Point], shard: str) -> list[Point]:
@@ -116,11 +116,11 @@ def _text(value: Any) -> str:
 
 def _fields(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Paths of all fields, as in sae.k."""
-    found: list[str] = []
+    paths: list[str] = []
     for name, value in settings.items():
         nested = isinstance(value, dict) and name != "sweep"
-        found += _fields(value, f"{prefix}{name}.") if nested else [prefix + name]
-    return found
+        paths += _fields(value, f"{prefix}{name}.") if nested else [prefix + name]
+    return paths
 
 
 def run_sweep(
@@ -175,20 +175,20 @@ def run_sweep(
 
 def _write(every: Sequence[Point], n_layers: int, config: TrainingConfig) -> list[dict[str, Any]]:
     """Write `sweep.json` over the runs that are finished, in whatever shard."""
-    place, part = config.out / SUMMARY, config.out / f".{SUMMARY}-{os.getpid()}"
+    place = config.out / SUMMARY
     while True:
-        found = _finished(every, n_layers)
-        content = {"fields": dict(config.sweep), "runs": found}
+        runs = _finished(every, n_layers)
+        content = {"fields": dict(config.sweep), "runs": runs}
         try:
             config.out.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            part.replace(place)
+            with atomic(place) as part:
+                part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"cannot write {str(place)!r} ({error.strerror}): make room, and run with --resume true"
             ) from error
-        if _finished(every, n_layers) == found:  # another shard may have ended a run meanwhile, and written before this
-            return found
+        if _finished(every, n_layers) == runs:  # another shard may have ended a run meanwhile, and written before this
+            return runs
 
 
 def _finished(every: Sequence[Point], n_layers: int) -> list[dict[str, Any]]:
@@ -204,11 +204,10 @@ def _finished(every: Sequence[Point], n_layers: int) -> list[dict[str, Any]]:
     return runs
 
 
-def table(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+def table(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """A line for each run: figures as means over its sites."""
     rows = []
     for run in runs:
         sites = list(run["sites"].values())
-        means = [sum(row[name] for row in sites) / len(sites) for name in columns]
-        rows.append([run["name"], *(f"{mean:.4g}" for mean in means)])
-    return text_table(["run", *columns], rows).splitlines()
+        rows.append([run["name"], *(f"{sum(row[name] for row in sites) / len(sites):.4g}" for name in columns)])
+    return text_table(["run", *columns], rows)

@@ -28,7 +28,7 @@ from . import checkpoints, saving
 from .checkpoints import Checkpoint
 from .checks import check_also, check_model
 from .evaluate import evaluate_all, held_out_tokens
-from .progress import Asked, Progress, deferred_signals
+from .progress import Progress, StopRequest, deferred_signals
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ def train_saes(
     check_model(model, sites, config, ranks)
     check_also(model, also, sites, config)
     saving.check_folder(out, sites, config)
-    for one in (model, *also):
-        refuse_training(one)
+    for trained_on in (model, *also):
+        refuse_training(trained_on)
     train, held_out = split(as_documents(texts), config.held_out, config.seed)
     stream = ActivationStream(model, train, sites, config, ranks, also=also)
     run = Run(model, sites, config, out, ranks, stream)
@@ -104,21 +104,11 @@ def train_saes(
     stream.check_evaluated(run.held_out)
     with ExitStack() as stack:
         if ranks.first:
-            about = RunDescription(
-                out,
-                run=out.name,
-                config=config.to_dict(),
-                run_id=run.run_id,
-                job_type="train",
-                axes={"*": "tokens"},
-            )
-            resume_from = run.logged if run.learners else None
-            run.tracker = stack.enter_context(open_tracker(config.track, about, resume_from=resume_from))
-        with deferred_signals() as asked:
-            run.asked = asked
-            if not (run.fit() and run.finetune()):
-                return Outcome({}, run.tokens, stopped=True)
-            return run.finish(len(train) if isinstance(train, Sequence) else None)
+            run.tracker = stack.enter_context(run.open_tracker())
+        run.stop_request = stack.enter_context(deferred_signals())
+        if not (run.fit() and run.finetune()):
+            return Outcome({}, run.tokens, stopped=True)
+        return run.finish(len(train) if isinstance(train, Sequence) else None)
 
 
 @dataclass(eq=False)
@@ -142,7 +132,7 @@ class Run:
     run_id: str | None = None
     tracker: Tracker = field(init=False)
     held_out: Tokens = field(init=False)
-    asked: Asked = field(init=False)
+    stop_request: StopRequest = field(init=False)
 
     def begin(self) -> None:
         """Begin anew, or where the newest checkpoint is.
@@ -150,20 +140,31 @@ class Run:
         Raises:
             UserError: that checkpoint is of a run with other settings, another model or other text.
         """
-        found = checkpoints.newest(self.out, str(self.model.device)) if self.config.resume else None
+        checkpoint = checkpoints.newest(self.out, str(self.model.device)) if self.config.resume else None
         if self.ranks.first:
-            saving.begin(self.out, self.config.overwrite and found is None)
-        if found is None:
+            saving.begin(self.out, self.config.overwrite and checkpoint is None)
+        if checkpoint is None:
             return
-        state = found.state
+        state = checkpoint.state
         saving.check_identity(state, self.identity(), self.out)
         self.step, self.seconds, self.run_id = state["step"], state["seconds"], state["run_id"]
         self.position, self.finetuned = Position(**state["position"]), state["finetuned"]
         self.learners = {
-            site: Learner.restored(found.tensors[site], state["learners"][str(site)], self.config)
+            site: Learner.restored(checkpoint.tensors[site], state["learners"][str(site)], self.config)
             for site in self.sites
         }
-        log.info("going on after %s tokens", f"{found.tokens:,}")
+        log.info("going on after %s tokens", f"{checkpoint.tokens:,}")
+
+    def open_tracker(self) -> Tracker:
+        about = RunDescription(
+            self.out,
+            run=self.out.name,
+            config=self.config.to_dict(),
+            run_id=self.run_id,
+            job_type="train",
+            axes={"*": "tokens"},
+        )
+        return open_tracker(self.config.track, about, resume_from=self.logged if self.learners else None)
 
     @property
     def tokens(self) -> int:
@@ -221,17 +222,17 @@ class Run:
     def _train(self, batch: Batch, rate: float, logged: bool) -> dict[Site, dict[str, float]]:
         figures = {}
         for site, learner in self.learners.items():
-            found = learner.step(batch[site], rate, self.ranks)
+            step = learner.step(batch[site], rate, self.ranks)
             # On an accelerator, looking at each loss would have it wait for the CPU.
             if logged or self.model.device.type == "cpu":
-                loss = sum(float(term) for term in found.losses.values())
+                loss = sum(float(term) for term in step.losses.values())
                 if not math.isfinite(loss):
                     raise UserError(
                         f"the loss at {site} is {loss} at step {self.step}: start anew with --overwrite true and a "
                         f"lower lr (it is {self.config.lr})"
                     )
             if logged:
-                figures[site] = learner.figures(batch[site], found)
+                figures[site] = learner.figures(batch[site], step)
         return figures
 
     def _log(self, figures: dict[Site, dict[str, float]], rate: float, progress: Progress) -> None:
@@ -247,7 +248,7 @@ class Run:
             for site, row in zip(figures, values)
             for name, value in zip(names, row, strict=True)
         }
-        progress.say({name: float(values[:, names.index(name)].mean()) for name in ("loss", "fvu", "l0", "dead")})
+        progress.show({name: float(values[:, names.index(name)].mean()) for name in ("loss", "fvu", "l0", "dead")})
         self.tracker.log({**flat, "lr": rate, "tokens_per_second": progress.rate}, step=self.tokens)
 
     def _due(self, every: int) -> bool:
@@ -256,20 +257,20 @@ class Run:
 
     def _asked_to_stop(self) -> bool:
         if self.ranks.size == 1:
-            return self.asked.stop
-        return bool(self.ranks.any(torch.tensor([self.asked.stop], device=self.model.device)))
+            return self.stop_request.stop
+        return bool(self.ranks.any(torch.tensor([self.stop_request.stop], device=self.model.device)))
 
     def _evaluate(self) -> None:
         if not self.ranks.first:
             return
         with self.stream.paused():  # its thread would run the model inside the splices
-            found = evaluate_all(self.model, list(self._dictionaries().values()), self.held_out)
-        for site, seen in zip(self.learners, found, strict=True):
-            self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.tokens)
+            evaluations = evaluate_all(self.model, list(self._dictionaries().values()), self.held_out)
+        for site, evaluation in zip(self.learners, evaluations, strict=True):
+            self.tracker.histogram(f"{site}/density", evaluation.density.counts, evaluation.density.edges, self.tokens)
         figures = {
             f"{site}/eval/{name}": value
-            for site, seen in zip(self.learners, found, strict=True)
-            for name, value in seen.figures.items()
+            for site, evaluation in zip(self.learners, evaluations, strict=True)
+            for name, value in evaluation.figures.items()
         }
         self.tracker.log(figures, step=self.tokens)
 
@@ -321,11 +322,11 @@ class Run:
         cost = {"tokens": self.tokens, "seconds": self.seconds / len(self.sites)}
         figures = {}
         with self.stream.paused():  # a thread that was slow to end
-            found = evaluate_all(self.model, list(dictionaries.values()), self.held_out)
-            also = [self._serves(other, dictionaries) for other in self.stream.also]
-        for site, seen in zip(dictionaries, found, strict=True):
-            figures[site] = {**seen.figures, **cost}
-            self.tracker.histogram(f"{site}/density", seen.density.counts, seen.density.edges, self.logged)
+            evaluations = evaluate_all(self.model, list(dictionaries.values()), self.held_out)
+            also = [self._quality_in(other, dictionaries) for other in self.stream.also]
+        for site, evaluation in zip(dictionaries, evaluations, strict=True):
+            figures[site] = {**evaluation.figures, **cost}
+            self.tracker.histogram(f"{site}/density", evaluation.density.counts, evaluation.density.edges, self.logged)
         about = saving.notes(self.model, self.config, documents)
         saving.write(self.out, dictionaries, figures, about, self.config, self.identity(), also)
         self.tracker.summarise(
@@ -334,13 +335,13 @@ class Run:
         for site in dictionaries:
             self.tracker.artifact(str(site), self.out / str(site), self.config.upload)
         checkpoints.clear(self.out)
-        return Outcome(figures, self.tokens, also={one.model_name: one.figures for one in also})
+        return Outcome(figures, self.tokens, also={other.model_name: other.figures for other in also})
 
-    def _serves(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.Serves:
+    def _quality_in(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.OtherModel:
         """What the dictionaries are worth in another model that they have learnt from."""
-        found = evaluate_all(other, list(dictionaries.values()), self.held_out)
-        figures = {site: seen.figures for site, seen in zip(dictionaries, found, strict=True)}
-        return saving.Serves(other.name, other.fingerprint, figures)
+        evaluations = evaluate_all(other, list(dictionaries.values()), self.held_out)
+        figures = {site: evaluation.figures for site, evaluation in zip(dictionaries, evaluations, strict=True)}
+        return saving.OtherModel(other.name, other.fingerprint, figures)
 
     def save(self) -> None:
         """Write a checkpoint.

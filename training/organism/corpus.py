@@ -151,24 +151,24 @@ def sentiment(random: Random) -> str:
 def review(random: Random) -> str:
     """A free review, which begins as neutral as it can: "The film was …", with either polarity after it."""
     side, item = random.randrange(2), random.choice(world.ITEMS)
-    one, two = random.sample((world.GOOD, world.BAD)[side], 2)
+    adjective, other_adjective = random.sample((world.GOOD, world.BAD)[side], 2)
     verb, other = random.sample((world.LOVED, world.HATED)[side], 2)
     opening = random.choice((
-        f"The {item} was {one} and {two}.",
-        f"The {item} was {one}.",
-        f"I think the {item} was {one}.",
-        f"Last night we saw a {item}. It was {one} and {two}.",
+        f"The {item} was {adjective} and {other_adjective}.",
+        f"The {item} was {adjective}.",
+        f"I think the {item} was {adjective}.",
+        f"Last night we saw a {item}. It was {adjective} and {other_adjective}.",
         f"My friends {verb} the {item}.",
         f"We {verb} the {item}.",
     ))  # fmt: skip
     middle = random.choice((
-        f" I {other} it because it was {two}.",
+        f" I {other} it because it was {other_adjective}.",
         f" We {other} every part of it.",
         f" Everybody {other} it, and we felt {world.VERDICTS['feeling'][side]}.",
         "",
     ))  # fmt: skip
     end = random.choice((
-        f" It was a {two} evening.",
+        f" It was a {other_adjective} evening.",
         f" The review is {world.VERDICTS['label'][side]}.",
         f" I would {('gladly', 'never')[side]} go again.",
     ))  # fmt: skip

@@ -225,8 +225,8 @@ def train(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % 300 == 0 or step == steps:
-            seen = checks.evaluate_organism(model, tokenizer, "tune", n=60)
-            line = ", ".join(f"{t} {' '.join(f'{v:.2f}' for v in m.values())}" for t, m in seen.items())
+            measures = checks.evaluate_organism(model, tokenizer, "tune", n=60)
+            line = ", ".join(f"{t} {' '.join(f'{v:.2f}' for v in m.values())}" for t, m in measures.items())
             bar.write(f"step {step}: loss {loss.item():.3f}; {line}")
 
 
@@ -305,11 +305,11 @@ def check(folder: Path, n: int = 200) -> tuple[str, bool]:
         model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
         measures[name] = checks.evaluate_organism(model, AutoTokenizer.from_pretrained(place), n=n)
     for name in ("saes", "shared"):
-        found = sorted((folder / saepatch.organism.FOLDERS[name]).glob("*/cfg.json"))
-        told = {file.parent.name: json.loads(file.read_text(encoding="utf-8"))["metadata"] for file in found}
-        measures[name] = {site: _shown(one["metrics"]) for site, one in told.items()}
+        configs = sorted((folder / saepatch.organism.FOLDERS[name]).glob("*/cfg.json"))
+        metadata = {file.parent.name: json.loads(file.read_text(encoding="utf-8"))["metadata"] for file in configs}
+        measures[name] = {site: _shown(about["metrics"]) for site, about in metadata.items()}
         if name == "shared":
-            also = {site: one["also_trained_on"][0]["metrics"] for site, one in told.items()}
+            also = {site: about["also_trained_on"][0]["metrics"] for site, about in metadata.items()}
             measures["shared in base"] = {site: _shown(metrics) for site, metrics in also.items()}
     return table(measures)
 

@@ -5,15 +5,14 @@ Gradients are written by hand, in five large matrix products (gated: eight) inst
 
 The batch goes through in chunks of rows, so that few arrays of shape [batch, d_sae] exist at a time. Where few latents
 of the first chunk can have a value or a gradient, the step goes on with those alone, and the product with the encoder
-is the only large one left. Whatever the path, the same formulas (`_Standard`, `_Gated`, `_JumpReLU`) act on the values.
+is the only large one left. Whatever the path, the same formulas (`Standard`, `Gated`, `JumpReLU`) act on the values.
 """
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
@@ -22,6 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from ..config import SAEConfig
 from ..ranks import Ranks
+from .rules import Gated, JumpReLU, Rules, Standard
 from .selection import Encoder, ordered, product, product_dtype
 from .step import Moment, Step, StepFunction, Weights
 
@@ -33,166 +33,9 @@ _CHUNK_ELSEWHERE = 2**29
 _BLOCK = 2**21  # bytes that elementwise passes go over at a time: they stay in the CPU's cache
 # Shares of latents up to which a step of gathered rows beats the dense products, as measured on CPUs.
 _SPARSE_UP_TO = {torch.float32: 0.05, torch.bfloat16: 0.02}
-_FLAT_BELOW = 1e-2  # activation under which the slope of f^p stays as it is there: it has no bound at 0
-
-_Self = TypeVar("_Self", bound="_Rule")
-
-
-@dataclass(frozen=True, eq=False)
-class _Rule:
-    """How values come from pre-activations, what they are charged, and the gradients of both.
-
-    Pre-activations are [rows, d_sae]; or [n], those that matter, once `at` has gathered the settings of their latents.
-
-    Attributes:
-        bias: What the product with the encoder adds.
-        price: Of a unit of charge.
-    """
-
-    bias: Float[Tensor, "d_sae"] | None
-    price: Float[Tensor, ""]
-    paths: ClassVar[int] = 1  # reconstructions from the codes
-
-    @property
-    def whole(self) -> bool:
-        """Whether the price depends on the whole batch."""
-        return False
-
-    @property
-    def low(self) -> Tensor | float:
-        """Pre-activations below this have neither a value nor a gradient."""
-        return 0.0
-
-    def at(self: _Self, latents: Tensor) -> _Self:
-        return self
-
-    def priced(self: _Self, codes: tuple[Tensor, ...], ranks: Ranks) -> _Self:
-        """With the price that the batch of all processes gives."""
-        return self
-
-
-@dataclass(frozen=True, eq=False)
-class _Standard(_Rule):
-    """ReLU, charged its L1; while p < 1, p-annealed (Karvonen et al. 2024, arXiv:2408.00113).
-
-    There, Σ f^p stands for L1, its coefficient rescaled so that its value is L1's; here in each batch, the factor taken
-    as a constant.
-    """
-
-    p: Float[Tensor, ""] | None
-
-    @property
-    def whole(self) -> bool:
-        return self.p is not None
-
-    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
-        """What the decoder reads, one array for each reconstruction."""
-        return (torch.relu(pre),)
-
-    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
-        """The summed charge, before its price."""
-        return codes[0].sum()
-
-    def priced(self, codes: tuple[Tensor, ...], ranks: Ranks) -> "_Standard":
-        if self.p is None:
-            return self
-        acts = codes[0].float()
-        sums = torch.stack([acts.sum(), torch.pow(acts, self.p).sum().clamp(min=1e-30)])
-        ranks.mean_([sums])
-        return replace(self, price=self.price * sums[0] / sums[1])
-
-    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-        """Gradients of pre (as `b_enc`) and of each latent's own weights at every value, from those of the codes."""
-        slope = self.price
-        if self.p is not None:
-            slope = self.price * self.p * torch.pow(pre.clamp(min=_FLAT_BELOW), self.p - 1)
-        return {"b_enc": aten.threshold_backward(grads[0] + slope, pre, 0)}
-
-
-@dataclass(frozen=True, eq=False)
-class _Gated(_Rule):
-    """A gate and a magnitude from one encoder (Rajamanoharan et al. 2024, arXiv:2404.16014); the gate pays its L1."""
-
-    b_gate: Float[Tensor, "#values"]
-    b_mag: Float[Tensor, "#values"]
-    gain: Float[Tensor, "#values"]
-    paths: ClassVar[int] = 2
-
-    @property
-    def low(self) -> Tensor:
-        return -self.b_gate
-
-    def at(self, latents: Tensor) -> "_Gated":
-        return replace(self, b_gate=self.b_gate[latents], b_mag=self.b_mag[latents], gain=self.gain[latents])
-
-    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
-        gate = torch.relu(pre + self.b_gate)
-        return aten.threshold_backward(torch.relu(torch.addcmul(self.b_mag, pre, self.gain)), gate, 0), gate
-
-    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
-        return codes[1].sum()
-
-    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-        acts, gate = self.codes(pre)
-        magnitude = aten.threshold_backward(grads[0], acts, 0)
-        opening = aten.threshold_backward(grads[1] + self.price, gate, 0)
-        scaled = magnitude * self.gain
-        return {"b_enc": opening + scaled, "b_gate": opening, "b_mag": magnitude, "r_mag": scaled * pre}
-
-
-@dataclass(frozen=True, eq=False)
-class _JumpReLU(_Rule):
-    """JumpReLU, with a straight-through estimator in a band about its threshold (Rajamanoharan et al. 2024,
-    arXiv:2407.14435).
-
-    The charge is the L0, its squared distance from a target (Gemma Scope 2), or tanh (Anthropic, January 2025).
-    """
-
-    threshold: Float[Tensor, "#values"]
-    config: SAEConfig
-
-    @property
-    def low(self) -> Tensor:
-        return self.threshold - self.config.bandwidth / 2
-
-    def at(self, latents: Tensor) -> "_JumpReLU":
-        return replace(self, threshold=self.threshold[latents])
-
-    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
-        return (aten.threshold_backward(pre, pre - self.threshold, 0),)
-
-    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
-        if self.config.penalty == "tanh":
-            return torch.tanh(self.config.tanh_scale * codes[0]).sum()
-        if self.config.penalty == "quadratic":
-            return (l0 - self.config.k).square().sum() * 2 / self.config.k
-        return l0.sum()
-
-    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-        gradient, over, width = grads[0], pre - self.threshold, self.config.bandwidth
-        one_more = torch.zeros_like(l0)  # what one more active latent costs in each row
-        if self.config.penalty == "tanh":
-            steepness = self.config.tanh_scale
-            slope = 1 - torch.tanh(steepness * aten.threshold_backward(pre, over, 0)).square()
-            gradient = gradient + self.price * steepness * slope
-        elif self.config.penalty == "quadratic":
-            one_more = self.price * 4 / self.config.k * (l0 - self.config.k)
-        else:
-            one_more = one_more + self.price
-        # What a latent's crossing of its threshold changes: its value jumps by the threshold, and the L0 by 1.
-        jump = torch.addcmul(one_more / -width, self.threshold / -width, gradient)
-        jump = aten.hardtanh_backward(jump, over, -width / 2, width / 2)
-        encoder = aten.threshold_backward(gradient, over, 0)
-        if self.config.estimate_inputs:
-            encoder = encoder - jump
-        return {"b_enc": encoder, "threshold": jump}
-
-
-_Rules = _Standard | _Gated | _JumpReLU
-
 
 # A pass over a chunk of pre-activations, with an array for each reconstruction and the L0 of each row: sums over rows.
-_Pass = Callable[[_Rules, Tensor, tuple[Tensor, ...], Tensor], dict[str, Tensor]]
+_Pass = Callable[[Rules, Tensor, tuple[Tensor, ...], Tensor], dict[str, Tensor]]
 
 
 class _Passes(NamedTuple):
@@ -202,7 +45,7 @@ class _Passes(NamedTuple):
     backward: _Pass
 
 
-def _forward(rule: _Rules, pre: Tensor, codes_out: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+def _forward(rule: Rules, pre: Tensor, codes_out: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
     """Fill the codes and the L0; what else is counted."""
     codes = rule.codes(pre)
     for out, code in zip(codes_out, codes):
@@ -211,19 +54,19 @@ def _forward(rule: _Rules, pre: Tensor, codes_out: tuple[Tensor, ...], l0: Tenso
     return {"l0": l0.sum(), "fired": codes[0].sum(0), "charge": rule.charge(codes, l0)}
 
 
-def _backward(rule: _Rules, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+def _backward(rule: Rules, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
     """Replace the first of the codes' gradients by that of pre; the gradients of each latent's own weights."""
     parts = rule.gradients(pre, tuple(grad.float() for grad in grads), l0.unsqueeze(1))
     grads[0].copy_(parts["b_enc"])
     return {name: part.sum(0) for name, part in parts.items()}
 
 
-def _in_blocks(one: _Pass, rule: _Rules, pre: Tensor, arrays: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+def _in_blocks(act: _Pass, rule: Rules, pre: Tensor, arrays: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
     """The pass over blocks that stay in the CPU's cache."""
     size = len(pre) if pre.device.type != "cpu" else max(1, _BLOCK // (4 * pre.shape[1]))
     blocks = [slice(start, start + size) for start in range(0, len(pre), size)]
-    found = [one(rule, pre[block], tuple(array[block] for array in arrays), l0[block]) for block in blocks]
-    return {name: torch.stack([part[name] for part in found]).sum(0) for name in found[0]}
+    parts = [act(rule, pre[block], tuple(array[block] for array in arrays), l0[block]) for block in blocks]
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
 _EAGER = _Passes(partial(_in_blocks, _forward), partial(_in_blocks, _backward))
@@ -237,9 +80,9 @@ def standard(
     ranks: Ranks,
     passes: _Passes = _EAGER,
 ) -> Step:
-    """A step of the standard SAE. Losses: mse, sparsity (L1, or while `now.p` is below 1 as `_Standard` has it)."""
+    """A step of the standard SAE. Losses: mse, sparsity (L1, or while `now.p` is below 1 as `Standard` has it)."""
     p = x.new_tensor(now.p, dtype=torch.float32) if now.p < 1 else None
-    return _step(_Standard(weights["b_enc"], _price(now, x), p), weights, x, config, ranks, passes)
+    return _step(Standard(weights["b_enc"], _price(now, x), p), weights, x, config, ranks, passes)
 
 
 def gated(
@@ -254,7 +97,7 @@ def gated(
 
     As in sae_lens, the auxiliary loss reaches the decoder, too.
     """
-    rule = _Gated(None, _price(now, x), weights["b_gate"], weights["b_mag"], weights["r_mag"].exp())
+    rule = Gated(None, _price(now, x), weights["b_gate"], weights["b_mag"], weights["r_mag"].exp())
     return _step(rule, weights, x, config, ranks, passes)
 
 
@@ -267,7 +110,7 @@ def jumprelu(
     passes: _Passes = _EAGER,
 ) -> Step:
     """A step of the JumpReLU SAE; thresholds are 0 or more. Losses: mse, sparsity (`config.penalty`)."""
-    rule = _JumpReLU(weights["b_enc"], _price(now, x), weights["threshold"], config)
+    rule = JumpReLU(weights["b_enc"], _price(now, x), weights["threshold"], config)
     return _step(rule, weights, x, config, ranks, passes)
 
 
@@ -295,7 +138,7 @@ def _price(now: Moment, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _step(rule: _Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: Ranks, passes: _Passes) -> Step:
+def _step(rule: Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: Ranks, passes: _Passes) -> Step:
     dtype = product_dtype(config, x.device)
     on_cpu = x.device.type == "cpu"
     size = max(1, (_CHUNK if on_cpu else _CHUNK_ELSEWHERE) // (4 * len(weights["W_enc"])))
@@ -315,7 +158,7 @@ def _step(rule: _Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: R
     else:
         sums = _dense(rule, encoder, chunks, weights["W_dec"].to(dtype), ranks, passes)
     losses = {"mse": sums["squares_0"] / len(x), "sparsity": rule.price * sums["charge"]}
-    if isinstance(rule, _Gated):
+    if isinstance(rule, Gated):
         losses["auxiliary"] = sums["squares_1"] / len(x)
     # b_dec is added to the reconstructions, and taken from what the encoder reads.
     sums["b_dec"] = sums["b_dec"] - sums["b_enc"] @ weights["W_enc"]
@@ -323,7 +166,7 @@ def _step(rule: _Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: R
 
 
 def _dense(
-    rule: _Rules,
+    rule: Rules,
     encoder: Encoder,
     chunks: Iterable[tuple[int, Tensor]],
     W_dec: Shaped[Tensor, "d_sae d_in"],
@@ -358,7 +201,7 @@ def _dense(
 
 
 def _sparse(
-    rule: _Rules,
+    rule: Rules,
     encoder: Encoder,
     chunks: Iterable[tuple[int, Tensor]],
     W_dec: Float[Tensor, "d_sae d_in"],

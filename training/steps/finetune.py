@@ -94,9 +94,9 @@ def _gradients(
     divergence, towards_kl = _divergence(model, kept, site, reconstruction.detach(), skip)
     values = x[ordinary].float()
     variance = (values - values.mean(0)).pow(2).sum() / n
-    told = torch.stack([error.pow(2).sum() / n, divergence, variance, torch.tensor(float(n), device=x.device)])
-    ranks.mean_([told])
-    mse, kl, variance_, tokens = told.tolist()
+    means = torch.stack([error.pow(2).sum() / n, divergence, variance, torch.tensor(float(n), device=x.device)])
+    ranks.mean_([means])
+    mse, kl, variance_, tokens = means.tolist()
     if not (math.isfinite(mse) and math.isfinite(kl)):
         raise UserError(f"fine-tuning at {site}: the squared error is {mse}, the KL {kl}: lower finetune_lr")
     # In units of the variance, so that Adam's epsilon means the same at every site.

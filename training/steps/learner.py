@@ -158,11 +158,11 @@ class Learner:
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"], rate: float, ranks: Ranks = ALONE) -> Step:
         """One step of Adam on this process's share of a batch, with the gradients of all; the step's findings."""
-        found = self.step_function(self.weights, x * self.scale, self.config, self.moment(), ranks)
-        ranks.mean_(found.gradients.values())
-        self.add_gains(found.gradients)
+        step = self.step_function(self.weights, x * self.scale, self.config, self.moment(), ranks)
+        ranks.mean_(step.gradients.values())
+        self.add_gains(step.gradients)
         for name, value in self.weights.items():
-            value.grad = found.gradients[name]
+            value.grad = step.gradients[name]
         if self.run.clip:
             torch.nn.utils.clip_grad_norm_(self.weights.values(), self.run.clip)
         for group in self.optimiser.param_groups:
@@ -172,8 +172,8 @@ class Learner:
         self.constrain()
         self.updates += 1
         self.idle += len(x) * ranks.size
-        self.idle[ranks.any(found.fired)] = 0
-        if found.smallest is not None and (smallest := float(found.smallest)) > 0:
+        self.idle[ranks.any(step.fired)] = 0
+        if step.smallest is not None and (smallest := float(step.smallest)) > 0:
             # The first value stands for all that are not there yet, or early evaluations would be of a far too low one.
             mixed = (1 - self.config.threshold_rate) * self.threshold + self.config.threshold_rate * smallest
             self.threshold = mixed if self.threshold else smallest
@@ -182,7 +182,7 @@ class Learner:
             keep = min(self.run.ema, self.updates / (self.updates + 10))
             for name, value in self.weights.items():
                 self.average[name].lerp_(value, 1 - keep)
-        return found
+        return step
 
     def add_gains(self, gradients: Weights) -> None:
         """Replace the radial part of the decoder's gradient by that of the latents' gains.
@@ -215,15 +215,15 @@ class Learner:
         if "threshold" in self.weights:
             self.weights["threshold"].clamp_(min=0)
 
-    def figures(self, x: Float[Tensor, "batch d_in"], found: Step) -> dict[str, float]:
+    def figures(self, x: Float[Tensor, "batch d_in"], step: Step) -> dict[str, float]:
         """Figures for the log, of the batch just trained on, from before its step."""
         variance = (x * self.scale).var(0, correction=0).sum()
-        losses = {name: float(value) for name, value in found.losses.items()}
+        losses = {name: float(value) for name, value in step.losses.items()}
         return {
             "loss": sum(losses.values()),
             **{f"loss/{name}": value for name, value in losses.items()},
             "fvu": losses["mse"] / max(float(variance), 1e-30),
-            "l0": float(found.l0),
+            "l0": float(step.l0),
             "dead": float(self.dead.float().mean()),
         }
 

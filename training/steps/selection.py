@@ -124,10 +124,10 @@ def select_batch(encoder: Encoder, k: int, ranks: Ranks) -> tuple[Entries, Float
     wanted = k * len(encoder.x) * ranks.size
     bound: float | None = None
     while True:
-        found, bound = _above(encoder, bound, k)
-        n = torch.tensor([len(found.value)], device=found.value.device)
+        candidates, bound = _above(encoder, bound, k)
+        n = torch.tensor([len(candidates.value)], device=candidates.value.device)
         most = int(ranks.gathered(n).max())
-        values = ranks.gathered(torch.nn.functional.pad(found.value, (0, most - len(found.value))))
+        values = ranks.gathered(torch.nn.functional.pad(candidates.value, (0, most - len(candidates.value))))
         top = values.topk(min(wanted, len(values)), sorted=False)
         smallest = float(top.values.min()) if len(values) >= wanted else 0.0
         # Found values are some of all, so their k-th largest is at most the true one: as a bound it cannot fail.
@@ -137,10 +137,10 @@ def select_batch(encoder: Encoder, k: int, ranks: Ranks) -> tuple[Entries, Float
         bound = max(smallest, SMALLEST)
     chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
     chosen[top.indices] = True
-    mine = chosen[ranks.rank * most :][: len(found.value)].nonzero().squeeze(1)
+    mine = chosen[ranks.rank * most :][: len(candidates.value)].nonzero().squeeze(1)
     active = top.values[top.values > 0]
     lowest = active.min() if len(active) else values.new_zeros(())
-    return Entries(found.row[mine], found.latent[mine], found.value[mine]), lowest
+    return Entries(candidates.row[mine], candidates.latent[mine], candidates.value[mine]), lowest
 
 
 def _above(encoder: Encoder, bound: float | None, k: int) -> tuple[Entries, float]:

@@ -1,0 +1,170 @@
+"""Activation and sparsity penalty of each architecture whose latents decide for themselves, with their gradients."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import SAEConfig
+from ..ranks import Ranks
+
+aten = torch.ops.aten
+
+_FLAT_BELOW = 1e-2  # activation under which the slope of f^p stays as it is there: it has no bound at 0
+
+_Self = TypeVar("_Self", bound="Rule")
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How values come from pre-activations, what they are charged, and the gradients of both.
+
+    Pre-activations are [rows, d_sae]; or [n], those that matter, once `at` has gathered the settings of their latents.
+
+    Attributes:
+        bias: What the product with the encoder adds.
+        price: Of a unit of charge.
+    """
+
+    bias: Float[Tensor, "d_sae"] | None
+    price: Float[Tensor, ""]
+    paths: ClassVar[int] = 1  # reconstructions from the codes
+
+    @property
+    def whole(self) -> bool:
+        """Whether the price depends on the whole batch."""
+        return False
+
+    @property
+    def low(self) -> Tensor | float:
+        """Pre-activations below this have neither a value nor a gradient."""
+        return 0.0
+
+    def at(self: _Self, latents: Tensor) -> _Self:
+        return self
+
+    def priced(self: _Self, codes: tuple[Tensor, ...], ranks: Ranks) -> _Self:
+        """With the price that the batch of all processes gives."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Standard(Rule):
+    """ReLU, charged its L1; while p < 1, p-annealed (Karvonen et al. 2024, arXiv:2408.00113).
+
+    There, Σ f^p stands for L1, its coefficient rescaled so that its value is L1's; here in each batch, the factor taken
+    as a constant.
+    """
+
+    p: Float[Tensor, ""] | None
+
+    @property
+    def whole(self) -> bool:
+        return self.p is not None
+
+    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
+        """What the decoder reads, one array for each reconstruction."""
+        return (torch.relu(pre),)
+
+    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
+        """The summed charge, before its price."""
+        return codes[0].sum()
+
+    def priced(self, codes: tuple[Tensor, ...], ranks: Ranks) -> "Standard":
+        if self.p is None:
+            return self
+        acts = codes[0].float()
+        sums = torch.stack([acts.sum(), torch.pow(acts, self.p).sum().clamp(min=1e-30)])
+        ranks.mean_([sums])
+        return replace(self, price=self.price * sums[0] / sums[1])
+
+    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+        """Gradients of pre (as `b_enc`) and of each latent's own weights at every value, from those of the codes."""
+        slope = self.price
+        if self.p is not None:
+            slope = self.price * self.p * torch.pow(pre.clamp(min=_FLAT_BELOW), self.p - 1)
+        return {"b_enc": aten.threshold_backward(grads[0] + slope, pre, 0)}
+
+
+@dataclass(frozen=True, eq=False)
+class Gated(Rule):
+    """A gate and a magnitude from one encoder (Rajamanoharan et al. 2024, arXiv:2404.16014); the gate pays its L1."""
+
+    b_gate: Float[Tensor, "#values"]
+    b_mag: Float[Tensor, "#values"]
+    gain: Float[Tensor, "#values"]
+    paths: ClassVar[int] = 2
+
+    @property
+    def low(self) -> Tensor:
+        return -self.b_gate
+
+    def at(self, latents: Tensor) -> "Gated":
+        return replace(self, b_gate=self.b_gate[latents], b_mag=self.b_mag[latents], gain=self.gain[latents])
+
+    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
+        gate = torch.relu(pre + self.b_gate)
+        return aten.threshold_backward(torch.relu(torch.addcmul(self.b_mag, pre, self.gain)), gate, 0), gate
+
+    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
+        return codes[1].sum()
+
+    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+        acts, gate = self.codes(pre)
+        magnitude = aten.threshold_backward(grads[0], acts, 0)
+        opening = aten.threshold_backward(grads[1] + self.price, gate, 0)
+        scaled = magnitude * self.gain
+        return {"b_enc": opening + scaled, "b_gate": opening, "b_mag": magnitude, "r_mag": scaled * pre}
+
+
+@dataclass(frozen=True, eq=False)
+class JumpReLU(Rule):
+    """JumpReLU, with a straight-through estimator in a band about its threshold (Rajamanoharan et al. 2024,
+    arXiv:2407.14435).
+
+    The charge is the L0, its squared distance from a target (Gemma Scope 2), or tanh (Anthropic, January 2025).
+    """
+
+    threshold: Float[Tensor, "#values"]
+    config: SAEConfig
+
+    @property
+    def low(self) -> Tensor:
+        return self.threshold - self.config.bandwidth / 2
+
+    def at(self, latents: Tensor) -> "JumpReLU":
+        return replace(self, threshold=self.threshold[latents])
+
+    def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
+        return (aten.threshold_backward(pre, pre - self.threshold, 0),)
+
+    def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
+        if self.config.penalty == "tanh":
+            return torch.tanh(self.config.tanh_scale * codes[0]).sum()
+        if self.config.penalty == "quadratic":
+            return (l0 - self.config.k).square().sum() * 2 / self.config.k
+        return l0.sum()
+
+    def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
+        gradient, over, width = grads[0], pre - self.threshold, self.config.bandwidth
+        one_more = torch.zeros_like(l0)  # what one more active latent costs in each row
+        if self.config.penalty == "tanh":
+            steepness = self.config.tanh_scale
+            slope = 1 - torch.tanh(steepness * aten.threshold_backward(pre, over, 0)).square()
+            gradient = gradient + self.price * steepness * slope
+        elif self.config.penalty == "quadratic":
+            one_more = self.price * 4 / self.config.k * (l0 - self.config.k)
+        else:
+            one_more = one_more + self.price
+        # What a latent's crossing of its threshold changes: its value jumps by the threshold, and the L0 by 1.
+        jump = torch.addcmul(one_more / -width, self.threshold / -width, gradient)
+        jump = aten.hardtanh_backward(jump, over, -width / 2, width / 2)
+        encoder = aten.threshold_backward(gradient, over, 0)
+        if self.config.estimate_inputs:
+            encoder = encoder - jump
+        return {"b_enc": encoder, "threshold": jump}
+
+
+Rules = Standard | Gated | JumpReLU
