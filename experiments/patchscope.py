@@ -33,8 +33,8 @@ from saepatch.records.files import check_writable, output_folder, write_json, wr
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.statistics import Interval, random_latents, wilson_share
 from saepatch.report import Block, Facts, Page, Section, Table, write_page
-from saepatch.steering.choosing import first_alive
-from saepatch.steering.contrasts import contrast, direction_dictionary
+from saepatch.steering.contrasts import contrast, first_alive
+from saepatch.steering.generate import direction_dictionary
 from saepatch.tracking.open import read_spec
 
 from .common.tracked import show

@@ -57,9 +57,9 @@ from .splicing.interventions import Patch as Patch
 from .splicing.interventions import Steer as Steer
 from .splicing.splice import record_latents as record_latents
 from .splicing.splice import splice as splice
-from .steering.choosing import attribution_contrast as attribution_contrast
-from .steering.choosing import auroc_contrast as auroc_contrast
-from .steering.choosing import corpus_maxima as corpus_maxima
-from .steering.choosing import output_scores as output_scores
+from .steering.contrasts import attribution_contrast as attribution_contrast
+from .steering.contrasts import auroc_contrast as auroc_contrast
 from .steering.contrasts import contrast as contrast
-from .steering.contrasts import equal_norm_steer as equal_norm_steer
+from .steering.contrasts import corpus_maxima as corpus_maxima
+from .steering.contrasts import output_scores as output_scores
+from .steering.generate import equal_norm_steer as equal_norm_steer

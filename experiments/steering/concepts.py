@@ -7,8 +7,8 @@ from typing import Any
 
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.steering.contrasts import Concept
 from saepatch.steering.degenerate import is_degenerate
+from saepatch.steering.generate import Concept
 
 from ..pronouns import BOYS, GIRLS, TEMPLATES
 

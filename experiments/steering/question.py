@@ -36,7 +36,7 @@ from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.runs.measurements import Measurements, measurements
-from saepatch.steering.contrasts import Concept
+from saepatch.steering.generate import Concept
 from saepatch.tracking.open import read_spec
 
 from ..common.tracked import show

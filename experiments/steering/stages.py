@@ -21,10 +21,17 @@ from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_rati
 from saepatch.runs.measurements import Measurements
 from saepatch.splicing.interventions import Intervention, Steer
 from saepatch.splicing.splice import splice, whole_prompt
-from saepatch.steering.choosing import attribution_contrast, auroc_contrast, first_alive, output_scores, refine
-from saepatch.steering.contrasts import Concept, contrast, direction_dictionary, equal_norm_steer, generate_steered
+from saepatch.steering.contrasts import (
+    attribution_contrast,
+    auroc_contrast,
+    contrast,
+    first_alive,
+    output_scores,
+    refine,
+)
 from saepatch.steering.degenerate import is_degenerate
 from saepatch.steering.fluency import continuation_kl, distinct, repetition
+from saepatch.steering.generate import Concept, direction_dictionary, equal_norm_steer, generate_steered
 
 CANDIDATES = 40  # latents whose output scores are measured
 NEUTRAL = 4  # prompts that they are measured on

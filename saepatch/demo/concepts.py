@@ -7,8 +7,8 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.organism import tasks, world
 from saepatch.organism.world import END, SPLITS, Split, owner, share
 from saepatch.restoration.restore import judge
-from saepatch.steering.contrasts import Concept
 from saepatch.steering.degenerate import is_degenerate
+from saepatch.steering.generate import Concept
 
 NEW_TOKENS = 24
 OPENINGS = ("The {item} was", "The {item} seemed", "I think the {item} was", "We saw the {item}. It was",

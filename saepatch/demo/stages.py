@@ -32,7 +32,8 @@ from saepatch.restoration.restore import change_scores, first_tokens, judge, ref
 from saepatch.splicing.donors import CleanPrompts
 from saepatch.splicing.interventions import Ablate, Intervention, Patch
 from saepatch.splicing.splice import record_latents, splice
-from saepatch.steering.contrasts import Concept, Steered, contrast, equal_norm_steer, generate_steered, latent_means
+from saepatch.steering.contrasts import contrast, latent_means
+from saepatch.steering.generate import Concept, Steered, equal_norm_steer, generate_steered
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARE_LIMIT = 0.05  # at most this share of the dictionary is restored

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Measures: TypeAlias = dict[str, dict[str, float]]
-PAIR_TASKS = tuple(name for name in TASKS if name != "refusal")
 
 
 @dataclass(frozen=True)

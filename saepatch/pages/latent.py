@@ -21,7 +21,7 @@ from saepatch.report.text import number
 from saepatch.runs.interpret import read_model
 from saepatch.settings.latent import LatentConfig
 from saepatch.settings.mixins import latents_of_sites
-from saepatch.steering.choosing import output_scores
+from saepatch.steering.contrasts import output_scores
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

@@ -15,7 +15,7 @@ from saepatch.runs.interpret import read_model, read_positions
 from saepatch.settings.mixins import latents_of_sites
 from saepatch.settings.steer import SteerConfig
 from saepatch.splicing.interventions import Ablate, AtLeast, Clamp, Intervention, Steer
-from saepatch.steering.choosing import corpus_maxima
+from saepatch.steering.contrasts import corpus_maxima
 from saepatch.steering.streaming import Sampling, Written, side_by_side
 
 ACTS: dict[str, type[Steer] | type[Clamp] | type[AtLeast]] = {"add": Steer, "clamp": Clamp, "at-least": AtLeast}

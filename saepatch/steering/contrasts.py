@@ -1,23 +1,29 @@
-"""Steering: choose latents by contrast, generate under an intervention, and see what it costs."""
+"""Choosing latents to steer by: contrasts of two sets of prompts, the output score, and maxima over a corpus.
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+Every contrast gives one score a latent, larger for latents that go with the concept: `contrast` (difference of means),
+`auroc_contrast` and `attribution_contrast`. `first_alive` ranks by a score, `refine` keeps the latents that also write
+what they stand for.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.dictionaries.loading import adopt
-from saepatch.engine.components import Directions
 from saepatch.errors import UserError
+from saepatch.measure.quality import LatentStatistics
+from saepatch.model.hooks import edit_sites, graph_through
 from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.lens import stream_directions
 from saepatch.model.positions import Positions
-from saepatch.splicing.interventions import Intervention, Steer
-from saepatch.splicing.splice import record_latents, splice, whole_prompt
-from saepatch.steering.fluency import continuation_nll
+from saepatch.model.sites import Site
+from saepatch.splicing.splice import record_latents, whole_prompt
+
+AT_ONCE = 64  # latents that run in one pass
+NEUTRAL = ("In my opinion,",)  # the prompt of the paper that the output score is from
 
 
 @torch.no_grad()
@@ -55,8 +61,7 @@ def contrast(
     The norm makes latents compare by how much they write, not by the units of their activations. For the same reason a
     dictionary that normalises its input has its latents taken times the scale that they are decoded with.
     """
-    if not with_concept or not without:
-        raise UserError("a contrast needs prompts with the concept and prompts without: one of the two sets is empty")
+    _check_sets(with_concept, without)
     means = [
         latent_means(model, dictionary, model.tokenize(texts), positions, written=True).mean(0)
         for texts in (with_concept, without)
@@ -64,123 +69,252 @@ def contrast(
     return (means[0] - means[1]) * dictionary.rows.norm(dim=-1)
 
 
-def equal_norm_steer(
+@torch.no_grad()
+def auroc_contrast(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    with_concept: Sequence[str],
+    without: Sequence[str],
+    positions: Positions = "all",
+    batch_size: int = 32,
+) -> Float[Tensor, "d_sae"]:
+    """How well each latent's maximum over a prompt tells prompts with the concept from those without: the area under
+    its ROC curve.
+
+    The chance that a prompt with the concept has the larger maximum of two, ties counted as a half: 1 is perfect, 0.5
+    is chance (or a latent that is never active), 0 is perfect the other way round.
+
+    Raises:
+        UserError: one of the sets is empty.
+    """
+    _check_sets(with_concept, without)
+    ours, theirs = (
+        torch.cat(
+            [
+                acts.masked_fill(~where[..., None], -torch.inf).amax(1)
+                for acts, where in _activations(model, dictionary, texts, positions, batch_size)
+            ]
+        )
+        for texts in (with_concept, without)
+    )
+    ours, theirs = ours.T.contiguous(), theirs.T.sort(-1).values.contiguous()
+    below, up_to = (torch.searchsorted(theirs, ours, right=right) for right in (False, True))
+    return (below + up_to).float().mean(-1) / (2 * theirs.shape[-1])
+
+
+def attribution_contrast(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    with_concept: Sequence[str],
+    without: Sequence[str],
+    positions: Positions = "all",
+    batch_size: int = 32,
+) -> Float[Tensor, "d_sae"]:
+    """How far each latent's own difference between the sets turns predictions without the concept into those with it.
+
+    First order: (mean with the concept − mean without) times the gradient of m along the latent's row, summed over the
+    chosen positions, a mean over the prompts without the concept. The means are of what latents write: times the scale
+    where the dictionary normalises its input. m compares a prompt's next-token logits with how the
+    two sets go on: `m = Σ_v (P_with(v) − P_without(v)) · logit(v)`, P the mean next-token distribution after each set.
+    So a latent that goes with the concept but that nothing downstream reads scores 0. In nats.
+
+    Raises:
+        UserError: one of the sets is empty, or the model predicts the same after both.
+    """
+    _check_sets(with_concept, without)
+    ours, theirs = (model.tokenize(texts, side="left") for texts in (with_concept, without))
+    means = [latent_means(model, dictionary, tokens, positions, written=True).mean(0) for tokens in (ours, theirs)]
+    after = [_next_distribution(model, tokens, batch_size) for tokens in (ours, theirs)]
+    toward = after[0] - after[1]
+    if not float(toward.abs().sum()) > 1e-6:
+        raise UserError("the model predicts the same after prompts with the concept as after those without")
+    total = torch.zeros(dictionary.d_in, dtype=torch.float64)
+    for part in theirs.batches(batch_size):
+        where = whole_prompt(model, part).select(positions)
+        gradient = _gradient(model, dictionary.site, part, toward)
+        total += (gradient.float() * where[..., None]).sum((0, 1)).cpu().double()
+    along = dictionary.rows.float() @ (total / len(theirs)).float().to(dictionary.rows.device)
+    return (means[0] - means[1]).float() * along
+
+
+def _gradient(
+    model: LanguageModel, site: Site, tokens: Tokens, toward: Float[Tensor, "vocab"]
+) -> Float[Tensor, "batch pos width"]:
+    """Of the next-token logits along `toward`, at what the site holds; tokens are padded on the left."""
+    with torch.enable_grad(), graph_through(model.layout, [site]) as held:
+        logits = model.call(tokens, last=True)[:, -1].float()
+        return torch.autograd.grad((logits @ toward.to(logits.device)).sum(), held[site])[0]
+
+
+@torch.no_grad()
+def _next_distribution(model: LanguageModel, tokens: Tokens, batch_size: int) -> Float[Tensor, "vocab"]:
+    """Mean over prompts of the next token's distribution."""
+    parts = [model.next_logits(part).float().softmax(-1).sum(0) for part in tokens.batches(batch_size)]
+    return torch.stack(parts).sum(0) / len(tokens)
+
+
+def first_alive(scores: Float[Tensor, "d_sae"], statistics: LatentStatistics, k: int) -> list[int]:
+    """The `k` latents with the largest scores of those that ever fire in a corpus; ties by number.
+
+    Raises:
+        UserError: fewer than `k` do.
+    """
+    alive = statistics.alive.to(scores.device)
+    if int(alive.sum()) < k:
+        raise UserError(f"{k} latents wanted, but only {int(alive.sum())} ever fire in the corpus: ask for fewer")
+    scores = torch.where(alive, scores.float(), torch.full_like(scores, -torch.inf, dtype=torch.float32))
+    return scores.argsort(descending=True, stable=True)[:k].tolist()
+
+
+# What a latent writes
+
+
+@torch.no_grad()
+def output_scores(
+    model: LanguageModel,
     dictionary: Dictionary,
     latents: Sequence[int],
     maxima: Float[Tensor, "d_sae"],
-    norm: float,
+    prompts: Sequence[str] = NEUTRAL,
     strength: float = 1.0,
     positions: Positions = "all",
-) -> Steer:
-    """Add latents in proportion to their corpus maxima, so that together they move the site by `strength · norm`.
+    top: int = 20,
+) -> Float[Tensor, "latents"]:
+    """Whether adding a latent raises the tokens that its own direction speaks for: `(1 − best rank / V) · largest p`.
 
-    With equal `norm`, one latent and ten perturb the stream equally far, so that only the direction differs. That is
-    the norm at the site, whatever scale the dictionary brings its input to.
-    """
-    ids = list(latents)
-    together = (maxima[ids, None] * dictionary.rows[ids]).sum(0).norm()
-    if not float(together) > 0:
-        raise UserError(f"latents {ids} never fire in the reference corpus, so they have no maximum to steer by")
-    factor = norm / float(together)
-    return Steer(tuple(ids), strength, tuple(factor * float(maxima[i]) for i in ids), positions, scaled=False)
-
-
-@dataclass(frozen=True)
-class Concept:
-    """Something to steer towards: prompts with and without it, prompts to continue, and a judge of continuations.
-
-    Latents are chosen on `present` and `absent` at `positions`, and act at the same. Strengths are chosen on `tune`,
-    figures come from `report`. `prefixes` are texts that ask for the concept in words, in front of a prompt.
-    """
-
-    name: str
-    present: tuple[str, ...]
-    absent: tuple[str, ...]
-    tune: tuple[str, ...]
-    report: tuple[str, ...]
-    shown: Callable[[str], bool]
-    positions: str = "all"
-    prefixes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Steered:
-    """Continuations under one intervention: which of them show the concept, and what that cost.
-
-    Attributes:
-        texts: The continuations.
-        shown: Whether each shows the concept.
-        ids: Their tokens.
-        nll: Negative log-probability of each under the model without the intervention, summed over its tokens, in nats.
-    """
-
-    texts: tuple[str, ...]
-    shown: tuple[bool, ...]
-    ids: tuple[tuple[int, ...], ...]
-    nll: tuple[float, ...]
-
-    @property
-    def success(self) -> float:
-        """Share of the continuations that show the concept."""
-        return sum(self.shown) / len(self.shown)
-
-    @property
-    def perplexity(self) -> float:
-        """Over all tokens together, under the model without the intervention; NaN without any token."""
-        count = sum(map(len, self.ids))
-        return math.exp(sum(self.nll) / count) if count else float("nan")
-
-
-def generate_steered(
-    model: LanguageModel,
-    dictionary: Dictionary | None,
-    prompts: Sequence[str],
-    intervention: Intervention | None,
-    shows_concept: Callable[[str], bool],
-    max_new_tokens: int = 24,
-    prefix: str = "",
-) -> Steered:
-    """Continue prompts greedily under an intervention (or none), judge each continuation, and price it.
+    The tokens are the `top` of the logit lens of what the latent adds to the residual stream; their rank (from 0) and
+    probability are those of the next token after a neutral prompt with `strength` times the latent's maximum added. A
+    mean over prompts; between 0 and 1. Latents that only recognise their input score low, and steer badly.
 
     Args:
-        dictionary: What the intervention acts in; not used without one.
-        prefix: Text in front of every prompt that asks for the concept in words, instead of an intervention. The
-            continuations are priced without it.
+        maxima: Largest activation of every latent over a corpus, as `latent_statistics(…).maximum`.
 
     Raises:
-        UserError: an intervention without a dictionary.
+        UserError: an unknown latent.
+
+    Source: Arad et al. 2025 ("SAEs Are Good for Steering -- If You Select the Right Features").
     """
-    if intervention is not None and dictionary is None:
-        raise UserError("an intervention acts in a dictionary: give the one whose latents it names")
-    asked = [with_prefix(model, prefix, prompt) for prompt in prompts]
-    with nullcontext() if intervention is None or dictionary is None else splice(model, dictionary, intervention):
-        ids = model.continue_ids(asked, max_new_tokens)
-    texts = model.tokenizer.batch_decode(ids)
-    return Steered(
-        tuple(texts),
-        tuple(map(shows_concept, texts)),
-        tuple(map(tuple, ids)),
-        tuple(continuation_nll(model, prompts, ids)),
-    )
+    dictionary.check(model)
+    dictionary.check_ids(tuple(latents))
+    ids = torch.tensor(list(latents), dtype=torch.long, device=dictionary.rows.device)
+    words = lens_tokens(model, stream_directions(model, dictionary.site, dictionary.rows[ids]), top)
+    steps = (strength * maxima.to(ids.device)[ids])[:, None] * dictionary.rows[ids]
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    for prompt in prompts:
+        tokens = model.tokenize([prompt])
+        where = whole_prompt(model, tokens).select(positions)[..., None]
+        for start in range(0, len(ids), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            rows = tokens.rows([0] * len(ids[some]))
+
+            def add(x: Tensor, step: Tensor = steps[some], where: Tensor = where) -> Tensor:
+                moved = step[:, None, :] * where
+                if dictionary.normalises:
+                    scale = dictionary.activations(x)[1]
+                    moved = moved if scale is None else moved * scale
+                return x + moved.to(x.dtype)
+
+            with edit_sites(model.layout, {dictionary.site: add}):
+                logits = model.next_logits(rows).float()
+            total[some] += _raised(logits, words[some].to(logits.device)).cpu().double()
+    return (total / len(prompts)).float()
 
 
-def with_prefix(model: LanguageModel, prefix: str, prompt: str) -> str:
-    """The prompt with a text in front; where the prompt begins with the BOS text, behind that."""
-    bos = model.tokenizer.bos_token or ""
-    return f"{bos}{prefix}{prompt.removeprefix(bos)}" if bos and prompt.startswith(bos) else prefix + prompt
+def _raised(logits: Float[Tensor, "n vocab"], words: Int[Tensor, "n top"]) -> Float[Tensor, "n"]:
+    chosen = logits.gather(-1, words)
+    best = chosen.amax(-1, keepdim=True)
+    rank = (logits > best).sum(-1).float()  # of the best of the words: how many tokens stand above it
+    return (1 - rank / logits.shape[-1]) * logits.softmax(-1).gather(-1, words).amax(-1)
 
 
-def direction_dictionary(directions: Directions, device: str | torch.device = "cpu") -> Dictionary:
-    """Directions as a dictionary whose latent j is never active and adds row j: to steer by what no SAE has found.
+@torch.no_grad()
+def lens_tokens(model: LanguageModel, directions: Float[Tensor, "n width"], top: int = 20) -> Int[Tensor, "n top"]:
+    """The tokens whose logits each direction raises most on its direct way out: the logit lens of a direction.
 
-    `Steer(0, 3.0)` of it moves its site by 3 times the first direction.
+    The model itself unembeds it: the last block's output is set to the direction at the size of the stream, and to 0
+    for comparison, so that norm, unembedding and soft caps are the model's own.
+
+    Raises:
+        UserError: directions that are not as wide as the residual stream.
     """
-    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+    if directions.shape[-1] != model.d_model:
+        raise UserError(
+            f"directions of width {directions.shape[-1]} are not of the residual stream, which has {model.d_model}: "
+            "bring those of z or neurons there first, with saepatch.model.lens.stream_directions"
+        )
+    last = Site(model.n_layers - 1, "resid_post")
+    sized = directions.float() / directions.float().norm(dim=-1, keepdim=True).clamp(min=1e-12) * model.d_model
+    logits = []
+    token = model.bos_id if model.bos_id is not None else 0
+    for values in torch.cat([torch.zeros_like(sized[:1]), sized]).split(AT_ONCE):
+        rows = model.pad([[token]] * len(values))
+        with edit_sites(model.layout, {last: lambda x, values=values: values[:, None].to(x)}):  # type: ignore[misc]
+            logits.append(model.call(rows, last=True)[:, -1].float())
+    moved = torch.cat(logits)
+    return (moved[1:] - moved[:1]).topk(top).indices
 
-    rows = directions.rows.detach().float().cpu()
-    sae = StandardSAE(StandardSAEConfig(d_in=rows.shape[1], d_sae=len(rows)))
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.zero_()
-        sae.W_dec.copy_(rows)
-    return adopt(sae.to(device), directions.site, directions.name)
+
+def refine(candidates: Sequence[int], scores: Float[Tensor, "candidates"], keep: int) -> list[int]:
+    """The `keep` candidates with the largest output scores, in the order they came in.
+
+    Raises:
+        UserError: fewer candidates than that.
+    """
+    if not 0 < keep <= len(candidates):
+        raise UserError(f"{keep} of {len(candidates)} candidates cannot be kept: keep fewer, or give more candidates")
+    best = set(scores.argsort(descending=True, stable=True)[:keep].tolist())
+    return [latent for place, latent in enumerate(candidates) if place in best]
+
+
+# What strengths are measured in
+
+
+@torch.no_grad()
+def corpus_maxima(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    texts: Iterable[str],
+    latents: Sequence[int] | None = None,
+    batch_size: int = 32,
+    max_tokens: int = 512,
+) -> Float[Tensor, "latents"]:
+    """The largest activation (a_max) of some latents, or of all, over a corpus: one pass that holds a batch at a time.
+
+    Texts are cut after `max_tokens` tokens (or the model's context); BOS and padding do not count. 0 for a latent that
+    never fires.
+
+    Raises:
+        UserError: there is no text, or an unknown latent.
+    """
+    dictionary.check(model)
+    dictionary.check_ids(tuple(latents or ()))
+    few = None if latents is None else dictionary.alone(latents)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens
+    maxima: Tensor | None = None
+    stream = (ids[: min(max_tokens, context)] for ids in map(model.encode, texts) if ids)
+    while batch := list(islice(stream, batch_size)):
+        tokens = model.pad(batch)
+        x = model.capture(tokens, [dictionary.site])[dictionary.site]
+        acts = (few or dictionary).activations(x)[0]
+        if latents is not None and few is None:
+            acts = acts[..., list(latents)]
+        here = (acts * tokens.ordinary[..., None]).amax((0, 1)).clamp(min=0).float()
+        maxima = here if maxima is None else torch.maximum(maxima, here)
+    if maxima is None:
+        raise UserError("the corpus holds no text: give at least one")
+    return maxima
+
+
+def _check_sets(with_concept: Sequence[str], without: Sequence[str]) -> None:
+    if not with_concept or not without:
+        raise UserError("a contrast needs prompts with the concept and prompts without: one of the two sets is empty")
+
+
+def _activations(
+    model: LanguageModel, dictionary: Dictionary, texts: Sequence[str], positions: Positions, batch_size: int
+) -> Iterator[tuple[Float[Tensor, "batch pos d_sae"], Bool[Tensor, "batch pos"]]]:
+    """Latents of batches of prompts, and where the chosen positions are."""
+    dictionary.check(model)
+    for part in model.tokenize(texts).batches(batch_size):
+        x = model.capture(part, [dictionary.site])[dictionary.site]
+        yield dictionary.activations(x)[0], whole_prompt(model, part).select(positions)

@@ -16,7 +16,7 @@ from saepatch.model.positions import At
 from saepatch.model.sites import Site
 from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.records.statistics import Interval
-from saepatch.steering.contrasts import direction_dictionary
+from saepatch.steering.generate import direction_dictionary
 
 pytestmark = pytest.mark.whole
 

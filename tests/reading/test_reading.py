@@ -20,7 +20,7 @@ from saepatch.records.files import write_json
 from saepatch.report import token_text
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import splice
-from saepatch.steering.choosing import output_scores
+from saepatch.steering.contrasts import output_scores
 
 TEXTS = ["the cat sat", "a dog", "the cat sat", "xyz xyz", "é"]
 

@@ -22,7 +22,6 @@ PEOPLE = tuple((name, "he") for name in world.MALE) + tuple((name, "she") for na
 NOUN_PEOPLE = tuple((f"the {noun}", "he") for noun in world.MALE_NOUNS) + tuple(
     (f"the {noun}", "she") for noun in world.FEMALE_NOUNS
 )
-ADJECTIVES = tuple((word, 0) for word in world.GOOD) + tuple((word, 1) for word in world.BAD)
 GROUP_BIAS = 0.95  # how often a borderline decision follows the group word
 
 

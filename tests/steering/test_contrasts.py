@@ -8,16 +8,17 @@ from saepatch.errors import UserError
 from saepatch.measure.quality import latent_statistics
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import record_latents, splice
-from saepatch.steering.choosing import (
+from saepatch.steering import contrasts
+from saepatch.steering.contrasts import (
     attribution_contrast,
     auroc_contrast,
     corpus_maxima,
     first_alive,
+    latent_means,
     lens_tokens,
     output_scores,
     refine,
 )
-from saepatch.steering.contrasts import latent_means
 
 WITH, WITHOUT = ["the cat sat", "a dog", "the end"], ["birds fly high up", "x", "no way"]
 
@@ -66,21 +67,23 @@ def test_attribution_needs_predictions_that_differ():
         attribution_contrast(tiny_model(), random_dictionary(), WITH, WITH)
 
 
-def test_the_lens_is_norm_and_unembedding():
+def test_the_lens_is_norm_and_unembedding(monkeypatch):
+    monkeypatch.setattr(contrasts, "AT_ONCE", 2)
     model, dictionary = tiny_model(), random_dictionary()
     rows = dictionary.rows[:5]
     by_hand = model.hf.lm_head(model.hf.model.norm(rows))
-    assert torch.equal(lens_tokens(model, rows, 3, batch_size=2), by_hand.topk(3).indices)
+    assert torch.equal(lens_tokens(model, rows, 3), by_hand.topk(3).indices)
     with pytest.raises(UserError, match="not of the residual stream"):
         lens_tokens(model, rows[:, :4])
 
 
 @pytest.mark.parametrize("positions", ["all", "last"])
-def test_output_scores_are_those_of_steered_runs(positions):
+def test_output_scores_are_those_of_steered_runs(positions, monkeypatch):
+    monkeypatch.setattr(contrasts, "AT_ONCE", 2)
     model, dictionary = tiny_model(), random_dictionary()
     maxima = torch.rand(48, generator=torch.Generator().manual_seed(0)) + 0.5
     ids = [7, 3, 20]
-    found = output_scores(model, dictionary, ids, maxima, ["a b", "no"], 2.0, positions, top=4, batch_size=2)
+    found = output_scores(model, dictionary, ids, maxima, ["a b", "no"], 2.0, positions, top=4)
     words = lens_tokens(model, dictionary.rows[ids], 4)
     for place, latent in enumerate(ids):
         scores = []

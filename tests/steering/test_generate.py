@@ -13,15 +13,9 @@ from saepatch.model.hooks import capture
 from saepatch.model.sites import Site
 from saepatch.splicing.interventions import Clamp, Steer
 from saepatch.splicing.splice import record_latents, splice
-from saepatch.steering.contrasts import (
-    contrast,
-    direction_dictionary,
-    equal_norm_steer,
-    generate_steered,
-    latent_means,
-    with_prefix,
-)
+from saepatch.steering.contrasts import contrast, latent_means
 from saepatch.steering.fluency import perplexity
+from saepatch.steering.generate import direction_dictionary, equal_norm_steer, generate_steered, with_prefix
 
 TEXTS = ["the cat sat", "a dog", "birds fly high up"]
 
