@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before torch: threads that spin while they wait are up to twenty times slower on a machine that is shared.
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .loop.sweep import Swept
 
 PROG = "python -m training"
+PRESETS = Path(__file__).parent / "configs"
 COLUMNS = ("ce_recovered", "ce_recovered_mean", "kl", "fvu", "l0", "alive_share", "dense_share", "identity_error")
 GO_ON = "the same command with --resume true goes on from there"
 
@@ -135,9 +137,17 @@ def table(figures: Mapping[str, Mapping[str, float]]) -> str:
     return text_table(["site", *COLUMNS], rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Train what a YAML file or the name of a preset says; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and not given[0].startswith("-") and not Path(given[0]).is_file():
+        presets = {path.stem: str(path) for path in sorted(PRESETS.glob("*.yaml"))}
+        if given[0] not in presets:
+            sys.stderr.write(f"error: no config file {given[0]!r}, nor a preset ({', '.join(presets)}); see --help\n")
+            return 2
+        given[0] = presets[given[0]]
     nothing = f"the run under way wrote no dictionary; if there is a checkpoint, {GO_ON}"
-    return run_config(TrainingConfig, run, PROG, arguments, interrupted=nothing)
+    return run_config(TrainingConfig, run, prog, given, interrupted=nothing)
 
 
 if __name__ == "__main__":

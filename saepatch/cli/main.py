@@ -15,6 +15,7 @@ from saepatch.cli.commands.report import report
 from saepatch.cli.commands.runs import runs
 from saepatch.cli.commands.steer import steer
 from saepatch.cli.commands.sweep import restore, sweep
+from saepatch.cli.commands.train import experiment, train
 from saepatch.cli.parser import CommandResult, run_commands
 from saepatch.settings.compare import CompareConfig
 from saepatch.settings.demo import DemoConfig
@@ -43,6 +44,12 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "steer": (SteerConfig, steer),
 }
 
+# Commands that read their arguments themselves: what --help says of them, and the function that gets the arguments.
+FORWARDED: Mapping[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "train": ("Train dictionaries: saepatch train CONFIG.yaml, or the name of a preset.", train),
+    "experiment": ("Run an experiment of this project: saepatch experiment NAME.", experiment),
+}
+
 
 def _version() -> str:
     from importlib.metadata import version
@@ -52,7 +59,7 @@ def _version() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
-    return run_commands(COMMANDS, "saepatch", saepatch.__doc__ or "", _version, arguments)
+    return run_commands(COMMANDS, "saepatch", saepatch.__doc__ or "", _version, arguments, FORWARDED)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,17 @@ def run_commands(
     description: str,
     version: Callable[[], str],
     arguments: Sequence[str] | None = None,
+    forwarded: Mapping[str, tuple[str, Callable[[Sequence[str]], int]]] | None = None,
 ) -> int:
     """Read a command and its dataclass from the command line, run it and print what it says; returns the exit code.
 
     A dataclass may have the fields `quiet` (nothing but errors and what the command says) and `json` (what it says as
-    one JSON object).
+    one JSON object). `forwarded` are commands that read their arguments themselves, each with a line of help.
     """
+    forwarded = forwarded or {}
+    whole = list(sys.argv[1:] if arguments is None else arguments)
+    if whole and whole[0] in forwarded:
+        return forwarded[whole[0]][1](whole[1:])
 
     def run(given: list[str]) -> None:
         from jsonargparse import ArgumentParser, set_parsing_settings
@@ -73,6 +78,8 @@ def run_commands(
         several = parser.add_subcommands(dest="command", required=True)
         for name, (config, _) in commands.items():
             several.add_subcommand(name, _parser(config, positional=True), help=(config.__doc__ or "").strip())
+        for name, (summary, _) in forwarded.items():
+            several.add_subcommand(name, ArgumentParser(exit_on_error=False), help=summary)
         name = _parsed(parser, given).command
         kind, command = commands[name]
         config = _instantiate(parser, given, kind, name)
@@ -88,7 +95,7 @@ def run_commands(
             sys.stdout.write((_json(said.facts) if as_json else said.text) + "\n")
             sys.stdout.flush()
 
-    return _guarded(run, arguments, "files that were written are whole")
+    return _guarded(run, whole, "files that were written are whole")
 
 
 COMPLETION = 'Completion in a shell: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'

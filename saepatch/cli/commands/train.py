@@ -1,0 +1,50 @@
+"""`saepatch train` and `saepatch experiment`, which hand their arguments on.
+
+Their packages stand beside this one: `training` and `experiments` in a clone, `saepatch_training` and
+`saepatch_experiments` where the wheel is installed.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import saepatch
+from saepatch.cli.parser import run_config
+
+# Experiments by name: where the config class and `main` are.
+EXPERIMENTS = {
+    "agreement": ("agreement", "AgreementConfig"),
+    "ioi": ("ioi", "IoiConfig"),
+    "patchscope": ("patchscope", "PatchscopeConfig"),
+    "pronouns": ("pronouns", "PronounsConfig"),
+    "safety": ("safety", "SafetyConfig"),
+    "steering": ("steering.question", "SteeringConfig"),
+}
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train dictionaries, from a YAML file or a preset's name; returns the exit code."""
+    return import_beside("training", "__main__").main(arguments, "saepatch train")
+
+
+def experiment(arguments: Sequence[str]) -> int:
+    """Run one of the experiments by its name; returns the exit code."""
+    name, *settings = arguments or ["--help"]
+    if name not in EXPERIMENTS:
+        usage = f"saepatch experiment NAME [--key value …], NAME one of {', '.join(EXPERIMENTS)}"
+        if name in ("-h", "--help"):
+            sys.stdout.write(f"usage: {usage}\n")
+            return 0
+        sys.stderr.write(f"error: unknown experiment {name!r}: {usage}\n")
+        return 2
+    place, config = EXPERIMENTS[name]
+    module = import_beside("experiments", place)
+    return run_config(getattr(module, config), module.main, f"saepatch experiment {name}", settings)
+
+
+def import_beside(package: str, module: str) -> ModuleType:
+    """A module of a clone's `training` or `experiments`; of what the wheel installs, where there is no clone."""
+    in_clone = (Path(saepatch.__file__).parents[1] / package / "__init__.py").is_file()
+    return import_module(f"{package if in_clone else f'saepatch_{package}'}.{module}")
