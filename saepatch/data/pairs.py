@@ -28,8 +28,10 @@ class PromptPair:
 
 
 def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) -> list[PromptPair]:
-    """At most `n` pairs (0: all of a file or dataset): of one of the embedded model's tasks, or with the columns
-    `clean, corrupted, answer, counter` (`example`, a name, if you like) of
+    """Load at most `n` prompt pairs (0: all of a file or dataset).
+
+    `source` names one of the embedded model's tasks or, with the columns `clean, corrupted, answer, counter` (and
+    `example`, a name, if you like),
 
     - a file: `.jsonl`, `.json`, `.csv` (with a header) or `.parquet`;
     - a folder that `datasets` saved with `save_to_disk`;
