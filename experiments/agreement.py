@@ -17,7 +17,8 @@ from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.model.language_model import LanguageModel
 
-from .pairs.study import Framed, Question, StudyConfig, fitting, run
+from .pairs.question import FramedPair, Question, StudyConfig, fitting
+from .pairs.study import run
 
 # Every other noun is of the report split.
 NOUNS = (
@@ -39,13 +40,13 @@ class AgreementConfig(StudyConfig):
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
-def agreement_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[Framed]:
+def agreement_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[FramedPair]:
     """Singular/plural pairs that fit a tokenizer, half of them clean in the plural; splits share no noun."""
     half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
     return fitting(model, _candidates(split, half, seed), n)
 
 
-def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
+def _candidates(split: str, half: slice, seed: int) -> Iterator[FramedPair]:
     nouns = list(permutations(NOUNS[half], 2))
     cells = list(product(TEMPLATES[split], nouns, (False, True), (False, True)))
     Random(f"{split}/{seed}").shuffle(cells)
@@ -54,7 +55,7 @@ def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
         d = plural(distractor) if distractor_many else distractor
         clean, corrupted = (template.format(s=forms[i], d=d) for i in (many, not many))
         example = f"{split}-{forms[many]}-{d}-{TEMPLATES[split].index(template)}"
-        yield Framed(PromptPair(clean, corrupted, verbs[many], verbs[not many], example), template)
+        yield FramedPair(PromptPair(clean, corrupted, verbs[many], verbs[not many], example), template)
 
 
 def plural(noun: str) -> str:

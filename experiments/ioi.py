@@ -17,7 +17,8 @@ from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.model.language_model import LanguageModel
 
-from .pairs.study import Framed, Question, StudyConfig, fitting, run
+from .pairs.question import FramedPair, Question, StudyConfig, fitting
+from .pairs.study import run
 
 # After Wang et al. 2022 (https://arxiv.org/abs/2211.00593). Of names, places and objects every other one is of the
 # report split; all are single tokens to GPT-2.
@@ -49,13 +50,13 @@ class IoiConfig(StudyConfig):
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
-def ioi_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[Framed]:
+def ioi_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[FramedPair]:
     """ABBA and BABA pairs that fit a tokenizer; splits share no template, name, place or object."""
     half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
     return fitting(model, _candidates(split, half, seed), n)
 
 
-def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
+def _candidates(split: str, half: slice, seed: int) -> Iterator[FramedPair]:
     names = list(permutations(NAMES[half], 2))
     cells = list(product(TEMPLATES[split], names, PLACES[half], OBJECTS[half], ("ABBA", "BABA")))
     Random(f"{split}/{seed}").shuffle(cells)
@@ -63,7 +64,7 @@ def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
         a, b = (io, subject) if kind == "ABBA" else (subject, io)
         clean, corrupted = (template.format(a=a, b=b, s=s, place=place, gift=gift) for s in (subject, io))
         example = f"{split}-{io}-{subject}-{place}-{gift}-{kind}-{TEMPLATES[split].index(template)}"
-        yield Framed(PromptPair(clean, corrupted, f" {io}", f" {subject}", example), f"{template} {kind}")
+        yield FramedPair(PromptPair(clean, corrupted, f" {io}", f" {subject}", example), f"{template} {kind}")
 
 
 QUESTION = Question(

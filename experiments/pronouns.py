@@ -17,7 +17,8 @@ from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.model.language_model import LanguageModel
 
-from .pairs.study import Framed, Question, StudyConfig, fitting, run
+from .pairs.question import FramedPair, Question, StudyConfig, fitting
+from .pairs.study import run
 
 # Every other name is of the report split. Each half has names of one and of two tokens to many a small tokenizer, so
 # that enough girls and boys make prompts of equal length.
@@ -45,7 +46,7 @@ class PronounsConfig(StudyConfig):
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
-def story_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[Framed]:
+def story_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[FramedPair]:
     """Girl/boy pairs that fit a tokenizer, half of them with the girl as the clean prompt.
 
     Each split has its own names and templates.
@@ -54,7 +55,7 @@ def story_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[Fra
     return fitting(model, _candidates(split, half, seed), n)
 
 
-def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
+def _candidates(split: str, half: slice, seed: int) -> Iterator[FramedPair]:
     cells = list(product(enumerate(TEMPLATES[split]), enumerate(GIRLS[half]), enumerate(BOYS[half])))
     Random(f"{split}/{seed}").shuffle(cells)
     for (i, template), (j, girl), (k, boy) in cells:
@@ -62,7 +63,7 @@ def _candidates(split: str, half: slice, seed: int) -> Iterator[Framed]:
         she_first = (i + j + k) % 2 == 0  # so that no name and no template is always on the clean side
         clean, corrupted = texts if she_first else texts[::-1]
         answer, counter = (" She", " He") if she_first else (" He", " She")
-        yield Framed(PromptPair(clean, corrupted, answer, counter, f"{split}-{girl}-{boy}-{i}"), template)
+        yield FramedPair(PromptPair(clean, corrupted, answer, counter, f"{split}-{girl}-{boy}-{i}"), template)
 
 
 QUESTION = Question(

@@ -1,8 +1,8 @@
-"""What an experiment found: its tables, its words, and the files they are written to."""
+"""The results of an experiment, their tables, and the sentences that follow from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Direction, Edit
@@ -12,10 +12,8 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.records.tables import text_table
 
+from .question import Question, StudyConfig
 from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, Kind, RankedSite
-
-if TYPE_CHECKING:
-    from .study import Question, StudyConfig
 
 NAMES: Mapping[Direction, str] = {"denoise": "denoising", "noise": "noising"}
 NO_HEADS = "No map of attention heads: the family of {model} does not offer the heads' outputs (stream `z`)."
@@ -24,11 +22,11 @@ CELLS = 5  # largest cells of a map that are printed
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class StudyResults:
     """All results of one run."""
 
-    question: "Question"
-    config: "StudyConfig"
+    question: Question
+    config: StudyConfig
     model: LanguageModel
     columns: Sequence[str]  # labels of the positions of the map's group
     group: int  # pairs in it
@@ -122,47 +120,51 @@ def largest(effects: Both, k: int = CELLS) -> list[tuple[Edit, Interval, Interva
     return [(edit, denoise.of(edit), noise.of(known[edit]) if edit in known else None) for edit in denoise.top(k)]
 
 
-def printed(found: Found) -> str:
+def printed(study: StudyResults) -> str:
     """The run as tables of text."""
-    seed, denoise, both = found.config.seed, found.tops["denoise"], ["denoise", "noise"]
-    cells = [(f"{e.site} at {found.columns[e.position or 0]}", d, n) for e, d, n in largest(found.streams)]
-    heads = [(f"layer {e.site.layer}, head {describe(e)}", d, n) for e, d, n in largest(found.heads or {})]
+    seed, denoise, both = study.config.seed, study.tops["denoise"], ["denoise", "noise"]
+    cells = [(f"{e.site} at {study.columns[e.position or 0]}", d, n) for e, d, n in largest(study.streams)]
+    heads = [(f"layer {e.site.layer}, head {describe(e)}", d, n) for e, d, n in largest(study.heads or {})]
     sites = [
-        (f"{one.site}{' *' if one is found.best else ''}", one.chosen_by, *(one.report[d] for d in DIRECTIONS))
-        for one in found.sites
+        (
+            f"{ranked.site}{' *' if ranked is study.best else ''}",
+            ranked.chosen_by,
+            *(ranked.report[d] for d in DIRECTIONS),
+        )
+        for ranked in study.sites
     ]
-    latents = [(name, *values, f"{q:.2g}", f"{r:.2g}") for name, *values, q, r, _ in latent_rows(found)]
-    kinds = [(kind.name, *(kind.at(k, d, seed) for d in DIRECTIONS for k in found.compared)) for kind in found.kinds]
-    count, rank = found.agreements[0].nodes, found.agreements[0].bound[0]
+    latents = [(name, *values, f"{q:.2g}", f"{r:.2g}") for name, *values, q, r, _ in latent_rows(study)]
+    kinds = [(kind.name, *(kind.at(k, d, seed) for d in DIRECTIONS for k in study.compared)) for kind in study.kinds]
+    count, rank = study.agreements[0].nodes, study.agreements[0].bound[0]
     by_size = ["denoise", "random", "matched", "noise", "random", "matched"]
     return "\n\n".join(
         [
-            f"{found.question.task}: {found.pairs} report pairs, {denoise.metric} {denoise.clean.mean():.3f} clean, "
+            f"{study.question.task}: {study.pairs} report pairs, {denoise.metric} {denoise.clean.mean():.3f} clean, "
             f"{denoise.corrupted.mean():.3f} corrupted",
-            text_table([f"layer × position ({found.group} pairs)", *both], cells),
-            text_table(["attention heads", *both], heads) if heads else NO_HEADS.format(model=found.model.name),
+            text_table([f"layer × position ({study.group} pairs)", *both], cells),
+            text_table(["attention heads", *both], heads) if heads else NO_HEADS.format(model=study.model.name),
             text_table([f"site (*: chosen), first {CHOOSE_BY} latents", "select: denoise", *REPORTED], sites),
-            text_table([f"latents of {found.best.site}", *by_size[:4], "q denoise", "q noise"], latents),
-            text_table(["first latents together", *by_size], curve_rows(found)),
+            text_table([f"latents of {study.best.site}", *by_size[:4], "q denoise", "q noise"], latents),
+            text_table(["first latents together", *by_size], curve_rows(study)),
             text_table(
-                [f"attribution, {count} nodes", *AGREEMENT[1:], f"missed (as its no. {rank})"], agreement_rows(found)
+                [f"attribution, {count} nodes", *AGREEMENT[1:], f"missed (as its no. {rank})"], agreement_rows(study)
             ),
-            text_table(["directions", *(f"{d} k={k}" for d in DIRECTIONS for k in found.compared)], kinds),
-            "\n".join(filter(None, [*said(found), unsure(denoise, found.model.name)])),
+            text_table(["directions", *(f"{d} k={k}" for d in DIRECTIONS for k in study.compared)], kinds),
+            "\n".join(filter(None, [*verdicts(study), unsure(denoise, study.model.name)])),
         ]
     )
 
 
-def said(found: Found, direction: Direction = "denoise") -> list[str]:
+def verdicts(study: StudyResults, direction: Direction = "denoise") -> list[str]:
     """What the comparison of directions comes to, in words."""
-    seed = found.config.seed
-    words = [verdict(found.kinds, k, direction, seed) for k in found.compared]
-    return [*words, *filter(None, [against_dense(found.kinds, seed)] if direction == "denoise" else [])]
+    seed = study.config.seed
+    words = [verdict(study.kinds, k, direction, seed) for k in study.compared]
+    return [*words, *filter(None, [against_dense(study.kinds, seed)] if direction == "denoise" else [])]
 
 
-def latent_rows(found: Found) -> list[tuple[Any, ...]]:
+def latent_rows(study: StudyResults) -> list[tuple[Any, ...]]:
     """The first latents: effect with controls, the other direction, q values, and the pairs where they differ."""
-    denoise, noise = found.tops["denoise"], found.tops["noise"]
+    denoise, noise = study.tops["denoise"], study.tops["noise"]
     q, r = denoise.q_values(), noise.q_values()
     rows = []
     for number, edit in enumerate(denoise.edits):
@@ -175,9 +177,9 @@ def latent_rows(found: Found) -> list[tuple[Any, ...]]:
     return sorted(rows, key=lambda row: -row[1].value)
 
 
-def curve_rows(found: Found) -> list[tuple[Any, ...]]:
-    lines = [line for d in DIRECTIONS for c in [found.curves[d]] for line in (c.top, c.random, c.matched)]
-    return list(zip(found.curves["denoise"].sizes, *lines, strict=True))
+def curve_rows(study: StudyResults) -> list[tuple[Any, ...]]:
+    lines = [line for d in DIRECTIONS for c in [study.curves[d]] for line in (c.top, c.random, c.matched)]
+    return list(zip(study.curves["denoise"].sizes, *lines, strict=True))
 
 
 DONE: Mapping[Direction, str] = {"denoise": "restored", "noise": "undone"}
@@ -185,13 +187,13 @@ REPORTED = ("report: denoise", "report: noise")
 AGREEMENT = ("method", "Pearson", "Spearman", "Pearson of sizes", "Spearman of sizes")
 
 
-def agreement_rows(found: Found) -> list[tuple[str, ...]]:
+def agreement_rows(study: StudyResults) -> list[tuple[str, ...]]:
     """Each method's correlations, and the bound on what it missed, as texts."""
     return [
         (
-            one.attribution.method,
-            *("–" if value != value else f"{value:.3f}" for value in one.correlations),
-            f"{int(one.bound[2])} of {one.bound[3]}",
+            agreement.attribution.method,
+            *("–" if value != value else f"{value:.3f}" for value in agreement.correlations),
+            f"{int(agreement.bound[2])} of {agreement.bound[3]}",
         )
-        for one in found.agreements
+        for agreement in study.agreements
     ]

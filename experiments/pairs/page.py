@@ -1,6 +1,6 @@
 """The report of an experiment and the files beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,140 +8,152 @@ from typing import Any
 import numpy as np
 
 from saepatch.measure.attribution import Attribution
-from saepatch.measure.effects import Map, describe
+from saepatch.measure.effects import Effects, describe
 from saepatch.pages.charts import (
     INTERVALS,
     attribution_chart,
+    band,
     cell,
-    comparison_chart,
     effect_chart,
-    head_map,
-    position_map,
+    size_chart,
 )
+from saepatch.pages.maps import EditTable, draw_map, head_map, site_and_position, unit_and_position
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import Row, write_rows
 from saepatch.records.statistics import Interval
-from saepatch.report import KEPT, Chart, Facts, Page, Section, Table, keep_page, write_figure, write_page
+from saepatch.report import KEPT, Chart, Facts, HeatMap, Page, Section, Table, keep_page, write_figure, write_page
+from saepatch.runs.parts import EditKey
 
-from .findings import AGREEMENT, NAMES, NO_HEADS, Found, largest, latent_rows, said, unsure, verdict
+from .findings import AGREEMENT, NAMES, NO_HEADS, StudyResults, largest, latent_rows, unsure, verdict, verdicts
 from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Both
 
 
-def write(found: Found, out: Path) -> Page:
+def write(study: StudyResults, out: Path) -> Page:
     """Write the rows, the settings, the figures, the report and the summary; returns the report."""
-    sae, model = found.best.dictionary, found.model
-    provenance = Provenance(model.name, model.fingerprint, sae.name, sae.fingerprint, found.config.seed)
-    write_rows([(rows(found), provenance)], out / "results.parquet")
-    write_yaml(asdict(found.config) | {"sizes": list(found.config.sizes)}, out / "config.yaml")
-    drawn = charts(found)
+    sae, model = study.best.dictionary, study.model
+    provenance = Provenance(model.name, model.fingerprint, sae.name, sae.fingerprint, study.config.seed)
+    write_rows([(rows(study), provenance)], out / "results.parquet")
+    write_yaml(asdict(study.config) | {"sizes": list(study.config.sizes)}, out / "config.yaml")
+    drawn = charts(study)
     for name, chart in drawn.items():
         write_figure(chart, out / f"{name}.svg")
-    drawn_page = page(found, drawn, provenance)
+    drawn_page = page(study, drawn, provenance)
     keep_page(drawn_page, out / KEPT)
     write_page(drawn_page, out / "report.html")
-    write_json(summary(found), out / "summary.json")
+    write_json(summary(study), out / "summary.json")
     return drawn_page
 
 
-def rows(found: Found) -> list[Row]:
+def rows(study: StudyResults) -> list[Row]:
     """Every exact effect; of attribution, the nodes that were checked, each method's estimate beside the exact one."""
-    task = found.question.task
-    maps = [found.streams[d] for d in DIRECTIONS] + [found.latents[d] for d in DIRECTIONS]
-    alone = [found.tops[d] for d in DIRECTIONS]
-    alone += [] if found.heads is None else [found.heads[d] for d in DIRECTIONS]
-    alone += [one for d in DIRECTIONS for one in found.curves[d].effects]
-    alone += [kind.effects[d] for kind in found.kinds[1:] for d in DIRECTIONS]  # latents are those of the curves
-    made = [row for effects in maps for row in effects.rows(task, found.group_tokens)]
+    task = study.question.task
+    maps = [study.streams[d] for d in DIRECTIONS] + [study.latents[d] for d in DIRECTIONS]
+    alone = [study.tops[d] for d in DIRECTIONS]
+    alone += [] if study.heads is None else [study.heads[d] for d in DIRECTIONS]
+    alone += [one for d in DIRECTIONS for one in study.curves[d].effects]
+    alone += [kind.effects[d] for kind in study.kinds[1:] for d in DIRECTIONS]  # latents are those of the curves
+    made = [row for effects in maps for row in effects.rows(task, study.group_tokens)]
     made += [row for effects in alone for row in effects.rows(task)]
-    for one in found.agreements:
-        made += _checked(one.attribution).rows(task, found.tokens)
+    for one in study.agreements:
+        made += _checked(one.attribution).rows(task, study.tokens)
     return made
 
 
-def _checked(found: Attribution) -> Attribution:
+def _checked(attribution: Attribution) -> Attribution:
     """The nodes that were run exactly alone: all others of a large dictionary would be millions of rows."""
-    assert found.verified is not None
-    kept = found.verified.index
-    columns = {name: getattr(found, name)[kept] for name in ("pair", "site", "unit", "position", "score")}
-    return replace(found, **columns, verified=replace(found.verified, index=np.arange(len(kept))))
+    verified = attribution.verified
+    assert verified is not None
+    columns = {
+        name: getattr(attribution, name)[verified.index] for name in ("pair", "site", "unit", "position", "score")
+    }
+    return replace(attribution, **columns, verified=replace(verified, index=np.arange(len(verified.index))))
 
 
-def charts(found: Found) -> dict[str, Chart]:
-    """Every figure, by the name of its file."""
-    site, group = found.best.site, f"n = {found.group} report pairs"
-    tokens = (
-        "Positions before the first change have no effect and are left out. Tokens in brackets differ from pair to "
-        "pair, and are the first pair's, clean/corrupted. 0: base run, 1: source run."
+def _by_position(title: str, effects: Effects, units: bool, study: StudyResults, caption: str) -> HeatMap:
+    """Sites, or single units of one site, against position; effects over the pairs of one form."""
+    edits = EditTable.of(effects)
+    positions = sorted({edit.position for edit in effects.edits if edit.position is not None})
+    place: Callable[[EditKey], tuple[Any, int]] = unit_and_position if units else site_and_position
+    names = {place(key)[0]: key.latent if units else key.site for key in edits.keys}
+    columns = {position: study.columns[position] for position in positions}
+    caption = (
+        f"{caption}, n = {study.group} report pairs of one form. Positions before the first change have no effect "
+        "and are left out. Tokens in brackets differ from pair to pair, and are the first pair's, clean/corrupted. 0: "
+        "base run, 1: source run."
     )
+    numbers = [number for number, changed in enumerate(edits.changed) if changed]
+    return replace(draw_map(title, edits, numbers, place, names, columns, caption), keys=None)
+
+
+def charts(study: StudyResults) -> dict[str, Chart]:
+    """Every figure, by the name of its file."""
+    site, heads, names = study.best.site, study.heads, {d: NAMES[d].capitalize() for d in DIRECTIONS}
     drawn: dict[str, Chart] = {}
     for d in DIRECTIONS:
-        title = f"{NAMES[d].capitalize()}: layer × position"
-        caption = f"Each layer's output patched at one position, {group} of one form. {tokens}"
-        drawn[f"layer_position_{d}"] = position_map(title, Map.of(found.streams[d]), found.columns, caption)
-    for d in DIRECTIONS if found.heads is not None else ():
-        title = f"{NAMES[d].capitalize()}: attention heads"
-        caption = f"Each head's output z patched at all positions, n = {found.pairs} report pairs."
-        drawn[f"layer_head_{d}"] = head_map(title, found.heads[d], found.model.n_heads, caption)  # type: ignore[index]
+        title, caption = f"{names[d]}: layer × position", "Each layer's output patched at one position"
+        drawn[f"layer_position_{d}"] = _by_position(title, study.streams[d], False, study, caption)
+    for d in DIRECTIONS if heads is not None else ():
+        edits = EditTable.of(heads[d])
+        caption = f"Each head's output z patched at all positions, n = {study.pairs} report pairs."
+        chart = head_map(f"{names[d]}: attention heads", edits, edits.ran("head"), study.model.n_heads, caption)
+        drawn[f"layer_head_{d}"] = replace(chart, keys=None)
     for d in DIRECTIONS:
-        title = f"{NAMES[d].capitalize()}: latents of {site} × position"
-        caption = f"Each latent patched alone at one position, {group} of one form. {tokens}"
-        cells = Map.of(found.latents[d])
-        units = [name.removeprefix(f"{site} ") for name in cells.labels]
-        drawn[f"latent_position_{d}"] = position_map(title, cells, found.columns, caption, units)
+        title = f"{names[d]}: latents of {site} × position"
+        caption = "Each latent patched alone at one position"
+        drawn[f"latent_position_{d}"] = _by_position(title, study.latents[d], True, study, caption)
     for d in DIRECTIONS:
-        drawn[d] = effect_chart(
-            f"{NAMES[d].capitalize()}: the first latents of {site} together", found.curves[d], found.pairs
-        )
-    signed = [one.attribution for one in found.agreements if one.pearson == one.pearson]
+        drawn[d] = effect_chart(f"{names[d]}: the first latents of {site} together", study.curves[d], study.pairs)
+    signed = [one.attribution for one in study.agreements if one.pearson == one.pearson]
     drawn["attribution"] = attribution_chart(
         "Attribution against exact effects",
-        signed or [one.attribution for one in found.agreements],
-        found.tokens,
+        signed or [one.attribution for one in study.agreements],
+        study.tokens,
         f"One point a node (a latent or an error term, at one position of one pair): for each method the "
-        f"{found.config.verify} with the largest estimates and {found.config.sample} drawn at random from the others. "
+        f"{study.config.verify} with the largest estimates and {study.config.sample} drawn at random from the others. "
         "GradDrop gives sizes without a sign, so it stands in the table alone.",
     )
-    drawn["baselines"] = comparison_chart(
+    drawn["baselines"] = size_chart(
         f"Latents and other directions at {site}",
+        "directions patched together",
         [
-            (kind.name, kind.sizes, [kind.effects["denoise"].of(i) for i in range(len(kind.sizes))])
-            for kind in found.kinds
+            band(kind.name, kind.sizes, [kind.effects["denoise"].of(i) for i in range(len(kind.sizes))])
+            for kind in study.kinds
         ],
-        f"Denoising, n = {found.pairs} report pairs; one set for all of them, ranked on select. {INTERVALS}",
+        f"Denoising, n = {study.pairs} report pairs; one set for all of them, ranked on select. {INTERVALS}",
     )
     return drawn
 
 
-def page(found: Found, drawn: Mapping[str, Chart], provenance: Provenance) -> Page:
-    facts = provenance.facts() | {"time": ", ".join(f"{name} {s:.0f} s" for name, s in found.seconds.items())}
+def page(study: StudyResults, drawn: Mapping[str, Chart], provenance: Provenance) -> Page:
+    facts = provenance.facts() | {"time": ", ".join(f"{name} {s:.0f} s" for name, s in study.seconds.items())}
     sections = [
-        _prompts(found),
-        _where(found, drawn),
-        _site(found),
-        _latents(found, drawn),
-        _attribution(found, drawn),
-        _directions(found, drawn),
+        _prompts(study),
+        _where(study, drawn),
+        _site(study),
+        _latents(study, drawn),
+        _attribution(study, drawn),
+        _directions(study, drawn),
     ]
-    return Page(found.question.title, _lead(found), sections, Facts(facts))
+    return Page(study.question.title, _lead(study), sections, Facts(facts))
 
 
-def _lead(found: Found) -> str:
-    curve = found.curves["denoise"]
+def _lead(study: StudyResults) -> str:
+    curve = study.curves["denoise"]
     k = CHOOSE_BY if CHOOSE_BY in curve.sizes else curve.sizes[-1]
     place = curve.sizes.index(k)
-    words = verdict(found.kinds, found.compared[-1], seed=found.config.seed)
+    words = verdict(study.kinds, study.compared[-1], seed=study.config.seed)
     return (
-        f"At {found.best.site} of {found.config.model}, chosen on other prompts, {k} latents restore "
-        f"{curve.top[place]} of {found.question.difference}; {k} random live ones restore {curve.random[place]}. "
+        f"At {study.best.site} of {study.config.model}, chosen on other prompts, {k} latents restore "
+        f"{curve.top[place]} of {study.question.difference}; {k} random live ones restore {curve.random[place]}. "
         f"{words}"
     )
 
 
-def _prompts(found: Found) -> Section:
-    effects = found.tops["denoise"]
+def _prompts(study: StudyResults) -> Section:
+    effects = study.tops["denoise"]
     text = (
-        f"{found.question.prompts} Over {found.pairs} report pairs {found.question.difference} is "
+        f"{study.question.prompts} Over {study.pairs} report pairs {study.question.difference} is "
         f"{effects.clean.mean():.2f} in the clean run and {effects.corrupted.mean():.2f} in the corrupted one; the "
         f"right answer is ahead in {(effects.clean > 0).mean():.0%} of clean and {(effects.corrupted < 0).mean():.0%} "
         "of corrupted prompts. Everything is chosen on `select`; names, templates and objects of `report` are others."
@@ -150,39 +162,39 @@ def _prompts(found: Found) -> Section:
         ["run", "prompt", "answer"],
         [
             row
-            for pair in found.examples
+            for pair in study.examples
             for row in (("clean", pair.clean, pair.answer), ("corrupted", pair.corrupted, pair.counter))
         ],
-        f"The first {len(found.examples)} report pairs.",
+        f"The first {len(study.examples)} report pairs.",
     )
-    if warning := unsure(effects, found.model.name):
+    if warning := unsure(effects, study.model.name):
         text += f"\n\n{warning}"
     return Section("The prompts", text, [table])
 
 
-def _where(found: Found, drawn: Mapping[str, Chart]) -> Section:
+def _where(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
     names = [name for name in drawn if name.startswith("layer_")]
     text = (
         "Denoising patches the clean run into the corrupted one (what is sufficient?), noising the other way round "
         "(what is necessary?). Whole layers at one position, and single attention heads at all of them, say where the "
         "difference between the two prompts is carried."
     )
-    if found.heads is None:
-        text += "\n\n" + NO_HEADS.format(model=found.model.name)
+    if study.heads is None:
+        text += "\n\n" + NO_HEADS.format(model=study.model.name)
     return Section("Where: layers, positions, heads", text, [drawn[name] for name in names])
 
 
-def _site(found: Found) -> Section:
+def _site(study: StudyResults) -> Section:
     table = Table(
         ["site", "CE recovered", "select: denoise", "report: denoise", "report: noise"],
         [
             (
-                f"{one.site}{' *' if one is found.best else ''}",
+                f"{one.site}{' *' if one is study.best else ''}",
                 one.ce_recovered,
                 cell(one.chosen_by),
                 *(cell(one.report[d]) for d in DIRECTIONS),
             )
-            for one in found.sites
+            for one in study.sites
         ],
         f"The first {CHOOSE_BY} latents of each site's ranking, patched together at all positions; * is chosen. CE "
         f"recovered: share of the cross-entropy lost by zeroing the site that the reconstruction keeps. {INTERVALS}",
@@ -195,16 +207,16 @@ def _site(found: Found) -> Section:
     return Section("The site", text, [table])
 
 
-def _latents(found: Found, drawn: Mapping[str, Chart]) -> Section:
-    found_latents = latent_rows(found)
+def _latents(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
+    latents = latent_rows(study)
     table = Table(
         ["latent", "denoising", "q", "random", "matched", "noising"],
         [
             (int(name), cell(denoise), q, *(None if c is None else c.value for c in controls), cell(noise))
-            for name, denoise, *controls, noise, q, _, _ in found_latents
+            for name, denoise, *controls, noise, q, _, _ in latents
         ],
-        f"The first {len(found_latents)} latents of the ranking on select, in order of their effect on report, each "
-        f"alone at all positions; n = {found.pairs} report pairs. Controls of denoising: means over single random live "
+        f"The first {len(latents)} latents of the ranking on select, in order of their effect on report, each "
+        f"alone at all positions; n = {study.pairs} report pairs. Controls of denoising: means over single random live "
         "latents, and over ones that fire as often and write as much. q: false discovery rate of denoising among these "
         f"latents. {INTERVALS}",
         {"latent": "d", "q": ".2g"} | dict.fromkeys(("denoising", "random", "matched", "noising"), ".3f"),
@@ -217,20 +229,20 @@ def _latents(found: Found, drawn: Mapping[str, Chart]) -> Section:
     return Section("Latents at the chosen site", text, [*blocks, table, *(drawn[d] for d in DIRECTIONS)])
 
 
-def _attribution(found: Found, drawn: Mapping[str, Chart]) -> Section:
-    count = found.agreements[0].nodes
+def _attribution(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
+    count = study.agreements[0].nodes
     table = Table(
         list(AGREEMENT),
-        [(one.attribution.method, *one.correlations) for one in found.agreements],
+        [(one.attribution.method, *one.correlations) for one in study.agreements],
         f"All methods on the same {count} nodes: those that any had checked. Sizes: |estimate| against |exact|.",
         dict.fromkeys(AGREEMENT[1:], ".3f"),
     )
     text = (
         "Attribution estimates the effect of every latent and error term at every position from gradients; exact "
-        f"patching runs each edit. {len(found.agreements[0].attribution)} nodes differ between the runs of the report "
+        f"patching runs each edit. {len(study.agreements[0].attribution)} nodes differ between the runs of the report "
         "pairs. Denoising, in units of the metric."
     )
-    rank = found.agreements[0].bound[0]
+    rank = study.agreements[0].bound[0]
     heads = [f"effect of its no. {rank}", "as large in the draw", "not run", "as large, at most"]
     missed = Table(
         ["method", *heads],
@@ -240,64 +252,64 @@ def _attribution(found: Found, drawn: Mapping[str, Chart]) -> Section:
                 one.attribution.verified.threshold(one.bound[0]),
                 *(one.bound[i] for i in (1, 3, 2)),
             )
-            for one in found.agreements
+            for one in study.agreements
             if one.attribution.verified is not None
         ],
         f"What each method can have missed: of the nodes that were not run, how many at most have an exact effect as "
-        f"large as number {rank} of its {found.config.verify} largest estimates (95 % confidence, from the random draw "
-        f"of {found.config.sample}).",
+        f"large as number {rank} of its {study.config.verify} largest estimates (95 % confidence, from the random draw "
+        f"of {study.config.sample}).",
         {heads[3]: ",.0f"},
     )
     return Section("Attribution against exact", text, [table, drawn["attribution"], missed])
 
 
-def _directions(found: Found, drawn: Mapping[str, Chart]) -> Section:
+def _directions(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
     tables = [
         Table(
-            [NAMES[d], *(f"k = {k}" for k in found.compared)],
-            [(kind.name, *(cell(kind.at(k, d, found.config.seed)) for k in found.compared)) for kind in found.kinds],
-            f"{NAMES[d].capitalize()} with the first k of each kind together, at all positions; n = {found.pairs} "
+            [NAMES[d], *(f"k = {k}" for k in study.compared)],
+            [(kind.name, *(cell(kind.at(k, d, study.config.seed)) for k in study.compared)) for kind in study.kinds],
+            f"{NAMES[d].capitalize()} with the first k of each kind together, at all positions; n = {study.pairs} "
             f"report pairs. {INTERVALS}",
-            {f"k = {k}": ".3f" for k in found.compared},
+            {f"k = {k}": ".3f" for k in study.compared},
         )
         for d in DIRECTIONS
     ]
-    sae = found.best.dictionary
+    sae = study.best.dictionary
     text = (
         "The same experiment with other directions of the same site: its single dimensions, the principal components "
         f"of its values on the select prompts, and the {DENSE} (one direction). Units of each kind are ranked on "
         "`select` by their own exact effect, then the first k are patched together. Two things to weigh: principal "
         "components and means are taken from the select prompts of this very task, the dictionary was trained without "
         f"them; and it offers {sae.d_sae} latents to choose from, the site {sae.d_in} dimensions. All latents, the "
-        f"error term kept, restore {found.curves['denoise'].every}; all dimensions are the site itself. Differences "
+        f"error term kept, restore {study.curves['denoise'].every}; all dimensions are the site itself. Differences "
         "are paired by prompt.\n\n"
-        f"Denoising. {' '.join(said(found))}\n\nNoising. {' '.join(said(found, 'noise'))}"
+        f"Denoising. {' '.join(verdicts(study))}\n\nNoising. {' '.join(verdicts(study, 'noise'))}"
     )
     return Section("Latents against other directions", text, [drawn["baselines"], *tables])
 
 
-def summary(found: Found) -> dict[str, Any]:
-    effects = found.tops["denoise"]
-    seed = found.config.seed
+def summary(study: StudyResults) -> dict[str, Any]:
+    effects = study.tops["denoise"]
+    seed = study.config.seed
     return {
-        "task": found.question.task,
-        "model": found.config.model,
-        "site": str(found.best.site),
-        "ce_recovered": {str(one.site): one.ce_recovered for one in found.sites},
-        "chosen_by": {str(one.site): _point(one.chosen_by) for one in found.sites},
-        "pairs": found.pairs,
-        "pairs_of_maps": found.group,
+        "task": study.question.task,
+        "model": study.config.model,
+        "site": str(study.best.site),
+        "ce_recovered": {str(one.site): one.ce_recovered for one in study.sites},
+        "chosen_by": {str(one.site): _point(one.chosen_by) for one in study.sites},
+        "pairs": study.pairs,
+        "pairs_of_maps": study.group,
         "clean": float(effects.clean.mean()),
         "corrupted": float(effects.corrupted.mean()),
         "clean_right": float((effects.clean > 0).mean()),
         **{
-            f"{d}_{name}": [[k, *_point(i)] for k, i in zip(found.curves[d].sizes, line, strict=True)]
+            f"{d}_{name}": [[k, *_point(i)] for k, i in zip(study.curves[d].sizes, line, strict=True)]
             for d in DIRECTIONS
-            for c in [found.curves[d]]
+            for c in [study.curves[d]]
             for name, line in (("top", c.top), ("random", c.random), ("matched", c.matched))
         },
-        "layer_position": _largest(found, found.streams),
-        "heads": None if found.heads is None else _largest(found, found.heads),
+        "layer_position": _largest(study, study.streams),
+        "heads": None if study.heads is None else _largest(study, study.heads),
         "latents": [
             {
                 "latent": int(name),
@@ -307,28 +319,28 @@ def summary(found: Found) -> dict[str, Any]:
                 "q_noise": r,
                 "differs": differs,
             }
-            for name, d, _, _, n, q, r, differs in latent_rows(found)
+            for name, d, _, _, n, q, r, differs in latent_rows(study)
         ],
-        "attribution": [dict(zip(AGREEMENT, (one.attribution.method, *one.correlations))) for one in found.agreements],
+        "attribution": [dict(zip(AGREEMENT, (one.attribution.method, *one.correlations))) for one in study.agreements],
         "directions": {
             kind.name: {
                 d: {str(k): _point(kind.effects[d].of(i, seed)) for i, k in enumerate(kind.sizes)} for d in DIRECTIONS
             }
-            for kind in found.kinds
+            for kind in study.kinds
         },
-        "verdicts": {d: said(found, d) for d in DIRECTIONS},
+        "verdicts": {d: verdicts(study, d) for d in DIRECTIONS},
         "seed": seed,
         "versions": versions(),
     }
 
 
-def _largest(found: Found, effects: Both) -> list[dict[str, Any]]:
+def _largest(study: StudyResults, effects: Both) -> list[dict[str, Any]]:
     """The largest cells of a map."""
     return [
         {
             "site": str(edit.site),
             "unit": describe(edit),
-            "position": None if edit.position is None else found.columns[edit.position],
+            "position": None if edit.position is None else study.columns[edit.position],
             "denoise": _point(denoise),
             "noise": None if noise is None else _point(noise),
         }

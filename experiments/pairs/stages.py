@@ -31,11 +31,11 @@ SHOWN = 12  # latents that are looked at one by one
 DENSE = "difference of means"
 METHODS: tuple[Method, ...] = (FirstOrder(), IntegratedGradients(), GradDrop())
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Both = Mapping[Direction, Effects]
 
 
-def both(run: Callable[[Direction], Found]) -> dict[Direction, Found]:
+def both(run: Callable[[Direction], Result]) -> dict[Direction, Result]:
     """The same in both directions."""
     return {direction: run(direction) for direction in DIRECTIONS}
 
@@ -80,13 +80,13 @@ def rank_sites(
 ) -> list[RankedSite]:
     """Rank the latents of every site, the first `most` of them, and patch the first ones together on both splits."""
     prompts = model.tokenize([text for pair in select for text in (pair.clean, pair.corrupted)])
-    found = []
+    ranked = []
     for dictionary in dictionaries:
         singles = patch_latents(model, dictionary, select, progress=True)
         ranking = tuple(edit.units[0] for edit in singles.top(max(most, CHOOSE_BY)))
         first = [Edit(dictionary.site, ranking[:CHOOSE_BY], role="top")]
         on_report = _together(model, LatentUnits(dictionary), report, first)
-        found.append(
+        ranked.append(
             RankedSite(
                 dictionary,
                 ranking,
@@ -95,7 +95,7 @@ def rank_sites(
                 _ce_recovered(model, dictionary, prompts),
             )
         )
-    return found
+    return ranked
 
 
 def best_site(sites: Sequence[RankedSite]) -> RankedSite:
@@ -194,29 +194,31 @@ def screen(
     seed: int,
 ) -> list[Agreement]:
     """Attribute with every method, and compare all of them on the same nodes: those that any of them had checked."""
-    found = [
+    attributions = [
         attribute(
             model, dictionary, report, method=method, verify=verify, sample=sample, seed=seed + number, progress=True
         )
         for number, method in enumerate(METHODS)  # each draws other nodes, so that the common sample is larger
     ]
     exact: dict[tuple[int, int, int], float] = {}
-    for one in found:
-        assert one.verified is not None
-        exact |= dict(zip(_nodes(one, one.verified.index), one.verified.exact.tolist(), strict=True))
+    for attribution in attributions:
+        verified = attribution.verified
+        assert verified is not None
+        exact |= dict(zip(_nodes(attribution, verified.index), verified.exact.tolist(), strict=True))
     truth = np.array(list(exact.values()))
     agreements = []
-    for one, method in zip(found, METHODS, strict=True):
-        estimates = dict(zip(_nodes(one, np.arange(len(one))), one.score.tolist(), strict=True))
+    for attribution, method in zip(attributions, METHODS, strict=True):
+        every = np.arange(len(attribution))
+        estimates = dict(zip(_nodes(attribution, every), attribution.score.tolist(), strict=True))
         mine = np.array([estimates.get(node, 0.0) for node in exact])
         signed = (np.nan, np.nan) if isinstance(method, GradDrop) else _correlations(mine, truth)
-        agreements.append(Agreement(one, *signed, *_correlations(np.abs(mine), np.abs(truth)), len(exact)))
+        agreements.append(Agreement(attribution, *signed, *_correlations(np.abs(mine), np.abs(truth)), len(exact)))
     return agreements
 
 
-def _nodes(found: Attribution, index: np.ndarray) -> list[tuple[int, int, int]]:
-    columns = (found.pair[index].tolist(), found.unit[index].tolist(), found.position[index].tolist())
-    return list(zip(*columns, strict=True))
+def _nodes(attribution: Attribution, index: np.ndarray) -> list[tuple[int, int, int]]:
+    columns = (attribution.pair, attribution.unit, attribution.position)
+    return list(zip(*(column[index].tolist() for column in columns), strict=True))
 
 
 def _correlations(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> tuple[float, float]:
@@ -307,14 +309,14 @@ def mean_difference(
         for pair in select
     ]
     a, b = (_held(model, site, [side[i] for side in sides]) for i in (0, 1))
-    found: list[tuple[float, Directions]] = []
+    ratios: list[tuple[float, Directions]] = []
     for mine, other in zip(a, b, strict=True):
         try:
             direction = difference_of_means(mine, other, site)
         except UserError:  # the same mean: nothing has happened yet at the last position of an early layer
             continue
-        found.append((float(patch_components(model, direction, select).ratios()[0]), direction))
-    return max(found, key=lambda one: one[0])[1] if found else None
+        ratios.append((float(patch_components(model, direction, select).ratios()[0]), direction))
+    return max(ratios, key=lambda ratio: ratio[0])[1] if ratios else None
 
 
 @torch.no_grad()

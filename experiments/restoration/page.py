@@ -321,8 +321,8 @@ def printed(found: "Found") -> str:
             (
                 point.latents,
                 percent(point.latents / result.curve.total),
-                *(None if one is None else spoken(one) for one in (point.refused, point.random, point.matched)),
-                None if point.harmless is None else percent(point.harmless.value),
+                *("–" if one is None else spoken(one) for one in (point.refused, point.random, point.matched)),
+                "–" if point.harmless is None else percent(point.harmless.value),
             )
             for point in result.curve.points
         ]

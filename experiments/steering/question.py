@@ -40,7 +40,8 @@ from saepatch.steering.generate import Concept
 from saepatch.tracking.open import read_spec
 
 from ..common.tracked import show
-from ..pairs.study import StudyConfig, load
+from ..pairs.question import StudyConfig
+from ..pairs.study import load
 from . import concepts
 from .page import printed, write
 from .stages import Bench, KnownDictionary, Point, choose_order, choose_site, dense, random_way, top

@@ -1,36 +1,47 @@
-"""The demo's report: what was found, said in words first."""
+"""The demo's report, drawn by the section builders of `saepatch.pages`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
 
 from saepatch import report
-from saepatch.demo.sections import cards, overview, trade_off, where
+from saepatch.demo.looks import BY_POSITION
+from saepatch.demo.results import Condition, Findings, Restoration, Steering
+from saepatch.engine.components import Direction
 from saepatch.measure.controls import DRAWS
-from saepatch.pages.cards import coloured
-from saepatch.pages.charts import INTERVALS, band, cell, effect_chart
-from saepatch.pages.left import anchor
+from saepatch.pages.cards import anchors_of, cards_section, coloured
+from saepatch.pages.charts import INTERVALS, WILSON, band, bars, cell, effect_chart, estimate_text
+from saepatch.pages.maps import (
+    EACH,
+    EditTable,
+    PromptTokens,
+    draw_map,
+    edit_table,
+    head_map,
+    site_and_position,
+    site_key,
+    unit_and_position,
+    unit_of,
+)
+from saepatch.pages.overview import dictionary_facts, headline_section, splice_section
+from saepatch.reading.cards import Card, ReadText
 from saepatch.records.provenance import Provenance
 from saepatch.records.statistics import wilson_share
-from saepatch.report import BarChart, Bars, Block, Comparison, LineChart, Page, Section, Table
+from saepatch.report.text import number
 from saepatch.restoration.judges import SAID
 from saepatch.restoration.restore import judge
 
-if TYPE_CHECKING:
-    from saepatch.demo.run import Findings
-    from saepatch.demo.stages import Condition, Steering
-    from saepatch.reading.cards import ReadText
+KEPT = 0.95  # share of the cross-entropy that a dictionary should keep
+CHANCE = 0.05  # share of refusals under random latents above which a warning is due
+SHOWN = {True: "shows it", False: "does not"}
 
 
-SHARES = "Intervals: 95 % Wilson score over prompts."
-
-
-def page(found: "Findings", provenance: Provenance) -> Page:
+def page(results: Findings, provenance: Provenance) -> report.Page:
     """The report of a demo run."""
-    patching, restoration = found.patching, found.restoration
+    patching, restoration = results.patching, results.restoration
     sixteen = patching.denoise.sizes.index(16)
     rates, k = restoration.rates, len(restoration.latents)
     lead = (
-        f"In {found.config.model}, patching 16 of {patching.dictionary.d_sae} latents at {patching.site}, chosen for "
+        f"In {results.config.model}, patching 16 of {patching.dictionary.d_sae} latents at {patching.site}, chosen for "
         "each prompt by its own gradients, restores "
         f"{percent(patching.denoise.top[sixteen].value)} of the logit difference on indirect objects; 16 random live "
         f"ones restore {percent(patching.denoise.random[sixteen].value)}, and one set of 16 chosen on prompts with "
@@ -38,13 +49,21 @@ def page(found: "Findings", provenance: Provenance) -> Page:
         f"refusals of jailbroken requests from {percent(rates['jailbroken'].value)} to "
         f"{percent(rates['restored'].value)}; as many random latents reach {percent(rates['random'].value)}."
     )
-    sections = [overview(found), _model(found), _splice(found), _patching(found), where(found), _restoration(found)]
-    sections += [_steering(one, found.steering_texts.get(one.concept, ())) for one in found.steering]
-    sections.append(cards(found))
-    facts = provenance.facts() | {
-        "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items())
-    }
-    return Page("saepatch: latents patched, restored and steered", lead, sections, report.Facts(facts))
+    sections = [headline_section(_headline(results), _notices(results)), _model(results), _splice(results)]
+    sections += [_patching(results), _where(results), _restoration(results)]
+    sections += [_steering(each, results.steering_texts.get(each.concept, ())) for each in results.steering]
+    sections.append(
+        cards_section(
+            results.cards,
+            "Of the latents that patch, restore and steer most",
+            "texts that the dictionary was not trained on",
+            "",
+            lambda card: _role(results, card),
+        )
+    )
+    time = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results.seconds.items())
+    facts = report.Facts(provenance.facts() | {"time": time})
+    return report.Page("saepatch: latents patched, restored and steered", lead, sections, facts)
 
 
 def percent(share: float) -> str:
@@ -52,11 +71,64 @@ def percent(share: float) -> str:
     return f"{round(100 * share)} %"
 
 
-def _model(found: "Findings") -> Section:
-    pairs = [(task, m.get("accuracy"), m.get("top1")) for task, m in found.tasks.items() if "accuracy" in m]
+def _headline(results: Findings) -> dict[str, str]:
+    p, r = results.patching, results.restoration
+    sixteen = p.denoise.sizes.index(16)
+    return {
+        "16 latents, each prompt's own: logit difference restored": estimate_text(p.denoise.top[sixteen]),
+        "16 latents, one set for all prompts": estimate_text(p.fixed.top[sixteen]),
+        "16 random live latents": estimate_text(p.denoise.random[sixteen]),
+        f"jailbroken requests refused, {len(r.latents)} latents restored": estimate_text(r.rates["restored"], ".0%"),
+        "… nothing restored": estimate_text(r.rates["jailbroken"], ".0%"),
+        "… as many random latents": estimate_text(r.rates["random"], ".0%"),
+    }
+
+
+def _notices(results: Findings) -> list[str]:
+    p, r = results.patching, results.restoration
+    sixteen = p.denoise.sizes.index(16)
+    warnings = [
+        "The model's behaviours were planted: these figures show that the tools find what is there, and say nothing "
+        "about large models."
+    ]
+    own, fixed = p.denoise.top[sixteen].value, p.fixed.top[sixteen].value
+    if fixed < 0.5 * own:
+        warnings.append(
+            f"Latents ranked on the very prompts they are patched in restore {own:.0%}, one set ranked on other names "
+            f"{fixed:.0%}: most of the effect belongs to single names, not to the task."
+        )
+    if r.rates["harmless_clamped"].value > CHANCE:
+        warnings.append(
+            f"Setting the {len(r.latents)} latents to their mean over refused requests makes the model refuse "
+            f"{r.rates['harmless_clamped'].value:.0%} of harmless ones: they carry the refusal, not what is harmful."
+        )
+    if r.share_of_active >= 0.5:
+        warnings.append(
+            f"{len(r.latents)} latents are few of the dictionary, but {r.share_of_active:.1f} times as many as are on "
+            "at one position."
+        )
+    for quality in results.quality:
+        if quality.ce_recovered < KEPT:
+            kept = f"{quality.ce_recovered:.1%}"
+            warnings.append(f"The dictionary at {quality.site} keeps only {kept} of the cross-entropy.")
+        if quality.alive_share < 0.5:
+            warnings.append(
+                f"{1 - quality.alive_share:.0%} of the latents at {quality.site} fire nowhere in held-out text."
+            )
+    warnings += [
+        f"Restoring {name} latents refuses {r.rates[name].value:.0%}, too: the effect is not specific to the chosen "
+        "latents."
+        for name in ("random", "matched", "differing")
+        if r.rates[name].value > CHANCE
+    ]
+    return warnings
+
+
+def _model(results: Findings) -> report.Section:
+    pairs = [(task, m.get("accuracy"), m.get("top1")) for task, m in results.tasks.items() if "accuracy" in m]
     others = [
         (task, measure.replace("_", " "), value)
-        for task, measures in found.tasks.items()
+        for task, measures in results.tasks.items()
         for measure, value in measures.items()
         if measure not in ("accuracy", "top1")
     ]
@@ -67,44 +139,32 @@ def _model(found: "Findings") -> Section:
         "counterpart's, top 1 those where it is the top token."
     )
     tables = [
-        Table(["task", "accuracy", "top 1"], pairs, formats={"accuracy": ".1%", "top 1": ".1%"}),
-        Table(["task", "measure", "value"], others, formats={"value": ".1%"}),
+        report.Table(["task", "accuracy", "top 1"], pairs, formats={"accuracy": ".1%", "top 1": ".1%"}),
+        report.Table(["task", "measure", "value"], others, formats={"value": ".1%"}),
     ]
-    return Section("The model and its tasks", text, tables)
+    return report.Section("The model and its tasks", text, tables)
 
 
-def _splice(found: "Findings") -> Section:
-    columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error"]
-    rows = [(str(q.site), q.ce_recovered, q.fvu, q.l0, q.alive_share, q.kl, q.identity_error) for q in found.quality]
-    formats = {"CE recovered": ".4f", "FVU": ".4f", "L0": ".1f", "alive": ".0%", "KL": ".4f", "identity error": ".1e"}
-    caption = (
-        f"Over {found.quality[0].tokens:,} tokens of held-out text. CE recovered: share of the cross-entropy lost by "
-        "zeroing the site that the dictionary's reconstruction keeps. Identity error: largest logit change when the "
-        "site is written as reconstruction + error term."
-    )
-    text = "How much of the model each dictionary keeps when it is a bottleneck, with its error term dropped."
-    named = {f"dictionary {site}": f"{one.name} ({one.fingerprint})" for site, one in found.saes.items()}
-    return Section("Splice quality", text, [Table(columns, rows, caption, formats), report.Facts(named)])
+def _splice(results: Findings) -> report.Section:
+    section = splice_section([asdict(q) | {"site": str(q.site)} for q in results.quality], "held-out text")
+    named = {str(site): {"name": sae.name, "hash": sae.fingerprint} for site, sae in results.saes.items()}
+    return replace(section, blocks=[*section.blocks, report.Facts(dictionary_facts(named))])
 
 
-def _patching(found: "Findings") -> Section:
-    p = found.patching
+def _patching(results: Findings) -> report.Section:
+    p = results.patching
     denoise, noise = p.singles
-    best = [edit.units[0] for edit in denoise.top(12)]
-    cards = {card.latent: anchor(card) for card in found.cards if card.site == p.site}
-    rows = [
-        (
-            report.Link(str(latent), cards[latent]) if latent in cards else str(latent),
-            cell(denoise.of(latent)),
-            cell(noise.of(latent)),
-            int(denoise.ran[:, latent].sum()),
-        )
-        for latent in best
-    ]
-    table = Table(
+    anchors = anchors_of(results.cards)
+    rows = []
+    for latent in (edit.units[0] for edit in denoise.top(BY_POSITION)):
+        anchor = anchors.get((p.site, str(latent)))
+        name = report.Link(str(latent), anchor) if anchor else str(latent)
+        rows.append((name, cell(denoise.of(latent)), cell(noise.of(latent)), int(denoise.ran[:, latent].sum())))
+    table = report.Table(
         ["latent", "denoising", "noising", "pairs where it differs"],
         rows,
-        f"The 12 latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. {INTERVALS}",
+        f"The {BY_POSITION} latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. "
+        f"{INTERVALS}",
     )
     text = (
         f"The clean prompt names the indirect object once (logit difference {p.clean:.2f}); in the corrupted one the "
@@ -118,13 +178,77 @@ def _patching(found: "Findings") -> Section:
         "latents mostly do not differ between the two prompts, so that patching them is no edit at all; the hardest "
         "control is drawn from those that differ in the pair."
     )
-    blocks: list[Block] = [
+    blocks: list[report.Block] = [
         effect_chart("Denoising: each prompt's own top latents", p.denoise, p.pairs),
         effect_chart("Noising: each prompt's own top latents", p.noise, p.pairs),
         effect_chart("Denoising: one set of latents for all prompts", p.fixed, p.pairs),
         table,
     ]
-    return Section("Patching: indirect objects", text, blocks)
+    return report.Section("Patching: indirect objects", text, blocks)
+
+
+def _where(results: Findings) -> report.Section:
+    """Maps of both directions."""
+    maps = results.maps
+    names = report.token_text(maps.group[0].answer), report.token_text(maps.group[0].counter)
+    text = (
+        f"Streams and latents over the {len(maps.group)} pairs of the largest group of one form, so that a position "
+        "means the same in all of them; heads at all positions together, over more pairs. Above the columns are the "
+        "clean prompt's tokens, below them the corrupted one's (`=`: the same); `…` differs from pair to pair. The "
+        f"first pair asks for {names[0]}, and for {names[1]} in its corrupted prompt. `denoise` patches clean values "
+        "into the corrupted run, `noise` corrupted values into the clean run. 0 is the base run, 1 the source run.\n\n"
+        "A click on a cell (or Enter; arrow keys move) lists its edits: for a layer and position at least the "
+        f"{EACH} latents of that layer's dictionary that move the answer most when each is patched there alone. Their "
+        "effects do not add up to that of the whole layer: its error term, and all latents together, are patched with "
+        "it."
+    )
+    return report.Section("Where: maps", text, [report.Choice("Show", [(d, _maps(results, d)) for d in maps.streams])])
+
+
+def _maps(results: Findings, direction: Direction) -> list[report.Simple]:
+    maps, site, anchors = results.maps, results.patching.site, anchors_of(results.cards)
+    edits = EditTable.of(maps.streams[direction], maps.latents[direction], maps.heads[direction])
+    tokens = PromptTokens(maps.clean, maps.corrupted)
+    columns, below = tokens.columns(range(len(maps.clean)))
+    best = [(site, "latent", str(edit.units[0])) for edit in results.patching.singles[0].top(BY_POSITION)]
+    streams, latents, heads = (edits.ran(component) for component in ("stream", "latent", "head"))
+    chosen = [number for number in latents if unit_of(edits.keys[number]) in best]
+    units = [unit for unit in best if unit in {unit_of(edits.keys[number]) for number in chosen}]
+    group = f"n = {len(maps.group)} pairs."
+    layers = draw_map(
+        f"Layer × position: {direction}",
+        edits,
+        streams,
+        site_and_position,
+        {name: name for name in dict.fromkeys(str(edit.site) for edit in maps.streams[direction].edits)},
+        columns,
+        f"A layer's whole output, {group}",
+        lambda key: site_key(key, "latent"),
+    )
+    single = draw_map(
+        f"Latents of {site} × position: {direction}",
+        edits,
+        chosen,
+        unit_and_position,
+        {unit: unit[2] for unit in units},
+        columns,
+        f"The {len(units)} latents that restore most alone at all positions, here at one, {group}",
+    )
+    caption = (
+        f"{direction}: the edits behind the cells of these maps. Of {len(maps.latents[direction].edits):,} latents at "
+        f"one position, each run exactly and alone, those in the last map and the {EACH} largest of each layer and "
+        f"position, n = {len(maps.group)} pairs; every head, n = {maps.head_pairs}. {INTERVALS} An edit that changes "
+        "nothing in a pair counts as no effect there. Latents without a link have no card here: `saepatch latent "
+        "SITE:LATENT` shows one."
+    )
+    listed = sorted({*edits.largest_by_cell(latents), *chosen}, key=lambda number: -edits.effects[number])
+    heads_caption = f"Each head's output z at all positions, n = {maps.head_pairs} pairs."
+    return [
+        replace(layers, columns_below=below),
+        head_map(f"Layer × head: {direction}", edits, heads, results.model.n_heads, heads_caption),
+        replace(single, columns_below=below, anchors=[anchors.get((site, unit[2]), "") for unit in units]),
+        edit_table(edits, [*listed, *heads], tokens, anchors, caption),
+    ]
 
 
 RATES = {
@@ -144,35 +268,15 @@ RATES = {
 }
 
 
-def _restoration(found: "Findings") -> Section:
-    r, n = found.restoration, found.restoration.rates["restored"].n
-    values = [r.rates[key] for key in RATES]
-    bars = Bars("refused", [v.value for v in values], [v.low for v in values], [v.high for v in values])
-    chart = BarChart(
+def _restoration(results: Findings) -> report.Section:
+    r, n = results.restoration, results.restoration.rates["restored"].n
+    chart = report.BarChart(
         "Share of prompts refused",
         list(RATES.values()),
-        [bars],
-        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {SHARES}",
+        [bars("refused", [r.rates[key] for key in RATES])],
+        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {WILSON}",
         value_range=(0.0, 1.0),
         value_format=".0%",
-    )
-    sizes = tuple(k for k, _, _ in r.curve)
-    width = len(r.latents) / r.share_of_dictionary
-    shares = tuple(k / width for k in sizes)
-    lines = LineChart(
-        "Refusals against the share of latents restored",
-        f"share of the dictionary's {width:,.0f} latents restored (log scale)",
-        "share refused",
-        [
-            band("top latents", shares, tuple(top for _, top, _ in r.curve)),
-            band("random live latents", shares, tuple(other for _, _, other in r.curve)),
-        ],
-        f"n = {n} jailbroken requests (report split), {', '.join(map(str, sizes))} latents; refusals by the first "
-        f"token of the answer; random: mean of {DRAWS} draws. {SHARES}",
-        log_x=True,
-        y_range=(0.0, 1.0),
-        y_format=".0%",
-        x_format=".1%",
     )
     text = (
         "Each harmful request is asked in a benign and in a jailbreak framing of equal length. Latents at "
@@ -187,33 +291,47 @@ def _restoration(found: "Findings") -> Section:
         "and the tokens written so far, and the latents follow it at every step; "
         f"{r.rates['restored_degenerate_generated'].value:.0%} of those answers are degenerate text."
     )
+    names = ("jailbroken", "restored", "random latents")
     comparisons = [
-        Comparison(
-            prompt,
-            [
-                (f"{name}: {SAID[judge(text)]}", text)
-                for name, text in zip(("jailbroken", "restored", "random latents"), texts)
-            ],
-            changes=True,
-        )
-        for prompt, *texts in r.examples
+        _side_by_side(prompt, names, [SAID[judge(answer)] for answer in answers], answers)
+        for prompt, *answers in r.examples
     ]
-    blocks: list[Block] = [chart, lines, *comparisons, *coloured(found.restoration_texts)]
-    return Section("Restoration: refusals under jailbreak", text, blocks)
+    blocks: list[report.Block] = [chart, _curve(r, n), *comparisons, *coloured(results.restoration_texts)]
+    return report.Section("Restoration: refusals under jailbreak", text, blocks)
 
 
-def _sets(condition: "Condition") -> str:
-    if len(condition.sets) > 1:
-        return f"{len(condition.sets)} draws of {len(condition.sets[0])}"
-    return ", ".join(map(str, *condition.sets)) if condition.sets else "–"
+def _side_by_side(
+    prompt: str, names: Sequence[str], outcomes: Sequence[str], texts: Sequence[str]
+) -> report.Comparison:
+    columns = [(f"{name}: {outcome}", text) for name, outcome, text in zip(names, outcomes, texts, strict=True)]
+    return report.Comparison(prompt, columns, changes=True)
 
 
-def _steering(s: "Steering", read: Sequence["ReadText"]) -> Section:
+def _curve(r: Restoration, n: int) -> report.LineChart:
+    """Refusals against the share of the dictionary that is restored."""
+    sizes, top, other = zip(*r.curve)
+    width = len(r.latents) / r.share_of_dictionary
+    shares = [k / width for k in sizes]
+    return report.LineChart(
+        "Refusals against the share of latents restored",
+        f"share of the dictionary's {width:,.0f} latents restored (log scale)",
+        "share refused",
+        [band("top latents", shares, top), band("random live latents", shares, other)],
+        f"n = {n} jailbroken requests (report split), {', '.join(map(str, sizes))} latents; refusals by the first "
+        f"token of the answer; random: mean of {DRAWS} draws. {WILSON}",
+        log_x=True,
+        y_range=(0.0, 1.0),
+        y_format=".0%",
+        x_format=".1%",
+    )
+
+
+def _steering(s: Steering, texts: Sequence[ReadText]) -> report.Section:
     rows = [(c.name, _sets(c), c.strength, cell(wilson_share(c.shown)), c.perplexity) for c in s.conditions]
-    table = Table(
+    table = report.Table(
         ["condition", "latents", "strength", "success", "perplexity"],
         rows,
-        f"n = {len(s.prompts)} prompts of the report split; each condition's strength was chosen on `tune`. {SHARES} "
+        f"n = {len(s.prompts)} prompts of the report split; each condition's strength was chosen on `tune`. {WILSON} "
         "Perplexity of the continuations under the unsteered model.",
         {"success": ".0%", "perplexity": ".2f", "strength": ".1f"},
     )
@@ -222,15 +340,51 @@ def _steering(s: "Steering", read: Sequence["ReadText"]) -> Section:
         "One latent, ten latents and random ones move the stream equally far at equal strength (in units of the top "
         "latent's largest activation)."
     )
+    names, firsts = [c.name for c in s.conditions], [c.outcomes[0] for c in s.conditions]
     comparisons = [
-        Comparison(
-            prompt,
-            [(f"{c.name}: {SHOWN[c.outcomes[0].shown[i]]}", c.outcomes[0].texts[i]) for c in s.conditions],
-            changes=True,
-        )
+        _side_by_side(prompt, names, [SHOWN[first.shown[i]] for first in firsts], [first.texts[i] for first in firsts])
         for i, prompt in enumerate(s.prompts[:4])
     ]
-    return Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *coloured(read)])
+    return report.Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *coloured(texts)])
 
 
-SHOWN = {True: "shows it", False: "does not"}
+def _sets(condition: Condition) -> str:
+    if len(condition.sets) > 1:
+        return f"{len(condition.sets)} draws of {len(condition.sets[0])}"
+    return ", ".join(map(str, *condition.sets)) if condition.sets else "–"
+
+
+def trade_off(s: Steering) -> report.LineChart:
+    """Success against fluency, for every strength that was tried."""
+    series = []
+    for name in dict.fromkeys(condition.name for condition in s.tried):
+        mine = [condition for condition in s.tried if condition.name == name]
+        series.append(report.Series(name, [c.perplexity for c in mine], [c.success for c in mine]))
+    strengths = ", ".join(number(c.strength) for c in s.tried if c.name == s.tried[0].name)
+    return report.LineChart(
+        "Success against perplexity",
+        "perplexity of the continuations under the unsteered model",
+        "share of prompts that show the concept",
+        series,
+        f"On `tune`; along a line the strength rises: {strengths}.",
+        log_x=True,
+        y_range=(0.0, 1.0),
+        y_format=".0%",
+    )
+
+
+def _role(results: Findings, card: Card) -> list[report.Simple]:
+    """What the latent did in this run."""
+    roles: dict[str, str] = {}
+    p, r = results.patching, results.restoration
+    if card.site == p.site:
+        for effects in p.singles:
+            effect = estimate_text(effects.of(card.latent))
+            roles[f"{effects.direction} alone"] = f"{effect} of the logit difference"
+    if card.site == r.site and card.latent in r.latents:
+        roles["restored under jailbreaks"] = f"number {r.latents.index(card.latent) + 1} of {len(r.latents)}"
+    for steering in results.steering:
+        ten = steering.of("top10").sets[0]
+        if card.site == steering.site and card.latent in ten:
+            roles[f"steers towards {steering.concept}"] = f"number {ten.index(card.latent) + 1} of {len(ten)}"
+    return [report.Facts(roles)] if roles else []

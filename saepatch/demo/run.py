@@ -1,10 +1,7 @@
 """Run every stage, then write the rows, the summary and the report."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +10,18 @@ import torch
 from saepatch import organism
 from saepatch.demo import looks, stages
 from saepatch.demo.page import page
+from saepatch.demo.results import Findings, Restoration, Steering
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
-from saepatch.measure.quality import SpliceQuality, latent_statistics, splice_quality
+from saepatch.measure.quality import latent_statistics, splice_quality
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.organism.checks import Measures, evaluate_organism
+from saepatch.organism.checks import evaluate_organism
 from saepatch.pages import track_page
 from saepatch.pages.charts import effect_chart
-from saepatch.reading.cards import Card, ReadText, read_texts
+from saepatch.reading.cards import read_texts
+from saepatch.records.clock import stage
 from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import write_rows
@@ -35,26 +34,6 @@ from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Findings:
-    """Everything the demo found: what the summary and the report are written from."""
-
-    config: DemoConfig
-    model: LanguageModel
-    saes: dict[Site, Dictionary]
-    tasks: Measures
-    quality: list[SpliceQuality]
-    patching: stages.Patching
-    restoration: stages.Restoration
-    steering: list[stages.Steering]
-    maps: looks.Maps
-    cards: tuple[Card, ...]
-    restoration_texts: tuple[ReadText, ...]
-    steering_texts: dict[str, tuple[ReadText, ...]]
-    """By concept."""
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 def run_demo(config: DemoConfig) -> Findings:
     """Splice quality, patching, restoration and steering on the embedded model; files go to `config.out`.
 
@@ -65,7 +44,7 @@ def run_demo(config: DemoConfig) -> Findings:
     check_writable(config.out)  # now, and not after minutes of work
     refuse_other_command(Path(config.out), KEPT)
     clock: dict[str, float] = {}
-    with _stage("load", clock):
+    with stage("load", clock, log):
         model = read_model(config)
         saes = load_saes(config.sae, model.device)
         for dictionary in saes.values():
@@ -86,27 +65,27 @@ def _measure(
     config: DemoConfig, model: LanguageModel, saes: dict[Site, Dictionary], clock: dict[str, float], tracker: Tracker
 ) -> Findings:
     n, seed, bars = config.pairs, config.seed, not (config.quiet or config.json)
-    with _stage("tasks", clock):
+    with stage("tasks", clock, log):
         measures = evaluate_organism(model.hf, model.tokenizer, seed=seed)  # type: ignore[arg-type]
-    with _stage("splice", clock):
+    with stage("splice", clock, log):
         reference = model.tokenize(organism.texts())
         quality = []
         for layer, dictionary in enumerate(saes.values()):
             quality.append(splice_quality(model, dictionary, reference))
             row = {"splice/ce_recovered": quality[-1].ce_recovered, "splice/fvu": quality[-1].fvu}
             tracker.log(row, layer)
-    with _stage("patching", clock):
+    with stage("patching", clock, log):
         dictionary = _at(saes, config.ioi_site)
         patching = stages.patching(model, dictionary, latent_statistics(model, dictionary, reference), n, seed, bars)
-    with _stage("restoration", clock):
+    with stage("restoration", clock, log):
         site = config.safety_site
         dictionary = _at(saes, site) if site else stages.choose_safety_site(model, saes, n, seed)
         restoration = stages.restoration(model, dictionary, latent_statistics(model, dictionary, reference), n, seed)
-    with _stage("steering", clock):
+    with stage("steering", clock, log):
         dictionary = _at(saes, config.steering_site)
         stats = latent_statistics(model, dictionary, reference)
         steering = [stages.steering(model, dictionary, stats, c, seed) for c in stages.chosen_concepts(model, n, seed)]
-    with _stage("single latents", clock):
+    with stage("single latents", clock, log):
         best = [edit.units[0] for edit in patching.singles[0].top(looks.BY_POSITION)]
         maps = looks.read_maps(model, list(saes.values()), n, seed, bars)
         few = looks.CARDS
@@ -124,7 +103,7 @@ def _measure(
     )
 
 
-def _answers(found: stages.Restoration) -> list[tuple[str, str]]:
+def _answers(found: Restoration) -> list[tuple[str, str]]:
     """Prompts with their answers: as the jailbroken model reads them, and as the donor does, whose latents act."""
     named = []
     for (prompt, plain, restored, _), donor in zip(found.examples[:2], found.donors):
@@ -133,18 +112,10 @@ def _answers(found: stages.Restoration) -> list[tuple[str, str]]:
     return named
 
 
-def _continued(found: stages.Steering) -> list[tuple[str, str]]:
+def _continued(found: Steering) -> list[tuple[str, str]]:
     """The first prompt's continuations, read again without steering."""
     one = found.prompts[0]
     return [(f"{name}, read again", one + found.of(name).outcomes[0].texts[0]) for name in ("unsteered", "top1")]
-
-
-@contextmanager
-def _stage(name: str, clock: dict[str, float]) -> Iterator[None]:
-    log.info("%s …", name)
-    start = time.monotonic()
-    yield
-    clock[name] = round(time.monotonic() - start, 2)
 
 
 def _at(saes: dict[Site, Dictionary], site: str) -> Dictionary:
@@ -224,7 +195,7 @@ def _points(sizes: tuple[int, ...], intervals: tuple[Any, ...]) -> list[list[flo
     return [[k, interval.value] for k, interval in zip(sizes, intervals, strict=True)]
 
 
-def _steering(one: stages.Steering) -> dict[str, Any]:
+def _steering(one: Steering) -> dict[str, Any]:
     return {"concept": one.concept} | {
         c.name: {"success": c.success, "perplexity": c.perplexity, "strength": c.strength} for c in one.conditions
     }

@@ -6,7 +6,7 @@ shows the fixed choice, made on `select`, beside it.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair, load_pairs, pairs_of
 from saepatch.demo import concepts
+from saepatch.demo.results import Condition, Patching, Restoration, Steering
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import Direction
 from saepatch.measure.attribution import integrated_gradients
 from saepatch.measure.controls import DRAWS, control_sets, differing_sets
-from saepatch.measure.curves import Curve, effect_curve, effect_curve_by_pair
-from saepatch.measure.effects import Effects
+from saepatch.measure.curves import effect_curve, effect_curve_by_pair
 from saepatch.measure.patching import patch_latents
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
@@ -39,26 +39,6 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARE_LIMIT = 0.05  # at most this share of the dictionary is restored
 ANSWER_TOKENS = 24
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 4.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Patching:
-    """Indirect object identification at one site.
-
-    The top latents of `denoise` and `noise` are each prompt's own, ranked by integrated gradients on that prompt. Those
-    of `fixed` are one set for all prompts, ranked on the `select` split, whose names are others.
-    """
-
-    site: str
-    pairs: int
-    clean: float
-    corrupted: float
-    denoise: Curve
-    noise: Curve
-    fixed: Curve
-    singles: tuple[Effects, Effects]  # every latent alone, on `report`: denoising, noising
-    self_patch_error: float
-    dictionary: Dictionary
 
 
 def patching(
@@ -104,25 +84,6 @@ def self_patch_error(model: LanguageModel, dictionary: Dictionary, pairs: Sequen
             patched = model.next_logits(tokens)
         worst = max(worst, float((patched - model.next_logits(tokens)).abs().max()))
     return worst
-
-
-@dataclass(frozen=True, eq=False)
-class Restoration:
-    """Refusals under jailbreak, on `report` prompts, with latents restored from the benign framing.
-
-    `rates` are shares of prompts: those ending in `_generated` judge a whole answer written under the restoration, the
-    others look at the top next token with latents patched at the last prompt position.
-    """
-
-    site: str
-    latents: tuple[int, ...]
-    share_of_dictionary: float
-    share_of_alive: float
-    share_of_active: float  # of the number of latents active at one position
-    rates: Mapping[str, Interval]
-    curve: tuple[tuple[int, Interval, Interval], ...]  # number of latents, top, random
-    examples: tuple[tuple[str, str, str, str], ...]  # prompt, then answers: jailbroken, restored, random latents
-    donors: tuple[str, ...]  # the benign prompts of the examples
 
 
 def restoration(
@@ -249,48 +210,6 @@ def _refusal_pairs(split: str, n: int, seed: int, harmful: bool) -> list[PromptP
     # about half of the rows are harmful, so more are drawn than are needed
     rows = [row for row in tasks.refusal(split, 3 * n, seed) if row["harmful"] == harmful]
     return pairs_of(rows[:n])
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One way to steer: which latents (several sets for random ones), how strongly, and what came of each set.
-
-    `strength` is in norms of the top latent's maximum.
-    """
-
-    name: str
-    sets: tuple[tuple[int, ...], ...]
-    strength: float
-    outcomes: tuple[Steered, ...]
-
-    @property
-    def shown(self) -> Float[np.ndarray, "prompts"]:
-        """Share of the sets that show the concept, for each prompt."""
-        return np.mean([outcome.shown for outcome in self.outcomes], 0)
-
-    @property
-    def success(self) -> float:
-        return float(self.shown.mean())
-
-    @property
-    def perplexity(self) -> float:
-        """Geometric mean over the sets."""
-        return float(np.exp(np.mean([np.log(outcome.perplexity) for outcome in self.outcomes])))
-
-
-@dataclass(frozen=True)
-class Steering:
-    """Top-1 against top-10 latents at equal norm of the perturbation, beside random ones and the bare model."""
-
-    concept: str
-    site: str
-    positions: str
-    prompts: tuple[str, ...]
-    conditions: tuple[Condition, ...]
-    tried: tuple[Condition, ...]  # every strength, on `tune`
-
-    def of(self, name: str) -> Condition:
-        return next(condition for condition in self.conditions if condition.name == name)
 
 
 def chosen_concepts(model: LanguageModel, n: int, seed: int) -> list[Concept]:

@@ -1,8 +1,8 @@
-"""What `saepatch restore` shows of a finished run: its rows, its page, its figures in the tracker."""
+"""The end of `saepatch restore`: rows, page, and figures in the tracker."""
 
 from pathlib import Path
 
-from saepatch.pages.restored import restored_page, see
+from saepatch.pages.restored import illustrate, restored_page
 from saepatch.pages.tracked import track_answers
 from saepatch.report import KEPT, keep_page, write_page
 from saepatch.runs.answers import Answers, write_answers
@@ -15,8 +15,8 @@ def show_answers(plan: Plan, answers: Answers, tracker: Tracker) -> None:
     out = Path(plan.config.out)
     dictionaries, requests = list(plan.sites.values()), [request.prompt for request in plan.requests]
     restored = next(each for each in plan.sets if each.condition == "restored")
-    seen = see(plan.model, plan.other, dictionaries, restored.latents, answers, requests, plan.donors())
-    page = restored_page(answers, plan.provenance(plan.config.sae, plan.config.seed), seen)
+    shown = illustrate(plan.model, plan.other, dictionaries, restored.latents, answers, requests, plan.donors())
+    page = restored_page(answers, plan.provenance(plan.config.sae, plan.config.seed), shown)
     write_answers(answers, out)
     keep_page(page, out / KEPT)
     write_page(page, out / "report.html")

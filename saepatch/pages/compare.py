@@ -8,16 +8,16 @@ from saepatch.runs.catalogue import Comparison
 SHOWN = 20  # edits in bars
 
 
-def compare_page(found: Comparison) -> Page:
-    """A page of a comparison: what was set otherwise, and the largest effects of either run in both."""
-    a, b = str(found.one.path), str(found.other.path)
-    rows: list[list[Cell]] = [[name, _cell(one), _cell(other)] for name, one, other in found.edits]
-    both = [(name, one, other) for name, one, other in found.edits if one is not None and other is not None]
+def compare_page(compared: Comparison) -> Page:
+    """A page of a comparison: the settings that differ, and the largest effects of either run in both."""
+    a, b = str(compared.one.path), str(compared.other.path)
+    rows: list[list[Cell]] = [[name, *map(_cell, lines)] for name, *lines in compared.edits]
+    both = [(name, lines) for name, *lines in compared.edits if None not in lines]
     blocks = [Table(["edit", a, b], rows, "–: not among the largest of that run.")]
     charts: list[Any] = []
     if both:
-        values = [[_value(line) for line in lines] for lines in zip(*((one, other) for _, one, other in both))]
-        names = [name for name, _, _ in both]
+        values = [[_value(line) for line in side] for side in zip(*(lines for _, lines in both))]
+        names = [name for name, _ in both]
         charts = [
             ScatterChart(
                 "Edits on top of both runs", a, b, [Points("edits", values[0], values[1], names)], identity=True
@@ -29,21 +29,19 @@ def compare_page(found: Comparison) -> Page:
                 "share of the gap",
             ),
         ]
-    lead = f"{len(found.settings)} settings or hashes differ."
-    if found.edits:
-        lead = (
-            f"{len(found.edits)} edits are among the largest of one run or the other, {len(both)} among those of both. "
-            + lead
-        )
+    lead = f"{len(compared.settings)} settings or hashes differ."
+    if compared.edits:
+        tops = f"{len(compared.edits)} edits are among the largest of one run or the other, {len(both)} of both."
+        lead = f"{tops} {lead}"
     sections = [
-        Section("Set otherwise", "", [Table(["setting", a, b], [list(row) for row in found.settings])]),
+        Section("Settings that differ", "", [Table(["setting", a, b], [list(row) for row in compared.settings])]),
         Section(
-            "Figures", "", [Table(["figure", a, b], [[row[0].replace("_", " "), *row[1:]] for row in found.figures])]
+            "Figures", "", [Table(["figure", a, b], [[row[0].replace("_", " "), *row[1:]] for row in compared.figures])]
         ),
     ]
-    if found.one.work != "restore":
+    if compared.one.work != "restore":
         sections.append(Section("Largest effects", "Shares of the gap of each run's own pairs.", [*charts, *blocks]))
-    facts = {"A": a, "B": b, "A finished": found.one.finished, "B finished": found.other.finished}
+    facts = {"A": a, "B": b, "A finished": compared.one.finished, "B finished": compared.other.finished}
     return Page("Two runs side by side", lead, sections, Facts(facts))
 
 

@@ -6,42 +6,28 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from saepatch import report
 from saepatch.measure.effects import CONTROLS
-from saepatch.pages.left import EXACT, Left
-from saepatch.report import (
-    BarChart,
-    Bars,
-    Cell,
-    Chart,
-    LineChart,
-    Link,
-    Points,
-    Reference,
-    ScatterChart,
-    Section,
-    Series,
-    Simple,
-    Table,
-)
+from saepatch.pages.charts import band, bars
+from saepatch.pages.run_data import EXACT, RunData
 
 POINTS = 1000  # of a scatter
 NODES = 300  # rows of the table of verified nodes
-SHOWN = {"random": "random controls", "matched": "matched controls"}
 
 
-def groups(left: Left) -> Section | None:
+def groups(run: RunData) -> report.Section | None:
     """The groups that were asked for beside their controls: over their size where sizes differ, else as bars."""
-    if left.is_screen:
+    if run.is_screen:
         return None
-    charts: list[Simple] = []
-    for direction, top in left.run.summary["top"].items():
-        whole = left.run.summary.get("curves", {}).get(direction, [])
+    charts: list[report.Simple] = []
+    for direction, top in run.summary["top"].items():
+        whole = run.summary.get("curves", {}).get(direction, [])
         given = [line for line in top if line["role"] == "given"]
         for site in dict.fromkeys(line["site"] for line in [*whole, *given]):
             if curve := [line for line in whole if line["site"] == site]:
                 charts.append(_curve(f"{site}: {direction}", curve))
                 continue
-            keys = (left.changes.keys[number] for number in left.own(direction))
+            keys = (run.changes.keys[number] for number in run.own(direction))
             asked = sum((key.site, key.role) == (site, "given") for key in keys)
             mine = sorted((line for line in given if line["site"] == site), key=_size)
             charts.append(_bars(f"{site}: {direction}", mine, asked))
@@ -52,57 +38,47 @@ def groups(left: Left) -> Section | None:
         "often and how strongly they fire. 0 is the base run, 1 the source run. An effect that its matched controls "
         "reach, too, says little about these latents."
     )
-    return Section("Groups and their controls", text, charts)
+    return report.Section("Groups and their controls", text, charts)
 
 
 def _size(line: dict[str, Any]) -> int:
     return line["latent"].count(",") + 1
 
 
-def _triples(lines: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    nothing = {"value": None, "low": None, "high": None}
-    return [line.get(name, nothing) for line in lines]
-
-
-def _named(lines: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    found = [("patched", _triples(lines, "effect"))]
-    for role, name in SHOWN.items():
-        if any(f"{role}_controls" in line for line in lines):
-            found.append((name, _triples(lines, f"{role}_controls")))
-    return found
+def _estimates(lines: list[dict[str, Any]]) -> list[tuple[str, list[report.Interval]]]:
+    """The effects of lines of the summary, and those of their controls where there are any, by what they are called."""
+    names = {"effect": "patched", "random_controls": "random controls", "matched_controls": "matched controls"}
+    missing = {"value": None, "low": None, "high": None}
+    return [
+        (shown, [report.Interval(e["value"], e["low"], e["high"]) for e in (line.get(key, missing) for line in lines)])
+        for key, shown in names.items()
+        if any(key in line for line in lines)
+    ]
 
 
 INTERVALS = "Intervals: 95 % bootstrap over pairs."
 
 
-def _curve(title: str, lines: list[dict[str, Any]]) -> Chart:
+def _curve(title: str, lines: list[dict[str, Any]]) -> report.Chart:
     sizes = [_size(line) for line in lines]
-    series = [
-        Series(name, sizes, [e["value"] for e in each], [e["low"] for e in each], [e["high"] for e in each])
-        for name, each in _named(lines)
-    ]
-    return LineChart(
+    return report.LineChart(
         f"Effect over the number of latents, {title}",
         "latents patched together",
         "share of the gap (0: base run, 1: source run)",
-        series,
+        [band(name, sizes, estimates) for name, estimates in _estimates(lines)],
         f"n = {lines[0]['effect']['n']} pairs. {INTERVALS}",
         log_x=True,
-        references=(Reference(0.0, ""),),
+        references=(report.Reference(0.0, ""),),
     )
 
 
-def _bars(title: str, lines: list[dict[str, Any]], asked: int) -> Chart:
+def _bars(title: str, lines: list[dict[str, Any]], asked: int) -> report.Chart:
     """The groups on top of the summary, of so many that were asked for."""
     ranked = sorted(lines, key=lambda line: -(line["effect"]["value"] or 0.0))
-    bars = [
-        Bars(name, [e["value"] for e in each], [e["low"] for e in each], [e["high"] for e in each])
-        for name, each in _named(ranked)
-    ]
-    return BarChart(
+    return report.BarChart(
         f"Effects, {title}",
         [line["latent"] + (f" at {line['position']}" if line["position"].isdigit() else "") for line in ranked],
-        bars,
+        [bars(name, estimates) for name, estimates in _estimates(ranked)],
         "share of the gap",
         (f"The {len(ranked)} largest of {asked}. " if asked > len(ranked) else "")
         + f"n = {ranked[0]['effect']['n']} pairs. {INTERVALS}",
@@ -110,17 +86,17 @@ def _bars(title: str, lines: list[dict[str, Any]], asked: int) -> Chart:
     )
 
 
-def verified(left: Left) -> Section | None:
+def verified(run: RunData) -> report.Section | None:
     """Estimates against exact effects of the nodes that were run."""
-    if not left.is_screen:
+    if not run.is_screen:
         return None
-    blocks: list[Simple] = []
-    for direction, screen in left.run.summary["screens"].items():
-        exact, estimate = _verified(left, direction)
+    blocks: list[report.Simple] = []
+    for direction, screen in run.summary["screens"].items():
+        exact, estimate = _verified(run, direction)
         if not len(exact):
             continue
-        blocks.append(_scatter(left, direction, exact, estimate, screen))
-        blocks.append(_nodes(left, direction, exact, estimate))
+        blocks.append(_scatter(run, direction, exact, estimate, screen))
+        blocks.append(_nodes(run, direction, exact, estimate))
     if not blocks:
         return None
     text = (
@@ -128,41 +104,41 @@ def verified(left: Left) -> Section | None:
         "second lot agrees says how far to trust the estimates that nobody checked: a large exact effect among them is "
         "one that the screen would have missed."
     )
-    return Section("Estimates against exact effects", text, blocks)
+    return report.Section("Estimates against exact effects", text, blocks)
 
 
-def _verified(left: Left, direction: str) -> tuple[Int[ndarray, "nodes"], Int[ndarray, "nodes"]]:
+def _verified(run: RunData, direction: str) -> tuple[Int[ndarray, "nodes"], Int[ndarray, "nodes"]]:
     """Rows of what was run exactly, and of the estimates of the same nodes."""
-    keys, changes = left.changes.keys, left.changes
+    keys, changes = run.changes.keys, run.changes
     numbers = {key: number for number, key in enumerate(keys)}
     partner = np.full(len(keys), -1)
     for number, key in enumerate(keys):
         if key.direction == direction and key.role in EXACT:
             partner[number] = numbers[key._replace(role="single")]
     exact = np.flatnonzero(partner[changes.key] >= 0)
-    pairs = len(left.pairs.examples)
+    pairs = len(run.pairs.examples)
     code = changes.key * pairs + changes.pair
     order = np.argsort(code)
     wanted = partner[changes.key[exact]] * pairs + changes.pair[exact]
     return exact, order[np.searchsorted(code, wanted, sorter=order)]
 
 
-def _label(left: Left, row: int) -> str:
-    key = left.changes.keys[left.changes.key[row]]
-    return f"{left.pairs.examples[left.changes.pair[row]]}: {key.site} {key.unit} at {key.position}"
+def _label(run: RunData, row: int) -> str:
+    key = run.changes.keys[run.changes.key[row]]
+    return f"{run.pairs.examples[run.changes.pair[row]]}: {key.site} {key.unit} at {key.position}"
 
 
 def _scatter(
-    left: Left, direction: str, exact: Int[ndarray, "nodes"], estimate: Int[ndarray, "nodes"], screen: dict[str, Any]
-) -> Chart:
-    change = left.changes.change
-    roles = np.array([left.changes.keys[number].role for number in left.changes.key[exact]])
-    size = np.abs if left.sizes else np.asarray
+    run: RunData, direction: str, exact: Int[ndarray, "nodes"], estimate: Int[ndarray, "nodes"], screen: dict[str, Any]
+) -> report.Chart:
+    change = run.changes.change
+    roles = np.array([run.changes.keys[number].role for number in run.changes.key[exact]])
+    size = np.abs if run.sizes else np.asarray
     series = []
     for role, name in zip(EXACT, ("largest estimates", "drawn at random")):
         mine = np.flatnonzero(roles == role)[: POINTS // 2]
-        labels = [_label(left, int(row)) for row in exact[mine]]
-        series.append(Points(name, size(change[exact[mine]]).tolist(), change[estimate[mine]].tolist(), labels))
+        labels = [_label(run, int(row)) for row in exact[mine]]
+        series.append(report.Points(name, size(change[exact[mine]]).tolist(), change[estimate[mine]].tolist(), labels))
     agreement = f"Pearson {screen['pearson']:.3f}, Spearman {screen['spearman']:.3f}" if screen.get("pearson") else ""
     missed = ""
     if screen.get("missed_at_most") is not None:
@@ -172,50 +148,50 @@ def _scatter(
         )
     drawn = sum(len(points.x) for points in series)
     some = f" {drawn} of {len(exact)} are drawn." if drawn < len(exact) else ""
-    return ScatterChart(
+    return report.ScatterChart(
         f"Estimated against exact effect: {direction}",
-        f"exact effect ({left.metric})",
-        f"estimated effect ({left.metric})",
+        f"exact effect ({run.metric})",
+        f"estimated effect ({run.metric})",
         series,
         f"n = {len(exact)} nodes of {screen['nodes']:,}. {agreement}.{some}{missed}",
         identity=True,
     )
 
 
-def _nodes(left: Left, direction: str, exact: Int[ndarray, "nodes"], estimate: Int[ndarray, "nodes"]) -> Table:
-    change = left.changes.change
+def _nodes(run: RunData, direction: str, exact: Int[ndarray, "nodes"], estimate: Int[ndarray, "nodes"]) -> report.Table:
+    change = run.changes.change
     best = np.argsort(-np.abs(change[exact]), kind="stable")[:NODES]
-    rows: list[list[Cell]] = []
+    rows: list[list[report.Cell]] = []
     for i in best.tolist():
-        key = left.changes.keys[left.changes.key[exact[i]]]
-        anchor = left.anchors.get((key.site, key.latent))
-        unit: Cell = Link(key.latent, anchor) if anchor else key.latent if key.component == "latent" else key.component
-        example = left.pairs.examples[left.changes.pair[exact[i]]]
-        rows.append(
-            [example, key.site, unit, int(key.position), key.role, float(change[exact[i]]), float(change[estimate[i]])]
-        )
-    return Table(
+        key = run.changes.keys[run.changes.key[exact[i]]]
+        anchor = run.anchors.get((key.site, key.latent))
+        alone = key.latent if key.component == "latent" else key.component
+        unit: report.Cell = report.Link(key.latent, anchor) if anchor else alone
+        example = run.pairs.examples[run.changes.pair[exact[i]]]
+        values = float(change[exact[i]]), float(change[estimate[i]])
+        rows.append([example, key.site, unit, int(key.position), key.role, *values])
+    return report.Table(
         ["pair", "site", "unit", "position", "why", "exact", "estimated"],
         rows,
         f"{direction}: the {len(rows)} largest of {len(exact)} nodes that were run exactly, in units of the "
-        f"{left.metric}. Why: `top`, it has one of the largest estimates; `random`, it was drawn.",
+        f"{run.metric}. Why: `top`, it has one of the largest estimates; `random`, it was drawn.",
         {"exact": ".3f", "estimated": ".3f", "position": "d"},
     )
 
 
-def controls_reach(left: Left) -> list[str]:
+def controls_reach(run: RunData) -> list[str]:
     """Groups whose matched or random controls do as much, in words."""
-    if left.is_screen:
+    if run.is_screen:
         return []
-    found = []
-    for direction, top in left.run.summary["top"].items():
+    notices = []
+    for direction, top in run.summary["top"].items():
         for line in top:
             for role in CONTROLS:
                 control = line.get(f"{role}_controls")
                 effect = line["effect"]["value"]
                 if control and None not in (effect, control["high"]) and abs(control["value"]) >= abs(effect) > 0:
-                    found.append(
+                    notices.append(
                         f"{direction}: the {role} controls of {line['site']} {line['latent']} do as much as it does "
                         f"({control['value']:.3f} against {effect:.3f}): its effect is not special to these latents."
                     )
-    return found
+    return notices

@@ -1,10 +1,10 @@
-"""What a report needs of the model: written to `reading.json` while the model is still there."""
+"""What a report needs from the model, written to `reading.json` while the model is loaded."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
@@ -12,13 +12,15 @@ from saepatch.engine.components import ErrorTerm, LatentUnits
 from saepatch.errors import UserError
 from saepatch.measure.quality import splice_quality
 from saepatch.model.language_model import LanguageModel, Tokens
-from saepatch.reading.cards import read_latents, token_texts
+from saepatch.reading.cards import Card, read_latents, token_texts
 from saepatch.records.files import write_json
 from saepatch.runs.catalogue import read_json, read_run
 from saepatch.runs.sweeps import Sweep, prepare
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 READING = "reading.json"
 LATENTS = 24  # that get a card
@@ -41,33 +43,50 @@ def write_reading(sweep: Sweep, out: Path) -> None:
         for component in group
         if isinstance(component, (LatentUnits, ErrorTerm))
     }
-    splice: list[dict[str, Any]] = []
-    cards: list[dict[str, Any]] = []
-    if dictionaries:
-        tokens = sweep.model.tokenize(texts)
-        few = tokens.rows(slice(0, SPLICED))
-        splice = [
-            asdict(splice_quality(sweep.model, one, few, _batch(one, few))) | {"site": site}
-            for site, one in dictionaries.items()
-        ]
-        wanted = top_latents(summary)
-        for site in dict.fromkeys(site for site, _ in wanted):
-            ids = [latent for at, latent in wanted if at == site]
-            found = read_latents(
-                sweep.model, dictionaries[site], ids, tokens, batch_size=_batch(dictionaries[site], tokens)
-            )
-            cards += [asdict(card) for card in found]
+    latents: dict[str, list[int]] = {}
+    for site, latent in top_latents(summary):
+        latents.setdefault(site, []).append(latent)
+    splice, cards = read_dictionaries(sweep.model, dictionaries, latents, texts)
     prompts = _prompts(sweep.model, sweep.pairs, bool(sweep.corruption))
-    write_json({"prompts": prompts, "splice": splice, "latents": cards}, out / READING)
+    write_json({"prompts": prompts, "splice": splice, "latents": list(map(asdict, cards))}, out / READING)
+
+
+def read_dictionaries(
+    model: LanguageModel,
+    dictionaries: Mapping[str, Dictionary],
+    latents: Mapping[str, Sequence[int]],
+    texts: Sequence[str],
+) -> tuple[list[dict[str, Any]], list[Card]]:
+    """By site: the splice quality of dictionaries and the cards of some of their latents, over a run's own texts."""
+    if not dictionaries:
+        return [], []
+    tokens = model.tokenize(texts)
+    few = tokens.rows(slice(0, SPLICED))
+    splice = [
+        asdict(splice_quality(model, dictionary, few, _batch(dictionary, few))) | {"site": site}
+        for site, dictionary in dictionaries.items()
+    ]
+    cards = [
+        card
+        for site, ids in latents.items()
+        for card in read_latents(model, dictionaries[site], ids, tokens, batch_size=_batch(dictionaries[site], tokens))
+    ]
+    return splice, cards
+
+
+def if_possible(read: Callable[[], Result], otherwise: Result) -> Result:
+    """Read what a report needs of the model; a failure is logged, since the run's results are written already."""
+    try:
+        return read()
+    except (UserError, RuntimeError) as error:  # a full device, for example
+        log.warning("tokens and cards are left out of the report: %s", str(error).partition("\n")[0])
+        return otherwise
 
 
 def try_reading(sweep: Sweep, out: Path) -> None:
-    """The same at the end of a run, whose results are there already: what goes wrong is said, and the run stands."""
+    """`write_reading` at the end of a run, which stands where that fails."""
     (out / READING).unlink(missing_ok=True)  # of an earlier start
-    try:
-        write_reading(sweep, out)
-    except (UserError, RuntimeError) as error:  # a device that is full, say
-        log.warning("tokens and cards are left out of the report: %s", str(error).partition("\n")[0])
+    if_possible(lambda: write_reading(sweep, out), None)
 
 
 def _texts(sweep: Sweep, pair: PromptPair) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.pages.cards import card_blocks, latent_card
-from saepatch.pages.left import anchor
 from saepatch.reading.cards import Card, read_latents, token_texts
 from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.report import Card as Folded
@@ -27,19 +26,22 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
-class Found:
+class ReadLatent:
     """A latent's card; its output score (NaN where it never fires); what the model says of it, where it was asked."""
 
     card: Card
     output_score: float
     model_hash: str
-    said: tuple[Reading, ...] = ()
+    readings: tuple[Reading, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        return asdict(self.card) | {"output_score": self.output_score, "said": [asdict(one) for one in self.said]}
+        return asdict(self.card) | {
+            "output_score": self.output_score,
+            "said": [asdict(reading) for reading in self.readings],
+        }
 
 
-def read_named(config: LatentConfig) -> list[Found]:
+def read_named(config: LatentConfig) -> list[ReadLatent]:
     """Load the model and the dictionary, and read the latents on the texts, in one pass over these.
 
     Raises:
@@ -53,12 +55,12 @@ def read_named(config: LatentConfig) -> list[Found]:
     maxima = torch.zeros(dictionary.d_sae)
     maxima[ids] = torch.tensor([card.maximum for card in cards])
     scores = output_scores(model, dictionary, ids, maxima).tolist()
-    said: Sequence[Sequence[Reading]] = [()] * len(ids)
+    readings: Sequence[Sequence[Reading]] = [()] * len(ids)
     if config.explain:
-        said = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))
+        readings = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))
     return [
-        Found(card, math.nan if card.dead else score, model.fingerprint, tuple(readings))
-        for card, score, readings in zip(cards, scores, said, strict=True)
+        ReadLatent(card, math.nan if card.dead else score, model.fingerprint, tuple(explained))
+        for card, score, explained in zip(cards, scores, readings, strict=True)
     ]
 
 
@@ -70,9 +72,9 @@ def _placeholder(model: LanguageModel, prompt: str) -> int:
     raise UserError(f"the X of {prompt!r} is no token of its own to this model: put it elsewhere, between spaces")
 
 
-def latent_lines(found: Found) -> Iterator[str]:
-    """What was found as lines of text."""
-    card = found.card
+def latent_lines(latent: ReadLatent) -> Iterator[str]:
+    """A latent as lines of text."""
+    card = latent.card
     yield f"latent {card.latent} at {card.site} of {card.dictionary} ({card.dictionary_hash})"
     yield (
         f"fires at {number(card.frequency, '.2%')} of {card.tokens:,} tokens in {card.texts:,} texts, mean "
@@ -88,11 +90,12 @@ def latent_lines(found: Found) -> Iterator[str]:
     yield "neighbours " + "  ".join(f"{latent} {number(cosine, '.2f')}" for latent, cosine in card.neighbours)
     if card.neuronpedia:
         yield f"see        https://www.neuronpedia.org/{card.neuronpedia}/{card.latent}"
-    yield f"output     {number(found.output_score)}: how far adding it raises the tokens that it speaks for (0 to 1)"
-    if found.said:
-        best = best_reading(found.said)
-        for one in found.said:
-            yield f"said       {'*' if one is best else ' '} {one.scale:<4g} {token_text(one.text).replace('␣', ' ')}"
+    yield f"output     {number(latent.output_score)}: how far adding it raises the tokens it promotes (0 to 1)"
+    if latent.readings:
+        best = best_reading(latent.readings)
+        for reading in latent.readings:
+            mark = "*" if reading is best else " "
+            yield f"said       {mark} {reading.scale:<4g} {token_text(reading.text).replace('␣', ' ')}"
     yield "examples   [where it fires, the largest in double brackets]" if card.examples else "examples   none"
     for example in card.examples:
         peak = example.acts.index(max(example.acts))
@@ -100,46 +103,42 @@ def latent_lines(found: Found) -> Iterator[str]:
         yield f"  {number(max(example.acts)):>8}  " + "".join(shown)
 
 
-def latent_page(found: Sequence[Found], facts: Mapping[str, str]) -> Page:
+def latent_page(latents: Sequence[ReadLatent], facts: Mapping[str, str]) -> Page:
     """A page about one latent of a dictionary, or about several, a card each."""
-    one = found[0].card
-    read = f"Read on {one.texts:,} texts ({one.tokens:,} tokens). "
-    if len(found) > 1:
-        known = {anchor(each.card) for each in found}
-        cards = [
-            Section(f"Latent {each.card.latent}", _score(each), [latent_card(each.card, known, _said(each))])
-            for each in found
+    card = latents[0].card
+    read = f"Read on {card.texts:,} texts ({card.tokens:,} tokens)."
+    if len(latents) > 1:
+        known = {latent.card.anchor for latent in latents}
+        sections = [
+            Section(f"Latent {each.card.latent}", _score(each), [latent_card(each.card, known, _readings(each))])
+            for each in latents
         ]
-        return Page(f"Latents at {one.site}", read.strip(), cards, Facts(facts))
-    lead = read + (
-        "It fired nowhere in them." if one.dead else f"It fires at {number(one.frequency, '.2%')} of their tokens."
-    )
-    sections = [Section("The latent", _score(found[0]), card_blocks(one, set()))]
-    if found[0].said:
-        sections.append(Section("In the model's words", "", _said(found[0])))
-    card = latent_card(one, set())
-    if card.links:
-        text, address = card.links[0]
-        sections.append(Section("Elsewhere", "", [Folded("elsewhere", text, "", [], [(text, address)])]))
-    return Page(f"Latent {one.latent} at {one.site}", lead, sections, Facts(facts))
+        return Page(f"Latents at {card.site}", read, sections, Facts(facts))
+    fires = "fired nowhere in them" if card.dead else f"fires at {number(card.frequency, '.2%')} of their tokens"
+    sections = [Section("The latent", _score(latents[0]), card_blocks(card, set()))]
+    if latents[0].readings:
+        sections.append(Section("In the model's words", "", _readings(latents[0])))
+    if links := latent_card(card, set()).links:
+        sections.append(Section("Elsewhere", "", [Folded("elsewhere", links[0][0], "", [], links)]))
+    return Page(f"Latent {card.latent} at {card.site}", f"{read} It {fires}.", sections, Facts(facts))
 
 
-def _score(found: Found) -> str:
+def _score(latent: ReadLatent) -> str:
     return (
-        f"Output score {number(found.output_score)}: how far adding it raises the tokens that it speaks for (0 to 1)."
-        if math.isfinite(found.output_score)
+        f"Output score {number(latent.output_score)}: how far adding it raises the tokens it promotes (0 to 1)."
+        if math.isfinite(latent.output_score)
         else "It has no output score: that is measured at its largest activation, and it has none."
     )
 
 
-def _said(found: Found) -> list[Simple]:
-    if not found.said:
+def _readings(latent: ReadLatent) -> list[Simple]:
+    if not latent.readings:
         return []
-    best = best_reading(found.said)
-    rows = [(token_text(said.text).replace("␣", " "), said.scale, said is best) for said in found.said]
+    best = best_reading(latent.readings)
+    rows = [(token_text(each.text).replace("␣", " "), each.scale, each is best) for each in latent.readings]
     caption = (
-        "What the model goes on with after the explanation prompt with the latent written in. Scale: lengths of "
-        "what the placeholder held. Best: where the latent is still there and the model is sure what to say."
+        "The model's continuation of the explanation prompt with the latent written in. Scale: in units of the norm "
+        "that the placeholder had. Best: the scale where the latent is still present and the model is most certain."
     )
     return [Table(["said", "scale", "best"], rows, caption)]
 

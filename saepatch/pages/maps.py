@@ -1,306 +1,218 @@
-"""Heat maps of a run, and the table of its edits that their cells lead to."""
+"""Heat maps of effects by place, and the tables of edits that their cells lead to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
 
+from saepatch.measure.effects import Effects, describe
 from saepatch.model.sites import Site
-from saepatch.pages.left import Left
-from saepatch.report import Cell, Choice, HeatMap, Link, Section, Simple, Table
+from saepatch.pages.charts import cell
+from saepatch.report import Cell, HeatMap, Interval, Link, Table, token_text
 from saepatch.runs.parts import EditKey
 
-ROWS = 24  # units of a map by position
-COLUMNS = 64  # positions of a map
-EDITS = 600  # rows of the table of edits, of a direction
-EACH = 4  # of them, of each cell of a map
+EACH = 4  # edits of each site and position that the table of edits lists at least
 COLOURS = (
     "Colours are relative to the largest cell of this map, orange towards the source run, blue away from it; "
     "–: nothing was run there, for nothing differs."
 )
-PAIRS = 3  # pairs that have maps of their own
 
-Values = np.ndarray  # of each edit
-
-
-def maps(left: Left) -> Section | None:
-    """Maps of the run's edits in each direction, over all pairs and for the first few alone."""
-    by_position = any(key.position.isdigit() for key in left.changes.keys)
-    heads = any(key.component == "head" for key in left.changes.keys)
-    if not by_position and not heads:
-        return None
-    options: list[tuple[str, list[Simple]]] = []
-    for direction in left.directions:
-        own = left.own(direction)
-        there = np.zeros(len(left.changes.keys), dtype=bool)
-        there[own] = True
-        drawn = _maps(left, own, left.effects, there, None, direction)
-        count = len(left.pairs.examples)
-        options.append((f"{direction}, all {count} pairs" if count > 1 else direction, drawn))
-    shown = left.reading["prompts"]["first"] if left.reading else []
-    if len(left.pairs.examples) > 1:
-        for pair, prompts in enumerate(shown[:PAIRS]):
-            for direction in left.directions:
-                effects, there = left.effects_of(pair)
-                drawn = _maps(left, left.own(direction), effects, there, pair, direction)
-                options.append((f"{direction}, pair {prompts['example']} alone", drawn))
-    return Section("Where: maps", _text(left), [Choice("Show", [option for option in options if option[1]])])
+Row = TypeVar("Row", bound=Hashable)
+Column = TypeVar("Column", bound=Hashable)
 
 
-def _text(left: Left) -> str:
-    kind = "estimated effects" if left.is_screen else "effects, each edit run exactly"
-    text = (
-        f"Shares of the gap in {left.metric}: {kind}. 0 is the base run, 1 the source run; nothing is clipped. "
-        "`denoise` patches clean values into the corrupted run, `noise` corrupted values into the clean run. "
-        "A click on a cell (or Enter; arrow keys move) shows the edits that stand there, over all pairs."
-    )
-    if left.reading and len(left.pairs.examples) > 1 and None in left.reading["prompts"]["shared"]["clean"]:
-        text += (
-            "\n\nOver the columns stand the clean prompt's tokens, below them the corrupted one's where they differ "
-            "(`=`: the same). `…` is a position whose token differs between pairs: what stands in such a column is a "
-            "mean over different tokens, and a pair alone says more."
+@dataclass(frozen=True, eq=False)
+class EditTable:
+    """Edits with their effects: shares of the gap, and the number of pairs in which each edit changes something."""
+
+    keys: Sequence[EditKey]
+    effects: Float[ndarray, "edits"]
+    changed: Int[ndarray, "edits"]
+    intervals: Callable[[Sequence[int]], Sequence[Interval | None]]
+
+    @classmethod
+    def of(cls, *sweeps: Effects) -> "EditTable":
+        """The edits of several sweeps in one table."""
+        every = [(sweep, i, edit) for sweep in sweeps for i, edit in enumerate(sweep.edits)]
+        keys = [
+            EditKey(
+                sweep.direction,
+                str(edit.site),
+                edit.kind,
+                edit.role,
+                describe(edit),
+                sweep.positions if edit.position is None else str(edit.position),
+            )
+            for sweep, _, edit in every
+        ]
+        return cls(
+            keys,
+            np.concatenate([sweep.ratios() for sweep in sweeps]),
+            np.concatenate([sweep.ran.sum(0) for sweep in sweeps]),
+            lambda numbers: [cell(sweep.of(i)) for sweep, i, _ in (every[number] for number in numbers)],
         )
-    elif left.reading:
-        text += "\n\nOver the columns stand the clean prompt's tokens, below them the corrupted one's (`=`: the same)."
-    return text
+
+    def ran(self, *components: str) -> list[int]:
+        """The edits of some components that changed something in any pair."""
+        return [n for n, key in enumerate(self.keys) if key.component in components and self.changed[n]]
+
+    def by_size(self, numbers: Collection[int]) -> list[int]:
+        """These edits, the largest effect of either sign first."""
+        size = np.abs(np.nan_to_num(self.effects))
+        return sorted(numbers, key=lambda number: -size[number])
+
+    def largest_by_cell(self, numbers: Collection[int], most: int | None = None, first: int = 0) -> list[int]:
+        """Of these edits the `first` largest, and the `EACH` largest of each site and position, `most` in all."""
+        ranked = self.by_size(numbers)
+        kept = dict.fromkeys(ranked[:first])
+        seen: dict[tuple[str, str, str], int] = {}
+        for number in ranked:
+            place = (self.keys[number].site, self.keys[number].component, self.keys[number].position)
+            seen[place] = seen.get(place, 0) + 1
+            if seen[place] <= EACH and (most is None or len(kept) < most):
+                kept[number] = None
+        return sorted(kept, key=lambda number: -float(np.nan_to_num(self.effects[number])))
 
 
-def _maps(
-    left: Left, own: Sequence[int], effects: Values, there: Values, pair: int | None, direction: str
-) -> list[Simple]:
-    """The maps of some edits that have these effects."""
-    own = [number for number in own if there[number]]
-    placed = [number for number in own if left.changes.keys[number].position.isdigit()]
-    whole = [number for number in own if left.changes.keys[number].component == "head" and number not in set(placed)]
-    found: list[Simple] = []
-    if placed:
-        found += _by_site(left, placed, effects, pair, direction)
-        found += _by_unit(left, placed, effects, pair)
-    if whole:
-        found.append(_by_head(left, whole, effects))
-    return found
+@dataclass(frozen=True)
+class PromptTokens:
+    """The tokens of prompts by position; None where the prompts differ, no tokens at all where nobody knows them."""
+
+    clean: Sequence[str | None] = ()
+    corrupted: Sequence[str | None] = ()
+    aligned: bool = True  # whether both prompts of a pair have equally many tokens; else they name no position
+
+    def columns(self, positions: Sequence[int]) -> tuple[dict[int, str], list[str] | None]:
+        """Names of positions for an axis: the clean prompt's tokens, and the corrupted one's below them."""
+        if not self.clean or not self.aligned:
+            return {position: str(position) for position in positions}, None
+        clean, corrupted = (_names(side, positions) for side in (self.clean, self.corrupted))
+        names = {position: f"{position} {name}" for position, name in zip(positions, clean)}
+        if set(corrupted[1:]) <= {"…"}:  # the BOS apart
+            return names, None
+        return names, ["=" if one == other and one != "…" else other for one, other in zip(clean, corrupted)]
 
 
-def _columns(left: Left, own: Sequence[int], effects: Values) -> list[int]:
-    """The positions of a map: all, or of very many those with the largest effects."""
-    largest: dict[int, float] = {}
-    for number in own:
-        position = int(left.changes.keys[number].position)
-        largest[position] = max(largest.get(position, 0.0), abs(float(np.nan_to_num(effects[number]))))
-    return sorted(sorted(largest, key=lambda position: -largest[position])[:COLUMNS])
+def _names(tokens: Sequence[str | None], positions: Sequence[int]) -> list[str]:
+    known = dict(enumerate(tokens))
+    return ["…" if known.get(position) is None else token_text(str(known[position])) for position in positions]
 
 
-def _whole_prompt(left: Left, columns: list[int], pair: int | None) -> list[int]:
-    """All positions of the prompts, where they are known and not too many."""
-    if left.reading is None:
-        return columns
-    prompts = left.reading["prompts"]
-    length = len((prompts["shared"] if pair is None else prompts["first"][pair])["clean"])
-    return list(range(max(length, columns[-1] + 1))) if length <= COLUMNS else columns
+# Keys that join the cells of maps with the rows of tables
 
 
-def _by_site(left: Left, own: Sequence[int], effects: Values, pair: int | None, direction: str) -> list[Simple]:
-    """Component and site against position; of many units the sum of their effects."""
-    keys = left.changes.keys
-    columns = _whole_prompt(left, _columns(left, own, effects), pair)
-    kinds = sorted({keys[n].component for n in own if keys[n].component != "head"})
-    rows = sorted(
-        {(Site.parse(keys[n].site), keys[n].component) for n in own if keys[n].component in kinds},
-        key=lambda r: (r[1] == "error", r[0].layer, str(r)),
-    )
-    if not rows:
-        return []
-    values = np.full((len(rows), len(columns)), np.nan)
-    place, column = {row: i for i, row in enumerate(rows)}, {position: i for i, position in enumerate(columns)}
-    for number in own:
-        _, site, kind, _, _, position = keys[number]
-        row = place.get((Site.parse(site), kind))
-        if row is not None and int(position) in column:
-            cell = row, column[int(position)]
-            values[cell] = np.nan_to_num(values[cell]) + effects[number]
-    summed = "latent" in kinds
-    names, below = left.tokens_at(columns, pair)
-    caption = (
-        "Latents of a cell: the sum of their effects one by one, "
-        + ("which are estimates. " if left.is_screen else "which is no measurement of patching them together. ")
-        if summed
-        else ""
-    )
-    title = f"{'Latents' if summed else ' and '.join(kinds).capitalize()} by site and position: {direction}"
-    return [
-        HeatMap(
-            title,
-            [f"{site} {'' if kind in ('latent', 'stream') else kind}".strip() for site, kind in rows],
-            names,
-            values.tolist(),
-            caption + COLOURS,
-            value_format=_format(values),
-            columns_below=below,
-            keys=[[_cell_key(direction, str(site), kind, position) for position in columns] for site, kind in rows],
-        )
-    ]
+def site_key(key: EditKey, component: str = "") -> str:
+    """Of all edits of a component at one site and position."""
+    return f"{key.direction}/{key.site}/{component or key.component}/{key.position}"
 
 
-def _cell_key(direction: str, site: str, kind: str, position: object) -> str:
-    return f"{direction}/{site}/{kind}/{position}"
-
-
-def _unit_key(key: EditKey) -> str:
+def unit_key(key: EditKey) -> str:
+    """Of one unit at one position, or at all of them."""
     return f"{key.direction}/{key.site}/{key.component}:{key.latent}/{key.position.replace(' ', '')}"
 
 
-def _by_unit(left: Left, own: Sequence[int], effects: Values, pair: int | None) -> list[Simple]:
-    """The units with the largest effects against position."""
-    keys = left.changes.keys
-    units = [number for number in own if keys[number].component in ("latent", "head")]
-    largest: dict[tuple[str, str, str], float] = {}
-    for number in units:
-        unit = (keys[number].site, keys[number].component, keys[number].latent)
-        largest[unit] = max(largest.get(unit, 0.0), abs(float(np.nan_to_num(effects[number]))))
-    rows = sorted(largest, key=lambda unit: -largest[unit])[:ROWS]
-    if not rows:
-        return []
-    kept = set(rows)
-    units = [number for number in units if (keys[number].site, keys[number].component, keys[number].latent) in kept]
-    columns = _columns(left, units, effects)
-    column = {position: i for i, position in enumerate(columns)}
-    row = {unit: i for i, unit in enumerate(rows)}
+# Maps
+
+
+def draw_map(
+    title: str,
+    edits: EditTable,
+    numbers: Sequence[int],
+    place: Callable[[EditKey], tuple[Row, Column]],
+    rows: Mapping[Row, str],
+    columns: Mapping[Column, str],
+    caption: str = "",
+    leads_to: Callable[[EditKey], str] = unit_key,
+) -> HeatMap:
+    """A map of some edits: `place` says in which row and column each is, and edits of one cell are summed.
+
+    Args:
+        rows: Names of the rows, in their order; an edit whose row or column is not named is left out.
+        leads_to: The key of the table's rows that a click on an edit's cell shows.
+    """
+    row_at, column_at = ({name: i for i, name in enumerate(names)} for names in (rows, columns))
     values = np.full((len(rows), len(columns)), np.nan)
-    cells = [["" for _ in columns] for _ in rows]
-    for number in units:
-        key = keys[number]
-        if int(key.position) in column:
-            at = row[key.site, key.component, key.latent], column[int(key.position)]
-            values[at] = effects[number]
-            cells[at[0]][at[1]] = _unit_key(key)
-    names, below = left.tokens_at(columns, pair)
-    kind = "latents" if rows[0][1] == "latent" else "heads"
-    return [
-        HeatMap(
-            f"The {len(rows)} {kind} with the largest effects, by position: {keys[units[0]].direction}",
-            [f"{site} {'head ' if kind == 'head' else ''}{unit}" for site, kind, unit in rows],
-            names,
-            values.tolist(),
-            COLOURS,
-            value_format=_format(values),
-            columns_below=below,
-            keys=cells,
-            anchors=[left.anchors.get((site, unit), "") for site, _, unit in rows],
-        )
-    ]
-
-
-def _by_head(left: Left, own: Sequence[int], effects: Values) -> HeatMap:
-    """Layer against head."""
-    keys = left.changes.keys
-    layers = sorted({Site.parse(keys[number].site).layer for number in own})
-    count = 1 + max(int(keys[number].latent) for number in own)
-    values = np.full((len(layers), count), np.nan)
-    cells = [["" for _ in range(count)] for _ in layers]
-    for number in own:
-        at = layers.index(Site.parse(keys[number].site).layer), int(keys[number].latent)
-        values[at] = effects[number]
-        cells[at[0]][at[1]] = _unit_key(keys[number])
+    keys = [["" for _ in columns] for _ in rows]
+    for number in numbers:
+        row, column = place(edits.keys[number])
+        if row in row_at and column in column_at:
+            at = row_at[row], column_at[column]
+            values[at] = np.nan_to_num(values[at]) + edits.effects[number]
+            keys[at[0]][at[1]] = leads_to(edits.keys[number])
     return HeatMap(
-        f"Attention heads: {keys[own[0]].direction}",
-        [f"layer {layer}" for layer in layers],
-        [str(head) for head in range(count)],
+        title,
+        list(rows.values()),
+        list(columns.values()),
         values.tolist(),
-        COLOURS,
-        column_label="head",
-        value_format=_format(values),
-        keys=cells,
+        f"{caption} {COLOURS}".strip(),
+        value_format=".2f" if np.nanmax(np.abs(values), initial=0.0) >= 0.1 else ".3f",
+        keys=keys,
     )
 
 
-def _format(values: Values) -> str:
-    return ".2f" if np.nanmax(np.abs(values), initial=0.0) >= 0.1 else ".3f"
-
-
-# The table
-
-
-def edits(left: Left) -> Section:
-    """The edits with the largest effects of each direction, those of every cell of a map among them."""
-    blocks: list[Simple] = []
-    for direction in left.directions:
-        numbers = _largest(left, direction)
-        every = len(left.own(direction))
-        blocks.append(_table(left, direction, numbers, every))
-    text = (
-        "Effects are ratios of means over all pairs, with 95 % bootstrap intervals over pairs. "
-        + ("They are estimates from gradients. " if left.is_screen else "")
-        + "An edit that is nothing in a pair counts as no effect there."
-    )
-    return Section("Edits", text, blocks)
-
-
-def _largest(left: Left, direction: str) -> list[int]:
-    own = left.own(direction)
-    size = np.abs(np.nan_to_num(left.effects))
-    ranked = sorted(own, key=lambda number: -size[number])
-    kept = dict.fromkeys(ranked[: EDITS // 3])
-    seen: dict[tuple[str, str, str], int] = {}
-    for number in ranked:
-        cell = (left.changes.keys[number].site, left.changes.keys[number].component, left.changes.keys[number].position)
-        seen[cell] = seen.get(cell, 0) + 1
-        if len(kept) < EDITS and seen[cell] <= EACH:
-            kept[number] = None
-    return sorted(kept, key=lambda number: -float(np.nan_to_num(left.effects[number])))
-
-
-def _table(left: Left, direction: str, numbers: Sequence[int], every: int) -> Table:
-    keys, changed = left.changes.keys, left.changes.counts
-    positions = sorted({int(keys[number].position) for number in numbers if keys[number].position.isdigit()})
-    names = dict(zip(map(str, positions), _tokens(left, positions)))
-    tested = any(keys[number] in left.q for number in numbers)
-    columns = ["site", "unit", "position", "effect", "pairs changed", *(["q"] if tested else [])]
-    rows: list[list[Cell]] = []
-    for number, interval in zip(numbers, left.intervals(numbers)):
-        _, site, component, _, latent, position = keys[number]
-        row: list[Cell] = [site, _unit(left, site, component, latent), names.get(position, position), interval]
-        rows.append([*row, int(changed[number]), *([left.q.get(keys[number])] if tested else [])])
-    caption = (
-        f"{direction}: {len(numbers)} of {every:,} edits, the largest and the {EACH} largest of each site and position."
-    )
-    if len(numbers) == every:
-        caption = f"{direction}: all {every:,} edits."
-    if tested:
-        caption += " q: false discovery rate over all edits of the direction, said of those on top of the summary."
-    return Table(
-        columns,
-        rows,
+def head_map(
+    title: str, edits: EditTable, numbers: Sequence[int], n_heads: int | None = None, caption: str = ""
+) -> HeatMap:
+    """Layer against attention head, at all positions together."""
+    layers = sorted({Site.parse(edits.keys[number].site).layer for number in numbers})
+    heads = n_heads or 1 + max(int(edits.keys[number].latent) for number in numbers)
+    drawn = draw_map(
+        title,
+        edits,
+        numbers,
+        lambda key: (Site.parse(key.site).layer, int(key.latent)),
+        {layer: str(layer) for layer in layers},
+        {head: str(head) for head in range(heads)},
         caption,
-        {"effect": ".3f", "pairs changed": "d", **({"q": ".2g"} if tested else {})},
-        [
-            [_cell_key(direction, keys[n].site, keys[n].component, keys[n].position), _unit_key(keys[n])]
-            if _mapped(keys[n])
-            else []
-            for n in numbers
-        ],
     )
+    return replace(drawn, row_label="layer", column_label="head")
 
 
-def _mapped(key: EditKey) -> bool:
-    return key.position.isdigit() or key.component == "head"
+def site_and_position(key: EditKey) -> tuple[str, int]:
+    """The place of an edit of a whole site."""
+    return key.site, int(key.position)
 
 
-def _tokens(left: Left, positions: Sequence[int]) -> list[str]:
-    names, below = left.tokens_at(positions, None if len(left.pairs.examples) > 1 or not left.reading else 0)
-    names = [name.removesuffix(" …") for name in names]
-    if below is None:
-        return names
-    return [name if other == "=" else f"{name} / {other}" for name, other in zip(names, below)]
+def unit_and_position(key: EditKey) -> tuple[tuple[str, str, str], int]:
+    """The place of an edit of one unit."""
+    return unit_of(key), int(key.position)
 
 
-def _unit(left: Left, site: str, component: str, latent: str) -> Cell:
-    if component != "latent":
-        return f"{component} {latent}".strip()
-    anchor = left.anchors.get((site, latent))
-    return Link(latent, anchor) if anchor else latent
+def unit_of(key: EditKey) -> tuple[str, str, str]:
+    return key.site, key.component, key.latent
 
 
-def positions_of(left: Left) -> str:
-    """Where edits act, in words."""
-    settings = left.run.settings
-    each = left.is_screen or settings.get("each_position")
-    return f"{settings['positions']}, {'each alone' if each else 'together'}"
+# Tables
+
+
+def edit_table(
+    edits: EditTable,
+    numbers: Sequence[int],
+    tokens: PromptTokens,
+    anchors: Mapping[tuple[str, str], str],
+    caption: str,
+    q: Mapping[EditKey, float] | None = None,
+) -> Table:
+    """Edits with their effects; `anchors` are the cards of (site, latent), `q` the false discovery rates of some."""
+    positions = sorted({int(edits.keys[n].position) for n in numbers if edits.keys[n].position.isdigit()})
+    named, below = tokens.columns(positions)
+    names = {str(at): name for at, name in named.items()}
+    for (at, name), other in zip(names.copy().items(), below or ()):
+        if other != "=" and not (other == "…" and name.endswith("…")):
+            names[at] = f"{name} / {other}"
+    rows: list[list[Cell]] = []
+    keys: list[list[str]] = []
+    for number, interval in zip(numbers, edits.intervals(numbers)):
+        key = edits.keys[number]
+        anchor = anchors.get((key.site, key.latent))
+        linked: Cell = Link(key.unit, anchor) if anchor and key.component == "latent" else key.unit
+        row: list[Cell] = [key.site, linked, names.get(key.position, key.position), interval]
+        rows.append([*row, int(edits.changed[number]), *([] if q is None else [q.get(key)])])
+        mapped = key.position.isdigit() or key.component == "head"
+        keys.append([site_key(key), unit_key(key)] if mapped else [])
+    columns = ["site", "unit", "position", "effect", "pairs changed", *([] if q is None else ["q"])]
+    formats = {"effect": ".3f", "pairs changed": "d", "q": ".2g"}
+    return Table(columns, rows, caption, {name: formats[name] for name in columns if name in formats}, keys)

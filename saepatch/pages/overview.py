@@ -1,210 +1,201 @@
-"""The first part of a run's page: what ran, what came of it, and what to know before trusting it."""
+"""The first part of a run's page: what ran, its headline figures, and what to know before trusting them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from saepatch.pages.cards import dead_latents
 from saepatch.pages.curves import controls_reach
-from saepatch.pages.left import Left
-from saepatch.pages.maps import positions_of
+from saepatch.pages.run_data import RunData
+from saepatch.pages.run_maps import positions_of
 from saepatch.report import Facts, Headline, Notices, Section, Simple, Table
-from saepatch.report.text import number
+from saepatch.report.text import number, with_interval
 from saepatch.runs.catalogue import name_of
 
 FEW = 10  # pairs
-MIXED = 0.5  # of the positions: more that differ between pairs, and a map over all pairs says little
-RECOVERED = 0.9  # of the cross-entropy: less, and the dictionary is no bottleneck to trust
+MIXED = 0.5  # share of positions whose token differs between pairs, above which a map over all pairs says little
+RECOVERED = 0.9  # of the cross-entropy: with less, much of what the model does is in the error term
 
 
-def overview(left: Left) -> list[Section]:
+def overview(run: RunData) -> list[Section]:
     """Headline, warnings, splice quality."""
-    warnings = notices(left)
-    blocks: list[Simple] = [Headline(_headline(left))]
-    if warnings:
-        blocks.append(Notices(warnings))
-    sections = [Section("What came out", _said(left), blocks)]
-    if left.reading and left.reading["splice"]:
-        sections.append(splice_section(left.reading["splice"]))
+    sections = [headline_section(_headline(run), notices(run), _about_effects(run))]
+    if run.reading and run.reading["splice"]:
+        sections.append(splice_section(run.reading["splice"]))
     return sections
 
 
-def lead(left: Left) -> str:
-    """One paragraph that says what was done, and what was largest."""
-    count, summary = len(left.pairs.examples), left.run.summary
-    done = "estimated from gradients" if left.is_screen else "patched, each edit run exactly"
-    what = "latents and error terms" if left.is_screen else f"{left.run.settings['component']}s"
+def headline_section(
+    figures: Mapping[str, str], warnings: Sequence[str], text: str = "95 % intervals in brackets."
+) -> Section:
+    """The section that every page begins with: a few large figures, and the warnings that belong to them."""
+    blocks: list[Simple] = [Headline(figures), *([Notices(warnings)] if warnings else [])]
+    return Section("What came out", text, blocks)
+
+
+def lead(run: RunData) -> str:
+    """One paragraph: what was done, and the largest effects."""
+    count = len(run.pairs.examples)
+    done = "estimated from gradients" if run.is_screen else "patched, each edit run exactly"
+    what = "latents and error terms" if run.is_screen else f"{run.settings['component']}s"
     text = (
-        f"In {left.run.model}, {what} at {left.run.sites} were {done}, on {count:,} prompt pair{'s' * (count > 1)} "
-        f"of {left.run.task}: {summary['rows']:,} rows."
+        f"In {run.folder.model}, {what} at {run.folder.sites} were {done}, on {count:,} prompt pair{'s' * (count > 1)} "
+        f"of {run.folder.task}: {run.summary['rows']:,} rows."
     )
-    for direction in left.directions:
-        top = _top(left, direction)
+    for direction in run.directions:
+        top = _top(run, direction)
         if top and top[0]["effect"] is not None:
             text += f" The largest effect of {direction} is {name_of(top[0])}, {_effect(top[0])} of the gap."
     return text
 
 
-def _top(left: Left, direction: str) -> list[dict[str, Any]]:
-    summary = left.run.summary
-    return summary["screens"][direction]["top"] if left.is_screen else summary["top"][direction]
+def _top(run: RunData, direction: str) -> list[dict[str, Any]]:
+    return run.summary["screens"][direction]["top"] if run.is_screen else run.summary["top"][direction]
 
 
 def _effect(line: dict[str, Any]) -> str:
     effect = line["effect"]
     if not isinstance(effect, dict):
         return number(effect, ".3f")
-    if effect["low"] is None:
-        return number(effect["value"], ".3f")
-    return f"{number(effect['value'], '.3f')} [{number(effect['low'], '.3f')}, {number(effect['high'], '.3f')}]"
+    return with_interval(effect["value"], effect["low"], effect["high"], ".3f")
 
 
-def _headline(left: Left) -> dict[str, str]:
-    summary = left.run.summary
-    items = {
-        f"{left.metric}, clean": number(summary["clean"]),
-        f"{left.metric}, corrupted": number(summary["corrupted"]),
-    }
-    for direction in left.directions:
-        if top := _top(left, direction):
-            items[f"largest {'estimate' if left.is_screen else 'effect'}, {direction}: {name_of(top[0])}"] = _effect(
-                top[0]
-            )
-        if left.is_screen and (pearson := summary["screens"][direction].get("pearson")) is not None:
+def _headline(run: RunData) -> dict[str, str]:
+    items = {f"{run.metric}, {side}": number(run.summary[side]) for side in ("clean", "corrupted")}
+    kind = "estimate" if run.is_screen else "effect"
+    for direction in run.directions:
+        if top := _top(run, direction):
+            items[f"largest {kind}, {direction}: {name_of(top[0])}"] = _effect(top[0])
+        if run.is_screen and (pearson := run.summary["screens"][direction].get("pearson")) is not None:
             items[f"Pearson of estimates with exact effects, {direction}"] = number(pearson, ".3f")
     return items
 
 
-def _said(left: Left) -> str:
+def _about_effects(run: RunData) -> str:
     text = (
-        f"Effects are shares of the gap between the clean and the corrupted run in {left.metric}, ratios of means "
+        f"Effects are shares of the gap between the clean and the corrupted run in {run.metric}, ratios of means "
         "over all pairs: 0 is the base run, 1 the source run, nothing is clipped."
     )
-    if not left.is_screen and any(key.role == "single" for key in left.changes.keys):
+    if not run.is_screen and any(key.role == "single" for key in run.changes.keys):
         text += (
-            " The largest of many edits was chosen on the pairs that it is measured on, so its effect is too large on "
-            "average: measure it again on other pairs before quoting it."
+            " The largest edit was selected on the pairs that it is measured on, so its effect is biased upwards "
+            "(selection bias): measure it on other pairs before quoting it."
         )
     return text
 
 
-def splice_section(found: Sequence[dict[str, Any]]) -> Section:
-    """What each dictionary keeps, over a run's own prompts."""
-    columns = ["site", "CE recovered", "FVU", "L0", "alive", "KL", "identity error"]
-    rows = [
-        [q["site"], q["ce_recovered"], q["fvu"], q["l0"], q["alive_share"], q["kl"], q["identity_error"]] for q in found
-    ]
+def splice_section(quality: Sequence[Mapping[str, Any]], where: str = "this run's prompts") -> Section:
+    """What each dictionary keeps of the model, measured over some tokens."""
     formats = {"CE recovered": ".4f", "FVU": ".4f", "L0": ".1f", "alive": ".0%", "KL": ".4f", "identity error": ".1e"}
+    keys = ("site", "ce_recovered", "fvu", "l0", "alive_share", "kl", "identity_error")
     caption = (
-        f"Over {found[0]['tokens']:,} tokens of this run's prompts. CE recovered: share of the cross-entropy lost by "
-        "zeroing the site that the reconstruction keeps. Alive: latents that fire in these few tokens. Identity error: "
-        "largest logit change when the site is written as reconstruction + error term."
+        f"Over {quality[0]['tokens']:,} tokens of {where}. CE recovered: share of the cross-entropy lost by zeroing "
+        "the site that the reconstruction keeps. Alive: latents that fire in these tokens. Identity error: largest "
+        "logit change when the site is written as reconstruction + error term."
     )
     text = "How much of the model each dictionary keeps when it is a bottleneck, with its error term dropped."
-    return Section("Splice quality", text, [Table(columns, rows, caption, formats)])
+    rows = [[line[key] for key in keys] for line in quality]
+    return Section("Splice quality", text, [Table(["site", *formats], rows, caption, formats)])
 
 
-def notices(left: Left) -> list[str]:
-    """What a reader has to know, in words."""
-    summary, settings, count = left.run.summary, left.run.settings, len(left.pairs.examples)
-    found = []
-    small = summary["pairs_with_too_small_a_gap"]
-    if left.gap != left.gap:
-        found.append(
-            f"The clean and corrupted runs differ by less than {settings['min_gap']} in {left.metric} on average: "
+def splice_notices(quality: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Dictionaries that keep too little of the model."""
+    return [
+        f"The dictionary at {line['site']} keeps only {number(line['ce_recovered'], '.1%')} of the cross-entropy on "
+        "these prompts: much of what the model does there is in its error term."
+        for line in quality
+        if line["ce_recovered"] is not None and line["ce_recovered"] < RECOVERED
+    ]
+
+
+def notices(run: RunData) -> list[str]:
+    """Warnings, a sentence each."""
+    return [*_of_pairs(run), *(_unverified(run) if run.is_screen else _untested(run)), *_of_latents(run)]
+
+
+def _of_pairs(run: RunData) -> Iterator[str]:
+    settings, count = run.settings, len(run.pairs.examples)
+    if run.gap != run.gap:
+        yield (
+            f"The clean and corrupted runs differ by less than {settings['min_gap']} in {run.metric} on average: "
             "there is no gap to take shares of, and effects are left out. Look at the pairs and their answers."
         )
-    if small:
-        found.append(
+    if small := run.summary["pairs_with_too_small_a_gap"]:
+        yield (
             f"{small} of {count} pairs have a gap below {settings['min_gap']}: they count in ratios of means, but "
             "have no effect of their own."
         )
     if count < FEW:
-        found.append(f"{count} pair{'s' * (count > 1)}: too few for an interval that means much.")
-    found += _forms(left)
-    found += _unverified(left) if left.is_screen else _untested(left)
-    found += _dead(left) + controls_reach(left)[:5]
-    for one in (left.reading or {}).get("splice", ()):
-        if one["ce_recovered"] is not None and one["ce_recovered"] < RECOVERED:
-            found.append(
-                f"The dictionary at {one['site']} keeps only {number(one['ce_recovered'], '.1%')} of the cross-entropy "
-                "on these prompts: much of what the model does there is in its error term."
+        yield too_few(count, "pair")
+    if run.reading and count > 1 and any(key.position.isdigit() for key in run.changes.keys):
+        columns = run.reading["prompts"]["shared"]["clean"]
+        mixed = sum(token is None for token in columns)
+        if mixed > MIXED * len(columns):
+            yield (
+                f"At {mixed} of {len(columns)} positions the prompts' tokens differ: a map over all pairs is a mean "
+                "over different tokens there. Look at pairs alone, or give pairs of one form."
             )
-    if left.reading is None:
+
+
+def too_few(count: int, what: str) -> str:
+    """The warning on a small sample."""
+    return f"{count} {what}{'s' * (count > 1)}: too few for an interval that means much."
+
+
+def _of_latents(run: RunData) -> list[str]:
+    found = dead_latents(run.cards, "Patching what is off in both runs does nothing.") + controls_reach(run)[:5]
+    found += splice_notices((run.reading or {}).get("splice", ()))
+    if run.reading is None:
         found.append(
-            f"Tokens and latent cards are missing: they need the model. `saepatch report {left.run.path} --read true` "
-            "adds them."
+            f"Tokens and latent cards are missing: they need the model. `saepatch report {run.folder.path} --read "
+            "true` adds them."
         )
     return found
 
 
-def _forms(left: Left) -> list[str]:
-    """Positions that are one by one those of pairs that are not of one form."""
-    if not left.reading or len(left.pairs.examples) < 2 or not any(key.position.isdigit() for key in left.changes.keys):
-        return []
-    columns = left.reading["prompts"]["shared"]["clean"]
-    mixed = sum(token is None for token in columns)
-    if mixed <= MIXED * len(columns):
-        return []
-    return [
-        f"At {mixed} of {len(columns)} positions the prompts' tokens differ: a map over all pairs is a mean over "
-        "different tokens there. Look at pairs alone, or give pairs of one form."
-    ]
-
-
-def _unverified(left: Left) -> list[str]:
-    found = []
-    for direction, screen in left.run.summary["screens"].items():
+def _unverified(run: RunData) -> Iterator[str]:
+    for direction, screen in run.summary["screens"].items():
         if not screen.get("verified_top") and not screen.get("verified_random"):
-            found.append(
+            yield (
                 f"{direction}: no estimate was run exactly, so nothing here says whether the screen is right. Run "
                 "`saepatch attribute` with --verify and --sample."
             )
         elif not screen.get("verified_random"):
-            found.append(
-                f"{direction}: no random node was run exactly, so what the screen missed is unknown (--sample)."
-            )
+            yield f"{direction}: no random node was run exactly, so what the screen missed is unknown (--sample)."
         elif (pearson := screen.get("pearson")) is not None and pearson < 0.7:
-            found.append(f"{direction}: estimates and exact effects agree badly (Pearson {number(pearson, '.2f')}).")
-    if left.sizes:
-        found.append(
-            "Estimates are sizes without a sign (GradDrop): towards or away from the source run, they do not say."
-        )
-    return found
+            yield f"{direction}: estimates and exact effects agree badly (Pearson {number(pearson, '.2f')})."
+    if run.sizes:
+        yield "Estimates are magnitudes (GradDrop): they do not say whether an effect is towards the source run."
 
 
-def _untested(left: Left) -> list[str]:
-    found = []
-    for direction, top in left.run.summary["top"].items():
+def _untested(run: RunData) -> Iterator[str]:
+    for direction, top in run.summary["top"].items():
         tested = [line["q"] for line in top if line["q"] is not None]
         if top and (not tested or min(tested) > 0.05):
-            found.append(
-                f"{direction}: none of the largest edits stands out from chance at a false discovery rate of 5 %"
-                + ("." if tested else ", for none could be tested: each changes something in one pair at most.")
+            why = "." if tested else ", for none could be tested: each changes something in one pair at most."
+            yield (
+                f"{direction}: none of the largest edits stands out from chance at a false discovery rate of 5 %{why}"
             )
-    return found
 
 
-def _dead(left: Left) -> list[str]:
-    dead = [f"{card.site} {card.latent}" for card in left.cards if card.dead]
-    if not dead:
-        return []
-    return [f"Never active in this run's prompts: {', '.join(dead)}. Patching what is off in both runs does nothing."]
-
-
-def facts(left: Left) -> Facts:
-    """Where all this comes from."""
-    summary, settings = left.run.summary, left.run.settings
+def facts(run: RunData) -> Facts:
+    """Provenance: the model, the dictionaries, the settings."""
+    summary, settings = run.summary, run.settings
     items = {
-        "model": f"{left.run.model} ({summary['model']['hash']})",
-        **{f"dictionary {site}": f"{one['name']} ({one['hash']})" for site, one in summary["dictionaries"].items()},
-        "pairs": f"{left.run.task}, {settings['split']}: {len(left.pairs.examples):,}",
-        "positions": positions_of(left),
-        "metric": left.metric,
+        "model": f"{run.folder.model} ({summary['model']['hash']})",
+        **dictionary_facts(summary["dictionaries"]),
+        "pairs": f"{run.folder.task}, {settings['split']}: {len(run.pairs.examples):,}",
+        "positions": positions_of(run),
+        "metric": run.metric,
         "corruption": settings["corruption"] or "the pair's corrupted prompt",
         "precision": settings["dtype"],
-        **({"method": settings["method"]} if left.is_screen else {}),
-        "finished": left.run.finished,
-        **left.provenance,
+        **({"method": settings["method"]} if run.is_screen else {}),
+        "finished": run.folder.finished,
+        **run.provenance,
+        **({"shards": str(summary["shards"])} if summary["shards"] > 1 else {}),
     }
-    if summary["shards"] > 1:
-        items |= {"shards": str(summary["shards"])}
     return Facts(items)
+
+
+def dictionary_facts(dictionaries: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Name and hash of each site's dictionary."""
+    return {f"dictionary {site}": f"{known['name']} ({known['hash']})" for site, known in dictionaries.items()}

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from saepatch.data.texts import load_texts
 from saepatch.organism import is_checkpoint
-from saepatch.pages.cards import coloured, latent_card
-from saepatch.pages.left import anchor
+from saepatch.pages.cards import cards_section, coloured
+from saepatch.pages.overview import dictionary_facts, headline_section
 from saepatch.reading.cards import Card, ReadText, read_latents, read_texts
 from saepatch.records.provenance import command_line, versions
-from saepatch.report import Comparison, Facts, Headline, Notices, Page, Section, Simple, Table, token_text
+from saepatch.report import Comparison, Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
 from saepatch.steering.fluency import perplexity
 
@@ -24,7 +24,7 @@ TITLES = ("before", "after")
 
 
 @dataclass(frozen=True)
-class Said:
+class SteeredAnswer:
     """One request as each side read it, both answers, their perplexities under the bare model, and both texts read
     again by the bare model."""
 
@@ -35,17 +35,17 @@ class Said:
     texts: tuple[ReadText, ...]
 
 
-def listen(session: "Session", prompt: str, both: tuple["Written", "Written"], texts: Sequence[str]) -> Said:
-    """What a page says of an answer that was just written; `texts` are the answers as they are shown."""
+def listen(session: "Session", prompt: str, both: tuple["Written", "Written"], texts: Sequence[str]) -> SteeredAnswer:
+    """An answer that was just written, with what a page shows of it; `texts` are the answers as they are shown."""
     model = session.model
     site, latents = max(session.latents.items(), key=lambda pair: len(pair[1]))
     named = [
-        (f"{name}, read again by the bare model", asked + one.text)
-        for name, asked, one in zip(TITLES, session.asked, both)
+        (f"{name}, read again by the bare model", asked + written.text)
+        for name, asked, written in zip(TITLES, session.asked, both)
     ]
-    found = [perplexity(model, [asked], [one.ids]) for asked, one in zip(session.asked, both)]
+    before, after = (perplexity(model, [asked], [written.ids]) for asked, written in zip(session.asked, both))
     read = read_texts(model, session.dictionaries[site], latents, named)
-    return Said(prompt, session.strength, (texts[0], texts[1]), (found[0], found[1]), read)
+    return SteeredAnswer(prompt, session.strength, (texts[0], texts[1]), (before, after), read)
 
 
 def read_cards(session: "Session") -> tuple[Card, ...]:
@@ -61,26 +61,23 @@ def read_cards(session: "Session") -> tuple[Card, ...]:
     )
 
 
-def steered_page(session: "Session", said: Sequence[Said], cards: Sequence[Card]) -> Page:
-    """The page of what was said so far."""
-    last = said[-1]
+def steered_page(session: "Session", answers: Sequence[SteeredAnswer], cards: Sequence[Card]) -> Page:
+    """The page of the answers so far."""
+    last = answers[-1]
     lead = (
-        f"{len(said)} request{'s' * (len(said) > 1)} to {session.model.name}, answered without and with an "
+        f"{len(answers)} request{'s' * (len(answers) > 1)} to {session.model.name}, answered without and with an "
         f"intervention on latents: {session.title}."
     )
     items = {
         "the last answer's perplexity under the bare model, before": number(last.perplexities[0]),
         "… after": number(last.perplexities[1]),
     }
-    overview: list[Simple] = [Headline(items)]
-    if told := notices(said):
-        overview.append(Notices(told))
     blocks: list[Simple] = []
-    for one in said:
-        columns = list(zip((TITLES[0], f"{TITLES[1]}, × {one.strength:g}"), one.answers))
-        blocks += [Comparison(one.prompt, columns, changes=True), *coloured(one.texts)]
-    if len(said) > 1:
-        rows = [(token_text(one.prompt), one.strength, *one.perplexities) for one in said]
+    for answer in answers:
+        columns = list(zip((TITLES[0], f"{TITLES[1]}, × {answer.strength:g}"), answer.answers))
+        blocks += [Comparison(answer.prompt, columns, changes=True), *coloured(answer.texts)]
+    if len(answers) > 1:
+        rows = [(token_text(answer.prompt), answer.strength, *answer.perplexities) for answer in answers]
         blocks.append(
             Table(
                 ["request", "strength", *(f"perplexity {name}" for name in TITLES)],
@@ -92,41 +89,39 @@ def steered_page(session: "Session", said: Sequence[Said], cards: Sequence[Card]
         "Marked: words that the answer before lacks there. Below, both texts as the bare model reads them: the deeper "
         "a colour, the stronger the acting latents of one site are at that token, nothing being edited."
     )
-    sections = [Section("What came out", "", overview), Section("Answers", text, blocks)]
+    sections = [headline_section(items, notices(answers), ""), Section("Answers", text, blocks)]
     if cards:
-        known = {anchor(card) for card in cards}
-        about = (
-            f"Where the acting latents fire in {cards[0].texts:,} reference texts ({cards[0].tokens:,} tokens), what "
-            "their direction writes, which others are like them."
-        )
-        sections.append(Section("Latents", about, [latent_card(card, known) for card in cards]))
+        sections.append(cards_section(cards, "The acting latents", "reference texts", ""))
     return Page("Steered answers", lead, sections, _facts(session))
 
 
-def notices(said: Sequence[Said]) -> list[str]:
-    """What a reader has to know, in words."""
-    told = [f"{len(said)} request{'s' * (len(said) > 1)}: an impression, and no measurement of how often this works."]
-    for one in said:
-        (before, after), request = one.perplexities, token_text(one.prompt)
+def notices(answers: Sequence[SteeredAnswer]) -> list[str]:
+    """Warnings, a sentence each."""
+    warnings = [
+        f"{len(answers)} request{'s' * (len(answers) > 1)}: an impression, and no measurement of how often this works."
+    ]
+    for answer in answers:
+        (before, after), request = answer.perplexities, token_text(answer.prompt)
         if math.isfinite(before) and after > SURPRISING * before:
-            told.append(
+            warnings.append(
                 f"The bare model finds the steered answer to “{request}” {number(after / before, ',.0f')} "
-                "times as perplexing as its own: the strength may be more than the model's language bears."
+                "times as perplexing as its own: the strength may be too high for fluent text."
             )
-        if one.answers[0] == one.answers[1]:
-            told.append(f"The intervention changes nothing in the answer to “{request}”.")
-    return told
+        if answer.answers[0] == answer.answers[1]:
+            warnings.append(f"The intervention changes nothing in the answer to “{request}”.")
+    return warnings
 
 
 def _facts(session: "Session") -> Facts:
     config = session.config
     dictionaries = {
-        f"dictionary {site}": f"{one.name} ({one.fingerprint})" for site, one in session.dictionaries.items()
+        str(site): {"name": dictionary.name, "hash": dictionary.fingerprint}
+        for site, dictionary in session.dictionaries.items()
     }
     units = "; ".join(f"{site}: {', '.join(map(number, some))}" for site, some in session.units.items())
     return Facts(
         {"model": f"{session.model.name} ({session.model.fingerprint})"}
-        | dictionaries
+        | dictionary_facts(dictionaries)
         | {
             "intervention": session.title,
             "one unit of strength": "–" if config.act == "ablate" else units,

@@ -71,6 +71,11 @@ class Card:
         """Whether it fired nowhere in the texts that were read."""
         return self.frequency == 0
 
+    @property
+    def anchor(self) -> str:
+        """Its name on a page, which links lead to."""
+        return f"latent-{self.site}-{self.latent}"
+
     @staticmethod
     def read(given: dict[str, Any]) -> "Card":
         """A card as `asdict` and JSON left it; a missing number is NaN again."""

@@ -20,7 +20,7 @@ from saepatch.report.blocks import (
 )
 from saepatch.report.scales import Scale, linear, logarithmic
 from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
-from saepatch.report.text import common_format, finite, number, visible
+from saepatch.report.text import common_format, finite, number, visible, with_interval
 
 WIDE, NARROW = 720, 360
 PALETTE = 7  # colours in the stylesheet
@@ -34,14 +34,6 @@ def _spans(low: Sequence[Number] | None, high: Sequence[Number] | None, count: i
     if low is None or high is None:
         return [(None, None)] * count
     return list(zip(low, high))
-
-
-def said(value: Number, span: Span, spec: str) -> str:
-    """A value and, where there is one, its interval."""
-    text = number(value, spec)
-    if finite(span[0]) and finite(span[1]):
-        text += f" [{number(span[0], spec)}, {number(span[1], spec)}]"
-    return text
 
 
 def draw(chart: Chart, width: int) -> Drawing:
@@ -119,7 +111,9 @@ def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, chart: LineCha
     parts += [element("polyline", {"points": _points(run), "class": "line"}) for run in _runs(drawn) if len(run) > 1]
     for place, x, y, span in zip(drawn, line.x, line.y, spans):
         if place is not None:
-            parts.append(marker(index, *place, f"{line.name}\nat {number(x, chart.x_format)}: {said(y, span, spec)}"))
+            parts.append(
+                marker(index, *place, f"{line.name}\nat {number(x, chart.x_format)}: {with_interval(y, *span, spec)}")
+            )
     # Points closer than they are wide show only under the pointer.
     reach = x_axis.end - x_axis.start
     dense = " dense" if len(line.x) * 12 > reach else ""
@@ -224,7 +218,7 @@ def bar_chart(chart: BarChart, width: int) -> Drawing:
 def _bar(bars: Bars, row: int, index: int, axis: Scale, y: float, thick: float, tip: str, spec: str) -> Markup:
     value, span = bars.values[row], _spans(bars.low, bars.high, len(bars.values))[row]
     zero = axis(min(max(0.0, axis.low), axis.high))
-    parts = [element("title", {}, f"{tip}: {said(value, span, spec)}")]
+    parts = [element("title", {}, f"{tip}: {with_interval(value, *span, spec)}")]
     end = zero
     if finite(value):
         x = axis(value)

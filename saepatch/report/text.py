@@ -69,6 +69,12 @@ def number(value: float | int | None, spec: str = "") -> str:
     return re.sub(r"%$", "\u00a0%", text).replace("-", "−")
 
 
+def with_interval(value: float | int | None, low: float | int | None, high: float | int | None, spec: str = "") -> str:
+    """A value and, where there is one, its interval: ``0.83 [0.79, 0.87]``."""
+    text = number(value, spec)
+    return f"{text} [{number(low, spec)}, {number(high, spec)}]" if finite(low) and finite(high) else text
+
+
 def common_format(values: Iterable[float | int | None]) -> str:
     """One format for numbers that stand under each other; empty where their sizes differ too much for one."""
     sizes = [abs(value) for value in values if finite(value)]

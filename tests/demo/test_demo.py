@@ -168,7 +168,8 @@ def test_a_cell_of_a_map_leads_to_its_latents(demo):
         for row in mine:
             if row["component"] == "latent":
                 change = row["patched"] - row["corrupted"] if direction == "denoise" else row["clean"] - row["patched"]
-                totals[f"{direction}/{row['site']}/{row['position']}"][row["latent"]] += change / sum(gaps.values())
+                cell = f"{direction}/{row['site']}/latent/{row['position']}"
+                totals[cell][row["latent"]] += change / sum(gaps.values())
         assert len(totals) > 12
         for key, found in totals.items():
             wanted = sorted(map(abs, found.values()), reverse=True)[:4]

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from experiments import agreement, ioi, pronouns
 from experiments.pairs import stages, study
 from experiments.pairs.findings import against_dense, unsure, verdict
+from experiments.pairs.question import Question, embedded
 from experiments.pairs.stages import Kind
 from saepatch import organism
 from saepatch.cli.parser import run_config
 from saepatch.data.batches import batch_pairs
+from saepatch.data.forms import largest_group
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Edit
 from saepatch.errors import UserError
@@ -109,8 +111,8 @@ def test_a_tokenizer_that_splits_the_names(worded):
 def test_positions_of_a_group_mean_the_same():
     model = load_model("organism")
     for question in (ioi.QUESTION, agreement.QUESTION, pronouns.QUESTION):
-        framed = study.embedded(question, "report", 60, 0)
-        group = study.largest_group(model, framed)
+        framed = embedded(question, "report", 60, 0)
+        group = largest_group(model, [one.pair for one in framed], [one.frame for one in framed])
         frames = {one.frame for one in framed if one.pair in group}
         assert len(frames) == 1
         assert len(group) >= 60 / len({one.frame for one in framed}) / 2
@@ -127,7 +129,7 @@ def test_a_longer_name_moves_a_pair_into_another_group(worded):
         PromptPair(f"The {a} near the {b}", f"The {a} near the {c}", " is", " are")
         for a, b, c in (("key", "car", "box"), ("dog", "car", "cat"), ("key by the box", "cat", "dog"))
     ]
-    group = study.largest_group(worded, [study.Framed(pair, "f") for pair in pairs])
+    group = largest_group(worded, pairs, ["f" for _ in pairs])
     assert group == pairs[:2]
     assert study.position_labels(worded, group) == ["0 The", "1 [key]", "2 near", "3 the", "4 [car/box]"]
 
@@ -136,7 +138,7 @@ def run(module, config, out, *arguments):
     return run_config(config, module.main, "study", ["--out", str(out), *SMALL, *arguments])
 
 
-def check(out: Path, question: study.Question, pairs: int, heads: bool) -> dict:
+def check(out: Path, question: Question, pairs: int, heads: bool) -> dict:
     """The files of a run, and what has to be in each; returns the summary."""
     found = json.loads((out / "summary.json").read_text())
     assert found["pairs"] == pairs
@@ -305,7 +307,7 @@ def test_a_model_that_cannot_do_the_task_is_said():
 
 def test_a_site_where_nothing_has_happened_yet_has_no_dense_direction():
     model = load_model("organism")
-    pairs = [one.pair for one in study.embedded(agreement.QUESTION, "select", 6, 0)]
+    pairs = [one.pair for one in embedded(agreement.QUESTION, "select", 6, 0)]
     same = [replace(pair, corrupted=pair.clean) for pair in pairs]
     assert stages.mean_difference(model, Site(2, "resid_post"), same, None) is None
     found = stages.mean_difference(model, Site(2, "resid_post"), pairs, agreement.QUESTION.first)

@@ -17,8 +17,8 @@ from tiny import random_sae, tiny_model
 
 import saepatch.model.loading
 from saepatch.cli.main import main
-from saepatch.pages.left import read_left
 from saepatch.pages.run import run_page
+from saepatch.pages.run_data import read_run_data
 from saepatch.records.rows import read_rows
 from saepatch.report import BarChart, HeatMap, LineChart, ScatterChart, Table
 from saepatch.runs.catalogue import compare_runs, find_runs, headline, read_run, runs_table
@@ -124,7 +124,7 @@ def test_maps_are_sums_over_rows(swept):
         units[row["direction"], f"{row['site']} {row['latent']}", int(row["position"])] += share
         if row["example"] == "two":
             alone[row["direction"], row["site"], int(row["position"])] += row["effect"]
-    maps = blocks(run_page(read_left(swept)), HeatMap)
+    maps = blocks(run_page(read_run_data(swept)), HeatMap)
     by_site = [m for m in maps if m.title.startswith("Latents by site")]
     assert len(by_site) == 2 * (1 + 3)  # both directions: over all pairs, and of three alone
     for heat, wanted in [(m, cells) for m in by_site[:2]] + [(m, alone) for m in by_site[4:6]]:
@@ -157,7 +157,7 @@ def test_a_curve_has_every_group_that_was_asked_for(place, tmp_path):
     for row, change in zip(rows, changes(rows)):
         if row["role"] == "given":
             whole[row["direction"], row["latent"]] += change / 4 / gap(rows)
-    for chart in blocks(run_page(read_left(out)), LineChart):
+    for chart in blocks(run_page(read_run_data(out)), LineChart):
         direction = chart.title.rpartition(": ")[2]
         (patched,) = [line for line in chart.series if line.name == "patched"]
         assert list(patched.x) == list(range(1, 24))
@@ -165,14 +165,14 @@ def test_a_curve_has_every_group_that_was_asked_for(place, tmp_path):
         assert all(None not in line.y[:20] for line in chart.series)  # more than 20 have no controls of their size
     pairs = "; ".join(f"{2 * i},{2 * i + 1}" for i in range(22))
     out = run(place, tmp_path / "bars", "patch", "--site", "resid_post.1", "--latents", pairs, "--controls=0")
-    charts = blocks(run_page(read_left(out)), BarChart)
+    charts = blocks(run_page(read_run_data(out)), BarChart)
     assert len(charts) == 2
     assert all("The 20 largest of 22. " in chart.caption for chart in charts)
 
 
 def test_tokens_stand_over_maps(swept):
     """Token 2 is the one that differs; all else is shared by all pairs."""
-    over_all, alone = (blocks(run_page(read_left(swept)), HeatMap)[n] for n in (0, 6))
+    over_all, alone = (blocks(run_page(read_run_data(swept)), HeatMap)[n] for n in (0, 6))
     assert list(over_all.columns)[:2] == ["0 <bos>", "1 a"]
     assert over_all.columns[2] == "2 …"
     assert list(over_all.columns)[3:] == ["3 b", "4 ␣", "5 c"]
@@ -185,7 +185,9 @@ def test_the_table_of_edits_agrees_with_the_summary(swept, grouped):
     for out in (swept, grouped):
         summary = json.loads((out / "summary.json").read_text())
         tables = [
-            t for t in blocks(run_page(read_left(out)), Table) if "pairs changed" in t.columns and "unit" in t.columns
+            t
+            for t in blocks(run_page(read_run_data(out)), Table)
+            if "pairs changed" in t.columns and "unit" in t.columns
         ]
         assert len(tables) == 2
         for table, direction in zip(tables, ("denoise", "noise")):
@@ -202,8 +204,8 @@ def test_the_table_of_edits_agrees_with_the_summary(swept, grouped):
 
 def test_heads_by_layer(heads):
     rows = read_rows(heads / "results.parquet")
-    (heat, _) = blocks(run_page(read_left(heads)), HeatMap)[:2]
-    assert list(heat.rows) == ["layer 0", "layer 1", "layer 2"]
+    (heat, _) = blocks(run_page(read_run_data(heads)), HeatMap)[:2]
+    assert list(heat.rows) == ["0", "1", "2"]
     for row, change in zip(rows, changes(rows)):
         row["change"] = change
     for layer in range(3):
@@ -217,7 +219,7 @@ def test_estimates_stand_against_exact_effects(screened):
     rows = read_rows(screened / "results.parquet")
     key = lambda r: (r["example"], r["site"], r["latent"], r["position"], r["direction"], r["component"])  # noqa: E731
     estimates = {key(r): c for r, c in zip(rows, changes(rows)) if r["role"] == "single"}
-    for scatter, direction in zip(blocks(run_page(read_left(screened)), ScatterChart), ("denoise", "noise")):
+    for scatter, direction in zip(blocks(run_page(read_run_data(screened)), ScatterChart), ("denoise", "noise")):
         for points, role in zip(scatter.series, ("top", "random")):
             told = [(r, c) for r, c in zip(rows, changes(rows)) if (r["role"], r["direction"]) == (role, direction)]
             mine = [(change, estimates[key(row)]) for row, change in told]

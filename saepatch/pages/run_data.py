@@ -1,4 +1,4 @@
-"""What a run of `patch` or `attribute` left in its folder, as numbers that a page is drawn from."""
+"""The folder of a run of `patch` or `attribute`, read into the numbers that a page is drawn from."""
 
 import json
 from collections.abc import Sequence
@@ -13,9 +13,11 @@ from numpy import ndarray
 
 from saepatch.errors import UserError
 from saepatch.measure.effects import CONTROLS
+from saepatch.pages.cards import anchors_of
 from saepatch.pages.gather import READING
+from saepatch.pages.maps import EditTable, PromptTokens
 from saepatch.reading.cards import Card
-from saepatch.report import Interval, token_text
+from saepatch.report import Interval
 from saepatch.runs.catalogue import RunFolder, read_json, read_run
 from saepatch.runs.parts import KEYS, Changes, EditKey, Pairs, read_changes
 
@@ -23,10 +25,10 @@ EXACT = ("top", "random")  # roles of a screen's verified nodes
 
 
 @dataclass(frozen=True, eq=False)
-class Left:
-    """A run's rows, pairs, summary and, where there is one, its reading."""
+class RunData:
+    """A run's rows, pairs, summary and, where there is one, its reading: prompts token by token, and cards."""
 
-    run: RunFolder
+    folder: RunFolder
     pairs: Pairs
     changes: Changes
     provenance: dict[str, str]
@@ -34,21 +36,29 @@ class Left:
     cards: tuple[Card, ...]
 
     @property
+    def summary(self) -> dict[str, Any]:
+        return self.folder.summary
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return self.folder.settings
+
+    @property
     def is_screen(self) -> bool:
-        return self.run.work == "attribute"
+        return self.folder.work == "attribute"
 
     @property
     def sizes(self) -> bool:
         """Whether effects are sizes without a sign, as GradDrop gives them."""
-        return self.is_screen and self.run.settings.get("method") == "graddrop"
+        return self.is_screen and self.settings.get("method") == "graddrop"
 
     @property
     def metric(self) -> str:
-        return str(self.run.settings["metric"]).replace("_", " ")
+        return str(self.settings["metric"]).replace("_", " ")
 
     @property
     def directions(self) -> list[str]:
-        return list(self.run.summary["screens" if self.is_screen else "top"])
+        return list(self.summary["screens" if self.is_screen else "top"])
 
     @property
     def gap(self) -> float:
@@ -56,7 +66,7 @@ class Left:
         return abs(self.pairs.mean_gap) if self.sizes else self.pairs.mean_gap
 
     def own(self, direction: str) -> list[int]:
-        """The edits of a direction that are no controls (in a screen: the estimates)."""
+        """The edits of a direction, controls left out (in a screen: the estimates)."""
         return [
             number
             for number, key in enumerate(self.changes.keys)
@@ -71,12 +81,12 @@ class Left:
     def effects_of(self, pair: int) -> tuple[Float[ndarray, "edits"], Bool[ndarray, "edits"]]:
         """Of each edit the share of one pair's gap, and whether it did anything there."""
         mine = self.changes.pair == pair
-        found = np.zeros(len(self.changes.keys))
-        there = np.zeros(len(found), dtype=bool)
+        effects = np.zeros(len(self.changes.keys))
+        ran = np.zeros(len(effects), dtype=bool)
         gap = self.pairs.usable_gap[pair]
-        found[self.changes.key[mine]] = self.changes.change[mine] / (abs(gap) if self.sizes else gap)
-        there[self.changes.key[mine]] = True
-        return found, there
+        effects[self.changes.key[mine]] = self.changes.change[mine] / (abs(gap) if self.sizes else gap)
+        ran[self.changes.key[mine]] = True
+        return effects, ran
 
     def intervals(self, numbers: Sequence[int], seed: int | None = None) -> list[Interval]:
         """Ratios of means with percentile bootstrap intervals over pairs, on the draws that the summary uses."""
@@ -84,13 +94,13 @@ class Left:
         values = [float(self.effects[number]) for number in numbers]
         if n < 2 or self.gap != self.gap:
             return [Interval(value, None, None) for value in values]
-        bootstrap = self.pairs.bootstrap(int(self.run.settings["seed"]) if seed is None else seed, self.sizes)
+        bootstrap = self.pairs.bootstrap(int(self.settings["seed"]) if seed is None else seed, self.sizes)
         out = []
         for number, value in zip(numbers, values):
             mine, change = self._rows_of(number), np.zeros(n)
             change[changes.pair[mine]] = changes.change[mine]
-            found = bootstrap.of(change)
-            out.append(Interval(value, None, None) if np.isnan(found.low) else Interval(value, found.low, found.high))
+            drawn = bootstrap.of(change)
+            out.append(Interval(value, None, None) if np.isnan(drawn.low) else Interval(value, drawn.low, drawn.high))
         return out
 
     def _rows_of(self, number: int) -> Int[ndarray, "rows"]:
@@ -110,7 +120,7 @@ class Left:
             return {}
         return {
             EditKey(*(str(line[name]) for name in KEYS)): line["q"]
-            for top in self.run.summary["top"].values()
+            for top in self.summary["top"].values()
             for line in top
             if line["q"] is not None
         }
@@ -118,39 +128,23 @@ class Left:
     @cached_property
     def anchors(self) -> dict[tuple[str, str], str]:
         """The card of a (site, latent)."""
-        return {(card.site, str(card.latent)): anchor(card) for card in self.cards}
+        return anchors_of(self.cards)
 
-    def tokens_at(self, positions: Sequence[int], pair: int | None) -> tuple[list[str], list[str] | None]:
-        """Names of positions for an axis: the clean prompt's tokens, and the corrupted one's below them.
+    @cached_property
+    def edits(self) -> EditTable:
+        """All edits, with their effects over all pairs."""
+        return EditTable(self.changes.keys, self.effects, self.changes.counts, self.intervals)
 
-        Of all pairs (None), those tokens that all of them share.
-        """
-        plain = [str(position) for position in positions]
+    def tokens(self, pair: int | None) -> PromptTokens:
+        """The tokens of one pair's prompts; of all pairs (None), those that all of them share."""
         if self.reading is None:
-            return plain, None
+            return PromptTokens()
         prompts = self.reading["prompts"]
         sides = prompts["shared"] if pair is None else prompts["first"][pair]
-        clean = _names(sides["clean"], positions)
-        names = [f"{position} {name}" for position, name in zip(positions, clean)]
-        if "corrupted" not in sides or not prompts["same_length"]:
-            return (names, None) if prompts["same_length"] else (plain, None)
-        below = _names(sides["corrupted"], positions)
-        if set(below[1:]) <= {"…"}:  # the BOS apart
-            return names, None
-        return names, ["=" if one == other and one != "…" else other for one, other in zip(clean, below)]
+        return PromptTokens(sides["clean"], sides.get("corrupted", ()), prompts["same_length"])
 
 
-def _names(tokens: Sequence[str | None], positions: Sequence[int]) -> list[str]:
-    known = dict(enumerate(tokens))
-    return ["…" if known.get(position) is None else token_text(str(known[position])) for position in positions]
-
-
-def anchor(card: Card) -> str:
-    """The name of a card on a page."""
-    return f"latent-{card.site}-{card.latent}"
-
-
-def read_left(out: Path) -> Left:
+def read_run_data(out: Path) -> RunData:
     """Read a finished run's folder; no model is loaded.
 
     Raises:
@@ -168,7 +162,7 @@ def read_left(out: Path) -> Left:
             f"{out / READING} is of another version of saepatch ({error}): write it anew with saepatch report "
             f"{out} --read true"
         ) from error
-    return Left(run, pairs, changes, provenance, reading, cards)
+    return RunData(run, pairs, changes, provenance, reading, cards)
 
 
 def _read_rows(out: Path, min_gap: float) -> tuple[Pairs, Changes, dict[str, str]]:
@@ -187,8 +181,8 @@ def _read_rows(out: Path, min_gap: float) -> tuple[Pairs, Changes, dict[str, str
     pairs = Pairs(tuple(own["example"]), np.array(own["clean"]), np.array(own["corrupted"]), min_gap)
     provenance: dict[str, str] = {}
     if first is not None and len(first):
-        told = first.to_pylist()[0]
-        versions = json.loads(told["versions"])
-        provenance = {"seed": str(told["seed"]), "command": told["command"]}
+        row = first.to_pylist()[0]
+        versions = json.loads(row["versions"])
+        provenance = {"seed": str(row["seed"]), "command": row["command"]}
         provenance["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     return pairs, read_changes(rows, pairs, []), provenance

@@ -1,0 +1,15 @@
+"""How long the parts of a run take."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def stage(name: str, clock: dict[str, float], log: logging.Logger) -> Iterator[None]:
+    """Log the name of a part of a run, and note its seconds in `clock`."""
+    log.info("%s …", name)
+    start = time.monotonic()
+    yield
+    clock[name] = round(time.monotonic() - start, 2)
