@@ -93,8 +93,8 @@ def charts(study: StudyResults) -> dict[str, Chart]:
     for d in DIRECTIONS:
         title, caption = f"{names[d]}: layer × position", "Each layer's output patched at one position"
         drawn[f"layer_position_{d}"] = _by_position(title, study.streams[d], False, study, caption)
-    for d in DIRECTIONS if heads is not None else ():
-        edits = EditTable.of(heads[d])
+    for d, effects in (heads or {}).items():
+        edits = EditTable.of(effects)
         caption = f"Each head's output z patched at all positions, n = {study.pairs} report pairs."
         chart = head_map(f"{names[d]}: attention heads", edits, edits.ran("head"), study.model.n_heads, caption)
         drawn[f"layer_head_{d}"] = replace(chart, keys=None)
