@@ -19,7 +19,7 @@ from saepatch.reading.cards import Card, ReadText
 from saepatch.records.rows import Row
 from saepatch.records.statistics import Interval
 from saepatch.settings.demo import DemoConfig
-from saepatch.steering.contrasts import Steered
+from saepatch.steering.generate import Steered
 
 DIRECTIONS: tuple[Direction, Direction] = ("denoise", "noise")
 

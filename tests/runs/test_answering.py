@@ -28,7 +28,7 @@ from saepatch.runs.answers import Answers
 from saepatch.runs.parts import Record
 from saepatch.runs.restorations import prepare, run_restore
 from saepatch.runs.restored_sets import Set
-from saepatch.settings.answering import RestoreConfig
+from saepatch.settings.restore import RestoreConfig
 from saepatch.splicing.donors import CleanMeans, CleanPrompts, OtherModel
 from saepatch.splicing.splice import record_latents
 
