@@ -15,10 +15,12 @@ from .dictionaries.loading import load_saes as load_saes
 from .engine import metrics as metrics
 from .engine.components import Directions as Directions
 from .engine.components import Edit as Edit
+from .engine.components import EditPart as EditPart
 from .engine.components import ErrorTerm as ErrorTerm
 from .engine.corruptions import GaussianNoise as GaussianNoise
 from .engine.corruptions import Mean as Mean
 from .engine.corruptions import Zero as Zero
+from .engine.options import SweepOptions as SweepOptions
 from .errors import UserError as UserError
 from .measure.attention import attribute_attention as attribute_attention
 from .measure.attention import patch_attention as patch_attention

@@ -144,7 +144,7 @@ def curves(
         )
     return both(
         lambda d: effect_curve(
-            model, best.dictionary, report, best.ranking, usable, statistics, d, seed=seed, progress=True
+            model, best.dictionary, report, best.ranking, usable, statistics, seed, direction=d, progress=True
         )
     )
 

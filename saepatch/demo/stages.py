@@ -53,7 +53,7 @@ def patching(
     singles = [patch_latents(model, dictionary, report, direction=d, progress=bars) for d in directions]
     curves = [
         effect_curve_by_pair(
-            model, dictionary, report, own, singles[0].ran, SIZES, stats, direction, seed=seed, progress=bars
+            model, dictionary, report, own, singles[0].ran, SIZES, stats, seed, direction=direction, progress=bars
         )
         for direction in directions
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -74,10 +75,11 @@ class Component(Protocol):
 
 @dataclass(frozen=True)
 class LatentUnits:
-    """The latents of a dictionary, each a unit; the base run keeps its error term."""
+    """The latents of a dictionary, each a unit; the base run keeps its error term. `ids` leaves out all others."""
 
     dictionary: Dictionary
     kind: str = "latent"
+    ids: tuple[int, ...] | None = None
 
     @property
     def site(self) -> Site:
@@ -85,13 +87,26 @@ class LatentUnits:
 
     @property
     def units(self) -> int:
-        return self.dictionary.d_sae
+        return self.dictionary.d_sae if self.ids is None else len(self.ids)
 
     def check(self, model: LanguageModel) -> None:
         self.dictionary.check(model)
 
     def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos units"]:
-        return self.dictionary.activations(x)[0]
+        return self._activations(x)[0]
+
+    @cached_property
+    def _alone(self) -> Dictionary | None:
+        few = self.ids is not None and 2 * len(self.ids) <= self.dictionary.d_sae
+        return self.dictionary.alone(self.ids or ()) if few else None
+
+    def _activations(
+        self, x: Float[Tensor, "batch pos width"]
+    ) -> tuple[Float[Tensor, "batch pos units"], Float[Tensor, "batch pos 1"] | None]:
+        if self._alone is not None:
+            return self._alone.activations(x)
+        acts, scale = self.dictionary.activations(x)
+        return acts if self.ids is None else acts[..., list(self.ids)], scale
 
     def write(
         self,
@@ -99,14 +114,14 @@ class LatentUnits:
         values: Float[Tensor, "batch pos units"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        acts, scale = self.dictionary.activations(base)
+        acts, scale = self._activations(base)
         change = values - acts
         change *= where[..., None]
         row, pos, unit = change.nonzero(as_tuple=True)
         value = change[row, pos, unit]
         if scale is not None:  # a dictionary that normalises its input writes in the scale of the base run
             value = value * scale[row, pos, 0]
-        rows = self.dictionary.rows
+        rows = self.dictionary.rows if self.ids is None else self.dictionary.rows[list(self.ids)]
         return Changes(row, pos, unit, lambda some: value[some, None] * rows[unit[some]])
 
 
@@ -294,12 +309,38 @@ def as_components(model: LanguageModel, given: Patchable | Sequence[Patchable]) 
 Direction = Literal["denoise", "noise"]  # clean values into the corrupted run, or corrupted values into the clean one
 
 
+Key = tuple[tuple[Site, str, bool, tuple[int, ...]], ...]  # of each part: site, kind, whether frozen, units
+
+
+@dataclass(frozen=True, order=True)
+class EditPart:
+    """Units of one component that an edit sets, at one position or (None) at all that were chosen.
+
+    They are set to their values in the source run; with `frozen`, to those in the base run, so that nothing the edit
+    changes upstream gets through them. Frozen units without a position are held at every token, chosen or not.
+    """
+
+    site: Site
+    units: tuple[int, ...]
+    position: int | None = None
+    kind: str = "latent"
+    frozen: bool = False
+    beside: tuple[int, ...] = ()  # the units whose control these are
+
+
 @dataclass(frozen=True, order=True)
 class Edit:
     """What one run patches: some units of a component together, at one position or (None) at all that were chosen.
 
     `position` counts a prompt's own tokens from 0, or back from -1 where prompts are aligned from the right. `role`
     says why these units: "single" (all are swept), "given", "top", "random", "matched", "differing" or "every".
+
+    `others` are further parts of the same edit, at other sites or positions. Each part sets its units in the edited run
+    itself: where `x` is what its site holds once the parts upstream have acted, the site goes on with
+    `x + decode(new) − decode(old)`, `old` the units' values read from `x`, `new` the same with the part's units at
+    their values in the source run. So a part is set to its source value, and not only moved by the difference between
+    the runs; and a part that is the same in both runs still undoes what the others change in it. Parts of one tensor
+    all read what the tensor holds before any of them acts.
     """
 
     site: Site
@@ -308,3 +349,42 @@ class Edit:
     kind: str = "latent"
     role: str = "single"
     beside: tuple[int, ...] = ()  # the units whose control this is
+    others: tuple[EditPart, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[EditPart], role: str = "given") -> "Edit":
+        """One edit made of parts.
+
+        Raises:
+            UserError: no part, or none that is not frozen.
+        """
+        acting = [part for part in parts if not part.frozen]
+        if not acting:
+            raise UserError(f"an edit of {len(parts)} parts, none of which takes values of the source run: give one")
+        first = acting[0]
+        others = tuple(part for part in parts if part is not first)
+        return cls(first.site, first.units, first.position, first.kind, role, first.beside, others)
+
+    @property
+    def parts(self) -> tuple[EditPart, ...]:
+        return (EditPart(self.site, self.units, self.position, self.kind, False, self.beside), *self.others)
+
+    @property
+    def place(self) -> str:
+        """The site; of an edit at several, all of them: `resid_post.3 | resid_post.4`."""
+        return " | ".join(str(part.site) for part in self.parts)
+
+    @property
+    def key(self) -> Key:
+        """Which units of which components are patched, wherever in the prompt."""
+        return tuple((part.site, part.kind, part.frozen, part.units) for part in self.parts)
+
+    @property
+    def beside_key(self) -> Key:
+        """The key of the edit that this one is a control of."""
+        return tuple((part.site, part.kind, part.frozen, part.beside) for part in self.parts)
+
+    def at(self, position: int) -> "Edit":
+        """The same at one position; frozen parts stay where they are."""
+        others = tuple(part if part.frozen else replace(part, position=position) for part in self.others)
+        return replace(self, position=position, others=others)

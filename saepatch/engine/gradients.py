@@ -27,8 +27,6 @@ from saepatch.model.hooks import (
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
 
-# In which a pass comes by, of what enters one block.
-ORDER = ("resid_post", "resid_pre", "z", "attn_out", "neurons", "mlp_out")
 PRODUCTS = 2**22  # numbers in the vectors that are multiplied with gradients at a time
 
 
@@ -114,7 +112,7 @@ class Base:
         refuse_training(model)
         self.model, self.tokens, self.readout, self._given = model, tokens, readout, run
         # gradients start at the first, so that all others have to come after it
-        self.sites = sorted(sites, key=lambda s: (s.enters, ORDER.index(s.stream)))
+        self.sites = sorted(sites, key=lambda site: site.order)
 
     def graph(self, droppable: Sequence[int] = ()) -> tuple[Float[Tensor, "batch"], dict[Site, Tensor], Dropped]:
         """One forward pass with a graph from the first site on: the metric, the sites' values, and the blocks' switch.

@@ -7,7 +7,7 @@ not agree is dropped, with the reason logged.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 
 Ways = tuple[str, ...]
 WAYS: Ways = ("shortcuts", "cache", "whole")  # from the quickest to the one that is always right
-Checked = dict[Site, tuple[str, bool, int]]
+Checked = dict[tuple[Site, ...], tuple[str, bool, int]]
+# Sites downstream of the one that a pass resumes from, each with the function that makes its new value, from column
+# `first` on, of what it holds there.
+Later = Mapping[Site, Edit]
 
 
 class Run:
@@ -52,8 +55,9 @@ class Run:
             raise ValueError("resuming needs prompts that end in the last column: pad on the left")
         self.model, self.tokens = model, tokens
         self.values: dict[Site, Tensor] = {}
-        # By site: the way that agrees with whole passes, whether it does where few logits are unembedded, and up to
-        # which number of tokens. Runs of one sweep share it; it is not kept for longer: models change in place.
+        # By the sites that are edited: the way that agrees with whole passes, whether it does where few logits are
+        # unembedded, and up to which number of tokens. Runs of one sweep share it; it is not kept for longer: models
+        # change in place.
         self.checked: Checked = {}
         self.written: Tensor | None = None  # what an ablation wrote into the units of what is patched
         wanted = {*sites, *(entry(site) for site in sites)}
@@ -108,15 +112,17 @@ class Run:
         first: int,
         change: Float[Tensor, "edits columns width"],
         only: Int[Tensor, "some"] | None = None,
+        later: Later | None = None,
     ) -> Float[Tensor, "edits logits"]:
         """Next-token logits of some rows with `change` added to the site from column `first` on.
 
-        `only` names the vocabulary ids whose logits are needed; None: all of them.
+        `only` names the vocabulary ids whose logits are needed; None: all of them. `later` edits sites downstream.
         """
-        way, few = self._way(site)
+        later = later or {}
+        way, few = self._way((site, *later))
         if few or only is None:
-            return self._go(way, site, rows, first, change, only)
-        return self._go(way, site, rows, first, change, None)[:, only]
+            return self._go(way, site, rows, first, change, only, later)
+        return self._go(way, site, rows, first, change, None, later)[:, only]
 
     @torch.no_grad()
     def _go(
@@ -127,11 +133,12 @@ class Run:
         first: int,
         change: Float[Tensor, "edits columns width"],
         only: Int[Tensor, "some"] | None,
+        later: Later,
     ) -> Float[Tensor, "edits logits"]:
-        model = self.model
+        model, unedited = self.model, 0
         if way == "whole" and first:
             change = nn.functional.pad(change, (0, 0, first, 0))
-            first = 0
+            first, unedited = 0, first
         old = self.values[site][rows, first:]
         edited = {site: (old + change).to(old.dtype)}
         if entry(site) != site:
@@ -141,10 +148,12 @@ class Run:
             if way != "whole":
                 stack.enter_context(skip_blocks(model.layout, site.enters))
             if way == "shortcuts":
-                stack.enter_context(self._shortcuts(site, rows, first, change))
+                stack.enter_context(self._shortcuts(site, rows, first, change, later))
             if only is not None:
                 stack.enter_context(only_logits_of(model.hf, only))
-            stack.enter_context(edit_sites(model.layout, {at: _set_to(value) for at, value in edited.items()}))
+            set_to = {at: _set_to(value) for at, value in edited.items()}
+            live = {at: _from_column(unedited, edit, model.device) for at, edit in later.items()}
+            stack.enter_context(edit_sites(model.layout, set_to | live))
             logits = model.call(self.tokens.rows(rows), first, last=True, cache=cache)[:, -1].to(model.device)
         if only is not None and logits.shape[-1] != len(only):
             logits = logits[:, only]
@@ -152,7 +161,12 @@ class Run:
 
     @contextmanager
     def _shortcuts(
-        self, site: Site, rows: Int[Tensor, "edits"], first: int, change: Float[Tensor, "edits columns width"]
+        self,
+        site: Site,
+        rows: Int[Tensor, "edits"],
+        first: int,
+        change: Float[Tensor, "edits columns width"],
+        later: Collection[Site],
     ) -> Iterator[None]:
         """What the first and the last block of the pass need not compute."""
         layers, starts = self.model.n_layers, site.enters
@@ -160,9 +174,11 @@ class Run:
         if self.model.dtype == torch.float32:  # in half precision another kernel rounds otherwise than the kept run's
             forwards |= quick_activations(self.model.layout.blocks[starts:])
         if starts < layers and change.shape[1] > 1:
-            forwards |= self._kept_elsewhere(site, rows, first, change)
-            last = find_maps(self.model, layers - 1)
-            forwards |= {m: at_last(m, m in last.wide) for m in last.stays if m not in forwards}
+            if all(at.enters > starts for at in later):  # no part of the first block is edited
+                forwards |= self._kept_elsewhere(site, rows, first, change)
+            if all(at.order <= (layers - 1, 0) for at in later):  # nor of the last, nor what it gives
+                last = find_maps(self.model, layers - 1)
+                forwards |= {m: at_last(m, m in last.wide) for m in last.stays if m not in forwards}
         with forwards_replaced(forwards):
             yield
 
@@ -177,44 +193,43 @@ class Run:
         column = edited.int().argmax(-1)
         return {m: at_edited(m, out[rows, first:], column) for m, out in self._kept[site].items()}
 
-    def _way(self, site: Site) -> tuple[str, bool]:
+    def _way(self, sites: tuple[Site, ...]) -> tuple[str, bool]:
         """The quickest way that agrees with whole passes on one of this run's rows; and whether few logits do, too."""
-        way, few, width = self.checked.get(site, ("", True, 0))
+        way, few, width = self.checked.get(sites, ("", True, 0))
         if width < self.width:
             candidates = WAYS if self._cache is not None else WAYS[-1:]
-            way, few = next(found for way in candidates if (found := self._seen_to_agree(way, site)) is not None)
-            self.checked[site] = (way, few, self.width)
+            way, few = next(seen for way in candidates if (seen := self._seen_to_agree(way, sites)) is not None)
+            self.checked[sites] = (way, few, self.width)
         return way, few
 
-    def _seen_to_agree(self, way: str, site: Site, again: bool = True) -> tuple[str, bool] | None:
-        if self._agrees(way, site, None):
-            return way, self._agrees(way, site, torch.tensor([self.logits.shape[-1] - 1, 0]))
+    def _seen_to_agree(self, way: str, sites: Sequence[Site], again: bool = True) -> tuple[str, bool] | None:
+        if self._agrees(way, sites, None):
+            return way, self._agrees(way, sites, torch.tensor([self.logits.shape[-1] - 1, 0]))
         if again and way == WAYS[0] and forget_maps(self.model):  # the model may have been another when it was probed
-            return self._seen_to_agree(way, site, again=False)
+            return self._seen_to_agree(way, sites, again=False)
         return None
 
-    def _agrees(self, way: str, site: Site, only: Int[Tensor, "some"] | None) -> bool:
+    def _agrees(self, way: str, sites: Sequence[Site], only: Int[Tensor, "some"] | None) -> bool:
         """Compare edits of one position, in the middle and at the end, with whole passes."""
         if way == WAYS[-1] and only is None:
             return True
         worst, scale, moved = 0.0, 0.0, 0.0
         row = self.tokens.lengths.argmin().cpu().reshape(1)  # the most padded one
         generator = torch.Generator().manual_seed(0)
+        site = sites[0]
         for first in sorted({self.width // 2, self.width - 1}):
-            old = self.values[site][row, first:]
-            change = torch.zeros_like(old)
-            noise = torch.randn(old.shape[-1], generator=generator).to(old)
-            change[:, 0] = noise * old.std().clamp(min=1e-3)
-            whole = self._go(WAYS[-1], site, row, first, change, None).float()
+            change, *others = (self._noise(at, row, first, generator) for at in sites)
+            later = {at: _adding(noise) for at, noise in zip(sites[1:], others, strict=True)}
+            whole = self._go(WAYS[-1], site, row, first, change, None, later).float()
             before = self.logits[row].float()
             try:
-                found = self._go(way, site, row, first, change, only).float()
+                resumed = self._go(way, site, row, first, change, only, later).float()
             except Exception as error:  # whatever a family does not expect; whole passes always work
                 log.info("%s at %s: %s fails (%s), so the next way is taken", self.model.name, site, way, error)
                 return False
             if only is not None:
                 whole, before = whole[:, only], before[:, only]
-            worst, scale = max(worst, float((found - whole).abs().max())), max(scale, float(whole.abs().max()))
+            worst, scale = max(worst, float((resumed - whole).abs().max())), max(scale, float(whole.abs().max()))
             moved = max(moved, float((whole - before).abs().max()))
         exact = self.model.dtype == torch.float32
         if worst <= (1e-4 if exact else 5e-2) * scale and (worst <= 1e-6 * scale + 0.02 * moved or not exact):
@@ -225,6 +240,16 @@ class Run:
             self.model.name, site, way, "" if only is None else " with few logits", worst,
         )  # fmt: skip
         return False
+
+    def _noise(
+        self, site: Site, row: Int[Tensor, "1"], first: int, generator: torch.Generator
+    ) -> Float[Tensor, "1 columns width"]:
+        """A change of the first column, as large as what the site holds."""
+        old = self.values[site][row, first:]
+        change = torch.zeros_like(old)
+        noise = torch.randn(old.shape[-1], generator=generator).to(old)
+        change[:, 0] = noise * old.std().clamp(min=1e-3)
+        return change
 
 
 class _Before(DynamicLayer):
@@ -261,3 +286,17 @@ def entry(site: Site) -> Site:
 
 def _set_to(value: Tensor) -> Edit:
     return lambda x: value.to(x.device)
+
+
+def _adding(change: Tensor) -> Edit:
+    return lambda x: x + change
+
+
+def _from_column(first: int, edit: Edit, device: torch.device) -> Edit:
+    """Edit the columns from `first` on, on the device where a dictionary's weights are."""
+
+    def run(x: Tensor) -> Tensor:
+        new = edit(x[:, first:].to(device)).to(x)
+        return torch.cat([x[:, :first], new], 1) if first else new
+
+    return run

@@ -8,6 +8,7 @@ Verifying runs the largest, and a random sample of the others, exactly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -22,14 +23,12 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import (
     Changes,
     Component,
-    Direction,
     Edit,
     ErrorTerm,
     LatentUnits,
     as_components,
     between,
 )
-from saepatch.engine.corruptions import Corruption
 from saepatch.engine.gradients import (
     Base,
     FirstOrder,
@@ -41,8 +40,8 @@ from saepatch.engine.gradients import (
     products_of,
 )
 from saepatch.engine.kept_run import Run
-from saepatch.engine.metrics import Metric, logit_difference, metric_name
-from saepatch.engine.sweep import Align
+from saepatch.engine.metrics import Metric, logit_difference
+from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_edits
 from saepatch.measure.screen import ERROR, Attribution, Verification
@@ -71,18 +70,12 @@ def attribute(
     model: LanguageModel,
     dictionaries: Dictionary | Sequence[Dictionary],
     pairs: Sequence[PromptPair],
-    positions: Positions = "all",
-    direction: Direction = "denoise",
-    metric: Metric = logit_difference,
     method: Method = FIRST_ORDER,
     verify: int = 0,
     sample: int = 0,
-    corruption: Corruption | None = None,
-    min_gap: float = 1e-2,
-    align: Align = "equal",
-    batch_size: int | None = None,
     seed: int = 0,
-    progress: bool = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Attribution:
     """Estimate the effect of patching every latent and error term, at every position and site, each alone.
 
@@ -92,54 +85,46 @@ def attribute(
 
     Args:
         dictionaries: One, or several at different sites, whose gradients come from the same passes.
-        direction: "denoise" patches clean values into the corrupted run, "noise" the other way round.
         method: `FirstOrder()`, `IntegratedGradients(steps)` or `GradDrop()`.
         verify: Run as many nodes exactly (`saepatch.measure.patching`): those with the largest estimates by size.
         sample: Run as many more, drawn at random from all others.
-        corruption: What makes the corrupted run; None: the pair's corrupted prompt. One that acts at what is patched
-            leaves error terms out.
-        min_gap: Pairs whose clean and corrupted metric differ by less have no normalised effect.
-        align: As for `batch_pairs`.
-        batch_size: Pairs at a time; None: as many as fit.
         seed: Of the random sample.
+        options: What sweeps share; each is a keyword, too. A corruption that acts at what is patched leaves error terms
+            out.
 
     Raises:
         UserError: dictionaries of another model or of one tensor, pairs that do not line up, a metric without gradient
-            or of another shape than one value a pair, a model in training mode, or an unknown direction.
+            or of another shape than one value a pair, a model in training mode, or an option that there is not.
     """
+    chosen = with_keywords(options, keywords)
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
-    if direction not in ("denoise", "noise"):
-        raise UserError(f"unknown direction {direction!r}: use 'denoise' or 'noise'")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size = {batch_size}: use at least 1, or None to have it chosen")
-    options = _Options(positions, direction, metric, method, corruption, align, batch_size, progress)
-    found = _screen(model, several, pairs, options)
-    columns = found.columns(-1.0 if direction == "noise" and not found.absolute else 1.0)
+    screen = _screen(model, several, pairs, method, chosen)
+    columns = screen.columns(1.0 if chosen.denoises or screen.absolute else -1.0)
     result = Attribution(
-        direction=direction,
-        metric=metric_name(metric),
         method=method.name,
-        positions=positions if isinstance(positions, str) else repr(positions),
         sites=tuple(dictionary.site for dictionary in several),
         kinds=("latent",) * len(several),
         examples=tuple(pair.example or str(number) for number, pair in enumerate(pairs)),
-        clean=found.clean,
-        corrupted=found.corrupted,
+        clean=screen.clean,
+        corrupted=screen.corrupted,
         pair=columns["pair"],
         site=columns["site"],
         unit=columns["unit"],
         position=columns["position"],
         score=columns["score"],
-        min_gap=min_gap,
-        sizes=found.absolute,
+        sizes=screen.absolute,
+        **chosen.labels,
     )
     if not isinstance(method, IntegratedGradients):
         result.warn_if_flat("use IntegratedGradients")
     if not verify and not sample:
         return result
+    components: list[Component] = [LatentUnits(dictionary) for dictionary in several]
+    if not chosen.at_component:
+        components += [ErrorTerm(dictionary) for dictionary in several]
 
     def exact(edits: list[tuple[int, Edit]]) -> Float[ndarray, "nodes"]:
-        return _exact(model, several, pairs, edits, options)
+        return patch_edits(model, components, pairs, edits, replace(chosen, each_position=False))
 
     return result.verify(verify, sample, exact, seed)
 
@@ -161,31 +146,18 @@ def integrated_gradients(
     Raises:
         UserError: pairs that do not line up, or fewer than one step.
     """
-    method = IntegratedGradients(steps)
-    options = _Options(positions, "denoise", metric, method, None, "equal", batch_size, False)
-    found = _screen(model, [dictionary], pairs, options)
-    columns = found.columns(1.0)
+    options = SweepOptions(positions=positions, metric=metric, batch_size=batch_size)
+    screen = _screen(model, [dictionary], pairs, IntegratedGradients(steps), options)
+    columns = screen.columns(1.0)
     of_latent = columns["unit"] != ERROR
     latents = torch.zeros(len(pairs), dictionary.d_sae, dtype=torch.float64)
     where = tuple(torch.from_numpy(columns[name][of_latent]) for name in ("pair", "unit"))
     latents.index_put_(where, torch.from_numpy(columns["score"][of_latent]), accumulate=True)
-    return latents, torch.from_numpy(found.total[0]) - latents.sum(-1)
-
-
-@dataclass(frozen=True)
-class _Options:
-    positions: Positions
-    direction: Direction
-    metric: Metric
-    method: Method
-    corruption: Corruption | None
-    align: Align
-    batch_size: int | None
-    progress: bool
+    return latents, torch.from_numpy(screen.total[0]) - latents.sum(-1)
 
 
 @dataclass(eq=False)
-class _Found:
+class _Screen:
     """What screening has gathered so far; `total[site, pair]` is the estimate of patching the whole site."""
 
     clean: Float[ndarray, "pairs"]
@@ -210,29 +182,33 @@ class _Found:
 
 @torch.inference_mode(False)
 def _screen(
-    model: LanguageModel, dictionaries: Sequence[Dictionary], pairs: Sequence[PromptPair], options: _Options
-) -> _Found:
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    pairs: Sequence[PromptPair],
+    method: Method,
+    options: SweepOptions,
+) -> _Screen:
     components = as_components(model, dictionaries)
     sites = [dictionary.site for dictionary in dictionaries]
     for number, site in enumerate(sites):
         if taken := [str(other) for other in sites[:number] if other.same_tensor(site)]:
             raise UserError(f"two dictionaries for one tensor ({taken[0]} and {site}): attribute with one of them")
-    corruption = options.corruption
-    if corruption is not None and corruption.at_component and len(sites) > 1:
-        raise UserError(f"{corruption} corrupts what is patched, so attribute one dictionary at a time")
-    samples = 1 if corruption is None else corruption.samples
-    if corruption is not None:  # the corrupted prompts are not read
+    if options.at_component and len(sites) > 1:
+        raise UserError(f"{options.corruption} corrupts what is patched, so attribute one dictionary at a time")
+    samples = options.samples
+    if options.corruption is not None:  # the corrupted prompts are not read
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
     whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
-    found = _Found(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
+    screen = _Screen(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
     at_once = options.batch_size or _pairs_at_once(model, whole.clean.input_ids.shape[1] * samples)
-    bar = tqdm(desc=options.method.name, total=len(pairs), unit="pair", disable=not options.progress, leave=False)
+    bar = tqdm(desc=method.name, total=len(pairs), unit="pair", disable=options.progress is not True, leave=False)
+    done = options.progress if callable(options.progress) else bar.update
     with bar:
         for few in same_length_batches(whole, at_once):
             part = few.rows([row for row in range(len(few)) for _ in range(samples)])
-            _screen_part(model, dictionaries, components, part, options, samples, found)
-            bar.update(len(few))
-    return found
+            _screen_part(model, dictionaries, components, part, method, options, screen)
+            done(len(few))
+    return screen
 
 
 def _pairs_at_once(model: LanguageModel, width: int) -> int:
@@ -246,12 +222,12 @@ def _screen_part(
     dictionaries: Sequence[Dictionary],
     components: Sequence[Component],
     part: PairBatch,
-    options: _Options,
-    samples: int,
-    found: _Found,
+    method: Method,
+    options: SweepOptions,
+    screen: _Screen,
 ) -> None:
     """Screen one batch: its source run, its base run with gradients, and the products of these."""
-    denoise, corruption = options.direction == "denoise", options.corruption
+    denoise, corruption, samples = options.denoises, options.corruption, options.samples
     sites = [dictionary.site for dictionary in dictionaries]
     readout = Readout.of(options.metric, part, model)
     runs: tuple[Run, Run] | None = None
@@ -269,19 +245,18 @@ def _screen_part(
     alike = (tokens.input_ids == source.tokens.input_ids) & (tokens.attention_mask == source.tokens.attention_mask)
     alike = alike.cumprod(-1).bool()
     base = Base(model, tokens, sites, readout, None if runs is None else runs[0])
-    gradients = options.method.take(base, source.values, where)
+    gradients = method.take(base, source.values, where)
     index = part.index.cpu().numpy()
     metrics = [_numpy(gradients.metric), _numpy(readout(source.logits))]
-    for total, metric in zip((found.clean, found.corrupted), metrics[::-1] if denoise else metrics, strict=True):
+    for total, metric in zip((screen.clean, screen.corrupted), metrics[::-1] if denoise else metrics, strict=True):
         np.add.at(total, index, metric / samples)
-    found.absolute = gradients.absolute
+    screen.absolute = gradients.absolute
     for number, dictionary in enumerate(dictionaries):
         with torch.no_grad():
             x = source.values[dictionary.site]
-            at_latents = corruption is not None and corruption.at_component
-            here = _score(dictionary, gradients, x, runs, where, alike, at_latents)
-        np.add.at(found.total[number], index, _numpy(here.total) / samples)
-        found.parts.append(
+            here = _score(dictionary, gradients, x, runs, where, alike, options.at_component)
+        np.add.at(screen.total[number], index, _numpy(here.total) / samples)
+        screen.parts.append(
             {
                 "pair": index[here.row.cpu().numpy()],
                 "site": np.full(len(here.row), number),
@@ -374,40 +349,13 @@ def _latent_changes(
     """What `LatentUnits` finds, from one encoding of the positions that differ, without decoding."""
     row, pos = moved.nonzero(as_tuple=True)
     both = torch.stack([source[row, pos], base[row, pos]]).to(dictionary.dtype)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    moves: list[tuple[Tensor, Tensor, Tensor]] = []
     a_chunk = max(1, ENCODE_MEMORY // (8 * dictionary.d_sae))
     for start in range(0, len(row), a_chunk):
         acts, _ = dictionary.activations(both[:, start : start + a_chunk])
         change = acts[0].sub_(acts[1])
         at, unit = change.nonzero(as_tuple=True)
-        found.append((at + start, unit, change[at, unit]))
-    at, unit, value = (torch.cat(column) for column in zip(*found, strict=True)) if found else (row, row, both[0, :, 0])
+        moves.append((at + start, unit, change[at, unit]))
+    at, unit, value = (torch.cat(column) for column in zip(*moves, strict=True)) if moves else (row, row, both[0, :, 0])
     rows = dictionary.rows
     return Changes(row[at], pos[at], unit, lambda some: value[some, None] * rows[unit[some]])
-
-
-def _exact(
-    model: LanguageModel,
-    dictionaries: Sequence[Dictionary],
-    pairs: Sequence[PromptPair],
-    edits: list[tuple[int, Edit]],
-    options: _Options,
-) -> Float[ndarray, "nodes"]:
-    """The metric under each edit, run exactly."""
-    corruption = options.corruption
-    components: list[Component] = [LatentUnits(dictionary) for dictionary in dictionaries]
-    if corruption is None or not corruption.at_component:
-        components += [ErrorTerm(dictionary) for dictionary in dictionaries]
-    return patch_edits(
-        model,
-        components,
-        pairs,
-        edits,
-        positions=options.positions,
-        direction=options.direction,
-        metric=options.metric,
-        corruption=corruption,
-        align=options.align,
-        batch_size=options.batch_size,
-        progress=options.progress,
-    )

@@ -1,16 +1,17 @@
 """Sets of latents that a chosen set is compared with."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.components import Edit
+from saepatch.engine.components import Edit, EditPart
 from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
 from saepatch.records.statistics import matched_latents, random_latents
 
 log = logging.getLogger(__name__)
@@ -43,31 +44,40 @@ def differing_sets(ranking: Sequence[int], k: int, differs: Bool[np.ndarray, "d_
 
 def with_controls(
     model: LanguageModel,
-    dictionary: Dictionary,
+    dictionaries: Sequence[Dictionary],
     pairs: Sequence[PromptPair],
-    groups: Sequence[Group],
+    groups: Sequence[Mapping[Site, Group]],
     draws: int,
     seed: int,
 ) -> list[Edit]:
-    """An edit for each group, and `draws` random and as many matched sets beside it.
+    """An edit for each group, and `draws` random and as many matched sets beside it, drawn site by site.
 
     How often latents fire is counted in the pairs' own prompts: over parts of the pairs, others would be drawn.
     """
-    for group in groups:
-        dictionary.check_ids(group)
-    edits = [Edit(dictionary.site, group, role="given") for group in groups]
+    edits = [Edit.of([EditPart(site, ids) for site, ids in group.items()]) for group in groups]
     if not draws:
         return edits
-    dictionary.check(model)
     texts = [text for pair in pairs for text in (pair.clean, pair.corrupted)]
-    statistics = latent_statistics(model, dictionary, model.tokenize(texts))
-    alive = int(statistics.alive.sum())
+    statistics = {}
+    for dictionary in dictionaries:
+        if any(dictionary.site in group for group in groups):
+            dictionary.check(model)
+            statistics[dictionary.site] = latent_statistics(model, dictionary, model.tokenize(texts))
     for group in groups:
-        left = alive - int(statistics.alive[list(group)].sum())
-        if left < len(group):
-            log.warning("%d latents have no controls of their size: only %d others are alive", len(group), left)
-            continue
-        sets = control_sets(group, len(group), statistics, seed, draws)
-        for role, drawn in zip(("random", "matched"), sets, strict=True):
-            edits += [Edit(dictionary.site, tuple(sorted(one)), role=role, beside=group) for one in drawn]
+        drawn: dict[str, list[list[EditPart]]] = {
+            "random": [[] for _ in range(draws)],
+            "matched": [[] for _ in range(draws)],
+        }
+        for number, (site, ids) in enumerate(group.items()):
+            alive = statistics[site].alive
+            left = int(alive.sum()) - int(alive[list(ids)].sum())
+            if left < len(ids):
+                log.warning("%d latents have no controls of their size: only %d others are alive", len(ids), left)
+                break
+            sets = control_sets(ids, len(ids), statistics[site], seed + number, draws)
+            for parts, of_role in zip(drawn.values(), sets, strict=True):
+                for some, control in zip(parts, of_role, strict=True):
+                    some.append(EditPart(site, tuple(sorted(control)), beside=ids))
+        else:
+            edits += [Edit.of(parts, role) for role, several in drawn.items() for parts in several]
     return edits

@@ -2,21 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 from jaxtyping import Bool
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.components import Direction, Edit
-from saepatch.engine.metrics import Metric, logit_difference
+from saepatch.engine.components import Edit
+from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
 from saepatch.measure.controls import control_sets, differing_sets
 from saepatch.measure.effects import Effects
 from saepatch.measure.patching import patch_by_pair, patch_components
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.positions import Positions
 from saepatch.records.statistics import Interval, bootstrap_ratio
 
 
@@ -46,17 +46,13 @@ def effect_curve(
     ranking: Sequence[int],
     sizes: Sequence[int],
     statistics: LatentStatistics,
-    direction: Direction = "denoise",
-    positions: Positions = "all",
-    metric: Metric = logit_difference,
     seed: int = 0,
-    progress: bool = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Curve:
     """Patch the first k latents of one ranking together, for each k, and random and matched sets of the same size."""
     edits = _edits(dictionary, ranking, sizes, statistics, seed)
-    effects = patch_components(
-        model, dictionary, pairs, edits, positions=positions, direction=direction, metric=metric, progress=progress
-    )
+    effects = patch_components(model, dictionary, pairs, edits, with_keywords(options, keywords))
     return _curve(sizes, [effects], seed)
 
 
@@ -68,11 +64,9 @@ def effect_curve_by_pair(
     differing: Bool[np.ndarray, "pairs d_sae"],
     sizes: Sequence[int],
     statistics: LatentStatistics,
-    direction: Direction = "denoise",
-    positions: Positions = "all",
-    metric: Metric = logit_difference,
     seed: int = 0,
-    progress: bool = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Curve:
     """The same with a ranking of its own for each pair; `differing` says which latents differ in each pair."""
     edits = []
@@ -84,9 +78,7 @@ def effect_curve_by_pair(
             for drawn in differing_sets(ranking, k, differs, seed + number)
         ]
         edits.append(own)
-    effects = patch_by_pair(
-        model, dictionary, pairs, edits, positions=positions, direction=direction, metric=metric, progress=progress
-    )
+    effects = patch_by_pair(model, dictionary, pairs, edits, with_keywords(options, keywords))
     return _curve(sizes, effects, seed)
 
 
@@ -107,8 +99,8 @@ def _edits(
 
 def _curve(sizes: Sequence[int], effects: Sequence[Effects], seed: int) -> Curve:
     roles = np.array([edit.role for edit in effects[0].edits])
-    change = np.concatenate([one.change for one in effects])
-    gap = np.concatenate([one.gap for one in effects])
+    change = np.concatenate([some.change for some in effects])
+    gap = np.concatenate([some.gap for some in effects])
 
     def of(role: str) -> tuple[Interval, ...]:
         by_size = np.split(change[:, roles == role], len(sizes), axis=1)  # groups of one role stand in order of size

@@ -1,6 +1,6 @@
 """What a sweep found: the metric under every edit of every pair, normalised, with intervals, controls and rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,8 +83,8 @@ class Effects(PairGaps):
         columns = [
             i
             for i, other in enumerate(self.edits)
-            if (other.role, other.kind, other.site, other.position) == (role, mine.kind, mine.site, mine.position)
-            if (other.beside == mine.units if other.beside else len(other.units) == len(mine.units))
+            if (other.role, other.kind, other.place, other.position) == (role, mine.kind, mine.place, mine.position)
+            if (other.beside_key == mine.key if other.beside else len(other.units) == len(mine.units))
         ]
         return self.ratio(self.change[:, columns].mean(1), seed) if columns else None
 
@@ -145,7 +145,7 @@ class Effects(PairGaps):
             number = self._index(edit)
             cells = [self.of(edit), *(self.controls(edit, role) for role in roles)]
             at = "all" if edit.position is None else edit.position
-            rows.append([f"{edit.site} {describe(edit)}", at, *cells, self.ran[:, number].sum(), f"{q[number]:.2g}"])
+            rows.append([f"{edit.place} {describe(edit)}", at, *cells, self.ran[:, number].sum(), f"{q[number]:.2g}"])
         lines = [effects_table("what", roles, rows)]
         if any(not self.ran[:, self._index(edit)].any() for edit in top):
             lines.append(NOTHING)
@@ -169,12 +169,12 @@ class Effects(PairGaps):
                 Row(
                     task=task,
                     example=self.examples[pair],
-                    site=str(edit.site),
-                    component=edit.kind,
+                    site=edit.place,
+                    component=_joined(part.kind for part in edit.parts),
                     latent=describe(edit),
                     role=edit.role,
-                    position=self.positions if at is None else str(at),
-                    token="" if at is None or tokens is None else tokens[pair][at],
+                    position=_joined(self.positions if p.position is None else str(p.position) for p in edit.parts),
+                    token="" if at is None or edit.others or tokens is None else tokens[pair][at],
                     direction=self.direction,
                     metric=self.metric,
                     method=self.method,
@@ -195,10 +195,16 @@ def effects_table(what: str, controls: Sequence[str], rows: Sequence[Sequence[ob
 
 
 def describe(edit: Edit) -> str:
-    """The units as a text: "417", "3,17", "all"; empty where the component has only one."""
-    if edit.kind in WHOLE:
-        return ""
-    return "all" if edit.role == "every" else ",".join(map(str, edit.units))
+    """The units as a text: "417", "3,17", "all"; empty where the component has only one; of several parts "281 | 5"."""
+    units = ["" if part.kind in WHOLE else ",".join(map(str, part.units)) for part in edit.parts]
+    held = [f"{text} frozen".strip() if part.frozen else text for text, part in zip(units, edit.parts, strict=True)]
+    return "all" if edit.role == "every" and units[0] else " | ".join(held)
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """One text where all parts of an edit have the same."""
+    several = list(texts)
+    return several[0] if len(set(several)) == 1 else " | ".join(several)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,14 +226,14 @@ class Map:
         ratios, ran = effects.ratios(), np.asarray(effects.ran.any(0))
         own = [(i, edit) for i, edit in enumerate(effects.edits) if edit.role not in CONTROLS]
         positions = sorted({edit.position for _, edit in own if edit.position is not None})
-        keys = list(dict.fromkeys((edit.site, edit.units, edit.kind) for _, edit in own))
+        keys = list(dict.fromkeys(edit.key for _, edit in own))
         row, column = {key: i for i, key in enumerate(keys)}, {position: i for i, position in enumerate(positions)}
         values = np.full((len(keys), len(positions)), np.nan)
         for i, edit in own:
             if ran[i] and edit.position is not None:
-                values[row[edit.site, edit.units, edit.kind], column[edit.position]] = ratios[i]
-        names = [" ".join(filter(None, (str(at), "" if kind in WHOLE else ",".join(map(str, units)))))
-                 for at, units, kind in keys]  # fmt: skip
+                values[row[edit.key], column[edit.position]] = ratios[i]
+        labels = {edit.key: " ".join(filter(None, (edit.place, describe(edit)))) for _, edit in own}
+        names = [labels[key] for key in keys]
         if k is not None and k < len(keys):
             best = np.argsort(-np.nan_to_num(np.abs(values)).max(1), kind="stable")[:k]
             names, values = [names[i] for i in best], values[best]

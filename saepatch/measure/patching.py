@@ -1,8 +1,7 @@
 """Exact activation patching: the effect of every edit, each run through the model's own later blocks."""
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -10,77 +9,60 @@ from jaxtyping import Bool, Float, Int
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.components import Component, Direction, Edit, Heads, Patchable, Stream, as_components
-from saepatch.engine.corruptions import Corruption
-from saepatch.engine.metrics import Metric, logit_difference, metric_name
-from saepatch.engine.sweep import Align, Options, Progress, Swept, Wanted, sweep
+from saepatch.dictionaries.latent_set import LatentSet
+from saepatch.engine.components import Component, Edit, EditPart, Heads, Key, Patchable, Stream, as_components
+from saepatch.engine.edited_runs import Piece, Stage, Wanted
+from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
+from saepatch.engine.sweep import Swept, sweep
 from saepatch.errors import UserError
 from saepatch.measure.controls import DRAWS, Group, with_controls
 from saepatch.measure.effects import Effects
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
 
-log = logging.getLogger(__name__)
+# A latent, several that are patched together, or several of each of some sites.
+Together = int | Sequence[int] | Mapping[Site, Sequence[int]] | Mapping[str, Sequence[int]] | LatentSet
+Wished = Sequence[Together] | Mapping[Site | str, Sequence[int | Sequence[int]]] | LatentSet
 
 
 def patch_latents(
     model: LanguageModel,
     dictionaries: Dictionary | Sequence[Dictionary],
     pairs: Sequence[PromptPair],
-    latents: Sequence[int | Sequence[int]] | Mapping[Site | str, Sequence[int | Sequence[int]]] | None = None,
-    positions: Positions = "all",
-    each_position: bool = False,
-    direction: Direction = "denoise",
-    metric: Metric = logit_difference,
-    corruption: Corruption | None = None,
+    latents: Wished | None = None,
     controls: int = DRAWS,
-    min_gap: float = 1e-2,
-    align: Align = "equal",
-    batch_size: int | None = None,
     seed: int = 0,
-    progress: Progress = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Effects:
     """Patch each latent, or group of latents, between the runs of every pair, each alone, error term kept.
 
     Only edits that change something are run; they resume after the site, at the first position they change, many at a
-    time (`saepatch.engine.kept_run`). Equal to one plain hooked forward an edit, to float rounding.
+    time (`saepatch.engine.kept_run`). Equal to one plain hooked forward an edit, to float rounding. How the sites of
+    a group over several act on each other is said in `Edit`.
 
     Args:
-        latents: Single latents, or groups that are patched together; by site where there are several dictionaries.
-            None: every latent, each alone.
-        positions: Where; at all of them together, or with `each_position` at each alone.
-        direction: "denoise" patches clean values into the corrupted run, "noise" the other way round.
-        corruption: What makes the corrupted run; None: the pair's corrupted prompt.
-        controls: Random sets, and sets matched on firing frequency and size, patched beside each given group, their
-            frequencies counted in the pairs' own prompts. Where every latent is swept the others are its controls.
-        min_gap: Pairs whose clean and corrupted metric differ by less have no normalised effect.
-        align: As for `batch_pairs`.
-        batch_size: Edits at a time; None: as many as pay and fit.
+        latents: Single latents, or groups that are patched together. Of several dictionaries, by site, as in
+            `{site: [3, 17]}`; or groups over several sites, as in `[{site: [281], other: [5, 7]}]`. The groups of
+            a `LatentSet` are patched one by one, a `LatentSet` in a list as one group. None: every latent, each alone.
+        controls: Random sets, and sets matched on firing frequency and size, patched beside each given group, site by
+            site, their frequencies counted in the pairs' own prompts. Where every latent is swept the others are its
+            controls.
         seed: Of the controls.
-        progress: Show a bar; or a function that is told how many edits were just done.
+        options: What sweeps share; each is a keyword, too, as in `patch_latents(…, direction="noise")`.
 
     Raises:
-        UserError: unknown latents, an unknown direction, or pairs that do not line up.
+        UserError: unknown latents, an option that there is not, or pairs that do not line up.
     """
+    chosen = with_keywords(options, keywords)
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
-    options = Options(direction, metric, corruption, positions, each_position, align, batch_size, progress)
     if latents is None:
-        return _effects(model, as_components(model, several), pairs, None, options, min_gap)
-    if not isinstance(latents, Mapping):
-        if len(several) > 1:
-            raise UserError("several dictionaries: give the latents by site, as in {site: [3, 17]}")
-        latents = {several[0].site: latents}
+        return _effects(model, as_components(model, several), pairs, None, chosen)
     if controls < 0:
         raise UserError(f"controls = {controls}: use 0 or more sets")
-    chosen = {Site.parse(site): given for site, given in latents.items()}
-    by_site = {dictionary.site: dictionary for dictionary in several}
-    if unknown := [str(site) for site in chosen if site not in by_site]:
-        raise UserError(f"latents for {unknown[0]}, but dictionaries are for {', '.join(map(str, by_site))}")
-    edits: list[Edit] = []
-    for site, given in chosen.items():
-        edits += with_controls(model, by_site[site], pairs, _groups(given, by_site[site]), controls, seed)
-    return _effects(model, as_components(model, several), pairs, edits, options, min_gap)
+    groups = _groups(latents, several)
+    components = as_components(model, several)
+    return _effects(model, components, pairs, with_controls(model, several, pairs, groups, controls, seed), chosen)
 
 
 def patch_components(
@@ -88,90 +70,42 @@ def patch_components(
     components: Patchable | Sequence[Patchable],
     pairs: Sequence[PromptPair],
     edits: Sequence[Edit] | None = None,
-    positions: Positions = "all",
-    each_position: bool = False,
-    direction: Direction = "denoise",
-    metric: Metric = logit_difference,
-    corruption: Corruption | None = None,
-    min_gap: float = 1e-2,
-    align: Align = "equal",
-    batch_size: int | None = None,
-    progress: Progress = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Effects:
     """The same sweep over anything that `saepatch.engine.components` holds: whole sites, heads, error terms,
     directions.
 
-    `edits` names what is patched together; None: every unit of every component, each alone. Arguments are those of
-    `patch_latents`.
+    `edits` names what is patched together, at one site or several; None: every unit of every component, each alone.
     """
-    found = as_components(model, components)
-    options = Options(direction, metric, corruption, positions, each_position, align, batch_size, progress)
-    return _effects(model, found, pairs, edits, options, min_gap)
+    return _effects(model, as_components(model, components), pairs, edits, with_keywords(options, keywords))
 
 
 def patch_streams(
     model: LanguageModel,
     pairs: Sequence[PromptPair],
     stream: str = "resid_post",
-    positions: Positions = "all",
-    each_position: bool = True,
-    direction: Direction = "denoise",
-    metric: Metric = logit_difference,
-    corruption: Corruption | None = None,
-    min_gap: float = 1e-2,
-    align: Align = "equal",
-    batch_size: int | None = None,
-    progress: Progress = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Effects:
-    """Patch the whole value of a stream at every layer and position, each alone: the classic layer × position map."""
+    """Patch the whole value of a stream at every layer and position, each alone: the classic layer × position map.
+
+    With `each_position=False` as a keyword, at all positions together.
+    """
     sites = [Stream(site) for site in model.layout.of_stream(stream)]
-    return patch_components(
-        model,
-        sites,
-        pairs,
-        None,
-        positions,
-        each_position,
-        direction,
-        metric,
-        corruption,
-        min_gap,
-        align,
-        batch_size,
-        progress,
-    )
+    chosen = with_keywords(options or SweepOptions(each_position=True), keywords)
+    return _effects(model, as_components(model, sites), pairs, None, chosen)
 
 
 def patch_heads(
     model: LanguageModel,
     pairs: Sequence[PromptPair],
-    positions: Positions = "all",
-    each_position: bool = False,
-    direction: Direction = "denoise",
-    metric: Metric = logit_difference,
-    corruption: Corruption | None = None,
-    min_gap: float = 1e-2,
-    align: Align = "equal",
-    batch_size: int | None = None,
-    progress: Progress = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Effects:
     """Patch the output z of every attention head at every layer: the classic layer × head map."""
     heads = [Heads(site.layer, model.n_heads) for site in model.layout.of_stream("z")]
-    return patch_components(
-        model,
-        heads,
-        pairs,
-        None,
-        positions,
-        each_position,
-        direction,
-        metric,
-        corruption,
-        min_gap,
-        align,
-        batch_size,
-        progress,
-    )
+    return _effects(model, as_components(model, heads), pairs, None, with_keywords(options, keywords))
 
 
 def patch_edits(
@@ -179,21 +113,16 @@ def patch_edits(
     components: Patchable | Sequence[Patchable],
     pairs: Sequence[PromptPair],
     edits: Sequence[tuple[int, Edit]],
-    positions: Positions = "all",
-    direction: Direction = "denoise",
-    metric: Metric = logit_difference,
-    corruption: Corruption | None = None,
-    align: Align = "equal",
-    batch_size: int | None = None,
-    progress: Progress = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> Float[np.ndarray, "edits"]:
     """The metric under a list of edits, each of one pair (named by its index): what verifying a screen runs.
 
     The base run's own value where an edit changes nothing.
     """
-    options = Options(direction, metric, corruption, positions, False, align, batch_size, progress)
-    swept, change, _ = _listed(model, as_components(model, components), pairs, edits, options)
-    base = swept.corrupted if direction == "denoise" else swept.clean
+    chosen = with_keywords(options, keywords)
+    swept, change, _ = _listed(model, as_components(model, components), pairs, edits, chosen)
+    base = swept.corrupted if chosen.denoises else swept.clean
     return base[[pair for pair, _ in edits]] + change
 
 
@@ -202,35 +131,26 @@ def patch_by_pair(
     components: Patchable | Sequence[Patchable],
     pairs: Sequence[PromptPair],
     edits: Sequence[Sequence[Edit]],
-    positions: Positions = "all",
-    direction: Direction = "denoise",
-    metric: Metric = logit_difference,
-    corruption: Corruption | None = None,
-    min_gap: float = 1e-2,
-    align: Align = "equal",
-    batch_size: int | None = None,
-    progress: Progress = False,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[SweepKeywords],
 ) -> list[Effects]:
     """One sweep in which every pair has edits of its own; the effects of each pair."""
-    options = Options(direction, metric, corruption, positions, False, align, batch_size, progress)
+    chosen = with_keywords(options, keywords)
     flat = [(number, edit) for number, own in enumerate(edits) for edit in own]
-    swept, change, ran = _listed(model, as_components(model, components), pairs, flat, options)
-    base = swept.corrupted if direction == "denoise" else swept.clean
+    swept, change, ran = _listed(model, as_components(model, components), pairs, flat, chosen)
+    base = swept.corrupted if chosen.denoises else swept.clean
     bounds = np.cumsum([0, *map(len, edits)])
     return [
         Effects(
-            direction=direction,
-            metric=metric_name(metric),
-            positions=positions if isinstance(positions, str) else repr(positions),
             edits=tuple(own),
             examples=(pairs[number].example or str(number),),
             clean=swept.clean[[number]],
             corrupted=swept.corrupted[[number]],
             patched=base[number] + change[None, bounds[number] : bounds[number + 1]],
             ran=ran[None, bounds[number] : bounds[number + 1]],
-            min_gap=min_gap,
-            corruption=_name(corruption),
+            corruption=_name(chosen),
             rounding=_rounding(model),
+            **chosen.labels,
         )
         for number, own in enumerate(edits)
     ]
@@ -241,52 +161,127 @@ def _listed(
     components: Sequence[Component],
     pairs: Sequence[PromptPair],
     edits: Sequence[tuple[int, Edit]],
-    options: Options,
+    options: SweepOptions,
 ) -> tuple[Swept, Float[np.ndarray, "edits"], Bool[np.ndarray, "edits"]]:
     """Run listed edits of listed pairs: what was swept, how far each edit moved its base run, and which ran."""
-    asked: dict[tuple[int, int], list[int]] = {}
-    for number, ((pair, _), place) in enumerate(zip(edits, _places(components, [e for _, e in edits]), strict=True)):
+    if options.each_position:
+        raise UserError("listed edits name their own positions: leave each_position out")
+    pieces = [_pieces(components, edit) for _, edit in edits]
+    stages = _stages(pieces)
+    asked: dict[tuple[int, Stage], list[int]] = {}
+    for number, (pair, _) in enumerate(edits):
         if not 0 <= pair < len(pairs):
             raise UserError(f"an edit of pair {pair}: there are {len(pairs)} pairs, from 0")
-        asked.setdefault((pair, place), []).append(number)
+        asked.setdefault((pair, _stage(pieces[number])), []).append(number)
 
-    def wanted(component: int, pair: int) -> list[Wanted]:
-        return [(edits[i][1].units, edits[i][1].position) for i in asked.get((pair, component), ())]
+    def wanted(stage: int, pair: int) -> list[Wanted]:
+        return [pieces[number] for number in asked.get((pair, stages[stage]), ())]
 
-    swept = sweep(model, components, pairs, wanted, options)
-    places = [asked[p, c][g] for p, c, g in zip(swept.pair, swept.component, swept.group, strict=True)]
+    swept = sweep(model, components, pairs, stages, wanted, options)
+    places = [asked[p, stages[s]][g] for p, s, g in zip(swept.pair, swept.stage, swept.group, strict=True)]
     change, ran = np.zeros(len(edits)), np.zeros(len(edits), dtype=bool)
     np.add.at(change, places, swept.change)
     ran[places] = True
     return swept, change, ran
 
 
-def _groups(latents: Sequence[int | Sequence[int]], dictionary: Dictionary) -> list[Group]:
-    listed = latents.tolist() if hasattr(latents, "tolist") else latents  # a tensor or array of ids
-    groups = [(int(g),) if isinstance(g, (int, np.integer)) else tuple(int(i) for i in g) for g in listed]
-    if not groups or not all(groups):
+def _groups(latents: Wished, dictionaries: Sequence[Dictionary]) -> list[dict[Site, Group]]:
+    """The groups that are patched together, each by site.
+
+    Raises:
+        UserError: there is none, one is empty or names a latent twice, or a latent or site is unknown.
+    """
+    if hasattr(latents, "tolist"):  # a tensor or array of ids
+        latents = latents.tolist()
+    known = {dictionary.site: dictionary for dictionary in dictionaries}
+    if isinstance(latents, LatentSet):
+        named = latents.at(list(known))
+        groups = [{site: ids} for site in named for ids in named.groups(site) or (_every(known, site),)]
+    elif isinstance(latents, Mapping):
+        groups = [{Site.parse(site): _several(ids)} for site, given in latents.items() for ids in _alone(given or ())]
+    else:
+        sites = [group if isinstance(group, Mapping) else {_only(dictionaries): group} for group in latents]
+        groups = [
+            {Site.parse(site): _every(known, site) if ids is None else _several(ids) for site, ids in group.items()}
+            for group in sites
+        ]
+    if not groups or not all(group and all(group.values()) for group in groups):
         raise UserError("there are no latents to patch: give at least one, and no empty group")
-    for group in groups:
-        dictionary.check_ids(group)
-        if len(set(group)) != len(group):
-            raise UserError(f"latents {list(group)} name one twice: give each once")
+    for site, ids in (item for group in groups for item in group.items()):
+        if site not in known:
+            raise UserError(f"latents for {site}, but dictionaries are for {', '.join(map(str, known))}")
+        known[site].check_ids(ids)
+        if len(set(ids)) != len(ids):
+            raise UserError(f"latents {list(ids)} name one twice: give each once")
     return groups
 
 
-def _places(components: Sequence[Component], edits: Sequence[Edit]) -> list[int]:
-    """Which component each edit is of."""
+def _alone(listed: Sequence[int | Sequence[int]]) -> Sequence[int | Sequence[int]]:
+    return listed.tolist() if hasattr(listed, "tolist") else listed  # a tensor or array of ids
+
+
+def _several(group: int | Sequence[int]) -> Group:
+    return (int(group),) if isinstance(group, (int, np.integer)) else tuple(int(i) for i in group)
+
+
+def _every(known: Mapping[Site, Dictionary], site: Site | str) -> Group:
+    """All latents of a site, where a `LatentSet` names none."""
+    dictionary = known.get(Site.parse(site))
+    return tuple(range(0 if dictionary is None else dictionary.d_sae))
+
+
+def _only(dictionaries: Sequence[Dictionary]) -> Site:
+    if len(dictionaries) > 1:
+        raise UserError("several dictionaries: give the latents by site, as in {site: [3, 17]}")
+    return dictionaries[0].site
+
+
+def _pieces(components: Sequence[Component], edit: Edit) -> Wanted:
+    """An edit by the numbers of its components.
+
+    Raises:
+        UserError: a component or unit that is not swept, a unit that is named twice, or parts that write one tensor
+            twice.
+    """
     known = {(component.site, component.kind): number for number, component in enumerate(components)}
-    places = []
-    for edit in edits:
-        if (edit.site, edit.kind) not in known:
-            raise UserError(f"an edit of {edit.kind} at {edit.site}, which is not among what is swept")
-        place = known[edit.site, edit.kind]
-        if not edit.units or not all(0 <= unit < components[place].units for unit in edit.units):
-            raise UserError(f"{edit.kind} {edit.units} at {edit.site}: there are {components[place].units}, from 0")
-        if len(set(edit.units)) != len(edit.units):
-            raise UserError(f"{edit.kind} {edit.units} at {edit.site} name one twice: give each once")
-        places.append(place)
-    return places
+    pieces = []
+    for part in edit.parts:
+        if (part.site, part.kind) not in known:
+            raise UserError(f"an edit of {part.kind} at {part.site}, which is not among what is swept")
+        units = components[known[part.site, part.kind]].units
+        if not part.units or not all(0 <= unit < units for unit in part.units):
+            raise UserError(f"{part.kind} {part.units} at {part.site}: there are {units}, from 0")
+        if len(set(part.units)) != len(part.units):
+            raise UserError(f"{part.kind} {part.units} at {part.site} name one twice: give each once")
+        pieces.append(Piece(known[part.site, part.kind], part.units, part.position, part.frozen))
+    _check_apart(edit.parts)
+    return tuple(pieces)
+
+
+def _check_apart(parts: Sequence[EditPart]) -> None:
+    """Raises UserError where two parts of an edit write the same thing."""
+    for number, part in enumerate(parts):
+        for other in parts[:number]:
+            if not part.site.same_tensor(other.site):
+                continue
+            if (part.site, part.kind) == (other.site, other.kind):
+                same_place = part.position is None or other.position is None or part.position == other.position
+                if both := set(part.units) & set(other.units) if same_place else set():
+                    raise UserError(f"{part.kind} {min(both)} at {part.site} is in two parts of one edit: name it once")
+            elif {part.kind, other.kind} != {"latent", "error"} or part.site != other.site:
+                raise UserError(
+                    f"{other.kind} at {other.site} and {part.kind} at {part.site} write one tensor, so one edit cannot "
+                    "hold both (but for latents and the error term of one dictionary): make two edits of them"
+                )
+
+
+def _stage(pieces: Wanted) -> Stage:
+    return tuple(sorted({(piece.component, piece.frozen) for piece in pieces}))
+
+
+def _stages(edits: Sequence[Wanted]) -> list[Stage]:
+    """Edits of the same components run together; those of one component come first, in its order."""
+    return sorted(set(map(_stage, edits)), key=lambda stage: (len(stage), stage))
 
 
 def _effects(
@@ -294,52 +289,52 @@ def _effects(
     components: Sequence[Component],
     pairs: Sequence[PromptPair],
     edits: Sequence[Edit] | None,
-    options: Options,
-    min_gap: float,
+    options: SweepOptions,
 ) -> Effects:
     """Sweep, and lay what was found out as pairs × edits."""
-    places = None if edits is None else _places(components, edits)
-    numbers = [[i for i, place in enumerate(places or ()) if place == c] for c in range(len(components))]
+    pieces = [_pieces(components, edit) for edit in edits or ()]
+    if options.each_position and any(part.position is not None for edit in edits or () for part in edit.others):
+        raise UserError("parts of an edit name positions of their own: leave each_position out")
+    stages: list[Stage] = (
+        [((number, False),) for number in range(len(components))] if edits is None else _stages(pieces)
+    )
+    numbers = [[i for i, edit in enumerate(pieces) if _stage(edit) == stage] for stage in stages]
 
-    def wanted(component: int, pair: int) -> list[Wanted] | None:
-        return None if edits is None else [(edits[i].units, edits[i].position) for i in numbers[component]]
+    def wanted(stage: int, pair: int) -> list[Wanted] | None:
+        return None if edits is None else [pieces[i] for i in numbers[stage]]
 
-    swept = sweep(model, components, pairs, wanted, options)
-    pair, component, group, position = (
-        np.array(column, dtype=np.int64) for column in (swept.pair, swept.component, swept.group, swept.position)
+    swept = sweep(model, components, pairs, stages, wanted, options)
+    pair, stage, group, position = (
+        np.array(column, dtype=np.int64) for column in (swept.pair, swept.stage, swept.group, swept.position)
     )
     if edits is None:
         axis = [Edit(c.site, (unit,), kind=c.kind) for c in components for unit in range(c.units)]
-        column = np.cumsum([0, *(c.units for c in components)])[component] + group
+        column = np.cumsum([0, *(c.units for c in components)])[stage] + group
     else:
         axis = list(edits)
-        column = np.array([numbers[c][g] for c, g in zip(component, group, strict=True)], dtype=np.int64)
+        column = np.array([numbers[s][g] for s, g in zip(stage, group, strict=True)], dtype=np.int64)
     if options.each_position:
         axis, column = _apart(axis, column, position)
-    base = swept.corrupted if options.direction == "denoise" else swept.clean
+    base = swept.corrupted if options.denoises else swept.clean
     patched = np.repeat(base[:, None], len(axis), axis=1)
     ran = np.zeros(patched.shape, dtype=bool)
     np.add.at(patched, (pair, column), swept.change)
     ran[pair, column] = True
-    positions = options.positions
     return Effects(
-        direction=options.direction,
-        metric=metric_name(options.metric),
-        positions=positions if isinstance(positions, str) else repr(positions),
         edits=tuple(axis),
         examples=tuple(pair.example or str(number) for number, pair in enumerate(pairs)),
         clean=swept.clean,
         corrupted=swept.corrupted,
         patched=patched,
         ran=ran,
-        min_gap=min_gap,
-        corruption=_name(options.corruption),
+        corruption=_name(options),
         rounding=_rounding(model),
+        **options.labels,
     )
 
 
-def _name(corruption: Corruption | None) -> str:
-    return "" if corruption is None else str(corruption)
+def _name(options: SweepOptions) -> str:
+    return "" if options.corruption is None else str(options.corruption)
 
 
 def _rounding(model: LanguageModel) -> float:
@@ -355,13 +350,13 @@ def _apart(
     A control that changes nothing where its group acts counts as run there, without effect.
     """
     ran = list(zip(number.tolist(), position.tolist(), strict=True))
-    controls: dict[tuple[Site, str, Group], list[int]] = {}
+    controls: dict[Key, list[int]] = {}
     for i, edit in enumerate(edits):
         if edit.beside:
-            controls.setdefault((edit.site, edit.kind, edit.beside), []).append(i)
+            controls.setdefault(edit.beside_key, []).append(i)
     keys = set(ran)
     for i, at in ran:
         if not edits[i].beside:
-            keys |= {(control, at) for control in controls.get((edits[i].site, edits[i].kind, edits[i].units), ())}
+            keys |= {(control, at) for control in controls.get(edits[i].key, ())}
     place = {key: column for column, key in enumerate(sorted(keys))}
-    return [replace(edits[i], position=at) for i, at in place], np.array([place[key] for key in ran], dtype=np.int64)
+    return [edits[i].at(at) for i, at in place], np.array([place[key] for key in ran], dtype=np.int64)

@@ -18,6 +18,8 @@ _HOOK_NAMES = {
 }
 STREAMS = tuple(_HOOK_NAMES)
 READ_AT_INPUT = ("resid_pre", "z", "neurons")  # these are what a module receives; the others are what one emits
+# In the order of a forward pass through one block; the first two name what enters it.
+_WITHIN_BLOCK = ("resid_post", "resid_pre", "z", "attn_out", "neurons", "mlp_out")
 _STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
 
 
@@ -63,7 +65,7 @@ class Site:
 
     @property
     def blocks_before(self) -> int:
-        """How many blocks have no say any more once the site is set: none for what a block adds to the stream."""
+        """Number of blocks whose output no longer matters once the site is set; 0 for what a block adds."""
         return {"resid_post": self.layer + 1, "resid_pre": self.layer}.get(self.stream, 0)
 
     @property
@@ -71,11 +73,11 @@ class Site:
         """The first block that has to run for a change of the site to reach the logits; may be one past the last."""
         return self.layer + (self.stream == "resid_post")
 
+    @property
+    def order(self) -> tuple[int, int]:
+        """Where a forward pass comes by the tensor, for sorting; the same for both names of one tensor."""
+        return self.enters, max(0, _WITHIN_BLOCK.index(self.stream) - 1)
+
     def same_tensor(self, other: "Site") -> bool:
         """Whether both names mean one tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
-        return self._canonical() == other._canonical()
-
-    def _canonical(self) -> "Site":
-        if self.stream == "resid_pre" and self.layer > 0:
-            return Site(self.layer - 1, "resid_post")
-        return self
+        return self.order == other.order

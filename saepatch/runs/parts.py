@@ -8,8 +8,8 @@ whoever adds to a run has to agree with it.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from saepatch.engine.components import Direction, Edit
+from saepatch.engine.components import Direction, Edit, EditPart
 from saepatch.errors import UserError
 from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.model.sites import Site
@@ -84,7 +84,7 @@ class Record:
     @property
     def asked(self) -> list[Edit] | None:
         """The edits, a control set once for each group that it is beside."""
-        return None if self.edits is None else [_read_edit(edit) for edit in self.edits]
+        return None if self.edits is None else [read_edit(edit) for edit in self.edits]
 
     def folder(self, out: Path) -> Path:
         return shard_folder(out, self.shard, self.shards, self.work)
@@ -97,11 +97,23 @@ class Record:
 
 
 def edit_facts(edit: Edit) -> dict[str, Any]:
-    return {"site": str(edit.site), "units": list(edit.units), "role": edit.role, "beside": list(edit.beside)}
+    """An edit as JSON; of kind, position and further parts only what is not the usual."""
+    facts: dict[str, Any] = {"site": str(edit.site), "units": list(edit.units)}
+    facts |= {"role": edit.role, "beside": list(edit.beside)}
+    unusual: dict[str, Any] = {"kind": edit.kind} if edit.kind != "latent" else {}
+    unusual |= {} if edit.position is None else {"position": edit.position}
+    unusual |= {"others": [asdict(part) | {"site": str(part.site)} for part in edit.others]} if edit.others else {}
+    return facts | unusual
 
 
-def _read_edit(given: dict[str, Any]) -> Edit:
-    return Edit(Site.parse(given["site"]), tuple(given["units"]), role=given["role"], beside=tuple(given["beside"]))
+def read_edit(given: Mapping[str, Any]) -> Edit:
+    """The edit that `edit_facts` wrote."""
+
+    def typed(part: Mapping[str, Any]) -> dict[str, Any]:
+        as_tuples = {name: tuple(part[name]) for name in ("units", "beside")}
+        return {**part, **as_tuples, "site": Site.parse(part["site"])}
+
+    return Edit(**{**typed(given), "others": tuple(EditPart(**typed(part)) for part in given.get("others", ()))})
 
 
 PARTS, ANSWERS = "parts", "answers"  # folders of parts: of patch and attribute, and of restore

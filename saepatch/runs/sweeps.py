@@ -135,8 +135,9 @@ def _edits(
     latents = latents.at([component.site for (component,) in groups])
     for (component,) in groups:
         assert isinstance(component, LatentUnits)
-        wanted = latents.groups(component.site) or ()
-        edits += with_controls(model, component.dictionary, pairs, wanted, config.controls, config.seed)
+        site = component.site
+        wanted = [{site: ids} for ids in latents.groups(site) or ()]
+        edits += with_controls(model, [component.dictionary], pairs, wanted, config.controls, config.seed)
     return [edit_facts(edit) for edit in edits]
 
 
@@ -157,7 +158,8 @@ def _patch(
     assert isinstance(config, PatchConfig)
     sites, asked = {component.site for component in components}, sweep.record.asked
     if asked is not None:  # a control set that stands beside several groups is run once
-        asked = list({(edit.units, edit.role): edit for edit in asked if edit.site in sites}.values())
+        mine = [edit for edit in asked if sites >= {part.site for part in edit.parts}]
+        asked = list({(edit.key, edit.role): edit for edit in mine}.values())
     effects = patch_components(
         sweep.model,
         components,

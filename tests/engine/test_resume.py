@@ -50,7 +50,7 @@ def by_hand(model, site, tokens, changes):
 
 
 def force(run, site, way):
-    run.checked[site] = (way, True, 10**6)
+    run.checked[(site,)] = (way, True, 10**6)
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def ways(monkeypatch):
     """Which way every edited pass took, and how many columns its run had."""
     taken, plain = [], Run._way
 
-    def spy(run, site):
-        way, few = plain(run, site)
+    def spy(run, sites):
+        way, few = plain(run, sites)
         taken.append((way, run.width))
         return way, few
 

@@ -18,7 +18,7 @@ from tiny import random_sae, tiny_model
 from saepatch.cli.main import main
 from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.loading import load_sae
-from saepatch.engine.components import Edit, ErrorTerm, LatentUnits
+from saepatch.engine.components import Edit, EditPart, ErrorTerm, LatentUnits
 from saepatch.engine.corruptions import GaussianNoise, Mean, Zero
 from saepatch.engine.metrics import logit_difference, read_metric
 from saepatch.errors import UserError
@@ -30,7 +30,7 @@ from saepatch.model.positions import At
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_about, read_rows
 from saepatch.runs.interpret import distinct_names, read_pairs, read_positions, read_shard
-from saepatch.runs.parts import cut_parts
+from saepatch.runs.parts import cut_parts, edit_facts, read_edit
 from saepatch.runs.progress import Check, stoppable
 from saepatch.settings.sweeps import PatchConfig
 
@@ -641,3 +641,18 @@ def test_an_error_that_an_interrupt_caused_is_an_interrupt():
         raise TypeError("cannot compare")
     with pytest.raises(TypeError), stoppable():
         raise TypeError("a mistake of ours")
+
+
+def test_records_of_edits_are_read_back():
+    """Those of one site as they were always written, and those of several with all that they hold."""
+    old = {"site": "resid_post.1", "units": [3, 4], "role": "random", "beside": [5, 6]}
+    edit = Edit(Site(1), (3, 4), role="random", beside=(5, 6))
+    assert read_edit(old) == edit
+    assert edit_facts(edit) == old
+    parts = [
+        EditPart(Site(0), (1,), 2, "error"),
+        EditPart(Site(1), (3,), beside=(4,)),
+        EditPart(Site(2), (5,), frozen=True),
+    ]
+    several = Edit.of(parts, "matched")
+    assert read_edit(json.loads(json.dumps(edit_facts(several)))) == several

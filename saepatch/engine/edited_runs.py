@@ -1,0 +1,245 @@
+"""The metric under the edits of one batch of pairs: the change at the first site, and the edits further downstream."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saepatch.data.batches import PairBatch
+from saepatch.engine.components import Changes, Component, LatentUnits, between
+from saepatch.engine.kept_run import Later, Run
+from saepatch.engine.metrics import Metric, answers_only, checked
+from saepatch.engine.options import SweepOptions
+from saepatch.engine.plan import Plan, Units, batches, column_of, plan
+from saepatch.errors import UserError
+from saepatch.model.hooks import Edit as Hooked
+
+log = logging.getLogger(__name__)
+
+VECTORS = 2**15  # changes that are decoded at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Units of one component (by its number) that an edit sets: at one position, or (None) at all that were chosen."""
+
+    component: int
+    units: tuple[int, ...]
+    position: int | None
+    frozen: bool = False
+
+
+Wanted = tuple[Piece, ...]  # one edit
+Stage = tuple[tuple[int, bool], ...]  # the components that edits are made of, and whether their units are frozen
+
+
+class EditedRuns:
+    """Runs the edits of one stage in one batch of pairs. `asked[row]` are those of one row; None: every unit alone."""
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        stage: Stage,
+        runs: tuple[Run, Run],
+        part: PairBatch,
+        asked: Sequence[Sequence[Wanted] | None],
+        options: SweepOptions,
+    ) -> None:
+        assert part.where is not None
+        self.components, self.part, self.asked, self.options = components, part, asked, options
+        self.base, self.source = runs
+        self.where = part.where
+        acting = [number for number, frozen in stage if not frozen]
+        first = min(components[number].site.order for number in acting)
+        self.start = [number for number in acting if components[number].site.order == first]
+        # what is frozen upstream of all that acts cannot change
+        self.later = [(number, frozen) for number, frozen in stage if components[number].site.order > first]
+        changes = {number: between(components[number], *runs, part.where) for number in acting}
+        self.changes, self._component_of, offsets = _joined(changes, components)
+        units = [None if mine is None else [_units(edit, offsets) for edit in mine] for mine in asked]
+        self.planned: Plan = plan(self.changes, units, self.base.tokens, options.each_position)
+
+    def run(self) -> Iterator[tuple[slice, Float[np.ndarray, "edits"]]]:
+        """The metric of the planned edits, batch by batch."""
+        metric, size = self.options.metric, self.options.batch_size
+        live = sum(self.components[number].units for number, _ in self.later)
+        several = batches(self.base.model, self.base, self.planned, metric, size, live)
+        return chain.from_iterable(map(self._measured, several))
+
+    def _measured(self, batch: slice) -> Iterator[tuple[slice, Float[np.ndarray, "edits"]]]:
+        """Values of a batch of the plan; in two halves where it does not fit the device's memory."""
+        try:
+            yield batch, self._values(batch)
+        except torch.OutOfMemoryError as error:
+            middle = (batch.start + batch.stop) // 2
+            if middle == batch.start:
+                raise UserError(
+                    f"one edit of a prompt of {self.base.width} tokens does not fit the memory of "
+                    f"{self.base.model.device}: shorten the prompts, or spread the model (device_map)"
+                ) from error
+            log.info("%d edits at a time do not fit the device's memory: trying half", batch.stop - batch.start)
+            yield from self._measured(slice(batch.start, middle))
+            yield from self._measured(slice(middle, batch.stop))
+
+    def _values(self, batch: slice) -> Float[np.ndarray, "edits"]:
+        rows, first = self.planned.row[batch], int(self.planned.first[batch.start])
+        site, metric = self.components[self.start[0]].site, self.options.metric
+        asking, only = self.part.rows(rows.tolist()), None
+        if answers_only(metric):
+            only, places = torch.unique(torch.stack([asking.answer, asking.counter]), return_inverse=True)
+            asking = replace(asking, answer=places[0], counter=places[1])
+        change, later = self._first_change(batch, first), self._later_edits(batch, first)
+        values = metric_values(metric, self.base.resume(site, rows, first, change, only, later), asking)
+        if np.isnan(values).any():
+            example = asking.pairs[int(np.isnan(values).argmax())].example
+            raise UserError(f"the metric is NaN for pair {example!r} under an edit at {site}")
+        return values
+
+    def _first_change(self, batch: slice, first: int) -> Float[Tensor, "edits columns width"]:
+        """What the edits add to the first site."""
+        bounds = self.planned.starts[batch.start : batch.stop + 1]
+        entries = self.planned.entries[int(bounds[0]) : int(bounds[-1])].to(self.changes.row.device)
+        n = batch.stop - batch.start
+        edit = torch.repeat_interleave(torch.arange(n), bounds.diff()).to(entries.device)
+        if self._component_of is not None:  # entries of sites further downstream only say which edits run
+            here = torch.isin(self._component_of[entries], torch.tensor(self.start, device=entries.device))
+            entries, edit = entries[here], edit[here]
+        old = self.base.values[self.components[self.start[0]].site]
+        change = _zeros(old, n, self.base.width - first, old.shape[-1])
+        _add_vectors(change, self.changes, entries, edit, first)
+        return change
+
+    def _later_edits(self, batch: slice, first: int) -> Later:
+        """What sets the units downstream, from what their sites hold in the edited runs."""
+        by_order: dict[tuple[int, int], list[_Live]] = {}
+        for number, frozen in self.later:
+            if (live := self._live(number, frozen, batch, first)) is not None:
+                by_order.setdefault(live.component.site.order, []).append(live)
+        return {some[0].component.site: _setting(some) for _, some in sorted(by_order.items())}
+
+    def _live(self, number: int, frozen: bool, batch: slice, first: int) -> "_Live | None":
+        """The units of one component that a batch of edits sets downstream; None: not any."""
+        component, rows = self.components[number], self.planned.row[batch]
+        asked = [self.asked[row] or () for row in rows.tolist()]
+        edits = [mine[group] for mine, group in zip(asked, self.planned.group[batch].tolist(), strict=True)]
+        mine = [[piece for piece in edit if (piece.component, piece.frozen) == (number, frozen)] for edit in edits]
+        units = list(range(component.units))
+        values = self._read[number, frozen][:, first:]
+        if isinstance(component, LatentUnits):
+            units = sorted({unit for pieces in mine for piece in pieces for unit in piece.units})
+            component, values = replace(component, ids=tuple(units)), values[..., units]
+        may = (self.base.tokens.attention_mask.bool() if frozen else self.where)[rows, first:]
+        chosen = self._chosen(mine, {unit: i for i, unit in enumerate(units)}, batch, first).to(may.device)
+        chosen &= may[..., None]
+        return _Live(component, values[rows], chosen) if bool(chosen.any()) else None
+
+    def _chosen(
+        self, edits: Sequence[Sequence[Piece]], place: dict[int, int], batch: slice, first: int
+    ) -> Bool[Tensor, "edits columns units"]:
+        """Where each edit sets which units, from column `first` on: before it nothing has changed."""
+        width, alone = self.base.width, self.planned.first[batch].tolist()
+        lengths = self.base.tokens.lengths[self.planned.row[batch]].tolist()
+        chosen = torch.zeros(len(edits), width - first, len(place), dtype=torch.bool)
+        for number, pieces in enumerate(edits):
+            for piece in pieces:
+                ids = [place[unit] for unit in piece.units]
+                column = None if piece.position is None else column_of(piece.position, lengths[number], width)
+                if self.options.each_position and not piece.frozen:
+                    column = alone[number]
+                if column is None:
+                    chosen[number, :, ids] = True
+                elif column >= first:
+                    chosen[number, column - first, ids] = True
+        return chosen
+
+    @cached_property
+    def _read(self) -> dict[tuple[int, bool], Float[Tensor, "batch pos values"]]:
+        """What the units downstream are set to."""
+        runs = {False: self.source, True: self.base}
+        return {
+            (number, frozen): self.components[number].read(runs[frozen].values[self.components[number].site])
+            for number, frozen in self.later
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Live:
+    """Units of one component that are set downstream of the first site, for each edit of a batch."""
+
+    component: Component
+    values: Float[Tensor, "edits columns values"]
+    chosen: Bool[Tensor, "edits columns units"]
+
+    def add(self, x: Float[Tensor, "edits columns width"], out: Float[Tensor, "edits columns width"]) -> None:
+        """Add to `out` what setting the units changes where the site holds `x`."""
+        changes = self.component.write(x, self.values, self.chosen.any(-1))
+        mine = self.chosen[changes.row, changes.pos, changes.unit].nonzero().flatten()
+        _add_vectors(out, changes, mine, changes.row[mine], 0)
+
+
+def _setting(several: Sequence[_Live]) -> Hooked:
+    def edit(x: Float[Tensor, "edits columns width"]) -> Float[Tensor, "edits columns width"]:
+        change = _zeros(x, *x.shape)
+        for live in several:
+            live.add(x, change)
+        return (x + change).to(x.dtype)
+
+    return edit
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    # in float32 at least: many small changes may add up at one position
+    return torch.zeros(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _add_vectors(out: Tensor, changes: Changes, entries: Tensor, edit: Tensor, first: int) -> None:
+    for some, of in zip(entries.split(VECTORS), edit.split(VECTORS), strict=True):
+        out.index_put_((of, changes.pos[some] - first), changes.vectors(some).to(out.dtype), accumulate=True)
+
+
+def _units(edit: Wanted, offsets: dict[int, int]) -> list[Units]:
+    acting = [piece for piece in edit if not piece.frozen]
+    return [([offsets[piece.component] + unit for unit in piece.units], piece.position) for piece in acting]
+
+
+def _joined(
+    changes: dict[int, Changes], components: Sequence[Component]
+) -> tuple[Changes, Int[Tensor, "entries"] | None, dict[int, int]]:
+    """The changes of several components as one, each entry's component, and what was added to a component's units."""
+    if len(changes) == 1:
+        ((number, only),) = changes.items()
+        return only, None, {number: 0}
+    starts = np.cumsum([0, *(components[number].units for number in changes)]).tolist()
+    offsets = dict(zip(changes, starts, strict=False))
+    each = list(changes.values())
+    row = torch.cat([some.row for some in each])
+    order = row.argsort(stable=True)
+    component_of = torch.cat([torch.full_like(some.row, number) for number, some in changes.items()])[order]
+    within = torch.cat([torch.arange(len(some), device=row.device) for some in each])[order]
+
+    def vectors(some: Int[Tensor, "some"]) -> Float[Tensor, "some width"]:
+        parts = {n: (component_of[some] == n).nonzero().flatten() for n in component_of[some].unique().tolist()}
+        made = {n: changes[n].vectors(within[some[at]]) for n, at in parts.items()}
+        if not made:
+            return each[0].vectors(some)
+        out = next(iter(made.values()))
+        out = out.new_zeros(
+            len(some), out.shape[-1], dtype=max((m.dtype for m in made.values()), key=lambda d: d.itemsize)
+        )
+        for n, at in parts.items():
+            out[at] = made[n].to(out.dtype)
+        return out
+
+    pos = torch.cat([some.pos for some in each])[order]
+    unit = torch.cat([some.unit + offsets[number] for number, some in changes.items()])[order]
+    return Changes(row[order], pos, unit, vectors), component_of, offsets
+
+
+def metric_values(metric: Metric, logits: Tensor, batch: PairBatch) -> Float[np.ndarray, "batch"]:
+    return checked(metric, logits, batch).double().cpu().numpy()

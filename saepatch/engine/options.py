@@ -1,0 +1,108 @@
+"""What sweeps and screens share: where, which way, by which metric, under which corruption, how many at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypedDict
+
+from saepatch.engine.components import Direction
+from saepatch.engine.corruptions import Corruption
+from saepatch.engine.metrics import Metric, logit_difference, metric_name
+from saepatch.errors import UserError
+from saepatch.model.positions import Positions
+
+Align = Literal["equal", "right"]
+Progress = bool | Callable[[int], None]  # a bar, or a function that is told how many edits were just done
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SweepOptions:
+    """Options of everything that patches or attributes; each is accepted as a plain keyword there, too.
+
+    Attributes:
+        positions: Where to patch; at all of them together, or with `each_position` at each alone.
+        each_position: Patch at each position alone. Screens always do.
+        direction: "denoise" patches clean values into the corrupted run, "noise" the other way round.
+        metric: A function of next-token logits [batch, vocab] and the batch, one value an example.
+        corruption: What makes the corrupted run; None: the pair's corrupted prompt.
+        min_gap: Pairs whose clean and corrupted metric differ by less have no normalised effect.
+        align: As for `batch_pairs`.
+        batch_size: Edits (of a screen, pairs) at a time; None: as many as pay and fit.
+        progress: Show a bar; or a function that is told how many edits were just done.
+
+    Raises:
+        UserError: an unknown direction, or a batch size below 1.
+    """
+
+    positions: Positions = "all"
+    each_position: bool = False
+    direction: Direction = "denoise"
+    metric: Metric = logit_difference
+    corruption: Corruption | None = None
+    min_gap: float = 1e-2
+    align: Align = "equal"
+    batch_size: int | None = None
+    progress: Progress = False
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("denoise", "noise"):
+            raise UserError(f"unknown direction {self.direction!r}: use 'denoise' or 'noise'")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch_size = {self.batch_size}: use at least 1, or None to have it chosen")
+
+    @property
+    def denoises(self) -> bool:
+        return self.direction == "denoise"
+
+    @property
+    def at_component(self) -> bool:
+        """Whether the corruption acts at what is patched."""
+        return self.corruption is not None and self.corruption.at_component
+
+    @property
+    def samples(self) -> int:
+        """Corrupted runs of each pair."""
+        return 1 if self.corruption is None else self.corruption.samples
+
+    @property
+    def labels(self) -> "Labels":
+        """What results say of the options."""
+        positions = self.positions if isinstance(self.positions, str) else repr(self.positions)
+        return {
+            "direction": self.direction,
+            "metric": metric_name(self.metric),
+            "positions": positions,
+            "min_gap": self.min_gap,
+        }
+
+
+class Labels(TypedDict):
+    direction: Direction
+    metric: str
+    positions: str
+    min_gap: float
+
+
+class SweepKeywords(TypedDict, total=False):
+    """The options of `SweepOptions` as keywords."""
+
+    positions: Positions
+    each_position: bool
+    direction: Direction
+    metric: Metric
+    corruption: Corruption | None
+    min_gap: float
+    align: Align
+    batch_size: int | None
+    progress: Progress
+
+
+def with_keywords(options: SweepOptions | None, keywords: SweepKeywords) -> SweepOptions:
+    """The options with some replaced by keywords.
+
+    Raises:
+        UserError: a keyword that is no option, or a value that is none.
+    """
+    known = [field.name for field in fields(SweepOptions)]
+    if unknown := [name for name in keywords if name not in known]:
+        raise UserError(f"unknown option {unknown[0]!r}: use one of {', '.join(known)}")
+    return replace(options or SweepOptions(), **keywords)
