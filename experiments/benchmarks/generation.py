@@ -32,16 +32,13 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import adopt
 from saepatch.errors import UserError
 from saepatch.model.hooks import capture
-from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
-from saepatch.records.files import check_writable, output_folder, write_json
-from saepatch.records.provenance import versions
 from saepatch.records.tables import text_table
 from saepatch.splicing.interventions import Clamp, Steer
 from saepatch.splicing.splice import splice
 
-from .cases import VOCABULARIES, Size, Subject, make_subject
-from .patching import LIBRARIES, Clock, _version, clock_of
+from .cases import VOCABULARIES, Subject, make_subject
+from .measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
 from .peers import missing
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
@@ -52,11 +49,9 @@ Generate = Callable[[], Int[Tensor, "1 new"]]
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(BenchmarkConfig):
     """Time generation under a splice side by side with the bare model and other libraries."""
 
-    out: str = ""
-    """Folder for summary.json; empty: the table is printed and nothing is written."""
     shape: str = "gpt2"
     """Shape of the model: gpt2 or llama."""
     peers: tuple[str, ...] = PEERS
@@ -67,41 +62,16 @@ class GenerationConfig:
     """Tokens of the prompt."""
     new_tokens: int = 48
     """Tokens generated in each run."""
-    layers: int = 12
-    """Blocks of the model; the dictionary is in the middle."""
-    width: int = 768
-    """Width of the residual stream."""
-    heads: int = 12
-    """Attention heads."""
-    vocabulary: int = 0
-    """Size of the vocabulary; 0: that of the shape."""
-    latents: int = 24576
-    """Latents of the dictionaries."""
-    k: int = 64
-    """Latents of the TopK dictionary that are active at a position."""
-    seed: int = 0
-    """Seed of weights, dictionaries and prompt."""
-    device: str = "cpu"
-    """Where to run: cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: use at least 1")
-        if self.layers < 2:
-            raise UserError(f"layers = {self.layers}: use at least 2, for the dictionary is between two")
+        super().__post_init__()
+        check_counts(rounds=self.rounds, tokens=self.tokens, new_tokens=self.new_tokens)
         if self.latents <= LATENT:
             raise UserError(f"latents = {self.latents}: use more than {LATENT}, the one that is edited")
         if self.shape not in VOCABULARIES:
             raise UserError(f"unknown shape {self.shape!r}: use {' or '.join(VOCABULARIES)}")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
             raise UserError(f"unknown peer {unknown[0]!r}: use {', '.join(PEERS)}")
-        if self.device not in ("cpu", "cuda"):
-            raise UserError(f"device = {self.device!r}: use cpu or cuda")
-
-    @property
-    def size(self) -> Size:
-        return Size(self.layers, self.width, self.heads, self.vocabulary, self.latents, self.k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +271,7 @@ class GenerationResults:
             "ms_per_token": {name: 1e3 * median(s) / self.config.new_tokens for name, s in self.seconds.items()},
             "left_out": self.left_out,
             "config": asdict(self.config),
-            "versions": versions() | {library: _version(library) for library in LIBRARIES},
+            "versions": all_versions(),
         }
 
     def table(self) -> str:
@@ -320,11 +290,7 @@ def run(config: GenerationConfig) -> None:
     Raises:
         AssertionError: variants that make the same edit wrote different tokens.
     """
-    if config.out:
-        check_writable(config.out)
-    usable_device(config.device)
-    torch.set_num_threads(1)
-    logging.getLogger().addHandler(logging.NullHandler())  # or a peer's first message would set up a handler of its own
+    clock = config.prepare()
     needs = {"sae_lens_bridge": "transformer_lens", "nnsight": "nnsight"}
     results = GenerationResults(
         config, left_out={p: why for p in config.peers if (why := missing(needs[p])) is not None}
@@ -335,10 +301,8 @@ def run(config: GenerationConfig) -> None:
         if name in config.peers and name not in results.left_out:
             variants[name] = make(task)
     check(task, variants)
-    measure(results, task.generate, variants, clock_of(config.device))
-    sys.stdout.write(results.table() + "\n")
-    if config.out:
-        write_json(results.summary(), output_folder(config.out) / "summary.json")
+    measure(results, task.generate, variants, clock)
+    write_results(results, config.out)
 
 
 def measure(results: GenerationResults, bare: Generate, variants: dict[str, Generate], clock: Clock) -> None:

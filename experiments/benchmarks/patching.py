@@ -15,10 +15,8 @@ On a GPU the clock is the wall's, and the peer is a plain batched loop.
 import gc
 import logging
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from statistics import median
 from typing import Any
 
@@ -26,27 +24,22 @@ import torch
 
 from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
-from saepatch.model.loading import usable_device
-from saepatch.records.files import check_writable, output_folder, write_json
-from saepatch.records.provenance import versions
 from saepatch.records.tables import text_table
 
-from .cases import Case, Size, Subject, make_case, make_subject
+from .cases import Case, Subject, make_case, make_subject
+from .measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
 from .peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 
 GEMM_ROWS = 512
-LIBRARIES = ("transformer-lens", "nnsight")
 AT_ONCE = {"cpu": 2048, "cuda": 65536}  # tokens in a batch of the peers that batch: about their best
 
 
 @dataclass(frozen=True)
-class PatchingConfig:
+class PatchingConfig(BenchmarkConfig):
     """Time exact sweeps of latent edits side by side with other libraries."""
 
-    out: str = ""
-    """Folder for summary.json; empty: the table is printed and nothing is written."""
     shapes: tuple[str, ...] = ("gpt2", "llama")
     """Shapes of the models: gpt2, llama."""
     lengths: tuple[int, ...] = (32, 256)
@@ -63,18 +56,6 @@ class PatchingConfig:
     """Edits that a peer which runs one at a time makes in a round."""
     batch_tokens: int = 0
     """Tokens in a batch of the peers that batch; 0: about their best, 2048 on the CPU and 65536 on a GPU."""
-    layers: int = 12
-    """Blocks of the models; the dictionary is in the middle."""
-    width: int = 768
-    """Width of the residual stream."""
-    heads: int = 12
-    """Attention heads; the Llama shape has a third as many for keys and values."""
-    vocabulary: int = 0
-    """Size of the vocabulary; 0: that of the shape."""
-    latents: int = 24576
-    """Latents of the dictionary."""
-    k: int = 64
-    """Latents active at a position."""
     curve_tokens: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Prompt lengths at which our cost is measured; curves are of the first shape."""
     curve_differ: tuple[float, ...] = (0.05, 0.33, 0.67, 0.9)
@@ -85,49 +66,22 @@ class PatchingConfig:
     """Numbers of edits at which our cost is measured, at the first of `lengths`."""
     curve_sweep: int = 64
     """Edits in each sweep of the first two curves."""
-    seed: int = 0
-    """Seed of weights, dictionary and prompts."""
-    device: str = "cpu"
-    """Where to run: cpu or cuda."""
 
     def __post_init__(self) -> None:
-        counts = {"rounds": self.rounds, "edits": self.edits, "peer_edits": self.peer_edits}
-        for name, value in (counts | {"curve_sweep": self.curve_sweep}).items():
-            if value < 1:
-                raise UserError(f"{name} = {value}: use at least 1")
+        super().__post_init__()
+        check_counts(rounds=self.rounds, edits=self.edits, peer_edits=self.peer_edits, curve_sweep=self.curve_sweep)
         if not all(0 <= place < 1 for place in (self.differ, *self.curve_differ)):
             raise UserError(f"differ = {self.differ}, curve_differ = {self.curve_differ}: use shares from 0 to below 1")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
             raise UserError(f"unknown peer {unknown[0]!r}: use {', '.join(PEERS)}")
         if not self.shapes or not self.lengths or min((*self.lengths, *self.curve_tokens)) < 4:
             raise UserError("give at least one shape and one length, and no length below 4 tokens")
-        if self.layers < 2 or not all(0 < after < self.layers for after in self.curve_layers):
+        if not all(0 < after < self.layers for after in self.curve_layers):
             raise UserError(f"layers = {self.layers}, curve_layers = {self.curve_layers}: use 1 to layers - 1 after it")
-        if self.device not in AT_ONCE:
-            raise UserError(f"device = {self.device!r}: use {' or '.join(AT_ONCE)}")
-
-    @property
-    def size(self) -> Size:
-        return Size(self.layers, self.width, self.heads, self.vocabulary, self.latents, self.k)
 
     def batch(self, tokens: int) -> int:
         """Edits in a batch of the peers that batch."""
         return max(1, (self.batch_tokens or AT_ONCE[self.device]) // tokens)
-
-
-Clock = Callable[[], float]
-
-
-def clock_of(device: str) -> Clock:
-    """Seconds: of this process's work on the CPU, of the wall once the GPU is done."""
-    if device == "cpu":
-        return time.process_time
-
-    def wall() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return wall
 
 
 @dataclass(eq=False)
@@ -170,7 +124,7 @@ class PatchingResults:
             "curves": self.curves,
             "left_out": self.left_out,
             "config": asdict(self.config),
-            "versions": versions() | {library: _version(library) for library in LIBRARIES},
+            "versions": all_versions(),
         }
 
     def table(self) -> str:
@@ -198,15 +152,10 @@ class PatchingResults:
 
 def run(config: PatchingConfig) -> None:
     """Measure, print the table, and write summary.json where a folder is given."""
-    if config.out:
-        check_writable(config.out)
-    usable_device(config.device)
-    torch.set_num_threads(1)
-    logging.getLogger().addHandler(logging.NullHandler())  # or a peer's first message would set up a handler of its own
+    clock = config.prepare()
     results = PatchingResults(config)
     peers = {name: PEERS[name] for name in config.peers} if config.device == "cpu" else ON_GPU
     results.left_out = {name: why for name in peers if (why := missing(name)) is not None}
-    clock = clock_of(config.device)
     for number, shape in enumerate(config.shapes):
         subject = make_subject(shape, config.size, config.device, config.seed)
         for tokens in config.lengths:
@@ -218,9 +167,7 @@ def run(config: PatchingConfig) -> None:
             gc.collect()  # the peers' models are large, and hooks make cycles of them
         if number == 0:
             results.curves = curves(config, subject, clock)
-    sys.stdout.write(results.table() + "\n")
-    if config.out:
-        write_json(results.summary(), output_folder(config.out) / "summary.json")
+    write_results(results, config.out)
 
 
 def compare(config: PatchingConfig, case: Case, peers: dict[str, Runner], clock: Clock) -> Compared:
@@ -299,13 +246,6 @@ def _gemm_rate(config: PatchingConfig, clock: Clock) -> float:
     flops = 2.0 * GEMM_ROWS * weight.numel()
     repeats = 1 + int(1e10 / flops)
     return repeats * flops / _seconds(clock, lambda: [rows @ weight for _ in range(repeats)])
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

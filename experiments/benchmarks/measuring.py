@@ -1,0 +1,115 @@
+"""What the benchmarks share: the shape of the random models, clocks, and how results are written."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Protocol
+
+import torch
+
+from saepatch.errors import UserError
+from saepatch.model.loading import usable_device
+from saepatch.records.files import check_writable, output_folder, write_json
+from saepatch.records.provenance import versions
+
+from .cases import Size
+
+LIBRARIES = ("transformer-lens", "nnsight")
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What a benchmark of random models with random dictionaries is told."""
+
+    out: str = ""
+    """Folder for summary.json; empty: the table is printed and nothing is written."""
+    layers: int = 12
+    """Blocks of the models; the dictionary is in the middle."""
+    width: int = 768
+    """Width of the residual stream."""
+    heads: int = 12
+    """Attention heads; the Llama shape has a third as many for keys and values."""
+    vocabulary: int = 0
+    """Size of the vocabulary; 0: that of the shape."""
+    latents: int = 24576
+    """Latents of the dictionaries."""
+    k: int = 64
+    """Latents of the TopK dictionary that are active at a position."""
+    seed: int = 0
+    """Seed of weights, dictionaries and prompts."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 2:
+            raise UserError(f"layers = {self.layers}: use at least 2, for the dictionary is between two")
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"device = {self.device!r}: use cpu or cuda")
+
+    @property
+    def size(self) -> Size:
+        return Size(self.layers, self.width, self.heads, self.vocabulary, self.latents, self.k)
+
+    def prepare(self) -> Clock:
+        """Check what can be checked before any work, and set torch up; returns the clock.
+
+        Raises:
+            UserError: the folder cannot be written, or there is no such device.
+        """
+        if self.out:
+            check_writable(self.out)
+        usable_device(self.device)
+        torch.set_num_threads(1)
+        # Without a handler, a peer's first message would set one up.
+        logging.getLogger().addHandler(logging.NullHandler())
+        return clock_of(self.device)
+
+
+class Results(Protocol):
+    """What a benchmark measured: a table for the terminal, and figures for summary.json."""
+
+    def table(self) -> str: ...
+
+    def summary(self) -> dict[str, Any]: ...
+
+
+def write_results(results: Results, out: str) -> None:
+    """Print the table, and write summary.json where a folder is given."""
+    sys.stdout.write(results.table() + "\n")
+    if out:
+        write_json(results.summary(), output_folder(out) / "summary.json")
+
+
+def check_counts(**counts: int) -> None:
+    """Raises UserError where a count is below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} = {value}: use at least 1")
+
+
+def clock_of(device: str) -> Clock:
+    """Seconds: of this process's work on the CPU, of the wall once the GPU is done."""
+    if device == "cpu":
+        return time.process_time
+
+    def wall() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return wall
+
+
+def all_versions() -> dict[str, str]:
+    """Versions of what results depend on, the peers' libraries among them."""
+    return versions() | {library: _version(library) for library in LIBRARIES}
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
