@@ -85,9 +85,13 @@ def test_files_targets_and_python_names_exist(name):
 def help_of(program: str) -> str:
     """What `saepatch COMMAND --help` or `python -m MODULE --help` prints; empty where there is no such program."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(SystemExit),
+    ):
         if program.startswith("saepatch "):
-            main([program.split()[1], "--help"])
+            main([*program.split()[1:], "--help"])
         else:
             argv, sys.argv = sys.argv, [program, "--help"]
             try:
@@ -106,9 +110,9 @@ def settings_of(program: str) -> set[str]:
 def programs_in(text: str) -> list[tuple[str, str]]:
     """Each program that the code of a text runs, and what follows it."""
     code = "\n".join([*PLAIN.findall(text.replace("\\\n", " ")), *SPAN.findall(text)]).replace("&&", "\n")
-    runs = re.findall(r"(?:^|[\s`'(])(saepatch [a-z]+|python -m [\w.]+|-m training)\b([^`\n']*)", code)
+    runs = re.findall(r"(?:^|[\s`'(])(saepatch (?:experiment )?[a-z]+|python -m [\w.]+|-m training)\b([^`\n']*)", code)
     runs = [(program.removeprefix("python ").removeprefix("-m "), rest.split(" #")[0]) for program, rest in runs]
-    return [(program, rest) for program, rest in runs if not program.endswith(".NAME")]
+    return [(program, rest) for program, rest in runs if not program.endswith((".NAME", "experiment"))]
 
 
 @pytest.mark.parametrize("name", TEXTS)
