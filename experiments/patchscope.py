@@ -23,7 +23,6 @@ from saepatch.dictionaries.loading import load_saes
 from saepatch.engine.components import Directions
 from saepatch.errors import UserError
 from saepatch.measure.quality import latent_statistics
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
@@ -143,7 +142,7 @@ def words_named(model: LanguageModel) -> tuple[Interval, Interval]:
     best, at_any = [], []
     for word in world.share(world.MALE, "report"):
         tokens = model.tokenize([f"the {word}"])
-        row = capture(model.hf, model.layout, [FIRST], model.inputs(tokens))[FIRST][0, -1:].float()
+        row = model.capture(tokens, [FIRST])[FIRST][0, -1:].float()
         one = direction_dictionary(Directions(FIRST, row / row.norm(), word), model.device)
         for prompt in COPIES:
             readings = read(model, one, [0], prompt, FIRST)[0]

@@ -20,7 +20,6 @@ from saepatch.measure.curves import Curve, effect_curve
 from saepatch.measure.effects import Effects
 from saepatch.measure.patching import patch_components, patch_heads, patch_latents, patch_streams
 from saepatch.measure.quality import LatentStatistics, splice_quality
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_ratio
@@ -326,7 +325,7 @@ def _held(
     """What the site holds at all ordinary positions of the texts, and at the last of each."""
     everywhere, last = [], []
     for batch in model.tokenize(texts).batches(32):
-        x = capture(model.hf, model.layout, [site], model.inputs(batch))[site].float()
+        x = model.capture(batch, [site])[site].float()
         everywhere.append(x[batch.ordinary])
         last.append(x[torch.arange(len(batch), device=x.device), batch.last.to(x.device)])
     return torch.cat(everywhere), torch.cat(last)

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, wilson_share
@@ -213,7 +212,7 @@ def read_latents(
 ) -> Float[Tensor, "prompts all"]:
     """Latents of all sites, side by side, in float64: at each prompt's last position, or their largest of it."""
     tokens, found = model.tokenize(prompts, "left"), []
-    held = capture(model.hf, model.layout, list(sites), model.inputs(tokens))
+    held = model.capture(tokens, sites)
     for site, dictionary in sites.items():
         acts, _ = dictionary.activations(held[site])
         if how == "last":

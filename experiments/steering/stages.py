@@ -15,7 +15,6 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.baselines import difference_of_means
 from saepatch.measure.quality import LatentStatistics
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, random_latents, wilson_share
 from saepatch.runs.measurements import Measurements
@@ -287,7 +286,7 @@ def dense(bench: Bench, site: KnownDictionary) -> Way:
     for texts in (bench.concept.present, bench.concept.absent):
         values = []
         for part in bench.model.tokenize(texts).batches(32):
-            x = capture(bench.model.hf, bench.model.layout, [at], bench.model.inputs(part))[at]
+            x = bench.model.capture(part, [at])[at]
             values.append(x[whole_prompt(bench.model, part).select(bench.concept.positions)])
         held.append(torch.cat(values))
     direction = direction_dictionary(difference_of_means(held[0], held[1], at), site.dictionary.W_dec.device)

@@ -86,19 +86,19 @@ def _saved_dataset(folder: Path, split: str) -> Any:
     from datasets import DatasetDict, load_from_disk
 
     try:
-        found = load_from_disk(str(folder))
+        dataset = load_from_disk(str(folder))
     except Exception as error:  # damaged files fail in many ways inside the loader; all are bad input
         raise UserError(
             f"folder {str(folder)!r} is no dataset that `datasets` saved with save_to_disk ({first_line(error)}): "
             "save it so, or give a file of pairs"
         ) from error
-    if not isinstance(found, DatasetDict):
-        return found
-    if split not in found:
+    if not isinstance(dataset, DatasetDict):
+        return dataset
+    if split not in dataset:
         raise UserError(
-            f"{str(folder)!r} has no split {split!r}: give one of {', '.join(map(str, found))} with --split"
+            f"{str(folder)!r} has no split {split!r}: give one of {', '.join(map(str, dataset))} with --split"
         )
-    return found[split]
+    return dataset[split]
 
 
 def _hub_dataset(source: str, split: str) -> Any:

@@ -15,7 +15,7 @@ ROWS = 100  # how many of them, where no number is given
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, what the donor reads instead (None: nothing is said), and whether it is harmful ("": not said)."""
+    """A prompt, what the donor reads instead (None: not given), and whether it is harmful: yes, no, or "" (unknown)."""
 
     example: str
     prompt: str

@@ -18,7 +18,7 @@ from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Component, Patchable, as_components
 from saepatch.engine.kept_run import Run
 from saepatch.errors import UserError
-from saepatch.model.hooks import capture, edit_embeddings, embed_tokens, is_spliced
+from saepatch.model.hooks import edit_embeddings, embed_tokens, is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
@@ -167,7 +167,7 @@ class Mean:
             )
         total, n = torch.zeros((), dtype=torch.float64, device=model.device), 0
         for batch in tokens.batches(batch_size):
-            x = capture(model.hf, model.layout, [component.site], model.inputs(batch))[component.site]
+            x = model.capture(batch, [component.site])[component.site]
             values = component.read(x).double()
             if by_position:
                 total = total + values[batch.attention_mask.bool()].unflatten(0, (len(batch), -1)).sum(0)

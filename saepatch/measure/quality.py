@@ -12,7 +12,6 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
 from saepatch.engine.whole_pass import WholePass, can_skip, edited_logits, whole_pass
 from saepatch.errors import UserError
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
@@ -133,7 +132,7 @@ def latent_statistics(
     dictionary.check(model)
     sums, site = _SiteSums.of(dictionary), dictionary.site
     for batch in _batches(tokens, batch_size):
-        x = capture(model.hf, model.layout, [site], model.inputs(batch))[site]
+        x = model.capture(batch, [site])[site]
         sums.add(dictionary.encode(x), x, batch)
     if not sums.n:
         raise UserError(_NOTHING)
@@ -201,7 +200,7 @@ def _means(
     sums: dict[Site, Tensor] = {}
     n = 0
     for batch in _batches(tokens, batch_size):
-        for site, x in capture(model.hf, model.layout, sites, model.inputs(batch)).items():
+        for site, x in model.capture(batch, sites).items():
             ordinary = _accurate(x[batch.ordinary]).sum(0)
             sums[site] = sums[site] + ordinary if site in sums else ordinary
         n += int(batch.ordinary.sum())

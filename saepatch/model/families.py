@@ -118,10 +118,10 @@ class Layout:
         Raises:
             UserError: no layer does.
         """
-        found = [site for site in self.all_sites if site.stream == stream]
-        if not found:
-            self.module(Site(0, stream))
-        return found
+        sites = [site for site in self.all_sites if site.stream == stream]
+        if not sites:
+            self.module(Site(0, stream))  # raises
+        return sites
 
     def without(self, sites: Collection[Site]) -> "Layout":
         paths = tuple(

@@ -23,11 +23,11 @@ def fingerprint(weights: Mapping[str, Tensor | Callable[[], Tensor]]) -> str:
 
 def weights_of(hf: nn.Module) -> dict[str, Tensor | Callable[[], Tensor]]:
     """All weights; of those that accelerate has offloaded, functions that read them back one by one."""
-    found: dict[str, Tensor | Callable[[], Tensor]] = dict(hf.state_dict())
+    weights: dict[str, Tensor | Callable[[], Tensor]] = dict(hf.state_dict())
     for name, module in hf.named_modules():
         kept: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         for own in dict(module.named_parameters(recurse=False)) if kept is not None else ():
             whole = f"{name}.{own}"
-            if isinstance(tensor := found.get(whole), Tensor) and tensor.is_meta:
-                found[whole] = partial(kept.__getitem__, own)
-    return found
+            if isinstance(tensor := weights.get(whole), Tensor) and tensor.is_meta:
+                weights[whole] = partial(kept.__getitem__, own)
+    return weights

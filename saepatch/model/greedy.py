@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-# Everything that acts without sampling in transformers' GenerationConfig, at the value where it does nothing. What is
-# not said to `generate` is the checkpoint's, and chat models often come with a penalty for repetitions.
+# Every field of transformers' GenerationConfig that acts without sampling, at the value where it does nothing. What is
+# not passed to `generate` is taken from the checkpoint, and chat models often come with a repetition penalty.
 NEUTRAL: dict[str, Any] = {
-    # how the next token is found
+    # how the next token is chosen
     "do_sample": False,
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -19,7 +19,7 @@ NEUTRAL: dict[str, Any] = {
     "assistant_early_exit": None,
     "use_mtp": None,
     "token_healing": None,
-    # what logits go through before
+    # what is done to the logits before
     "guidance_scale": None,
     "sequence_bias": None,
     "repetition_penalty": 1.0,
@@ -37,10 +37,10 @@ NEUTRAL: dict[str, Any] = {
     "begin_suppress_tokens": None,
     "watermarking_config": None,
     "renormalize_logits": None,
-    # what ends a text beside the end token and the length
+    # what ends a text besides the end token and the length
     "max_time": None,
     "stop_strings": None,
-    # what is given back
+    # what is returned
     "return_dict_in_generate": False,
 }
 
@@ -53,8 +53,8 @@ def greedy_options(hf: Any, tokenizer: Any) -> dict[str, Any]:
 
 def end_tokens(hf: Any, tokenizer: Any) -> set[int]:
     """All tokens that end a text: a checkpoint's files do not always agree on them."""
-    found: set[int] = set()
+    ends: set[int] = set()
     for given in (getattr(hf, "generation_config", None), hf.config, tokenizer):
         stop: Any = getattr(given, "eos_token_id", None)
-        found |= set(stop) if isinstance(stop, Sequence) else {stop} if stop is not None else set()
-    return found
+        ends |= set(stop) if isinstance(stop, Sequence) else {stop} if stop is not None else set()
+    return ends

@@ -111,13 +111,13 @@ class Pass:
             return wanted  # a later pass of a cached generation: the text was in the prompt
         for row, (tokens, inside) in enumerate(zip(self.input_ids, self.in_prompt, strict=True)):
             columns = inside.nonzero().flatten().tolist()
-            found = find_text(at.text, tokens[inside].tolist(), self.decode)
-            if not -len(found) <= at.occurrence < len(found):
+            spans = find_text(at.text, tokens[inside].tolist(), self.decode)
+            if not -len(spans) <= at.occurrence < len(spans):
                 raise UserError(
-                    f"prompt {row} holds {at.text!r} as whole tokens {len(found)} times, so there is no occurrence "
+                    f"prompt {row} holds {at.text!r} as whole tokens {len(spans)} times, so there is no occurrence "
                     f"{at.occurrence}: check the spelling, or give an index"
                 )
-            first, end = found[at.occurrence]
+            first, end = spans[at.occurrence]
             wanted[row, columns[first] : columns[end - 1] + 1] = True
         return wanted
 

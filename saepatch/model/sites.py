@@ -27,9 +27,9 @@ _STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
 class Site:
     """One tensor of shape [batch, pos, width] in the model: `resid_post.3` is the residual stream after block 3.
 
-    `attn_out` and `mlp_out` are what attention and MLP add to the residual stream (after a post-norm, where a family
-    has one); `z` holds the attention heads' outputs side by side, before the output projection, and `neurons` the MLP's
-    units, before its output projection. Layers count from 0.
+    `attn_out` and `mlp_out` are what attention (in a hybrid's other blocks, what mixes positions in its place) and MLP
+    add to the residual stream, after a post-norm where a family has one. `z` holds the attention heads' outputs side by
+    side before the output projection, `neurons` the MLP's units before its output projection. Layers count from 0.
     """
 
     layer: int

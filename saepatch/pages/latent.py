@@ -53,7 +53,7 @@ def read_named(config: LatentConfig) -> list[ReadLatent]:
     dictionary = load_sae(config.sae, site, model.device)
     cards = read_latents(model, dictionary, ids, texts)
     maxima = torch.zeros(dictionary.d_sae)
-    maxima[ids] = torch.tensor([card.maximum for card in cards])
+    maxima[list(ids)] = torch.tensor([card.maximum for card in cards])
     scores = output_scores(model, dictionary, ids, maxima).tolist()
     readings: Sequence[Sequence[Reading]] = [()] * len(ids)
     if config.explain:

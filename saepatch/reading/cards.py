@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import INSIDE, final_norm, stream_directions
 from saepatch.reading.activity import Activity
@@ -138,7 +137,7 @@ def _activity(
     ids, few = list(latents), dictionary.alone(latents)
     found = Activity(len(ids), examples)
     for batch in batches:
-        x = capture(model.hf, model.layout, [dictionary.site], model.inputs(batch))[dictionary.site]
+        x = model.capture(batch, [dictionary.site])[dictionary.site]
         width = len(ids) if few is not None else dictionary.d_sae
         rows = max(1, CELLS // (x.shape[1] * max(1, width)))
         for start in range(0, len(x), rows):

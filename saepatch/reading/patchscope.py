@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
-from saepatch.model.hooks import capture, edit_sites
+from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import INSIDE, stream_directions
 from saepatch.model.positions import Positions
@@ -106,7 +106,7 @@ def _read(
     scales = torch.tensor([scale for _, scale in cells], device=directions.device)
     last = Site(model.n_layers - 1, "resid_post")
     with _written(model, at, scales[:, None] * directions, where):
-        held = capture(model.hf, model.layout, [last], model.inputs(prompts))[last][:, -1].float()
+        held = model.capture(prompts, [last])[last][:, -1].float()
         log_p = model.next_logits(prompts).float().log_softmax(-1)
         ids = model.generate_ids(prompts, max_new_tokens)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0)).sum(-1)

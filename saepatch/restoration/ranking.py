@@ -21,7 +21,7 @@ from saepatch.engine.gradients import Base, IntegratedGradients, Readout
 from saepatch.engine.metrics import refusal_score
 from saepatch.errors import UserError
 from saepatch.measure.quality import SpliceQuality
-from saepatch.model.hooks import capture, is_spliced
+from saepatch.model.hooks import is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 from saepatch.restoration.restore import shared_quality
@@ -206,7 +206,7 @@ def _rows(
     """What the sites hold at each row's tokens, padding left out."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        found = capture(model.hf, model.layout, sites, model.inputs(model.pad(part, "left")))
+        found = model.capture(model.pad(part, "left"), sites)
         for number, row in enumerate(part):
             yield {site: x[number, x.shape[1] - len(row) :] for site, x in found.items()}
 
@@ -258,7 +258,7 @@ def _attribution(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         tokens, clean = model.tokenize(prompts[part], "left"), other.tokenize(asked[part], "left")
-        found = capture(other.hf, other.layout, list(sites), other.inputs(clean))
+        found = other.capture(clean, sites)
         where = tokens.ordinary
         if template is not None:
             where = where & (torch.arange(where.shape[1], device=where.device) >= where.shape[1] - template)

@@ -3,8 +3,8 @@
 import re
 import unicodedata
 
-TIMES = 4  # a run of words this often in a row is a loop; a single word once more: "no, no, no, no" is said
-CHARACTERS = 5  # a run of characters this often, at least WIDTH wide: "hahahaha" and "nooooo" are said
+TIMES = 4  # a run of words this often in a row is a loop; of a single word one more: people do say "no, no, no, no"
+CHARACTERS = 5  # a run of characters this often, at least WIDTH wide: people do write "hahahaha" and "nooooo"
 WIDTH = 12  # ideographs and the like are 2 wide
 LONGEST_WORDS, LONGEST_CHARACTERS = 64, 24  # of a run: what this costs grows with them
 DIGITS = 30  # of digits, so many: 0.3333333333 and 1000000000000 are numbers
@@ -24,10 +24,10 @@ def is_degenerate(text: str) -> bool:
     or more and at least 12 long ("aaaaaaaaaaaa", "hahahahahaha"); punctuation, case and spaces do not count.
     """
     marked = SPECIAL.sub(f" {MARK} ", text).casefold()
-    if all(one == MARK or _empty(one) for one in marked):
+    if all(character == MARK or _empty(character) for character in marked):
         return True
-    plain = "".join(one if _part_of_word(one) else " " for one in re.sub(r"(?<=\d)[.,](?=\d)", "", marked))
-    return _loops_in_words(plain.split()) or _loops_in_characters([one for one in marked if not _empty(one)])
+    plain = "".join(c if _part_of_word(c) else " " for c in re.sub(r"(?<=\d)[.,](?=\d)", "", marked))
+    return _loops_in_words(plain.split()) or _loops_in_characters([c for c in marked if not _empty(c)])
 
 
 def _empty(character: str) -> bool:
@@ -51,8 +51,8 @@ def _loops_in_characters(characters: list[str]) -> bool:
     for n in range(1, min(len(characters) // CHARACTERS, LONGEST_CHARACTERS) + 1):
         length, end = _longest(characters, n)
         run = characters[end - length : end]
-        width = sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in run)
-        enough = DIGITS if all(one.isdigit() for one in run) else WIDTH
+        width = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in run)
+        enough = DIGITS if all(c.isdigit() for c in run) else WIDTH
         if length >= max(CHARACTERS * n, len(characters) / 2) and width >= enough:
             return True
     return False

@@ -23,14 +23,14 @@ def continuation_nll(
     Ids and not texts: tokenised again, a text can fall apart into other tokens than those that were generated. 0 for an
     empty one. Under the model as it is where this is called: outside of a splice, the model itself.
     """
-    found: list[float] = []
+    nll: list[float] = []
     for rows, logits, real in _continued(
         model, [model.encode(prompt) for prompt in prompts], continuations, batch_size
     ):
         targets = torch.tensor([[*row, *[0] * (real.shape[1] - len(row))] for row in rows], device=logits.device)
         log_p = log_softmax(logits.float(), -1).gather(-1, targets[..., None])[..., 0]
-        found += (-(log_p * real).cpu().double().sum(-1)).tolist()
-    return found
+        nll += (-(log_p * real).cpu().double().sum(-1)).tolist()
+    return nll
 
 
 def perplexity(model: LanguageModel, prompts: Sequence[str], continuations: Ids) -> float:
@@ -66,15 +66,15 @@ def continuation_kl(
     plain = [
         (log_softmax(logits.float(), -1), real) for _, logits, real in _continued(model, ids, continuations, batch_size)
     ]
-    found: list[float] = []
+    divergences: list[float] = []
     with edited:
         runs = _continued(model, ids, continuations, batch_size)
         for (before, real), (_, logits, _) in zip(plain, runs, strict=True):
             # a token that the model rules out altogether (-inf) adds nothing, and must not make it NaN
             gap = torch.where(before.isneginf(), 0.0, before - log_softmax(logits.float(), -1))
             kl = ((before.exp() * gap).sum(-1) * real).cpu().double().sum(-1)
-            found += (kl / real.cpu().sum(-1)).tolist()
-    return found
+            divergences += (kl / real.cpu().sum(-1)).tolist()
+    return divergences
 
 
 def _continued(

@@ -13,7 +13,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saepatch.errors import UserError
-from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
@@ -333,7 +332,7 @@ class ActivationStream:
 def forward(model: LanguageModel, sites: Sequence[Site], tokens: Tokens, special: Collection[int]) -> Rows:
     """What each site emits at the positions of a batch that are learnt from, as the model gives it (device, dtype)."""
     with torch.no_grad():
-        captured = capture(model.hf, model.layout, sites, model.inputs(tokens))
+        captured = model.capture(tokens, sites)
     kept = text_positions(tokens, special)
     return {site: captured[site][kept.to(captured[site].device)] for site in sites}
 
