@@ -1,4 +1,4 @@
-"""What a training run is told. Written to disk beside what it makes."""
+"""Settings of a training run, written to disk beside its dictionaries."""
 
 import math
 import re
@@ -31,7 +31,7 @@ class SAEConfig:
         sparsity: Coefficient of the sparsity penalty (standard, gated, jumprelu).
         sparsity_warmup: Share of the steps over which that coefficient rises to its value.
         p_end: Exponent that the L1 penalty is annealed to (standard); 1 keeps L1.
-        penalty: What jumprelu is charged: step (its L0), tanh, or quadratic (the squared distance of its L0 from `k`).
+        penalty: JumpReLU's penalty: step (its L0), tanh, or quadratic (the squared distance of its L0 from `k`).
         tanh_scale: Steepness of the tanh penalty.
         threshold: Value that jumprelu's thresholds start at.
         bandwidth: Width of the straight-through estimator of jumprelu's jump.

@@ -1,4 +1,4 @@
-"""The processes of a data-parallel run, and what they tell each other."""
+"""The processes of a data-parallel run, and their exchanges."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from saepatch.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`; alone, every exchange is what it was given.
+    """This process among `size`; a single process gets back what it gives.
 
     `data` is a second group (gloo, on the CPU) for the thread that fills buffers, so that its exchanges never meet
     those of the training loop.

@@ -32,10 +32,10 @@ _THEIR_NAMES = {"matryoshka": "matryoshka_batchtopk"}
 
 @dataclass(frozen=True)
 class Task:
-    """A training run as both sides are told it.
+    """Settings of a training run, the same for both sides.
 
     Attributes:
-        steps: Of this length are the schedules.
+        steps: Length of the schedules.
         sparsity: Coefficient of the penalty (standard, gated: L1; jumprelu: L0); it rises over `sparsity_warmup`.
         warmup: Share of the steps over which the learning rate rises.
         decay: Share of the steps over which it falls to 0 at the end.

@@ -1,4 +1,4 @@
-"""What a run says of itself, and what a tracker beside the local log has to offer."""
+"""The description of a run, and the interface of a tracker beside the local log."""
 
 from __future__ import annotations
 

@@ -22,7 +22,12 @@ from saepatch.model.language_model import LanguageModel
 log = logging.getLogger(__name__)
 
 _LEFT_OVER = 86_400  # seconds after which a file half written is taken for that of a run that was killed
-_UNTOLD = ("transformers_version", "dtype", "torch_dtype", "name_or_path")  # of a model's config: do not matter here
+_IRRELEVANT = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "name_or_path",
+)  # to activations
 
 
 @dataclass(eq=False)
@@ -101,8 +106,8 @@ class RoundCache:
 
 
 def model_facts(model: LanguageModel) -> dict[str, Any]:
-    """What of a model and its tokenizer determines its activations."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _UNTOLD and key[:1] != "_"}
+    """What determines the activations of a model: weights, config, tokenizer, precision."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _IRRELEVANT and key[:1] != "_"}
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     tokenizer = backend.to_str() if backend is not None else sorted(model.tokenizer.get_vocab().items())
     return {

@@ -1,4 +1,4 @@
-"""What comes next, made in a thread while what there is is in use."""
+"""Prefetching: the next item is made in a thread while the current one is in use."""
 
 import atexit
 import queue

@@ -1,4 +1,4 @@
-"""Whether models can be trained on: seen before any work."""
+"""Checks of the models to train on, made before any work."""
 
 from collections.abc import Sequence
 

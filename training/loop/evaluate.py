@@ -1,4 +1,4 @@
-"""What a trained dictionary is worth, on text it was not trained on."""
+"""Quality of a trained dictionary on held-out text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from saepatch.model.language_model import LanguageModel, Tokens
 
 from ..data.rows import rows
 
-DENSE = 0.1  # a latent active at more than this share of positions tells little about any of them
+DENSE = 0.1  # a latent active at more than this share of positions says little about any of them
 ALIKE = 0.9  # two latents whose directions have a cosine above this are nearly one
 DENSITY_EDGES = tuple(
     -6 + i / 4 for i in range(25)
@@ -27,22 +27,20 @@ _COMPARED = 8192  # latents whose nearest neighbour is looked for; of wider dict
 
 @dataclass(frozen=True)
 class Density:
-    """How many latents are how often active.
+    """Distribution of the latents over how often they are active.
 
     Attributes:
         counts: Latents in each bin, those that are never active left out.
         edges: Edges of the bins, log10 of the share of ordinary positions where a latent is active.
-        never: Latents that were never active.
     """
 
     counts: tuple[int, ...]
     edges: tuple[float, ...]
-    never: int
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a dictionary is worth: the figures of `metrics.json`, and how its latents' frequencies are distributed."""
+    """The figures of a dictionary's `metrics.json`, and the distribution of its latents' frequencies."""
 
     figures: dict[str, float]
     density: Density
@@ -67,35 +65,23 @@ def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int
     return model.pad(sorted(chosen, key=len))
 
 
-def some_of(tokens: Tokens, count: int) -> Tokens:
-    """About `count` of the tokens (ordinary ones), in rows evenly spread: for a quick look in the midst of training."""
-    there = int(tokens.ordinary.sum())
-    kept = min(len(tokens), max(1, round(len(tokens) * count / max(1, there))))
-    return tokens.rows([(2 * i + 1) * len(tokens) // (2 * kept) for i in range(kept)])
-
-
-def evaluate(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int | None = None) -> Evaluation:
-    """The quality of a dictionary's splice, how its latents fire, and how its weights lie.
-
-    `ce_ablated`, and with it `ce_recovered`, is against zero ablation. `eval_tokens` counts the positions evaluated on;
-    `alive_share` is that of these tokens.
-
-    Args:
-        model: The model it was trained on.
-        dictionary: The dictionary.
-        tokens: Text it was not trained on.
-        batch_size: Rows at a time; none for as many as leave logits and latents within some hundred MB.
-
-    Raises:
-        UserError: the dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
-    """
-    return evaluate_all(model, [dictionary], tokens, batch_size)[0]
-
-
 def evaluate_all(
     model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int | None = None
 ) -> list[Evaluation]:
-    """`evaluate` of several dictionaries, each spliced alone; they share the model's own passes."""
+    """The quality of each dictionary, spliced alone: its splice, how often its latents fire, its weights' geometry.
+
+    They share the model's own passes. `ce_ablated`, and with it `ce_recovered`, is against zero ablation. `eval_tokens`
+    counts the positions evaluated on; `alive_share` is that of these tokens.
+
+    Args:
+        model: The model they were trained on.
+        dictionaries: The dictionaries.
+        tokens: Text they were not trained on.
+        batch_size: Rows at a time; none for as many as leave logits and latents within some hundred MB.
+
+    Raises:
+        UserError: a dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
+    """
     if batch_size is None:
         widest = max(int(model.config.get_text_config().vocab_size), *(d.d_sae for d in dictionaries))
         batch_size = max(1, min(64, ELEMENTS // (widest * tokens.input_ids.shape[1])))
@@ -122,14 +108,14 @@ def density(frequency: Float[Tensor, "d_sae"]) -> Density:
     """The distribution of latents over their frequency of being active."""
     active = frequency[frequency > 0].cpu().double().log10().clamp(DENSITY_EDGES[0], DENSITY_EDGES[-1])
     counts, _ = torch.histogram(active, torch.tensor(DENSITY_EDGES, dtype=torch.float64))
-    return Density(tuple(map(int, counts.tolist())), DENSITY_EDGES, len(frequency) - len(active))
+    return Density(tuple(map(int, counts.tolist())), DENSITY_EDGES)
 
 
 @torch.no_grad()
 def geometry(dictionary: Dictionary) -> dict[str, float]:
-    """How a dictionary's weights lie.
+    """Geometry of a dictionary's weights.
 
-    The norms of its decoder's rows; how like a latent is to the one that is most like it (the cosine of their decoder
+    The norms of its decoder's rows; the similarity of a latent to its nearest neighbour (the cosine of their decoder
     rows, for at most 8192 latents, evenly spread); and the cosine of what a latent reads and what it writes.
     """
     W_dec = dictionary.W_dec.float()

@@ -1,4 +1,4 @@
-"""What a run would take: shapes, memory, disk, time. No weights are loaded; the model is built without storage."""
+"""Estimates of a run: shapes, memory, disk, time. No weights are loaded; the model is built without storage."""
 
 import os
 import re
@@ -47,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a run computes, in all.
+    """The computation of a whole run.
 
     Attributes:
         model: FLOPs of the model's forwards (and, in fine-tuning, backwards).
@@ -64,7 +64,7 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a run would take.
+    """Estimates of a run.
 
     Attributes:
         config: The run.
@@ -129,7 +129,7 @@ class Plan:
 
 
 def plan(config: TrainingConfig) -> Plan:
-    """Work out what a run would take.
+    """Estimate shapes, memory, disk and time of a run.
 
     Raises:
         UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.

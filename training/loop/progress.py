@@ -1,4 +1,4 @@
-"""How far a training run is, and how it is asked to stop."""
+"""Progress of a training run, and requests to stop it."""
 
 import logging
 import signal

@@ -27,7 +27,7 @@ REMEDY = "use what it began with, another --out, or --overwrite true without --r
 
 @dataclass(frozen=True)
 class OtherModel:
-    """What dictionaries are worth in a further model that they were trained on."""
+    """Quality of the dictionaries in a further model that they were trained on."""
 
     model_name: str
     model_fingerprint: str
@@ -35,7 +35,7 @@ class OtherModel:
 
 
 def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> None:
-    """See, before any work, that the dictionaries can be put where they are wanted.
+    """Check, before any work, that the dictionaries can be written.
 
     Raises:
         UserError: the folder cannot be written, or holds dictionaries or checkpoints that neither `resume` goes on with
@@ -74,9 +74,9 @@ def finished(out: Path, sites: Sequence[Site]) -> Finished | None:
 
 
 def begin(out: Path, overwrite: bool) -> None:
-    """Give up what an earlier run left, where this is asked for: its dictionaries stay until the new ones are there.
+    """With `overwrite`, discard an earlier run's checkpoints and summary; its dictionaries stay until replaced.
 
-    Without its summary it is complete no longer, so that nobody takes it for the new run once that is interrupted.
+    Without a summary it no longer counts as complete, so that it cannot be mistaken for a new run that is interrupted.
     """
     checkpoints.clear_parts(out)
     if overwrite:
@@ -107,7 +107,7 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path)
 
 
 def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -> dict[str, Any]:
-    """What every dictionary's metadata says, site and metrics aside."""
+    """Metadata that all dictionaries of a run share."""
     import sae_lens
 
     sample = model.encode("a")

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 FIRST_TOKENS = 16_384  # activations that scale and decoder bias are set from
 
-# What a run may go on with otherwise than it began: where it runs, what it says and keeps, not what it learns.
+# What may differ when a run is resumed: where it runs, what it logs and keeps, not what it learns.
 _MAY_DIFFER = {
     *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "prefetch", "cache", "cache_gb"),
     *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
@@ -338,7 +338,7 @@ class Run:
         return Outcome(figures, self.tokens, also={other.model_name: other.figures for other in also})
 
     def _quality_in(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.OtherModel:
-        """What the dictionaries are worth in another model that they have learnt from."""
+        """Quality of the dictionaries in another model that they were trained on."""
         evaluations = evaluate_all(other, list(dictionaries.values()), self.held_out)
         figures = {site: evaluation.figures for site, evaluation in zip(dictionaries, evaluations, strict=True)}
         return saving.OtherModel(other.name, other.fingerprint, figures)
@@ -367,7 +367,7 @@ class Run:
         checkpoints.save(self.out, Checkpoint(self.tokens, tensors, state), self.config.keep_checkpoints)
 
     def identity(self) -> dict[str, Any]:
-        """What a run and one that goes on with it must agree in."""
+        """What must be the same for a run to be resumed."""
         models = "+".join(model.fingerprint for model in (self.model, *self.stream.also))
         return {"config": settings(self.config), "model": models, "text": self.stream.fingerprint}
 

@@ -1,6 +1,6 @@
 """Training steps of dictionaries whose latents each decide for themselves: standard, gated, JumpReLU.
 
-Losses are those of sae_lens' training classes, at decoder rows of norm 1: the squared error and a charge for activity.
+Losses are those of sae_lens' training classes, at decoder rows of norm 1: the squared error and a sparsity penalty.
 Gradients are written by hand, in five large matrix products (gated: eight) instead of autograd's six (fifteen).
 
 The batch goes through in chunks of rows, so that few arrays of shape [batch, d_sae] exist at a time. Where few latents
@@ -46,7 +46,7 @@ class _Passes(NamedTuple):
 
 
 def _forward(rule: Rules, pre: Tensor, codes_out: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-    """Fill the codes and the L0; what else is counted."""
+    """Fill the codes and the L0; returns the sums over the rows."""
     codes = rule.codes(pre)
     for out, code in zip(codes_out, codes):
         out.copy_(code)

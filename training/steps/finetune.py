@@ -1,4 +1,4 @@
-"""Fine-tune a trained dictionary through the splice: what the model makes of the reconstruction counts, too."""
+"""Fine-tune a trained dictionary through the splice, on the model's predictions as well as the squared error."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""One dictionary in training: its weights, its optimiser, what it knows of its latents."""
+"""One dictionary in training: its weights, its optimiser, the recent activity of its latents."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from .step import Moment, Step, StepFunction, Weights
 
 @dataclass(frozen=True)
 class Design:
-    """What sets an architecture apart in training.
+    """How an architecture is trained and saved.
 
     Attributes:
         step: Its training step.
@@ -131,7 +131,7 @@ class Learner:
 
     @classmethod
     def of(cls, weights: Weights, scale: float, run: TrainingConfig) -> "Learner":
-        """A dictionary with these weights, nothing of its past known."""
+        """A dictionary with these weights and no history."""
         idle = torch.zeros(len(weights["W_dec"]), dtype=torch.long, device=weights["W_dec"].device)
         step: StepFunction = DESIGNS[run.sae.architecture].step
         if run.compile:
@@ -157,7 +157,7 @@ class Learner:
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"], rate: float, ranks: Ranks = ALONE) -> Step:
-        """One step of Adam on this process's share of a batch, with the gradients of all; the step's findings."""
+        """One step of Adam on this process's share of a batch, with the gradients of all; the step's result."""
         step = self.step_function(self.weights, x * self.scale, self.config, self.moment(), ranks)
         ranks.mean_(step.gradients.values())
         self.add_gains(step.gradients)
@@ -192,7 +192,7 @@ class Learner:
         learnt many times faster than through all entries of the encoder's row.
         """
         if self.design.selects or ("threshold" in self.weights and self.config.penalty != "tanh"):
-            return  # no penalty on values: the decoder's gradient says it all
+            return  # no penalty on values: the decoder's gradient is complete
         W_dec, of_W_dec = self.weights["W_dec"], gradients["W_dec"]
         gain = torch.linalg.vecdot(gradients["W_enc"], self.weights["W_enc"])
         for name in self.design.biases:

@@ -19,13 +19,13 @@ _Self = TypeVar("_Self", bound="Rule")
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """How values come from pre-activations, what they are charged, and the gradients of both.
+    """An activation function and its sparsity penalty, with the gradients of both.
 
     Pre-activations are [rows, d_sae]; or [n], those that matter, once `at` has gathered the settings of their latents.
 
     Attributes:
-        bias: What the product with the encoder adds.
-        price: Of a unit of charge.
+        bias: Added to the product with the encoder; None: nothing is.
+        price: Coefficient of the penalty (`charge`).
     """
 
     bias: Float[Tensor, "d_sae"] | None
@@ -46,13 +46,13 @@ class Rule:
         return self
 
     def priced(self: _Self, codes: tuple[Tensor, ...], ranks: Ranks) -> _Self:
-        """With the price that the batch of all processes gives."""
+        """With the coefficient that follows from the batch of all processes."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Standard(Rule):
-    """ReLU, charged its L1; while p < 1, p-annealed (Karvonen et al. 2024, arXiv:2408.00113).
+    """ReLU with an L1 penalty; while p < 1, p-annealed (Karvonen et al. 2024, arXiv:2408.00113).
 
     There, Σ f^p stands for L1, its coefficient rescaled so that its value is L1's; here in each batch, the factor taken
     as a constant.
@@ -69,7 +69,7 @@ class Standard(Rule):
         return (torch.relu(pre),)
 
     def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
-        """The summed charge, before its price."""
+        """The penalty summed over the rows, before its coefficient."""
         return codes[0].sum()
 
     def priced(self, codes: tuple[Tensor, ...], ranks: Ranks) -> "Standard":
@@ -124,7 +124,7 @@ class JumpReLU(Rule):
     """JumpReLU, with a straight-through estimator in a band about its threshold (Rajamanoharan et al. 2024,
     arXiv:2407.14435).
 
-    The charge is the L0, its squared distance from a target (Gemma Scope 2), or tanh (Anthropic, January 2025).
+    The penalty is the L0, its squared distance from a target (Gemma Scope 2), or tanh (Anthropic, January 2025).
     """
 
     threshold: Float[Tensor, "#values"]

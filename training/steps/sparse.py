@@ -57,7 +57,7 @@ def matryoshka(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConf
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """A part of the loss as the gradients need it.
+    """What the gradients of one part of the loss are computed from.
 
     Attributes:
         entries: The values that the part is made of.

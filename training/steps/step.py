@@ -1,4 +1,4 @@
-"""What one training step is: the weights it reads, what it is told, what it finds.
+"""The interface of a training step: its weights, its inputs, its results.
 
 A step is a function `(weights, x, config, now, ranks) -> Step`. It writes nothing: the learner applies the gradients.
 
@@ -22,7 +22,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """Where in the training a step is.
+    """What a step depends on beside the weights and the batch.
 
     Attributes:
         dead: Latents that have not been active for `config.dead_after` tokens, or None where none is dead.
@@ -37,7 +37,7 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a batch says of a dictionary, this process's share of it.
+    """The result of a step on this process's share of a batch.
 
     Attributes:
         losses: Terms of the loss by name, each a mean over the batch; `mse` (summed over d_in) is always among them.
