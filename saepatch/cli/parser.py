@@ -91,8 +91,8 @@ def run_commands(
         if as_json or getattr(config, "quiet", False):
             for logger in LOGGERS:
                 logging.getLogger(logger).setLevel(logging.WARNING)
-        if (said := command(config)) is not None:
-            sys.stdout.write((_json(said.facts) if as_json else said.text) + "\n")
+        if (result := command(config)) is not None:
+            sys.stdout.write((_json(result.facts) if as_json else result.text) + "\n")
             sys.stdout.flush()
 
     return _guarded(run, whole, "files that were written are whole")
@@ -125,9 +125,9 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
     summary = (config.__doc__ or "").strip().split("\n\n")[0]
     examples = getattr(config, "examples", ())
-    told = "\n  ".join(["examples:", *examples]) if examples else None
+    epilog = "\n  ".join(["examples:", *examples]) if examples else None
     parser = ArgumentParser(
-        prog=prog, description=summary, exit_on_error=False, epilog=told, formatter_class=_formatter()
+        prog=prog, description=summary, exit_on_error=False, epilog=epilog, formatter_class=_formatter()
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     optional = getattr(config, "positional", "") if positional else ""  # a field that may stand without its name
@@ -161,23 +161,23 @@ KINDS = {
 }
 
 
-def _plainly(said: str, parser: Any, given: Sequence[str]) -> str:
-    """What the parser says of a mistake, without Python's words."""
-    if found := re.search(r'Parser key "([^"]+)":.*?Expected an? (.+?)\. Got value: (.*)$', said):
-        key, kind, value = found.groups()
+def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:
+    """The parser's message, in the words of the command line instead of Python's."""
+    if match := re.search(r'Parser key "([^"]+)":.*?Expected an? (.+?)\. Got value: (.*)$', message):
+        key, kind, value = match.groups()
         choices = re.search(r"Literal\[(.+?)\]", kind)
         wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind[8:-2], kind)
-        told = "a mapping (is the file another command's?)" if value.startswith("{") else repr(value)
-        return f"--{key} takes {wanted}, not {told}"
-    if found := re.search(r"required: (\S+)", said):
-        return f"{found[1].rpartition('.')[2]!r} is missing: see --help"
-    if found := re.search(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted", said):
-        group = re.search(r"Group '([^']+)'", said)
-        return _unknown(f"{group[1]}.{found[1]}" if group else found[1] or found[2], _keys(parser, given))
-    if found := re.search(r"unrecognized arguments: (?:--([^\s=]+))?", said):
-        where = _place(found[1], _keys(parser, given)) if found[1] else ""
-        return f"{said} ({where or 'see --help'})"
-    return said
+        shown = "a mapping (is the file another command's?)" if value.startswith("{") else repr(value)
+        return f"--{key} takes {wanted}, not {shown}"
+    if match := re.search(r"required: (\S+)", message):
+        return f"{match[1].rpartition('.')[2]!r} is missing: see --help"
+    if match := re.search(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted", message):
+        group = re.search(r"Group '([^']+)'", message)
+        return _unknown(f"{group[1]}.{match[1]}" if group else match[1] or match[2], _keys(parser, given))
+    if match := re.search(r"unrecognized arguments: (?:--([^\s=]+))?", message):
+        where = _place(match[1], _keys(parser, given)) if match[1] else ""
+        return f"{message} ({where or 'see --help'})"
+    return message
 
 
 def _unknown(key: str, keys: Sequence[str]) -> str:

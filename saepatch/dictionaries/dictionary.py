@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saepatch.dictionaries.checks import check_fit
 from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
 from saepatch.model.fingerprint import fingerprint
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from saepatch.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
-
-
-_SAID: set[tuple[int, int]] = set()  # warnings given, by dictionary and model
 
 
 BY_LATENT = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag"})
@@ -40,20 +38,20 @@ class Dictionary:
     name: str
 
     @property
-    def _cfg(self) -> Any:
+    def cfg(self) -> Any:
         return self.sae.cfg
 
     @property
     def d_in(self) -> int:
-        return int(self._cfg.d_in)
+        return int(self.cfg.d_in)
 
     @property
     def d_sae(self) -> int:
-        return int(self._cfg.d_sae)
+        return int(self.cfg.d_sae)
 
     @property
     def architecture(self) -> str:
-        return str(self._cfg.architecture())
+        return str(self.cfg.architecture())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +64,7 @@ class Dictionary:
     @cached_property
     def rows(self) -> Float[Tensor, "d_sae d_in"]:
         """What one unit of each latent adds to the site: `W_dec`, or its unit rows where the SAE rescales by norms."""
-        if getattr(self._cfg, "rescale_acts_by_decoder_norm", False):
+        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             return self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
         return self.W_dec
 
@@ -78,7 +76,7 @@ class Dictionary:
     @property
     def normalises(self) -> bool:
         """Whether inputs are brought to a scale first, and what is decoded back from it."""
-        return self._cfg.normalize_activations != "none"
+        return self.cfg.normalize_activations != "none"
 
     @torch.no_grad()
     def activations(
@@ -88,9 +86,9 @@ class Dictionary:
         acts = self.sae.encode(x.to(self.dtype))  # type: ignore[operator]
         # sae_lens keeps the normalisation of this input as state, and `decode` uses it up: read it before.
         scale: Any = None
-        if self._cfg.normalize_activations == "layer_norm":
+        if self.cfg.normalize_activations == "layer_norm":
             scale = self.sae.ln_std
-        elif self._cfg.normalize_activations == "constant_norm_rescale":
+        elif self.cfg.normalize_activations == "constant_norm_rescale":
             scale = 1 / self.sae.x_norm_coeff  # type: ignore[operator]
         return acts, scale
 
@@ -121,7 +119,7 @@ class Dictionary:
         """Whether decoding is `acts @ W_dec + b_dec`."""
         from sae_lens.saes.topk_sae import TopKSAE
 
-        if getattr(self._cfg, "rescale_acts_by_decoder_norm", False) or self.normalises:
+        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) or self.normalises:
             return False
         return type(self.sae) in (*_latent_by_latent(), TopKSAE)
 
@@ -144,7 +142,7 @@ class Dictionary:
                 few = weight.detach().index_select(1 if name == "W_enc" else 0, chosen)
                 weights[name] = nn.Parameter(few, requires_grad=False)
         sae.__dict__["_parameters"] = weights
-        sae.cfg = copy(self._cfg)
+        sae.cfg = copy(self.cfg)
         sae.cfg.d_sae = len(ids)
         return Dictionary(sae, self.site, self.name)
 
@@ -173,37 +171,15 @@ class Dictionary:
 
     def metrics_on(self, model: "LanguageModel") -> dict[str, float]:
         """What training measured on held-out text, if that was on this very model; empty otherwise."""
-        return dict(self._trained_on.get(model.fingerprint) or {})
+        return dict(self.trained_on.get(model.fingerprint) or {})
 
     @property
-    def _trained_on(self) -> dict[str, dict[str, float]]:
+    def trained_on(self) -> dict[str, dict[str, float]]:
         """What training measured, by the fingerprint of each model that it saw; empty where the files do not say."""
-        told = self._cfg.metadata
-        first = {"model_fingerprint": told.get("model_fingerprint"), "metrics": told.get("metrics")}
-        models = [first, *(told.get("also_trained_on") or [])]
-        return {one["model_fingerprint"]: one["metrics"] or {} for one in models if one["model_fingerprint"]}
-
-    def _warn(self, model: "LanguageModel") -> None:
-        """Say what is allowed but can mislead; once a dictionary and model."""
-        trained_on, said = list(self._trained_on), (id(self), id(model))
-        if said in _SAID:
-            return
-        _SAID.add(said)
-        if trained_on and model.fingerprint not in trained_on:
-            log.warning(
-                "dictionary %s was trained on another model (%s) than %s (%s): look at its splice quality here first",
-                self.name,
-                ", ".join(trained_on),
-                model.name,
-                model.fingerprint,
-            )
-        if self._cfg.metadata.get("prepend_bos") and model.encode("a")[:1] != [model.bos_id]:
-            log.warning(
-                "dictionary %s was trained on texts that begin with BOS, and %s's tokenizer adds none: "
-                "load the model with prepend_bos=True",
-                self.name,
-                model.name,
-            )
+        metadata = self.cfg.metadata
+        first = {"model_fingerprint": metadata.get("model_fingerprint"), "metrics": metadata.get("metrics")}
+        models = [first, *(metadata.get("also_trained_on") or [])]
+        return {seen["model_fingerprint"]: seen["metrics"] or {} for seen in models if seen["model_fingerprint"]}
 
     def check(self, model: "LanguageModel", site: Site | None = None) -> None:
         """See that the dictionary belongs at the site of the model.
@@ -211,23 +187,7 @@ class Dictionary:
         Raises:
             UserError: width, site or device differ.
         """
-        site = site or self.site
-        width = model.width(site)
-        if self.d_in != width:
-            raise UserError(
-                f"dictionary {self.name} reads width {self.d_in}, but {site} of {model.name} has width {width}: "
-                "load the dictionary that was trained on this model"
-            )
-        if not site.same_tensor(self.site):
-            raise UserError(
-                f"dictionary {self.name} was trained at {self.site} ({self.site.hook_name}), not at {site}: "
-                f"splice it at {self.site}, or load the one for {site}"
-            )
-        self._warn(model)
-        if self.W_dec.device != model.device:
-            raise UserError(
-                f"dictionary {self.name} is on {self.W_dec.device}, the model on {model.device}: load both alike"
-            )
+        check_fit(self, model, site or self.site)
 
 
 def _latent_by_latent() -> tuple[type[nn.Module], ...]:

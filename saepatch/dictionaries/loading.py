@@ -3,19 +3,16 @@
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from saepatch import organism
+from saepatch.dictionaries.checks import check_decoder, check_weights
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
 from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +39,9 @@ def load_sae(
     folders = _site_folders(root, spec)
     if wanted is None:
         raise UserError(f"{spec!r} holds several dictionaries: name a site, one of {', '.join(map(str, folders))}")
-    for found, folder in folders.items():
-        if found.same_tensor(wanted):
-            return _load_folder(folder, f"{spec}/{found}", wanted, device, dtype)
+    for there, folder in folders.items():
+        if there.same_tensor(wanted):
+            return _load_folder(folder, f"{spec}/{there}", wanted, device, dtype)
     raise UserError(f"{spec!r} has no dictionary for {wanted}: it has {', '.join(map(str, folders))}")
 
 
@@ -65,17 +62,17 @@ def _root(spec: str) -> Path:
 
 
 def _site_folders(root: Path, spec: str) -> dict[Site, Path]:
-    found = {}
+    folders = {}
     for cfg in sorted(root.glob("*/cfg.json")):
         try:
-            found[Site.parse(cfg.parent.name)] = cfg.parent
+            folders[Site.parse(cfg.parent.name)] = cfg.parent
         except UserError:
             log.info("%s is not named after a site; left out", cfg.parent)
-    if not found:
+    if not folders:
         raise UserError(
             f"folder {spec!r} holds no dictionary: expected cfg.json in it, or in folders such as resid_post.3/"
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(folders.items()))
 
 
 def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | torch.device, dtype: str) -> Dictionary:
@@ -89,7 +86,7 @@ def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | tor
         stated = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
         sae = SAE.load_from_disk(folder, device=str(device), dtype=dtype)
     except Exception as error:  # damaged files fail in many ways inside the loaders; all are bad input
-        raise UserError(f"cannot read the dictionary in {name!r}: {_one_line(error)}") from error
+        raise UserError(f"cannot read the dictionary in {name!r}: {reason_of(error)}") from error
     return _finish(sae, stated, wanted, name)
 
 
@@ -115,13 +112,8 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
     try:
         sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype=dtype)
     except Exception as error:  # the named loaders raise whatever their hub client does
-        raise UserError(f"cannot load dictionary {sae_id!r} of {release!r}: {_one_line(error)}") from error
+        raise UserError(f"cannot load dictionary {sae_id!r} of {release!r}: {reason_of(error)}") from error
     return _finish(sae, sae.cfg.metadata.hook_name, wanted, spec)
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _finish(sae: nn.Module, stated: str | None, wanted: Site | None, name: str) -> Dictionary:
@@ -143,45 +135,9 @@ def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:
     Raises:
         UserError: weights that are not finite, a normalisation that is not folded in, or a decoder that is not linear.
     """
-    cfg: Any = sae.cfg
-    if cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
-        raise UserError(
-            f"dictionary {name!r} expects {cfg.normalize_activations} inputs that are not folded into its weights: "
-            "fold them with sae_lens (fold_activation_norm_scaling_factor or fold_activation_whitening), then save it"
-        )
-    if "transcoder" in cfg.architecture():
-        raise UserError(
-            f"{name!r} is a {cfg.architecture()}, which writes another site than it reads: load an autoencoder"
-        )
-    for key, value in sae.state_dict().items():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(
-                f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, make it anew"
-            )
+    check_weights(sae, name)
     if getattr(sae, "hook_z_reshaping_mode", False):
         sae.turn_off_forward_pass_hook_z_reshaping()  # type: ignore[operator]  # here, heads lie side by side
     dictionary = Dictionary(sae.eval().requires_grad_(False), site, name)
-    _check_decoder(dictionary)
+    check_decoder(dictionary)
     return dictionary
-
-
-@torch.no_grad()
-def _check_decoder(dictionary: Dictionary) -> None:
-    """Edits are written as `Δf · rows`: see once that the SAE's own decoder agrees."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, dictionary.d_in, generator=generator).to(dictionary.W_dec)
-    try:
-        latents = dictionary.encode(x)
-        acts = latents.acts + torch.rand(latents.acts.shape, generator=generator).to(latents.acts) / dictionary.d_sae
-        dictionary.sae.encode(x)  # type: ignore[operator]
-        truth = dictionary.sae.decode(acts)  # type: ignore[operator]
-        gap = (latents.reconstruction + latents.delta(acts) - truth).norm() / truth.norm().clamp(min=1e-6)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"dictionary {dictionary.name!r} ({dictionary.architecture}) cannot be edited: {error}"
-        ) from error
-    if gap > (1e-4 if dictionary.dtype == torch.float32 else 5e-2):
-        raise UserError(
-            f"dictionary {dictionary.name!r} ({dictionary.architecture}) has no linear decoder (gap {gap:.1e}): "
-            "use an autoencoder such as topk, jumprelu, gated or standard"
-        )

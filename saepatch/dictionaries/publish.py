@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
 from saepatch.model.sites import Site
 
 log = logging.getLogger(__name__)
@@ -81,16 +81,16 @@ def push(
             or cannot be reached.
     """
     _check_repo_id(repo_id)
-    found = saved_in(Path(folder))
-    files: dict[str, Path | bytes] = {f"{d.site}/{path.name}": path for d in found for path in d.files}
-    files[CARD] = card(found, repo_id).encode()
+    dictionaries = saved_in(Path(folder))
+    files: dict[str, Path | bytes] = {f"{d.site}/{path.name}": path for d in dictionaries for path in d.files}
+    files[CARD] = card(dictionaries, repo_id).encode()
     for name, value in sorted(
-        {(key, str(d.metadata.get(key))) for d in found for key in ("model_name", "dataset_path")}
+        {(key, str(d.metadata.get(key))) for d in dictionaries for key in ("model_name", "dataset_path")}
     ):
         if Path(value).is_absolute():
             log.warning("%s of cfg.json is a path of this machine (%s): it goes up as it is", name, value)
     if not dry_run:
-        _upload(files, repo_id, private, branch, message or f"Dictionaries at {_span(found)}")
+        _upload(files, repo_id, private, branch, message or f"Dictionaries at {_span(dictionaries)}")
     return list(files)
 
 
@@ -109,15 +109,15 @@ def saved_in(folder: Path) -> list[Saved]:
         raise UserError(
             f"folder {str(folder)!r} holds no dictionary: expected {CFG} in it, or in folders such as resid_post.3/"
         )
-    found: dict[Site, Saved] = {}
+    by_site: dict[Site, Saved] = {}
     for place in places:
         dictionary = _read(place)
-        if (other := found.get(dictionary.site)) is not None:
+        if (other := by_site.get(dictionary.site)) is not None:
             raise UserError(
                 f"{str(other.folder)!r} and {str(place)!r} are both for {dictionary.site}: remove one of them"
             )
-        found[dictionary.site] = dictionary
-    return [found[site] for site in sorted(found)]
+        by_site[dictionary.site] = dictionary
+    return [by_site[site] for site in sorted(by_site)]
 
 
 def _read(place: Path) -> Saved:
@@ -249,11 +249,10 @@ def _upload(files: Mapping[str, Path | bytes], repo_id: str, private: bool, bran
         raise
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = " ".join((error.server_message or "").split())
+        answer = " ".join((error.server_message or "").split())
         reason = _REMEDIES.get(status) or "try again, and see https://status.huggingface.co if it stays so"
-        raise UserError(f"the hub refuses {repo_id!r} ({status}{': ' + said if said else ''}): {reason}") from error
+        raise UserError(f"the hub refuses {repo_id!r} ({status}{': ' + answer if answer else ''}): {reason}") from error
     except Exception as error:  # connections fail in many ways inside the hub's client
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot upload to {repo_id!r} ({text}): check the network and HF_ENDPOINT, then push again"
+            f"cannot upload to {repo_id!r} ({reason_of(error)}): check the network and HF_ENDPOINT, then push again"
         ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saepatch import organism
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
 from saepatch.model.families import layout_of
 from saepatch.model.hooks import Edit, SpliceError, blocks_return_tuples, edit_sites
 from saepatch.model.language_model import LanguageModel
@@ -71,10 +71,9 @@ def load_model(
                 where, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **spread
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load model {name!r} (use 'organism', 'organism-base', a folder with config.json and safetensors "
-            f"weights, or a Hugging Face id): {reason}"
+            f"weights, or a Hugging Face id): {reason_of(error)}"
         ) from error
     hf, loaded = both
     if missing := sorted(loaded["missing_keys"]):

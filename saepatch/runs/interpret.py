@@ -198,12 +198,12 @@ def token_texts(model: LanguageModel, texts: Sequence[str]) -> list[list[str]]:
 def read_dictionaries(sae: str, sites: Sequence[Site], model: LanguageModel) -> list[Dictionary]:
     """The dictionaries of the sites, or all there are, each checked against the model."""
     if sites:
-        found = [load_sae(sae, site, model.device) for site in sites]
+        dictionaries = [load_sae(sae, site, model.device) for site in sites]
     else:
-        found = list(load_saes(sae, model.device).values())
-    for dictionary in found:
+        dictionaries = list(load_saes(sae, model.device).values())
+    for dictionary in dictionaries:
         dictionary.check(model)
-    return found
+    return dictionaries
 
 
 def read_sites(text: str) -> list[Site]:
@@ -227,10 +227,10 @@ def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Comp
     sites = read_sites(config.site) or [Site(layer, stream) for layer in range(model.n_layers)]
     if other := [site for site in sites if heads and site.stream != "z"]:
         raise UserError(f"site {other[0]}: heads are at z.LAYER, as in --site z.{other[0].layer}")
-    found: list[Component] = [Heads(at.layer, model.n_heads) if heads else Stream(at) for at in sites]
-    for component in found:
+    components: list[Component] = [Heads(at.layer, model.n_heads) if heads else Stream(at) for at in sites]
+    for component in components:
         component.check(model)
-    return [found]
+    return [components]
 
 
 def _latent_sites(config: PatchConfig) -> list[Site]:

@@ -1,9 +1,10 @@
 """Every command that loads a model can say how: each of these settings reaches the loader."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 import torch
+import yaml
 
 from saepatch.cli.main import COMMANDS, main
 from saepatch.errors import UserError
@@ -62,3 +63,29 @@ def test_inspect_spreads_a_model(capsys):
     assert main(["inspect", "organism", "--device_map", "auto", "--dtype", "bfloat16", "--sae", "organism"]) == 0
     assert "resid_post.3" in capsys.readouterr().out
     assert torch.get_default_dtype() == torch.float32
+
+
+BEFORE = {  # keys that config.yaml had before commands shared their settings
+    "patch": "align answers batch_size clean component controls corrupted corruption device device_map direction dtype "
+    "each_position json latents metric min_gap model n out pairs part positions prepend_bos progress quiet sae seed "
+    "shard site split track trust_remote_code",
+    "attribute": "align answers batch_size clean corrupted corruption device device_map direction dtype json method "
+    "metric min_gap model n out pairs part positions prepend_bos progress quiet sae sample seed shard site split steps "
+    "track trust_remote_code verify",
+    "restore": "chat controls device donor dtype error json judge k latents max_fvu model n out part prepend_bos "
+    "progress prompts quiet ranking refusals sae seed select site template tokens track trust_remote_code",
+    "demo": "device ioi_site json model out pairs quiet sae safety_site seed steering_site track",
+}
+
+
+@pytest.mark.parametrize("command", BEFORE)
+def test_a_config_file_of_before_still_loads(command, tmp_path, capsys):
+    config = COMMANDS[command][0]
+    required = {"patch": {"pairs": "ioi"}, "attribute": {"pairs": "ioi"}, "restore": {"prompts": "refusal:report"}}
+    values = asdict(config(**required.get(command, {})))
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({key: values[key] for key in BEFORE[command].split()}))
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--config", str(file), "--print_config"])
+    assert stopped.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out) == values

@@ -1,0 +1,106 @@
+"""Checks of a dictionary: weights, decoder, and whether it belongs at a model's site."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from saepatch.errors import UserError, reason_of
+from saepatch.model.sites import Site
+
+if TYPE_CHECKING:
+    from saepatch.dictionaries.dictionary import Dictionary
+    from saepatch.model.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+_WARNED: set[tuple[int, int]] = set()  # dictionaries and models that a warning was given of
+
+
+def check_weights(sae: nn.Module, name: str) -> None:
+    """Raises UserError for weights that are not finite, a normalisation that is not folded in, or a transcoder."""
+    cfg: Any = sae.cfg
+    if cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        raise UserError(
+            f"dictionary {name!r} expects {cfg.normalize_activations} inputs that are not folded into its weights: "
+            "fold them with sae_lens (fold_activation_norm_scaling_factor or fold_activation_whitening), then save it"
+        )
+    if "transcoder" in cfg.architecture():
+        raise UserError(
+            f"{name!r} is a {cfg.architecture()}, which writes another site than it reads: load an autoencoder"
+        )
+    for key, value in sae.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, make it anew"
+            )
+
+
+@torch.no_grad()
+def check_decoder(dictionary: "Dictionary") -> None:
+    """See once that the SAE's own decoder agrees with `Δf · rows`, as which edits are written.
+
+    Raises:
+        UserError: it does not, or it cannot be run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, dictionary.d_in, generator=generator).to(dictionary.W_dec)
+    try:
+        latents = dictionary.encode(x)
+        acts = latents.acts + torch.rand(latents.acts.shape, generator=generator).to(latents.acts) / dictionary.d_sae
+        dictionary.sae.encode(x)  # type: ignore[operator]
+        truth = dictionary.sae.decode(acts)  # type: ignore[operator]
+        gap = (latents.reconstruction + latents.delta(acts) - truth).norm() / truth.norm().clamp(min=1e-6)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"dictionary {dictionary.name!r} ({dictionary.architecture}) cannot be edited: {reason_of(error)}"
+        ) from error
+    if gap > (1e-4 if dictionary.dtype == torch.float32 else 5e-2):
+        raise UserError(
+            f"dictionary {dictionary.name!r} ({dictionary.architecture}) has no linear decoder (gap {gap:.1e}): "
+            "use an autoencoder such as topk, jumprelu, gated or standard"
+        )
+
+
+def check_fit(dictionary: "Dictionary", model: "LanguageModel", site: Site) -> None:
+    """Raises UserError where width, site or device of a dictionary are not those of the model's site."""
+    width, name, trained_at = model.width(site), dictionary.name, dictionary.site
+    if dictionary.d_in != width:
+        raise UserError(
+            f"dictionary {name} reads width {dictionary.d_in}, but {site} of {model.name} has width {width}: "
+            "load the dictionary that was trained on this model"
+        )
+    if not site.same_tensor(trained_at):
+        raise UserError(
+            f"dictionary {name} was trained at {trained_at} ({trained_at.hook_name}), not at {site}: "
+            f"splice it at {trained_at}, or load the one for {site}"
+        )
+    _warn(dictionary, model)
+    if dictionary.W_dec.device != model.device:
+        raise UserError(
+            f"dictionary {name} is on {dictionary.W_dec.device}, the model on {model.device}: load both alike"
+        )
+
+
+def _warn(dictionary: "Dictionary", model: "LanguageModel") -> None:
+    """Warn of what is allowed but can mislead, once for each dictionary and model."""
+    trained_on, pair = list(dictionary.trained_on), (id(dictionary), id(model))
+    if pair in _WARNED:
+        return
+    _WARNED.add(pair)
+    if trained_on and model.fingerprint not in trained_on:
+        log.warning(
+            "dictionary %s was trained on another model (%s) than %s (%s): look at its splice quality here first",
+            dictionary.name,
+            ", ".join(trained_on),
+            model.name,
+            model.fingerprint,
+        )
+    if dictionary.cfg.metadata.get("prepend_bos") and model.encode("a")[:1] != [model.bos_id]:
+        log.warning(
+            "dictionary %s was trained on texts that begin with BOS, and %s's tokenizer adds none: "
+            "load the model with prepend_bos=True",
+            dictionary.name,
+            model.name,
+        )
