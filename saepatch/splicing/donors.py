@@ -18,7 +18,7 @@ from saepatch.model.hooks import unedited
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
-from saepatch.splicing.interventions import Ids, ids_of
+from saepatch.splicing.interventions import Context, Ids, Needs, ids_of
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Restoring:
     def __post_init__(self) -> None:
         self._ids = ids_of(self.restore.latents)
         self._alone = None if self._ids is None or self.error else self.dictionary.alone(self._ids)
-        self._seen: Pass | None = None
+        self._seen: Tensor | None = None  # the index of the last pass, made anew for each
 
     @property
     def latents(self) -> Ids:
@@ -217,13 +217,13 @@ class Restoring:
     def error(self) -> bool:
         return self.restore.error
 
-    def edit(
-        self,
-        acts: Float[Tensor, "batch pos k"],
-        seen: Pass,
-        scale: Float[Tensor, "batch pos 1"] | None = None,
-    ) -> Float[Tensor, "batch pos k"]:
-        """The donor's latents where it has any; in units of the recipient's `scale`, where the dictionary has one."""
+    @property
+    def needs(self) -> Needs:
+        return Needs(error=self.error)
+
+    def edit(self, acts: Float[Tensor, "batch pos k"], context: Context) -> Float[Tensor, "batch pos k"]:
+        """The donor's latents where it has any; in units of the recipient's scale, where the dictionary has one."""
+        seen, scale = context, context.scale
         donor = self.restore.donor
         if isinstance(donor, CleanMeans):
             if seen.start < seen.width:  # answers that are given may be padded on the right
@@ -247,11 +247,11 @@ class Restoring:
             values = values * (theirs / scale.clamp(min=1e-12))
         return torch.where(inside[..., None], values, acts)
 
-    def edit_error(
-        self, error: Float[Tensor, "batch pos width"], seen: Pass, own: Latents
-    ) -> Float[Tensor, "batch pos width"]:
-        """The donor's error term where it has any; `own` are the recipient's unedited latents."""
+    def edit_error(self, error: Float[Tensor, "batch pos width"], context: Context) -> Float[Tensor, "batch pos width"]:
+        """The donor's error term where it has any."""
+        seen, own = context, context.unedited
         assert self.run is not None
+        assert own is not None
         x, inside = self.run.value(self.site, seen)
         donors = self._encoded(x, seen)
         # A decoder that normalises adds its bias and the input's mean in the donor's scale, too: they differ.
@@ -259,6 +259,6 @@ class Restoring:
         return torch.where(inside[..., None], new, error)
 
     def _encoded(self, x: Float[Tensor, "batch pos width"], seen: Pass) -> Latents:
-        if self._seen is not seen:
-            self._seen, self._latents = seen, self.dictionary.encode(x)
+        if self._seen is not seen.index:
+            self._seen, self._latents = seen.index, self.dictionary.encode(x)
         return self._latents

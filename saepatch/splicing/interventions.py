@@ -17,11 +17,58 @@ from saepatch.model.sites import Site
 Ids = int | Sequence[int] | None  # one latent, several, or None for all of the dictionary
 
 
+@dataclass(frozen=True, eq=False)
+class Context(Pass):
+    """What an intervention sees of the forward pass and the site that it acts in.
+
+    Attributes:
+        site: The spliced site.
+        where: The positions that the intervention was given; elsewhere its values are discarded.
+        scale: What the latents are decoded with at each position, of a dictionary that normalises its input; else None.
+        unedited: All latents of the site and its error term, before any intervention; None unless `Needs.error` asks
+            for them.
+    """
+
+    site: Site
+    where: Bool[Tensor, "batch pos"]
+    scale: Float[Tensor, "batch pos 1"] | None = None
+    unedited: Latents | None = None
+
+    @property
+    def error(self) -> Float[Tensor, "batch pos width"]:
+        """The error term, before any intervention.
+
+        Raises:
+            UserError: the intervention does not ask for it.
+        """
+        if self.unedited is None:
+            raise UserError("the error term was not computed: give the intervention `needs = Needs(error=True)`")
+        return self.unedited.error
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an intervention reads, so that no more is encoded and decoded than that; all but the error if it says none.
+
+    Attributes:
+        values: The latents' values; without, it only adds to them, the same whatever they are.
+        scale: The scale of a dictionary that normalises its input: what is written is a latent's value times the scale.
+            Without, and without `values`, the site gets what is added times the latent's row itself.
+        error: The error term and all latents, in the context. The intervention may have a method
+            `edit_error(error, context)`, which returns a new error term.
+    """
+
+    values: bool = True
+    scale: bool = True
+    error: bool = False
+
+
 @runtime_checkable
 class Intervention(Protocol):
     """What a splice applies: new values for some latents at some positions of one site.
 
-    `site` may be None where only one site is spliced.
+    `site` may be None where only one site is spliced. An attribute `needs` says what is read (`Needs`). A context is
+    the pass, too, so that functions of the latents and the pass alone, `edit(acts, seen)`, are interventions.
     """
 
     @property
@@ -30,9 +77,15 @@ class Intervention(Protocol):
     def positions(self) -> Positions: ...
     @property
     def site(self) -> Site | str | None: ...
-    def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
+    def edit(self, acts: Float[Tensor, "batch pos k"], context: Context, /) -> Float[Tensor, "batch pos k"]:
         """New values for the chosen latents at every position of the pass; those not selected are discarded."""
         ...
+
+
+def needs_of(intervention: object) -> Needs:
+    """What an intervention reads."""
+    needs: Needs = getattr(intervention, "needs", Needs())
+    return needs
 
 
 def ids_of(latents: Ids) -> tuple[int, ...] | None:
@@ -69,6 +122,10 @@ class Patch:
     positions: Positions = "all"
     error: bool = False
     site: Site | str | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(error=self.error)
 
     def lines_up(self, seen: Pass) -> Bool[Tensor, "batch pos"]:
         """Where both the patched prompt and the source have a token, and no ordinary token stands against a BOS."""
@@ -235,14 +292,12 @@ class Steer:
     def __post_init__(self) -> None:
         _check_decay(self.decay)
 
-    def edit(
-        self,
-        acts: Float[Tensor, "batch pos k"],
-        seen: Pass,
-        scale: Float[Tensor, "batch pos 1"] | None = None,
-    ) -> Float[Tensor, "batch pos k"]:
-        """The latents with more of them; `scale` is what they are decoded with, where the dictionary has one."""
+    @property
+    def needs(self) -> Needs:
+        return Needs(values=False, scale=self.scaled)
+
+    def edit(self, acts: Float[Tensor, "batch pos k"], context: Context) -> Float[Tensor, "batch pos k"]:
         added = _in_units(self.strength, self.unit, acts)
-        if scale is not None and not self.scaled:
-            added = added / scale.clamp(min=1e-12)
-        return acts + (added if self.decay == 1 else _share_left(self.decay, acts, seen) * added)
+        if context.scale is not None and not self.scaled:
+            added = added / context.scale.clamp(min=1e-12)
+        return acts + (added if self.decay == 1 else _share_left(self.decay, acts, context) * added)

@@ -11,13 +11,8 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents, decode_sparsely
 from saepatch.errors import UserError
 from saepatch.model.positions import Pass
-from saepatch.splicing.donors import Restoring
-from saepatch.splicing.interventions import Intervention, Patch, Steer, ids_of
-
-
-def writes_error(intervention: Intervention) -> bool:
-    """Whether the intervention writes an error term as well."""
-    return isinstance(intervention, (Patch, Restoring)) and intervention.error
+from saepatch.model.sites import Site
+from saepatch.splicing.interventions import Context, Intervention, ids_of, needs_of
 
 
 @dataclass(eq=False)
@@ -30,13 +25,15 @@ class SiteEdit:
     """
 
     dictionary: Dictionary
+    site: Site
     interventions: Sequence[Intervention]
     drop_error: bool = False
     record: Callable[[Latents], None] | None = None
 
     def __post_init__(self) -> None:
         self.acted: set[int] = set()  # interventions, by id, that had a position to act on
-        self.whole = self.drop_error or self.record is not None or any(map(writes_error, self.interventions))
+        needs = [needs_of(intervention) for intervention in self.interventions]
+        self.whole = self.drop_error or self.record is not None or any(each.error for each in needs)
         wanted = [ids_of(intervention.latents) for intervention in self.interventions]
         self._columns: list[slice | list[int]] = [slice(None) if ids is None else list(ids) for ids in wanted]
         self.ids: list[int] | None = None  # latents that are dealt with; None: all
@@ -47,9 +44,8 @@ class SiteEdit:
             columns = [[place[latent] for latent in ids or ()] for ids in wanted]
             self._columns = [slice(None) if some == everything else some for some in columns]
         self._rows = self.dictionary.rows if self.ids is None else self.dictionary.rows[self.ids]
-        only_added = all(isinstance(intervention, Steer) for intervention in self.interventions)
-        scaled = self.dictionary.normalises and any(getattr(i, "scaled", True) for i in self.interventions)
-        self.blind = self.ids is not None and only_added and not scaled
+        scaled = self.dictionary.normalises and any(each.scale for each in needs)
+        self.blind = self.ids is not None and not any(each.values for each in needs) and not scaled
         few = self.ids is not None and not self.blind and 2 * len(self.ids) <= self.dictionary.d_sae
         self.alone = self.dictionary.alone(self.ids or ()) if few else None
 
@@ -94,20 +90,28 @@ class SiteEdit:
         where: Sequence[Bool[Tensor, "batch pos 1"] | None],
         seen: Pass,
         scale: Float[Tensor, "batch pos 1"] | None,
+        unedited: Latents | None = None,
     ) -> Float[Tensor, "batch pos k"]:
         for intervention, columns, chosen in zip(self.interventions, self._columns, where, strict=True):
             if chosen is not None:
                 old = acts[..., columns]
-                if isinstance(intervention, (Restoring, Steer)):
-                    new = torch.where(chosen, intervention.edit(old, seen, scale), old)
-                else:
-                    new = torch.where(chosen, intervention.edit(old, seen), old)
+                context = self._context(seen, chosen, scale, unedited)
+                new = torch.where(chosen, intervention.edit(old, context), old)
                 if columns == slice(None):
                     acts = new
                 else:
                     acts = acts.clone()
                     acts[..., columns] = new
         return acts
+
+    def _context(
+        self,
+        seen: Pass,
+        chosen: Bool[Tensor, "batch pos 1"],
+        scale: Float[Tensor, "batch pos 1"] | None,
+        unedited: Latents | None,
+    ) -> Context:
+        return Context(**vars(seen), site=self.site, where=chosen[..., 0], scale=scale, unedited=unedited)
 
     def _through(
         self, x: Float[Tensor, "batch pos width"], where: Sequence[Bool[Tensor, "batch pos 1"] | None], seen: Pass
@@ -118,13 +122,11 @@ class SiteEdit:
             self.record(latents)
         kept = latents.error
         for intervention, chosen in zip(self.interventions, where, strict=True):
-            if chosen is None or not writes_error(intervention):
-                continue
-            if isinstance(intervention, Restoring):
-                kept = torch.where(chosen, intervention.edit_error(kept, seen, latents), kept)
-            elif isinstance(intervention, Patch):
-                kept = torch.where(chosen, intervention.edit_error(kept, seen), kept)
-        edited = self._edited(latents.acts, where, seen, latents.scale)
+            edit_error = getattr(intervention, "edit_error", None)
+            if chosen is not None and edit_error is not None and needs_of(intervention).error:
+                context = self._context(seen, chosen, latents.scale, latents)
+                kept = torch.where(chosen, edit_error(kept, context), kept)
+        edited = self._edited(latents.acts, where, seen, latents.scale, latents)
         change = latents.delta(edited) + (kept - latents.error)
         if self.drop_error:
             change = torch.where(seen.ordinary[..., None], change - latents.error, change)

@@ -27,7 +27,7 @@ from saepatch.model.language_model import LanguageModel, Tokens, ordinary
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
 from saepatch.splicing.donors import CleanMeans, DonorRun, OtherModel, Restore, Restoring
-from saepatch.splicing.interventions import Intervention, Patch, ids_of
+from saepatch.splicing.interventions import Intervention, ids_of, needs_of
 from saepatch.splicing.site_edit import SiteEdit
 
 log = logging.getLogger(__name__)
@@ -79,16 +79,17 @@ def splice(
     if error not in ("keep", "drop"):
         raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
     chosen = list(interventions) if isinstance(interventions, Sequence) else [interventions]
-    if error == "drop" and any(isinstance(i, (Patch, Restore)) and i.error for i in chosen):
-        raise UserError("error=True writes an error term, and error='drop' leaves it out: use one of the two")
     run = Splice(model)
     placed = [(_site_of(intervention, sites), intervention) for intervention in chosen]
     for site, intervention in placed:
         sites[site].check_ids(ids_of(intervention.latents) or ())
     acting = [(site, _in_place(run, site, sites[site], intervention)) for site, intervention in placed]
+    if error == "drop" and any(needs_of(each).error and hasattr(each, "edit_error") for _, each in acting):
+        raise UserError("error=True writes an error term, and error='drop' leaves it out: use one of the two")
     edits = {
         site: SiteEdit(
             dictionary,
+            site,
             [intervention for at, intervention in acting if at == site],
             drop_error=error == "drop",
             record=partial(run.latents.__setitem__, site) if record else None,

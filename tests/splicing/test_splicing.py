@@ -9,7 +9,7 @@ from saepatch.model.hooks import SpliceError, capture
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
-from saepatch.splicing.interventions import Ablate, Clamp, Patch, Steer
+from saepatch.splicing.interventions import Ablate, Clamp, Needs, Patch, Steer
 from saepatch.splicing.splice import record_latents, splice
 
 PROMPTS = ["the cat sat", "a dog", "birds fly high up"]
@@ -405,3 +405,69 @@ def test_bfloat16_model_with_float32_dictionary():
         assert torch.equal(model.next_logits(tokens), model.next_logits(tokens))
     with splice(model, dictionary, Steer(3, 5.0)):
         assert model.next_logits(tokens).dtype == torch.bfloat16
+
+
+class TowardsError:
+    """Of a user: adds as much of a latent as the error term has along its row, and halves the error term."""
+
+    latents, positions, site, needs = 3, (2, 3), None, Needs(error=True)
+
+    def __init__(self, row):
+        self.row, self.contexts = row, []
+
+    def edit(self, acts, context):
+        self.contexts.append(context)
+        return acts + (context.error @ self.row)[..., None] / context.scale
+
+    def edit_error(self, error, context):
+        return error / 2
+
+
+def test_an_intervention_of_ones_own_sees_scale_error_and_positions():
+    """On a dictionary that normalises its input, against a hook by hand."""
+    model = tiny_model()
+    dictionary = random_dictionary("resid_post.1", "standard", normalize_activations="layer_norm")
+    tokens, row = model.tokenize(["the cat sat", "the dog ran"]), dictionary.rows[3]
+    own = TowardsError(row)
+
+    def edit(x):
+        error = dictionary.encode(x).error
+        added = (error @ row)[..., None] * row - error / 2
+        where = torch.zeros(x.shape[1], 1)
+        where[[2, 3]] = 1
+        return x + where * added
+
+    expected = by_hand(model, dictionary.site, tokens, edit)
+    with splice(model, dictionary, own):
+        torch.testing.assert_close(model.next_logits(tokens), expected, atol=1e-5, rtol=1e-5)
+    (context,) = own.contexts
+    assert context.site == dictionary.site
+    assert context.where.nonzero()[:, 1].tolist() == [2, 3, 2, 3]
+    assert context.scale.shape == (*tokens.input_ids.shape, 1)
+    assert (expected - model.next_logits(tokens)).abs().max() > 1e-2
+    with pytest.raises(UserError, match="leaves it out"), splice(model, dictionary, own, error="drop"):
+        pass
+
+
+def test_interventions_of_the_latents_and_the_pass_alone():
+    """Those written before there was a context: it is the pass, too."""
+
+    class Older:
+        latents, positions, site = (1, 2), "all", None
+
+        def edit(self, acts, seen):
+            return torch.where(seen.in_prompt[..., None], 2 * acts, acts)
+
+    class ReadsErrorUnasked(Older):
+        def edit(self, acts, seen):
+            return acts + seen.error.sum()
+
+    model, dictionary = tiny_model(), random_dictionary()
+    tokens = model.tokenize(PROMPTS)
+    acts = record_latents(model, dictionary, tokens).acts
+    with splice(model, dictionary, Older()):
+        doubled = model.next_logits(tokens)
+    with splice(model, dictionary, Ablate((1, 2), 2 * acts[..., [1, 2]])):
+        torch.testing.assert_close(doubled, model.next_logits(tokens), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="needs = Needs"), splice(model, dictionary, ReadsErrorUnasked()):
+        model.next_logits(tokens)
