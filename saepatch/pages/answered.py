@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saepatch.pages.restored import illustrate, restored_page
-from saepatch.pages.tracked import track_answers
+from saepatch.pages.tracked import track_answers, track_run
 from saepatch.report import KEPT, keep_page, write_page
 from saepatch.runs.answers import Answers, write_answers
 from saepatch.runs.restorations import Plan
@@ -20,4 +20,5 @@ def show_answers(plan: Plan, answers: Answers, tracker: Tracker) -> None:
     write_answers(answers, out)
     keep_page(page, out / KEPT)
     write_page(page, out / "report.html")
-    track_answers(answers, page, out, tracker)
+    track_run(out, page, tracker)
+    track_answers(answers, tracker)

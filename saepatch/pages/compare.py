@@ -3,7 +3,7 @@
 from typing import Any
 
 from saepatch.report import BarChart, Bars, Cell, Facts, Interval, Page, Points, ScatterChart, Section, Table
-from saepatch.runs.catalogue import Comparison
+from saepatch.runs.comparison import Comparison
 
 SHOWN = 20  # edits in bars
 
@@ -39,7 +39,7 @@ def compare_page(compared: Comparison) -> Page:
             "Figures", "", [Table(["figure", a, b], [[row[0].replace("_", " "), *row[1:]] for row in compared.figures])]
         ),
     ]
-    if compared.one.work != "restore":
+    if compared.edits:
         sections.append(Section("Largest effects", "Shares of the gap of each run's own pairs.", [*charts, *blocks]))
     facts = {"A": a, "B": b, "A finished": compared.one.finished, "B finished": compared.other.finished}
     return Page("Two runs side by side", lead, sections, Facts(facts))

@@ -9,7 +9,7 @@ from saepatch.pages.run_data import RunData
 from saepatch.pages.run_maps import positions_of
 from saepatch.report import Facts, Headline, Notices, Section, Simple, Table
 from saepatch.report.text import number, with_interval
-from saepatch.runs.catalogue import name_of
+from saepatch.runs.kinds import name_of
 
 FEW = 10  # pairs
 MIXED = 0.5  # share of positions whose token differs between pairs, above which a map over all pairs says little

@@ -1,7 +1,9 @@
 """The page of one run."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from saepatch.errors import UserError
 from saepatch.pages.cards import cards_section
 from saepatch.pages.curves import groups, verified
 from saepatch.pages.overview import facts, lead, overview
@@ -10,28 +12,31 @@ from saepatch.pages.run_data import RunData, read_run_data
 from saepatch.pages.run_maps import edits, maps
 from saepatch.reading.cards import Card
 from saepatch.report import KEPT, Cell, Page, Section, Simple, Table, read_page, write_page
-from saepatch.runs.catalogue import read_json, read_run
+from saepatch.runs.catalogue import RunFolder, read_json, read_run
 
 EFFECTS = 8  # of a card, in this run
 
 
-def write_report(out: Path) -> Path:
-    """Write `report.html` into a finished run's folder, from the files there alone.
+def write_report(out: Path) -> Page:
+    """Write `report.html` into a finished run's folder, from the files there alone; returns the page.
 
-    Runs of `patch` and `attribute` are drawn from their rows and summary; of any other, the page that it kept. One of
-    `restore` that kept none is drawn from its rows and summary, too, without what needs the model.
+    A run that kept its page is drawn from that, any other as `PAGES` says: `patch` and `attribute` from their rows and
+    summary, `restore` too, without what needs the model.
 
     Raises:
         UserError: the folder holds neither, or cannot be written.
     """
     kept = out / KEPT
-    if kept.exists():
-        page = read_page(read_json(kept))
-    elif (run := read_run(out)).work == "restore":
-        page = page_of_folder(run)
-    else:
-        page = run_page(read_run_data(out))
-    return write_page(page, out / "report.html")
+    page = read_page(read_json(kept)) if kept.exists() else _drawn(out)
+    write_page(page, out / "report.html")
+    return page
+
+
+def _drawn(out: Path) -> Page:
+    folder = read_run(out)
+    if folder.work not in PAGES:
+        raise UserError(f"{str(out)!r} holds no run of {', '.join(PAGES)}, and no page: give the folder of one")
+    return PAGES[folder.work](folder)
 
 
 def run_page(run: RunData) -> Page:
@@ -69,3 +74,10 @@ def _effects(run: RunData, card: Card) -> list[Simple]:
     columns = ["direction", "patched", "position", "effect", "pairs changed"]
     what = "estimated effects" if run.is_screen else "effects"
     return [Table(columns, rows, f"Its largest {what} in this run.", {"effect": ".3f", "pairs changed": "d"})]
+
+
+def _swept(folder: RunFolder) -> Page:
+    return run_page(read_run_data(folder.path))
+
+
+PAGES: Mapping[str, Callable[[RunFolder], Page]] = {"patch": _swept, "attribute": _swept, "restore": page_of_folder}

@@ -5,67 +5,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from saepatch.pages.run import run_page
-from saepatch.pages.run_data import read_run_data
 from saepatch.report import Cell, Chart, Choice, Interval, LineChart, Link, Page, Simple, Table
 from saepatch.runs.answers import Answers
-from saepatch.runs.catalogue import RunFolder
+from saepatch.runs.catalogue import read_run
+from saepatch.runs.kinds import flat
 from saepatch.tracking.tracker import Tracker
 
 ANSWERS = 2000  # rows of them that a tracker gets: the first prompts', of random sets the first
 MAPS_OF_PAIRS = "alone"  # how options that show a single pair end: a tracker gets those over all pairs
 
 
-def track_run(out: Path, tracker: Tracker) -> None:
-    """Show a finished run of `patch` or `attribute`: headline figures, tables, heat maps, curves, report, dictionaries.
+def track_run(out: Path, page: Page, tracker: Tracker) -> None:
+    """Show a finished run: headline figures, the tables, heat maps and curves of its page, report, dictionaries.
 
     Raises:
         UserError: the folder holds no finished run.
     """
-    run = read_run_data(out)
-    tracker.summarise(headline_figures(run.folder))
+    run = read_run(out)
+    tracker.summarise(flat(run.kind.figures(run.summary)))
     hashes = {name: run.summary[name] for name in ("model", "dictionaries")}
     tracker.configure({"model_hashes": hashes, "rows": run.summary["rows"]})
-    track_page(run_page(run), out / "report.html", tracker)
+    track_page(page, out / "report.html", tracker)
     track_dictionaries(str(run.settings.get("sae", "")), tracker)
 
 
-def track_answers(answers: Answers, page: Page, out: Path, tracker: Tracker) -> None:
-    """Show a finished run of `restore`: outcomes by condition, answers, tables, charts, report, dictionaries."""
-    tracker.summarise(outcome_figures(answers))
-    tracker.configure({"model_hashes": {"model": answers.record.model, "dictionaries": answers.record.dictionaries}})
+def track_answers(answers: Answers, tracker: Tracker) -> None:
+    """Show the answers of a run of `restore`, beside what every run shows."""
     first = [row for row in answers.rows if row.draw == 0][:ANSWERS]
     columns = ("example", "prompt", "harmful", "condition", "latents", "outcome", "score", "answer")
     tracker.table("Judged answers", columns, [[getattr(row, name) for name in columns] for row in first])
-    track_page(page, out / "report.html", tracker)
-    track_dictionaries(answers.config.sae, tracker)
-
-
-def outcome_figures(answers: Answers) -> dict[str, float]:
-    """Each outcome's share of prompts by condition (`restored/refuse`, `harmful/bare/comply`), with its interval."""
-    figures: dict[str, float] = {"prompts": answers.shares[0].prompts, "rows": len(answers.rows)}
-    for condition in answers.shares:
-        name = {"": "", "yes": "harmful/", "no": "harmless/"}[condition.group] + condition.condition
-        for outcome, share in {**condition.outcomes, "refusal_score": condition.score}.items():
-            figures[f"{name}/{outcome}"] = share.value
-            figures |= {f"{name}/{outcome}_{end}": v for end in ("low", "high") if (v := getattr(share, end)) == v}
-    return figures
-
-
-def headline_figures(run: RunFolder) -> dict[str, float]:
-    """The numbers that a run is known by, by name; those that are missing are left out."""
-    facts = run.summary
-    figures: dict[str, Any] = {name: facts[name] for name in ("clean", "corrupted", "pairs", "rows")}
-    for direction, top in facts.get("top", {}).items():
-        if top:
-            figures[f"{direction}/largest_effect"] = top[0]["effect"]["value"]
-            figures[f"{direction}/largest_effect_low"] = top[0]["effect"]["low"]
-            figures[f"{direction}/largest_effect_high"] = top[0]["effect"]["high"]
-    for direction, screen in facts.get("screens", {}).items():
-        figures |= {f"{direction}/{name}": screen.get(name) for name in ("pearson", "spearman")}
-        if screen["top"]:
-            figures[f"{direction}/largest_estimate"] = screen["top"][0]["effect"]
-    return {name: value for name, value in figures.items() if value is not None}
 
 
 def track_dictionaries(sae: str, tracker: Tracker) -> None:

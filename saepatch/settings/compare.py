@@ -8,7 +8,7 @@ from saepatch.settings.mixins import Output
 
 @dataclass(frozen=True)
 class CompareConfig(Output):
-    """Show two runs of one command side by side: settings, figures and largest effects."""
+    """Show two runs of one command or experiment side by side: settings, figures and largest effects."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch compare runs/a runs/b",
@@ -16,8 +16,8 @@ class CompareConfig(Output):
     )
 
     one: str
-    """Folder of a run of patch, attribute or restore."""
+    """Folder of a finished run."""
     other: str
-    """Folder of another run."""
+    """Folder of another run of the same command or experiment."""
     html: str = ""
     """File to write the comparison to as a page, too."""

@@ -21,7 +21,8 @@ from saepatch.pages.run import run_page
 from saepatch.pages.run_data import read_run_data
 from saepatch.records.rows import read_rows
 from saepatch.report import BarChart, HeatMap, LineChart, ScatterChart, Table
-from saepatch.runs.catalogue import compare_runs, find_runs, headline, read_run, runs_table
+from saepatch.runs.catalogue import find_runs, read_run, runs_table
+from saepatch.runs.comparison import compare_runs
 
 pytestmark = pytest.mark.whole
 
@@ -326,7 +327,7 @@ def test_runs_are_listed(place, swept, grouped, screened, heads, tmp_path, capsy
     assert main(["runs", str(tmp_path / "nowhere")]) == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "summary.json").write_text('{"anything": 1}')
-    assert [headline(one) for one in find_runs(tmp_path / "other")] == [""]
+    assert [one.headline for one in find_runs(tmp_path / "other")] == [""]
 
 
 def test_two_runs_side_by_side(place, swept, grouped, screened, tmp_path, capsys):

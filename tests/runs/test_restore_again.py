@@ -16,7 +16,7 @@ from saepatch.records.rows import read_about, read_rows
 from saepatch.restoration.judges import judge_version
 from saepatch.restoration.restore import restore
 from saepatch.runs import restorations as answering
-from saepatch.runs.catalogue import find_runs, headline
+from saepatch.runs.catalogue import find_runs
 from saepatch.runs.restorations import prepare, run_restore
 from saepatch.splicing.donors import OtherModel
 
@@ -221,6 +221,6 @@ def test_what_runs_and_compare_say(place, tmp_path, monkeypatch, capsys):
 def test_headlines_of_experiments(tmp_path, capsys, summary, said):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (found,) = find_runs(tmp_path)
-    assert headline(found) == said
+    assert found.headline == said
     assert main(["runs", str(tmp_path)]) == 0
     assert said in capsys.readouterr().out

@@ -7,7 +7,8 @@ from saepatch.settings.compare import CompareConfig
 
 
 def compare(config: CompareConfig) -> CommandResult:
-    from saepatch.runs.catalogue import compare_runs, read_run
+    from saepatch.runs.catalogue import read_run
+    from saepatch.runs.comparison import compare_runs
 
     comparison = compare_runs(read_run(Path(config.one)), read_run(Path(config.other)))
     text = comparison.table()

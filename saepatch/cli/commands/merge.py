@@ -33,9 +33,9 @@ def merge_and_report(out: Path, tracker: "Tracker | None", before: Callable[[], 
 
     table = merge_run(out).table()
     before()
-    write_report(out)
+    page = write_report(out)
     if tracker is not None:
-        track_run(out, tracker)
+        track_run(out, page, tracker)
     return run_result(out, table)
 
 

@@ -14,5 +14,6 @@ def report(config: ReportConfig) -> CommandResult:
         from saepatch.pages.gather import read_again
 
         read_again(out)
-    path = write_report(out)
+    write_report(out)
+    path = out / "report.html"
     return CommandResult(f"Report: {path}", {"report": str(path)})

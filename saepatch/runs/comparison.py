@@ -1,0 +1,138 @@
+"""Two runs of one kind side by side, from their summaries alone."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from saepatch.errors import UserError
+from saepatch.records.tables import text_table
+from saepatch.runs.catalogue import RunFolder
+from saepatch.runs.kinds import name_of, prompt_kinds, show, show_figure, show_interval, show_share
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs side by side: what was set and what came out, a row of texts (name, in A, in B) each."""
+
+    one: RunFolder
+    other: RunFolder
+    settings: tuple[tuple[str, str, str], ...]
+    """Those that differ, and the hashes of models and dictionaries that do."""
+    figures: tuple[tuple[str, str, str], ...]
+    edits: tuple[tuple[str, dict[str, Any] | None, dict[str, Any] | None], ...]
+    """Of edits on top of either run, by name: their entries in the summaries; None: not on top there."""
+
+    def table(self) -> str:
+        """As text."""
+        names = ["", str(self.one.path), str(self.other.path)]
+        edits = [(name, _effect(line, self.one, name), _effect(b, self.other, name)) for name, line, b in self.edits]
+        blocks: list[tuple[str, Sequence[tuple[str, str, str]]]]
+        blocks = [("settings that differ", self.settings), ("figures", self.figures)]
+        if self.one.work in ("patch", "attribute"):
+            blocks.append(("largest effects", edits))
+        lines: list[str] = []
+        for title, rows in blocks:
+            lines.append(text_table([title, *names[1:]], rows, left=3) if rows else f"{title}: none")
+            lines.append("")
+        return "\n".join(lines).rstrip()
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "runs": [str(self.one.path), str(self.other.path)],
+            "settings": [list(row) for row in self.settings],
+            "figures": [list(row) for row in self.figures],
+            "edits": [
+                {"edit": name, "effects": [line and line["effect"] for line in lines]} for name, *lines in self.edits
+            ],
+        }
+
+
+def _effect(line: dict[str, Any] | None, run: RunFolder, name: str) -> str:
+    if line is None:
+        if name.partition(":")[0] not in _directions(run):
+            return "not run"
+        return "another dictionary" if " of dictionary " in name else "not on top"
+    effect = line["effect"]
+    return show_interval(effect) if isinstance(effect, dict) else show(effect)
+
+
+def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
+    """Set two runs beside each other.
+
+    Raises:
+        UserError: they are of no known kind, or of two.
+    """
+    for run in (one, other):
+        if not run.work:
+            raise UserError(f"{run.path} holds no run of a known command or experiment: give two folders of such runs")
+    if one.work != other.work:
+        raise UserError(
+            f"{one.path} is of {one.work} and {other.path} of {other.work}: give two runs of the same command"
+        )
+    settings = _rows(_described(one), _described(other))
+    others = {site for site, each in one.hashes.items() if other.hashes.get(site, each) != each}
+    tops = [_tops(run, others) for run in (one, other)]
+    edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
+    if one.work == "restore":  # which latents, and shares in words
+        figures = _rows({**_latents(one, other), **_outcomes(one)}, {**_latents(other, one), **_outcomes(other)})
+    else:
+        figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (one, other)))
+    return Comparison(one, other, tuple(row for row in settings if row[1] != row[2]), tuple(figures), tuple(edits))
+
+
+def _rows(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
+    return [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
+
+
+def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
+    """How many latents of each site were restored, and how many of these in the other run, too; by name."""
+    rows: dict[str, str] = {}
+    for site, ids in run.summary["latents"].items():
+        if run.hashes.get(site) != other.hashes.get(site):  # latent 3 is another latent there
+            rows[f"latents restored at {site}"] = "all" if ids is None else str(len(ids))
+            continue
+        theirs = other.summary["latents"].get(site, [])
+        both = len(ids or ()) if theirs is None else len(set(ids or ()) & set(theirs))
+        rows[f"latents restored at {site}"] = "all" if ids is None else f"{len(ids)}, {both} of them in both"
+    return rows
+
+
+def _outcomes(run: RunFolder) -> dict[str, str]:
+    """Shares of prompts by condition and kind of prompts, by name; the rest is compliance."""
+    rows: dict[str, str] = {}
+    conditions = run.summary["conditions"]
+    for row in [row for kind in prompt_kinds(conditions) for row in conditions if row["harmful"] == kind]:
+        kind = {True: ", harmful", False: ", harmless", None: ""}[row["harmful"]]
+        rows[f"prompts{kind}"] = str(row["prompts"])
+        for outcome, words in (("refuse", "refused"), ("degenerate", "degenerate")):
+            rows[f"{row['condition']}{kind}: {words}"] = show_share(row[outcome])
+    return rows
+
+
+def _described(run: RunFolder) -> dict[str, str]:
+    """What decided a run's numbers, by name."""
+    described = {name: str(value) for name, value in run.settings.items() if name != "out"}
+    if isinstance(model := run.summary.get("model"), dict):
+        described["model's weights"] = model.get("hash", "")
+    described |= {f"dictionary {site}": each for site, each in run.hashes.items()}
+    if "pairs_hash" in run.summary:  # a path says nothing of what lies there
+        described["pairs' texts"] = run.summary["pairs_hash"]
+    return described
+
+
+def _tops(run: RunFolder, others: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Edits on top by name; at sites whose dictionary is another in the other run, latent 3 is another latent there."""
+    if run.work not in ("patch", "attribute"):
+        return {}
+    tops = run.summary["top"] if run.work == "patch" else {d: one["top"] for d, one in run.summary["screens"].items()}
+    hashes = {site: f" of dictionary {each}" for site, each in run.hashes.items() if site in others}
+    return {
+        f"{direction}: {name_of(line)}{hashes.get(line['site'], '')}": line
+        for direction, top in tops.items()
+        for line in top
+    }
+
+
+def _directions(run: RunFolder) -> list[str]:
+    return list(run.summary.get("top") or run.summary.get("screens") or ())

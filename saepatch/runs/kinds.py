@@ -1,0 +1,233 @@
+"""Every kind of run in one table: how its summary is known, its headline, its figures. Light: no model, no torch.
+
+What a page says of a run is in `saepatch.pages`, by the names used here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+Summary = Mapping[str, Any]
+Figure = float | Sequence[float | None]  # an interval is three numbers: value, low, high
+Figures = dict[str, Figure]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of run.
+
+    Attributes:
+        name: As `saepatch runs` lists it: the command, or the experiment.
+        keys: What its summary holds, and no kind's before it in the table does.
+        headline: What came of a run, in a few words.
+        figures: The numbers that a run is known by, by name.
+        file: Where its summary is.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    headline: Callable[[Summary], str]
+    figures: Callable[[Summary], Figures]
+    file: str = "summary.json"
+
+
+def kind_of(summary: Summary) -> Kind:
+    """The kind of run that a summary is of; `UNKNOWN` where it is of none."""
+    known = [kind for kind in KINDS if kind.name == summary.get("work") or all(key in summary for key in kind.keys)]
+    kind = known[0] if known else UNKNOWN
+    task = summary.get("task")  # several experiments are of one form
+    return replace(kind, name=task) if kind is PAIRS and isinstance(task, str) else kind
+
+
+# Figures
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Figure]]:
+    """Numbers and intervals at any depth by their path, as in `setting_a/dense_direction`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{name}/")
+        elif _is_number(value) or _is_interval(value):
+            yield f"{prefix}{name}", value
+
+
+def flat(figures: Figures) -> dict[str, float]:
+    """Figures for a tracker, which takes plain numbers: of an interval three, the ends under names of their own."""
+    found: dict[str, float] = {}
+    for name, figure in figures.items():
+        named = zip(("", "_low", "_high"), figure if isinstance(figure, Sequence) else (figure,))
+        found |= {f"{name}{end}": value for end, value in named if value is not None and value == value}
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_interval(value: Any) -> bool:
+    if not (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))):
+        return False
+    middle, low, high = value
+    return bool(low <= middle <= high)
+
+
+def _experiment(summary: Summary) -> Figures:
+    """All numbers, but for what they took and what they were made with."""
+    aside = ("config", "seconds", "seed", "settings", "versions")
+    return dict(numbers({name: value for name, value in summary.items() if name not in aside}))
+
+
+def _sweep(summary: Summary) -> Figures:
+    return dict(numbers({run["name"]: run["sites"] for run in summary["runs"]}))
+
+
+COUNTS = ("pairs", "clean", "corrupted", "rows", "pairs_with_too_small_a_gap")
+
+
+def _patch(summary: Summary) -> Figures:
+    figures: Figures = {name: summary[name] for name in COUNTS if summary.get(name) is not None}
+    for direction, top in summary["top"].items():
+        if top and top[0]["effect"]["value"] is not None:
+            figures[f"{direction}/largest_effect"] = [top[0]["effect"][end] for end in ("value", "low", "high")]
+    return figures
+
+
+def _attribute(summary: Summary) -> Figures:
+    figures: dict[str, Any] = {name: summary[name] for name in COUNTS}
+    for direction, screen in summary["screens"].items():
+        figures |= {f"{direction}/{name}": screen.get(name) for name in ("pearson", "spearman")}
+        if screen["top"]:
+            figures[f"{direction}/largest_estimate"] = screen["top"][0]["effect"]
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _restore(summary: Summary) -> Figures:
+    """Each outcome's share of prompts by condition: `restored/refuse`, `harmful/bare/comply`."""
+    conditions = summary["conditions"]
+    figures: Figures = {"prompts": conditions[0]["prompts"], "rows": summary["rows"]}
+    for row in conditions:
+        name = {None: "", True: "harmful/", False: "harmless/"}[row["harmful"]] + row["condition"]
+        figures |= {f"{name}/{what}": row[what] for what in ("refuse", "comply", "degenerate", "refusal_score")}
+    return figures
+
+
+# Headlines
+
+
+def _patch_headline(summary: Summary) -> str:
+    tops = summary["top"].items()
+    return "; ".join(f"{d}: {show_interval(top[0]['effect'])} {name_of(top[0])}" for d, top in tops if top)
+
+
+def _attribute_headline(summary: Summary) -> str:
+    return "; ".join(f"{direction}: {_screen(screen)}" for direction, screen in summary["screens"].items())
+
+
+def _screen(screen: Mapping[str, Any]) -> str:
+    top = f"{show(screen['top'][0]['effect'])} {name_of(screen['top'][0])}" if screen["top"] else "nothing"
+    pearson = screen.get("pearson")
+    agreement = ", unverified" if pearson is None else f", Pearson {show(pearson)} with exact"
+    return f"{top} (estimate{agreement})"
+
+
+def _restore_headline(summary: Summary) -> str:
+    """By kind of prompts: `harmful: 0 % refused, 85 % [77, 91] restored, 0 % random`."""
+    parts = []
+    for kind in prompt_kinds(summary["conditions"]):
+        refused = {row["condition"]: row["refuse"] for row in summary["conditions"] if row["harmful"] == kind}
+        name = {True: "harmful: ", False: "harmless: ", None: ""}[kind]
+        random = f", {refused['random'][0]:.0%} random" if "random" in refused else ""
+        parts.append(f"{name}{refused['bare'][0]:.0%} refused, {show_share(refused['restored'])} restored{random}")
+    return "; ".join(parts)
+
+
+def prompt_kinds(conditions: Sequence[Mapping[str, Any]]) -> list[bool | None]:
+    """Kinds of prompts, harmful ones first; None: nobody said which they are."""
+    kinds = {row["harmful"] for row in conditions}
+    return [kind for kind in (True, False) if kind in kinds] or [None]
+
+
+def _demo_headline(summary: Summary) -> str:
+    kept = dict(summary["patching"]["denoise_top"]).get(16)
+    refused = summary["restoration"]["refused_restored"]
+    return f"16 latents restore {show(kept)}; {show(refused)} refused once restored"
+
+
+def _verdict(summary: Summary) -> str:
+    """What an experiment's summary says of itself: its verdict, or the first of each of several."""
+    verdict = summary.get("headline", summary.get("verdict"))
+    several = summary.get("verdicts")
+    verdicts = [verdict] if isinstance(verdict, str) else list(several.values()) if isinstance(several, dict) else []
+    if not isinstance(verdict, str):
+        verdicts += [part["verdict"] for part in summary.values() if isinstance(part, dict) and "verdict" in part]
+    first = [one[0] if isinstance(one, list) and one else one for one in verdicts]
+    return " ".join(" ".join(one for one in first if isinstance(one, str)).split())
+
+
+def _benchmark_headline(summary: Summary) -> str:
+    name = "overhead" if "overhead" in summary else "ratios"
+    return ", ".join(f"{case} {value:.2f}" for case, value in list(summary[name].items())[:4])
+
+
+def _training_headline(summary: Summary) -> str:
+    parts = []
+    for site, row in summary["sites"].items():
+        kept = [f"{label} {show(row[name])}" for name, label in (("fvu", "FVU"), ("l0", "L0")) if name in row]
+        parts.append(" ".join([f"{site}:", *kept]))
+    return "; ".join(parts)
+
+
+def _sweep_headline(summary: Summary) -> str:
+    return f"{len(summary['runs'])} runs finished"
+
+
+# How values are written
+
+
+def name_of(line: Mapping[str, Any]) -> str:
+    """An edit of a summary in words: `resid_post.3 281 at 14`."""
+    component = "" if line["component"] == "latent" else line["component"]
+    what = " ".join(filter(None, (line["site"], component, line["latent"])))
+    return f"{what} at {line['position']}"
+
+
+def show(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def show_interval(effect: Mapping[str, Any]) -> str:
+    if effect.get("low") is None:
+        return show(effect["value"])
+    return f"{show(effect['value'])} [{show(effect['low'])}, {show(effect['high'])}]"
+
+
+def show_share(share: Sequence[float]) -> str:
+    value, low, high = share
+    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def show_figure(figure: Figure) -> str:
+    if isinstance(figure, Sequence):
+        return show_interval(dict(zip(("value", "low", "high"), figure)))
+    return str(figure) if type(figure) is int else show(figure)
+
+
+PAIRS = Kind("pairs", ("task", "layer_position"), _verdict, _experiment)
+KINDS = (
+    Kind("attribute", ("screens",), _attribute_headline, _attribute),
+    Kind("patch", ("top",), _patch_headline, _patch),
+    Kind("demo", ("restoration", "patching"), _demo_headline, _experiment),
+    Kind("restore", ("conditions",), _restore_headline, _restore),
+    PAIRS,
+    Kind("safety", ("setting_a",), _verdict, _experiment),
+    Kind("safety", ("setting_b",), _verdict, _experiment),
+    Kind("steering", ("concepts", "verdicts"), _verdict, _experiment),
+    Kind("patchscope", ("readings", "words"), _verdict, _experiment),
+    Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
+    Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),
+    Kind("benchmark:generation", ("overhead", "ms_per_token"), _benchmark_headline, _experiment),
+    Kind("training", ("sites", "identity"), _training_headline, _experiment),
+    Kind("training-sweep", ("runs",), _sweep_headline, _sweep, "sweep.json"),
+)
+UNKNOWN = Kind("", (), _verdict, _experiment)
+SUMMARIES = tuple(dict.fromkeys(kind.file for kind in KINDS))
