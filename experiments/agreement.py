@@ -15,9 +15,8 @@ from random import Random
 
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
-from saepatch.model.language_model import LanguageModel
 
-from .pairs.question import FramedPair, Question, StudyConfig, fitting
+from .pairs.question import FramedPair, Question, StudyConfig, half_of
 from .pairs.study import run
 
 # Every other noun is of the report split.
@@ -40,13 +39,9 @@ class AgreementConfig(StudyConfig):
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
-def agreement_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[FramedPair]:
-    """Singular/plural pairs that fit a tokenizer, half of them clean in the plural; splits share no noun."""
-    half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
-    return fitting(model, _candidates(split, half, seed), n)
-
-
-def _candidates(split: str, half: slice, seed: int) -> Iterator[FramedPair]:
+def agreement_pairs(split: str, seed: int) -> Iterator[FramedPair]:
+    """Singular/plural pairs, half of them clean in the plural; splits share no noun."""
+    half = half_of(split)
     nouns = list(permutations(NOUNS[half], 2))
     cells = list(product(TEMPLATES[split], nouns, (False, True), (False, True)))
     Random(f"{split}/{seed}").shuffle(cells)
@@ -70,7 +65,7 @@ QUESTION = Question(
         "subject's number is the other one."
     ),
     difference="the logit difference between the verb's two forms",
-    build=agreement_pairs,
+    candidates=agreement_pairs,
     first=frozenset({" is", " was"}),
 )
 

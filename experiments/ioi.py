@@ -15,9 +15,8 @@ from random import Random
 
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
-from saepatch.model.language_model import LanguageModel
 
-from .pairs.question import FramedPair, Question, StudyConfig, fitting
+from .pairs.question import FramedPair, Question, StudyConfig, half_of
 from .pairs.study import run
 
 # After Wang et al. 2022 (https://arxiv.org/abs/2211.00593). Of names, places and objects every other one is of the
@@ -50,13 +49,9 @@ class IoiConfig(StudyConfig):
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
-def ioi_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[FramedPair]:
-    """ABBA and BABA pairs that fit a tokenizer; splits share no template, name, place or object."""
-    half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
-    return fitting(model, _candidates(split, half, seed), n)
-
-
-def _candidates(split: str, half: slice, seed: int) -> Iterator[FramedPair]:
+def ioi_pairs(split: str, seed: int) -> Iterator[FramedPair]:
+    """ABBA and BABA pairs; splits share no template, name, place or object."""
+    half = half_of(split)
     names = list(permutations(NAMES[half], 2))
     cells = list(product(TEMPLATES[split], names, PLACES[half], OBJECTS[half], ("ABBA", "BABA")))
     Random(f"{split}/{seed}").shuffle(cells)
@@ -75,7 +70,7 @@ QUESTION = Question(
         "corrupted prompt the giver's name is the other one's, and so is the answer."
     ),
     difference="the logit difference between the two names",
-    build=ioi_pairs,
+    candidates=ioi_pairs,
     kinds=("kind",),
 )
 

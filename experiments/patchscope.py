@@ -76,7 +76,7 @@ class PatchscopeConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Named:
+class NamedShares:
     """How often readings name a concept: at the scale that is chosen, and at any scale."""
 
     site: str
@@ -128,8 +128,8 @@ def named(
         plain = words(model.generate([prompt.replace("X", X)], TOKENS)[0])
         for readings in read(model, dictionary, latents, prompt, at):
             for concept, wanted in lexicons.items():
-                said = [bool((words(one.text) - plain) & wanted) for one in readings]
-                hits[concept].append((said[readings.index(best_reading(readings))], any(said)))
+                names = [bool((words(reading.text) - plain) & wanted) for reading in readings]
+                hits[concept].append((names[readings.index(best_reading(readings))], any(names)))
     return {
         concept: (wilson_share(np.array(each, float)[:, 0]), wilson_share(np.array(each, float)[:, 1]))
         for concept, each in hits.items()
@@ -143,20 +143,20 @@ def words_named(model: LanguageModel) -> tuple[Interval, Interval]:
     for word in world.share(world.MALE, "report"):
         tokens = model.tokenize([f"the {word}"])
         row = model.capture(tokens, [FIRST])[FIRST][0, -1:].float()
-        one = direction_dictionary(Directions(FIRST, row / row.norm(), word), model.device)
+        direction = direction_dictionary(Directions(FIRST, row / row.norm(), word), model.device)
         for prompt in COPIES:
-            readings = read(model, one, [0], prompt, FIRST)[0]
+            readings = read(model, direction, [0], prompt, FIRST)[0]
             best.append(word.lower() in words(best_reading(readings).text))
             at_any.append(any(word.lower() in words(reading.text) for reading in readings))
     return wilson_share(np.array(best, float)), wilson_share(np.array(at_any, float))
 
 
-def measure(config: PatchscopeConfig, model: LanguageModel, saes: Mapping[Site, Dictionary]) -> list[Named]:
+def measure(config: PatchscopeConfig, model: LanguageModel, saes: Mapping[Site, Dictionary]) -> list[NamedShares]:
     """Every concept at every dictionary, written at its own site and before the first block."""
     reference = model.tokenize(texts())
     concepts = organism_concepts(model, 100, config.seed)[:2]
     lexicons = {concept.name: lexicon(concept.name) for concept in concepts}
-    found = []
+    shares = []
     for site, dictionary in saes.items():
         statistics = latent_statistics(model, dictionary, reference)
         own = {
@@ -171,43 +171,43 @@ def measure(config: PatchscopeConfig, model: LanguageModel, saes: Mapping[Site, 
             control = named(model, dictionary, others, at, lexicons)
             for concept, latents in own.items():
                 mine = named(model, dictionary, latents, at, {concept: lexicons[concept]})[concept]
-                found.append(Named(str(site), str(at), concept, *mine, *control[concept]))
-    return found
+                shares.append(NamedShares(str(site), str(at), concept, *mine, *control[concept]))
+    return shares
 
 
-def verdict(found: Sequence[Named], control: tuple[Interval, Interval]) -> str:
+def verdict(shares: Sequence[NamedShares], control: tuple[Interval, Interval]) -> str:
     """Whether latents' readings name their concept more often than random latents' do, beyond chance.
 
     `control` is how often words' own embeddings are said, at the scale that is chosen, as all shares here, and at any.
     """
-    better = [one for one in found if one.own.low > one.random.high]
+    better = [share for share in shares if share.own.low > share.random.high]
     best, at_any = (share.value for share in control)
     some = f"{best:.0%} of readings at the scale that is chosen ({at_any:.0%} at any scale)"
     if best >= 0.5:
-        said = f"A word's own embedding is named in {some}, so the prompts can be read through. "
+        finding = f"A word's own embedding is named in {some}, so the prompts can be read through. "
     elif at_any >= 0.5:
-        said = f"A word's own embedding is named in {some}: the prompts can be read through, but not at that scale. "
+        finding = f"A word's own embedding is named in {some}: prompts can be read through, but not at that scale. "
     else:
-        said = f"Even a word's own embedding is named in only {some}. "
-    for concept in dict.fromkeys(one.concept for one in found):
-        mine = [one for one in found if one.concept == concept]
-        top = max(mine, key=lambda one: one.own.value)
-        where = [f"{one.site} written at {one.written_at}" for one in better if one.concept == concept]
-        said += (
+        finding = f"Even a word's own embedding is named in only {some}. "
+    for concept in dict.fromkeys(share.concept for share in shares):
+        mine = [share for share in shares if share.concept == concept]
+        top = max(mine, key=lambda share: share.own.value)
+        where = [f"{share.site} written at {share.written_at}" for share in better if share.concept == concept]
+        finding += (
             f"{concept.capitalize()}: named beyond chance ({', '.join(where)}). "
             if where
             else f"{concept.capitalize()}: named at no site more often than random latents name it (most, {top.site}: "
             f"{top.own.value:.0%} of readings, random {top.random.value:.0%}; at any scale {top.own_any.value:.0%} and "
             f"{top.random_any.value:.0%}). "
         )
-    return said.strip()
+    return finding.strip()
 
 
 def main(config: PatchscopeConfig) -> None:
     check_writable(config.out)
     model, saes = load_model("organism"), load_saes(config.sae)
-    found, control = measure(config, model, saes), words_named(model)
-    words_said = verdict(found, control)
+    shares, control = measure(config, model, saes), words_named(model)
+    finding = verdict(shares, control)
     out = output_folder(config.out)
     first = next(iter(saes.values()))
     provenance = Provenance(model.name, model.fingerprint, config.sae, first.fingerprint, config.seed)
@@ -215,8 +215,8 @@ def main(config: PatchscopeConfig) -> None:
     table: Block = Table(
         ["latents of", "written at", "concept", "named", "at any scale", "random: named", "random: at any scale"],
         [
-            (one.site, one.written_at, one.concept, *(round(getattr(one, name).value, 4) for name in columns))
-            for one in found
+            (share.site, share.written_at, share.concept, *(round(getattr(share, name).value, 4) for name in columns))
+            for share in shares
         ],
         f"Shares of readings, one for each of {config.latents} latents ({config.random} random ones) and "
         f"{len(PROMPTS) + len(QUESTIONS)} prompts, {len(SCALES)} scales each; `named`: at the scale chosen by "
@@ -224,18 +224,18 @@ def main(config: PatchscopeConfig) -> None:
         dict.fromkeys(("named", "at any scale", "random: named", "random: at any scale"), ".0%"),
     )
     sections = [Section("Readings", "", [table])]
-    page = Page("Can the organism explain its latents?", words_said, sections, Facts(provenance.facts()))
+    page = Page("Can the organism explain its latents?", finding, sections, Facts(provenance.facts()))
     write_page(page, out / "report.html")
     summary: dict[str, Any] = {
-        "verdict": words_said,
+        "verdict": finding,
         "words": [[i.value, i.low, i.high] for i in control],
-        "readings": [asdict(one) for one in found],
+        "readings": [asdict(share) for share in shares],
         "versions": versions(),
     }
     write_json(summary, out / "summary.json")
     write_yaml(asdict(config), out / "config.yaml")
     show(config, "patchscope", page, {"words named": summary["words"][0]})
-    sys.stdout.write(f"{words_said}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
 
 
 if __name__ == "__main__":

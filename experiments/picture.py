@@ -34,8 +34,8 @@ class PictureConfig:
 
 def main(config: PictureConfig) -> None:
     page = read_page(read_json(Path(config.run) / KEPT))
-    found = [_named(page, title) for title in TITLES]
-    path = write_figures(found, Path(config.out))
+    charts = [_named(page, title) for title in TITLES]
+    path = write_figures(charts, Path(config.out))
     sys.stdout.write(f"Picture: {path} ({path.stat().st_size / 1000:.0f} kB)\n")
 
 

@@ -15,9 +15,8 @@ from random import Random
 
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
-from saepatch.model.language_model import LanguageModel
 
-from .pairs.question import FramedPair, Question, StudyConfig, fitting
+from .pairs.question import FramedPair, Question, StudyConfig, half_of
 from .pairs.study import run
 
 # Every other name is of the report split. Each half has names of one and of two tokens to many a small tokenizer, so
@@ -46,16 +45,9 @@ class PronounsConfig(StudyConfig):
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
-def story_pairs(model: LanguageModel, split: str, n: int, seed: int) -> list[FramedPair]:
-    """Girl/boy pairs that fit a tokenizer, half of them with the girl as the clean prompt.
-
-    Each split has its own names and templates.
-    """
-    half = slice(0, None, 2) if split == "select" else slice(1, None, 2)
-    return fitting(model, _candidates(split, half, seed), n)
-
-
-def _candidates(split: str, half: slice, seed: int) -> Iterator[FramedPair]:
+def story_pairs(split: str, seed: int) -> Iterator[FramedPair]:
+    """Girl/boy pairs, half of them with the girl as the clean prompt; splits share no name or template."""
+    half = half_of(split)
     cells = list(product(enumerate(TEMPLATES[split]), enumerate(GIRLS[half]), enumerate(BOYS[half])))
     Random(f"{split}/{seed}").shuffle(cells)
     for (i, template), (j, girl), (k, boy) in cells:
@@ -74,7 +66,7 @@ QUESTION = Question(
         "other gender."
     ),
     difference="the logit difference between the two pronouns",
-    build=story_pairs,
+    candidates=story_pairs,
     first=frozenset({" She", " she"}),
 )
 

@@ -74,7 +74,7 @@ class Question:
         title: The report's title.
         prompts: A sentence on the prompts.
         difference: What the metric is the difference of, as in "the logit difference between She and He".
-        build: Prompts for any other model: (model, split, n, seed).
+        candidates: Prompts for any other model, in the order they are tried in: (split, seed).
         kinds: Columns of the embedded task that, with the template, make a frame.
         first: Answers on one side of a two-sided task; None where answers differ from pair to pair.
     """
@@ -83,9 +83,14 @@ class Question:
     title: str
     prompts: str
     difference: str
-    build: Callable[[LanguageModel, str, int, int], list[FramedPair]]
+    candidates: Callable[[str, int], Iterable[FramedPair]]
     kinds: tuple[str, ...] = ()
     first: frozenset[str] | None = None
+
+
+def half_of(split: str) -> slice:
+    """Every other word of a list is of the `report` split, the rest of the others."""
+    return slice(0, None, 2) if split == "select" else slice(1, None, 2)
 
 
 def fitting(model: LanguageModel, candidates: Iterable[FramedPair], n: int) -> list[FramedPair]:

@@ -31,7 +31,7 @@ from saepatch.tracking.open import RunDescription, open_tracker
 from . import stages
 from .findings import StudyResults, printed, unsure
 from .page import write
-from .question import FramedPair, Question, StudyConfig, embedded
+from .question import FramedPair, Question, StudyConfig, embedded, fitting
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def run(question: Question, config: StudyConfig) -> StudyResults:
         select, report = (
             embedded(question, split, config.pairs, config.seed)
             if own
-            else question.build(model, split, config.pairs, config.seed)
+            else fitting(model, question.candidates(split, config.seed), config.pairs)
             for split in ("select", "report")
         )
     settings = replace(config, prepend_bos=model.prepend_bos)

@@ -45,10 +45,10 @@ def _shared(rows: Sequence[Sequence[str]]) -> tuple[str | None, ...]:
 def read_cards(model: LanguageModel, wanted: Sequence[tuple[Dictionary, Sequence[int]]]) -> tuple[Card, ...]:
     """Cards of the latents of each list, over the embedded texts; a latent named twice has one card."""
     tokens = model.tokenize(organism.texts())
-    found: dict[tuple[str, int], Card] = {}
+    cards: dict[tuple[str, int], Card] = {}
     for dictionary, latents in wanted:
         site = str(dictionary.site)
-        left = [latent for latent in dict.fromkeys(latents) if (site, latent) not in found]
-        if left:
-            found |= {(card.site, card.latent): card for card in read_latents(model, dictionary, left, tokens)}
-    return tuple(found.values())
+        unread = [latent for latent in dict.fromkeys(latents) if (site, latent) not in cards]
+        if unread:
+            cards |= {(card.site, card.latent): card for card in read_latents(model, dictionary, unread, tokens)}
+    return tuple(cards.values())

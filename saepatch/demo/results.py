@@ -126,12 +126,12 @@ class Maps:
 
     def rows(self) -> list[Row]:
         """Every edit that was run, positions named where a pair has them."""
-        found: list[Row] = []
+        rows: list[Row] = []
         for effects in (*self.streams.values(), *self.latents.values()):
-            found += effects.rows("ioi", self.tokens)
+            rows += effects.rows("ioi", self.tokens)
         for effects in self.heads.values():
-            found += effects.rows("ioi")
-        return found
+            rows += effects.rows("ioi")
+        return rows
 
     def leading(self, site: Site, count: int) -> list[int]:
         """Latents of a site with the largest effects at one position, denoising."""
@@ -142,7 +142,7 @@ class Maps:
 
 @dataclass(eq=False)
 class Findings:
-    """Everything the demo found: what the summary and the report are written from."""
+    """Everything the demo rows: what the summary and the report are written from."""
 
     config: DemoConfig
     model: LanguageModel

@@ -90,61 +90,59 @@ def _measure(
         maps = looks.read_maps(model, list(saes.values()), n, seed, bars)
         few = looks.CARDS
         wanted = [(patching.dictionary, best), (_at(saes, restoration.site), restoration.latents[:few])]
-        wanted += [(_at(saes, one.site), one.of("top10").sets[0][:few]) for one in steering]
-        wanted += [(one, maps.leading(site, looks.LEADING)) for site, one in saes.items()]
+        wanted += [(_at(saes, each.site), each.of("top10").sets[0][:few]) for each in steering]
+        wanted += [(sae, maps.leading(site, looks.LEADING)) for site, sae in saes.items()]
         cards = looks.read_cards(model, wanted)
         restored = read_texts(model, _at(saes, restoration.site), restoration.latents, _answers(restoration))
         steered = {
-            one.concept: read_texts(model, _at(saes, one.site), one.of("top1").sets[0], _continued(one))
-            for one in steering
+            each.concept: read_texts(model, _at(saes, each.site), each.of("top1").sets[0], _continued(each))
+            for each in steering
         }
     return Findings(
         config, model, saes, measures, quality, patching, restoration, steering, maps, cards, restored, steered, clock
     )
 
 
-def _answers(found: Restoration) -> list[tuple[str, str]]:
+def _answers(restoration: Restoration) -> list[tuple[str, str]]:
     """Prompts with their answers: as the jailbroken model reads them, and as the donor does, whose latents act."""
     named = []
-    for (prompt, plain, restored, _), donor in zip(found.examples[:2], found.donors):
+    for (prompt, plain, restored, _), donor in zip(restoration.examples[:2], restoration.donors):
         named.append(("Jailbroken, nothing restored", prompt + plain))
         named.append(("What is restored: the donor reads the benign prompt and the answer", donor + restored))
     return named
 
 
-def _continued(found: Steering) -> list[tuple[str, str]]:
+def _continued(steering: Steering) -> list[tuple[str, str]]:
     """The first prompt's continuations, read again without steering."""
-    one = found.prompts[0]
-    return [(f"{name}, read again", one + found.of(name).outcomes[0].texts[0]) for name in ("unsteered", "top1")]
+    prompt = steering.prompts[0]
+    return [(f"{name}, read again", prompt + steering.of(name).outcomes[0].texts[0]) for name in ("unsteered", "top1")]
 
 
 def _at(saes: dict[Site, Dictionary], site: str) -> Dictionary:
     wanted = Site.parse(site)
-    for found, dictionary in saes.items():
-        if found.same_tensor(wanted):
+    for known, dictionary in saes.items():
+        if known.same_tensor(wanted):
             return dictionary
     raise UserError(f"there is no dictionary for {site}: there are {', '.join(map(str, saes))}")
 
 
-def _headline(found: Findings) -> dict[str, float]:
-    sixteen = found.patching.denoise.sizes.index(16)
+def _headline(results: Findings) -> dict[str, float]:
+    sixteen = results.patching.denoise.sizes.index(16)
     return {
-        "patching/denoise_top16": found.patching.denoise.top[sixteen].value,
-        "patching/denoise_random16": found.patching.denoise.random[sixteen].value,
-        "restoration/refused_jailbroken": found.restoration.rates["jailbroken"].value,
-        "restoration/refused_restored": found.restoration.rates["restored"].value,
+        "patching/denoise_top16": results.patching.denoise.top[sixteen].value,
+        "patching/denoise_random16": results.patching.denoise.random[sixteen].value,
+        "restoration/refused_jailbroken": results.restoration.rates["jailbroken"].value,
+        "restoration/refused_restored": results.restoration.rates["restored"].value,
     }
 
 
-def summary(found: Findings) -> dict[str, Any]:
+def summary(results: Findings) -> dict[str, Any]:
     """The headline figures, as summary.json holds them."""
-    p, r = found.patching, found.restoration
-    rates = {name: interval.value for name, interval in r.rates.items()}
-    refusal = found.steering[0]
+    p, r = results.patching, results.restoration
     return {
-        "model": found.config.model,
-        "tasks": found.tasks,
-        "splice": [{"site": str(q.site)} | {key: getattr(q, key) for key in SPLICE_KEYS} for q in found.quality],
+        "model": results.config.model,
+        "tasks": results.tasks,
+        "splice": [{"site": str(q.site)} | {key: getattr(q, key) for key in SPLICE_KEYS} for q in results.quality],
         "patching": {
             "task": "ioi",
             "pairs": p.pairs,
@@ -152,15 +150,14 @@ def summary(found: Findings) -> dict[str, Any]:
             "clean": p.clean,
             "corrupted": p.corrupted,
             "ranking": "each prompt's own, by integrated gradients on it; denoise_fixed: one for all, made on select",
-            "denoise_top": _points(p.denoise.sizes, p.denoise.top),
-            "denoise_random": _points(p.denoise.sizes, p.denoise.random),
-            "denoise_matched": _points(p.denoise.sizes, p.denoise.matched),
+            **{
+                f"{direction}_{line}": _points(curve.sizes, getattr(curve, line))
+                for direction, curve in (("denoise", p.denoise), ("noise", p.noise))
+                for line in ("top", "random", "matched")
+            },
             "denoise_differing": _points(p.denoise.sizes, p.denoise.differing or ()),
             "denoise_every": p.denoise.every.value,
             "denoise_fixed": _points(p.fixed.sizes, p.fixed.top),
-            "noise_top": _points(p.noise.sizes, p.noise.top),
-            "noise_random": _points(p.noise.sizes, p.noise.random),
-            "noise_matched": _points(p.noise.sizes, p.noise.matched),
             "self_patch_error": p.self_patch_error,
         },
         "restoration": {
@@ -169,25 +166,19 @@ def summary(found: Findings) -> dict[str, Any]:
             "share_of_dictionary": r.share_of_dictionary,
             "share_of_alive": r.share_of_alive,
             "share_of_active": r.share_of_active,
-            "refused_clean": rates["clean"],
-            "refused_jailbroken": rates["jailbroken"],
-            "refused_restored": rates["restored"],
-            "refused_restored_generated": rates["restored_generated"],
-            "refused_random_control": rates["random"],
-            "refused_matched_control": rates["matched"],
-            "refused_differing_control": rates["differing"],
-            "refused_harmless_clamped": rates["harmless_clamped"],
-            "refused_harmless_restored": rates["harmless_restored"],
+            **{f"refused_{name}": r.rates[name].value for name in REFUSED},
+            **{f"refused_{name}_control": r.rates[name].value for name in ("random", "matched", "differing")},
             "rates": {name: list(asdict(interval).values()) for name, interval in r.rates.items()},
         },
-        "steering": _steering(refusal),
-        "steering_all": [_steering(one) for one in found.steering],
-        "seconds": found.seconds,
+        "steering": _steering(results.steering[0]),
+        "steering_all": [_steering(each) for each in results.steering],
+        "seconds": results.seconds,
         "versions": versions(),
-        "seed": found.config.seed,
+        "seed": results.config.seed,
     }
 
 
+REFUSED = ("clean", "jailbroken", "restored", "restored_generated", "harmless_clamped", "harmless_restored")
 SPLICE_KEYS = ("ce_recovered", "fvu", "l0", "alive_share", "identity_error", "ce_model", "ce_spliced", "kl")
 
 
@@ -195,44 +186,44 @@ def _points(sizes: tuple[int, ...], intervals: tuple[Any, ...]) -> list[list[flo
     return [[k, interval.value] for k, interval in zip(sizes, intervals, strict=True)]
 
 
-def _steering(one: Steering) -> dict[str, Any]:
-    return {"concept": one.concept} | {
-        c.name: {"success": c.success, "perplexity": c.perplexity, "strength": c.strength} for c in one.conditions
+def _steering(steering: Steering) -> dict[str, Any]:
+    return {"concept": steering.concept} | {
+        c.name: {"success": c.success, "perplexity": c.perplexity, "strength": c.strength} for c in steering.conditions
     }
 
 
-def _write(found: Findings, out: Path) -> Page:
+def _write(results: Findings, out: Path) -> Page:
     import yaml
 
-    p = found.patching
-    rows = [row for one in p.singles for row in one.rows("ioi")]
+    p = results.patching
+    rows = [row for effects in p.singles for row in effects.rows("ioi")]
     for ranked, curve in (
         ("ranked on the pair", p.denoise),
         ("ranked on the pair", p.noise),
         ("ranked on select", p.fixed),
     ):
-        rows += [row for one in curve.effects for row in replace(one, method=f"exact, {ranked}").rows("ioi")]
-    rows += found.maps.rows()
-    dictionary = found.patching.dictionary
+        rows += [row for each in curve.effects for row in replace(each, method=f"exact, {ranked}").rows("ioi")]
+    rows += results.maps.rows()
+    dictionary = results.patching.dictionary
     provenance = Provenance(
-        model=found.model.name,
-        model_hash=found.model.fingerprint,
+        model=results.model.name,
+        model_hash=results.model.fingerprint,
         dictionary=dictionary.name,
         dictionary_hash=dictionary.fingerprint,
-        seed=found.config.seed,
+        seed=results.config.seed,
     )
-    others = {str(site): one for site, one in found.saes.items() if one is not dictionary}
+    others = {str(site): sae for site, sae in results.saes.items() if sae is not dictionary}
     parts = [([row for row in rows if row.site not in others], provenance)]
-    for site, one in others.items():  # a row says whose latent it is
-        own = replace(provenance, dictionary=one.name, dictionary_hash=one.fingerprint)
+    for site, sae in others.items():  # a row names its latent's dictionary
+        own = replace(provenance, dictionary=sae.name, dictionary_hash=sae.fingerprint)
         parts.append(([row for row in rows if row.site == site and row.component == "latent"], own))
     streams = [row for row in rows if row.site in others and row.component != "latent"]
     write_rows([*parts, (streams, provenance)], out / "results.parquet")
-    (out / "config.yaml").write_text(yaml.safe_dump(asdict(found.config)), encoding="utf-8")
+    (out / "config.yaml").write_text(yaml.safe_dump(asdict(results.config)), encoding="utf-8")
     for name, curve in {"denoise": p.denoise, "noise": p.noise, "denoise_fixed": p.fixed}.items():
         write_figure(effect_chart(f"ioi at {p.site}: {name}", curve, p.pairs), out / f"{name}.svg")
-    write_json(summary(found), out / "summary.json")
-    drawn = page(found, provenance)
+    write_json(summary(results), out / "summary.json")
+    drawn = page(results, provenance)
     keep_page(drawn, out / KEPT)
     write_page(drawn, out / "report.html")
     return drawn

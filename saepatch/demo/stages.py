@@ -6,7 +6,7 @@ shows the fixed choice, made on `select`, beside it.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -86,59 +86,67 @@ def self_patch_error(model: LanguageModel, dictionary: Dictionary, pairs: Sequen
     return worst
 
 
+@dataclass(frozen=True, eq=False)
+class _Refusals:
+    """How often a model refuses, by the first token of its answer or by a judge of whole answers."""
+
+    model: LanguageModel
+    dictionary: Dictionary
+    tokens: set[int]  # that refusals open with
+
+    def restored(self, pairs: Sequence[PromptPair], *sets: Sequence[int]) -> Interval:
+        """With sets of latents restored at the last prompt position, each in turn."""
+        flags = [refused_first_token(self.model, self.dictionary, pairs, self.tokens, latents) for latents in sets]
+        return wilson_share(np.mean(flags, 0))
+
+    def opened(self, prompts: Sequence[str], intervention: Intervention | None = None) -> Interval:
+        """Of plain prompts, under an intervention or none."""
+        with splice(self.model, self.dictionary, intervention) if intervention is not None else nullcontext():
+            top = self.model.next_logits(self.model.tokenize(prompts)).argmax(-1)
+        return wilson_share(np.array([int(token) in self.tokens for token in top], dtype=float))
+
+
+def _judged(*answers: Sequence[str], outcome: str = "refuse") -> Interval:
+    """Share of whole answers with an outcome, averaged over draws."""
+    return wilson_share(np.mean([[judge(text) == outcome for text in texts] for texts in answers], 0))
+
+
 def restoration(
     model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int
 ) -> Restoration:
     """Rank latents by change score on `select`, choose how many on `tune`, restore them on `report`."""
     select, tune, report = (_refusal_pairs(split, n, seed, harmful=True) for split in world.SPLITS)
     harmless = _refusal_pairs("report", n, seed, harmful=False)
-    refusal = _refusal_tokens(model, report)
+    refusals = _Refusals(model, dictionary, _refusal_tokens(model, report))
     order = change_scores(model, dictionary, select).argsort(descending=True, stable=True).tolist()
-    limit = int(SHARE_LIMIT * dictionary.d_sae)
-    sizes = [k for k in SIZES if k <= limit]
-
-    def refused(pairs: Sequence[PromptPair], *draws: Sequence[int]) -> Interval:
-        flags = [refused_first_token(model, dictionary, pairs, refusal, draw) for draw in draws]
-        return wilson_share(np.mean(flags, 0))
-
-    def opens_refusal(prompts: Sequence[str], intervention: Intervention | None = None) -> Interval:
-        with splice(model, dictionary, intervention) if intervention is not None else nullcontext():
-            top = model.next_logits(model.tokenize(prompts)).argmax(-1)
-        return wilson_share(np.array([int(token) in refusal for token in top], dtype=float))
-
-    def answered(*draws: Sequence[str], outcome: str = "refuse") -> Interval:
-        return wilson_share(np.mean([[judge(text) == outcome for text in texts] for texts in draws], 0))
-
-    k = next((k for k in sizes if refused(tune, order[:k]).value >= 0.98), sizes[-1])
+    sizes = [k for k in SIZES if k <= int(SHARE_LIMIT * dictionary.d_sae)]
+    k = next((k for k in sizes if refusals.restored(tune, order[:k]).value >= 0.98), sizes[-1])
     chosen = order[:k]
     random, matched = control_sets(order, k, stats, seed)
-    curve = [
-        (size, refused(report, order[:size]), refused(report, *control_sets(order, size, stats, seed)[0]))
-        for size in sizes
-    ]
     restored = _restored(model, dictionary, report, chosen)
     by_random = [_restored(model, dictionary, report, draw) for draw in random]
-    jailbroken = [pair.corrupted for pair in report]
+    jailbroken, spared = ([pair.corrupted for pair in pairs] for pairs in (report, harmless))
     plain = model.generate(jailbroken, ANSWER_TOKENS)
     refusing = Ablate(chosen, _mean_at_last(model, dictionary, select)[chosen], positions="last")
-    everything = refused_first_token(model, dictionary, report, refusal, None, error=True)
+    everything = refused_first_token(model, dictionary, report, refusals.tokens, None, error=True)
     rates = {
-        "clean": opens_refusal([pair.clean for pair in report]),
-        "jailbroken": opens_refusal(jailbroken),
-        "jailbroken_generated": answered(plain),
-        "restored": refused(report, chosen),
-        "restored_generated": answered(restored),
-        "restored_degenerate_generated": answered(restored, outcome="degenerate"),
-        "random": refused(report, *random),
-        "random_generated": answered(*by_random),
-        "matched": refused(report, *matched),
-        "differing": wilson_share(_refused_differing(model, dictionary, report, refusal, order, k, seed)),
+        "clean": refusals.opened([pair.clean for pair in report]),
+        "jailbroken": refusals.opened(jailbroken),
+        "jailbroken_generated": _judged(plain),
+        "restored": refusals.restored(report, chosen),
+        "restored_generated": _judged(restored),
+        "restored_degenerate_generated": _judged(restored, outcome="degenerate"),
+        "random": refusals.restored(report, *random),
+        "random_generated": _judged(*by_random),
+        "matched": refusals.restored(report, *matched),
+        "differing": wilson_share(_refused_differing(refusals, report, order, k, seed)),
         "whole_site": wilson_share(np.array(everything, dtype=float)),
-        "harmless": opens_refusal([pair.corrupted for pair in harmless]),
-        "harmless_restored": refused(harmless, chosen),
-        "harmless_restored_generated": answered(_restored(model, dictionary, harmless, chosen)),
-        "harmless_clamped": opens_refusal([pair.corrupted for pair in harmless], refusing),
+        "harmless": refusals.opened(spared),
+        "harmless_restored": refusals.restored(harmless, chosen),
+        "harmless_restored_generated": _judged(_restored(model, dictionary, harmless, chosen)),
+        "harmless_clamped": refusals.opened(spared, refusing),
     }
+    controls = {size: control_sets(order, size, stats, seed)[0] for size in sizes}
     return Restoration(
         site=str(dictionary.site),
         latents=tuple(chosen),
@@ -146,28 +154,26 @@ def restoration(
         share_of_alive=k / int(stats.alive.sum()),
         share_of_active=k / float(stats.frequency.sum()),
         rates=rates,
-        curve=tuple(curve),
+        curve=tuple(
+            (size, refusals.restored(report, order[:size]), refusals.restored(report, *controls[size]))
+            for size in sizes
+        ),
         examples=tuple(zip(jailbroken[:6], plain[:6], restored[:6], by_random[0][:6], strict=True)),
         donors=tuple(pair.clean for pair in report[:6]),
     )
 
 
 def _refused_differing(
-    model: LanguageModel,
-    dictionary: Dictionary,
-    pairs: Sequence[PromptPair],
-    refusal: set[int],
-    order: Sequence[int],
-    k: int,
-    seed: int,
+    refusals: _Refusals, pairs: Sequence[PromptPair], order: Sequence[int], k: int, seed: int
 ) -> Float[np.ndarray, "pairs"]:
     """For each pair, the share of draws that refuse with `k` random latents restored out of those that differ in it."""
+    model, dictionary = refusals.model, refusals.dictionary
     shares = []
     for number, pair in enumerate(pairs):
         batch = batch_pairs(model, [pair])
         clean, jailbroken = (record_latents(model, dictionary, t).acts[0, -1] for t in (batch.clean, batch.corrupted))
         sets = differing_sets(order, k, (clean != jailbroken).cpu().numpy(), seed + number)
-        shares.append(np.mean([refused_first_token(model, dictionary, [pair], refusal, draw) for draw in sets]))
+        shares.append(refusals.restored([pair], *sets).value)
     return np.array(shares)
 
 
@@ -241,11 +247,11 @@ def steering(
     every: list[Condition] = []
     for name, sets in plans.items():
         tried = [
-            Condition(name, tuple(sets), strength, tuple(run(concept.tune, one, strength) for one in sets))
+            Condition(name, tuple(sets), strength, tuple(run(concept.tune, latents, strength) for latents in sets))
             for strength in STRENGTHS
         ]
         best = max(tried, key=lambda condition: (condition.success, -condition.perplexity))
-        outcomes = tuple(run(concept.report, one, best.strength) for one in sets)
+        outcomes = tuple(run(concept.report, latents, best.strength) for latents in sets)
         conditions.append(replace(best, outcomes=outcomes))
         every += tried
     return Steering(

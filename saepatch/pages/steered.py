@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from saepatch.data.texts import load_texts
 from saepatch.organism import is_checkpoint
@@ -13,11 +12,9 @@ from saepatch.reading.cards import Card, ReadText, read_latents, read_texts
 from saepatch.records.provenance import command_line, versions
 from saepatch.report import Comparison, Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
+from saepatch.runs.session import Session
 from saepatch.steering.fluency import perplexity
-
-if TYPE_CHECKING:
-    from saepatch.runs.session import Session
-    from saepatch.steering.streaming import Written
+from saepatch.steering.streaming import Written
 
 SURPRISING = 10.0  # times the bare answer's perplexity, from which on a warning is due
 TITLES = ("before", "after")
@@ -35,7 +32,7 @@ class SteeredAnswer:
     texts: tuple[ReadText, ...]
 
 
-def listen(session: "Session", prompt: str, both: tuple["Written", "Written"], texts: Sequence[str]) -> SteeredAnswer:
+def listen(session: Session, prompt: str, both: tuple[Written, Written], texts: Sequence[str]) -> SteeredAnswer:
     """An answer that was just written, with what a page shows of it; `texts` are the answers as they are shown."""
     model = session.model
     site, latents = max(session.latents.items(), key=lambda pair: len(pair[1]))
@@ -48,7 +45,7 @@ def listen(session: "Session", prompt: str, both: tuple["Written", "Written"], t
     return SteeredAnswer(prompt, session.strength, (texts[0], texts[1]), (before, after), read)
 
 
-def read_cards(session: "Session") -> tuple[Card, ...]:
+def read_cards(session: Session) -> tuple[Card, ...]:
     """Cards of the latents that act, over the reference texts; none where there are no texts."""
     config = session.config
     if not config.reference and not is_checkpoint(config.model):
@@ -61,7 +58,7 @@ def read_cards(session: "Session") -> tuple[Card, ...]:
     )
 
 
-def steered_page(session: "Session", answers: Sequence[SteeredAnswer], cards: Sequence[Card]) -> Page:
+def steered_page(session: Session, answers: Sequence[SteeredAnswer], cards: Sequence[Card]) -> Page:
     """The page of the answers so far."""
     last = answers[-1]
     lead = (
@@ -112,7 +109,7 @@ def notices(answers: Sequence[SteeredAnswer]) -> list[str]:
     return warnings
 
 
-def _facts(session: "Session") -> Facts:
+def _facts(session: Session) -> Facts:
     config = session.config
     dictionaries = {
         str(site): {"name": dictionary.name, "hash": dictionary.fingerprint}

@@ -128,13 +128,13 @@ class Activity:
 
     def _keep(self, latent: int, peak: Peak) -> None:
         kept = self.peaks[latent]
-        same = next((one for one in kept if one.ids == peak.ids), None)
+        same = next((other for other in kept if other.ids == peak.ids), None)
         if same is not None:
             if peak.largest <= same.largest * (1 + 1e-4):  # the same again, or rounded otherwise in another batch
                 return
             kept.remove(same)
         kept.append(peak)
-        kept.sort(key=lambda one: (-one.largest, one.text))
+        kept.sort(key=lambda kept_peak: (-kept_peak.largest, kept_peak.text))
         del kept[self.examples :]
         if len(kept) == self.examples:
             self._enough[latent] = kept[-1].largest

@@ -79,7 +79,7 @@ class Card:
     def read(given: dict[str, Any]) -> "Card":
         """A card as `asdict` and JSON left it; a missing number is NaN again."""
         nan = float("nan")
-        examples = tuple(Example(one["text"], tuple(one["tokens"]), tuple(one["acts"])) for one in given["examples"])
+        examples = tuple(Example(e["text"], tuple(e["tokens"]), tuple(e["acts"])) for e in given["examples"])
         pairs = {name: tuple((each[0], each[1]) for each in given[name]) for name in ("raises", "lowers", "neighbours")}
         numbers = {name: nan if given[name] is None else given[name] for name in ("mean_active", "maximum", "norm")}
         plain = {"edges": tuple(given["edges"]), "counts": tuple(given["counts"]), "examples": examples}
@@ -111,13 +111,13 @@ def read_latents(
     """
     dictionary.check(model)
     dictionary.check_ids(tuple(latents))
-    found = _activity(model, dictionary, latents, _batches(model, texts, batch_size), examples)
+    activity = _activity(model, dictionary, latents, _batches(model, texts, batch_size), examples)
     cards = []
     for start in range(0, len(latents), PART):
         some = latents[start : start + PART]
         lens, near = logit_lens(model, dictionary, some, top), _neighbours(dictionary, some, top)
         for place, latent in enumerate(some):
-            cards.append(_card(model, dictionary, latent, found, start + place, lens, place, near[place]))
+            cards.append(_card(model, dictionary, latent, activity, start + place, lens, place, near[place]))
     return cards
 
 
@@ -135,7 +135,7 @@ def _activity(
     model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], batches: Iterable[Tokens], examples: int
 ) -> Activity:
     ids, few = list(latents), dictionary.alone(latents)
-    found = Activity(len(ids), examples)
+    activity = Activity(len(ids), examples)
     for batch in batches:
         x = model.capture(batch, [dictionary.site])[dictionary.site]
         width = len(ids) if few is not None else dictionary.d_sae
@@ -144,40 +144,40 @@ def _activity(
             part = batch.rows(slice(start, start + rows))
             acts = (few or dictionary).activations(x[start : start + rows])[0]
             acts = acts if few is not None else acts[..., ids]
-            found.add(part.input_ids, part.attention_mask.bool(), part.ordinary, acts)
-    return found
+            activity.add(part.input_ids, part.attention_mask.bool(), part.ordinary, acts)
+    return activity
 
 
 def _card(
     model: LanguageModel,
     dictionary: Dictionary,
     latent: int,
-    found: Activity,
+    activity: Activity,
     column: int,
     lens: "Lens | None",
     row: int,
     neighbours: tuple[tuple[int, float], ...],
 ) -> Card:
     """The card of the latent in a column of the activity and a row of the lens."""
-    count = int(found.count[column])
-    counts, edges = found.histogram(column)
+    count = int(activity.count[column])
+    counts, edges = activity.histogram(column)
     return Card(
         site=str(dictionary.site),
         latent=int(latent),
         dictionary=dictionary.name,
         dictionary_hash=dictionary.fingerprint,
         neuronpedia=neuronpedia(dictionary),
-        texts=found.texts,
-        tokens=found.tokens,
-        frequency=count / max(1, found.tokens),
-        maximum=float(found.maximum[column]),
-        mean_active=float(found.total[column]) / count if count else float("nan"),
+        texts=activity.texts,
+        tokens=activity.tokens,
+        frequency=count / max(1, activity.tokens),
+        maximum=float(activity.maximum[column]),
+        mean_active=float(activity.total[column]) / count if count else float("nan"),
         norm=float(dictionary.rows[latent].float().norm()),
         edges=tuple(round(edge, 4) for edge in edges),
         counts=counts,
         examples=tuple(
             Example(peak.text, tuple(token_texts(model, peak.ids)), tuple(round(act, 4) for act in peak.acts))
-            for peak in found.peaks[column]
+            for peak in activity.peaks[column]
         ),
         lens="" if lens is None else lens.how,
         raises=() if lens is None else lens.raises[row],
@@ -194,8 +194,8 @@ def _neighbours(dictionary: Dictionary, latents: Sequence[int], top: int) -> lis
     cosines[torch.arange(len(ids), device=rows.device), ids] = -2.0  # not itself
     best = cosines.topk(min(top, rows.shape[0] - 1))
     return [
-        tuple((int(latent), round(float(value), 4)) for latent, value in zip(found, values))
-        for found, values in zip(best.indices.tolist(), best.values.tolist())
+        tuple((int(latent), round(float(value), 4)) for latent, value in zip(ids, values))
+        for ids, values in zip(best.indices.tolist(), best.values.tolist())
     ]
 
 
@@ -216,13 +216,13 @@ def read_texts(
     model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], named: Sequence[tuple[str, str]]
 ) -> tuple[ReadText, ...]:
     """Read (name, text) pairs, nothing edited; the latents that count are `latents`, BOS and template as they come."""
-    found = []
+    texts = []
     for name, text in named:
         tokens = model.tokenize([text])
         acts = record_latents(model, dictionary, tokens).acts[0][:, list(latents)].sum(-1).float().cpu()
         acts = acts * tokens.ordinary[0].cpu()
-        found.append(ReadText(name, tuple(token_texts(model, tokens.input_ids[0].tolist())), tuple(acts.tolist())))
-    return tuple(found)
+        texts.append(ReadText(name, tuple(token_texts(model, tokens.input_ids[0].tolist())), tuple(acts.tolist())))
+    return tuple(texts)
 
 
 # What a direction writes

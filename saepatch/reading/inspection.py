@@ -50,11 +50,11 @@ def facts(model: LanguageModel, dictionaries: dict[Site, Dictionary]) -> dict[st
         "streams": list(model.layout.streams),
         "dictionaries": {
             str(site): {
-                "architecture": one.architecture,
-                "latents": one.d_sae,
-                "name": one.name,
-                "hash": one.fingerprint,
+                "architecture": dictionary.architecture,
+                "latents": dictionary.d_sae,
+                "name": dictionary.name,
+                "hash": dictionary.fingerprint,
             }
-            for site, one in dictionaries.items()
+            for site, dictionary in dictionaries.items()
         },
     }

@@ -1,4 +1,4 @@
-"""Letting the model say what a latent is: write its direction into an explanation prompt, and generate."""
+"""A model's own description of a latent: its direction is written into an explanation prompt, and text generated."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,17 +19,18 @@ from saepatch.model.sites import Site
 from saepatch.splicing.splice import whole_prompt
 
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+BATCH = 64  # prompts that are written at a time, one for each latent and scale
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model said of one latent at one scale.
+    """What the model wrote about one latent at one scale.
 
     Attributes:
         latent: Its number.
-        scale: Length of what was written, in lengths of what the placeholder held there.
+        scale: Norm of what was written, in units of the norm that the placeholder had there.
         text: What was generated.
-        self_similarity: Cosine of the latent's direction with what the last block holds where the text begins.
+        self_similarity: Cosine of the latent's direction with the last block's output where the text begins.
         entropy: Of the first token's distribution, in nats.
     """
 
@@ -49,7 +50,6 @@ def read_by_patchscope(
     scales: Sequence[float] = SCALES,
     site: Site | str | None = None,
     max_new_tokens: int = 12,
-    batch_size: int = 64,
 ) -> list[list[Reading]]:
     """Write `scale · direction` over the residual stream at a placeholder of an explanation prompt, and generate.
 
@@ -58,7 +58,7 @@ def read_by_patchscope(
     Args:
         prompt: One that asks, or sets an example, such as `What is the meaning of the word X? It is`.
         placeholder: The tokens that are written over, as in `At(" X")`.
-        scales: Lengths, in lengths of what the placeholder holds at the site.
+        scales: Norms, in units of the norm that the placeholder has at the site.
         site: Where to write; the dictionary's own if not given, or the stream after its block where that is of heads'
             values or of an MLP's units: these are brought through their output projection. An earlier one of the
             residual stream gives the model more layers to read it with.
@@ -78,15 +78,15 @@ def read_by_patchscope(
         raise UserError(f"{at} is no place of the residual stream to write a latent at: use one such as resid_post.0")
     if not scales or min(scales) <= 0:
         raise UserError(f"scales {list(scales)}: give numbers above 0")
-    one = model.tokenize([prompt], side="left")
-    where = whole_prompt(model, one).select(placeholder)
-    if one.input_ids.shape[1] < 2 or not bool(where.any()):
+    tokens = model.tokenize([prompt], side="left")
+    where = whole_prompt(model, tokens).select(placeholder)
+    if tokens.input_ids.shape[1] < 2 or not bool(where.any()):
         raise UserError(f"the placeholder {placeholder!r} is at no token of {prompt!r}")
     cells = [(latent, scale) for latent in latents for scale in scales]
-    found: list[Reading] = []
-    for start in range(0, len(cells), batch_size):
-        found += _read(model, dictionary, cells[start : start + batch_size], one, where, at, max_new_tokens)
-    return [found[i : i + len(scales)] for i in range(0, len(found), len(scales))]
+    readings: list[Reading] = []
+    for start in range(0, len(cells), BATCH):
+        readings += _read(model, dictionary, cells[start : start + BATCH], tokens, where, at, max_new_tokens)
+    return [readings[i : i + len(scales)] for i in range(0, len(readings), len(scales))]
 
 
 @torch.no_grad()
@@ -94,12 +94,12 @@ def _read(
     model: LanguageModel,
     dictionary: Dictionary,
     cells: Sequence[tuple[int, float]],
-    one: Tokens,
+    tokens: Tokens,
     where: Bool[Tensor, "1 pos"],
     at: Site,
     max_new_tokens: int,
 ) -> list[Reading]:
-    prompts = one.rows([0] * len(cells))
+    prompts = tokens.rows([0] * len(cells))
     rows = dictionary.rows[[latent for latent, _ in cells]]
     directions = stream_directions(model, dictionary.site, rows).float()
     directions = directions / directions.norm(dim=-1, keepdim=True)
@@ -135,14 +135,14 @@ def _written(
 
 
 def best_reading(readings: Sequence[Reading]) -> Reading:
-    """The reading at the scale where the latent is still there and the model is sure what to say.
+    """The reading at the scale where the latent is still present and the model is most certain.
 
     The largest of standardised self-similarity minus standardised entropy over the scales; the smaller scale of equals.
     """
     if not readings:
         raise UserError("there is no reading to choose from: give at least one scale")
     similar, entropy = (
-        torch.tensor([getattr(one, name) for one in readings], dtype=torch.float64)
+        torch.tensor([getattr(reading, name) for reading in readings], dtype=torch.float64)
         for name in ("self_similarity", "entropy")
     )
     score = _standardised(similar) - _standardised(entropy)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import pronouns
+from experiments.pairs.question import fitting
 from saepatch.cli.parser import run_config
 from saepatch.data.batches import batch_pairs
 from saepatch.model.loading import load_model
@@ -54,7 +55,7 @@ def test_story_pairs_line_up_and_splits_share_no_name_or_template():
     model = load_model(str(STORIES))
     words = {}
     for split in ("select", "report"):
-        pairs = [one.pair for one in pronouns.story_pairs(model, split, 1000, 0)]
+        pairs = [one.pair for one in fitting(model, pronouns.story_pairs(split, 0), 1000)]
         assert len(pairs) > 40
         batch_pairs(model, pairs)  # raises where lengths or answers do not fit
         assert {pair.answer for pair in pairs} == {" She", " He"}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from experiments import agreement, ioi, pronouns
 from experiments.pairs import stages, study
 from experiments.pairs.findings import against_dense, unsure, verdict
-from experiments.pairs.question import Question, embedded
+from experiments.pairs.question import Question, embedded, fitting
 from experiments.pairs.stages import Kind
 from saepatch import organism
 from saepatch.cli.parser import run_config
@@ -64,14 +64,14 @@ def worded():
 def test_prompts_for_another_model(worded, task):
     seen = {}
     for split in ("select", "report"):
-        framed = BUILDERS[task](worded, split, 200, 0)
+        framed = fitting(worded, BUILDERS[task](split, 0), 200)
         pairs = [one.pair for one in framed]
         assert len(pairs) == len({(pair.clean, pair.corrupted) for pair in pairs}) > 60
         batch = batch_pairs(worded, pairs)  # raises where lengths or answers do not fit
         assert bool((batch.clean.lengths == batch.corrupted.lengths).all())
         assert len({pair.example for pair in pairs}) == len(pairs)
-        assert framed == BUILDERS[task](worded, split, 200, 0)  # the seed decides
-        assert framed != BUILDERS[task](worded, split, 200, 1)
+        assert framed == fitting(worded, BUILDERS[task](split, 0), 200)  # the seed decides
+        assert framed != fitting(worded, BUILDERS[task](split, 1), 200)
         sides = [sum(pair.answer == answer for pair in pairs) / len(pairs) for answer in {p.answer for p in pairs}]
         assert max(sides) < 0.7
         words = {word for pair in pairs for word in re.findall(r"[A-Za-z]+", pair.clean + pair.corrupted)}
@@ -82,7 +82,7 @@ def test_prompts_for_another_model(worded, task):
 
 
 def test_indirect_objects_are_the_one_named_once(worded):
-    for one in ioi.ioi_pairs(worded, "report", 100, 0):
+    for one in fitting(worded, ioi.ioi_pairs("report", 0), 100):
         for text, answer, other in (
             (one.pair.clean, one.pair.answer, one.pair.counter),
             (one.pair.corrupted, one.pair.counter, one.pair.answer),
@@ -93,7 +93,7 @@ def test_indirect_objects_are_the_one_named_once(worded):
 
 def test_verbs_agree_with_the_first_noun(worded):
     kinds = set()
-    for one in agreement.agreement_pairs(worded, "select", 100, 0):
+    for one in fitting(worded, agreement.agreement_pairs("select", 0), 100):
         for text, answer in ((one.pair.clean, one.pair.answer), (one.pair.corrupted, one.pair.counter)):
             nouns = [w for w in text.split() if w.removesuffix("s") in agreement.NOUNS or w == "boxes"]
             subject, distractor = (noun.endswith("s") for noun in nouns)
@@ -105,7 +105,7 @@ def test_verbs_agree_with_the_first_noun(worded):
 def test_a_tokenizer_that_splits_the_names(worded):
     model = replace(worded, tokenizer=byte_tokenizer())
     with pytest.raises(UserError, match=r"only 0 prompt pairs fit the tokenizer of tiny-gpt2"):
-        ioi.ioi_pairs(model, "select", 5, 0)
+        fitting(model, ioi.ioi_pairs("select", 0), 5)
 
 
 def test_positions_of_a_group_mean_the_same():

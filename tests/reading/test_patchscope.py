@@ -14,6 +14,7 @@ from saepatch.model.hooks import edit_sites
 from saepatch.model.loading import load_model
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
+from saepatch.reading import patchscope
 from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.records.statistics import Interval
 from saepatch.steering.generate import direction_dictionary
@@ -23,9 +24,10 @@ pytestmark = pytest.mark.whole
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("site", [None, "resid_post.0"])
-def test_what_is_written_and_measured(family, site):
+def test_what_is_written_and_measured(family, site, monkeypatch):
     model, dictionary = tiny_model(family), random_dictionary()
-    found = read_by_patchscope(model, dictionary, [7, 3], "what is X? it", At("X"), (1.0, 4.0), site, 5, batch_size=3)
+    monkeypatch.setattr(patchscope, "BATCH", 3)
+    found = read_by_patchscope(model, dictionary, [7, 3], "what is X? it", At("X"), (1.0, 4.0), site, 5)
     assert [[(r.latent, r.scale) for r in row] for row in found] == [[(7, 1.0), (7, 4.0)], [(3, 1.0), (3, 4.0)]]
     ids = model.encode("what is X? it")
     place = ids.index(model.encode("X")[-1])
@@ -95,7 +97,7 @@ def test_mistakes():
 
 def test_the_verdict_sets_shares_at_the_same_scale_side_by_side():
     low, high, other = (Interval(value, value - 0.1, value + 0.1, 10) for value in (0.2, 0.9, 0.3))
-    one = experiment.Named("resid_post.1", "resid_post.1", "refusal", low, high, low, other)
+    one = experiment.NamedShares("resid_post.1", "resid_post.1", "refusal", low, high, low, other)
     said = experiment.verdict([one], (low, high))
     assert "named in 20% of readings at the scale that is chosen (90% at any scale)" in said
     assert "but not at that scale" in said
