@@ -22,7 +22,9 @@ class Row:
     where: str
 
 
-def read_rows(path: Path, what: str, needs: Sequence[str] = (), otherwise: str = ".jsonl") -> Iterator[Row]:
+def read_rows(
+    path: Path, what: str, needs: Sequence[str] = (), otherwise: str = ".jsonl", remedy: str = "check the path"
+) -> Iterator[Row]:
     """Rows of a file, by its ending; a file of another kind is read as one of `otherwise` (.txt: a text a line).
 
     A byte order mark in front is skipped. Lines end with a line feed alone: texts may hold other separators of Unicode.
@@ -30,19 +32,20 @@ def read_rows(path: Path, what: str, needs: Sequence[str] = (), otherwise: str =
     Args:
         what: What the rows are, for messages ("pairs").
         needs: Columns that a CSV or Parquet file has to have.
+        remedy: What to do where there is no such file, for messages.
 
     Raises:
         UserError: a file that cannot be read, or a row that is not of the file's format.
     """
     ending = path.suffix if path.suffix in TABLES else otherwise
     if ending == ".parquet":
-        yield from _parquet(path, what, needs)
+        yield from _parquet(path, what, needs, remedy)
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read {what} from {str(path)!r} ({reason}): check the path") from error
+        raise UserError(f"cannot read {what} from {str(path)!r} ({reason}): {remedy}") from error
     if ending == ".csv":
         yield from _csv(path, text, what, needs)
     elif ending == ".json" and text.lstrip().startswith("["):
@@ -85,7 +88,7 @@ def _csv(path: Path, text: str, what: str, needs: Sequence[str]) -> Iterator[Row
         raise UserError(f"{path}, line {number}, is not CSV: {error}") from error
 
 
-def _parquet(path: Path, what: str, needs: Sequence[str]) -> Iterator[Row]:
+def _parquet(path: Path, what: str, needs: Sequence[str], remedy: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -95,7 +98,7 @@ def _parquet(path: Path, what: str, needs: Sequence[str]) -> Iterator[Row]:
         for number, value in enumerate(row for batch in table.iter_batches() for row in batch.to_pylist()):
             yield Row(value, number, f"{path}, row {number}")
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {what} from {str(path)!r}: {first_line(error)}") from error
+        raise UserError(f"cannot read {what} from {str(path)!r} ({first_line(error)}): {remedy}") from error
 
 
 def _check_columns(path: Path, columns: Sequence[str], needs: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saepatch import organism
-from saepatch.data.files import Row, read_rows
+from saepatch.data.files import TABLES, Row, read_rows
 from saepatch.errors import UserError
 
 
@@ -15,7 +15,8 @@ def load_texts(spec: str, column: str = "text") -> list[str]:
     """
     if spec == "organism":
         return organism.texts()
-    rows = read_rows(Path(spec), "texts", [column], otherwise=".txt")
+    remedy = f"give organism, a .txt file with a text a line, or a file ({', '.join(TABLES)}) with a column {column!r}"
+    rows = read_rows(Path(spec), "texts", [column], ".txt", remedy)
     texts = [text for text in (_text(row, column) for row in rows) if text.strip()]
     if not texts:
         raise UserError(f"{spec!r} holds no text: give another file")
