@@ -158,7 +158,7 @@ def test_summary_names_intervals_controls_q_and_what_is_missing():
         assert str(effects.of(index)) in line
         assert line.endswith(f"{effects.q_values()[index]:.2g}")
         for role in ("random", "matched"):
-            assert str(effects.controls(index, role)) in line
+            assert str(effects.controls(index, role) or "–") in line
     assert len({len(line) for line in lines[:4]}) == 1
     assert "denoise, logit_difference: 2.000 clean, 0.000 corrupted, 12 pairs (0 with a gap below 0.01)" in lines[-1]
     assert len(effects.summary(1).splitlines()) == 3
