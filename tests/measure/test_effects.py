@@ -256,3 +256,37 @@ def test_an_edit_that_was_none_is_told_apart_from_one_without_effect():
     none = replace(effects, ran=ran)
     assert "differs in 0: " in none.summary()
     assert "differs in 0: " not in none.summary(1)  # one that is not shown
+
+
+def test_rounding_is_a_share_of_the_size_of_the_gaps():
+    """Gaps of 100, 100 and -100: rounding is 0.01, whatever way the gaps go."""
+    change = np.array([[0.02, 0.009], [0.021, 0.0091], [0.019, 0.0089]] * 4)
+    effects = effects_of(change, [Edit(SITE, (0,)), Edit(SITE, (1,))], gap=[100.0, 100.0, -100.0] * 4)
+    assert effects.q_values()[0] < 0.01
+    assert effects.q_values()[1] == 1.0
+
+
+def test_controls_are_at_the_edits_own_site_position_and_kind():
+    edits = [Edit(SITE, (1,)), Edit(SITE, (9,), role="random", beside=(1,))]
+    others = [
+        Edit(LATER, (9,), role="random", beside=(1,)),
+        Edit(SITE, (9,), 3, role="random", beside=(1,)),
+        Edit(SITE, (9,), kind="head", role="random", beside=(1,)),
+    ]
+    effects = effects_of(np.ones((4, 5)) * [1.0, 0.2, 9.0, 9.0, 9.0], [*edits, *others])
+    assert effects.controls(0, "random").value == pytest.approx(0.1)
+
+
+def test_rows_of_a_map_are_ranked_by_their_largest_effect():
+    edits = [Edit(SITE, (unit,), position=at) for unit in (1, 2) for at in (1, 2)]
+    found = effects_of([[0.5, 0.5, 0.1, 0.9]] * 3, edits).map(1)
+    assert found.labels == ("resid_post.1 2",)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_rows_hold_both_runs_and_the_patched_metric(direction):
+    effects = effects_of([[1.0], [2.0]], [Edit(SITE, (3,))], gap=[2.0, 4.0], direction=direction)
+    for number, row in enumerate(effects.rows("t")):
+        assert (row.clean, row.corrupted) == (effects.clean[number], effects.corrupted[number])
+        assert row.patched == effects.patched[number, 0]
+        assert row.effect == pytest.approx(0.5)

@@ -50,8 +50,9 @@ def test_ratios_are_of_means_on_one_set_of_draws():
     assert found == bootstrap_ratio(change, pairs.gap, seed=3) == pairs.bootstrap(3).of(change)
     assert found.value == pytest.approx(change.sum() / pairs.gap.sum())
     assert found != pairs.ratio(change, seed=4)
-    sizes = pairs.bootstrap(3, sizes=True).of(change)
-    assert sizes == bootstrap_ratio(change, np.abs(pairs.gap), seed=3)
+    mixed = ends(np.where(np.arange(20) % 5, pairs.clean, -pairs.clean), pairs.corrupted)
+    sizes = mixed.bootstrap(3, sizes=True).of(change)
+    assert sizes == bootstrap_ratio(change, np.abs(mixed.gap), seed=3) != mixed.bootstrap(3).of(change)
     flat = ends([0.4, 0.4], [0.0, 0.0]).ratio(np.ones(2))
     assert np.isnan([flat.value, flat.low, flat.high]).all()
     assert flat.n == 2

@@ -195,3 +195,12 @@ def test_planted_columns_are_found_among_many(monkeypatch):
     assert np.flatnonzero(false_discovery(change, all_of(change)) <= 0.01).tolist() == planted
     monkeypatch.setattr("saepatch.records.statistics.CELLS", 1000)  # two columns at a time
     np.testing.assert_array_equal(sign_flip_test(change, all_of(change), draws=500), p)
+
+
+def test_matched_latents_are_drawn_once_a_set_from_so_many_neighbours():
+    frequency = size = torch.linspace(0.1, 1.0, 30)  # ranks are ids: the nearest to 10 are 9, 11, then 8, 12
+    drawn = [set(latents) for latents in matched_latents([10], frequency, size, draws=200, neighbours=4)]
+    assert set().union(*drawn) == {8, 9, 11, 12}
+    pairs = matched_latents([10, 11], frequency, size, draws=100, neighbours=2)
+    assert all(len(set(latents)) == 2 for latents in pairs)
+    assert not {10, 11} & set().union(*map(set, pairs))
