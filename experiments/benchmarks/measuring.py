@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -69,6 +69,7 @@ class BenchmarkConfig:
         return clock_of(self.device)
 
 
+@runtime_checkable
 class Results(Protocol):
     """What a benchmark measured: a table for the terminal, and figures for summary.json."""
 
