@@ -76,6 +76,18 @@ class Visitor:
     def artifact(self, name, folder, about, upload):
         self.told.append((name, folder, about["files"], upload))
 
+    def curve(self, name, x, points):
+        self.told.append((name, x, points))
+
+    def figure(self, name, chart, step):
+        self.told.append((step, name, chart))
+
+    def page(self, name, path, step):
+        self.told.append((step, name, path))
+
+    def configure(self, settings):
+        self.told.append(dict(settings))
+
     def finish(self, exit_code):
         self.exit_code = exit_code
 
