@@ -56,7 +56,7 @@ def head_effects(model: LanguageModel, pairs: Sequence[PromptPair]) -> Both | No
 
 @dataclass(frozen=True, eq=False)
 class RankedSite:
-    """A site's latents, ranked on `select` by their own denoising effect; what the first `CHOOSE_BY` do together."""
+    """A site's latents, ranked on `select` by their own denoising effect, and the effect of the first `CHOOSE_BY`."""
 
     dictionary: Dictionary
     ranking: tuple[int, ...]

@@ -58,17 +58,13 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
     top, bottom, height = 30.0, (270.0 if width == WIDE else 220.0), (318.0 if width == WIDE else 268.0)
     y_axis = linear([y for y in ys if finite(y)], bottom, top, fixed=chart.y_range)
     spec = chart.y_format or common_format(y_axis.ticks)
-    left = 14 + _CHARACTER * max(len(number(tick, spec)) for tick in y_axis.ticks)
+    left = _tick_room(y_axis, spec)
     x_axis = (
         logarithmic(xs, left, width - 14, 12 if width == WIDE else 7)
         if chart.log_x
         else linear(xs, left, width - 14, 6 if width == WIDE else 4, fixed=_ends(xs))
     )
-    parts = [label(0, 12, chart.y_label, "axis")]
-    for tick in y_axis.ticks:
-        y = y_axis(tick)
-        parts.append(rule(left, y, width - 14, y, "zero" if tick == 0 else "grid"))
-        parts.append(label(left - 8, y + 4, number(tick, spec), "tick", "end"))
+    parts = _y_axis(y_axis, chart.y_label, left, width, spec)
     for tick in x_axis.ticks:
         parts.append(rule(x_axis(tick), bottom, x_axis(tick), bottom + 5, "zero"))
         parts.append(label(x_axis(tick), bottom + 19, number(tick, chart.x_format), "tick", "middle"))
@@ -80,6 +76,20 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
     for index, line in enumerate(chart.series):
         parts.append(_line(line, index, x_axis, y_axis, chart))
     return Drawing(width, height, chart.title, tuple(parts))
+
+
+def _tick_room(axis: Scale, spec: str = "") -> float:
+    """Where a chart begins, right of the numbers of its vertical axis."""
+    return 14 + _CHARACTER * max(len(number(tick, spec)) for tick in axis.ticks)
+
+
+def _y_axis(axis: Scale, name: str, left: float, width: int, spec: str = "") -> list[Markup]:
+    """A vertical axis: what it shows, its numbers, and a line across the chart at each."""
+    parts = [label(0, 12, name, "axis")]
+    for tick in axis.ticks:
+        parts.append(rule(left, axis(tick), width - 14, axis(tick), "zero" if tick == 0 else "grid"))
+        parts.append(label(left - 8, axis(tick) + 4, number(tick, spec), "tick", "end"))
+    return parts
 
 
 def _below_axis(text: str, left: float, width: int, y: float) -> Markup:
@@ -144,13 +154,10 @@ def scatter_chart(chart: ScatterChart, width: int) -> Drawing:
     top, bottom, height = 30.0, (390.0 if width == WIDE else 290.0), (438.0 if width == WIDE else 338.0)
     y_axis = linear([y for _, y in drawn], bottom, top)
     y_spec = common_format(y_axis.ticks)
-    left = 14 + _CHARACTER * max(len(number(tick, y_spec)) for tick in y_axis.ticks)
+    left = _tick_room(y_axis, y_spec)
     x_axis = linear([x for x, _ in drawn], left, width - 14, 6 if width == WIDE else 4)
     x_spec = common_format(x_axis.ticks)
-    parts = [label(0, 12, chart.y_label, "axis")]
-    for tick in y_axis.ticks:
-        parts.append(rule(left, y_axis(tick), width - 14, y_axis(tick), "zero" if tick == 0 else "grid"))
-        parts.append(label(left - 8, y_axis(tick) + 4, number(tick, y_spec), "tick", "end"))
+    parts = _y_axis(y_axis, chart.y_label, left, width, y_spec)
     for tick in x_axis.ticks:
         parts.append(rule(x_axis(tick), top, x_axis(tick), bottom, "zero" if tick == 0 else "grid"))
         parts.append(label(x_axis(tick), bottom + 19, number(tick, x_spec), "tick", "middle"))
@@ -247,12 +254,9 @@ def histogram(chart: Histogram, width: int) -> Drawing:
     """Bars from edge to edge; their heights are counts."""
     top, bottom, height = 26.0, 126.0, 166.0
     y_axis = linear([0.0, *map(float, chart.counts)], bottom, top, 3)
-    left = 14 + _CHARACTER * max(len(number(tick)) for tick in y_axis.ticks)
+    left = _tick_room(y_axis)
     x_axis = linear(chart.edges, left, width - 14, 6 if width == WIDE else 4, fixed=_ends(chart.edges))
-    parts = [label(0, 12, chart.y_label, "axis")]
-    for tick in y_axis.ticks:
-        parts.append(rule(left, y_axis(tick), width - 14, y_axis(tick), "zero" if tick == 0 else "grid"))
-        parts.append(label(left - 8, y_axis(tick) + 4, number(tick), "tick", "end"))
+    parts = _y_axis(y_axis, chart.y_label, left, width)
     for tick in x_axis.ticks:
         parts.append(label(x_axis(tick), bottom + 16, number(tick), "tick", "middle"))
     for low, high, count in zip(chart.edges, chart.edges[1:], chart.counts):
