@@ -59,8 +59,9 @@ def run(config: TrainingConfig) -> None:
                 config.dtype,
                 prepend_bos=config.prepend_bos,
                 trust_remote_code=config.trust_remote_code,
+                revision=revision or None,
             )
-            for name in (config.model, *config.also)
+            for name, revision in ((config.model, config.revision), *((name, "") for name in config.also))
         ]
         if config.sweep:
             swept = run_sweep(model, documents, config, ranks, also)

@@ -239,10 +239,12 @@ def test_a_model_on_the_hub_and_one_that_is_not(tmp_path):
     script = (
         "from training.__main__ import main\n"
         "preset = 'training/configs/gemma-2-2b.yaml'\n"
+        "assert main([preset, '--dry_run', '--device', 'meta', '--revision', 'v2']) == 0\n"
+        "assert main([preset, '--dry_run', '--device', 'meta', '--revision', 'v3']) == 2\n"
         "print(main([preset, '--dry_run', '--device', 'meta']))\n"
         "print(main([preset, '--dry_run', '--model', 'google/absent']))\n"
     )
-    with serve({"google/gemma-2-2b": tmp_path / "gemma"}) as endpoint:
+    with serve(dict.fromkeys(("google/gemma-2-2b", "google/gemma-2-2b@v2"), tmp_path / "gemma")) as endpoint:
         environment = os.environ | {
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(tmp_path / "cache"),
@@ -260,8 +262,9 @@ def test_a_model_on_the_hub_and_one_that_is_not(tmp_path):
     assert done.stdout.splitlines()[-2:][0] == "0"
     assert done.stdout.splitlines()[-1] == "2"
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "cannot read the config of model 'google/absent'" in errors[0]
+    assert len(errors) == 2
+    assert "cannot read the config of model 'google/gemma-2-2b'" in errors[0]
+    assert "cannot read the config of model 'google/absent'" in errors[1]
     assert "Traceback" not in done.stderr
 
 

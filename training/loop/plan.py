@@ -136,7 +136,7 @@ def plan(config: TrainingConfig) -> Plan:
     """
     from .checks import check_also, check_model
 
-    model = skeleton(config.model, config.dtype)
+    model = skeleton(config.model, config.dtype, config.revision)
     sites = config.sites_of(model.n_layers)
     check_model(model, sites, config)
     check_also(model, [skeleton(name, config.dtype) for name in config.also], sites, config)
@@ -163,7 +163,7 @@ def plan(config: TrainingConfig) -> Plan:
     )
 
 
-def skeleton(name: str, dtype: str) -> LanguageModel:
+def skeleton(name: str, dtype: str, revision: str = "") -> LanguageModel:
     """A model that has every module but no storage, from its config alone. It has no tokenizer and cannot run.
 
     Raises:
@@ -178,7 +178,9 @@ def skeleton(name: str, dtype: str) -> LanguageModel:
     if source is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise UserError(f"no folder {name!r}, and that is no Hugging Face id: use 'organism', a folder, or OWNER/NAME")
     try:
-        described = AutoConfig.from_pretrained(str(source or name), trust_remote_code=False)
+        described = AutoConfig.from_pretrained(
+            str(source or name), revision=revision or "main", trust_remote_code=False
+        )
         with torch.device("meta"):
             hf: nn.Module = AutoModelForCausalLM.from_config(described, dtype=resolved)
     except Exception as error:  # the hub's client and configs fail in many ways
@@ -349,7 +351,9 @@ def _epochs(config: TrainingConfig, described: Any) -> float | None:
 
     documents = texts(config.data, config.text_column)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(_source(config.model) or config.model), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(_source(config.model) or config.model), revision=config.revision or "main", trust_remote_code=False
+        )
     except Exception:  # one without files, or out of reach; the plan is of use without it
         return None
     assert not hasattr(documents, "read")

@@ -36,7 +36,7 @@ FIRST_TOKENS = 16_384  # activations that scale and decoder bias are set from
 
 # What may differ when a run is resumed: where it runs, what it logs and keeps, not what it learns.
 _MAY_DIFFER = {
-    *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "prefetch", "cache", "cache_gb"),
+    *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "revision", "prefetch", "cache", "cache_gb"),
     *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
 }
 
