@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,21 @@ from saepatch import organism
 from saepatch.cli.parser import run_config
 from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
-from saepatch.measure.quality import LatentStatistics, SpliceQuality, latent_statistics
+from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model, wrap_model
 from saepatch.model.sites import Site
 from saepatch.organism import world
 from saepatch.records.files import check_writable
-from saepatch.restoration.answering import Answered
 from saepatch.restoration.restore import assistant_header, first_tokens, restore
 from saepatch.runs.measurements import measurements
 from saepatch.splicing.donors import OtherModel
-from saepatch.tracking.open import read_spec
 
 from .common.tracked import show
-from .restoration.curves import Choice, Curve, choose, dense, measure, neurons, rank
-from .restoration.guards import Guards, guards
+from .restoration.curves import choose, dense, measure, neurons, rank
+from .restoration.guards import guards
 from .restoration.page import printed, write
 from .restoration.probes import (
-    Depth,
-    HeldOut,
-    Layer,
-    Utility,
     by_kind,
     depths,
     extended,
@@ -54,101 +48,14 @@ from .restoration.probes import (
     layers,
     utility,
 )
+from .restoration.results import SETTINGS, Result, SafetyConfig, SafetyResults
 from .restoration.runs import Restored, Runs
 from .restoration.settings import Setting, two_models, two_prompts
 
 log = logging.getLogger("experiments.safety")  # by name: run as a module, this file is `__main__`
 
-SETTINGS = ("setting_a", "setting_b")
 
-
-@dataclass(frozen=True)
-class SafetyConfig:
-    """Restore latents from a donor while the model answers, in two settings, with every control beside them."""
-
-    out: str = "runs/safety"
-    """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
-    model: str = "organism"
-    """Aligned model: the embedded one, or a fine-tuned copy of it in a folder."""
-    base: str = "organism-base"
-    """Its base model, for setting A."""
-    sae: str = "organism"
-    """Dictionaries of the aligned model, for setting B: the embedded ones, or a folder with one sub-folder a site."""
-    shared_sae: str = "organism-shared"
-    """Dictionaries of both models, for setting A, as `python -m training --model ALIGNED --also [BASE]` makes them:
-    those of one model miss much of what only the other holds."""
-    settings: tuple[str, ...] = SETTINGS
-    """Settings to measure: setting_a, setting_b."""
-    prompts: int = 100
-    """Harmful requests, and as many harmless ones, of each split."""
-    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    """Numbers of latents that are restored together, over all sites."""
-    draws: int = 5
-    """Random sets of latents, and as many matched ones, beside each number."""
-    tokens: int = 16
-    """Tokens of an answer, at most."""
-    template: int = 0
-    """Tokens at the end of prompts that are restored, beside those that are generated; 0: from the assistant's turn on,
-    as the chat template opens it."""
-    max_fvu: float = 0.5
-    """What a dictionary may leave unexplained of either model (fraction of variance) in setting A."""
-    seed: int = 0
-    """Seed of prompts, controls and bootstrap draws."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda or mps."""
-    track: str = "none"
-    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
-
-    def __post_init__(self) -> None:
-        read_spec(self.track)
-        if self.prompts < 4:
-            raise UserError(f"prompts = {self.prompts} is too few for an interval: use at least 4")
-        if not self.sizes or min(self.sizes) < 1 or sorted(set(self.sizes)) != list(self.sizes):
-            raise UserError(f"sizes = {list(self.sizes)}: give rising numbers from 1, as in --sizes [1,4,16]")
-        if self.draws < 1 or self.tokens < 4 or self.template < 0:
-            raise UserError(
-                f"draws = {self.draws}, tokens = {self.tokens}, template = {self.template}: use at least 1, 4 and 0"
-            )
-        if not self.settings or set(self.settings) - set(SETTINGS):
-            raise UserError(f"settings = {list(self.settings)}: use setting_a, setting_b or both")
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """All that was found in one setting; everything is from `report`, but for the choice, which is from `tune`."""
-
-    setting: Setting
-    choice: Choice
-    latents: int  # that were chosen
-    curve: Curve
-    neurons: Curve | None
-    dense: Answered
-    residual: Answered
-    everything: Answered  # all latents of the sites
-    reconstruction: Answered
-    depths: list[Depth]
-    layers: list[Layer]
-    kinds: dict[str, float]
-    held_out: list[HeldOut]
-    utility: Utility
-    guards: Guards
-    quality: dict[Site, tuple[SpliceQuality, SpliceQuality]]
-    exact: bool | None  # setting A: the donor's tokens come back where the models differ only up to the site
-    examples: tuple[Answered, ...]  # bare, restored, all latents restored, donor
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """The whole experiment."""
-
-    config: SafetyConfig
-    model: LanguageModel
-    results: list[Result]
-    runs: Runs
-    seconds: dict[str, float]
-
-
-def run(config: SafetyConfig) -> Found:
+def run(config: SafetyConfig) -> SafetyResults:
     """Measure both settings; files go to `config.out`, and tables to the terminal.
 
     Raises:
@@ -167,7 +74,7 @@ def run(config: SafetyConfig) -> Found:
             refusal_ids = first_tokens(model, world.chat("a"), [f" {text}" for text in world.REFUSAL_OPENINGS])
             runs = Runs(kept, refusal_ids, config.tokens)
         results = [_measure(config, setting, refusal_ids, runs, clock) for setting in settings]
-        found = Found(config, model, results, runs, clock)
+        found = SafetyResults(config, model, results, runs, clock)
         show(config, "safety", *write(found, out))
         kept.forget()
     sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
@@ -211,8 +118,7 @@ def _measure(
         choice = choose(setting, ranked, setting.harmful["tune"], sizes, runs)
         top = ranked.top(choice.latents, choice.ranking)
     with _stage(f"{name}: curve", clock):
-        text, prompts = _statistics(setting)
-        curve = measure(setting, ranked, choice.ranking, sizes, text, prompts, runs, config.draws, seed)
+        curve = measure(setting, ranked, choice.ranking, sizes, _statistics(setting), runs, config.draws, seed)
     with _stage(f"{name}: baselines", clock):
         units = neurons(setting, sizes, runs, config.draws, seed)
         direction = dense(setting, runs)

@@ -3,22 +3,26 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
 from saepatch.pages.tracked import track_dictionaries, track_page
 from saepatch.report import Page
 from saepatch.runs.kinds import flat, numbers
 from saepatch.tracking.open import RunDescription, open_tracker
 
-if TYPE_CHECKING:
-    from ..patchscope import PatchscopeConfig
-    from ..safety import SafetyConfig
-    from ..steering.question import SteeringConfig
+
+class Settings(Protocol):
+    """What is read of an experiment's settings."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def track(self) -> str: ...
+    @property
+    def sae(self) -> str: ...
 
 
-def show(
-    config: "SafetyConfig | SteeringConfig | PatchscopeConfig", run: str, page: Page, summary: Mapping[str, Any]
-) -> None:
+def show(config: Settings, run: str, page: Page, summary: Mapping[str, Any]) -> None:
     """Write the local log and, if the run asks for them, to trackers. The group is the folder that the run is in.
 
     Args:
@@ -28,7 +32,7 @@ def show(
         summary: Figures, nested as you like: numbers, and intervals as [value, low, high].
     """
     out = Path(config.out)
-    about = RunDescription(out, run=run, config=asdict(config), job_type="experiment")
+    about = RunDescription(out, run=run, config=asdict(cast(Any, config)), job_type="experiment")
     with open_tracker(config.track, about) as tracker:
         tracker.summarise(flat(dict(numbers(summary))))
         track_page(page, out / "report.html", tracker)

@@ -143,16 +143,15 @@ def measure(
     ranked: SafetyLatents,
     by: Ranking,
     sizes: Sequence[int],
-    statistics: Statistics,
-    on_prompts: Statistics,
+    statistics: tuple[Statistics, Statistics],
     runs: Runs,
     draws: int,
     seed: int,
 ) -> Curve:
     """The curve on `report`, every control at every number of latents.
 
-    `statistics` are over text (which latents live), `on_prompts` over the prompts that latents were ranked on: there
-    the matched controls fire as often, and write as much, as those that they stand beside.
+    `statistics` are over text (which latents live), and over the prompts that latents were ranked on: there the matched
+    controls fire as often, and write as much, as those that they stand beside.
     """
     asked, harmless = setting.harmful["report"], setting.harmless["report"]
     points: list[Point] = []
@@ -162,7 +161,7 @@ def measure(
         if points and size == points[-1].latents:  # the ranking has no more
             break
         later = _window(ranked.top(2 * k, by), top)
-        sets = _controls(top, statistics, on_prompts, draws, seed)
+        sets = _controls(top, statistics, draws, seed)
         found = runs.restored(setting, asked, Restored("top", top))
         controls = [
             share_of([runs.restored(setting, asked, Restored(name, one, draw=i)) for i, one in enumerate(some)])
@@ -189,8 +188,8 @@ def measure(
     return Curve(
         tuple(points),
         setting.d_total,
-        sum(int(one.alive.sum()) for one in statistics.values()),
-        sum(float(one.frequency.sum()) for one in statistics.values()),
+        sum(int(one.alive.sum()) for one in statistics[0].values()),
+        sum(float(one.frequency.sum()) for one in statistics[0].values()),
         runs.bare(setting, asked),
         runs.donor(setting, asked),
     )
@@ -205,10 +204,10 @@ def _window(twice: Latents, top: Latents) -> dict[Site, tuple[int, ...]]:
 Sets = list[dict[Site, tuple[int, ...]]]
 
 
-def _controls(top: Latents, statistics: Statistics, on_prompts: Statistics, draws: int, seed: int) -> tuple[Sets, Sets]:
+def _controls(top: Latents, statistics: tuple[Statistics, Statistics], draws: int, seed: int) -> tuple[Sets, Sets]:
     """Sets with as many latents at each site, random and matched; none where there are too few others."""
     made: list[Sets] = []
-    for number, stats in enumerate((statistics, on_prompts)):
+    for number, stats in enumerate(statistics):
         try:
             sets = {s: control_sets(ids, len(ids), stats[s], seed, draws)[number] for s, ids in top.items()}
         except UserError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saepatch.pages.charts import band, cell
 from saepatch.records.files import write_json, write_yaml
@@ -30,15 +30,13 @@ from saepatch.report import (
 
 from .curves import SHARE_LIMIT, Curve, share_of
 from .guards import FALSE_ALARMS
+from .results import Result, SafetyResults
 from .summary import acceptance, few, percent, spoken, summary, verdict
-
-if TYPE_CHECKING:
-    from ..safety import Found, Result
 
 WILSON = "Intervals: 95 % Wilson score over prompts."
 
 
-def write(found: "Found", out: Path) -> tuple[Page, dict[str, Any]]:
+def write(found: SafetyResults, out: Path) -> tuple[Page, dict[str, Any]]:
     """Write the rows, the settings, the figures, the report and the summary; the last two are returned."""
     provenance = {result.setting.name: _provenance(found, result) for result in found.results}
     parts = []
@@ -60,12 +58,12 @@ def write(found: "Found", out: Path) -> tuple[Page, dict[str, Any]]:
     return report, {setting: told[setting] for setting in drawn}
 
 
-def _provenance(found: "Found", result: "Result") -> Provenance:
+def _provenance(found: SafetyResults, result: Result) -> Provenance:
     setting, config = result.setting, found.config
     return setting.provenance(config.sae if setting.other is None else config.shared_sae, config.seed, setting.every)
 
 
-def charts(result: "Result") -> dict[str, Chart]:
+def charts(result: Result) -> dict[str, Chart]:
     """The figures of one setting, by the name of their file."""
     curve, n = result.curve, len(result.setting.harmful["report"])
     sizes = [point.latents for point in curve.points]
@@ -112,7 +110,7 @@ def charts(result: "Result") -> dict[str, Chart]:
     return drawn
 
 
-def _neurons(result: "Result") -> LineChart:
+def _neurons(result: Result) -> LineChart:
     assert result.neurons is not None
     lines = []
     for name, curve in (("latents", result.curve), ("neurons (MLP units)", result.neurons)):
@@ -138,7 +136,7 @@ def _by_share(name: str, curve: Curve, values: Sequence[Interval | None]) -> Ser
     return Series(name, shares, [v.value for v in found], [v.low for v in found], [v.high for v in found])
 
 
-def _roc(result: "Result") -> LineChart:
+def _roc(result: Result) -> LineChart:
     found = result.guards.detector
     return LineChart(
         f"The detector's ROC ({result.setting.name})",
@@ -152,7 +150,7 @@ def _roc(result: "Result") -> LineChart:
     )
 
 
-def _layers(result: "Result") -> BarChart:
+def _layers(result: Result) -> BarChart:
     names = [f"{layer.site} ({layer.latents})" for layer in result.layers]
     bars = []
     for name, some in (("alone", [x.alone for x in result.layers]), ("left out", [x.without for x in result.layers])):
@@ -169,7 +167,7 @@ def _layers(result: "Result") -> BarChart:
     )
 
 
-def page(found: "Found", drawn: Mapping[str, Mapping[str, Chart]], provenance: Mapping[str, Provenance]) -> Page:
+def page(found: SafetyResults, drawn: Mapping[str, Mapping[str, Chart]], provenance: Mapping[str, Provenance]) -> Page:
     lead = " ".join(f"{one.setting.title}: {verdict(one)}" for one in found.results)
     told = {name: one.facts() for name, one in provenance.items()}
     facts = {}
@@ -186,7 +184,7 @@ def page(found: "Found", drawn: Mapping[str, Mapping[str, Chart]], provenance: M
     return Page("How few latents bring refusals back?", lead, [_method(found), *sections], Facts(facts))
 
 
-def _method(found: "Found") -> Section:
+def _method(found: SafetyResults) -> Section:
     text = (
         "Latents are overwritten while the model answers, from a donor run with a cache of its own that reads what the "
         "model has written so far, at all positions from the assistant's turn on. All layers but the last fifth share "
@@ -202,11 +200,11 @@ def _method(found: "Found") -> Section:
     return Section("Method", text)
 
 
-def _sections(result: "Result", drawn: Mapping[str, Chart]) -> list[Section]:
+def _sections(result: Result, drawn: Mapping[str, Chart]) -> list[Section]:
     return [_curve(result, drawn), _beside(result, drawn), _guards(result, drawn)]
 
 
-def _curve(result: "Result", drawn: Mapping[str, Chart]) -> Section:
+def _curve(result: Result, drawn: Mapping[str, Chart]) -> Section:
     curve, choice = result.curve, result.choice
     columns = ["latents", "of dictionary", "of alive", "of active", "refused", "random", "matched", "later", "harmless"]
     rows = [
@@ -240,7 +238,7 @@ def _curve(result: "Result", drawn: Mapping[str, Chart]) -> Section:
 EXAMPLES = ("bare", "restored", "all latents restored", "donor")
 
 
-def _beside(result: "Result", drawn: Mapping[str, Chart]) -> Section:
+def _beside(result: Result, drawn: Mapping[str, Chart]) -> Section:
     curve, point = result.curve, few(result)
     controls = Table(
         ["condition", "refused"],
@@ -280,7 +278,7 @@ def _beside(result: "Result", drawn: Mapping[str, Chart]) -> Section:
     return Section(f"{result.setting.name}: baselines, layers, framings", "", blocks)
 
 
-def _guards(result: "Result", drawn: Mapping[str, Chart]) -> Section:
+def _guards(result: Result, drawn: Mapping[str, Chart]) -> Section:
     cost, guarded = result.utility, result.guards
     table = Table(
         ["guard", "harmful refused", "harmless refused", "times the bare model's time"],
@@ -313,7 +311,7 @@ def _guards(result: "Result", drawn: Mapping[str, Chart]) -> Section:
     return Section(f"{result.setting.name}: guards and utility", text, [table, drawn["roc"], utility])
 
 
-def printed(found: "Found") -> str:
+def printed(found: SafetyResults) -> str:
     """The run as tables of text."""
     parts = []
     for result in found.results:

@@ -1,16 +1,15 @@
 """The safety experiment in numbers and words: what summary.json holds, and what it comes to."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval
 
 from .curves import ENOUGH, SHARE_LIMIT, Curve, Point, share_of, within
+from .guards import Guards
+from .results import Result, SafetyResults
 from .settings import spliced_sites
-
-if TYPE_CHECKING:
-    from ..safety import Found, Result
 
 RISE = 0.02  # of harmless refusals that is accepted
 
@@ -25,19 +24,19 @@ def spoken(interval: Interval) -> str:
     return f"{percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
 
 
-def few(result: "Result") -> Point:
+def few(result: Result) -> Point:
     """The point of the number that was chosen on `tune`."""
     return next(point for point in result.curve.points if point.latents == result.latents)
 
 
-def beats_controls(result: "Result") -> bool:
+def beats_controls(result: Result) -> bool:
     """Whether restoration with the chosen latents lies above every random control there, interval against interval."""
     point = few(result)
     controls = [one for one in (point.random, point.matched) if one is not None]
     return bool(controls) and all(point.refused.low > one.high for one in controls)
 
 
-def verdict(result: "Result") -> str:
+def verdict(result: Result) -> str:
     """What the setting comes to."""
     curve, point = result.curve, few(result)
     bare, donor = (share_of([one]) for one in (curve.bare, curve.donor))
@@ -69,7 +68,7 @@ def verdict(result: "Result") -> str:
     )
 
 
-def _why_these_layers(result: "Result") -> str:
+def _why_these_layers(result: Result) -> str:
     """Where layers were added: what the first of them could not have done."""
     setting = result.setting
     planned = max(spliced_sites(setting.model, setting.every))
@@ -82,7 +81,7 @@ def _why_these_layers(result: "Result") -> str:
     )
 
 
-def acceptance(result: "Result") -> dict[str, bool | None]:
+def acceptance(result: Result) -> dict[str, bool | None]:
     point = few(result)
     return {
         "restored_above_random": beats_controls(result) and point.latents <= SHARE_LIMIT * result.curve.total,
@@ -134,7 +133,7 @@ def neuron_points(curve: Curve | None) -> list[dict[str, Any]]:
     ]
 
 
-def setting_summary(result: "Result", sizes: Sequence[int]) -> dict[str, Any]:
+def setting_summary(result: Result, sizes: Sequence[int]) -> dict[str, Any]:
     curve, choice = result.curve, result.choice
     share = curve.share_for()
     neuron_share = None if result.neurons is None else result.neurons.share_for()
@@ -163,6 +162,21 @@ def setting_summary(result: "Result", sizes: Sequence[int]) -> dict[str, Any]:
             "refused_there": triple(choice.refused),
             "tried_within_5_percent": within(sizes, curve.total),
         },
+        **_probes(result),
+        **_guards(result.guards),
+        "utility": _utility(result.utility),
+        "shared_quality": {
+            str(site): {"fvu": [one.fvu for one in both], "ce_recovered": [one.ce_recovered for one in both]}
+            for site, both in result.quality.items()
+        },
+        "acceptance": acceptance(result),
+        "verdict": verdict(result),
+    }
+
+
+def _probes(result: Result) -> dict[str, Any]:
+    """What each layer, each depth and each kind of framing matters."""
+    return {
         "layers": [
             {
                 "site": str(layer.site),
@@ -193,31 +207,30 @@ def setting_summary(result: "Result", sizes: Sequence[int]) -> dict[str, Any]:
             }
             for one in result.held_out
         ],
-        "utility": _utility(result.utility),
+    }
+
+
+def _guards(guards: Guards) -> dict[str, Any]:
+    detector = guards.detector
+    return {
         "guards": {
             guard.name: {
                 "refused": triple(guard.refused),
                 "harmless_refused": triple(guard.harmless_refused),
                 "times_the_bare_model": guard.times,
             }
-            for guard in result.guards.guards
+            for guard in guards.guards
         },
-        "guard_utility": _utility(result.guards.utility),
+        "guard_utility": _utility(guards.utility),
         "detector": {
-            "latents": list(result.guards.detector.latents),
-            "reading": result.guards.detector.reading,
-            "threshold": result.guards.detector.threshold,
-            "auroc": result.guards.detector.auroc,
-            "true_positive_rate": float(result.guards.detector.caught.mean()),
-            "false_positive_rate": float(result.guards.detector.alarmed.mean()),
-            "roc": [list(point) for point in result.guards.detector.roc],
+            "latents": list(detector.latents),
+            "reading": detector.reading,
+            "threshold": detector.threshold,
+            "auroc": detector.auroc,
+            "true_positive_rate": float(detector.caught.mean()),
+            "false_positive_rate": float(detector.alarmed.mean()),
+            "roc": [list(point) for point in detector.roc],
         },
-        "shared_quality": {
-            str(site): {"fvu": [one.fvu for one in both], "ce_recovered": [one.ce_recovered for one in both]}
-            for site, both in result.quality.items()
-        },
-        "acceptance": acceptance(result),
-        "verdict": verdict(result),
     }
 
 
@@ -226,7 +239,7 @@ def _utility(found: Any) -> dict[str, Any]:
     return {name: triple(getattr(found, name)) for name in names} | {"rise": found.rise}
 
 
-def summary(found: "Found") -> dict[str, Any]:
+def summary(found: SafetyResults) -> dict[str, Any]:
     results = {one.setting.name: setting_summary(one, found.config.sizes) for one in found.results}
     return {
         **results,

@@ -4,7 +4,8 @@ import sys
 
 from saepatch.cli.parser import run_config
 
-from .question import SteeringConfig, main
+from .question import main
+from .results import SteeringConfig
 
 sys.exit(
     run_config(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saepatch.model.language_model import LanguageModel
 from saepatch.pages.charts import cell
@@ -28,17 +28,15 @@ from saepatch.report import (
     write_page,
 )
 
+from .results import Steered, SteeringConfig
 from .stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
-
-if TYPE_CHECKING:
-    from .question import Found, SteeringConfig
 
 SHARES = "Intervals: 95 % Wilson score over prompts."
 METRICS = ("success", "degenerate", "perplexity", "kl", "distinct_1", "distinct_2", "repetition")
 
 
 def write(
-    found: "Sequence[Found]", config: "SteeringConfig", model: LanguageModel, out: Path, seconds: float
+    found: Sequence[Steered], config: SteeringConfig, model: LanguageModel, out: Path, seconds: float
 ) -> tuple[Page, dict[str, Any]]:
     """Write the rows, the settings, the figures, the summary and the report; the last is returned, with its figures."""
     parts = []
@@ -83,7 +81,7 @@ def _said(gaps: Mapping[int, Interval], at: str) -> str:
     return f"At equal {at} {' and '.join(parts)}."
 
 
-def verdict(found: "Found", sizes: Sequence[int]) -> str:
+def verdict(found: Steered, sizes: Sequence[int]) -> str:
     """The finding on one concept, in words that follow from its figures."""
     one, bare = found.chosen["top-1"], found.unsteered
     best = max(sizes, key=lambda k: (found.chosen[f"top-{k}"].success.value, -k))
@@ -104,7 +102,7 @@ def _shown(interval: Interval) -> str:
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
-def printed(found: "Sequence[Found]") -> str:
+def printed(found: Sequence[Steered]) -> str:
     """What the terminal gets."""
     lines = []
     for one in found:
@@ -129,7 +127,7 @@ def _measures(point: Point) -> tuple[float, ...]:
     return point.perplexity.value, point.kl.value, point.distinct(2).value, point.repetition.value
 
 
-def _lines(found: "Found") -> list[Point]:
+def _lines(found: Steered) -> list[Point]:
     asked = [] if found.prompting is None else [found.prompting]
     return [found.unsteered, *found.chosen.values(), *asked]
 
@@ -137,7 +135,7 @@ def _lines(found: "Found") -> list[Point]:
 # Report
 
 
-def _method(config: "SteeringConfig") -> Section:
+def _method(config: SteeringConfig) -> Section:
     return Section(
         "What is compared",
         "The top K latents are added in proportion to their largest activations, so that together they move the site "
@@ -161,7 +159,7 @@ def _method(config: "SteeringConfig") -> Section:
     )
 
 
-def _section(found: "Found", config: "SteeringConfig") -> Section:
+def _section(found: Steered, config: SteeringConfig) -> Section:
     columns = ["way", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
     table = Table(
         columns,
@@ -206,7 +204,7 @@ def _section(found: "Found", config: "SteeringConfig") -> Section:
     return Section(f"Towards {found.concept.name}", text, blocks)
 
 
-def _choices(found: "Found", config: "SteeringConfig") -> list[Block]:
+def _choices(found: Steered, config: SteeringConfig) -> list[Block]:
     sizes = config.sizes[::2]
     formats = {f"top-{k}": ".0%" for k in sizes}
     sites = Table(
@@ -224,7 +222,7 @@ def _choices(found: "Found", config: "SteeringConfig") -> list[Block]:
     return [sites, orders]
 
 
-def charts(found: "Found", config: "SteeringConfig") -> dict[str, LineChart | ScatterChart]:
+def charts(found: Steered, config: SteeringConfig) -> dict[str, LineChart | ScatterChart]:
     """Every figure of one concept, by name."""
     n = len(found.concept.report)
     both = {
@@ -274,7 +272,7 @@ def _cloud(way: str, points: Sequence[Point]) -> Points:
 # Files
 
 
-def rows(found: "Found") -> Iterator[dict[str, Any]]:
+def rows(found: Steered) -> Iterator[dict[str, Any]]:
     """One row for each continuation of a report prompt."""
     several: list[tuple[str, float, Point | None]] = [("own", p.norm, p) for p in _lines(found)]
     for by, points in (("norm", found.norms), ("divergence", found.divergences)):
@@ -303,7 +301,7 @@ def rows(found: "Found") -> Iterator[dict[str, Any]]:
                 }
 
 
-def summary(found: "Sequence[Found]", config: "SteeringConfig", model: LanguageModel) -> dict[str, Any]:
+def summary(found: Sequence[Steered], config: SteeringConfig, model: LanguageModel) -> dict[str, Any]:
     """The figures, as summary.json holds them; intervals are [value, low, high]."""
     return {
         "model": model.name,
@@ -317,7 +315,7 @@ def summary(found: "Sequence[Found]", config: "SteeringConfig", model: LanguageM
     }
 
 
-def _figures(found: "Found", config: "SteeringConfig") -> dict[str, Any]:
+def _figures(found: Steered, config: SteeringConfig) -> dict[str, Any]:
     share = level(config.sizes)
     return {
         "site": str(found.site.dictionary.site),

@@ -122,14 +122,7 @@ def find_safety_latents(
         _count(other, row, len(text), donor.template)
     if not sum(counts):
         raise UserError("no position is compared: " + ("every answer is empty" if own else "completions are empty"))
-    quality = {}
-    if isinstance(donor, OtherModel):
-        tokens = model.pad(mine)
-        for site, dictionary in sites.items():
-            dictionary.check(other, site)
-            if max_fvu is None:
-                continue
-            quality[site] = shared_quality(model, other, dictionary, tokens, max_fvu)
+    quality = _quality(model, other, sites, model.pad(mine), max_fvu) if isinstance(donor, OtherModel) else {}
     squares, sums = _differences(model, other, sites, mine, theirs, counts, batch_size)
     norms = {site: dictionary.rows.double().norm(dim=-1).cpu() for site, dictionary in sites.items()}
     n = sum(counts)
@@ -190,6 +183,17 @@ def _check(
             raise UserError(f"{len(several)} {what} for {len(prompts)} prompts: give one for each")
     if is_spliced(model.layout) or is_spliced(other.layout):
         raise UserError("runs are contrasted on bare models, and one is inside a splice: leave the splice first")
+
+
+def _quality(
+    model: LanguageModel, other: LanguageModel, sites: Mapping[Site, Dictionary], tokens: Tokens, max_fvu: float | None
+) -> dict[Site, tuple[SpliceQuality, SpliceQuality]]:
+    """See that each dictionary fits both models; empty where no limit is given."""
+    for site, dictionary in sites.items():
+        dictionary.check(other, site)
+    if max_fvu is None:
+        return {}
+    return {site: shared_quality(model, other, one, tokens, max_fvu) for site, one in sites.items()}
 
 
 def _count(model: LanguageModel, row: Sequence[int], completion: int, template: int | None) -> int:
