@@ -58,12 +58,11 @@ def attribute_attention(
 
     Raises:
         UserError: the model's attention does not go through transformers' interface, or computes something else than
-            softmax attention (with sinks or biases, say); it is in training mode; or an option that there is not.
+            softmax attention (with sinks or biases, say); it is in training mode; or an unknown option.
     """
     chosen = _without_corruption(with_keywords(options, keywords))
-    clean, corrupted = np.zeros(len(pairs)), np.zeros(len(pairs))
+    clean, corrupted, layers = np.zeros(len(pairs)), np.zeros(len(pairs)), list[int]()
     scored: list[dict[str, ndarray]] = []
-    layers: list[int] = []
     whole = choose_positions(model, batch_pairs(model, pairs, align=chosen.align), chosen.positions)
     for part in same_length_batches(whole, chosen.batch_size or 16):
         tokens, others = (part.corrupted, part.clean) if chosen.denoises else (part.clean, part.corrupted)
@@ -79,7 +78,6 @@ def attribute_attention(
             place = partial(own_positions, tokens, align=chosen.align)
             scored += _scored(base[layer], source[layer], estimate, part, place, number)
     columns = {name: np.concatenate([entries[name] for entries in scored]) for name in scored[0]}
-    columns["score"] = columns["score"] if chosen.denoises else -columns["score"]
     result = Attribution(
         method="first order, QK-fix" if qk_fix else "first order",
         sites=tuple(Site(layer, "z") for layer in layers for _ in PARTS),
@@ -91,17 +89,15 @@ def attribute_attention(
         site=columns["site"],
         unit=columns["unit"],
         position=columns["position"],
-        score=columns["score"],
+        score=columns["score"] if chosen.denoises else -columns["score"],
         **chosen.labels,
     )
     result.warn_if_flat("use another metric, or patch exactly")
-    if not verify and not sample:
-        return result
 
     def exact(edits: list[tuple[int, Edit]]) -> Float[ndarray, "nodes"]:
         return patch_attention(model, pairs, edits, replace(chosen, batch_size=None))
 
-    return result.verify(verify, sample, exact, seed)
+    return result.verify(verify, sample, exact, seed) if verify or sample else result
 
 
 def _without_corruption(options: SweepOptions) -> SweepOptions:

@@ -89,8 +89,7 @@ def attribute(
         verify: Run as many nodes exactly (`saepatch.measure.patching`): those with the largest estimates by size.
         sample: Run as many more, drawn at random from all others.
         seed: Of the random sample.
-        options: What sweeps share; each is a keyword, too. A corruption that acts at what is patched leaves error terms
-            out.
+        options: What sweeps share; each is a keyword, too. A corruption at what is patched leaves error terms out.
 
     Raises:
         UserError: dictionaries of another model or of one tensor, pairs that do not line up, a metric without gradient
