@@ -136,7 +136,7 @@ def screened(direction, sizes):
     pair, site, unit, position = (np.array(column) for column in zip(*nodes, strict=True))
     score = rng.normal(0, 1, len(nodes))
     clean, corrupted = rng.normal(2, 0.3, 8), rng.normal(0, 0.3, 8)
-    clean[3] = corrupted[3] + 1e-3  # too small a gap to divide by
+    clean[3], clean[5] = corrupted[3] + 1e-3, corrupted[5] - 1  # too small a gap to divide by, and one the other way
     screen = Attribution(
         direction, "m", "graddrop" if sizes else "first order", "all", (SITE, Site(2)), ("latent", "latent"), EXAMPLES,
         clean, corrupted, pair, site, unit, position, np.abs(score) if sizes else score, sizes=sizes,
