@@ -113,7 +113,8 @@ class TrainingConfig:
     Attributes:
         model: `organism`, `organism-base`, a folder, or a Hugging Face id.
         revision: Revision of `model` on the hub: a branch, a tag or a commit; empty: its main branch.
-        prepend_bos: Begin every row with BOS where the tokenizer puts none, as GPT-2's.
+        prepend_bos: Begin every row with BOS where the tokenizer puts none, as GPT-2's; a token's text: with that
+            token, where the tokenizer has no BOS.
         trust_remote_code: Run code that comes with the model. Leave off unless you trust its author.
         also: Further models that the dictionaries are to serve as well, of the same tokenizer and widths, such as the
             base model of an aligned one: forward passes over the text take turns among all of them.
@@ -169,7 +170,7 @@ class TrainingConfig:
 
     model: str = "organism"
     revision: str = ""
-    prepend_bos: bool = False
+    prepend_bos: bool | str = False
     trust_remote_code: bool = False
     also: list[str] = field(default_factory=list)
     data: str = ""

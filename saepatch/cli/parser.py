@@ -136,7 +136,7 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
         default = getattr(config, optional)
         parser.add_argument(optional, type=str, nargs="?", default=default, help=f"default: {default}")
     for action in parser._actions:
-        if getattr(action, "_typehint", None) in (bool, bool | None):  # `--quiet` alone says true
+        if getattr(action, "_typehint", None) in (bool, bool | None, bool | str):  # `--quiet` alone says true
             action.nargs, action.const = "?", True
     return parser
 

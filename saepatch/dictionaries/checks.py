@@ -100,7 +100,8 @@ def _warn(dictionary: "Dictionary", model: "LanguageModel") -> None:
     if dictionary.cfg.metadata.get("prepend_bos") and model.encode("a")[:1] != [model.bos_id]:
         log.warning(
             "dictionary %s was trained on texts that begin with BOS, and %s's tokenizer adds none: "
-            "load the model with prepend_bos=True",
+            "load the model with prepend_bos=%s",
             dictionary.name,
             model.name,
+            "True" if model.bos_id is not None else "TOKEN, the text of the one that it was trained with",
         )

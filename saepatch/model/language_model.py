@@ -17,7 +17,7 @@ from saepatch.model.forward import Forward
 from saepatch.model.greedy import end_tokens, greedy_options
 from saepatch.model.hooks import capture
 from saepatch.model.sites import Site
-from saepatch.model.tokens import Tokens, ordinary
+from saepatch.model.tokens import Tokens, appended_tokens, ordinary
 
 __all__ = ["LanguageModel", "Tokens", "ordinary", "refuse_training"]
 
@@ -31,6 +31,14 @@ class LanguageModel:
     name: str
     layout: Layout
     prepend_bos: bool = False  # put a BOS in front of texts whose tokenizer does not
+
+    def __post_init__(self) -> None:
+        """Raises UserError for `prepend_bos` where the tokenizer has no BOS."""
+        if self.prepend_bos and self.bos_id is None:
+            raise UserError(
+                f"the tokenizer of {self.name!r} has no BOS to put in front of texts: name the token that is to serve "
+                "as one, as in prepend_bos='<|endoftext|>' (--prepend_bos '<|endoftext|>'), or leave prepend_bos out"
+            )
 
     @property
     def config(self) -> Any:
@@ -88,11 +96,21 @@ class LanguageModel:
     def _forward(self) -> Forward:
         return Forward(self.hf)
 
+    @cached_property
+    def appended(self) -> list[int]:
+        """Tokens that the tokenizer puts after every text (an EOS, say); `encode` leaves them out."""
+        return appended_tokens(self.tokenizer)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of one prompt. A text that begins with the BOS text already gets no second BOS."""
+        """Token ids of one prompt. A text that begins with the BOS text already gets no second BOS.
+
+        What the tokenizer puts after every text is left out, for a prompt goes on: to have an EOS, write it.
+        """
         bos = self.tokenizer.bos_token
         own = bool(bos) and text.startswith(bos)
         ids = list(self.tokenizer(text, add_special_tokens=not own, verbose=False)["input_ids"])
+        if not own:
+            ids = ids[: len(ids) - len(self.appended)]
         if self.prepend_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids

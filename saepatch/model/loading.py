@@ -17,7 +17,7 @@ from saepatch.model.families import layout_of
 from saepatch.model.hooks import Edit, SpliceError, blocks_return_tuples, edit_sites
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.model.tokens import Tokens
+from saepatch.model.tokens import Tokens, name_bos
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def load_model(
     name: str,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
-    prepend_bos: bool = False,
+    prepend_bos: bool | str = False,
     trust_remote_code: bool = False,
     device_map: str | dict[str, Any] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -36,9 +36,10 @@ def load_model(
     """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
 
     `prepend_bos` puts a BOS in front of every text where the tokenizer does not (GPT-2's, say), as many dictionaries
-    were trained. `device_map` ("auto", say) spreads a model that one device cannot hold over several and, within
-    `max_memory`, over main memory and `offload_folder`, as transformers and accelerate do; `device` is not used then.
-    `revision` is a branch, a tag or a commit of the model's repository on the hub; None: its main branch.
+    were trained; where it has none at all (Qwen's), give the text of the token that is to serve as one. `device_map`
+    ("auto", say) spreads a model that one device cannot hold over several and, within `max_memory`, over main memory
+    and `offload_folder`, as transformers and accelerate do; `device` is not used then. `revision` is a
+    branch, a tag or a commit of the model's repository on the hub; None: its main branch.
 
     Raises:
         UserError: there is no such model, revision or device, weights are missing, damaged or NaN, or its blocks
@@ -75,12 +76,14 @@ def load_model(
             f"cannot load model {name!r} (use 'organism', 'organism-base', a folder with config.json and safetensors "
             f"weights, or a Hugging Face id): {reason_of(error)}"
         ) from error
+    if isinstance(prepend_bos, str):
+        name_bos(tokenizer, prepend_bos)
     hf, loaded = both
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(
             f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): the file is not whole, fetch it again"
         )
-    return replace(wrap_model(hf if spread else hf.to(device), tokenizer, name), prepend_bos=prepend_bos)
+    return replace(wrap_model(hf if spread else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -112,7 +115,11 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
     hf.eval().requires_grad_(False)
     config: Any = hf.config
     layout = layout_of(hf, config.model_type, int(config.get_text_config().num_hidden_layers))
-    return check_sites(LanguageModel(hf, tokenizer, name, layout))
+    model = LanguageModel(hf, tokenizer, name, layout)
+    if model.appended:
+        ends = "".join(tokenizer.convert_ids_to_tokens(model.appended))
+        log.info("the tokenizer of %r puts %s after every text: prompts are read without it", name, ends)
+    return check_sites(model)
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from saepatch.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,3 +67,23 @@ def ordinary(
     """True where a token is neither padding nor BOS."""
     real = mask.bool()
     return real if bos_id is None else real & (input_ids != bos_id)
+
+
+def appended_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts after every text."""
+    text, whole = (list(tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"]) for add in (False, True))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
+    return whole[next(starts, len(whole)) + len(text) :]
+
+
+def name_bos(tokenizer: Any, token: str) -> None:
+    """Let a token of the vocabulary serve as the BOS of a tokenizer that has none.
+
+    Raises:
+        UserError: the vocabulary does not hold the token, or the tokenizer has another BOS.
+    """
+    if token not in tokenizer.get_vocab():
+        raise UserError(f"prepend_bos {token!r} is no token of the vocabulary: name one, such as the end of text's")
+    if tokenizer.bos_token not in (None, token):
+        raise UserError(f"the tokenizer's BOS is {tokenizer.bos_token!r}, not {token!r}: use prepend_bos=True")
+    tokenizer.bos_token = token

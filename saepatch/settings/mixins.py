@@ -39,8 +39,8 @@ class ModelSettings(Settings):
     """auto: spread a model that is too large for one device over all there are."""
     dtype: str = "float32"
     """Precision of the model: float32, bfloat16 or float16."""
-    prepend_bos: bool = False
-    """Put a BOS in front of texts where the tokenizer does not."""
+    prepend_bos: bool | str = False
+    """Put a BOS in front of texts where the tokenizer does not; a token's text: that token, where it has no BOS."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Leave off unless you trust its author."""
 

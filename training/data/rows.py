@@ -104,7 +104,7 @@ def _encoded(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     ids: list[list[int]] = model.tokenizer(
         list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
-    return ids
+    return [row[: len(row) - len(model.appended)] for row in ids]
 
 
 def bos_before(model: LanguageModel) -> int | None:

@@ -7,6 +7,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
 from ..config import TrainingConfig
+from ..data.rows import bos_before
 from ..ranks import ALONE, Ranks
 
 
@@ -25,6 +26,11 @@ def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingCon
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.context > limit:
         raise UserError(f"context {config.context} is longer than the {limit} positions of {model.name!r}: lower it")
+    if config.pack and model.tokenizer is not None and bos_before(model) is None:  # a skeleton has no tokenizer
+        raise UserError(
+            f"pack fills rows with several documents, and the tokenizer of {model.name!r} puts no BOS between them: "
+            "set prepend_bos (true, or a token's text, as in '<|endoftext|>', where there is no BOS), or pack: false"
+        )
 
 
 def check_also(
