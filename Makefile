@@ -63,8 +63,8 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 test-fast: $(STAMP)  ## the default tests alone: CPU, offline
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not whole" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "whole and not slow" --jaxtyping-packages= $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not whole" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "whole and not slow" --jaxtyping-packages= $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes, the organism's retraining among them
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

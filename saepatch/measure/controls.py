@@ -60,6 +60,8 @@ def with_controls(
     texts = [text for pair in pairs for text in (pair.clean, pair.corrupted)]
     statistics = {}
     for dictionary in dictionaries:
+        for group in groups:
+            dictionary.check_ids(group.get(dictionary.site, ()))
         if any(dictionary.site in group for group in groups):
             dictionary.check(model)
             statistics[dictionary.site] = latent_statistics(model, dictionary, model.tokenize(texts))

@@ -444,7 +444,7 @@ def test_mistakes_come_before_the_work(place, tmp_path, capsys):
         (("--positions", "first"), "unknown positions 'first'"),
         (("--positions", "40"), "pair pairs-1: position 40 is out of range"),
         (("--positions", "at: zebra"), "pair pairs-1: prompt 0 holds 'zebra' as whole tokens 0 times"),
-        (("--metric", "kl_divergence"), "unknown metric 'kl_divergence': use one of answer_rank, "),
+        (("--metric", "surprise"), "unknown metric 'surprise': use one of answer_rank, "),
         (("--direction", "up"), "direction"),
         (("--out", str(place / "pairs.jsonl")), "cannot write to"),
         (("--device_map", "some"), "device_map 'some'"),
