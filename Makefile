@@ -50,10 +50,11 @@ demo: $(STAMP)  ## patch, steer and restore latents of the embedded model; the r
 
 test: lint types test-fast  ## lint, type check and the default tests
 
-lint: $(STAMP)  ## ruff: rules and formatting; import-linter: the floors of the house
+lint: $(STAMP)  ## ruff: rules and formatting; import-linter: the layers; vulture: dead code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/vulture
 
 format: $(STAMP)  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .

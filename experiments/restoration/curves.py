@@ -61,11 +61,6 @@ class Curve:
     bare: Answered
     donor: Answered
 
-    def recovered(self, point: Point) -> float:
-        """Share of the way from the bare model's refusals to the donor's (Chen et al. 2024)."""
-        low, high = (float(one.refused.mean()) for one in (self.bare, self.donor))
-        return (float(point.top.refused.mean()) - low) / (high - low) if high > low else float("nan")
-
     def share_for(self, enough: float = ENOUGH, seed: int = 0) -> Interval:
         """The smallest share of the dictionary, of those tried, that recovers enough; infinite where none does.
 

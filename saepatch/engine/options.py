@@ -14,6 +14,13 @@ Align = Literal["equal", "right"]
 Progress = bool | Callable[[int], None]  # a bar, or a function that is told how many edits were just done
 
 
+class Labels(TypedDict):
+    direction: Direction
+    metric: str
+    positions: str
+    min_gap: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepOptions:
     """Options of everything that patches or attributes; each is accepted as a plain keyword there, too.
@@ -64,7 +71,7 @@ class SweepOptions:
         return 1 if self.corruption is None else self.corruption.samples
 
     @property
-    def labels(self) -> "Labels":
+    def labels(self) -> Labels:
         """What results say of the options."""
         positions = self.positions if isinstance(self.positions, str) else repr(self.positions)
         return {
@@ -73,13 +80,6 @@ class SweepOptions:
             "positions": positions,
             "min_gap": self.min_gap,
         }
-
-
-class Labels(TypedDict):
-    direction: Direction
-    metric: str
-    positions: str
-    min_gap: float
 
 
 class SweepKeywords(TypedDict, total=False):

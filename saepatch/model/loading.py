@@ -48,28 +48,23 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = organism.path(name) if organism.is_checkpoint(name) else Path(name)
-    if source.is_dir() and not (source / "config.json").is_file():
-        raise UserError(f"folder {name!r} holds no config.json, so it is no Hugging Face model")
-    if not source.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"no folder {name!r}, and that is no Hugging Face id: use 'organism', a folder, or OWNER/NAME")
-    where = str(source) if source.is_dir() else name
+    folder = _folder_of(name)
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     device = usable_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
-        if source.is_dir():
+        if folder:
             raise UserError(f"revision {revision!r}: {name!r} is a folder, which has none: leave it out")
         options["revision"] = revision
     spread = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
     spread = {key: value for key, value in spread.items() if value is not None} if device_map is not None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder or name, **options)
         with _quiet_progress():
             both: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **spread
+                folder or name, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **spread
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
@@ -84,6 +79,18 @@ def load_model(
             f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): the file is not whole, fetch it again"
         )
     return replace(wrap_model(hf if spread else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
+
+
+def _folder_of(name: str) -> str | None:
+    """The folder that holds the model; None for a Hugging Face id."""
+    folder = organism.path(name) if organism.is_checkpoint(name) else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"folder {name!r} holds no config.json, so it is no Hugging Face model")
+        return str(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"no folder {name!r}, and that is no Hugging Face id: use 'organism', a folder, or OWNER/NAME")
+    return None
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -217,7 +217,6 @@ def test_the_share_that_is_enough():
     assert found.value == 4 / 200  # 18 of 20
     assert found.low == 2 / 200  # some samples of prompts have 90 % refused at 2 already
     assert found.high == 8 / 200  # and some not at 4
-    assert curve.recovered(curve.points[1]) == pytest.approx(0.85)
     partly = [True] * 10 + [False] * 10  # half the way to a donor that refuses every second
     assert curve_of(none, partly, {1: none, 2: partly}).share_for().value == 2 / 200
     assert curve_of(none, every, {1: none, 2: partly}).share_for().value == float("inf")

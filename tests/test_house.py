@@ -1,0 +1,81 @@
+"""The limits of the house, read from the sources."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("saepatch", "training", "experiments")
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for room in ROOMS
+    for path in sorted((ROOT / room).rglob("*.py"))
+}
+MODULE_LINES, FUNCTION_LINES, PARAMETERS, ENTRIES = 400, 60, 8, 22
+# Keywords that users write out, each with a default: a value that held them would be one more name to learn.
+MANY_KEYWORDS = {"load_model", "restore", "find_safety_latents"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements under a node; what stands inside expressions is not visited."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield child
+            yield from statements(child)
+
+
+@cache
+def functions() -> list[tuple[str, Function]]:
+    found = ((path, node) for path, text in SOURCES.items() for node in statements(ast.parse(text)))
+    return [(path, node) for path, node in found if isinstance(node, Function)]
+
+
+def matching(pattern: str, *, outside: str, inside: str = "") -> list[str]:
+    """Sources inside one folder and outside another that hold a line with a pattern."""
+    line = re.compile(pattern, re.MULTILINE)
+    return [
+        p for p, text in SOURCES.items() if p.startswith(inside) and not p.startswith(outside) and line.search(text)
+    ]
+
+
+def test_no_module_is_too_long():
+    lines = {path: len(text.splitlines()) for path, text in SOURCES.items()}
+    assert {path: n for path, n in lines.items() if n > MODULE_LINES} == {}
+
+
+def test_no_function_is_too_long():
+    lines = {f"{path}:{f.name}": (f.end_lineno or 0) - f.lineno + 1 for path, f in functions()}
+    assert {name: n for name, n in lines.items() if n > FUNCTION_LINES} == {}
+
+
+def parameters(function: Function) -> int:
+    """Number of parameters, without `self` and the value that holds options."""
+    listed = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return len([argument for argument in listed if argument.arg not in ("self", "cls", "options")])
+
+
+def test_no_public_function_has_too_many_parameters():
+    counts = {f"{path}:{f.name}": parameters(f) for path, f in functions() if not f.name.startswith("_")}
+    many = {name: n for name, n in counts.items() if n > PARAMETERS}
+    assert {name.partition(":")[2] for name in many} == MANY_KEYWORDS, many
+
+
+def test_the_packages_top_level_stays_small():
+    entries = [path.name for path in (ROOT / "saepatch").iterdir() if not path.name.startswith("__")]
+    assert len(entries) <= ENTRIES, entries
+
+
+def test_the_library_prints_nothing():
+    assert matching(r"^[^#\n\"'`]*\bprint\(", inside="saepatch/", outside="saepatch/cli/") == []
+
+
+def test_wandb_stays_in_tracking():
+    assert matching(r"^\s*(import|from) wandb\b|import_module\(.wandb", outside="saepatch/tracking/") == []
+
+
+def test_sae_lens_is_not_imported_at_the_top_of_a_module():
+    assert matching(r"^(import|from) sae_lens\b", inside="saepatch/", outside="no folder") == []
