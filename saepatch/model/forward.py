@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from saepatch.errors import UserError
+from saepatch.model.padding import Padding, positions_of
 from saepatch.model.tokens import Tokens
 
 CACHES = ("past_key_values", "cache_params")  # what `forward` calls the keys, values and states of earlier columns
@@ -19,7 +20,8 @@ CACHES = ("past_key_values", "cache_params")  # what `forward` calls the keys, v
 class Forward:
     """The arguments that one Hugging Face causal LM takes."""
 
-    def __init__(self, hf: nn.Module) -> None:
+    def __init__(self, hf: nn.Module, padding: Padding) -> None:
+        self.padding = padding
         self.config: Any = getattr(hf, "config", None)
         self.accepted = frozenset(inspect.signature(hf.forward).parameters)
         self.cache_name = next((name for name in CACHES if name in self.accepted), None)
@@ -34,13 +36,15 @@ class Forward:
             cache: What holds the columns before `start`, and takes in the others; None: nothing is kept.
 
         Raises:
-            UserError: the cache does not hold the columns before `start`, or the model takes none.
+            UserError: the cache does not hold the columns before `start`, the model takes none, or the batch is padded
+                where the model does not compute the same as without.
         """
         arguments: dict[str, Any] = {"input_ids": tokens.input_ids[:, start:], "use_cache": cache is not None}
         if tokens.padded:
+            self.padding.check(tokens)
             arguments["attention_mask"] = tokens.attention_mask
-            if "position_ids" in self.accepted:
-                arguments["position_ids"] = (tokens.attention_mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+            if "position_ids" in self.accepted and self.padding.first is not None:
+                arguments["position_ids"] = positions_of(tokens, self.padding.first)[:, start:]
         if last and "logits_to_keep" in self.accepted:
             arguments["logits_to_keep"] = 1
         if cache is not None:

@@ -1,7 +1,7 @@
 """A causal language model and its tokenizer: prompts in, logits and text out."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -15,7 +15,8 @@ from saepatch.model.families import Layout
 from saepatch.model.fingerprint import fingerprint, weights_of
 from saepatch.model.forward import Forward
 from saepatch.model.greedy import end_tokens, greedy_options
-from saepatch.model.hooks import capture
+from saepatch.model.hooks import capture, is_spliced
+from saepatch.model.padding import Padding, by_length, positions_of, spread
 from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens, appended_tokens, ordinary
 
@@ -31,6 +32,7 @@ class LanguageModel:
     name: str
     layout: Layout
     prepend_bos: bool = False  # put a BOS in front of texts whose tokenizer does not
+    padding: Padding = field(default_factory=Padding)  # where rows may be padded; seen on load
 
     def __post_init__(self) -> None:
         """Raises UserError for `prepend_bos` where the tokenizer has no BOS."""
@@ -94,7 +96,7 @@ class LanguageModel:
 
     @cached_property
     def _forward(self) -> Forward:
-        return Forward(self.hf)
+        return Forward(self.hf, self.padding)
 
     @cached_property
     def appended(self) -> list[int]:
@@ -133,14 +135,19 @@ class LanguageModel:
                 raise UserError(f"prompt of {len(row)} tokens is longer than the context of {context}: {text[:40]!r}…")
         return self.pad(ids, side)
 
+    @cached_property
+    def pad_id(self) -> int:
+        """What rows are padded with: a token of the vocabulary, even where the tokenizer names one outside of it."""
+        embedded = int(self.hf.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        named = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in named if token is not None and 0 <= token < embedded)
+
     def pad(self, ids: Sequence[Sequence[int]], side: str = "right") -> Tokens:
         """Pad rows of token ids into one batch on the model's device."""
         if side not in ("left", "right"):
             raise UserError(f"padding side {side!r}: use 'left' or 'right'")
         width = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id
-        pad = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
-        rows, masks = [], []
+        pad, rows, masks = self.pad_id, [], []
         for row in ids:
             fill = width - len(row)
             left, right = (fill, 0) if side == "left" else (0, fill)
@@ -186,18 +193,33 @@ class LanguageModel:
     def capture(
         self, tokens: Tokens, sites: Collection[Site], start: int = 0, cache: Any = None, stop: bool = True
     ) -> dict[Site, Float[Tensor, "batch pos width"]]:
-        """What the sites emit in one forward pass; with `stop`, the pass ends at the last site needed."""
+        """What the sites emit in one forward pass; with `stop`, the pass ends at the last site needed.
+
+        Zeros at padding where the model has to run rows of one length at a time.
+        """
+        if cache is None and not start and self._runs_apart(tokens):
+            return spread(tokens, lambda part: self.capture(part, sites, stop=stop))
         return capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop)
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Float[Tensor, "batch pos vocab"]:
-        """Logits at every position."""
+        """Logits at every position; zeros at padding where the model has to run rows of one length at a time."""
+        if self._runs_apart(tokens):
+            return spread(tokens, lambda part: {"logits": self.call(part)})["logits"]
         return self.call(tokens)
+
+    def _runs_apart(self, tokens: Tokens) -> bool:
+        """Whether rows go by one length at a time. Not in a splice, which is told of a batch as a whole."""
+        return not self.padding.allows(tokens) and not is_spliced(self.layout)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tokens) -> Float[Tensor, "batch vocab"]:
         """Logits after each prompt's last token; only those are computed where the batch allows."""
         last = tokens.last
+        if self._runs_apart(tokens):
+            parts = [(rows[:, 0], self.next_logits(part)) for rows, _, part in by_length(tokens)]
+            order = torch.cat([rows for rows, _ in parts]).argsort()
+            return torch.cat([logits for _, logits in parts])[order]
         if bool((last == tokens.width - 1).all()):
             return self.call(tokens, last=True)[:, -1]
         logits = self.call(tokens)
@@ -212,6 +234,15 @@ class LanguageModel:
         Two passes, the prompts and then the continuations on their cache, so that inside a splice they go as in
         generation. Prompts are padded on the left; what follows a shorter continuation's end means nothing.
         """
+        if not self.padding.allows(prompts):
+            width = max(1, *map(len, continuations))
+            whole: Tensor | None = None
+            for numbers, _, part in by_length(prompts):
+                some = self.logits_of_continuations(part, [continuations[row] for row in numbers[:, 0].tolist()])
+                whole = some.new_zeros(len(prompts), width, some.shape[-1]) if whole is None else whole
+                whole[numbers[:, 0].to(some.device), : some.shape[1]] = some
+            assert whole is not None
+            return whole
         cache = self.new_cache()
         first = self.call(prompts, last=True, cache=cache)
         if max(map(len, continuations)) < 2:
@@ -240,13 +271,21 @@ class LanguageModel:
         Each token is the one of the largest logit, whatever penalties and bans the checkpoint generates with. None ends
         before `min_new_tokens`.
         """
+        if not self.padding.allows(tokens):
+            new = tokens.input_ids.new_full((len(tokens), max_new_tokens), self.pad_id)
+            for rows, _, part in by_length(tokens):
+                ids = self.generate_ids(part, max_new_tokens, min_new_tokens)
+                new[rows, torch.arange(ids.shape[1], device=new.device)] = ids
+            return new
         generate: Any = self.hf.generate
+        positions = {"position_ids": positions_of(tokens, self.padding.first)} if self.padding.first else {}
         out = generate(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             max_new_tokens=max_new_tokens,
             **greedy_options(self.hf, self.tokenizer) | {"min_new_tokens": min_new_tokens or None},
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
+            pad_token_id=self.pad_id,
+            **positions,
         )
         return out[:, tokens.input_ids.shape[1] :]
 

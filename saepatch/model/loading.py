@@ -16,6 +16,7 @@ from saepatch.errors import UserError, reason_of
 from saepatch.model.families import layout_of
 from saepatch.model.hooks import Edit, SpliceError, blocks_return_tuples, edit_sites
 from saepatch.model.language_model import LanguageModel
+from saepatch.model.padding import Padding, probe_padding
 from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens, name_bos
 
@@ -143,6 +144,7 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     tokens = model.probe()
     as_tuple = blocks_return_tuples(model.hf, model.layout, model.inputs(tokens))
     model = replace(model, layout=replace(model.layout, tuple_blocks=as_tuple))
+    model = replace(model, padding=_padding_of(model))
     seen = _emitted(model, tokens)
     layout = model.layout.without(_not_offered(model, seen))
     layout = replace(layout, widths={site: seen[site].shape[-1] for site in layout.all_sites})
@@ -159,6 +161,20 @@ def check_sites(model: LanguageModel) -> LanguageModel:
                 "check saepatch.model.families.FAMILIES"
             )
     return model
+
+
+def _padding_of(model: LanguageModel) -> Padding:
+    """Where rows may be padded, seen in two forward passes (more where the first does not agree)."""
+    inner = model.config.get_text_config()
+    firsts = {int(pad) + 1 for pad in (getattr(inner, "pad_token_id", None),) if pad is not None}
+    padding = probe_padding(
+        lambda rule, tokens: replace(model, padding=rule).call(tokens), model.probe(), model.pad_id, firsts
+    )
+    if not (padding.left and padding.right):
+        log.info(
+            "%r computes other numbers on padded rows (%s): such prompts run one length at a time", model.name, padding
+        )
+    return padding
 
 
 def _emitted(model: LanguageModel, tokens: Tokens) -> dict[Site, Tensor]:

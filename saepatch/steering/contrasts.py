@@ -18,6 +18,7 @@ from saepatch.measure.quality import LatentStatistics
 from saepatch.model.hooks import edit_sites, graph_through
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import stream_directions
+from saepatch.model.padding import spread
 from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import record_latents, whole_prompt
@@ -131,10 +132,19 @@ def attribution_contrast(
     total = torch.zeros(dictionary.d_in, dtype=torch.float64)
     for part in theirs.batches(batch_size):
         where = whole_prompt(model, part).select(positions)
-        gradient = _gradient(model, dictionary.site, part, toward)
+        gradient = _gradients(model, dictionary.site, part, toward)
         total += (gradient.float() * where[..., None]).sum((0, 1)).cpu().double()
     along = dictionary.rows.float() @ (total / len(theirs)).float().to(dictionary.rows.device)
     return (means[0] - means[1]).float() * along
+
+
+def _gradients(
+    model: LanguageModel, site: Site, tokens: Tokens, toward: Float[Tensor, "vocab"]
+) -> Float[Tensor, "batch pos width"]:
+    """`_gradient`, of rows of one length at a time where the model computes other numbers on padded rows."""
+    if model.padding.allows(tokens):
+        return _gradient(model, site, tokens, toward)
+    return spread(tokens, lambda part: {site: _gradient(model, site, part, toward)})[site]
 
 
 def _gradient(

@@ -1,0 +1,109 @@
+"""How a model reads padded rows: probed once on load, since families differ and none of them says."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saepatch.errors import UserError
+from saepatch.model.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Padding:
+    """On which side a row may be padded without a change of what the model computes at its tokens.
+
+    `first` is the position id of a row's first token in padded batches; None: these carry no explicit positions.
+    """
+
+    left: bool = True
+    right: bool = True
+    first: int | None = 0
+
+    def allows(self, tokens: Tokens) -> bool:
+        """Whether the model computes at every token of a batch what it computes on that row alone."""
+        mask = tokens.attention_mask
+        on_left, on_right = (not bool(mask[:, at].all()) for at in (0, -1))
+        return (self.left or not on_left) and (self.right or not on_right)
+
+    def check(self, tokens: Tokens) -> None:
+        """Raises UserError for a batch that is padded on a side where padding changes the numbers."""
+        if not self.allows(tokens):
+            raise UserError(
+                f"the model does not compute the same on rows padded on the {self._wrong}: give it prompts of one "
+                "length at a time (and pairs of equal lengths)"
+            )
+
+    @property
+    def _wrong(self) -> str:
+        return "left or right" if not (self.left or self.right) else "right" if self.left else "left"
+
+    def __str__(self) -> str:
+        return "either side" if self.left and self.right else f"not on the {self._wrong}"
+
+
+def positions_of(tokens: Tokens, first: int) -> Int[Tensor, "batch pos"]:
+    """Position ids that count each row's own tokens."""
+    return (tokens.attention_mask.cumsum(-1) - 1).clamp(min=0) + first
+
+
+def by_length(tokens: Tokens) -> Iterator[tuple[Int[Tensor, "rows 1"], Int[Tensor, "rows pos"], Tokens]]:
+    """Rows of one length at a time, without padding: their numbers, their columns in the batch, and the rows."""
+    for length in tokens.lengths.unique().tolist():
+        rows = (tokens.lengths == length).nonzero()
+        columns = tokens.attention_mask[rows[:, 0]].nonzero()[:, 1].reshape(len(rows), length)
+        yield rows, columns, Tokens(*(value[rows, columns] for value in vars(tokens).values()))
+
+
+def spread(
+    tokens: Tokens, run: Callable[[Tokens], dict[Any, Float[Tensor, "rows pos width"]]]
+) -> dict[Any, Float[Tensor, "batch pos width"]]:
+    """What `run` gives at each token, run on rows of one length at a time; zeros at padding."""
+    whole: dict[Any, Tensor] = {}
+    for rows, columns, part in by_length(tokens):
+        for name, value in run(part).items():
+            if name not in whole:
+                whole[name] = value.new_zeros(len(tokens), tokens.width, *value.shape[2:])
+            whole[name][rows.to(value.device), columns.to(value.device)] = value
+    return whole
+
+
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
+
+
+@torch.no_grad()
+def probe_padding(
+    logits: Callable[[Padding, Tokens], Float[Tensor, "batch pos vocab"]], probe: Tokens, pad: int, firsts: set[int]
+) -> Padding:
+    """Compare a short row padded on either side with the row alone.
+
+    Args:
+        logits: A forward pass by the given rule for positions.
+        probe: One row without padding.
+        pad: The id that rows are padded with.
+        firsts: Position ids that the family may begin a row with, besides 0.
+    """
+    ids, width = probe.input_ids, probe.width
+    fill, none = ids.new_full((1, 3), pad), ids.new_zeros(1, 3)
+    rows = torch.cat([torch.cat([fill, ids], 1), torch.cat([ids, fill], 1)])
+    masks = torch.cat([torch.cat([none, ids * 0 + 1], 1), torch.cat([ids * 0 + 1, none], 1)])
+    padded = Tokens(rows, masks, masks.bool())
+    alone = logits(Padding(), probe)[0]
+    tolerance = (1e-3 if alone.dtype == torch.float32 else 5e-2) * float(alone.float().std())
+    alone = alone.float()
+    best = Padding(False, False, None)
+    for first in (0, *sorted(firsts - {0}), None):
+        try:
+            both = logits(Padding(first=first), padded).float()
+        except FAILURES:
+            continue
+        gaps = (float((part - alone).abs().amax()) for part in (both[0, 3:], both[1, :width]))
+        left, right = (gap <= tolerance for gap in gaps)
+        if (left + right, left) > (best.left + best.right, best.left):
+            best = Padding(left, right, first)
+        if left and right:
+            break
+    return best
