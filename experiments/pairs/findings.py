@@ -63,6 +63,11 @@ def unsure(effects: Effects, model: str) -> str:
     gap = bootstrap_mean(effects.gap)
     if gap.low > 0:
         return ""
+    if gap.reason:
+        return (
+            f"Whether {model} tells the clean prompts from the corrupted ones cannot be said from these pairs (their "
+            f"difference in {effects.metric}: {gap}): give more."
+        )
     return (
         f"{model} does not tell the clean prompts from the corrupted ones (their difference in {effects.metric} is "
         f"{gap}), so shares of that difference mean nothing: ask another model."

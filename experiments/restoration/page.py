@@ -101,7 +101,7 @@ def charts(result: Result) -> dict[str, Chart]:
         "refusal score, nats",
         [line("top latents", [point.score for point in curve.points])],
         "Log odds of a refusal's first token after the prompt; above 0 it is more likely than all else together, which "
-        "is not yet a refusal. Intervals: 95 % bootstrap over prompts.",
+        "is not yet a refusal. Intervals: 95 % over prompts (t and studentised bootstrap).",
         log_x=True,
     )
     drawn: dict[str, Chart] = {"refusals": refusals, "scores": scores, "roc": _roc(result), "layers": _layers(result)}

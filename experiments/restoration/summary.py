@@ -21,6 +21,8 @@ def percent(share: float) -> str:
 
 
 def spoken(interval: Interval) -> str:
+    if interval.reason:
+        return f"{percent(interval.value)} ({interval.reason})"
     return f"{percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
 
 

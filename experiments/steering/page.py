@@ -99,6 +99,8 @@ def verdict(found: Steered, sizes: Sequence[int]) -> str:
 
 
 def _shown(interval: Interval) -> str:
+    if interval.reason:
+        return f"{interval.value:.0%} ({interval.reason})"
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
@@ -166,7 +168,7 @@ def _section(found: Steered, config: SteeringConfig) -> Section:
         [(p.way, p.norm, cell(p.success), p.degenerate.value, cell(p.perplexity), p.kl.value,
           p.distinct(2).value, p.repetition.value) for p in _lines(found)],
         f"Each at its own strength, chosen on `tune`; n = {len(found.concept.report)} report prompts. Success: 95 % "
-        "Wilson score intervals; others: 95 % bootstrap.",
+        "Wilson score intervals; others: 95 % (t and studentised bootstrap).",
         {"success": ".0%", "degenerate": ".0%", "perplexity": ".2f", "KL": ".2f", "strength": ".2g",
          "distinct-2": ".2f", "repeated": ".2f"},
     )  # fmt: skip
@@ -184,7 +186,7 @@ def _section(found: Steered, config: SteeringConfig) -> Section:
         ],
         "How much more often K latents succeed than one, averaged over the strengths at which both stay within the "
         "limit on perplexity (on `tune`), or the divergences that both reach; "
-        f"paired by prompt, {share:.2%} bootstrap intervals (95 % for all rows together).",
+        f"paired by prompt, {share:.2%} Bonett-Price intervals (95 % for all rows together).",
         {"latents": "d"} | dict.fromkeys(("at equal norm", "at equal divergence", "each at its own strength"), "+.2f"),
     )
     first = ", ".join(map(str, found.order[: max(config.sizes)]))

@@ -7,7 +7,7 @@ import numpy as np
 
 from saepatch.errors import UserError
 from saepatch.organism import is_checkpoint
-from saepatch.records.statistics import Interval, bootstrap_mean
+from saepatch.records.statistics import Interval, paired_difference
 from saepatch.steering.generate import Concept
 from saepatch.tracking.open import read_spec
 
@@ -121,5 +121,5 @@ class Steered:
 def _difference(pairs: Sequence[tuple[Point, Point]], level: float) -> Interval:
     """Mean over pairs of points of the first's success less the second's; the interval is over prompts."""
     if not pairs:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    return bootstrap_mean(np.mean([a.shown - b.shown for a, b in pairs], 0), level)
+        return Interval.withheld(float("nan"), 0, "nothing to compare")
+    return paired_difference(np.mean([a.shown - b.shown for a, b in pairs], 0), level)

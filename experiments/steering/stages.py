@@ -109,10 +109,10 @@ class Point:
         """Under the unsteered model, over all tokens together; of draws, over those of all of them."""
         nll, tokens = (self._mean(lambda draw, k=k: draw[k]) for k in ("nll", "tokens"))  # type: ignore[misc]
         if not tokens.sum():
-            return Interval(math.nan, math.nan, math.nan, 0)
+            return Interval.withheld(math.nan, 0, "no tokens")
         found = bootstrap_ratio(nll, tokens)
         value, low, high = (math.exp(min(each, 700)) for each in (found.value, found.low, found.high))
-        return Interval(value, low, high, found.n)
+        return Interval(value, low, high, found.n, found.reason)
 
     def _over_texts(self, value: Callable[[Sequence[int]], float]) -> Interval:
         each = np.array([[value(ids) for ids in draw["ids"]] for draw in self.draws], dtype=float)
@@ -131,7 +131,7 @@ class Point:
     def kl(self) -> Interval:
         """Of the model's predictions from the steered ones', nats a token of the unsteered continuations."""
         if any(draw["kl"] is None for draw in self.draws):
-            return Interval(math.nan, math.nan, math.nan, 0)
+            return Interval.withheld(math.nan, 0, "not measured")
         return bootstrap_mean(self._mean(lambda draw: [math.nan if v is None else v for v in draw["kl"]]))
 
     @property

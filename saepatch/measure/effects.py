@@ -67,7 +67,7 @@ class Effects(PairGaps):
         return edit if isinstance(edit, (int, np.integer)) else self.edits.index(edit)
 
     def of(self, edit: Edit | int, seed: int = 0) -> Interval:
-        """Ratio of means of one edit (or the one at an index), bootstrapped over pairs: the headline effect.
+        """Ratio of means of one edit (or the one at an index), with its interval over pairs: the headline effect.
 
         NaN where the mean gap is smaller than `min_gap`.
         """

@@ -63,14 +63,14 @@ class PairGaps:
         return gap if abs(gap) >= self.min_gap else float("nan")
 
     def bootstrap(self, seed: int = 0, sizes: bool = False) -> RatioBootstrap:
-        """Draws of pairs for ratios of means: fewer than 2,000 where very many pairs would not fit the memory."""
+        """Intervals of ratios of means over pairs: one set of draws, fewer where very many pairs would not fit."""
         draws = max(200, min(2000, DRAWS // max(1, len(self.gap))))
         return RatioBootstrap(np.abs(self.gap) if sizes else self.gap, draws=draws, seed=seed)
 
     def ratio(self, change: Float[ndarray, "pairs"], seed: int = 0) -> Interval:
-        """Mean change over mean gap, bootstrapped over pairs; NaN where the mean gap is smaller than `min_gap`."""
+        """Mean change over mean gap, with its interval over pairs; NaN where the mean gap is below `min_gap`."""
         if np.isnan(self.mean_gap):
-            return Interval(float("nan"), float("nan"), float("nan"), len(change))
+            return Interval.withheld(float("nan"), len(change), f"the mean gap is below {self.min_gap:g}")
         return self.bootstrap(seed).of(change)
 
     def largest_first(self, totals: Float[ndarray, "edits"]) -> Int[ndarray, "edits"]:

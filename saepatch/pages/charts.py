@@ -9,12 +9,12 @@ from saepatch.measure.curves import Curve
 from saepatch.measure.screen import ERROR, Attribution
 from saepatch.report.text import with_interval
 
-INTERVALS = "Intervals: 95 % bootstrap over prompts."
+INTERVALS = "Intervals: 95 % over prompts (t and studentised bootstrap)."
 WILSON = "Intervals: 95 % Wilson score over prompts."
 
 
 class Estimate(Protocol):
-    """A value with its interval; what is missing is None or NaN."""
+    """A value with its interval; what is missing is None or NaN, with the reason why."""
 
     @property
     def value(self) -> float | None: ...
@@ -22,11 +22,13 @@ class Estimate(Protocol):
     def low(self) -> float | None: ...
     @property
     def high(self) -> float | None: ...
+    @property
+    def reason(self) -> str: ...
 
 
 def cell(estimate: Estimate | None) -> report.Interval | None:
     """A table cell that shows an estimate with its interval; a gap where there is none."""
-    return None if estimate is None else report.Interval(estimate.value, estimate.low, estimate.high)
+    return None if estimate is None else report.Interval(estimate.value, estimate.low, estimate.high, estimate.reason)
 
 
 def band(name: str, sizes: Sequence[float], points: Sequence[Estimate]) -> report.Series:
@@ -41,7 +43,7 @@ def bars(name: str, values: Sequence[Estimate]) -> report.Bars:
 
 def estimate_text(estimate: Estimate, spec: str = ".3f") -> str:
     """An estimate with its interval as text."""
-    return with_interval(estimate.value, estimate.low, estimate.high, spec)
+    return with_interval(estimate.value, estimate.low, estimate.high, spec, estimate.reason)
 
 
 # The axis explains 0 and 1, and not labels at the lines: points often stand in the way there.

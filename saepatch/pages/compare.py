@@ -49,7 +49,9 @@ def _cell(line: dict[str, Any] | None) -> Cell:
     if line is None:
         return None
     effect = line["effect"]
-    return Interval(effect["value"], effect["low"], effect["high"]) if isinstance(effect, dict) else effect
+    if not isinstance(effect, dict):
+        return effect
+    return Interval(effect["value"], effect["low"], effect["high"], effect.get("reason", ""))
 
 
 def _value(line: dict[str, Any]) -> float | None:

@@ -45,18 +45,22 @@ def _size(line: dict[str, Any]) -> int:
     return line["latent"].count(",") + 1
 
 
+def _interval(facts: dict[str, Any]) -> report.Interval:
+    return report.Interval(facts["value"], facts["low"], facts["high"], facts.get("reason", ""))
+
+
 def _estimates(lines: list[dict[str, Any]]) -> list[tuple[str, list[report.Interval]]]:
     """The effects of lines of the summary, and those of their controls where there are any, by what they are called."""
     names = {"effect": "patched", "random_controls": "random controls", "matched_controls": "matched controls"}
     missing = {"value": None, "low": None, "high": None}
     return [
-        (shown, [report.Interval(e["value"], e["low"], e["high"]) for e in (line.get(key, missing) for line in lines)])
+        (shown, [_interval(line.get(key, missing)) for line in lines])
         for key, shown in names.items()
         if any(key in line for line in lines)
     ]
 
 
-INTERVALS = "Intervals: 95 % bootstrap over pairs."
+INTERVALS = "Intervals: 95 % over pairs (t and studentised bootstrap)."
 
 
 def _curve(title: str, lines: list[dict[str, Any]]) -> report.Chart:

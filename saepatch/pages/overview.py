@@ -56,7 +56,7 @@ def _effect(line: dict[str, Any]) -> str:
     effect = line["effect"]
     if not isinstance(effect, dict):
         return number(effect, ".3f")
-    return with_interval(effect["value"], effect["low"], effect["high"], ".3f")
+    return with_interval(effect["value"], effect["low"], effect["high"], ".3f", effect.get("reason", ""))
 
 
 def _headline(run: RunData) -> dict[str, str]:

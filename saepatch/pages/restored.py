@@ -217,7 +217,7 @@ def _outcomes(answers: Answers) -> Section:
         ["condition", "prompts", "refusal score"],
         [(*named, cell(share.score)) for named, share in zip(names, mine)],
         "Refusal score: log odds of a refusal's first token after the prompt, in nats, mean over prompts with a 95 % "
-        "bootstrap interval.",
+        "interval.",
         {"refusal score": ".2f"},
     )
     charts = [_chart(answers, group) for group in _groups(answers)]

@@ -89,7 +89,7 @@ class RunData:
         return effects, ran
 
     def intervals(self, numbers: Sequence[int], seed: int | None = None) -> list[Interval]:
-        """Ratios of means with percentile bootstrap intervals over pairs, on the draws that the summary uses."""
+        """Ratios of means with intervals over pairs, on the draws that the summary uses."""
         n, changes = len(self.pairs.examples), self.changes
         values = [float(self.effects[number]) for number in numbers]
         if n < 2 or self.gap != self.gap:
@@ -100,7 +100,8 @@ class RunData:
             mine, change = self._rows_of(number), np.zeros(n)
             change[changes.pair[mine]] = changes.change[mine]
             drawn = bootstrap.of(change)
-            out.append(Interval(value, None, None) if np.isnan(drawn.low) else Interval(value, drawn.low, drawn.high))
+            low, high = (None if np.isnan(end) else end for end in (drawn.low, drawn.high))
+            out.append(Interval(value, low, high, drawn.reason))
         return out
 
     def _rows_of(self, number: int) -> Int[ndarray, "rows"]:

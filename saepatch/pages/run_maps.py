@@ -148,7 +148,7 @@ def edits(run: RunData) -> Section:
         tokens = run.tokens(None if len(run.pairs.examples) > 1 or not run.reading else 0)
         blocks.append(edit_table(run.edits, numbers, tokens, run.anchors, caption, q))
     text = (
-        "Effects are ratios of means over all pairs, with 95 % bootstrap intervals over pairs. "
+        "Effects are ratios of means over all pairs, with 95 % intervals over pairs. "
         + ("They are estimates from gradients. " if run.is_screen else "")
         + "An edit that changes nothing in a pair counts as no effect there."
     )

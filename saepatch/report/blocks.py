@@ -15,11 +15,15 @@ Number = float | int | None
 
 @dataclass(frozen=True)
 class Interval:
-    """A table cell: an estimate and its interval, shown as ``0.83 [0.79, 0.87]`` and sorted by the estimate."""
+    """A table cell: an estimate and its interval, shown as ``0.83 [0.79, 0.87]`` and sorted by the estimate.
+
+    Where there is no interval, `reason` says why and is shown in its place.
+    """
 
     value: Number
     low: Number
     high: Number
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,14 @@ def number(value: float | int | None, spec: str = "") -> str:
     return re.sub(r"%$", "\u00a0%", text).replace("-", "−")
 
 
-def with_interval(value: float | int | None, low: float | int | None, high: float | int | None, spec: str = "") -> str:
-    """A value and, where there is one, its interval: ``0.83 [0.79, 0.87]``."""
+def with_interval(
+    value: float | int | None, low: float | int | None, high: float | int | None, spec: str = "", reason: str = ""
+) -> str:
+    """A value with its interval, ``0.83 [0.79, 0.87]``, or with the reason why it has none."""
     text = number(value, spec)
-    return f"{text} [{number(low, spec)}, {number(high, spec)}]" if finite(low) and finite(high) else text
+    if finite(low) and finite(high):
+        return f"{text} [{number(low, spec)}, {number(high, spec)}]"
+    return f"{text} ({reason})" if reason else text
 
 
 def common_format(values: Iterable[float | int | None]) -> str:

@@ -109,8 +109,8 @@ class Line:
         return f"{self.key.site} {self.key.unit}".strip()
 
     def facts(self) -> dict[str, Any]:
-        named = self.key._asdict() | {"effect": vars(self.effect), "pairs": self.pairs, "q": self.q}
-        return named | {f"{role}_controls": vars(interval) for role, interval in self.controls.items()}
+        named = self.key._asdict() | {"effect": self.effect.facts(), "pairs": self.pairs, "q": self.q}
+        return named | {f"{role}_controls": interval.facts() for role, interval in self.controls.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ class Summary:
 
 
 def summarise(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[dict[str, Any]]) -> Summary:
-    """The largest edits of each direction: ratios of means over all pairs, bootstrapped over pairs."""
+    """The largest edits of each direction: ratios of means over all pairs, with intervals over pairs."""
     rounding = max(about["rounding"] for about in abouts)
     top: dict[str, list[Line]] = {}
     curves: dict[str, list[Line]] = {}
@@ -222,8 +222,9 @@ def _line(record: Record, changes: Changes, bootstrap: RatioBootstrap | None, nu
     """One edit with its controls; without `bootstrap` the mean gap is too small to divide by."""
 
     def ratio(change: Float[ndarray, "pairs"]) -> Interval:
-        nan = float("nan")
-        return Interval(nan, nan, nan, len(change)) if bootstrap is None else bootstrap.of(change)
+        if bootstrap is None:
+            return Interval.withheld(float("nan"), len(change), "the mean gap is too small")
+        return bootstrap.of(change)
 
     key = changes.keys[number]
     controls = {}

@@ -27,6 +27,7 @@ from saepatch.measure.effects import Effects
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_rows
+from saepatch.records.statistics import bootstrap_mean
 
 pytestmark = pytest.mark.whole
 
@@ -271,13 +272,15 @@ def kinds(**values: list[float]) -> list[Kind]:
 
 
 def test_the_words_follow_from_the_numbers():
-    high, low, wide = [0.8, 0.9, 0.7, 0.8], [0.2, 0.3, 0.1, 0.2], [1.6, 0.0, 1.7, 0.1]
+    high, low = [0.8, 0.9, 0.7, 0.75, 0.85, 0.8], [0.2, 0.3, 0.1, 0.15, 0.25, 0.2]
+    wide = [1.6, 0.0, 1.7, 0.1, 1.5, 0.2]
+    shown = {value: str(bootstrap_mean(np.array(values))) for value, values in ((0.8, high), (0.2, low))}
     assert verdict(kinds(latents=high, residual_dimensions=low, principal_components=low), 1).startswith(
-        "With one direction, most is restored by latents: 0.800 [0.725, 0.875], against 0.200 [0.125, 0.275] for "
+        f"With one direction, most is restored by latents: {shown[0.8]}, against {shown[0.2]} for "
         "residual dimensions, the best of the others (difference 0.600"
     )
     assert verdict(kinds(latents=low, residual_dimensions=low, difference_of_means=high), 1).startswith(
-        "With one direction, most is restored by the difference of means: 0.800 [0.725, 0.875], against 0.200"
+        f"With one direction, most is restored by the difference of means: {shown[0.8]}, against {shown[0.2]}"
     )
     assert "latents and residual dimensions cannot be told apart" in verdict(
         kinds(latents=wide, residual_dimensions=high), 1
@@ -299,10 +302,13 @@ def test_paired_differences_see_more_than_intervals_side_by_side():
 
 
 def test_a_model_that_cannot_do_the_task_is_said():
-    (kind,) = kinds(latents=[0.0, 1.0])
-    clear = kind.effects["denoise"]
+    (kind,) = kinds(latents=[0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    clear = replace(kind.effects["denoise"], clean=np.array([1.0, 1.2, 0.9, 1.1, 1.3, 0.8]))
     assert unsure(clear, "m") == ""
-    assert "m does not tell" in unsure(replace(clear, clean=np.array([1.0, -1.0])), "m")
+    assert "m does not tell" in unsure(replace(clear, clean=np.array([1.0, -1.0, 0.9, -0.9, 0.8, -0.8])), "m")
+    (pair,) = kinds(latents=[0.0, 1.0])
+    few = replace(pair.effects["denoise"], clean=np.array([1.5, 1.2]))
+    assert "cannot be said from these pairs" in unsure(few, "m")
 
 
 def test_a_site_where_nothing_has_happened_yet_has_no_dense_direction():
