@@ -47,6 +47,7 @@ from .organism import tasks as tasks
 from .records.statistics import Interval as Interval
 from .restoration.ranking import clean_means as clean_means
 from .restoration.ranking import find_safety_latents as find_safety_latents
+from .restoration.restore import AnswerOptions as AnswerOptions
 from .restoration.restore import restore as restore
 from .splicing.donors import CleanMeans as CleanMeans
 from .splicing.donors import CleanPrompts as CleanPrompts

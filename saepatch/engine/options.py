@@ -1,8 +1,8 @@
 """What sweeps and screens share: where, which way, by which metric, under which corruption, how many at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from saepatch.engine.components import Direction
 from saepatch.engine.corruptions import Corruption
@@ -10,6 +10,7 @@ from saepatch.engine.metrics import Metric, logit_difference, metric_name
 from saepatch.errors import UserError
 from saepatch.model.positions import Positions
 
+Options = TypeVar("Options")
 Align = Literal["equal", "right"]
 Progress = bool | Callable[[int], None]  # a bar, or a function that is told how many edits were just done
 
@@ -96,13 +97,13 @@ class SweepKeywords(TypedDict, total=False):
     progress: Progress
 
 
-def with_keywords(options: SweepOptions | None, keywords: SweepKeywords) -> SweepOptions:
-    """The options with some replaced by keywords.
+def with_keywords(options: Options, keywords: Mapping[str, object]) -> Options:
+    """An options value (a frozen dataclass) with some of its fields replaced by keywords.
 
     Raises:
         UserError: a keyword that is no option, or a value that is none.
     """
-    known = [field.name for field in fields(SweepOptions)]
+    known = [field.name for field in fields(cast(Any, options))]
     if unknown := [name for name in keywords if name not in known]:
         raise UserError(f"unknown option {unknown[0]!r}: use one of {', '.join(known)}")
-    return replace(options or SweepOptions(), **keywords)
+    return replace(cast(Any, options), **keywords)

@@ -13,13 +13,14 @@ key or value at one position; keys and values of grouped queries are counted by 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
@@ -60,7 +61,7 @@ def attribute_attention(
         UserError: the model's attention does not go through transformers' interface, or computes something else than
             softmax attention (with sinks or biases, say); it is in training mode; or an unknown option.
     """
-    chosen = _without_corruption(with_keywords(options, keywords))
+    chosen = _without_corruption(with_keywords(options or SweepOptions(), keywords))
     clean, corrupted, layers = np.zeros(len(pairs)), np.zeros(len(pairs)), list[int]()
     scored: list[dict[str, ndarray]] = []
     whole = choose_positions(model, batch_pairs(model, pairs, align=chosen.align), chosen.positions)
@@ -140,7 +141,7 @@ def patch_attention(
     Raises:
         UserError: there is no such pair, layer, head or position, and as for `attribute_attention`.
     """
-    chosen = _without_corruption(with_keywords(options, keywords))
+    chosen = _without_corruption(with_keywords(options or SweepOptions(), keywords))
     for pair, edit in edits:
         if not 0 <= pair < len(pairs):
             raise UserError(f"an edit of pair {pair}: there are {len(pairs)} pairs, from 0")

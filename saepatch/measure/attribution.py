@@ -8,7 +8,6 @@ Verifying runs the largest, and a random sample of the others, exactly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
@@ -95,7 +95,7 @@ def attribute(
         UserError: dictionaries of another model or of one tensor, pairs that do not line up, a metric without gradient
             or of another shape than one value a pair, a model in training mode, or an option that there is not.
     """
-    chosen = with_keywords(options, keywords)
+    chosen = with_keywords(options or SweepOptions(), keywords)
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     screen = _screen(model, several, pairs, method, chosen)
     columns = screen.columns(1.0 if chosen.denoises or screen.absolute else -1.0)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Unpack
 
 import numpy as np
 from jaxtyping import Bool
+from typing_extensions import Unpack
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
@@ -52,7 +52,7 @@ def effect_curve(
 ) -> Curve:
     """Patch the first k latents of one ranking together, for each k, and random and matched sets of the same size."""
     edits = _edits(dictionary, ranking, sizes, statistics, seed)
-    effects = patch_components(model, dictionary, pairs, edits, with_keywords(options, keywords))
+    effects = patch_components(model, dictionary, pairs, edits, with_keywords(options or SweepOptions(), keywords))
     return _curve(sizes, [effects], seed)
 
 
@@ -78,7 +78,7 @@ def effect_curve_by_pair(
             for drawn in differing_sets(ranking, k, differs, seed + number)
         ]
         edits.append(own)
-    effects = patch_by_pair(model, dictionary, pairs, edits, with_keywords(options, keywords))
+    effects = patch_by_pair(model, dictionary, pairs, edits, with_keywords(options or SweepOptions(), keywords))
     return _curve(sizes, effects, seed)
 
 

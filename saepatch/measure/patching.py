@@ -1,11 +1,11 @@
 """Exact activation patching: the effect of every edit, each run through the model's own later blocks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Unpack
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from typing_extensions import Unpack
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
@@ -54,7 +54,7 @@ def patch_latents(
     Raises:
         UserError: unknown latents, an option that there is not, or pairs that do not line up.
     """
-    chosen = with_keywords(options, keywords)
+    chosen = with_keywords(options or SweepOptions(), keywords)
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     if latents is None:
         return _effects(model, as_components(model, several), pairs, None, chosen)
@@ -78,7 +78,9 @@ def patch_components(
 
     `edits` names what is patched together, at one site or several; None: every unit of every component, each alone.
     """
-    return _effects(model, as_components(model, components), pairs, edits, with_keywords(options, keywords))
+    return _effects(
+        model, as_components(model, components), pairs, edits, with_keywords(options or SweepOptions(), keywords)
+    )
 
 
 def patch_streams(
@@ -105,7 +107,7 @@ def patch_heads(
 ) -> Effects:
     """Patch the output z of every attention head at every layer: the classic layer × head map."""
     heads = [Heads(site.layer, model.n_heads) for site in model.layout.of_stream("z")]
-    return _effects(model, as_components(model, heads), pairs, None, with_keywords(options, keywords))
+    return _effects(model, as_components(model, heads), pairs, None, with_keywords(options or SweepOptions(), keywords))
 
 
 def patch_edits(
@@ -120,7 +122,7 @@ def patch_edits(
 
     The base run's own value where an edit changes nothing.
     """
-    chosen = with_keywords(options, keywords)
+    chosen = with_keywords(options or SweepOptions(), keywords)
     swept, change, _ = _listed(model, as_components(model, components), pairs, edits, chosen)
     base = swept.corrupted if chosen.denoises else swept.clean
     return base[[pair for pair, _ in edits]] + change
@@ -135,7 +137,7 @@ def patch_by_pair(
     **keywords: Unpack[SweepKeywords],
 ) -> list[Effects]:
     """One sweep in which every pair has edits of its own; the effects of each pair."""
-    chosen = with_keywords(options, keywords)
+    chosen = with_keywords(options or SweepOptions(), keywords)
     flat = [(number, edit) for number, own in enumerate(edits) for edit in own]
     swept, change, ran = _listed(model, as_components(model, components), pairs, flat, chosen)
     base = swept.corrupted if chosen.denoises else swept.clean

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from saepatch import organism
 from saepatch.errors import UserError, reason_of
@@ -23,16 +24,23 @@ from saepatch.model.tokens import Tokens, name_bos
 log = logging.getLogger(__name__)
 
 
+class Spread(TypedDict, total=False):
+    """How a model that one device cannot hold is spread, as transformers and accelerate understand it."""
+
+    device_map: str | dict[str, Any] | None
+    max_memory: Mapping[int | str, int | str] | None
+    offload_folder: str | None
+
+
 def load_model(
     name: str,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     prepend_bos: bool | str = False,
     trust_remote_code: bool = False,
-    device_map: str | dict[str, Any] | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    offload_folder: str | None = None,
+    *,
     revision: str | None = None,
+    **spread: Unpack[Spread],
 ) -> LanguageModel:
     """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
 
@@ -43,9 +51,11 @@ def load_model(
     branch, a tag or a commit of the model's repository on the hub; None: its main branch.
 
     Raises:
-        UserError: there is no such model, revision or device, weights are missing, damaged or NaN, or its blocks
-            cannot be found.
+        UserError: there is no such model, revision, device or option, weights are missing, damaged or NaN, or its
+            blocks cannot be found.
     """
+    if unknown := [option for option in spread if option not in Spread.__annotations__]:
+        raise UserError(f"unknown option {unknown[0]!r}: use one of {', '.join(Spread.__annotations__)}")
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,13 +69,13 @@ def load_model(
         if folder:
             raise UserError(f"revision {revision!r}: {name!r} is a folder, which has none: leave it out")
         options["revision"] = revision
-    spread = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-    spread = {key: value for key, value in spread.items() if value is not None} if device_map is not None else {}
+    spreads = spread.get("device_map") is not None
+    placement = {key: value for key, value in spread.items() if spreads and value is not None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder or name, **options)
         with _quiet_progress():
             both: Any = AutoModelForCausalLM.from_pretrained(
-                folder or name, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **spread
+                folder or name, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **placement
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
@@ -79,7 +89,7 @@ def load_model(
         raise UserError(
             f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): the file is not whole, fetch it again"
         )
-    return replace(wrap_model(hf if spread else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
+    return replace(wrap_model(hf if placement else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
 
 
 def _folder_of(name: str) -> str | None:

@@ -13,18 +13,20 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from saepatch.data.batches import PairBatch
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.gradients import Base, IntegratedGradients, Readout
 from saepatch.engine.metrics import refusal_score
+from saepatch.engine.options import with_keywords
 from saepatch.errors import UserError
 from saepatch.measure.quality import SpliceQuality
 from saepatch.model.hooks import is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
-from saepatch.restoration.restore import shared_quality
+from saepatch.restoration.restore import AnswerKeywords, AnswerOptions, shared_quality
 from saepatch.splicing.donors import CleanMeans, CleanPrompts, OtherModel
 from saepatch.splicing.splice import Dictionaries, by_site
 
@@ -67,15 +69,15 @@ class SafetyLatents:
             )
         if k < 1:
             raise UserError(f"k = {k}: ask for at least 1 latent")
-        sites, ends = list(scores), torch.tensor([len(one) for one in scores.values()]).cumsum(0).tolist()
-        order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)[:k].tolist()
-        found: dict[Site, list[int]] = {}
-        for place in order:
-            number = next(i for i, end in enumerate(ends) if place < end)
-            latent = place - (ends[number - 1] if number else 0)
-            if float(scores[sites[number]][latent]) > 0:
-                found.setdefault(sites[number], []).append(latent)
-        return {site: tuple(found[site]) for site in sites if site in found}
+        every, start, top = torch.cat(list(scores.values())), 0, {}
+        order = every.argsort(descending=True, stable=True)[:k]
+        order = order[every[order] > 0]
+        for site, own in scores.items():
+            end = start + len(own)
+            if ids := (order[(order >= start) & (order < end)] - start).tolist():
+                top[site] = tuple(ids)
+            start = end
+        return top
 
 
 @torch.no_grad()
@@ -87,9 +89,8 @@ def find_safety_latents(
     completions: Sequence[Sequence[int]] | None = None,
     refusal_ids: Collection[int] = (),
     steps: int = 10,
-    max_fvu: float | None = 0.5,
-    max_new_tokens: int = 24,
-    batch_size: int = 32,
+    options: AnswerOptions | None = None,
+    **keywords: Unpack[AnswerKeywords],
 ) -> SafetyLatents:
     """Rank latents by what they change between a run and the donor that would restore it.
 
@@ -101,20 +102,20 @@ def find_safety_latents(
         completions: Token ids that both runs read after their prompts; None: the donor's own greedy answers.
         refusal_ids: First tokens of a refusal, for the attribution; none: no attribution.
         steps: Points on the way, for the attribution.
-        max_fvu: Of two models, what the dictionary may leave unexplained of either; see `shared_quality`. None: neither
-            is looked at.
-        max_new_tokens: Of the donor's own answers.
-        batch_size: Prompts at a time.
+        options: Length of the donor's own answers, prompts at a time, and how well dictionaries have to fit two models.
+        keywords: Options, one by one; they replace those of `options`.
 
     Raises:
         UserError: no prompts, not one clean prompt or completion for each, a template longer than a prompt, a model
-            inside a splice, or a dictionary that does not fit both models.
+            inside a splice, a dictionary that does not fit both models, or an unknown option.
     """
+    chosen = with_keywords(options or AnswerOptions(), keywords)
+    batch_size = chosen.batch_size or 32
     sites = by_site(model, dictionaries)
     other, asked = (donor.model, tuple(prompts)) if isinstance(donor, OtherModel) else (model, donor.prompts)
     _check(model, other, prompts, asked, completions)
     own = completions is None
-    texts = other.continue_ids(asked, max_new_tokens, batch_size) if completions is None else completions
+    texts = other.continue_ids(asked, chosen.max_new_tokens, batch_size) if completions is None else completions
     mine = [[*model.encode(prompt), *text] for prompt, text in zip(prompts, texts, strict=True)]
     theirs = [[*other.encode(prompt), *text] for prompt, text in zip(asked, texts, strict=True)]
     counts = [_count(model, row, len(text), donor.template) for row, text in zip(mine, texts, strict=True)]
@@ -122,7 +123,7 @@ def find_safety_latents(
         _count(other, row, len(text), donor.template)
     if not sum(counts):
         raise UserError("no position is compared: " + ("every answer is empty" if own else "completions are empty"))
-    quality = _quality(model, other, sites, model.pad(mine), max_fvu) if isinstance(donor, OtherModel) else {}
+    quality = _quality(model, other, sites, model.pad(mine), chosen.max_fvu) if isinstance(donor, OtherModel) else {}
     squares, sums = _differences(model, other, sites, mine, theirs, counts, batch_size)
     norms = {site: dictionary.rows.double().norm(dim=-1).cpu() for site, dictionary in sites.items()}
     n = sum(counts)

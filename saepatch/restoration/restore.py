@@ -3,17 +3,19 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
+from saepatch.engine.options import with_keywords
 from saepatch.errors import UserError
 from saepatch.measure.quality import SpliceQuality, splice_quality
 from saepatch.model.language_model import LanguageModel, Tokens
@@ -125,6 +127,37 @@ def refused_first_token(
     return [int(token) in refusal_ids for token in top]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """Options of `restore` and `find_safety_latents`; each is accepted as a plain keyword there, too.
+
+    Attributes:
+        max_new_tokens: Length of an answer, at most.
+        batch_size: Prompts at a time; None: 64 to restore, 32 to rank latents.
+        max_fvu: Of two models, what a dictionary may leave unexplained of either; see `shared_quality`. None: neither
+            is looked at, as where that was done before.
+
+    Raises:
+        UserError: a batch size below 1.
+    """
+
+    max_new_tokens: int = 24
+    batch_size: int | None = None
+    max_fvu: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch_size = {self.batch_size}: use at least 1, or None to have it chosen")
+
+
+class AnswerKeywords(TypedDict, total=False):
+    """The options of `AnswerOptions` as keywords."""
+
+    max_new_tokens: int
+    batch_size: int | None
+    max_fvu: float | None
+
+
 def restore(
     model: LanguageModel,
     dictionaries: Dictionaries,
@@ -133,9 +166,8 @@ def restore(
     latents: Ids | Mapping[Site, Ids] = None,
     positions: Positions = "all",
     error: bool = False,
-    max_new_tokens: int = 24,
-    batch_size: int = 64,
-    max_fvu: float | None = 0.5,
+    options: AnswerOptions | None = None,
+    **keywords: Unpack[AnswerKeywords],
 ) -> list[str]:
     """Greedy answers to prompts while latents are restored from a donor at every step.
 
@@ -146,32 +178,32 @@ def restore(
         latents: Of one dictionary; of several as {site: latents}, where sites left out are not restored. None: all.
         positions: Where to restore, of the positions that the donor has a counterpart of.
         error: Restore the error term, too.
-        max_new_tokens: Length of an answer, at most.
-        batch_size: Prompts at a time.
-        max_fvu: With `OtherModel`, what a dictionary may leave unexplained of either model on the first prompts; see
-            `shared_quality`. None: neither is looked at, as where that was done before.
+        options: Length of answers, prompts at a time, and (with `OtherModel`, on the first prompts) how well
+            dictionaries have to fit both models.
+        keywords: Options, one by one; they replace those of `options`.
 
     Raises:
-        UserError: as many clean prompts as prompts are wanted, latents of a site without dictionary, a dictionary that
-            does not fit both models, or what `restoring.Restore` refuses.
+        UserError: not one clean prompt for each prompt, latents of a site without dictionary, a dictionary that does
+            not fit both models, an unknown option, or what `saepatch.splicing.donors.Restore` refuses.
 
     Source: dynamic activation patching (Chen et al. 2024), on latents.
     """
+    chosen = with_keywords(options or AnswerOptions(), keywords)
     sites = by_site(model, dictionaries)
     wanted = _by_site(sites, latents)
     if isinstance(donor, CleanPrompts) and len(donor.prompts) != len(prompts):
         raise UserError(f"{len(donor.prompts)} clean prompts for {len(prompts)} prompts: give one for each")
     whole = error and latents is None  # the donor's own values, whatever dictionaries leave unexplained
-    if isinstance(donor, OtherModel) and max_fvu is not None and prompts and not whole:
+    if isinstance(donor, OtherModel) and chosen.max_fvu is not None and prompts and not whole:
         tokens = model.tokenize(prompts[:MEASURED_ON])
         for site in wanted:
-            shared_quality(model, donor.model, sites[site], tokens, max_fvu)
-    texts: list[str] = []
+            shared_quality(model, donor.model, sites[site], tokens, chosen.max_fvu)
+    texts, batch_size = list[str](), chosen.batch_size or 64
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         here = replace(donor, prompts=donor.prompts[part]) if isinstance(donor, CleanPrompts) else donor
         with splice(model, [sites[site] for site in wanted], restorations(sites, here, wanted, positions, error)):
-            texts += model.generate(prompts[part], max_new_tokens)
+            texts += model.generate(prompts[part], chosen.max_new_tokens)
     return texts
 
 

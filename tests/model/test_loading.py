@@ -81,6 +81,8 @@ def test_models_that_cannot_be_loaded(model_folder, tmp_path):
         load_model("./nowhere")
     with pytest.raises(UserError, match="unknown dtype 'float33'"):
         load_model(str(model_folder), dtype="float33")
+    with pytest.raises(UserError, match="unknown option 'offload': use one of device_map, max_memory, offload_folder"):
+        load_model(str(model_folder), offload="here")
     weights = load_file(model_folder / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})

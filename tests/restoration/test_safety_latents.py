@@ -11,7 +11,7 @@ from saepatch.measure.quality import splice_quality
 from saepatch.model.loading import wrap_model
 from saepatch.model.sites import Site
 from saepatch.restoration.ranking import SafetyLatents, clean_means, find_safety_latents
-from saepatch.restoration.restore import restore, shared_quality
+from saepatch.restoration.restore import AnswerOptions, restore, shared_quality
 from saepatch.splicing.donors import CleanMeans, CleanPrompts, OtherModel, Restore
 from saepatch.splicing.interventions import Ablate, Steer
 from saepatch.splicing.splice import record_latents, splice
@@ -155,6 +155,10 @@ def test_bad_contrasts():
         find(donor=CleanPrompts(CLEAN, 6))
     with pytest.raises(UserError, match="completions are empty"):
         find(donor=CleanPrompts(CLEAN, 0), completions=[[], [], []])
+    with pytest.raises(UserError, match="unknown option 'max_tokens': use one of max_new_tokens, batch_size, max_fvu"):
+        find(max_tokens=3)
+    with pytest.raises(UserError, match="batch_size = 0"):
+        find(batch_size=0)
     with pytest.raises(UserError, match="leave the splice first"), splice(model, dictionary, Steer(3, 1.0)):
         model.next_logits(model.tokenize(["abc"]))
         find()
@@ -172,6 +176,19 @@ def test_a_dictionary_that_does_not_fit_both_models_is_refused():
         shared_quality(base, aligned, dictionary, tokens, max_fvu=min(fvu) + 0.01)
     with pytest.raises(UserError, match="unexplained"):
         find_safety_latents(base, dictionary, JAILBROKEN, OtherModel(aligned), max_fvu=1e-3)
+
+
+def test_options_are_given_together_or_one_by_one():
+    model, dictionary, donor = tiny_model(), random_dictionary(), CleanPrompts(CLEAN)
+    options = AnswerOptions(max_new_tokens=3, batch_size=1)
+    together = find_safety_latents(model, dictionary, JAILBROKEN, donor, options=options)
+    assert together.positions == 3 * (1 + 3)  # the template's token and the answer's, of three prompts
+    alone = find_safety_latents(model, dictionary, JAILBROKEN, donor, max_new_tokens=3, batch_size=1)
+    assert torch.equal(together.change[dictionary.site], alone.change[dictionary.site])
+    answers = restore(model, dictionary, JAILBROKEN, donor, [3], options=options)
+    assert answers == restore(model, dictionary, JAILBROKEN, donor, [3], max_new_tokens=3)
+    longer = restore(model, dictionary, JAILBROKEN, donor, [3], options=options, max_new_tokens=6)
+    assert longer == restore(model, dictionary, JAILBROKEN, donor, [3], max_new_tokens=6) != answers
 
 
 def test_restore_takes_one_budget_over_several_sites():
