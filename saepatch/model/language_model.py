@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saepatch.errors import UserError
 from saepatch.model.families import Layout
 from saepatch.model.fingerprint import fingerprint, weights_of
-from saepatch.model.forward import Forward
+from saepatch.model.forward import Forward, note_columns
 from saepatch.model.greedy import end_tokens, greedy_options
 from saepatch.model.hooks import capture, is_spliced
 from saepatch.model.padding import Padding, by_length, positions_of, spread
@@ -32,6 +32,7 @@ class LanguageModel:
     name: str
     layout: Layout
     prepend_bos: bool = False  # put a BOS in front of texts whose tokenizer does not
+    step_limit: int | None = None  # columns a pass may take in on a cache, 0: it takes none; seen on load
     padding: Padding = field(default_factory=Padding)  # where rows may be padded; seen on load
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class LanguageModel:
 
     @cached_property
     def _forward(self) -> Forward:
-        return Forward(self.hf, self.padding)
+        return Forward(self.hf, self.padding, self.step_limit)
 
     @cached_property
     def appended(self) -> list[int]:
@@ -187,6 +188,7 @@ class LanguageModel:
             cache: What holds the columns before `start`, and takes in the others; None: nothing is kept.
         """
         logits = self.hf(**self.inputs(tokens, start, last, cache)).logits
+        note_columns(cache, tokens.width)
         return logits[:, -1:] if last else logits
 
     @torch.no_grad()
@@ -199,7 +201,9 @@ class LanguageModel:
         """
         if cache is None and not start and self._runs_apart(tokens):
             return spread(tokens, lambda part: self.capture(part, sites, stop=stop))
-        return capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop)
+        held = capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop)
+        note_columns(cache, tokens.width)
+        return held
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Float[Tensor, "batch pos vocab"]:
@@ -232,7 +236,8 @@ class LanguageModel:
         """The logits that each token of given continuations (token ids) is predicted by.
 
         Two passes, the prompts and then the continuations on their cache, so that inside a splice they go as in
-        generation. Prompts are padded on the left; what follows a shorter continuation's end means nothing.
+        generation (token by token in a model that takes them in so only). Prompts are padded on the left; what follows
+        a shorter continuation's end means nothing.
         """
         if not self.padding.allows(prompts):
             width = max(1, *map(len, continuations))
@@ -243,12 +248,16 @@ class LanguageModel:
                 whole[numbers[:, 0].to(some.device), : some.shape[1]] = some
             assert whole is not None
             return whole
+        longest = max(map(len, continuations))
+        rows = prompts.followed_by(self.pad([row[:-1] for row in continuations])) if longest > 1 else prompts
+        if not self.takes_cache and not is_spliced(self.layout):
+            return self.call(rows)[:, prompts.width - 1 :]
         cache = self.new_cache()
-        first = self.call(prompts, last=True, cache=cache)
-        if max(map(len, continuations)) < 2:
-            return first
-        rows = prompts.followed_by(self.pad([row[:-1] for row in continuations]))
-        return torch.cat([first, self.call(rows, prompts.width, cache=cache)], 1)
+        parts = [self.call(prompts, last=True, cache=cache)]
+        step = self.step_limit or max(1, longest)
+        for start in range(prompts.width, rows.width, step):
+            parts.append(self.call(rows.columns(start + step), start, cache=cache))
+        return torch.cat(parts, 1)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 40, batch_size: int = 64) -> list[str]:
         """Greedy continuations, prompt and special tokens left out."""

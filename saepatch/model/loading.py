@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from saepatch import organism
 from saepatch.errors import UserError, reason_of
 from saepatch.model.families import layout_of
+from saepatch.model.forward import probe_steps
 from saepatch.model.hooks import Edit, SpliceError, blocks_return_tuples, edit_sites
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.padding import Padding, probe_padding
@@ -154,7 +155,8 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     tokens = model.probe()
     as_tuple = blocks_return_tuples(model.hf, model.layout, model.inputs(tokens))
     model = replace(model, layout=replace(model.layout, tuple_blocks=as_tuple))
-    model = replace(model, padding=_padding_of(model))
+    steps = probe_steps(lambda tokens, start, cache: model.call(tokens, start, cache=cache), model.new_cache, tokens)
+    model = replace(replace(model, step_limit=steps), padding=_padding_of(model))
     seen = _emitted(model, tokens)
     layout = model.layout.without(_not_offered(model, seen))
     layout = replace(layout, widths={site: seen[site].shape[-1] for site in layout.all_sites})

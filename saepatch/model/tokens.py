@@ -48,6 +48,10 @@ class Tokens:
     def rows(self, index: Sequence[int] | Int[Tensor, "n"] | slice) -> "Tokens":
         return Tokens(self.input_ids[index], self.attention_mask[index], self.ordinary[index])
 
+    def columns(self, end: int) -> "Tokens":
+        """The columns before `end`."""
+        return Tokens(self.input_ids[:, :end], self.attention_mask[:, :end], self.ordinary[:, :end])
+
     def followed_by(self, other: "Tokens") -> "Tokens":
         """Each row with the other batch's row behind it."""
         return Tokens(

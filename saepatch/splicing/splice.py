@@ -14,7 +14,7 @@ from saepatch.data.batches import PairBatch
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
-from saepatch.model.forward import cache_among, columns_in
+from saepatch.model.forward import cache_among, columns_in, tells_columns
 from saepatch.model.hooks import (
     SpliceError,
     around_generate,
@@ -49,6 +49,8 @@ class Splice:
     _generated: bool = False  # whether there was any
     _prompt: tuple[Tensor, int] | None = None  # tokens of each prompt, and columns of the batch
     _cache: Any = None  # the cache that holds this prompt
+    _mask: Tensor | None = None  # of the columns read so far, or of the prompt of the `generate` call under way
+    _read: int = 0  # columns that the `generate` call under way has read
     _donors: dict[int, DonorRun] = field(default_factory=dict)  # by the identity of their donor
 
 
@@ -220,7 +222,7 @@ def _site_of(intervention: Intervention | Restore, sites: Mapping[Site, Dictiona
 
 
 def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]) -> None:
-    run._asked, run._prompt, run._cache = ids, None, None
+    run._asked, run._prompt, run._cache, run._mask, run._read = ids, None, None, options.get("attention_mask"), 0
     run._generated |= ids is not None
     for donor in run._donors.values():
         donor.reset()
@@ -259,23 +261,48 @@ def _prompt_of(run: Splice, mask: Tensor, start: int, cache: Any) -> tuple[Tenso
     return mask.sum(-1), mask.shape[1]
 
 
+def _whole_mask(run: Splice, mask: Any, ids: Tensor, start: int) -> Tensor:
+    """Which tokens are real, of all columns read so far and those of this pass.
+
+    A pass may be given none, or one of its own columns only (recurrent states), or what the attention adds to its
+    scores (static caches): then it follows from the mask of the prompt.
+    """
+    columns = start + ids.shape[1]
+    flat = isinstance(mask, Tensor) and mask.ndim == 2
+    if flat and mask.shape[1] >= columns:
+        return mask[:, :columns].long()
+    generating = run._asked is not None
+    before = run._mask if start or generating else None
+    if before is None and mask is None:
+        return torch.ones(ids.shape[0], columns, dtype=torch.long, device=ids.device)
+    if before is not None and (mask is None or flat or generating) and (generating or before.shape[1] >= start):
+        before = before[:, : start or columns].long()
+        before = before.repeat_interleave(len(ids) // len(before), 0)  # one row for each beam
+        if flat and mask.shape[1] == ids.shape[1]:
+            before = torch.cat([before, mask.long()], 1)
+        return torch.cat([before, before.new_ones(len(before), columns - before.shape[1])], 1)
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise UserError(
+        f"attention mask of shape {shape} for {start} cached and {ids.shape[1]} new tokens: a splice needs the "
+        "two-dimensional mask over all of them: give `generate` the prompts' attention_mask"
+    )
+
+
 def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Work out which tokens of which prompts this pass holds."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         raise UserError("a spliced model needs input_ids: embeddings alone do not tell the positions")
     cache = cache_among(kwargs)
-    start = 0 if cache is None else columns_in(cache)
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    if mask is None:
-        mask = torch.ones(ids.shape[0], start + ids.shape[1], dtype=torch.long, device=ids.device)
-    if mask.ndim != 2 or mask.shape[1] < start + ids.shape[1]:
-        raise UserError(
-            f"attention mask of shape {tuple(mask.shape)} for {start} cached and {ids.shape[1]} new tokens: "
-            "a splice needs the two-dimensional mask over all of them (generate with the default dynamic cache)"
-        )
-    mask = mask[:, : start + ids.shape[1]].long()
+    if cache is None:
+        start = 0
+    elif run._asked is not None and not tells_columns(cache):  # recurrent states: count what `generate` has read
+        start = run._read
+    else:
+        start = columns_in(cache)
+    mask = _whole_mask(run, kwargs.get("attention_mask", args[1] if len(args) > 1 else None), ids, start)
     run._prompt, run._cache = _prompt_of(run, mask, start, cache), cache
+    run._mask, run._read = mask, start + ids.shape[1]
     n_prompt, width = run._prompt
     here = mask[:, start:]
     run.seen = Pass(

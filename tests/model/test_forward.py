@@ -71,8 +71,18 @@ def test_a_model_of_recurrent_states_alone(monkeypatch):
     model = tiny_model("mamba")
     assert (model.n_heads, model.layout.streams) == (0, ["resid_pre", "resid_post"])
     assert model.takes_cache
+    assert model.step_limit == 1
+    tokens, cache = model.tokenize(["abcd"]), model.new_cache()
+    model.call(tokens.columns(2), cache=cache)
+    assert columns_in(cache) == 2
+    with pytest.raises(UserError, match="reads 1 column at a time on a cache, not 3"):
+        model.call(tokens, 2, cache=cache)
+    for end in (3, 4, 5):
+        step = model.call(tokens.columns(end), end - 1, cache=cache)
+    torch.testing.assert_close(step, model.call(tokens, last=True), atol=1e-5, rtol=1e-5)
+    cache = model.hf(tokens.input_ids, use_cache=True).cache_params
     with pytest.raises(UserError, match="recurrent states alone"):
-        model.call(model.tokenize(["abc"]), cache=model.new_cache())
+        model.call(tokens, 5, cache=cache)
 
 
 def test_a_hybrid_offers_what_each_layer_has():
