@@ -21,7 +21,7 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import Direction
 from saepatch.measure.attribution import integrated_gradients
 from saepatch.measure.controls import DRAWS, control_sets, differing_sets
-from saepatch.measure.curves import effect_curve, effect_curve_by_pair
+from saepatch.measure.curves import PairRanking, effect_curve, effect_curve_by_pair
 from saepatch.measure.patching import patch_latents
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
@@ -51,9 +51,10 @@ def patching(
     own = [_ranked(row) for row in integrated_gradients(model, dictionary, report)[0]]
     directions: tuple[Direction, Direction] = ("denoise", "noise")
     singles = [patch_latents(model, dictionary, report, direction=d, progress=bars) for d in directions]
+    rankings = [PairRanking(*each) for each in zip(own, singles[0].ran, strict=True)]
     curves = [
         effect_curve_by_pair(
-            model, dictionary, report, own, singles[0].ran, SIZES, stats, seed, direction=direction, progress=bars
+            model, dictionary, report, rankings, SIZES, stats, seed, direction=direction, progress=bars
         )
         for direction in directions
     ]

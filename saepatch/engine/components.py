@@ -294,7 +294,7 @@ def as_components(model: LanguageModel, given: Patchable | Sequence[Patchable]) 
         UserError: none, two of one kind at one site, or one that does not belong to the model.
     """
     several = list(given) if isinstance(given, Sequence) else [given]
-    components: list[Component] = [LatentUnits(one) if isinstance(one, Dictionary) else one for one in several]
+    components: list[Component] = [LatentUnits(each) if isinstance(each, Dictionary) else each for each in several]
     if not components:
         raise UserError("there is nothing to patch: give at least one dictionary or component")
     seen: set[tuple[Site, str]] = set()

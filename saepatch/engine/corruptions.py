@@ -1,4 +1,4 @@
-"""How the corrupted run of a pair comes about where it is not simply its corrupted prompt.
+"""Corrupted runs that are not simply the run of the corrupted prompt.
 
 `GaussianNoise` disturbs what the clean prompt's subject tokens embed to; `Zero` and `Mean` ablate what is patched, so
 that noising one unit is ablating it. To resample instead, give pairs made by `saepatch.data.batches.resampled`.

@@ -202,11 +202,11 @@ class FirstOrder:
 
     def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
         metric, held, _ = base.graph()
-        found = base.backward(metric, list(held.values()))
+        gradients = base.backward(metric, list(held.values()))
         return Gradients(
             metric.detach(),
             {site: x.detach() for site, x in held.items()},
-            {site: g[None] for site, g in zip(held, found, strict=True)},
+            {site: g[None] for site, g in zip(held, gradients, strict=True)},
         )
 
 
@@ -261,17 +261,17 @@ class GradDrop:
         n_layers = base.model.n_layers
         later = {site: range(_after(site), n_layers) for site in base.sites}
         metric, held, dropped = base.graph(range(min(_after(site) for site in base.sites), n_layers))
-        found: dict[Site, list[Tensor]] = {site: [] for site in held}
+        by_site: dict[Site, list[Tensor]] = {site: [] for site in held}
         for layer in (None, *range(n_layers)):
             dropped.layer = layer
             # with no block dropped, the sites behind the last block
             sites = [site for site in held if (layer in later[site] if layer is not None else not later[site])]
             for site, g in zip(sites, base.backward(metric, [held[site] for site in sites]), strict=True):
-                found[site].append(g)
+                by_site[site].append(g)
         return Gradients(
             metric.detach(),
             {site: x.detach() for site, x in held.items()},
-            {site: torch.stack(each) for site, each in found.items()},
+            {site: torch.stack(each) for site, each in by_site.items()},
             absolute=True,
         )
 

@@ -27,7 +27,7 @@ from saepatch.splicing.splice import choose_positions
 log = logging.getLogger(__name__)
 
 PAIRS_MEMORY = 2**29  # bytes that the latents of one batch of pairs may take
-SMALL = 512  # tokens: of fewer, two batches take hardly longer as one, for reading the weights takes longest
+SMALL = 512  # tokens: below this, two batches run as one, for a pass takes about as long as reading the weights
 
 
 @dataclass(eq=False)

@@ -266,11 +266,13 @@ def _gradients(
     if not metric.requires_grad:
         raise UserError(f"{metric_name(readout.metric)} has no gradient: use a smooth metric, or patch exactly")
     at = {
-        (layer, what): x for layer, one in seen.items() for what, x in (*((p, one.of(p)) for p in PARTS), ("z", one.z))
+        (layer, what): x
+        for layer, inputs in seen.items()
+        for what, x in (*((part, inputs.of(part)) for part in PARTS), ("z", inputs.z))
     }
-    found = torch.autograd.grad(metric.sum(), list(at.values()), allow_unused=True, materialize_grads=True)
+    taken = torch.autograd.grad(metric.sum(), list(at.values()), allow_unused=True, materialize_grads=True)
     gradients: dict[int, dict[str, Tensor]] = {layer: {} for layer in seen}
-    for (layer, what), gradient in zip(at, found, strict=True):
+    for (layer, what), gradient in zip(at, taken, strict=True):
         gradients[layer][what] = gradient
     return seen, metric, gradients
 

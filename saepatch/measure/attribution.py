@@ -301,14 +301,14 @@ def _score(
         rounding = 8 * torch.finfo(source.dtype).eps * x.abs().amax(-1)
         where = where & ~(alike & (way.abs().amax(-1) <= rounding))
     way = way * where[..., None]
-    whole = torch.stack([(way * one).sum(-1) for one in g])
+    whole = torch.stack([(way * take).sum(-1) for take in g])
     moved = way.ne(0).any(-1)
     if runs is None and _by_position(dictionary):
         latents = _latent_changes(dictionary, x, source, moved)
         products = products_of(latents, g)
         rest = whole.clone()  # the error term is all that is left, for latents add their rows unscaled
-        for one, product in zip(rest, products, strict=True):
-            one.index_put_((latents.row, latents.pos), -product, accumulate=True)
+        for take, product in zip(rest, products, strict=True):
+            take.index_put_((latents.row, latents.pos), -product, accumulate=True)
         row, pos = moved.nonzero(as_tuple=True)
         of_errors = rest[:, row, pos]
     else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -18,6 +19,13 @@ from saepatch.measure.patching import patch_by_pair, patch_components
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_ratio
+
+
+class PairRanking(NamedTuple):
+    """Latents of one pair, the most important first, and which of all differ between its two runs."""
+
+    latents: Sequence[int]
+    differs: Bool[np.ndarray, "d_sae"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +68,16 @@ def effect_curve_by_pair(
     model: LanguageModel,
     dictionary: Dictionary,
     pairs: Sequence[PromptPair],
-    rankings: Sequence[Sequence[int]],
-    differing: Bool[np.ndarray, "pairs d_sae"],
+    rankings: Sequence[PairRanking],
     sizes: Sequence[int],
     statistics: LatentStatistics,
     seed: int = 0,
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Curve:
-    """The same with a ranking of its own for each pair; `differing` says which latents differ in each pair."""
+    """The same with a ranking of its own for each pair, and controls that differ in the pair."""
     edits = []
-    for number, (ranking, differs) in enumerate(zip(rankings, differing, strict=True)):
+    for number, (ranking, differs) in enumerate(rankings):
         own = _edits(dictionary, ranking, sizes, statistics, seed + number)
         own += [
             Edit(dictionary.site, drawn, role="differing", beside=tuple(ranking[:k]))

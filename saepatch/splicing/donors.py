@@ -54,7 +54,7 @@ class OtherModel:
 
 @dataclass(frozen=True, eq=False)
 class CleanMeans:
-    """A donor that always says the same: the mean of each latent of each site over clean runs.
+    """A constant donor: the mean of each latent of each site over clean runs.
 
     For the last `template` tokens of prompts (None: all) and all generated tokens. Means are the latents' own values: a
     dictionary that normalises its input writes them in the recipient's scale.
@@ -82,7 +82,7 @@ def _check_aligned(template: int | None, seen: Pass) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Restore:
-    """Overwrite latents with those of a donor, at the positions that the donor has a counterpart of.
+    """Overwrite latents with those of a donor, at the positions that have a counterpart in the donor's run.
 
     With `error`, the donor's error term is written as well; with all latents that is the donor's own value of the site.
     Dictionaries that normalise their input decode in that input's scale: each latent then writes what it writes in the
@@ -99,6 +99,24 @@ class Restore:
     def __post_init__(self) -> None:
         if self.error and isinstance(self.donor, CleanMeans):
             raise UserError("Restore(error=True) writes the donor's error term, and means of latents have none")
+
+    def in_place(
+        self, site: Site, dictionary: Dictionary, recipient: LanguageModel, runs: dict[int, "DonorRun"]
+    ) -> "Restoring":
+        """The intervention that a splice runs; `runs` are those of its donors, by their identity."""
+        donor = self.donor
+        if isinstance(donor, CleanMeans):
+            if site not in donor.means or donor.means[site].shape != (dictionary.d_sae,):
+                raise UserError(
+                    f"the clean means hold none for the {dictionary.d_sae} latents of {site}: measure them there"
+                )
+            return Restoring(self, site, dictionary, None)
+        if isinstance(donor, OtherModel):
+            dictionary.check(donor.model, site)
+        if id(donor) not in runs:
+            runs[id(donor)] = DonorRun(donor, recipient)
+        runs[id(donor)].sites.append(site)
+        return Restoring(self, site, dictionary, runs[id(donor)])
 
 
 class DonorRun:

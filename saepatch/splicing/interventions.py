@@ -48,7 +48,7 @@ class Context(Pass):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an intervention reads, so that no more is encoded and decoded than that; all but the error if it says none.
+    """What an intervention reads, so that nothing else is computed. Without an attribute `needs`: all but the error.
 
     Attributes:
         values: The latents' values; without, it only adds to them, the same whatever they are.

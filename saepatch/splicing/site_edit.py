@@ -19,9 +19,9 @@ from saepatch.splicing.interventions import Context, Intervention, ids_of, needs
 class SiteEdit:
     """The interventions of one site, in order.
 
-    With the error kept the site gets `Δf · rows`, whatever the latents that are not edited are: so these are encoded
-    only where the dictionary cannot do without, and not at all for latents that are only added to. What records latents
-    or writes or drops the error term takes the whole way through the dictionary.
+    With the error kept the site gets `Δf · rows`, which does not depend on latents that are not edited. So only edited
+    latents are encoded where the architecture allows it, and none where edits only add to them. Recording latents, and
+    writing or dropping the error term, take the full encoder and decoder.
     """
 
     dictionary: Dictionary
@@ -36,7 +36,7 @@ class SiteEdit:
         self.whole = self.drop_error or self.record is not None or any(each.error for each in needs)
         wanted = [ids_of(intervention.latents) for intervention in self.interventions]
         self._columns: list[slice | list[int]] = [slice(None) if ids is None else list(ids) for ids in wanted]
-        self.ids: list[int] | None = None  # latents that are dealt with; None: all
+        self.ids: list[int] | None = None  # latents that interventions read or write; None: all
         if not self.whole and all(ids is not None for ids in wanted):
             self.ids = sorted({latent for ids in wanted for latent in ids or ()})
             place = {latent: number for number, latent in enumerate(self.ids)}
@@ -74,7 +74,7 @@ class SiteEdit:
     def _read(
         self, x: Float[Tensor, "batch pos width"]
     ) -> tuple[Float[Tensor, "batch pos k"], Float[Tensor, "batch pos 1"] | None]:
-        """Values of the latents that are dealt with, and the scale that edits of them are decoded with."""
+        """Values of the latents that interventions read or write, and the scale that edits of them are decoded with."""
         if self.ids is None:
             return self.dictionary.activations(x)
         if self.blind:  # adding is the same whatever is there
@@ -116,7 +116,7 @@ class SiteEdit:
     def _through(
         self, x: Float[Tensor, "batch pos width"], where: Sequence[Bool[Tensor, "batch pos 1"] | None], seen: Pass
     ) -> Float[Tensor, "batch pos width"]:
-        """The whole way: all latents, and the error term."""
+        """Encode and decode all latents and the error term."""
         latents = replace(self.dictionary.encode(x), real=seen.real, ordinary=seen.ordinary)
         if self.record is not None:
             self.record(latents)

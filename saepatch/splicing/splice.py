@@ -26,7 +26,7 @@ from saepatch.model.hooks import (
 from saepatch.model.language_model import LanguageModel, Tokens, ordinary
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
-from saepatch.splicing.donors import CleanMeans, DonorRun, OtherModel, Restore, Restoring
+from saepatch.splicing.donors import DonorRun, Restore
 from saepatch.splicing.interventions import Intervention, ids_of, needs_of
 from saepatch.splicing.site_edit import SiteEdit
 
@@ -51,7 +51,7 @@ class Splice:
     _cache: Any = None  # the cache that holds this prompt
     _mask: Tensor | None = None  # of the columns read so far, or of the prompt of the `generate` call under way
     _read: int = 0  # columns that the `generate` call under way has read
-    _donors: dict[int, DonorRun] = field(default_factory=dict)  # by the identity of their donor
+    _donors: dict[int, DonorRun] = field(default_factory=dict)  # by `id` of the donor
 
 
 @contextmanager
@@ -85,7 +85,10 @@ def splice(
     placed = [(_site_of(intervention, sites), intervention) for intervention in chosen]
     for site, intervention in placed:
         sites[site].check_ids(ids_of(intervention.latents) or ())
-    acting = [(site, _in_place(run, site, sites[site], intervention)) for site, intervention in placed]
+    acting = [
+        (site, each if isinstance(each, Intervention) else each.in_place(site, sites[site], model, run._donors))
+        for site, each in placed
+    ]
     if error == "drop" and any(needs_of(each).error and hasattr(each, "edit_error") for _, each in acting):
         raise UserError("error=True writes an error term, and error='drop' leaves it out: use one of the two")
     edits = {
@@ -115,25 +118,6 @@ def splice(
 def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
     assert run.seen is not None
     return edit(x, run.seen)
-
-
-def _in_place(run: Splice, site: Site, dictionary: Dictionary, intervention: Intervention | Restore) -> Intervention:
-    """The intervention itself; of a restoration, one that is tied to its donor's run beside this splice."""
-    if not isinstance(intervention, Restore):
-        return intervention
-    donor = intervention.donor
-    if isinstance(donor, CleanMeans):
-        if site not in donor.means or donor.means[site].shape != (dictionary.d_sae,):
-            raise UserError(
-                f"the clean means hold none for the {dictionary.d_sae} latents of {site}: measure them there"
-            )
-        return Restoring(intervention, site, dictionary, None)
-    if isinstance(donor, OtherModel):
-        dictionary.check(donor.model, site)
-    if id(donor) not in run._donors:
-        run._donors[id(donor)] = DonorRun(donor, run.model)
-    run._donors[id(donor)].sites.append(site)
-    return Restoring(intervention, site, dictionary, run._donors[id(donor)])
 
 
 def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
@@ -229,10 +213,10 @@ def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]
     if ids is None:
         return
     config = options.get("generation_config") or getattr(run.model.hf, "generation_config", None)
-    given = [vars(one) for one in (config, getattr(run.model.hf, "generation_config", None)) if one is not None]
+    configs = [vars(each) for each in (config, getattr(run.model.hf, "generation_config", None)) if each is not None]
     for name in GUESSING:
         # what is given to `generate` wins over the checkpoint's own, None too
-        if any(one.get(name) is not None for one in ((options,) if name in options else given)):
+        if any(each.get(name) is not None for each in ((options,) if name in options else configs)):
             raise UserError(
                 f"a splice follows tokens as they are picked, and {name} has the model read guesses: "
                 f"generate without {name}"

@@ -71,8 +71,11 @@ def moved(component, units, x, values, at):
 
 
 @torch.no_grad()
-def by_hand(model, components, pair, edit, direction="denoise"):
-    """The answer's log-probability under an edit, by bare hooks in one pass over the prompt alone."""
+def by_hand(model, components, pair, edit, direction="denoise", chosen=None):
+    """The answer's log-probability under an edit, by bare hooks in one pass over the prompt alone.
+
+    `chosen` are the columns that parts without a position take values of the source run at; None: all ordinary ones.
+    """
     known = {(component.site, component.kind): component for component in components}
     texts = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
     base, source = (torch.tensor([model.encode(text)]) for text in texts)
@@ -81,14 +84,14 @@ def by_hand(model, components, pair, edit, direction="denoise"):
     columns = torch.arange(n) + shift
     there = {site: x[:, columns.clamp(min=0)] for site, x in held(model, sites, source).items()}
     here = held(model, sites, base)
-    ordinary = [c for c in range(n) if c and c + shift > 0]  # column 0 is the BOS
+    chosen = chosen or [c for c in range(n) if c and c + shift > 0]  # column 0 is the BOS
 
     def edited(site):
         def run(x):
             total = x.clone()
             for part in edit.parts:
                 if part.site == site:
-                    at = (list(range(n)) if part.frozen else ordinary) if part.position is None else [part.position]
+                    at = (list(range(n)) if part.frozen else chosen) if part.position is None else [part.position]
                     values = here[site] if part.frozen else there[site]
                     total += moved(known[part.site, part.kind], part.units, x, values, at)
             return total
@@ -124,8 +127,8 @@ def components_of(model, architecture="topk"):
     return latents, errors, heads, streams
 
 
-def edits_of(latents, errors, heads, streams):
-    """Groups over two and three sites: of latents, and of everything else with them."""
+def edits_of(latents, errors, heads, streams, half=slice(None)):
+    """Groups over two and three sites: of latents, and of everything else with them; `half` thins out the streams'."""
     some, more, few = range(40), range(20, 90), range(3)
     low, middle, last = latents["resid_post.0"], latents["resid_post.1"], latents["resid_post.2"]
     edits = [
@@ -140,26 +143,28 @@ def edits_of(latents, errors, heads, streams):
     for layer, head in enumerate(heads):
         edits.append([part(low, some), part(head, (1, 3))])
         edits.append([part(head, (0, 2)), part(last, more), part(heads[layer - 1], (3,), 5)])
-    edits += [[part(low, some), part(stream, position=5), part(middle, few)] for stream in streams]
-    edits += [[part(low, more), part(streams[number - 1]), part(stream)] for number, stream in enumerate(streams)]
-    edits += [[part(low, more, 5), part(stream, frozen=True)] for stream in streams]
+    edits += [[part(low, some), part(stream, position=5), part(middle, few)] for stream in streams[half]]
+    both = [[part(low, more), part(streams[number - 1]), part(stream)] for number, stream in enumerate(streams)]
+    edits += both[half] + [[part(low, more, 5), part(stream, frozen=True)] for stream in streams[half]]
     return [Edit.of(parts) for parts in edits]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_bare_hooks(family):
-    """In both directions, a pair alone and among others of other lengths, by every kind of component."""
-    model = tiny_model(family)
+@pytest.mark.parametrize(("number", "family"), list(enumerate(FAMILIES)))
+def test_equals_bare_hooks(number, family):
+    """A pair alone and among others of other lengths, by every kind of component.
+
+    Families take turns: one in two is denoised, one in two noised, each with the other half of the streams after two.
+    """
+    model, direction = tiny_model(family), ("denoise", "noise")[number % 2]
     groups = components_of(model)
     components = [*groups[0].values(), *groups[1].values(), *groups[2], *groups[3]]
-    edits = edits_of(*groups)
-    for direction in ("denoise", "noise"):
-        effects = patch_components(model, components, PAIRS, edits, direction=direction, metric=log_probability)
-        row = 1 if direction == "noise" else 2
-        expected = [by_hand(model, components, PAIRS[row], edit, direction) for edit in edits]
-        np.testing.assert_allclose(effects.patched[row], expected, atol=1e-5, rtol=0)
-        moves = np.abs(effects.change).max(0)
-        assert (moves > 1e-3).sum() > 0.9 * len(edits)
+    edits = edits_of(*groups, half=slice(number // 2 % 2, None, 2))
+    effects = patch_components(model, components, PAIRS, edits, direction=direction, metric=log_probability)
+    row = 1 + number // 4 % 2
+    expected = [by_hand(model, components, PAIRS[row], edit, direction) for edit in edits]
+    np.testing.assert_allclose(effects.patched[row], expected, atol=1e-5, rtol=0)
+    moves = np.abs(effects.change).max(0)
+    assert (moves > 1e-3).sum() > 0.9 * len(edits)
 
 
 @pytest.mark.parametrize("way", kept_run.WAYS)
@@ -202,6 +207,38 @@ def test_units_are_set_and_not_only_shifted():
         expected = by_hand(model, [LatentUnits(low), above], PAIRS[0], edit)
         assert effects.patched[0, column] == pytest.approx(expected, abs=1e-5)
         assert abs(effects.patched[0, column] - alone.patched[0, 0]) > 1e-3
+
+
+def test_chosen_positions_bound_what_acts_and_not_what_is_frozen():
+    """Downstream, too: acting units take source values at the chosen position alone, frozen ones hold everywhere."""
+    model = tiny_model()
+    low, high = (LatentUnits(random_dictionary(f"resid_post.{layer}", seed=layer)) for layer in (0, 1))
+    whole = range(48)
+    edits = [
+        Edit.of([part(low, whole), part(high, whole)]),
+        Edit.of([part(low, whole), part(high, whole, frozen=True)]),
+        Edit.of([part(low, range(24)), part(high, range(24)), part(high, range(24, 48), frozen=True)]),
+    ]
+    options = {"positions": 5, "metric": log_probability}
+    together = patch_components(model, [low, high], PAIRS[:1], edits, **options).patched[0]
+    alone = patch_components(model, [low, high], PAIRS[:1], edits, each_position=True, **options)
+    for number, edit in enumerate(edits):
+        expected = by_hand(model, [low, high], PAIRS[0], edit, chosen=[5])
+        assert together[number] == pytest.approx(expected, abs=1e-5)
+        assert alone.patched[0, number] == pytest.approx(expected, abs=1e-5)
+    # what differs between these: source values at all columns, and base values at that column only
+    everywhere = [by_hand(model, [low, high], PAIRS[0], edit) for edit in edits]
+    assert np.abs(together - everywhere).min() > 1e-3
+
+
+def test_positions_count_a_prompts_own_tokens():
+    """From 0, whatever is padded in front of it in its batch."""
+    model, stream = tiny_model(), Stream(Site(0, "resid_post"))
+    edits = [(row, Edit.of([part(stream, position=position)])) for row, position in ((0, 8), (1, 3), (1, -2))]
+    values = patch_edits(model, [stream], UNEQUAL, edits, metric=log_probability, align="right")
+    for value, (row, edit) in zip(values, edits, strict=True):
+        assert value == pytest.approx(by_hand(model, [stream], UNEQUAL[row], edit), abs=1e-5)
+    assert len(set(values.tolist())) == 3
 
 
 def test_each_position_alone_and_listed_edits():

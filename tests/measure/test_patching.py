@@ -10,7 +10,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.metrics import DeclaredMetric, kl_divergence, log_probability, logit_difference
 from saepatch.errors import UserError
 from saepatch.measure.controls import DRAWS, control_sets, differing_sets
-from saepatch.measure.curves import effect_curve, effect_curve_by_pair
+from saepatch.measure.curves import PairRanking, effect_curve, effect_curve_by_pair
 from saepatch.measure.patching import patch_latents
 from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.splicing.interventions import Patch
@@ -218,7 +218,8 @@ def test_curve_by_pair_is_each_pair_with_its_own_ranking():
     stats = latent_statistics(model, dictionary, model.tokenize([p.clean for p in PAIRS] + ["zyxwvutsrq 0123456789"]))
     singles = patch_latents(model, dictionary, PAIRS)
     rankings = [np.argsort(-row, kind="stable").tolist() for row in singles.change]
-    curve = effect_curve_by_pair(model, dictionary, PAIRS, rankings, singles.ran, (1, 3), stats)
+    by_pair = [PairRanking(*each) for each in zip(rankings, singles.ran, strict=True)]
+    curve = effect_curve_by_pair(model, dictionary, PAIRS, by_pair, (1, 3), stats)
     gap = singles.gap.sum()
     assert curve.top[0].value == pytest.approx(singles.change.max(1).sum() / gap, abs=1e-5)
     three = [
