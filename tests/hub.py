@@ -4,14 +4,46 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+from huggingface_hub import close_session, constants, hf_api
+
 COMMIT, OTHER_COMMIT = "0" * 40, "1" * 40
 WRITER = "hf_writer"  # the token that may write; any other is refused
+
+
+@contextmanager
+def using(endpoint: str, home: Path, token: str = "") -> Iterator[None]:
+    """Turn the hub's client of this process to another endpoint, with a cache and a token of its own.
+
+    The client reads its settings once, when it is imported, so they are replaced in every module that holds them.
+    """
+    values = {constants.ENDPOINT: endpoint, constants.HF_HUB_CACHE: str(home), constants.HF_TOKEN_PATH: f"{home}/token"}
+    close_session()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            patch.delenv(name, raising=False)
+        if token:
+            patch.setenv("HF_TOKEN", token)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(hf_api.api, "endpoint", endpoint)
+        for package, module in list(sys.modules.items()):
+            if package.partition(".")[0] in ("huggingface_hub", "transformers", "sae_lens"):
+                for key, value in list(vars(module).items()):
+                    if isinstance(value, str) and value in values:
+                        patch.setattr(module, key, values[value])
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template[template.index("/{repo_id}") :])
+        try:
+            yield
+        finally:
+            close_session()
 
 
 @contextmanager

@@ -105,17 +105,23 @@ def test_growing_text_is_drawn_over_itself_on_a_terminal_only():
     assert plain.getvalue() == "a b\n"
 
 
+STEERED = ["steer", "--latent", "resid_post.3:5", "--unit", "1", "--strength", "400", "--json"]
+
+
 def test_the_command_as_a_process():
-    command = [sys.executable, "-m", "saepatch", "steer", "--latent", "resid_post.3:5", "--unit", "1"]
-    done = subprocess.run([*command, "--prompt", "The film was", "--strength", "400", "--json"],
+    done = subprocess.run([sys.executable, "-m", "saepatch", *STEERED, "--prompt", "The film was"],
                           capture_output=True, text=True, check=True)  # fmt: skip
     said = json.loads(done.stdout)
     assert said["before"] != said["after"]
     assert said["units"] == {"resid_post.3": [1.0]}
+
+
+def test_a_conversation_is_read_from_the_standard_input(capsys, monkeypatch):
     asked = "How do I rent a car?\n/strength 0\nHow do I sell a car?\n/strength many\n/reset\nHow do I rent a car?\n"
-    done = subprocess.run([*command, "--interactive", "--strength", "400", "--positions", "last", "--json"],
-                          input=asked, capture_output=True, text=True, check=True)  # fmt: skip
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(asked))
+    assert main([*STEERED, "--interactive", "--positions", "last"]) == 0
+    done = capsys.readouterr()
+    lines = [json.loads(line) for line in done.out.splitlines()]
     assert [line["prompt"] for line in lines] == [
         "How do I rent a car?",
         "How do I sell a car?",
@@ -123,7 +129,7 @@ def test_the_command_as_a_process():
     ]
     assert all(line["chat"] for line in lines)
     assert lines[2]["before"] == lines[2]["after"] == lines[0]["before"]  # strength 0, and a fresh start
-    assert "strength 'many' is no number" in done.stderr
+    assert "strength 'many' is no number" in done.err
 
 
 def test_columns_from_the_command(capsys, monkeypatch):

@@ -1,19 +1,17 @@
 """Dictionaries go to a hub, and come back the same."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from hub import WRITER, serve
+from hub import WRITER, serve, using
 from safetensors.torch import load_file
 from tiny import random_sae
 
 from saepatch.cli.main import main
 from saepatch.dictionaries import publish as hub
+from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 
 pytestmark = pytest.mark.whole
@@ -65,49 +63,21 @@ def test_one_dictionary_goes_to_the_folder_of_its_site(trained, tmp_path):
     assert hub.push(tmp_path / "mine", "acme/saes", dry_run=True)[0] == "resid_post.1/cfg.json"
 
 
-THERE_AND_BACK = """
-import sys
-import torch
-from sae_lens import SAE
-import saepatch
-from saepatch.cli.main import main
+@pytest.mark.filterwarnings("ignore")  # the hub client's own
+def test_there_and_back(trained, tmp_path, capsys):
+    from sae_lens import SAE
 
-folder, out = sys.argv[1:]
-assert main(["push", folder, "acme/saes", "--message", "Two sites", "--private"]) == 0
-assert main(["push", folder, "acme/saes", "--branch", "second"]) == 0
-weights = {}
-for site in ("resid_post.1", "mlp_out.2"):
-    weights[f"{site}/saepatch"] = saepatch.load_sae(f"acme/saes/{site}").sae.state_dict()
-    weights[f"{site}/sae_lens"] = SAE.from_pretrained("acme/saes", site).state_dict()
-torch.save(weights, out)
-assert main(["push", folder, "acme/public", "--private", "--dry_run"]) == 0
-for repository in ("acme/public",):
-    assert main(["push", folder, repository]) == 0
-    assert main(["push", folder, repository, "--private"]) == 2
-"""
-
-
-def on_hub(script, endpoint, home, *arguments, token=WRITER):
-    """The endpoint is read when huggingface_hub is imported, so it takes a process of its own."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment = {key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HF_TOKEN_PATH")}
-    environment |= settings | ({"HF_TOKEN": token} if token else {})
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_there_and_back(trained, tmp_path):
-    uploads, back = tmp_path / "hub", tmp_path / "back.pt"
-    with serve({}, uploads) as endpoint:
-        done = on_hub(THERE_AND_BACK, endpoint, tmp_path / "cache", trained, back)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "'acme/public' is there already and public" in done.stderr
-    got = torch.load(back)
+    uploads, got = tmp_path / "hub", {}
+    with serve({}, uploads) as endpoint, using(endpoint, tmp_path / "cache", WRITER):
+        assert main(["push", str(trained), "acme/saes", "--message", "Two sites", "--private"]) == 0
+        assert main(["push", str(trained), "acme/saes", "--branch", "second"]) == 0
+        for site in SITES:
+            got[f"{site}/saepatch"] = load_sae(f"acme/saes/{site}").sae.state_dict()
+            got[f"{site}/sae_lens"] = SAE.from_pretrained("acme/saes", site).state_dict()
+        assert main(["push", str(trained), "acme/public", "--private", "--dry_run"]) == 0
+        assert main(["push", str(trained), "acme/public"]) == 0
+        assert main(["push", str(trained), "acme/public", "--private"]) == 2
+    assert "'acme/public' is there already and public" in capsys.readouterr().err
     for site in SITES:
         want = load_file(trained / site / hub.WEIGHTS)
         assert want.keys() == got[f"{site}/saepatch"].keys() == got[f"{site}/sae_lens"].keys()
@@ -128,24 +98,25 @@ def test_there_and_back(trained, tmp_path):
     ]
 
 
-PUSH = "import sys; from saepatch.cli.main import main; sys.exit(main(['push', sys.argv[1], 'acme/saes']))"
-
-
-def one_error(done):
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def one_error(capsys, trained, endpoint, home, token=WRITER):
+    capsys.readouterr()
+    with using(endpoint, home, token):
+        assert main(["push", str(trained), "acme/saes"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     return errors[0]
 
 
-def test_a_hub_that_refuses_or_is_away(trained, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # the hub client's own
+def test_a_hub_that_refuses_or_is_away(trained, tmp_path, capsys):
     with serve({}, tmp_path / "hub") as endpoint:
-        refused = one_error(on_hub(PUSH, endpoint, tmp_path / "cache", trained, token="hf_reader"))
+        refused = one_error(capsys, trained, endpoint, tmp_path / "cache", token="hf_reader")
         assert "the hub refuses 'acme/saes' (403" in refused
         assert "write access" in refused
-        assert "HF_TOKEN" in one_error(on_hub(PUSH, endpoint, tmp_path / "cache", trained, token=""))
-    away = one_error(on_hub(PUSH, "http://127.0.0.1:9", tmp_path / "cache", trained))
+        assert "HF_TOKEN" in one_error(capsys, trained, endpoint, tmp_path / "cache", token="")
+    away = one_error(capsys, trained, "http://127.0.0.1:9", tmp_path / "cache")
     assert "cannot upload to 'acme/saes'" in away
     assert "check the network" in away
 

@@ -36,6 +36,7 @@ class Bare:
         self.model, self.batch = model, batch_pairs(model, [pair])
         both = self.batch.corrupted, self.batch.clean
         self.base, self.source = both if direction == "denoise" else both[::-1]
+        self.kept = {}
 
     def projection(self, layer, what):
         """The module that makes it, and where in its output: first column and width of a head."""
@@ -57,12 +58,13 @@ class Bare:
         """The metric, and z of the layer, with one head's part at one position set to the source run's."""
         module, start, width = self.projection(layer, what)
         columns = slice(start + head * width, start + (head + 1) * width)
-        kept = []
-        self.run(self.source, [(module, lambda _m, _a, output: kept.append(output.detach()))])
+        if module not in self.kept:
+            self.run(self.source, [(module, lambda _m, _a, output: self.kept.update({module: output.detach()}))])
+        kept = self.kept[module]
 
         def patch(_module, _args, output):
             new = output.clone()
-            new[:, position, columns] = kept[0][:, position, columns]
+            new[:, position, columns] = kept[:, position, columns]
             return new
 
         z = []

@@ -1,17 +1,15 @@
 """Models and dictionaries from memory, folders and a hub; and the errors for what cannot be loaded."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from hub import serve
+from hub import serve, using
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
 
+from saepatch.cli.main import main
 from saepatch.dictionaries.loading import adopt, load_sae, load_saes
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
@@ -208,48 +206,27 @@ def test_site_names_that_cannot_be_read(text):
         Site.parse(text)
 
 
-FROM_HUB = """
-import saepatch
-model = saepatch.load_model("acme/tiny")
-sae = saepatch.load_sae("acme/saes/resid_post.1")
-sae.check(model)
-print(model.fingerprint, sae.fingerprint, sae.site)
-try:
-    saepatch.load_model("acme/absent")
-except saepatch.UserError as error:
-    print(error)
-from saepatch.cli.main import main
-assert main(["inspect", "acme/tiny", "--revision", "v2", "--json"]) == 0
-assert main(["inspect", "acme/tiny", "--revision", "v3"]) == 2
-"""
-
-
-def test_model_and_dictionary_from_a_hub(model_folder, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # the hub client's own
+def test_model_and_dictionary_from_a_hub(model_folder, tmp_path, capsys):
     saes = tmp_path / "saes"
     save_sae(random_sae(), saes / "resid_post.1")
     other = tiny_model(seed=1)
     other.hf.save_pretrained(tmp_path / "v2")
     other.tokenizer.save_pretrained(tmp_path / "v2")
-    with serve({"acme/tiny": model_folder, "acme/tiny@v2": tmp_path / "v2", "acme/saes": saes}) as endpoint:
-        environment = os.environ | {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", FROM_HUB],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{tiny_model().fingerprint} {random_dictionary().fingerprint} resid_post.1"
-    assert lines[1].startswith("cannot load model 'acme/absent'")
+    repositories = {"acme/tiny": model_folder, "acme/tiny@v2": tmp_path / "v2", "acme/saes": saes}
+    with serve(repositories) as endpoint, using(endpoint, tmp_path / "cache"):
+        model, dictionary = load_model("acme/tiny"), load_sae("acme/saes/resid_post.1")
+        dictionary.check(model)
+        with pytest.raises(UserError, match="^cannot load model 'acme/absent'"):
+            load_model("acme/absent")
+        assert main(["inspect", "acme/tiny", "--revision", "v2", "--json"]) == 0
+        assert main(["inspect", "acme/tiny", "--revision", "v3"]) == 2
+    assert model.fingerprint == tiny_model().fingerprint
+    assert (dictionary.fingerprint, str(dictionary.site)) == (random_dictionary().fingerprint, "resid_post.1")
     assert other.fingerprint != tiny_model().fingerprint
-    assert other.fingerprint in done.stdout
-    assert "error: cannot load model 'acme/tiny'" in done.stderr
+    told = capsys.readouterr()
+    assert other.fingerprint in told.out
+    assert "error: cannot load model 'acme/tiny'" in told.err
 
 
 def test_a_folder_has_no_revisions(model_folder):

@@ -142,7 +142,7 @@ SWEEPS = {
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_rows_do_not_depend_on_how_pairs_are_cut(place, tmp_path, capsys, sweep):
-    options = (*SWEEPS[sweep], "--direction", "both", "--n", "7")
+    options = (*SWEEPS[sweep], "--direction", "both", "--n", "5")
     whole = patch(place, tmp_path / "whole", *options, "--part", "64")
     for shard in (1, 0):
         cut = ("--shard", f"{shard}/2", "--part", "2")
