@@ -1,9 +1,11 @@
 """The one file where hooks go on and come off. Everything here is a context manager or returns without a hook left."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,9 +18,11 @@ from saepatch.model.families import Layout
 from saepatch.model.sites import READ_AT_INPUT, Site
 
 Edit = Callable[[Tensor], Tensor]
-# How many `unedited` contexts a model is in, by its first block. A hook acts only at the level it was put on at.
-_LEVELS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_EDITS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many splices a model is in, by its first block
+# How many `unedited` contexts a model is in, by its first block and the thread. A hook acts only on the thread that put
+# it on, at the level it was put on at.
+_LEVELS: WeakKeyDictionary[nn.Module, Counter[int]] = WeakKeyDictionary()
+_EDITS: WeakKeyDictionary[nn.Module, Counter[int]] = WeakKeyDictionary()  # how many splices a model is in, likewise
+CAPTURING = "transformers.utils.output_capturing"  # the module of the library's hooks that collect hidden states
 
 
 class SpliceError(RuntimeError):
@@ -30,12 +34,14 @@ class _StopForward(Exception):
 
 
 def _first(output: Any) -> Tensor:
-    # Some blocks return a tensor, others a tuple that starts with it: this is the one place that knows.
-    return output[0] if isinstance(output, tuple) else output
+    # Some blocks return a tensor, others a tuple or list that starts with it: this is the one place that knows.
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _with_first(output: Any, new: Tensor) -> Any:
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: new})
+    return type(output)([new, *output[1:]]) if isinstance(output, tuple | list) else new
 
 
 def _on_output(module: nn.Module, edit: Edit) -> Any:
@@ -44,7 +50,12 @@ def _on_output(module: nn.Module, edit: Edit) -> Any:
         new = edit(old)
         return None if new is old else _with_first(output, new)
 
-    return module.register_forward_hook(hook)
+    handle = module.register_forward_hook(hook)
+    # The library's own hooks, put on once when a model is first asked for hidden states, are to see what ours leave.
+    hooks: Any = module._forward_hooks
+    for key in [key for key, other in hooks.items() if getattr(other, "__module__", None) == CAPTURING]:
+        hooks.move_to_end(key)
+    return handle
 
 
 def _on_input(module: nn.Module, edit: Edit) -> Any:
@@ -56,34 +67,38 @@ def _on_input(module: nn.Module, edit: Edit) -> Any:
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _level(layout: Layout) -> int:
-    return _LEVELS.get(layout.blocks[0], 0)
+def _level(layout: Layout) -> tuple[int, int]:
+    """The thread, and how many `unedited` contexts it is in."""
+    thread = get_ident()
+    return thread, _LEVELS.get(layout.blocks[0], Counter())[thread]
 
 
 @contextmanager
-def unedited(layout: Layout) -> Iterator[None]:
+def _counted(counts: WeakKeyDictionary[nn.Module, Counter[int]], layout: Layout) -> Iterator[None]:
+    """One more on this thread while the context lasts."""
+    of_model, thread = counts.setdefault(layout.blocks[0], Counter()), get_ident()
+    of_model[thread] += 1
+    try:
+        yield
+    finally:
+        of_model[thread] -= 1
+        if not of_model[thread]:
+            del of_model[thread]
+
+
+def unedited(layout: Layout) -> AbstractContextManager[None]:
     """Let the model run as if no hook of ours were on it; those put on inside the context do act."""
-    _LEVELS[layout.blocks[0]] = _level(layout) + 1
-    try:
-        yield
-    finally:
-        _LEVELS[layout.blocks[0]] = _level(layout) - 1
+    return _counted(_LEVELS, layout)
 
 
-@contextmanager
-def splice_noted(layout: Layout) -> Iterator[None]:
+def splice_noted(layout: Layout) -> AbstractContextManager[None]:
     """Remember, while the context lasts, that the model is spliced."""
-    block = layout.blocks[0]
-    _EDITS[block] = _EDITS.get(block, 0) + 1
-    try:
-        yield
-    finally:
-        _EDITS[block] -= 1
+    return _counted(_EDITS, layout)
 
 
 def is_spliced(layout: Layout) -> bool:
-    """Whether the model is inside a splice."""
-    return _EDITS.get(layout.blocks[0], 0) > 0
+    """Whether the model is inside a splice of this thread."""
+    return _EDITS.get(layout.blocks[0], Counter())[get_ident()] > 0
 
 
 @contextmanager
@@ -114,7 +129,7 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
     if missed := [str(site) for site in edits if site not in fired]:
         raise SpliceError(
             f"nothing ran through {', '.join(missed)} inside the context, so nothing was edited: "
-            "run the model inside the context (and check that the model is the one that was spliced)"
+            "run the model inside the context, on its thread (and check that the model is the one that was spliced)"
         )
 
 
@@ -139,10 +154,12 @@ def edit_embeddings(hf: nn.Module, edit: Edit) -> Iterator[None]:
         SpliceError: on leaving, when no token was looked up. Not raised over another exception.
         UserError: the model does not say where its embeddings are.
     """
-    fired = False
+    fired, thread = False, get_ident()
 
     def run(x: Tensor) -> Tensor:
         nonlocal fired
+        if get_ident() != thread:
+            return x
         fired = True
         return edit(x)
 
@@ -157,9 +174,13 @@ def edit_embeddings(hf: nn.Module, edit: Edit) -> Iterator[None]:
 
 @torch.no_grad()
 def blocks_return_tuples(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's blocks return a tuple, seen in one forward pass."""
+    """Whether the model's blocks return a tuple or list, seen in one forward pass."""
     seen: list[bool] = []
-    handle = layout.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
+
+    def see(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(isinstance(output, tuple | list))
+
+    handle = layout.blocks[0].register_forward_hook(see)
     try:
         hf(**inputs)
     finally:
@@ -183,31 +204,6 @@ def before_forward(
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def around_generate(hf: nn.Module, started: Callable[[Tensor | None, Mapping[str, Any]], None]) -> Iterator[None]:
-    """Tell `started` the prompt ids and options of every `hf.generate` call, and `started(None, {})` when it ends.
-
-    A forward pass alone cannot tell a prompt from a generated token when no cache is used, so the call is watched.
-    """
-    plain: Callable[..., Any] | None = getattr(hf, "generate", None)
-    if plain is None:
-        yield
-        return
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
-        if ids is None:
-            raise UserError("generate() under a splice needs input_ids: embeddings alone do not tell the positions")
-        started(ids, kwargs)
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            started(None, {})
-
-    with _method_replaced(hf, "generate", generate):
-        yield
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from saepatch.errors import UserError
 from saepatch.model.forward import cache_among, columns_in, tells_columns
 from saepatch.model.hooks import (
     SpliceError,
-    around_generate,
     before_forward,
     edit_sites,
     is_spliced,
@@ -27,6 +26,7 @@ from saepatch.model.language_model import LanguageModel, Tokens, ordinary
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
 from saepatch.splicing.donors import DonorRun, Restore
+from saepatch.splicing.generate_calls import around_generate
 from saepatch.splicing.interventions import Intervention, ids_of, needs_of
 from saepatch.splicing.site_edit import SiteEdit
 
