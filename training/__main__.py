@@ -17,7 +17,7 @@ from saepatch.records.tables import text_table
 from .config import TrainingConfig
 
 if TYPE_CHECKING:
-    from .loop.sweep import Swept
+    from .loop.sweep import SweepResult
 
 PROG = "python -m training"
 PRESETS = Path(__file__).parent / "configs"
@@ -113,7 +113,7 @@ def show_plan(config: TrainingConfig) -> None:
     print("\n".join(plan(config).lines()))
 
 
-def show_sweep(swept: "Swept", config: TrainingConfig) -> None:
+def show_sweep(swept: "SweepResult", config: TrainingConfig) -> None:
     """Print a line for each finished run.
 
     Raises:

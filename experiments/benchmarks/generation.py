@@ -75,7 +75,7 @@ class GenerationConfig(BenchmarkConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class GenerationTask:
     """A prompt to go on from, dictionaries at the middle layer, and how strong an edit shows."""
 
     subject: Subject
@@ -112,7 +112,7 @@ class Task:
 
 
 @torch.no_grad()
-def make_task(config: GenerationConfig) -> Task:
+def make_task(config: GenerationConfig) -> GenerationTask:
     """Weights, prompt, and a strength of three times the length of what the middle layer holds."""
     subject = make_subject(config.shape, config.size, config.device, config.seed)
     topk = subject.dictionary(config.size.layer)
@@ -120,7 +120,7 @@ def make_task(config: GenerationConfig) -> Task:
     ids = torch.randint(1, subject.hf.config.vocab_size, (1, config.tokens), generator=generator).to(config.device)
     x = capture(subject.hf, subject.model.layout, [topk.site], {"input_ids": ids, "use_cache": False})[topk.site]
     strength = 3 * float(x.norm(dim=-1).mean())
-    return Task(subject, topk, _jumprelu(topk, x), ids, config.new_tokens, strength)
+    return GenerationTask(subject, topk, _jumprelu(topk, x), ids, config.new_tokens, strength)
 
 
 def _jumprelu(topk: Dictionary, x: Tensor) -> Dictionary:
@@ -136,7 +136,7 @@ def _jumprelu(topk: Dictionary, x: Tensor) -> Dictionary:
     return adopt(sae, Site.parse(topk.site), "random jumprelu")
 
 
-def ours(task: Task) -> dict[str, Generate]:
+def ours(task: GenerationTask) -> dict[str, Generate]:
     """Our variants; those whose names start alike make the same edit."""
     add, clamp = Steer(LATENT, task.strength), Clamp(LATENT, task.strength)
     return {
@@ -148,7 +148,7 @@ def ours(task: Task) -> dict[str, Generate]:
     }
 
 
-def by_hand(task: Task, change: Callable[[Tensor], Tensor]) -> Generate:
+def by_hand(task: GenerationTask, change: Callable[[Tensor], Tensor]) -> Generate:
     """A plain torch hook: what every splice is checked against."""
 
     def run() -> Int[Tensor, "1 new"]:
@@ -166,7 +166,7 @@ def by_hand(task: Task, change: Callable[[Tensor], Tensor]) -> Generate:
     return run
 
 
-def references(task: Task) -> dict[str, Generate]:
+def references(task: GenerationTask) -> dict[str, Generate]:
     """The edits by hand, through the SAEs' own encoders."""
     row = task.topk.rows[LATENT]
 
@@ -184,7 +184,7 @@ def references(task: Task) -> dict[str, Generate]:
     }
 
 
-def sae_lens_bridge(task: Task) -> Generate:
+def sae_lens_bridge(task: GenerationTask) -> Generate:
     """The TopK SAE attached with its error term, and a hook that clamps the latent, in the bridge's own `generate`."""
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
@@ -219,7 +219,7 @@ def sae_lens_bridge(task: Task) -> Generate:
     return run
 
 
-def nnsight(task: Task) -> Generate:
+def nnsight(task: GenerationTask) -> Generate:
     """One vector added in every step of a traced `generate`."""
     import nnsight as library
 
@@ -320,7 +320,7 @@ def measure(results: GenerationResults, bare: Generate, variants: dict[str, Gene
             before = after
 
 
-def check(task: Task, variants: dict[str, Generate]) -> None:
+def check(task: GenerationTask, variants: dict[str, Generate]) -> None:
     """Run everything once, which is not timed, and compare the tokens."""
     expected = {name: reference() for name, reference in references(task).items()}
     for name, tokens in expected.items():

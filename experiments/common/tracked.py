@@ -11,7 +11,7 @@ from saepatch.runs.kinds import flat, numbers
 from saepatch.tracking.open import RunDescription, open_tracker
 
 
-class Settings(Protocol):
+class TrackedSettings(Protocol):
     """What is read of an experiment's settings."""
 
     @property
@@ -22,7 +22,7 @@ class Settings(Protocol):
     def sae(self) -> str: ...
 
 
-def show(config: Settings, run: str, page: Page, summary: Mapping[str, Any]) -> None:
+def show(config: TrackedSettings, run: str, page: Page, summary: Mapping[str, Any]) -> None:
     """Write the local log and, if the run asks for them, to trackers. The group is the folder that the run is in.
 
     Args:

@@ -13,7 +13,7 @@ from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.records.tables import text_table
 
 from .question import Question, StudyConfig
-from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, Kind, RankedSite
+from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, DirectionKind, RankedSite
 
 NAMES: Mapping[Direction, str] = {"denoise": "denoising", "noise": "noising"}
 NO_HEADS = "No map of attention heads: the family of {model} does not offer the heads' outputs (stream `z`)."
@@ -41,7 +41,7 @@ class StudyResults:
     tops: Both  # the first ones at all positions, with controls
     curves: Mapping[Direction, Curve]
     agreements: Sequence[Agreement]
-    kinds: Sequence[Kind]
+    kinds: Sequence[DirectionKind]
     seconds: Mapping[str, float]
 
     @property
@@ -74,7 +74,7 @@ def unsure(effects: Effects, model: str) -> str:
     )
 
 
-def verdict(kinds: Sequence[Kind], k: int, direction: Direction = "denoise", seed: int = 0) -> str:
+def verdict(kinds: Sequence[DirectionKind], k: int, direction: Direction = "denoise", seed: int = 0) -> str:
     """Which kind moves the metric most with `k` directions, and whether that is beyond chance; latents come first."""
     values = {kind: value for kind in kinds if (value := kind.at(k, direction, seed)) is not None}
     latents, *others = values
@@ -95,7 +95,7 @@ def verdict(kinds: Sequence[Kind], k: int, direction: Direction = "denoise", see
     )
 
 
-def against_dense(kinds: Sequence[Kind], seed: int = 0) -> str:
+def against_dense(kinds: Sequence[DirectionKind], seed: int = 0) -> str:
     """How many latents do what the one dense direction does; empty where there is none."""
     latents, dense = kinds[0], next((kind for kind in kinds if kind.name == DENSE), None)
     mark = None if dense is None else dense.at(1, seed=seed)

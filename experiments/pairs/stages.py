@@ -233,7 +233,7 @@ def _correlations(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> tuple
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class DirectionKind:
     """One kind of directions, ranked on `select`: what its first k do together on `report`."""
 
     name: str
@@ -248,7 +248,7 @@ class Kind:
         """The effect of the first `k`; None where there are not as many."""
         return self.effects[direction].of(self.sizes.index(k), seed) if k in self.sizes else None
 
-    def beyond(self, other: "Kind", k: int, direction: Direction = "denoise", seed: int = 0) -> Interval:
+    def beyond(self, other: "DirectionKind", k: int, direction: Direction = "denoise", seed: int = 0) -> Interval:
         """How much more the first `k` do than the other's, prompt by prompt."""
         mine, others = (kind.effects[direction].change[:, kind.sizes.index(k)] for kind in (self, other))
         return bootstrap_ratio(mine - others, self.effects[direction].gap, seed=seed)
@@ -261,7 +261,7 @@ def compare_directions(
     report: Sequence[PromptPair],
     sizes: Sequence[int],
     first: frozenset[str] | None,
-) -> list[Kind]:
+) -> list[DirectionKind]:
     """Latents, dimensions, principal components and the difference of means at equal numbers of directions.
 
     Single units of each are ranked on `select` by their own exact denoising effect, at all positions; the first k are
@@ -287,7 +287,7 @@ def compare_directions(
         usable = tuple(k for k in sizes if k <= len(ranking))
         edits = [Edit(site, tuple(ranking[:k]), kind=component.kind, role="top") for k in usable]
         if usable:
-            kinds.append(Kind(name, usable, _together(model, component, report, edits)))
+            kinds.append(DirectionKind(name, usable, _together(model, component, report, edits)))
     return kinds
 
 

@@ -18,7 +18,7 @@ from saepatch.restoration.ranking import Ranking, SafetyLatents, find_safety_lat
 from saepatch.splicing.donors import CleanPrompts, OtherModel
 
 from .runs import Dictionaries, Latents, Restored, Runs
-from .settings import Asked, Setting
+from .settings import PairedPrompts, Setting
 
 log = logging.getLogger("experiments.safety")
 
@@ -35,7 +35,7 @@ def share_of(runs: Sequence[Answered]) -> Interval:
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
+class RefusalPoint:
     """One number of latents (or neurons). Intervals are shares of prompts that are refused."""
 
     latents: int
@@ -51,10 +51,10 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class RefusalCurve:
     """Points by rising numbers of latents out of `total`, of which `alive` live and `active` fire at a token."""
 
-    points: tuple[Point, ...]
+    points: tuple[RefusalPoint, ...]
     total: int
     alive: int
     active: float
@@ -88,7 +88,7 @@ def within(sizes: Sequence[int], total: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenLatents:
     """What was chosen on `tune`: the ranking, and how many of its first latents."""
 
     ranking: Ranking
@@ -96,7 +96,9 @@ class Choice:
     refused: Interval  # there, with these
 
 
-def rank(setting: Setting, asked: Asked, refusal_ids: set[int], runs: Runs, max_fvu: float = 0.5) -> SafetyLatents:
+def rank(
+    setting: Setting, asked: PairedPrompts, refusal_ids: set[int], runs: Runs, max_fvu: float = 0.5
+) -> SafetyLatents:
     """Contrast the setting's run with its donor's, over the donor's own answers."""
     donor = setting.donor(asked)
     assert isinstance(donor, (CleanPrompts, OtherModel))
@@ -113,8 +115,8 @@ def rank(setting: Setting, asked: Asked, refusal_ids: set[int], runs: Runs, max_
 
 
 def choose(
-    setting: Setting, ranked: SafetyLatents, asked: Asked, sizes: Sequence[int], runs: Runs, name: str = "tune"
-) -> Choice:
+    setting: Setting, ranked: SafetyLatents, asked: PairedPrompts, sizes: Sequence[int], runs: Runs, name: str = "tune"
+) -> ChosenLatents:
     """The ranking that has most refused over all numbers within the limit, then the fewest latents that are enough."""
     runs_of = runs.bare(setting, asked, name=f"{name}: bare"), runs.donor(setting, asked, name=f"{name}: donor")
     bare, donor = (float(one.refused.mean()) for one in runs_of)
@@ -130,7 +132,7 @@ def choose(
     rates = [float(one.refused.mean()) for one in found[best]]
     enough = [i for i, rate in enumerate(rates) if donor > bare and rate - bare >= ENOUGH * (donor - bare)]
     at = enough[0] if enough else int(np.argmax(rates)) if max(rates) > bare else len(sizes) - 1
-    return Choice(best, sizes[at], share_of([found[best][at]]))
+    return ChosenLatents(best, sizes[at], share_of([found[best][at]]))
 
 
 def measure(
@@ -142,14 +144,14 @@ def measure(
     runs: Runs,
     draws: int,
     seed: int,
-) -> Curve:
+) -> RefusalCurve:
     """The curve on `report`, every control at every number of latents.
 
     `statistics` are over text (which latents live), and over the prompts that latents were ranked on: there the matched
     controls fire as often, and write as much, as those that they stand beside.
     """
     asked, harmless = setting.harmful["report"], setting.harmless["report"]
-    points: list[Point] = []
+    points: list[RefusalPoint] = []
     for k in sizes:
         top = ranked.top(k, by)
         size = sum(map(len, top.values()))
@@ -165,7 +167,7 @@ def measure(
             for name, some in zip(("random", "matched"), sets, strict=True)
         ]
         points.append(
-            Point(
+            RefusalPoint(
                 latents=size,
                 top=found,
                 refused=share_of([found]),
@@ -180,7 +182,7 @@ def measure(
                 harmless=share_of([runs.restored(setting, harmless, Restored("top", top, harmful=False))]),
             )
         )
-    return Curve(
+    return RefusalCurve(
         tuple(points),
         setting.d_total,
         sum(int(one.alive.sum()) for one in statistics[0].values()),
@@ -212,7 +214,7 @@ def _controls(top: Latents, statistics: tuple[Statistics, Statistics], draws: in
     return made[0], made[1]
 
 
-def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed: int) -> Curve | None:
+def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed: int) -> RefusalCurve | None:
     """The same with raw MLP units of all layers, ranked by change score as in the original; None where there are none.
 
     Their random controls have as many units in each layer, none of them among the chosen: so there are none where
@@ -225,7 +227,7 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
         log.warning("no baseline of neurons: %s", error)
         return None
     ranked = _rank_units(setting, units, runs)
-    asked, points = setting.harmful["report"], list[Point]()
+    asked, points = setting.harmful["report"], list[RefusalPoint]()
     total = sum(dictionary.d_sae for dictionary in units.values())
     for k in sorted({min(k, total) for k in (*sizes, int(SHARE_LIMIT * total), total)}):
         top = ranked.top(k)
@@ -240,7 +242,7 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
             runs.restored(setting, asked, Restored("random neurons", one, units, draw=i)) for i, one in enumerate(sets)
         ]
         points.append(
-            Point(
+            RefusalPoint(
                 latents=k,
                 top=found,
                 refused=share_of([found]),
@@ -255,7 +257,9 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
                 ),
             )
         )
-    return Curve(tuple(points), total, total, float(total), runs.bare(setting, asked), runs.donor(setting, asked))
+    return RefusalCurve(
+        tuple(points), total, total, float(total), runs.bare(setting, asked), runs.donor(setting, asked)
+    )
 
 
 def _rank_units(setting: Setting, units: Dictionaries, runs: Runs) -> SafetyLatents:

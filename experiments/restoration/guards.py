@@ -21,7 +21,7 @@ from saepatch.splicing.splice import splice
 from .curves import share_of
 from .probes import Utility, utility
 from .runs import Dictionaries, Latents, Restored, Runs
-from .settings import Asked, Setting, harmless_in_every_framing
+from .settings import PairedPrompts, Setting, harmless_in_every_framing
 
 READ = (1, 4, 16, 64)  # numbers of latents that detectors read
 READINGS = ("last", "largest")  # where: at the last prompt position, or anywhere in the prompt
@@ -74,7 +74,7 @@ class Guards:
     guards: tuple[Guard, ...]
     detector: Detector
     utility: Utility  # of the guard that is always on
-    harmless: Asked
+    harmless: PairedPrompts
 
 
 def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Guards:
@@ -130,7 +130,7 @@ def _means(setting: Setting, top: Latents) -> CleanMeans:
 
 def overhead(
     setting: Setting,
-    asked: Asked,
+    asked: PairedPrompts,
     top: Latents,
     donor: Donor | None,
     positions: str,
@@ -170,8 +170,8 @@ def overhead(
 def detector(
     model: LanguageModel,
     sites: Dictionaries,
-    harmful: Mapping[Split, Asked],
-    harmless: Mapping[Split, Asked],
+    harmful: Mapping[Split, PairedPrompts],
+    harmless: Mapping[Split, PairedPrompts],
 ) -> Detector:
     """Latents by their difference in means over the spread on `select`; which reading of them, how many of them and the
     threshold, on `tune`."""

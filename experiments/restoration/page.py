@@ -28,7 +28,7 @@ from saepatch.report import (
     write_page,
 )
 
-from .curves import SHARE_LIMIT, Curve, share_of
+from .curves import SHARE_LIMIT, RefusalCurve, share_of
 from .guards import FALSE_ALARMS
 from .results import Result, SafetyResults
 from .summary import acceptance, few, percent, spoken, summary, verdict
@@ -130,7 +130,7 @@ def _neurons(result: Result) -> LineChart:
     )
 
 
-def _by_share(name: str, curve: Curve, values: Sequence[Interval | None]) -> Series:
+def _by_share(name: str, curve: RefusalCurve, values: Sequence[Interval | None]) -> Series:
     there = [(point.latents / curve.total, v) for point, v in zip(curve.points, values, strict=True) if v is not None]
     shares, found = [share for share, _ in there], [value for _, value in there]
     return Series(name, shares, [v.value for v in found], [v.low for v in found], [v.high for v in found])

@@ -14,7 +14,7 @@ from saepatch.splicing.splice import splice
 
 from .curves import ENOUGH, choose, rank, share_of
 from .runs import Latents, Restored, Runs
-from .settings import Asked, Setting
+from .settings import PairedPrompts, Setting
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ class Utility:
 
 def utility(
     setting: Setting,
-    asked: Asked,
+    asked: PairedPrompts,
     top: Latents,
     name: str,
     runs: Runs,
@@ -166,7 +166,7 @@ def utility(
     model = setting.model
     answers = model.continue_ids(asked.prompts, runs.tokens, len(asked))
     spoken = [number for number, answer in enumerate(answers) if answer]
-    some = Asked(*(tuple(column[i] for i in spoken) for column in (asked.prompts, asked.clean, asked.kinds)))
+    some = PairedPrompts(*(tuple(column[i] for i in spoken) for column in (asked.prompts, asked.clean, asked.kinds)))
     given = [answers[i] for i in spoken]
     plain = answer_log_probs(model, some.prompts, given)
     edits = restorations(setting.sites, donor or setting.donor(some), top, positions)

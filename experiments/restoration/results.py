@@ -9,7 +9,7 @@ from saepatch.model.sites import Site
 from saepatch.restoration.answering import Answered
 from saepatch.tracking.open import read_spec
 
-from .curves import Choice, Curve
+from .curves import ChosenLatents, RefusalCurve
 from .guards import Guards
 from .probes import Depth, HeldOut, Layer, Utility
 from .runs import Runs
@@ -74,10 +74,10 @@ class Result:
     """All that was found in one setting; everything is from `report`, but for the choice, which is from `tune`."""
 
     setting: Setting
-    choice: Choice
+    choice: ChosenLatents
     latents: int  # that were chosen
-    curve: Curve
-    neurons: Curve | None
+    curve: RefusalCurve
+    neurons: RefusalCurve | None
     dense: Answered
     residual: Answered
     everything: Answered  # all latents of the sites

@@ -17,7 +17,7 @@ from saepatch.runs.measurements import Measurements
 from saepatch.splicing.donors import Donor
 from saepatch.splicing.splice import splice
 
-from .settings import Asked, Setting
+from .settings import PairedPrompts, Setting
 
 log = logging.getLogger("experiments.safety")
 
@@ -49,11 +49,11 @@ class Restored:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class SafetyRun:
     """Who answered which prompts with what."""
 
     model: LanguageModel
-    asked: Asked
+    asked: PairedPrompts
     harmful: bool
     answered: Answered
 
@@ -64,21 +64,23 @@ class Runs:
     def __init__(self, kept: Measurements, refusal_ids: set[int], tokens: int) -> None:
         self._kept, self._refusal_ids, self.tokens = kept, refusal_ids, tokens
         self._answered: dict[str, Answered] = {}
-        self.rows: dict[tuple[str, str, str, int, int], Run] = {}
+        self.rows: dict[tuple[str, str, str, int, int], SafetyRun] = {}
         self._done = 0
 
-    def bare(self, setting: Setting, asked: Asked, harmful: bool = True, name: str = "bare") -> Answered:
+    def bare(self, setting: Setting, asked: PairedPrompts, harmful: bool = True, name: str = "bare") -> Answered:
         """Nothing restored."""
-        run = Run(setting.model, asked, harmful, self._once(setting, asked, ["bare"], setting.model, asked.prompts))
+        run = SafetyRun(
+            setting.model, asked, harmful, self._once(setting, asked, ["bare"], setting.model, asked.prompts)
+        )
         return self._named(setting, (name, 0, 0), run)
 
-    def donor(self, setting: Setting, asked: Asked, harmful: bool = True, name: str = "donor") -> Answered:
+    def donor(self, setting: Setting, asked: PairedPrompts, harmful: bool = True, name: str = "donor") -> Answered:
         """What the donor itself answers."""
         model = setting.other or setting.model
         answered = self._once(setting, asked, ["donor", asked.clean], model, asked.clean)
-        return self._named(setting, (name, 0, 0), Run(model, asked, harmful, answered))
+        return self._named(setting, (name, 0, 0), SafetyRun(model, asked, harmful, answered))
 
-    def restored(self, setting: Setting, asked: Asked, what: Restored) -> Answered:
+    def restored(self, setting: Setting, asked: PairedPrompts, what: Restored) -> Answered:
         """Latents restored from the setting's donor, or from another."""
         sites = setting.sites if what.dictionaries is None else what.dictionaries
         latents: Mapping[Site, tuple[int, ...] | None] = dict.fromkeys(sites) if what.latents is None else what.latents
@@ -93,9 +95,11 @@ class Runs:
                 return self._answers(setting.model, asked.prompts)
 
         answered = self._once(setting, asked, decides, setting.model, asked.prompts, run)
-        return self._named(setting, (what.name, size, what.draw), Run(setting.model, asked, what.harmful, answered))
+        return self._named(
+            setting, (what.name, size, what.draw), SafetyRun(setting.model, asked, what.harmful, answered)
+        )
 
-    def reconstructed(self, setting: Setting, asked: Asked) -> Answered:
+    def reconstructed(self, setting: Setting, asked: PairedPrompts) -> Answered:
         """Nothing restored, the error terms left out."""
 
         def run() -> Answered:
@@ -104,7 +108,7 @@ class Runs:
 
         decides = ["reconstructed", {str(site): one.fingerprint for site, one in setting.sites.items()}]
         answered = self._once(setting, asked, decides, setting.model, asked.prompts, run)
-        return self._named(setting, ("reconstruction only", 0, 0), Run(setting.model, asked, True, answered))
+        return self._named(setting, ("reconstruction only", 0, 0), SafetyRun(setting.model, asked, True, answered))
 
     def _answers(self, model: LanguageModel, prompts: Sequence[str]) -> Answered:
         return Answered.by(model, prompts, self.tokens, self._refusal_ids)
@@ -112,7 +116,7 @@ class Runs:
     def _once(
         self,
         setting: Setting,
-        asked: Asked,
+        asked: PairedPrompts,
         decides: list[Any],
         model: LanguageModel,
         prompts: Sequence[str],
@@ -130,7 +134,7 @@ class Runs:
             log.info("  %d runs", self._done)
         return self._answered[key]
 
-    def _named(self, setting: Setting, name: tuple[str, int, int], run: Run) -> Answered:
+    def _named(self, setting: Setting, name: tuple[str, int, int], run: SafetyRun) -> Answered:
         """Note a run under the name of its rows: condition, number of latents, draw."""
         condition, size, draw = name
         place = setting.name, condition, str(run.harmful), size, draw

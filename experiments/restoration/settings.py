@@ -16,7 +16,7 @@ LAST_FIFTH = 0.2  # of the layers is not spliced: what is restored there has har
 
 
 @dataclass(frozen=True)
-class Asked:
+class PairedPrompts:
     """Prompts, what the donor reads instead of each (the same, if it is another model), and their framings' kinds."""
 
     prompts: tuple[str, ...]
@@ -26,10 +26,10 @@ class Asked:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def of_kinds(self, kinds: Sequence[str]) -> "Asked":
+    def of_kinds(self, kinds: Sequence[str]) -> "PairedPrompts":
         chosen = [number for number, kind in enumerate(self.kinds) if kind in kinds]
         columns = (self.prompts, self.clean, self.kinds)
-        return Asked(*(tuple(column[number] for number in chosen) for column in columns))
+        return PairedPrompts(*(tuple(column[number] for number in chosen) for column in columns))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,11 +43,11 @@ class Setting(Restoration):
     name: str
     title: str
     every: Mapping[Site, Dictionary]
-    harmful: Mapping[str, Asked]
-    harmless: Mapping[str, Asked]
-    held_out: Mapping[str, Asked] = field(default_factory=dict)
+    harmful: Mapping[str, PairedPrompts]
+    harmless: Mapping[str, PairedPrompts]
+    held_out: Mapping[str, PairedPrompts] = field(default_factory=dict)
 
-    def donor(self, asked: Asked) -> Donor:
+    def donor(self, asked: PairedPrompts) -> Donor:
         return self.donor_of(asked.clean)
 
     @property
@@ -70,10 +70,10 @@ def two_models(
 ) -> Setting:
     """Setting A: the base model, restored from the aligned one that reads the same tokens. Requests have no framing."""
 
-    def plain(split: str, harmful: bool) -> Asked:
+    def plain(split: str, harmful: bool) -> PairedPrompts:
         rows = _rows(split, 9 * n, seed, harmful)
         prompts = tuple(dict.fromkeys(row["plain"] for row in rows))[:n]
-        return Asked(prompts, prompts, ("plain",) * len(prompts))
+        return PairedPrompts(prompts, prompts, ("plain",) * len(prompts))
 
     framed = _rows("report", 3 * n, seed, harmful=True)[:n]
     clean = tuple(row["clean"] for row in framed)
@@ -87,17 +87,17 @@ def two_models(
         every=saes,
         harmful={split: plain(split, True) for split in world.SPLITS},
         harmless={split: plain(split, False) for split in world.SPLITS},
-        held_out={"benign framings": Asked(clean, clean, tuple(row["kind"] for row in framed))},
+        held_out={"benign framings": PairedPrompts(clean, clean, tuple(row["kind"] for row in framed))},
     )
 
 
 def two_prompts(model: LanguageModel, saes: Mapping[Site, Dictionary], template: int, n: int, seed: int) -> Setting:
     """Setting B: jailbroken requests, restored from the same requests in a benign framing."""
 
-    def framed(split: str, harmful: bool) -> Asked:
+    def framed(split: str, harmful: bool) -> PairedPrompts:
         rows = _rows(split, 3 * n, seed, harmful)[:n]
         columns = ("corrupted", "clean", "kind")
-        return Asked(*(tuple(row[column] for row in rows) for column in columns))
+        return PairedPrompts(*(tuple(row[column] for row in rows) for column in columns))
 
     return Setting(
         name="setting_b",
@@ -113,7 +113,7 @@ def two_prompts(model: LanguageModel, saes: Mapping[Site, Dictionary], template:
     )
 
 
-def stacked(split: world.Split, n: int, seed: int) -> Asked:
+def stacked(split: world.Split, n: int, seed: int) -> PairedPrompts:
     """Harmful requests in a framing inside another framing: no such text is in the corpus or in another split."""
     framings = world.share(world.FRAMINGS, split)
     rows = _rows(split, 3 * n, seed, harmful=True)[:n]
@@ -124,15 +124,15 @@ def stacked(split: world.Split, n: int, seed: int) -> Asked:
         prompts.append(world.chat(outer.jailbreak.format(r=inner.jailbreak.format(r=row["request"]))))
         clean.append(world.chat(outer.benign.format(r=inner.benign.format(r=row["request"]))))
         kinds.append(f"{inner.kind} in {outer.kind}")
-    return Asked(tuple(prompts), tuple(clean), tuple(kinds))
+    return PairedPrompts(tuple(prompts), tuple(clean), tuple(kinds))
 
 
-def harmless_in_every_framing(split: str, n: int, seed: int) -> Asked:
+def harmless_in_every_framing(split: str, n: int, seed: int) -> PairedPrompts:
     """Harmless requests without a framing, in a benign and in a jailbreak one: what a detector has to let pass."""
     rows = _rows(split, 3 * n, seed, harmful=False)
     prompts = [row[column] for row in rows[: -(-n // 3)] for column in ("plain", "clean", "corrupted")]
     distinct = tuple(dict.fromkeys(prompts))[:n]
-    return Asked(distinct, distinct, ("harmless",) * len(distinct))
+    return PairedPrompts(distinct, distinct, ("harmless",) * len(distinct))
 
 
 def _rows(split: str, n: int, seed: int, harmful: bool) -> list[dict[str, Any]]:

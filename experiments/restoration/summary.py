@@ -6,7 +6,7 @@ from typing import Any
 from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval
 
-from .curves import ENOUGH, SHARE_LIMIT, Curve, Point, share_of, within
+from .curves import ENOUGH, SHARE_LIMIT, RefusalCurve, RefusalPoint, share_of, within
 from .guards import Guards
 from .results import Result, SafetyResults
 from .settings import spliced_sites
@@ -26,7 +26,7 @@ def spoken(interval: Interval) -> str:
     return f"{percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
 
 
-def few(result: Result) -> Point:
+def few(result: Result) -> RefusalPoint:
     """The point of the number that was chosen on `tune`."""
     return next(point for point in result.curve.points if point.latents == result.latents)
 
@@ -100,7 +100,7 @@ def finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
 
-def curve_points(curve: Curve) -> list[dict[str, Any]]:
+def curve_points(curve: RefusalCurve) -> list[dict[str, Any]]:
     return [
         {
             "latents": point.latents,
@@ -120,7 +120,7 @@ def curve_points(curve: Curve) -> list[dict[str, Any]]:
     ]
 
 
-def neuron_points(curve: Curve | None) -> list[dict[str, Any]]:
+def neuron_points(curve: RefusalCurve | None) -> list[dict[str, Any]]:
     return [
         {
             "neurons": point.latents,

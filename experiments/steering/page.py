@@ -28,7 +28,7 @@ from saepatch.report import (
     write_page,
 )
 
-from .results import Steered, SteeringConfig
+from .results import SteeringConfig, SteeringResult
 from .stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
 
 SHARES = "Intervals: 95 % Wilson score over prompts."
@@ -36,7 +36,7 @@ METRICS = ("success", "degenerate", "perplexity", "kl", "distinct_1", "distinct_
 
 
 def write(
-    found: Sequence[Steered], config: SteeringConfig, model: LanguageModel, out: Path, seconds: float
+    found: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel, out: Path, seconds: float
 ) -> tuple[Page, dict[str, Any]]:
     """Write the rows, the settings, the figures, the summary and the report; the last is returned, with its figures."""
     parts = []
@@ -81,7 +81,7 @@ def _said(gaps: Mapping[int, Interval], at: str) -> str:
     return f"At equal {at} {' and '.join(parts)}."
 
 
-def verdict(found: Steered, sizes: Sequence[int]) -> str:
+def verdict(found: SteeringResult, sizes: Sequence[int]) -> str:
     """The finding on one concept, in words that follow from its figures."""
     one, bare = found.chosen["top-1"], found.unsteered
     best = max(sizes, key=lambda k: (found.chosen[f"top-{k}"].success.value, -k))
@@ -104,7 +104,7 @@ def _shown(interval: Interval) -> str:
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
-def printed(found: Sequence[Steered]) -> str:
+def printed(found: Sequence[SteeringResult]) -> str:
     """What the terminal gets."""
     lines = []
     for one in found:
@@ -129,7 +129,7 @@ def _measures(point: Point) -> tuple[float, ...]:
     return point.perplexity.value, point.kl.value, point.distinct(2).value, point.repetition.value
 
 
-def _lines(found: Steered) -> list[Point]:
+def _lines(found: SteeringResult) -> list[Point]:
     asked = [] if found.prompting is None else [found.prompting]
     return [found.unsteered, *found.chosen.values(), *asked]
 
@@ -161,7 +161,7 @@ def _method(config: SteeringConfig) -> Section:
     )
 
 
-def _section(found: Steered, config: SteeringConfig) -> Section:
+def _section(found: SteeringResult, config: SteeringConfig) -> Section:
     columns = ["way", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
     table = Table(
         columns,
@@ -206,7 +206,7 @@ def _section(found: Steered, config: SteeringConfig) -> Section:
     return Section(f"Towards {found.concept.name}", text, blocks)
 
 
-def _choices(found: Steered, config: SteeringConfig) -> list[Block]:
+def _choices(found: SteeringResult, config: SteeringConfig) -> list[Block]:
     sizes = config.sizes[::2]
     formats = {f"top-{k}": ".0%" for k in sizes}
     sites = Table(
@@ -224,7 +224,7 @@ def _choices(found: Steered, config: SteeringConfig) -> list[Block]:
     return [sites, orders]
 
 
-def charts(found: Steered, config: SteeringConfig) -> dict[str, LineChart | ScatterChart]:
+def charts(found: SteeringResult, config: SteeringConfig) -> dict[str, LineChart | ScatterChart]:
     """Every figure of one concept, by name."""
     n = len(found.concept.report)
     both = {
@@ -274,7 +274,7 @@ def _cloud(way: str, points: Sequence[Point]) -> Points:
 # Files
 
 
-def rows(found: Steered) -> Iterator[dict[str, Any]]:
+def rows(found: SteeringResult) -> Iterator[dict[str, Any]]:
     """One row for each continuation of a report prompt."""
     several: list[tuple[str, float, Point | None]] = [("own", p.norm, p) for p in _lines(found)]
     for by, points in (("norm", found.norms), ("divergence", found.divergences)):
@@ -303,7 +303,7 @@ def rows(found: Steered) -> Iterator[dict[str, Any]]:
                 }
 
 
-def summary(found: Sequence[Steered], config: SteeringConfig, model: LanguageModel) -> dict[str, Any]:
+def summary(found: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel) -> dict[str, Any]:
     """The figures, as summary.json holds them; intervals are [value, low, high]."""
     return {
         "model": model.name,
@@ -317,7 +317,7 @@ def summary(found: Sequence[Steered], config: SteeringConfig, model: LanguageMod
     }
 
 
-def _figures(found: Steered, config: SteeringConfig) -> dict[str, Any]:
+def _figures(found: SteeringResult, config: SteeringConfig) -> dict[str, Any]:
     share = level(config.sizes)
     return {
         "site": str(found.site.dictionary.site),

@@ -41,7 +41,7 @@ from ..pairs.question import StudyConfig
 from ..pairs.study import load
 from . import concepts
 from .page import printed, write
-from .results import Steered, SteeringConfig
+from .results import SteeringConfig, SteeringResult
 from .stages import Bench, KnownDictionary, choose_order, choose_site, dense, random_way, top
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ LONGEST = 128  # tokens of a reference text
 QUICK = {"sizes": (1, 5), "strengths": (1.0, 2.0), "divergences": (0.3,), "prompts": 16, "continued": 6, "draws": 2}
 
 
-def run(config: SteeringConfig) -> list[Steered]:
+def run(config: SteeringConfig) -> list[SteeringResult]:
     """Steer towards every concept; files go to `config.out`, tables to the terminal.
 
     Raises:
@@ -125,7 +125,7 @@ def _steer(
     concept: Concept,
     kept: Measurements,
     bar: "tqdm[Any]",
-) -> Steered:
+) -> SteeringResult:
     bar.set_description(concept.name)
 
     def tick() -> None:
@@ -152,7 +152,7 @@ def _steer(
     if concept.prefixes:
         asked = {prefix: bench.prompting("tune", prefix) for prefix in concept.prefixes}
         prefix = max(asked, key=lambda one: (asked[one].success.value, -asked[one].perplexity.value))
-    return Steered(
+    return SteeringResult(
         concept,
         site,
         unit,

@@ -79,7 +79,7 @@ class SteeringConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
+class SteeringResult:
     """What steering towards one concept gave, on `report` unless said otherwise.
 
     `norms` has every way at every strength, `divergences` at every divergence (None: out of its reach), `chosen` at the

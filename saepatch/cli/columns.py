@@ -30,7 +30,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 @runtime_checkable
-class Output(Protocol):
+class TextOutput(Protocol):
     """What a terminal, or a file, is to those who write there."""
 
     def write(self, text: str, /) -> int: ...
@@ -41,7 +41,7 @@ class Output(Protocol):
 class Live:
     """A block of lines that is drawn over itself on a terminal; elsewhere only the last one is written."""
 
-    def __init__(self, out: Output, width: int, height: int) -> None:
+    def __init__(self, out: TextOutput, width: int, height: int) -> None:
         self._out, self.width, self._height = out, width, height
         self._terminal, self._drawn = out.isatty(), 0
 

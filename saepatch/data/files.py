@@ -14,7 +14,7 @@ TABLES = (".jsonl", ".json", ".csv", ".parquet")  # the endings of files with co
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """One row: a mapping of columns, or whatever stands there instead; `where` names file and line in messages."""
 
     value: Any
@@ -24,7 +24,7 @@ class Row:
 
 def read_rows(
     path: Path, what: str, needs: Sequence[str] = (), otherwise: str = ".jsonl", remedy: str = "check the path"
-) -> Iterator[Row]:
+) -> Iterator[FileRow]:
     """Rows of a file, by its ending; a file of another kind is read as one of `otherwise` (.txt: a text a line).
 
     A byte order mark in front is skipped. Lines end with a line feed alone: texts may hold other separators of Unicode.
@@ -50,12 +50,12 @@ def read_rows(
         yield from _csv(path, text, what, needs)
     elif ending == ".json" and text.lstrip().startswith("["):
         for number, value in enumerate(_json(text, str(path)), 1):
-            yield Row(value, number, f"{path}, item {number}")
+            yield FileRow(value, number, f"{path}, item {number}")
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield Row(line if ending == ".txt" else _json(line, f"{where},"), number, where)
+                yield FileRow(line if ending == ".txt" else _json(line, f"{where},"), number, where)
 
 
 def first_line(error: Exception) -> str:
@@ -70,7 +70,7 @@ def _json(text: str, where: str) -> Any:
         raise UserError(f"{where} is not JSON: {error}") from error
 
 
-def _csv(path: Path, text: str, what: str, needs: Sequence[str]) -> Iterator[Row]:
+def _csv(path: Path, text: str, what: str, needs: Sequence[str]) -> Iterator[FileRow]:
     lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     number = 1  # of the line that a row starts on: a text in quotes may go over several
     try:
@@ -82,13 +82,13 @@ def _csv(path: Path, text: str, what: str, needs: Sequence[str]) -> Iterator[Row
                 raise UserError(
                     f"{what} of {where}, has more cells than the header: put a text that holds a comma in double quotes"
                 )
-            yield Row(value, number, where)
+            yield FileRow(value, number, where)
             number = lines.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {number}, is not CSV: {error}") from error
 
 
-def _parquet(path: Path, what: str, needs: Sequence[str], remedy: str) -> Iterator[Row]:
+def _parquet(path: Path, what: str, needs: Sequence[str], remedy: str) -> Iterator[FileRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -96,7 +96,7 @@ def _parquet(path: Path, what: str, needs: Sequence[str], remedy: str) -> Iterat
         table = pq.ParquetFile(path)
         _check_columns(path, table.schema_arrow.names, needs)
         for number, value in enumerate(row for batch in table.iter_batches() for row in batch.to_pylist()):
-            yield Row(value, number, f"{path}, row {number}")
+            yield FileRow(value, number, f"{path}, row {number}")
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {what} from {str(path)!r} ({first_line(error)}): {remedy}") from error
 

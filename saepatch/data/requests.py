@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from saepatch.data.files import Row, read_rows
+from saepatch.data.files import FileRow, read_rows
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 
@@ -74,7 +74,7 @@ def _planted(source: str, model: LanguageModel, chat: bool, n: int) -> list[Requ
     return requests
 
 
-def _request(row: Row, name: str, model: LanguageModel, chat: bool) -> Request:
+def _request(row: FileRow, name: str, model: LanguageModel, chat: bool) -> Request:
     value = row.value
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise UserError(f'{row.where}, has no text for prompt: write {{"prompt": "…", "clean": "…"}}')

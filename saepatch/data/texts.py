@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saepatch import organism
-from saepatch.data.files import TABLES, Row, read_rows
+from saepatch.data.files import TABLES, FileRow, read_rows
 from saepatch.errors import UserError
 
 
@@ -23,7 +23,7 @@ def load_texts(spec: str, column: str = "text") -> list[str]:
     return texts
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: FileRow, column: str) -> str:
     text = row.value.get(column) if isinstance(row.value, dict) else row.value
     if not isinstance(text, str):
         raise UserError(f"{row.where}, has no text in a column {column!r}: name the column so, or give a text a line")

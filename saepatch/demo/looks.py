@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from saepatch import organism
 from saepatch.data.forms import largest_group
 from saepatch.data.pairs import pairs_of
-from saepatch.demo.results import DIRECTIONS, Maps
+from saepatch.demo.results import DIRECTIONS, PositionMaps
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.measure.patching import patch_heads, patch_latents, patch_streams
 from saepatch.model.language_model import LanguageModel
@@ -18,14 +18,16 @@ CARDS = 8  # of a list of latents
 LEADING = 3  # latents of every site that have cards for what they do at one position
 
 
-def read_maps(model: LanguageModel, dictionaries: Sequence[Dictionary], n: int, seed: int, bars: bool = False) -> Maps:
+def read_maps(
+    model: LanguageModel, dictionaries: Sequence[Dictionary], n: int, seed: int, bars: bool = False
+) -> PositionMaps:
     """Patch streams, heads and all latents of the `report` pairs, in both directions."""
     rows = list(tasks.task("ioi", "report", n, seed))
     pairs = pairs_of(rows)
     group = largest_group(model, pairs, [f"{row['template']} {row['kind']}" for row in rows])
     texts = [pair.clean for pair in group], [pair.corrupted for pair in group]
     sides = [[token_texts(model, model.encode(text)) for text in side] for side in texts]
-    return Maps(
+    return PositionMaps(
         tuple(group),
         tuple(map(tuple, sides[0])),
         _shared(sides[0]),

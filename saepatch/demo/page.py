@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 from saepatch import report
 from saepatch.demo.looks import BY_POSITION
-from saepatch.demo.results import Condition, Findings, Restoration, Steering
+from saepatch.demo.results import Condition, Findings, RestoredRefusals, Steering
 from saepatch.engine.components import Direction
 from saepatch.measure.controls import DRAWS
 from saepatch.pages.cards import anchors_of, cards_section, coloured
@@ -307,7 +307,7 @@ def _side_by_side(
     return report.Comparison(prompt, columns, changes=True)
 
 
-def _curve(r: Restoration, n: int) -> report.LineChart:
+def _curve(r: RestoredRefusals, n: int) -> report.LineChart:
     """Refusals against the share of the dictionary that is restored."""
     sizes, top, other = zip(*r.curve)
     width = len(r.latents) / r.share_of_dictionary

@@ -47,7 +47,7 @@ class Patching:
 
 
 @dataclass(frozen=True, eq=False)
-class Restoration:
+class RestoredRefusals:
     """Refusals under jailbreak, on `report` prompts, with latents restored from the benign framing.
 
     `rates` are shares of prompts: those ending in `_generated` judge a whole answer written under the restoration, the
@@ -108,7 +108,7 @@ class Steering:
 
 
 @dataclass(frozen=True, eq=False)
-class Maps:
+class PositionMaps:
     """Effects on indirect objects by place: streams and latents over pairs of one form, heads over more pairs.
 
     `clean` and `corrupted` name the group's positions: the token where all agree, else None. `latents` are every latent
@@ -150,9 +150,9 @@ class Findings:
     tasks: Measures
     quality: list[SpliceQuality]
     patching: Patching
-    restoration: Restoration
+    restoration: RestoredRefusals
     steering: list[Steering]
-    maps: Maps
+    maps: PositionMaps
     cards: tuple[Card, ...]
     restoration_texts: tuple[ReadText, ...]
     steering_texts: dict[str, tuple[ReadText, ...]]

@@ -10,7 +10,7 @@ import torch
 from saepatch import organism
 from saepatch.demo import looks, stages
 from saepatch.demo.page import page
-from saepatch.demo.results import Findings, Restoration, Steering
+from saepatch.demo.results import Findings, RestoredRefusals, Steering
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
@@ -103,7 +103,7 @@ def _measure(
     )
 
 
-def _answers(restoration: Restoration) -> list[tuple[str, str]]:
+def _answers(restoration: RestoredRefusals) -> list[tuple[str, str]]:
     """Prompts with their answers: as the jailbroken model reads them, and as the donor does, whose latents act."""
     named = []
     for (prompt, plain, restored, _), donor in zip(restoration.examples[:2], restoration.donors):

@@ -16,7 +16,7 @@ from torch import Tensor
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair, load_pairs, pairs_of
 from saepatch.demo import concepts
-from saepatch.demo.results import Condition, Patching, Restoration, Steering
+from saepatch.demo.results import Condition, Patching, RestoredRefusals, Steering
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import Direction
 from saepatch.measure.attribution import integrated_gradients
@@ -114,7 +114,7 @@ def _judged(*answers: Sequence[str], outcome: str = "refuse") -> Interval:
 
 def restoration(
     model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int
-) -> Restoration:
+) -> RestoredRefusals:
     """Rank latents by change score on `select`, choose how many on `tune`, restore them on `report`."""
     select, tune, report = (_refusal_pairs(split, n, seed, harmful=True) for split in world.SPLITS)
     harmless = _refusal_pairs("report", n, seed, harmful=False)
@@ -148,7 +148,7 @@ def restoration(
         "harmless_clamped": refusals.opened(spared, refusing),
     }
     controls = {size: control_sets(order, size, stats, seed)[0] for size in sizes}
-    return Restoration(
+    return RestoredRefusals(
         site=str(dictionary.site),
         latents=tuple(chosen),
         share_of_dictionary=k / dictionary.d_sae,

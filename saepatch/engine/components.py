@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.kept_run import Run
+from saepatch.engine.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
@@ -271,7 +271,7 @@ def _whole(change: Float[Tensor, "batch pos width"], where: Bool[Tensor, "batch 
     return Changes(row, pos, torch.zeros_like(row), lambda some: change[row[some], pos[some]])
 
 
-def between(component: Component, base: Run, source: Run, where: Bool[Tensor, "batch pos"]) -> Changes:
+def between(component: Component, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> Changes:
     """What patching each unit from one run into another changes, at the positions where it may be patched.
 
     Where one of them is the other with the units written over (an ablation), they are what was written: read again,

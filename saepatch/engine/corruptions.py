@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Component, Patchable, as_components
-from saepatch.engine.kept_run import Run
+from saepatch.engine.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_embeddings, embed_tokens, is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens
@@ -37,8 +37,8 @@ class Corruption(Protocol):
     @property
     def at_component(self) -> bool: ...
     def run(
-        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
-    ) -> Run:
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: KeptRun, keep_cache: bool
+    ) -> KeptRun:
         """The corrupted run of a batch whose rows are the pairs, each as often as there are samples."""
         ...
 
@@ -75,12 +75,12 @@ class GaussianNoise:
         return False
 
     def run(
-        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
-    ) -> Run:
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: KeptRun, keep_cache: bool
+    ) -> KeptRun:
         noise = self._noise(model, batch)
         # Edited passes resume from what the run's sites held, so the noise is needed in this one pass only.
         with edit_embeddings(model.hf, lambda x: x + noise.to(x)):
-            return Run(model, batch.clean, {component.site for component in components}, keep_cache=keep_cache)
+            return KeptRun(model, batch.clean, {component.site for component in components}, keep_cache=keep_cache)
 
     def _noise(self, model: LanguageModel, batch: PairBatch) -> Float[Tensor, "batch pos d_embed"]:
         where = _chosen(model, batch, self.subject, self.samples).cpu().numpy()
@@ -114,8 +114,8 @@ class Zero:
         return True
 
     def run(
-        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
-    ) -> Run:
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: KeptRun, keep_cache: bool
+    ) -> KeptRun:
         return _ablated(model, batch, components, clean, keep_cache, self.positions, torch.zeros(()))
 
 
@@ -180,8 +180,8 @@ class Mean:
         return cls((total / n).float(), positions, (component.site, component.kind))
 
     def run(
-        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: Run, keep_cache: bool
-    ) -> Run:
+        self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: KeptRun, keep_cache: bool
+    ) -> KeptRun:
         (component,) = components
         if self.of is not None and self.of != (component.site, component.kind):
             raise UserError(
@@ -204,11 +204,11 @@ def _ablated(
     model: LanguageModel,
     batch: PairBatch,
     components: Sequence[Component],
-    clean: Run,
+    clean: KeptRun,
     keep_cache: bool,
     positions: Positions,
     values: Float[Tensor, "*batch_pos_values"],
-) -> Run:
+) -> KeptRun:
     """The clean run again, with all units of the component set to values at the chosen positions."""
     (component,) = components
     x = clean.values[component.site]
@@ -221,7 +221,7 @@ def _ablated(
     where = _chosen(model, batch, positions)
     written = torch.where(where[..., None], values.to(own), own)
     new = component.write(x, written, where).applied(x)
-    run = Run(model, batch.clean, {component.site}, {component.site: lambda _: new}, keep_cache)
+    run = KeptRun(model, batch.clean, {component.site}, {component.site: lambda _: new}, keep_cache)
     run.written = written
     return run
 

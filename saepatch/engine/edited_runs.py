@@ -13,10 +13,10 @@ from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes, Component, LatentUnits, between
-from saepatch.engine.kept_run import Later, Run
+from saepatch.engine.kept_run import KeptRun, Later
 from saepatch.engine.metrics import Metric, answers_only, checked
 from saepatch.engine.options import SweepOptions
-from saepatch.engine.plan import Plan, Units, batches, column_of, plan
+from saepatch.engine.plan import EditPlan, Units, batches, column_of, plan
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
 
@@ -46,7 +46,7 @@ class EditedRuns:
         self,
         components: Sequence[Component],
         stage: Stage,
-        runs: tuple[Run, Run],
+        runs: tuple[KeptRun, KeptRun],
         part: PairBatch,
         asked: Sequence[Sequence[Wanted] | None],
         options: SweepOptions,
@@ -63,7 +63,7 @@ class EditedRuns:
         changes = {number: between(components[number], *runs, part.where) for number in acting}
         self.changes, self._component_of, offsets = _joined(changes, components)
         units = [None if mine is None else [_units(edit, offsets) for edit in mine] for mine in asked]
-        self.planned: Plan = plan(self.changes, units, self.base.tokens, options.each_position)
+        self.planned: EditPlan = plan(self.changes, units, self.base.tokens, options.each_position)
 
     def run(self) -> Iterator[tuple[slice, Float[np.ndarray, "edits"]]]:
         """The metric of the planned edits, batch by batch."""
@@ -117,13 +117,13 @@ class EditedRuns:
 
     def _later_edits(self, batch: slice, first: int) -> Later:
         """What sets the units downstream, from what their sites hold in the edited runs."""
-        by_order: dict[tuple[int, int], list[_Live]] = {}
+        by_order: dict[tuple[int, int], list[_DownstreamUnits]] = {}
         for number, frozen in self.later:
             if (live := self._live(number, frozen, batch, first)) is not None:
                 by_order.setdefault(live.component.site.order, []).append(live)
         return {some[0].component.site: _setting(some) for _, some in sorted(by_order.items())}
 
-    def _live(self, number: int, frozen: bool, batch: slice, first: int) -> "_Live | None":
+    def _live(self, number: int, frozen: bool, batch: slice, first: int) -> "_DownstreamUnits | None":
         """The units of one component that a batch of edits sets downstream; None: not any."""
         component, rows = self.components[number], self.planned.row[batch]
         asked = [self.asked[row] or () for row in rows.tolist()]
@@ -137,7 +137,7 @@ class EditedRuns:
         may = (self.base.tokens.attention_mask.bool() if frozen else self.where)[rows, first:]
         chosen = self._chosen(mine, {unit: i for i, unit in enumerate(units)}, batch, first).to(may.device)
         chosen &= may[..., None]
-        return _Live(component, values[rows], chosen) if bool(chosen.any()) else None
+        return _DownstreamUnits(component, values[rows], chosen) if bool(chosen.any()) else None
 
     def _chosen(
         self, edits: Sequence[Sequence[Piece]], place: dict[int, int], batch: slice, first: int
@@ -169,7 +169,7 @@ class EditedRuns:
 
 
 @dataclass(frozen=True, eq=False)
-class _Live:
+class _DownstreamUnits:
     """Units of one component that are set downstream of the first site, for each edit of a batch."""
 
     component: Component
@@ -183,7 +183,7 @@ class _Live:
         _add_vectors(out, changes, mine, changes.row[mine], 0)
 
 
-def _setting(several: Sequence[_Live]) -> Hooked:
+def _setting(several: Sequence[_DownstreamUnits]) -> Hooked:
     def edit(x: Float[Tensor, "edits columns width"]) -> Float[Tensor, "edits columns width"]:
         change = _zeros(x, *x.shape)
         for live in several:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes
-from saepatch.engine.kept_run import Run, entry
+from saepatch.engine.kept_run import KeptRun, entry
 from saepatch.engine.metrics import Metric, answers_only, checked, metric_name, needs_clean_logits
 from saepatch.engine.shortcuts import quick_activations
 from saepatch.errors import UserError
@@ -107,7 +107,7 @@ class Base:
     """
 
     def __init__(
-        self, model: LanguageModel, tokens: Tokens, sites: Sequence[Site], readout: Readout, run: Run | None = None
+        self, model: LanguageModel, tokens: Tokens, sites: Sequence[Site], readout: Readout, run: KeptRun | None = None
     ) -> None:
         refuse_training(model)
         self.model, self.tokens, self.readout, self._given = model, tokens, readout, run
@@ -139,7 +139,7 @@ class Base:
         return metric, held, dropped
 
     @contextmanager
-    def _from(self, site: Site, run: Run, x: Tensor) -> Iterator[None]:
+    def _from(self, site: Site, run: KeptRun, x: Tensor) -> Iterator[None]:
         """Start passes at a site, set to `x`; what else enters its block is the run's own."""
         layout, starts = self.model.layout, {entry(site): run.values[entry(site)], site: x}
         with (
@@ -149,11 +149,11 @@ class Base:
             yield
 
     @torch.no_grad()
-    def plain(self) -> Run:
+    def plain(self) -> KeptRun:
         """The run without a graph."""
         if self._given is None:
             with self.readout.running(self.model):
-                self._given = Run(self.model, self.tokens, self.sites, keep_cache=False)
+                self._given = KeptRun(self.model, self.tokens, self.sites, keep_cache=False)
         return self._given
 
     def gradient_at(self, site: Site, x: Float[Tensor, "batch pos _"]) -> Float[Tensor, "batch pos _"]:

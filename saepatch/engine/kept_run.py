@@ -33,7 +33,7 @@ Checked = dict[tuple[Site, ...], tuple[str, bool, int]]
 Later = Mapping[Site, Edit]
 
 
-class Run:
+class KeptRun:
     """One forward pass over a batch whose prompts end in the same column, kept so that edited passes resume from it.
 
     `logits` are those after each prompt's last token, `values[site]` what the sites held.
@@ -87,12 +87,12 @@ class Run:
                 log.info("%s runs without a cache of keys and values (%s): all passes are whole", model.name, error)
         return None, model.call(tokens, last=True)[:, -1].to(model.device)
 
-    def split(self, n: int) -> tuple["Run", "Run"]:
+    def split(self, n: int) -> tuple["KeptRun", "KeptRun"]:
         """The first `n` rows and the others, as runs of their own; they share this one's memory."""
         return self._part(slice(0, n)), self._part(slice(n, None))
 
-    def _part(self, rows: slice) -> "Run":
-        part: Run = object.__new__(Run)
+    def _part(self, rows: slice) -> "KeptRun":
+        part: KeptRun = object.__new__(KeptRun)
         part.model, part.tokens, part.logits = self.model, self.tokens.rows(rows), self.logits[rows]
         part.values = {site: value[rows] for site, value in self.values.items()}
         part.checked, part.written, part._kept, part._cache = {}, None, {}, None

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saepatch.engine.components import Changes
-from saepatch.engine.kept_run import Run
+from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.metrics import Metric, bytes_per_logit
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
@@ -20,7 +20,7 @@ CPU_MEMORY = 2**28  # bytes that the activations of one batch of edits may take;
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class EditPlan:
     """Edits to run, in order of the first column they change; `entries[starts[e]:starts[e + 1]]` are those of one."""
 
     row: Int[Tensor, "edits"]
@@ -35,7 +35,7 @@ class Plan:
 
 def plan(
     changes: Changes, asked: Sequence[Sequence[Sequence[Units]] | None], tokens: Tokens, each_position: bool
-) -> Plan:
+) -> EditPlan:
     """Plan the edits that each row asks for (None: every unit alone), leaving out what changes nothing.
 
     Raises:
@@ -73,7 +73,7 @@ def plan(
     place[order] = np.arange(n)
     sorted_entries = np.argsort(place[edit], kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(place[edit], minlength=n))])
-    return Plan(*(torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for a in (
+    return EditPlan(*(torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for a in (
         keys[0][order], keys[1][order], first[order], starts, entry[sorted_entries])))  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def column_of(position: int, length: int, width: int) -> int:
 
 
 def batches(
-    model: LanguageModel, base: Run, planned: Plan, metric: Metric, batch_size: int | None, live: int = 0
+    model: LanguageModel, base: KeptRun, planned: EditPlan, metric: Metric, batch_size: int | None, live: int = 0
 ) -> Iterator[slice]:
     """Split the edits, which stand in order of their first column, into batches that start at one column.
 

@@ -17,7 +17,7 @@ from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_le
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component
 from saepatch.engine.edited_runs import EditedRuns, Stage, Wanted, metric_values
-from saepatch.engine.kept_run import Checked, Run
+from saepatch.engine.kept_run import Checked, KeptRun
 from saepatch.engine.metrics import needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
@@ -112,19 +112,19 @@ def _warn_of_lengths(tokens: Tokens) -> None:
 
 def _two_runs(
     model: LanguageModel, components: Sequence[Component], part: PairBatch, options: SweepOptions
-) -> tuple[Run, Run]:
+) -> tuple[KeptRun, KeptRun]:
     sites = {component.site for component in components}
     denoise = options.denoises
     if options.corruption is None and part.clean.input_ids.numel() <= SMALL:
         both = (torch.cat(two) for two in zip(*(vars(t).values() for t in (part.clean, part.corrupted)), strict=True))
-        return Run(model, Tokens(*both), sites).split(len(part))
-    clean = Run(model, part.clean, sites, keep_cache=not denoise)
+        return KeptRun(model, Tokens(*both), sites).split(len(part))
+    clean = KeptRun(model, part.clean, sites, keep_cache=not denoise)
     if options.corruption is None:
-        return clean, Run(model, part.corrupted, sites, keep_cache=denoise)
+        return clean, KeptRun(model, part.corrupted, sites, keep_cache=denoise)
     return clean, options.corruption.run(model, part, components, clean, denoise)
 
 
-def _check_padding(model: LanguageModel, run: Run) -> None:
+def _check_padding(model: LanguageModel, run: KeptRun) -> None:
     """See that the most padded prompt of a batch gives what it gives alone.
 
     Raises:

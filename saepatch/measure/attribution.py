@@ -39,7 +39,7 @@ from saepatch.engine.gradients import (
     Readout,
     products_of,
 )
-from saepatch.engine.kept_run import Run
+from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.metrics import Metric, logit_difference
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
@@ -229,13 +229,13 @@ def _screen_part(
     denoise, corruption, samples = options.denoises, options.corruption, options.samples
     sites = [dictionary.site for dictionary in dictionaries]
     readout = Readout.of(options.metric, part, model)
-    runs: tuple[Run, Run] | None = None
+    runs: tuple[KeptRun, KeptRun] | None = None
     if corruption is None:
         tokens, others = (part.corrupted, part.clean) if denoise else (part.clean, part.corrupted)
         with readout.running(model):
-            source = Run(model, others, sites, keep_cache=False)
+            source = KeptRun(model, others, sites, keep_cache=False)
     else:
-        clean = Run(model, part.clean, sites, keep_cache=False)
+        clean = KeptRun(model, part.clean, sites, keep_cache=False)
         corrupted = corruption.run(model, part, components, clean, False)
         runs = (corrupted, clean) if denoise else (clean, corrupted)
         tokens, source = runs[0].tokens, runs[1]
@@ -285,7 +285,7 @@ def _score(
     dictionary: Dictionary,
     gradients: Gradients,
     source: Tensor,
-    runs: tuple[Run, Run] | None,
+    runs: tuple[KeptRun, KeptRun] | None,
     where: Bool[Tensor, "batch pos"],
     alike: Bool[Tensor, "batch pos"],
     latents_only: bool,

@@ -6,11 +6,11 @@ from saepatch.pages.restored import illustrate, restored_page
 from saepatch.pages.tracked import track_answers, track_run
 from saepatch.report import KEPT, keep_page, write_page
 from saepatch.runs.answers import Answers, write_answers
-from saepatch.runs.restorations import Plan
+from saepatch.runs.restorations import RestorePlan
 from saepatch.tracking.tracker import Tracker
 
 
-def show_answers(plan: Plan, answers: Answers, tracker: Tracker) -> None:
+def show_answers(plan: RestorePlan, answers: Answers, tracker: Tracker) -> None:
     """Write the rows and the report into the run's folder, and show both to the tracker."""
     out = Path(plan.config.out)
     dictionaries, requests = list(plan.sites.values()), [request.prompt for request in plan.requests]

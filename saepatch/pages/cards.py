@@ -2,25 +2,24 @@
 
 from collections.abc import Callable, Sequence
 
-from saepatch.reading.cards import Card as Reading
-from saepatch.reading.cards import ReadText
-from saepatch.report import Card, Chips, Facts, Histogram, Link, Section, Simple, Tokens, token_text
+from saepatch.reading.cards import Card, ReadText
+from saepatch.report import Chips, ColouredTokens, Details, Facts, Histogram, Link, Section, Simple, token_text
 from saepatch.report.text import number
 
 FEW_PROMPTS = "These prompts are few and of one kind, so they do not show what a latent responds to in other text."
 
 
-def anchors_of(cards: Sequence[Reading]) -> dict[tuple[str, str], str]:
+def anchors_of(cards: Sequence[Card]) -> dict[tuple[str, str], str]:
     """The card of a (site, latent)."""
     return {(card.site, str(card.latent)): card.anchor for card in cards}
 
 
 def cards_section(
-    cards: Sequence[Reading],
+    cards: Sequence[Card],
     which: str,
     where: str,
     caution: str = FEW_PROMPTS,
-    effects_of: Callable[[Reading], Sequence[Simple]] = lambda card: (),
+    effects_of: Callable[[Card], Sequence[Simple]] = lambda card: (),
 ) -> Section:
     """A card for each latent that was read; `effects_of` is what a card shows of the run before the latent itself."""
     known = {card.anchor for card in cards}
@@ -31,7 +30,7 @@ def cards_section(
     return Section("Latents", text.strip(), [latent_card(card, known, effects_of(card)) for card in cards])
 
 
-def latent_card(card: Reading, known: set[str], effects: Sequence[Simple] = ()) -> Card:
+def latent_card(card: Card, known: set[str], effects: Sequence[Simple] = ()) -> Details:
     """One card; `known` are the anchors that its neighbours can lead to."""
     summary = "never fired here" if card.dead else f"fires at {number(card.frequency, '.1%')} of tokens"
     if card.raises:
@@ -40,10 +39,10 @@ def latent_card(card: Reading, known: set[str], effects: Sequence[Simple] = ()) 
     if card.neuronpedia:
         name = f"{card.neuronpedia}/{card.latent}"
         links = [(f"{name} on Neuronpedia", f"https://www.neuronpedia.org/{name}")]
-    return Card(card.anchor, f"{card.site} {card.latent}", summary, [*effects, *card_blocks(card, known)], links)
+    return Details(card.anchor, f"{card.site} {card.latent}", summary, [*effects, *card_blocks(card, known)], links)
 
 
-def card_blocks(card: Reading, known: set[str]) -> list[Simple]:
+def card_blocks(card: Card, known: set[str]) -> list[Simple]:
     """What a card shows of a latent itself."""
     facts = {
         "dictionary": f"{card.dictionary} ({card.dictionary_hash})",
@@ -56,7 +55,7 @@ def card_blocks(card: Reading, known: set[str]) -> list[Simple]:
     for place, example in enumerate(card.examples):
         caption = f"up to {number(max(example.acts))}, text {example.text + 1}"
         caption += "" if place else ". The deeper a colour, the stronger, within one example"
-        blocks.append(Tokens(_tokens(example.tokens), example.acts, caption))
+        blocks.append(ColouredTokens(_tokens(example.tokens), example.acts, caption))
     if card.counts:
         blocks.append(Histogram("Activations that are not 0", "activation", "tokens", card.edges, card.counts))
     if card.lens:
@@ -74,7 +73,7 @@ def card_blocks(card: Reading, known: set[str]) -> list[Simple]:
 def coloured(texts: Sequence[ReadText]) -> list[Simple]:
     """Texts coloured by the acting latents' activations."""
     return [
-        Tokens(
+        ColouredTokens(
             _tokens(text.tokens),
             text.acts,
             f"{text.name}: sum of the acting latents' activations, at most {number(max(text.acts))}",
@@ -87,7 +86,7 @@ def _tokens(tokens: Sequence[str]) -> list[str]:
     return [token_text(token) + " " for token in tokens]
 
 
-def dead_latents(cards: Sequence[Reading], consequence: str) -> list[str]:
+def dead_latents(cards: Sequence[Card], consequence: str) -> list[str]:
     """A notice on latents that never fired, if there are any."""
     dead = [f"{card.site} {card.latent}" for card in cards if card.dead]
     return [f"Never active in this run's prompts: {', '.join(dead)}. {consequence}"] if dead else []

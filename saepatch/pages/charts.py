@@ -26,9 +26,11 @@ class Estimate(Protocol):
     def reason(self) -> str: ...
 
 
-def cell(estimate: Estimate | None) -> report.Interval | None:
+def cell(estimate: Estimate | None) -> report.EstimateCell | None:
     """A table cell that shows an estimate with its interval; a gap where there is none."""
-    return None if estimate is None else report.Interval(estimate.value, estimate.low, estimate.high, estimate.reason)
+    return (
+        None if estimate is None else report.EstimateCell(estimate.value, estimate.low, estimate.high, estimate.reason)
+    )
 
 
 def band(name: str, sizes: Sequence[float], points: Sequence[Estimate]) -> report.Series:

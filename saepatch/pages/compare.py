@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from saepatch.report import BarChart, Bars, Cell, Facts, Interval, Page, Points, ScatterChart, Section, Table
-from saepatch.runs.comparison import Comparison
+from saepatch.report import BarChart, Bars, Cell, EstimateCell, Facts, Page, Points, ScatterChart, Section, Table
+from saepatch.runs.comparison import RunComparison
 
 SHOWN = 20  # edits in bars
 
 
-def compare_page(compared: Comparison) -> Page:
+def compare_page(compared: RunComparison) -> Page:
     """A page of a comparison: the settings that differ, and the largest effects of either run in both."""
     a, b = str(compared.one.path), str(compared.other.path)
     rows: list[list[Cell]] = [[name, *map(_cell, lines)] for name, *lines in compared.edits]
@@ -51,7 +51,7 @@ def _cell(line: dict[str, Any] | None) -> Cell:
     effect = line["effect"]
     if not isinstance(effect, dict):
         return effect
-    return Interval(effect["value"], effect["low"], effect["high"], effect.get("reason", ""))
+    return EstimateCell(effect["value"], effect["low"], effect["high"], effect.get("reason", ""))
 
 
 def _value(line: dict[str, Any]) -> float | None:

@@ -45,11 +45,11 @@ def _size(line: dict[str, Any]) -> int:
     return line["latent"].count(",") + 1
 
 
-def _interval(facts: dict[str, Any]) -> report.Interval:
-    return report.Interval(facts["value"], facts["low"], facts["high"], facts.get("reason", ""))
+def _interval(facts: dict[str, Any]) -> report.EstimateCell:
+    return report.EstimateCell(facts["value"], facts["low"], facts["high"], facts.get("reason", ""))
 
 
-def _estimates(lines: list[dict[str, Any]]) -> list[tuple[str, list[report.Interval]]]:
+def _estimates(lines: list[dict[str, Any]]) -> list[tuple[str, list[report.EstimateCell]]]:
     """The effects of lines of the summary, and those of their controls where there are any, by what they are called."""
     names = {"effect": "patched", "random_controls": "random controls", "matched_controls": "matched controls"}
     missing = {"value": None, "low": None, "high": None}

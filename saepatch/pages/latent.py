@@ -14,8 +14,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.pages.cards import card_blocks, latent_card
 from saepatch.reading.cards import Card, read_latents, token_texts
 from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
-from saepatch.report import Card as Folded
-from saepatch.report import Facts, Page, Section, Simple, Table, token_text
+from saepatch.report import Details, Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
 from saepatch.runs.interpret import read_model
 from saepatch.settings.latent import LatentConfig
@@ -119,7 +118,7 @@ def latent_page(latents: Sequence[ReadLatent], facts: Mapping[str, str]) -> Page
     if latents[0].readings:
         sections.append(Section("In the model's words", "", _readings(latents[0])))
     if links := latent_card(card, set()).links:
-        sections.append(Section("Elsewhere", "", [Folded("elsewhere", links[0][0], "", [], links)]))
+        sections.append(Section("Elsewhere", "", [Details("elsewhere", links[0][0], "", [], links)]))
     return Page(f"Latent {card.latent} at {card.site}", f"{read} It {fires}.", sections, Facts(facts))
 
 

@@ -11,7 +11,7 @@ from numpy import ndarray
 from saepatch.measure.effects import Effects, describe
 from saepatch.model.sites import Site
 from saepatch.pages.charts import cell
-from saepatch.report import Cell, HeatMap, Interval, Link, Table, token_text
+from saepatch.report import Cell, EstimateCell, HeatMap, Link, Table, token_text
 from saepatch.runs.parts import EditKey
 
 EACH = 4  # edits of each site and position that the table of edits lists at least
@@ -31,7 +31,7 @@ class EditTable:
     keys: Sequence[EditKey]
     effects: Float[ndarray, "edits"]
     changed: Int[ndarray, "edits"]
-    intervals: Callable[[Sequence[int]], Sequence[Interval | None]]
+    intervals: Callable[[Sequence[int]], Sequence[EstimateCell | None]]
 
     @classmethod
     def of(cls, *sweeps: Effects) -> "EditTable":

@@ -17,9 +17,9 @@ from saepatch.pages.cards import anchors_of
 from saepatch.pages.gather import READING
 from saepatch.pages.maps import EditTable, PromptTokens
 from saepatch.reading.cards import Card
-from saepatch.report import Interval
+from saepatch.report import EstimateCell
 from saepatch.runs.catalogue import RunFolder, read_json, read_run
-from saepatch.runs.parts import KEYS, Changes, EditKey, Pairs, read_changes
+from saepatch.runs.parts import KEYS, EditKey, Pairs, RowChanges, read_changes
 
 EXACT = ("top", "random")  # roles of a screen's verified nodes
 
@@ -30,7 +30,7 @@ class RunData:
 
     folder: RunFolder
     pairs: Pairs
-    changes: Changes
+    changes: RowChanges
     provenance: dict[str, str]
     reading: dict[str, Any] | None
     cards: tuple[Card, ...]
@@ -88,12 +88,12 @@ class RunData:
         ran[self.changes.key[mine]] = True
         return effects, ran
 
-    def intervals(self, numbers: Sequence[int], seed: int | None = None) -> list[Interval]:
+    def intervals(self, numbers: Sequence[int], seed: int | None = None) -> list[EstimateCell]:
         """Ratios of means with intervals over pairs, on the draws that the summary uses."""
         n, changes = len(self.pairs.examples), self.changes
         values = [float(self.effects[number]) for number in numbers]
         if n < 2 or self.gap != self.gap:
-            return [Interval(value, None, None) for value in values]
+            return [EstimateCell(value, None, None) for value in values]
         bootstrap = self.pairs.bootstrap(int(self.settings["seed"]) if seed is None else seed, self.sizes)
         out = []
         for number, value in zip(numbers, values):
@@ -101,7 +101,7 @@ class RunData:
             change[changes.pair[mine]] = changes.change[mine]
             drawn = bootstrap.of(change)
             low, high = (None if np.isnan(end) else end for end in (drawn.low, drawn.high))
-            out.append(Interval(value, low, high, drawn.reason))
+            out.append(EstimateCell(value, low, high, drawn.reason))
         return out
 
     def _rows_of(self, number: int) -> Int[ndarray, "rows"]:
@@ -166,7 +166,7 @@ def read_run_data(out: Path) -> RunData:
     return RunData(run, pairs, changes, provenance, reading, cards)
 
 
-def _read_rows(out: Path, min_gap: float) -> tuple[Pairs, Changes, dict[str, str]]:
+def _read_rows(out: Path, min_gap: float) -> tuple[Pairs, RowChanges, dict[str, str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

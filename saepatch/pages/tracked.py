@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from saepatch.report import Cell, Chart, Choice, Interval, LineChart, Link, Page, Simple, Table
+from saepatch.report import Cell, Chart, Choice, EstimateCell, LineChart, Link, Page, Simple, Table
 from saepatch.runs.answers import Answers
 from saepatch.runs.catalogue import read_run
 from saepatch.runs.kinds import flat
@@ -80,7 +80,7 @@ def _shares_an_axis(chart: LineChart) -> bool:
 
 def plain_table(table: Table) -> tuple[list[str], list[list[Any]]]:
     """A table as columns and rows of plain values: an interval is three columns, a link its text."""
-    ranged = [any(isinstance(row[i], Interval) for row in table.rows) for i in range(len(table.columns))]
+    ranged = [any(isinstance(row[i], EstimateCell) for row in table.rows) for i in range(len(table.columns))]
     columns = [
         name
         for title, wide in zip(table.columns, ranged)
@@ -90,7 +90,7 @@ def plain_table(table: Table) -> tuple[list[str], list[list[Any]]]:
 
 
 def _values(cell: Cell, wide: bool) -> tuple[Any, ...]:
-    if isinstance(cell, Interval):
+    if isinstance(cell, EstimateCell):
         return cell.value, cell.low, cell.high
     value = cell.text if isinstance(cell, Link) else cell
     return (value, None, None) if wide else (value,)

@@ -14,7 +14,7 @@ Number = float | int | None
 
 
 @dataclass(frozen=True)
-class Interval:
+class EstimateCell:
     """A table cell: an estimate and its interval, shown as ``0.83 [0.79, 0.87]`` and sorted by the estimate.
 
     Where there is no interval, `reason` says why and is shown in its place.
@@ -28,13 +28,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Link:
-    """A table cell, or a name, that leads to a `Card` of the same page."""
+    """A table cell, or a name, that leads to a `Details` of the same page."""
 
     text: str
     anchor: str
 
 
-Cell = str | bool | float | int | Interval | Link | None
+Cell = str | bool | float | int | EstimateCell | Link | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class HeatMap:
     keys: Sequence[Sequence[str]] | None = None
     """A key of each cell: a click shows the rows of the page's tables that have it."""
     anchors: Sequence[str] | None = None
-    """Of each row, the `Card` that its name leads to; empty where there is none."""
+    """Of each row, the `Details` that its name leads to; empty where there is none."""
 
     def __post_init__(self) -> None:
         name = f"heat map {self.title!r}"
@@ -240,7 +240,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class ColouredTokens:
     """A prompt with a value for each token as its background, on a diverging scale with its middle at 0."""
 
     tokens: Sequence[str]
@@ -262,7 +262,7 @@ class Chips:
 
 
 Chart = LineChart | BarChart | HeatMap | ScatterChart | Histogram
-Simple = Facts | Headline | Notices | Table | Chart | Comparison | Tokens | Chips
+Simple = Facts | Headline | Notices | Table | Chart | Comparison | ColouredTokens | Chips
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Card:
+class Details:
     """One thing by itself, folded up until it is opened or a `Link` leads to it."""
 
     anchor: str
@@ -290,7 +290,7 @@ class Card:
                 raise ValueError(f"card {self.title!r}: {address!r} is no https address")
 
 
-Block = Simple | Choice | Card
+Block = Simple | Choice | Details
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from saepatch.report.blocks import (
     BarChart,
     Cell,
     Chart,
+    ColouredTokens,
+    EstimateCell,
     HeatMap,
     Histogram,
-    Interval,
     LineChart,
     Link,
     Page,
     ScatterChart,
     Series,
     Table,
-    Tokens,
 )
 from saepatch.report.charts import NARROW, PALETTE, WIDE, draw, map_width
 from saepatch.report.figure import flat_style
@@ -193,7 +193,7 @@ def _numeric(table: Table, column: int) -> bool:
     """Whether a column holds numbers, and nothing but numbers and gaps."""
     cells = [row[column] for row in table.rows if row[column] is not None]
     return bool(cells) and all(
-        isinstance(cell, (int, float, Interval)) and not isinstance(cell, bool) for cell in cells
+        isinstance(cell, (int, float, EstimateCell)) and not isinstance(cell, bool) for cell in cells
     )
 
 
@@ -207,7 +207,7 @@ def _table_rows(table: Table) -> list[list[_ShownCell]]:
 
 
 def _value(cell: Cell) -> str | bool | float | int | None:
-    return cell.value if isinstance(cell, Interval) else cell.text if isinstance(cell, Link) else cell
+    return cell.value if isinstance(cell, EstimateCell) else cell.text if isinstance(cell, Link) else cell
 
 
 def _shown(cell: Cell, spec: str) -> _ShownCell:
@@ -218,7 +218,7 @@ def _shown(cell: Cell, spec: str) -> _ShownCell:
         anchor = cell.anchor if isinstance(cell, Link) else ""
         return _ShownCell(value, value.casefold(), False, anchor=anchor)
     key = _exact(value)
-    if isinstance(cell, Interval) and finite(cell.low) and finite(cell.high):
+    if isinstance(cell, EstimateCell) and finite(cell.low) and finite(cell.high):
         note = f"[{number(cell.low, spec)}, {number(cell.high, spec)}]"
         return _ShownCell(number(value, spec), key, True, note, _exact(cell.low), _exact(cell.high))
     if isinstance(cell, Interval) and cell.reason:
@@ -231,7 +231,7 @@ def _exact(value: float | int | None) -> str:
     return f"{float(value):.9g}" if finite(value) else ""
 
 
-def _token_style(tokens: Tokens, index: int) -> tuple[str, str, str]:
+def _token_style(tokens: ColouredTokens, index: int) -> tuple[str, str, str]:
     """Class, strength in per cent and tooltip of a token."""
     value = tokens.values[index]
     top = max((abs(v) for v in tokens.values if finite(v)), default=0.0)
@@ -285,7 +285,7 @@ def _formats(names: Sequence[str], spec: str) -> dict[str, str]:
 def _cell(
     value: float | None, low: Sequence[float | None] | None, high: Sequence[float | None] | None, index: int
 ) -> Cell:
-    return value if low is None or high is None else Interval(value, low[index], high[index])
+    return value if low is None or high is None else EstimateCell(value, low[index], high[index])
 
 
 def _at(line: Series, x: float) -> Cell:

@@ -14,8 +14,7 @@ from saepatch.errors import UserError
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
-from saepatch.records.statistics import Interval as Estimate
-from saepatch.records.statistics import bootstrap_mean, wilson_share
+from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.records.tables import text_table
 from saepatch.restoration.judges import OUTCOMES, Answer, Judge, judge_version, read_judge
 from saepatch.runs.parts import Record, part_files
@@ -35,8 +34,8 @@ class Share:
     group: str
     latents: int
     prompts: int
-    outcomes: dict[str, Estimate]
-    score: Estimate
+    outcomes: dict[str, Interval]
+    score: Interval
 
 
 @dataclass(frozen=True, eq=False)

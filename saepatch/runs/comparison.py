@@ -11,7 +11,7 @@ from saepatch.runs.kinds import name_of, prompt_kinds, show, show_figure, show_i
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Two runs side by side: what was set and what came out, a row of texts (name, in A, in B) each."""
 
     one: RunFolder
@@ -57,7 +57,7 @@ def _effect(line: dict[str, Any] | None, run: RunFolder, name: str) -> str:
     return show_interval(effect) if isinstance(effect, dict) else show(effect)
 
 
-def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
+def compare_runs(one: RunFolder, other: RunFolder) -> RunComparison:
     """Set two runs beside each other.
 
     Raises:
@@ -78,7 +78,7 @@ def compare_runs(one: RunFolder, other: RunFolder) -> Comparison:
         figures = _rows({**_latents(one, other), **_outcomes(one)}, {**_latents(other, one), **_outcomes(other)})
     else:
         figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (one, other)))
-    return Comparison(one, other, tuple(row for row in settings if row[1] != row[2]), tuple(figures), tuple(edits))
+    return RunComparison(one, other, tuple(row for row in settings if row[1] != row[2]), tuple(figures), tuple(edits))
 
 
 def _rows(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:

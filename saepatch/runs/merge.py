@@ -18,7 +18,7 @@ from saepatch.records.rows import read_about
 from saepatch.records.statistics import Interval, RatioBootstrap, false_discovery
 from saepatch.runs.answers import Answers, merge_answers
 from saepatch.runs.interpret import read_directions, read_positions
-from saepatch.runs.parts import KEYS, Changes, EditKey, Pairs, Record, complete, part_files, read_changes
+from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, RowChanges, complete, part_files, read_changes
 from saepatch.runs.screens import Screens, read_screens
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarise(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[dict[str, Any]]) -> Summary:
+def summarise(record: Record, pairs: Pairs, changes: RowChanges, abouts: Sequence[dict[str, Any]]) -> Summary:
     """The largest edits of each direction: ratios of means over all pairs, with intervals over pairs."""
     rounding = max(about["rounding"] for about in abouts)
     top: dict[str, list[Line]] = {}
@@ -195,7 +195,7 @@ def _asked(record: Record) -> list[EditKey]:
     ]
 
 
-def _q_values(changes: Changes, own: Sequence[int], rounding: float) -> Float[ndarray, "edits"]:
+def _q_values(changes: RowChanges, own: Sequence[int], rounding: float) -> Float[ndarray, "edits"]:
     """False discovery rates of some edits, as `Effects.q_values` has them."""
     column = np.full(len(changes.keys), -1)
     column[list(own)] = np.arange(len(own))
@@ -218,7 +218,7 @@ def _q_values(changes: Changes, own: Sequence[int], rounding: float) -> Float[nd
     return q
 
 
-def _line(record: Record, changes: Changes, bootstrap: RatioBootstrap | None, number: int, q: float) -> Line:
+def _line(record: Record, changes: RowChanges, bootstrap: RatioBootstrap | None, number: int, q: float) -> Line:
     """One edit with its controls; without `bootstrap` the mean gap is too small to divide by."""
 
     def ratio(change: Float[ndarray, "pairs"]) -> Interval:

@@ -282,7 +282,7 @@ class Pairs(PairGaps):
 
 
 @dataclass(frozen=True, eq=False)
-class Changes:
+class RowChanges:
     """How far each edit moved the metric towards the source run, in its units: one entry a row of the results."""
 
     keys: tuple[EditKey, ...]
@@ -313,7 +313,7 @@ class Changes:
         return np.bincount(self.key, self.change != 0, minlength=len(self.keys)).astype(np.int64)
 
 
-def read_changes(rows: Any, pairs: Pairs, asked: Sequence[EditKey]) -> Changes:
+def read_changes(rows: Any, pairs: Pairs, asked: Sequence[EditKey]) -> RowChanges:
     """Number the edits of the rows, those that were asked for and ran nowhere among them.
 
     Raises:
@@ -337,7 +337,7 @@ def read_changes(rows: Any, pairs: Pairs, asked: Sequence[EditKey]) -> Changes:
     )
     change = towards_source(patched, clean, corrupted, denoise)
     change = np.where(np.isnan(patched), effect * np.abs(clean - corrupted), change)  # sizes move the metric nowhere
-    return Changes(tuple(keys), key, pair, change, len(pairs.examples))
+    return RowChanges(tuple(keys), key, pair, change, len(pairs.examples))
 
 
 def _codes(column: Any) -> tuple[Int[ndarray, "rows"], list[str]]:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Plan(Restoration):
+class RestorePlan(Restoration):
     """Everything that working through the parts of a shard takes."""
 
     config: RestoreConfig
@@ -85,21 +85,21 @@ class Plan(Restoration):
         return [request.prompt if self.other else request.clean or "" for request in self.requests]
 
 
-def run_restore(config: RestoreConfig, conclude: Callable[[Plan, Answers, Tracker], None]) -> Finished:
+def run_restore(config: RestoreConfig, conclude: Callable[[RestorePlan, Answers, Tracker], None]) -> Finished:
     """Answer every prompt bare, restored and under every control; what is on the disk already is not run again.
 
     `conclude` gets what came out of a run of one shard, to show it: files, a page, the tracker. See
     `saepatch.runs.driver.drive`.
     """
 
-    def show(plan: Plan, tracker: Tracker) -> None:
+    def show(plan: RestorePlan, tracker: Tracker) -> None:
         answers = read_answers(config, [plan.record], plan.judge, plan.judged)
         conclude(plan, replace(answers, fvu=plan.fvu), tracker)
 
     return drive(config, prepare, show)
 
 
-def prepare(config: RestoreConfig) -> Plan:
+def prepare(config: RestoreConfig) -> RestorePlan:
     """Load what a run needs, see that all of it fits, and choose what is restored.
 
     Raises:
@@ -127,7 +127,7 @@ def prepare(config: RestoreConfig) -> Plan:
     if not place.records:
         chosen = chosen_latents(config, model, other, sites, latents, select, template, refusal_ids)
         record = replace(record, edits=[s.facts() for s in with_controls(config, model, sites, chosen, requests)])
-    return Plan(
+    return RestorePlan(
         model=model,
         other=other,
         sites=sites,
@@ -212,7 +212,7 @@ def _means(
 
 
 @torch.no_grad()
-def _rows(plan: Plan, requests: Sequence[Request], condition: str | Set) -> list[AnswerRow]:
+def _rows(plan: RestorePlan, requests: Sequence[Request], condition: str | Set) -> list[AnswerRow]:
     """One part's answers under one condition; means answer nothing themselves."""
     model, prompts, clean = plan.model, [r.prompt for r in requests], [r.clean or "" for r in requests]
     inside: Any = nullcontext()

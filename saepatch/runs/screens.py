@@ -20,7 +20,7 @@ from saepatch.measure.screen import ERROR, Attribution, Verification
 from saepatch.model.sites import Site
 from saepatch.records.rows import Row
 from saepatch.runs.interpret import read_directions
-from saepatch.runs.parts import Changes, Pairs, Record
+from saepatch.runs.parts import Pairs, Record, RowChanges
 
 AT_ONCE = 2**16  # rows that are made at a time
 TOP = 20  # edits of a direction in the summary
@@ -75,7 +75,7 @@ class Screens:
         )
 
 
-def read_screens(record: Record, pairs: Pairs, changes: Changes, abouts: Sequence[dict[str, Any]]) -> Screens:
+def read_screens(record: Record, pairs: Pairs, changes: RowChanges, abouts: Sequence[dict[str, Any]]) -> Screens:
     """The screen of all parts of a run; `abouts` say of each part what its rows do not."""
     found: list[Attribution] = []
     nodes: dict[str, list[int]] = {}
@@ -87,7 +87,7 @@ def read_screens(record: Record, pairs: Pairs, changes: Changes, abouts: Sequenc
 
 
 def _read_screen(
-    record: Record, pairs: Pairs, changes: Changes, parts: Sequence[dict[str, Any]], direction: Direction
+    record: Record, pairs: Pairs, changes: RowChanges, parts: Sequence[dict[str, Any]], direction: Direction
 ) -> Attribution:
     """The screen of one direction, out of rows that hold several."""
     own = [n for n, key in enumerate(changes.keys) if key.direction == direction]

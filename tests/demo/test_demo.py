@@ -17,7 +17,7 @@ from saepatch.dictionaries.loading import load_sae
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.loading import load_model
 from saepatch.records.rows import read_rows
-from saepatch.report import Card, Link, read_page
+from saepatch.report import Details, Link, read_page
 
 pytestmark = pytest.mark.whole
 
@@ -186,7 +186,7 @@ def test_a_cell_of_a_map_leads_to_its_latents(demo):
         linked = [row[1] for row in table.rows if isinstance(row[1], Link)]
         assert {row[0] for row in table.rows if isinstance(row[1], Link)} == {f"resid_post.{n}" for n in range(6)}
         assert {link.anchor for link in linked} <= {
-            card.anchor for section in page.sections for card in section.blocks if isinstance(card, Card)
+            card.anchor for section in page.sections for card in section.blocks if isinstance(card, Details)
         }
 
 
@@ -218,7 +218,7 @@ def test_the_report_is_written_anew_from_its_folder_alone(demo, tmp_path):
 
 def test_every_latent_of_the_report_has_its_card(demo):
     page = read_page(json.loads((demo / "page.json").read_text()))
-    cards = [block for section in page.sections for block in section.blocks if isinstance(block, Card)]
+    cards = [block for section in page.sections for block in section.blocks if isinstance(block, Details)]
     assert len(cards) == len({card.anchor for card in cards}) >= 8
     source = (demo / "report.html").read_text()
     for name in set(re.findall(r'href="#(latent-[^"]+)"', source)):

@@ -11,7 +11,7 @@ from saepatch.data.batches import batch_pairs, resampled
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Directions, Edit, ErrorTerm, Heads, LatentUnits, Stream
 from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
-from saepatch.engine.kept_run import Run
+from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.metrics import logit_difference
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_components, patch_edits, patch_heads, patch_latents, patch_streams
@@ -148,7 +148,7 @@ def test_noise_has_its_size_and_is_at_the_subject_only():
     batch = batch_pairs(model, [PAIRS[0]])
     batch = batch.rows([0] * 400)
     site = Site(0, "resid_pre")
-    clean = Run(model, batch.clean, [site])
+    clean = KeptRun(model, batch.clean, [site])
     noised = GaussianNoise(CAT, sigma=2.0, samples=400).run(model, batch, [Stream(site)], clean, True)
     change = noised.values[site] - clean.values[site]
     spread = model.hf.get_input_embeddings().weight.std()
@@ -274,7 +274,7 @@ def test_ablated_latents_are_those_meant_not_those_encoded_again():
     """TopK finds other latents in what is left: a sweep that read the ablated run again would patch those."""
     model, dictionary = tiny_model(), random_dictionary()
     batch = batch_pairs(model, PAIRS[:1])
-    clean = Run(model, batch.clean, [dictionary.site])
+    clean = KeptRun(model, batch.clean, [dictionary.site])
     ablated = Zero().run(model, batch, [LatentUnits(dictionary)], clean, True)
     assert dictionary.encode(ablated.values[dictionary.site]).acts[:, 1:].any()
     active = set(dictionary.encode(clean.values[dictionary.site]).acts[0, 1:].any(0).nonzero().flatten().tolist())

@@ -10,7 +10,7 @@ from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.engine import kept_run as resume
 from saepatch.engine.components import Directions, Edit, ErrorTerm, Heads, LatentUnits, Stream
-from saepatch.engine.kept_run import Run
+from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.metrics import log_probability, logit_difference
 from saepatch.engine.shortcuts import Maps, find_maps
 from saepatch.errors import UserError
@@ -56,14 +56,14 @@ def force(run, site, way):
 @pytest.fixture
 def ways(monkeypatch):
     """Which way every edited pass took, and how many columns its run had."""
-    taken, plain = [], Run._way
+    taken, plain = [], KeptRun._way
 
     def spy(run, sites):
         way, few = plain(run, sites)
         taken.append((way, run.width))
         return way, few
 
-    monkeypatch.setattr(Run, "_way", spy)
+    monkeypatch.setattr(KeptRun, "_way", spy)
     return taken
 
 
@@ -77,7 +77,7 @@ def test_every_way_gives_what_a_whole_pass_gives(family):
     for tokens in (plain, padded):
         for layer in range(-1, model.n_layers):
             site = Site(layer) if layer >= 0 else Site(0, "resid_pre")
-            run = Run(model, tokens, [site])
+            run = KeptRun(model, tokens, [site])
             for first in (1, run.width // 2, run.width - 1):
                 change = torch.randn(2, run.width - first, model.d_model, generator=generator)
                 for one in (True, False):  # only one position edited, or all from there on
@@ -163,8 +163,8 @@ def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog, ways):
 def test_longer_prompts_are_checked_again(monkeypatch):
     """What agrees within a sliding window may not beyond it."""
     model, dictionary = tiny_model("mistral"), random_dictionary("resid_post.0")
-    checked, plain = [], Run._agrees
-    monkeypatch.setattr(Run, "_agrees", lambda run, *rest: checked.append(run.width) or plain(run, *rest))
+    checked, plain = [], KeptRun._agrees
+    monkeypatch.setattr(KeptRun, "_agrees", lambda run, *rest: checked.append(run.width) or plain(run, *rest))
     patch_latents(model, dictionary, [PromptPair("ab", "ac", "x", "y"), PAIR, PAIR])
     assert set(checked) == {3, 18}
     assert len(checked) == 4  # each length with all logits and with few, and not once a pair
@@ -283,7 +283,9 @@ def test_streams_and_heads_equal_one_plain_pass(family):
     for effects, stream in sweeps:
         assert {edit.site.layer for edit in effects.edits} == set(range(model.n_layers))
         for number, edit in list(enumerate(effects.edits))[::5]:
-            clean, corrupted = (Run(model, t, [edit.site]).values[edit.site] for t in (batch.clean, batch.corrupted))
+            clean, corrupted = (
+                KeptRun(model, t, [edit.site]).values[edit.site] for t in (batch.clean, batch.corrupted)
+            )
             change = torch.zeros_like(clean)
             change[:, edit.position] = (clean - corrupted)[:, edit.position]
             if stream == "z":
@@ -315,8 +317,8 @@ def test_latents_and_error_term_make_up_the_stream():
     error = Edit(dictionary.site, (0,), kind="error")
     effects = patch_components(model, [LatentUnits(dictionary), ErrorTerm(dictionary)], [PAIR], [every, error])
     assert effects.ran.all()
-    run = Run(model, batch_pairs(model, [PAIR]).corrupted, [dictionary.site])
-    source = Run(model, batch_pairs(model, [PAIR]).clean, [dictionary.site])
+    run = KeptRun(model, batch_pairs(model, [PAIR]).corrupted, [dictionary.site])
+    source = KeptRun(model, batch_pairs(model, [PAIR]).clean, [dictionary.site])
     parts = [dictionary.encode(r.values[dictionary.site]).error for r in (run, source)]
     change = parts[1] - parts[0]
     change[:, 0] = 0
@@ -436,7 +438,7 @@ def test_a_family_without_attention_caches_runs_whole(ways):
     listed = [(0, edit) for edit in effects.edits]
     batch = batch_pairs(model, [PAIR])
     clean, corrupted = (
-        Run(model, t, [dictionary.site]).values[dictionary.site] for t in (batch.clean, batch.corrupted)
+        KeptRun(model, t, [dictionary.site]).values[dictionary.site] for t in (batch.clean, batch.corrupted)
     )
     acts = [dictionary.encode(x).acts[0] for x in (corrupted, clean)]
     for number, (_, edit) in list(enumerate(listed))[::10]:
@@ -450,7 +452,7 @@ def test_a_family_without_attention_caches_runs_whole(ways):
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog):
     model, dictionary = tiny_model(), random_dictionary("resid_post.0")
     right = patch_latents(model, dictionary, [PAIR], each_position=True)
-    plain, sizes = Run.resume, []
+    plain, sizes = KeptRun.resume, []
 
     def small(run, site, rows, *rest):
         if len(rows) > 5:
@@ -458,7 +460,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog):
         sizes.append(len(rows))
         return plain(run, site, rows, *rest)
 
-    monkeypatch.setattr(Run, "resume", small)
+    monkeypatch.setattr(KeptRun, "resume", small)
     again = patch_latents(model, dictionary, [PAIR], each_position=True)
     assert sum(sizes) == len(right.edits) > 50
     torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
@@ -466,7 +468,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog):
     def never(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Run, "resume", never)
+    monkeypatch.setattr(KeptRun, "resume", never)
     with pytest.raises(UserError, match="one edit of a prompt of 18 tokens does not fit"):
         patch_latents(model, dictionary, [PAIR])
 

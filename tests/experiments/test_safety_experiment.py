@@ -9,11 +9,11 @@ import pytest
 from tiny import random_dictionary, tiny_model
 
 from experiments import safety
-from experiments.restoration.curves import Curve, Point
+from experiments.restoration.curves import RefusalCurve, RefusalPoint
 from experiments.restoration.guards import auroc, detector, roc, threshold_for
 from experiments.restoration.runs import Restored, Runs
 from experiments.restoration.settings import (
-    Asked,
+    PairedPrompts,
     Setting,
     harmless_in_every_framing,
     spliced_sites,
@@ -121,8 +121,8 @@ def test_rows_and_report(run):
     assert not (out / "runs.jsonl").exists()
 
 
-def tiny_setting(model: LanguageModel) -> tuple[Setting, Asked]:
-    asked = Asked(("how to cake? now", "tell me all"), ("how to bake? now", "tell me some"), ("x", "y"))
+def tiny_setting(model: LanguageModel) -> tuple[Setting, PairedPrompts]:
+    asked = PairedPrompts(("how to cake? now", "tell me all"), ("how to bake? now", "tell me some"), ("x", "y"))
     dictionaries = {Site(layer): random_dictionary(f"resid_post.{layer}", seed=layer) for layer in (0, 1)}
     splits = dict.fromkeys(world.SPLITS, asked)
     return Setting(
@@ -159,7 +159,7 @@ def test_runs_are_what_the_library_restores(tmp_path):
     assert [row.latents for row in runs.answer_rows(setting, model)] == [11, 11, 0, 0, 0, 0]
     assert not runs.answer_rows(setting, tiny_model())
     with pytest.raises(AssertionError, match="two runs are called 'bare'"):
-        runs.bare(setting, Asked(("other",), ("one",), ("x",)))
+        runs.bare(setting, PairedPrompts(("other",), ("one",), ("x",)))
 
 
 def test_a_stopped_experiment_goes_on(tmp_path, monkeypatch):
@@ -203,10 +203,10 @@ def answered(flags):
 def curve_of(bare, donor, by_size):
     nothing = Interval(0, 0, 0, 1)
     points = tuple(
-        Point(k, answered(flags), nothing, nothing, nothing, nothing, None, None, None, None)
+        RefusalPoint(k, answered(flags), nothing, nothing, nothing, nothing, None, None, None, None)
         for k, flags in by_size.items()
     )
-    return Curve(points, 200, 100, 10.0, answered(bare), answered(donor))
+    return RefusalCurve(points, 200, 100, 10.0, answered(bare), answered(donor))
 
 
 def test_the_share_that_is_enough():

@@ -15,7 +15,7 @@ from experiments import agreement, ioi, pronouns
 from experiments.pairs import stages, study
 from experiments.pairs.findings import against_dense, unsure, verdict
 from experiments.pairs.question import Question, embedded, fitting
-from experiments.pairs.stages import Kind
+from experiments.pairs.stages import DirectionKind
 from saepatch import organism
 from saepatch.cli.parser import run_config
 from saepatch.data.batches import batch_pairs
@@ -251,7 +251,7 @@ def test_bad_settings(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def kinds(**values: list[float]) -> list[Kind]:
+def kinds(**values: list[float]) -> list[DirectionKind]:
     """Kinds whose only size is 1, with these changes of pairs that differ by 1."""
     found = []
     for name, changes in values.items():
@@ -267,7 +267,7 @@ def kinds(**values: list[float]) -> list[Kind]:
             np.array(changes)[:, None],
             np.ones((n, 1), dtype=bool),
         )
-        found.append(Kind(name.replace("_", " "), (1,), {"denoise": effects}))
+        found.append(DirectionKind(name.replace("_", " "), (1,), {"denoise": effects}))
     return found
 
 

@@ -15,15 +15,16 @@ from saepatch.errors import UserError
 from saepatch.report import (
     BarChart,
     Bars,
-    Card,
     Chips,
     Choice,
+    ColouredTokens,
     Comparison,
+    Details,
+    EstimateCell,
     Facts,
     Headline,
     HeatMap,
     Histogram,
-    Interval,
     LineChart,
     Link,
     Notices,
@@ -34,7 +35,6 @@ from saepatch.report import (
     Section,
     Series,
     Table,
-    Tokens,
     keep_page,
     read_page,
     render,
@@ -63,7 +63,7 @@ def every_block(text: str) -> list:
     return [
         Facts({text: text}),
         Headline({text: text}),
-        Table([text, "n"], [[text, 1.5], [None, None], [text, Interval(0.5, NAN, 1.0)], [True, NAN]], text),
+        Table([text, "n"], [[text, 1.5], [None, None], [text, EstimateCell(0.5, NAN, 1.0)], [True, NAN]], text),
         LineChart(text, text, text, [Series(text, xs, gaps, gaps, gaps)], text, True, [Reference(0.5, text)]),
         BarChart(text, [text] * 5, [Bars(text, gaps, gaps, gaps)] * 2, text, text, [Reference(0.5, text)]),
         HeatMap(text, [text], [text] * 5, [gaps], text, text, text),
@@ -84,8 +84,8 @@ def every_block(text: str) -> list:
             anchors=["latent-x"],
         ),
         Choice(text, [(text, [Table([text], [[Link(text, "latent-x")]], text, keys=[[text]])]), (text, [])]),
-        Card("latent-x", text, text, [Facts({text: text})]),
-        Tokens([text] * 5, gaps, text),
+        Details("latent-x", text, text, [Facts({text: text})]),
+        ColouredTokens([text] * 5, gaps, text),
     ]
 
 
@@ -330,7 +330,9 @@ def test_the_numbers_along_an_axis_have_their_format():
 def test_a_table_shows_intervals_formats_and_gaps():
     source = render(
         page_of(
-            Table(["site", "ce", "id"], [["a", Interval(0.9, 0.8, 0.95), 1024], ["b", None, 7]], "n = 3", {"id": "d"})
+            Table(
+                ["site", "ce", "id"], [["a", EstimateCell(0.9, 0.8, 0.95), 1024], ["b", None, 7]], "n = 3", {"id": "d"}
+            )
         )
     )
     assert "<bdi>0.900</bdi> <small>[0.800, 0.950]</small>" in source
@@ -348,7 +350,7 @@ def test_a_table_shows_intervals_formats_and_gaps():
         (lambda: Bars("s", [1], high=[]), "high 0"),
         (lambda: BarChart("t", ["a"], [Bars("b", [])]), "labels 1, values 0"),
         (lambda: HeatMap("t", ["a"], ["b"], [[1, 2]]), "columns 1, values 2"),
-        (lambda: Tokens(["a"], []), "tokens 1, values 0"),
+        (lambda: ColouredTokens(["a"], []), "tokens 1, values 0"),
         (lambda: Points("p", [1, 2], [1]), "x 2, y 1"),
         (lambda: Points("p", [1], [1], []), "labels 0"),
         (lambda: LineChart("t", "x", "y", [Series("s", [-1], [1])], log_x=True), "negative x"),
@@ -384,7 +386,7 @@ def test_prose_and_anchors():
 
 
 def test_a_kept_page_is_the_same_page(tmp_path):
-    card = Card("c", EVIL, "s", [Facts({"block": "mapping", EVIL: "x"})], [(EVIL, "https://a.org")])
+    card = Details("c", EVIL, "s", [Facts({"block": "mapping", EVIL: "x"})], [(EVIL, "https://a.org")])
     blocks = [*every_block(EVIL), card, Choice(EVIL, [(EVIL, [Table(["n"], [[np.float64(2)], [-INF]])])])]
     page = page_of(*blocks, title=EVIL)
     kept = json.loads(keep_page(page, tmp_path / "page.json").read_text("utf-8"))
@@ -458,7 +460,7 @@ def browser(tmp_path, monkeypatch):
 
 @pytest.mark.browser
 def test_in_a_browser(browser, tmp_path):
-    rows = [["b", 2.0], ["a", None], ["c", 10.0], ["d", Interval(-1.0, -2.0, 0.0)]]
+    rows = [["b", 2.0], ["a", None], ["c", 10.0], ["d", EstimateCell(-1.0, -2.0, 0.0)]]
     table = Table(["name", "value"], rows)
     path = write_page(
         Page("t", EVIL, [Section("Table", "", [table]), Section("All", EVIL, every_block(EVIL))]), tmp_path / "r.html"
@@ -497,7 +499,7 @@ def test_paper_has_the_top_of_long_tables_and_open_cards(browser, tmp_path):
     """What is filtered away takes no room of it, and the page is afterwards what it was."""
     table = Table(["name", "even"], [[f"row {n}", "yes" if n % 2 == 0 else "no"] for n in range(120)], "All.")
     small = Table(["a"], [[1.0]], "Small.")
-    card = Card("c", "A card", "s", [Histogram("Counts", "x", "y", [0, 1, 2], [3, 1])])
+    card = Details("c", "A card", "s", [Histogram("Counts", "x", "y", [0, 1, 2], [3, 1])])
     path = write_page(Page("t", "", [Section("One", "", [table, small, card])]), tmp_path / "r.html")
     browser.get(path.as_uri())
     browser.find_element("css selector", "input").send_keys("yes")
@@ -534,7 +536,7 @@ def test_a_map_that_scrolls_begins_at_its_numbers_and_keeps_its_rows_names(brows
         keys = [[f"{row}/{n}" for n in range(20)] for row in "ab"]
         return HeatMap(title, ["row a", "row b"], columns, values, keys=keys, anchors=["c", ""])
 
-    card = Card("c", "A card", "s", [])
+    card = Details("c", "A card", "s", [])
     path = write_page(
         Page(
             "t",

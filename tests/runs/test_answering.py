@@ -20,7 +20,7 @@ from saepatch.pages.answered import show_answers
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import AnswerRow, read_rows
 from saepatch.records.statistics import wilson_share
-from saepatch.report import Comparison, Tokens, read_page
+from saepatch.report import ColouredTokens, Comparison, read_page
 from saepatch.restoration.judges import Answer, by_score, read_judge
 from saepatch.restoration.ranking import clean_means, find_safety_latents
 from saepatch.restoration.restore import assistant_header, first_tokens, judge, restore
@@ -128,7 +128,7 @@ def test_the_page_of_a_restoration(place, tmp_path, monkeypatch):
     assert [name for name, _ in comparisons[0].columns] == [
         "bare: complied", "restored: refused", "random: refused", "matched: refused", "donor: complied"
     ]  # fmt: skip
-    texts = [block for block in sections["Answers"].blocks if isinstance(block, Tokens)]
+    texts = [block for block in sections["Answers"].blocks if isinstance(block, ColouredTokens)]
     assert len(texts) == 4  # the first two prompts, bare and as the donor reads them
     assert "".join(texts[0].tokens).replace(" ", "").endswith("x<i>b")
     assert "".join(texts[1].tokens).replace(" ", "").endswith("a<i>b")

@@ -46,7 +46,7 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class Compute:
     """The computation of a whole run.
 
     Attributes:
@@ -88,7 +88,7 @@ class Plan:
     available: int | None
     disk: dict[str, int]
     epochs: float | None
-    work: Work
+    work: Compute
 
     @property
     def total(self) -> int:
@@ -252,7 +252,7 @@ def disk(shapes: list[Shape], config: TrainingConfig) -> dict[str, int]:
     return sizes | ({"cache of activations, at most": int(config.cache_gb * 1e9)} if config.cache else {})
 
 
-def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: TrainingConfig) -> Work:
+def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: TrainingConfig) -> Compute:
     """FLOPs of a run: two for each weight of a matrix and token, attention's products over whole rows besides."""
     each = [
         sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
@@ -274,10 +274,10 @@ def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: Traini
         steps += 2 * dense * s.d_in * s.d_sae + sparse
     # Adam reads weights, gradients and two means, and writes all but the gradients.
     moved = 28.0 * sum(s.parameters for s in shapes) * config.steps
-    return Work(float(token * tokens + tuned), float(steps * tokens), moved)
+    return Compute(float(token * tokens + tuned), float(steps * tokens), moved)
 
 
-def _seconds(work: Work, model: LanguageModel, shape: Shape, config: TrainingConfig, device: torch.device) -> float:
+def _seconds(work: Compute, model: LanguageModel, shape: Shape, config: TrainingConfig, device: torch.device) -> float:
     """The time all that would take one after the other, at the speed of a few products on the device."""
     low = config.sae.precision == "bfloat16"
     inner = 4 * model.d_model

@@ -37,7 +37,7 @@ def deferred_signals() -> Iterator[StopRequest]:
         yield request
 
 
-class Progress:
+class ProgressBar:
     """A bar on a terminal; elsewhere a line in the log now and then."""
 
     def __init__(self, total: int, done: int, shown: bool) -> None:
@@ -50,7 +50,7 @@ class Progress:
             total=total, initial=done, unit="tok", unit_scale=True, desc="training", mininterval=0.5, disable=not bar
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:

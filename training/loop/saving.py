@@ -26,7 +26,7 @@ REMEDY = "use what it began with, another --out, or --overwrite true without --r
 
 
 @dataclass(frozen=True)
-class OtherModel:
+class OtherModelQuality:
     """Quality of the dictionaries in a further model that they were trained on."""
 
     model_name: str
@@ -53,7 +53,7 @@ def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> No
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that is complete: the metrics of its sites, and what they follow from (`Run.identity`)."""
 
     figures: dict[Site, dict[str, float]]
@@ -61,14 +61,14 @@ class Finished:
     also: dict[str, dict[Site, dict[str, float]]]
 
 
-def finished(out: Path, sites: Sequence[Site]) -> Finished | None:
+def finished(out: Path, sites: Sequence[Site]) -> FinishedRun | None:
     """The complete run in `out`, or None; an unfinished one that was begun in its place leaves none."""
     if checkpoints.any_in(out):
         return None
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
         also = {name: {site: rows[str(site)] for site in sites} for name, rows in summary.get("also", {}).items()}
-        return Finished({site: summary["sites"][str(site)] for site in sites}, summary["identity"], also)
+        return FinishedRun({site: summary["sites"][str(site)] for site in sites}, summary["identity"], also)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -137,7 +137,7 @@ def write(
     about: Mapping[str, Any],
     config: TrainingConfig,
     identity: Mapping[str, Any],
-    also: Sequence[OtherModel] = (),
+    also: Sequence[OtherModelQuality] = (),
 ) -> None:
     """Save dictionaries, metrics, summary and config: into a folder beside their place first, then moved there.
 

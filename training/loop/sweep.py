@@ -35,7 +35,7 @@ _OWN = frozenset(["out", "overwrite", "resume", "sweep", "shard", "dry_run"])
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One run of a sweep: its name, which is its folder's too, the values it tries, and its whole config."""
 
     name: str
@@ -44,7 +44,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """How a sweep, or the share of it that ran here, ended.
 
     Attributes:
@@ -59,7 +59,7 @@ class Swept:
     stopped: bool = False
 
 
-def points(config: TrainingConfig) -> list[Point]:
+def points(config: TrainingConfig) -> list[SweepPoint]:
     """The runs of a sweep: all combinations, the last field changing fastest.
 
     Raises:
@@ -82,13 +82,13 @@ def points(config: TrainingConfig) -> list[Point]:
     return runs
 
 
-def share(every: Sequence[Point], shard: str) -> list[Point]:
+def share(every: Sequence[SweepPoint], shard: str) -> list[SweepPoint]:
     """The runs of one shard I/N: every N-th, from the I-th on."""
     index, count = map(int, shard.split("/"))
     return list(every[index::count])
 
 
-def _point(config: TrainingConfig, values: dict[str, Any]) -> Point:
+def _point(config: TrainingConfig, values: dict[str, Any]) -> SweepPoint:
     name = ",".join(f"{field}={_text(value)}" for field, value in values.items())
     settings = replace(config, sweep={}, shard="0/1", out=config.out / name).to_dict()
     for field, value in values.items():
@@ -99,7 +99,7 @@ def _point(config: TrainingConfig, values: dict[str, Any]) -> Point:
         place[last] = value
     try:
         # As if it stood in a file, so that a value is refused here just as it would be there.
-        return Point(
+        return SweepPoint(
             name, values, read_config(TrainingConfig, "python -m training", ["--config", json.dumps(settings)])
         )
     except UserError as error:
@@ -129,7 +129,7 @@ def run_sweep(
     config: TrainingConfig,
     ranks: Ranks = ALONE,
     also: Sequence["LanguageModel"] = (),
-) -> Swept:
+) -> SweepResult:
     """Train at every point of this shard, each in a folder of `config.out`, under the rules that a single run has.
 
     A run that fails (its loss is not finite, say) is noted, and the next one begins. `sweep.json` holds all runs that
@@ -170,10 +170,10 @@ def run_sweep(
             failed[point.name] = str(error)
         if stopped:
             break
-    return Swept(_write(every, model.n_layers, config) if ranks.first else [], failed, stopped)
+    return SweepResult(_write(every, model.n_layers, config) if ranks.first else [], failed, stopped)
 
 
-def _write(every: Sequence[Point], n_layers: int, config: TrainingConfig) -> list[dict[str, Any]]:
+def _write(every: Sequence[SweepPoint], n_layers: int, config: TrainingConfig) -> list[dict[str, Any]]:
     """Write `sweep.json` over the runs that are finished, in whatever shard."""
     place = config.out / SUMMARY
     while True:
@@ -191,7 +191,7 @@ def _write(every: Sequence[Point], n_layers: int, config: TrainingConfig) -> lis
             return runs
 
 
-def _finished(every: Sequence[Point], n_layers: int) -> list[dict[str, Any]]:
+def _finished(every: Sequence[SweepPoint], n_layers: int) -> list[dict[str, Any]]:
     from . import saving
     from .trainer import settings
 

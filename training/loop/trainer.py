@@ -28,7 +28,7 @@ from . import checkpoints, saving
 from .checkpoints import Checkpoint
 from .checks import check_also, check_model
 from .evaluate import evaluate_all, held_out_tokens
-from .progress import Progress, StopRequest, deferred_signals
+from .progress import ProgressBar, StopRequest, deferred_signals
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Run:
         if self.step >= config.steps:
             return True
         total = config.steps * config.batch_size
-        with closing(self._batches()) as batches, Progress(total, self.tokens, self.ranks.first) as progress:
+        with closing(self._batches()) as batches, ProgressBar(total, self.tokens, self.ranks.first) as progress:
             for batch, after in batches:
                 last = self.step == config.steps - 1
                 logged = self.step % config.log_every == 0 or last
@@ -235,7 +235,7 @@ class Run:
                 figures[site] = learner.figures(batch[site], step)
         return figures
 
-    def _log(self, figures: dict[Site, dict[str, float]], rate: float, progress: Progress) -> None:
+    def _log(self, figures: dict[Site, dict[str, float]], rate: float, progress: ProgressBar) -> None:
         names = list(dict.fromkeys(name for row in figures.values() for name in row))
         # An auxiliary loss is there only where a site has dead latents.
         rows = [[row.get(name, 0.0) for name in names] for row in figures.values()]
@@ -337,11 +337,11 @@ class Run:
         checkpoints.clear(self.out)
         return Outcome(figures, self.tokens, also={other.model_name: other.figures for other in also})
 
-    def _quality_in(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.OtherModel:
+    def _quality_in(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.OtherModelQuality:
         """Quality of the dictionaries in another model that they were trained on."""
         evaluations = evaluate_all(other, list(dictionaries.values()), self.held_out)
         figures = {site: evaluation.figures for site, evaluation in zip(dictionaries, evaluations, strict=True)}
-        return saving.OtherModel(other.name, other.fingerprint, figures)
+        return saving.OtherModelQuality(other.name, other.fingerprint, figures)
 
     def save(self) -> None:
         """Write a checkpoint.

@@ -56,7 +56,7 @@ def matryoshka(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConf
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
+class LossPart:
     """What the gradients of one part of the loss are computed from.
 
     Attributes:
@@ -106,7 +106,7 @@ def _step(
 
 def _reconstruct(
     W_dec: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "batch d_in"], entries: Entries, widths: list[int]
-) -> tuple[Share, Float[Tensor, "levels"], Float[Tensor, "batch d_in"]]:
+) -> tuple[LossPart, Float[Tensor, "levels"], Float[Tensor, "batch d_in"]]:
     """The squared error at every level, its gradient, and what the whole dictionary leaves over of x (less b_dec)."""
     batch, levels = len(x), len(widths)
     bag = entries.row
@@ -133,12 +133,12 @@ def _reconstruct(
     pulls = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         errors, W_dec, entries.latent, offsets[:-1], bag, 0, -1
     )
-    return Share(entries, pulls.mul_(entries.value > 0), bag, errors), squares, residual
+    return LossPart(entries, pulls.mul_(entries.value > 0), bag, errors), squares, residual
 
 
 def _auxiliary(
     W_dec: Float[Tensor, "d_sae d_in"], encoder: Encoder, residual: Float[Tensor, "batch d_in"], config: SAEConfig
-) -> tuple[Float[Tensor, ""], Share]:
+) -> tuple[Float[Tensor, ""], LossPart]:
     """How badly the most nearly active dead latents explain what is left over, and the gradients of that."""
     dead = encoder.columns
     assert dead is not None
@@ -155,11 +155,11 @@ def _auxiliary(
     dtype = product_dtype(config, W_dec.device)
     pulls = product(errors.to(dtype), W_dec.index_select(0, dead).to(dtype)).gather(1, place).float()
     source = torch.arange(len(pre), device=dead.device).repeat_interleave(k)
-    return loss, Share(Entries(source, latent.flatten(), value.flatten()), pulls.flatten(), source, errors)
+    return loss, LossPart(Entries(source, latent.flatten(), value.flatten()), pulls.flatten(), source, errors)
 
 
 def _gradients(
-    weights: Weights, x: Float[Tensor, "batch d_in"], shares: list[Share], b_dec: Float[Tensor, "d_in"]
+    weights: Weights, x: Float[Tensor, "batch d_in"], shares: list[LossPart], b_dec: Float[Tensor, "d_in"]
 ) -> Weights:
     """Gradients of all weights; `b_dec` is what the decoder's side gives its bias."""
     if len(shares) == 1:

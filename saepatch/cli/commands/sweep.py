@@ -13,7 +13,7 @@ from saepatch.settings.sweeps import SweepConfig
 if TYPE_CHECKING:
     from saepatch.runs.answers import Answers
     from saepatch.runs.driver import Finished
-    from saepatch.runs.restorations import Plan
+    from saepatch.runs.restorations import RestorePlan
     from saepatch.runs.sweeps import Sweep
     from saepatch.tracking.open import Tracker
 
@@ -37,7 +37,7 @@ def restore(config: RestoreConfig) -> CommandResult:
 
     results: list[CommandResult] = []
 
-    def conclude(plan: "Plan", answers: "Answers", tracker: "Tracker") -> None:
+    def conclude(plan: "RestorePlan", answers: "Answers", tracker: "Tracker") -> None:
         show_answers(plan, answers, tracker)
         results.append(run_result(Path(config.out), answers.table()))
 
