@@ -16,7 +16,12 @@ from saepatch.report.files import write_whole
 
 KEPT = "page.json"
 _KIND = "block"  # the key that says what an object is
-_KINDS: dict[str, Any] = {name: kind for name, kind in vars(blocks).items() if dataclasses.is_dataclass(kind)}
+_NAMES: dict[Any, str] = {blocks.EstimateCell: "Interval", blocks.ColouredTokens: "Tokens", blocks.Details: "Card"}  # in files, as ever
+_KINDS: dict[str, Any] = {
+    _NAMES.get(kind, name): kind
+    for name, kind in vars(blocks).items()
+    if dataclasses.is_dataclass(kind)
+}
 
 
 def keep_page(page: Page, path: Path) -> Path:
@@ -48,7 +53,7 @@ def read_page(given: Any) -> Page:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {
-            _KIND: type(value).__name__,
+            _KIND: _NAMES.get(type(value), type(value).__name__),
             **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)},
         }
     if isinstance(value, Mapping):  # not as an object: a label may be called anything, and order counts

@@ -391,6 +391,8 @@ def test_a_kept_page_is_the_same_page(tmp_path):
     page = page_of(*blocks, title=EVIL)
     kept = json.loads(keep_page(page, tmp_path / "page.json").read_text("utf-8"))
     assert render(read_page(kept)) == render(page)
+    names = set(re.findall(r'"block": "([A-Z]\w+)"', json.dumps(kept)))
+    assert {"Card", "Tokens", "Interval"} <= names  # as in pages kept before these classes were renamed
     for spoiled in ({"block": "Facts", "items": []}, {"block": "Page", "pears": 1}, {}, [], {"block": "Any"}, 3):
         with pytest.raises(UserError, match="run its command again"):
             read_page(spoiled)
