@@ -16,11 +16,13 @@ from saepatch.report.files import write_whole
 
 KEPT = "page.json"
 _KIND = "block"  # the key that says what an object is
-_NAMES: dict[Any, str] = {blocks.EstimateCell: "Interval", blocks.ColouredTokens: "Tokens", blocks.Details: "Card"}  # in files, as ever
+_NAMES: dict[Any, str] = {  # as in files written before these classes were renamed
+    blocks.EstimateCell: "Interval",
+    blocks.ColouredTokens: "Tokens",
+    blocks.Details: "Card",
+}
 _KINDS: dict[str, Any] = {
-    _NAMES.get(kind, name): kind
-    for name, kind in vars(blocks).items()
-    if dataclasses.is_dataclass(kind)
+    _NAMES.get(kind, name): kind for name, kind in vars(blocks).items() if dataclasses.is_dataclass(kind)
 }
 
 

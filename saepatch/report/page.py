@@ -221,7 +221,7 @@ def _shown(cell: Cell, spec: str) -> _ShownCell:
     if isinstance(cell, EstimateCell) and finite(cell.low) and finite(cell.high):
         note = f"[{number(cell.low, spec)}, {number(cell.high, spec)}]"
         return _ShownCell(number(value, spec), key, True, note, _exact(cell.low), _exact(cell.high))
-    if isinstance(cell, Interval) and cell.reason:
+    if isinstance(cell, EstimateCell) and cell.reason:
         return _ShownCell(number(value, spec), key, True, f"({visible(cell.reason)})")
     return _ShownCell(number(value, spec), key, True)
 
