@@ -12,11 +12,20 @@ from saepatch.engine.components import Direction, Edit
 from saepatch.errors import UserError
 from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.records.rows import Row
-from saepatch.records.statistics import Interval, bootstrap_mean, false_discovery, sign_flip_test
+from saepatch.records.statistics import (
+    Interval,
+    about_sets,
+    bootstrap_mean,
+    false_discovery,
+    sign_flip_test,
+    studentised_max_test,
+    why_no_q,
+)
 from saepatch.records.tables import text_table
 
 CONTROLS = ("random", "matched", "differing")
 NOTHING = "differs in 0: the same in both runs of every pair, so there was nothing to patch, and 0 says nothing of it"
+UNTESTED = "no q: no edit changes something in two pairs, so nothing was tested"
 WHOLE = ("stream", "error")  # kinds of component that have one unit, so it goes without a name
 ROUNDING = 1e-4  # of the mean gap: passes of differently made batches differ by less than this in float32
 
@@ -78,15 +87,21 @@ class Effects(PairGaps):
         return bootstrap_mean(self.normalised[:, self._index(edit)], seed=seed)
 
     def controls(self, edit: Edit | int, role: str, seed: int = 0) -> Interval | None:
-        """The same for the mean over an edit's controls ("random" or "matched"); None where there are none."""
+        """The same for the mean over an edit's controls ("random" or "matched"); None where there are none.
+
+        The interval is over pairs, for these sets: `about_sets` says what so few sets show.
+        """
+        columns = self._control_columns(edit, role)
+        return self.ratio(self.change[:, columns].mean(1), seed) if columns else None
+
+    def _control_columns(self, edit: Edit | int, role: str) -> list[int]:
         mine = self.edits[self._index(edit)]
-        columns = [
+        return [
             i
             for i, other in enumerate(self.edits)
             if (other.role, other.kind, other.place, other.position) == (role, mine.kind, mine.place, mine.position)
             if (other.beside_key == mine.key if other.beside else len(other.units) == len(mine.units))
         ]
-        return self.ratio(self.change[:, columns].mean(1), seed) if columns else None
 
     def ratios(self) -> Float[ndarray, "edits"]:
         """Ratio of means of every edit, without intervals.
@@ -108,8 +123,9 @@ class Effects(PairGaps):
     def q_values(self) -> Float[ndarray, "edits"]:
         """False discovery rate at which each edit's mean change differs from 0 (Benjamini and Hochberg over edits).
 
-        NaN for controls, and for edits that ran on fewer than two pairs: nothing was tested there. Changes of less than
-        `rounding` of the mean gap are taken as 0: rounding goes one way often enough to pass for an effect.
+        NaN for controls, and for edits that ran on fewer than two pairs: nothing was tested there; for all where the
+        pairs are too few to flag one (`why_no_q`). Skewed changes make them too small: see `p_max_skewed`. Changes
+        of less than `rounding` of the mean gap are taken as 0: rounding often goes one way, as an effect does.
         """
         return false_discovery(self._beyond_rounding, self.ran & ~self._is_control)
 
@@ -119,6 +135,14 @@ class Effects(PairGaps):
         Corrected for the number of edits by the permutation distribution of the maximum.
         """
         return sign_flip_test(self._beyond_rounding, self.ran & ~self._is_control, draws, seed)
+
+    def p_max_skewed(self, draws: int = 2000, seed: int = 0) -> Float[ndarray, "edits"]:
+        """The same by draws of pairs, which holds for skewed changes, too; NaN for edits on fewer than ten pairs."""
+        return studentised_max_test(self._beyond_rounding, self.ran & ~self._is_control, draws, seed)
+
+    def why_no_q(self) -> str:
+        """Why `q_values` can flag no single edit; empty where they can."""
+        return why_no_q(len(self.clean), int(((self.ran & ~self._is_control).sum(0) >= 2).sum()))
 
     @property
     def _beyond_rounding(self) -> Float[ndarray, "pairs edits"]:
@@ -145,10 +169,12 @@ class Effects(PairGaps):
             number = self._index(edit)
             cells = [self.of(edit), *(self.controls(edit, role) for role in roles)]
             at = "all" if edit.position is None else edit.position
-            rows.append([f"{edit.place} {describe(edit)}", at, *cells, self.ran[:, number].sum(), f"{q[number]:.2g}"])
+            rows.append([f"{edit.place} {describe(edit)}", at, *cells, self.ran[:, number].sum(), q_text(q[number])])
         lines = [effects_table("what", roles, rows)]
         if any(not self.ran[:, self._index(edit)].any() for edit in top):
             lines.append(NOTHING)
+        sets = max((len(self._control_columns(edit, role)) for edit in top for role in roles), default=0)
+        lines += about_table((self.why_no_q() or UNTESTED) if np.isnan(q).all() else "", sets)
         lines.append(f"{self.direction}, {self.metric}: {self.ends()}, positions {self.positions}")
         return "\n".join(lines)
 
@@ -192,6 +218,17 @@ def effects_table(what: str, controls: Sequence[str], rows: Sequence[Sequence[ob
     """Edits with their intervals, those of their controls, in how many pairs they change something, and q values."""
     heads = ["effect [95 % interval]", *(f"{role} controls" for role in controls)]
     return text_table([what, "at", *heads, "differs in", "q"], rows)
+
+
+def q_text(q: float) -> str:
+    """A false discovery rate; a dash where nothing was tested."""
+    return "–" if np.isnan(q) else f"{q:.2g}"
+
+
+def about_table(no_q: str, sets: int) -> list[str]:
+    """The lines below a table of effects: why it has no q, or what q assumes, and how many sets the controls are."""
+    assumed = "q: false discovery rate, if changes are symmetric about 0 where there is no effect (too small if skewed)"
+    return [no_q or assumed, *([about_sets(sets)] if sets else [])]
 
 
 def describe(edit: Edit) -> str:

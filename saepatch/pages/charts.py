@@ -7,6 +7,7 @@ from saepatch import report
 from saepatch.measure.controls import DRAWS
 from saepatch.measure.curves import Curve
 from saepatch.measure.screen import ERROR, Attribution
+from saepatch.records.statistics import about_sets
 from saepatch.report.text import with_interval
 
 INTERVALS = "Intervals: 95 % over prompts (t and studentised bootstrap)."
@@ -64,7 +65,7 @@ def effect_chart(title: str, curve: Curve, n: int) -> report.LineChart:
         series.append(band("random latents that differ in the pair", curve.sizes, curve.differing))
     caption = (
         f"n = {n} prompt pairs (report split). All latents together, error term kept: {curve.every}. "
-        f"Controls: means of {DRAWS} draws. {INTERVALS}"
+        f"{about_sets(DRAWS)} {INTERVALS}"
     )
     return size_chart(title, "latents patched", series, caption)
 

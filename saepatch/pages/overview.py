@@ -7,6 +7,7 @@ from saepatch.pages.cards import dead_latents
 from saepatch.pages.curves import controls_reach
 from saepatch.pages.run_data import RunData
 from saepatch.pages.run_maps import positions_of
+from saepatch.records.statistics import FLAGGED, why_no_q
 from saepatch.report import Facts, Headline, Notices, Section, Simple, Table
 from saepatch.report.text import number, with_interval
 from saepatch.runs.kinds import name_of
@@ -138,7 +139,7 @@ def _of_pairs(run: RunData) -> Iterator[str]:
 
 def too_few(count: int, what: str) -> str:
     """The warning on a small sample."""
-    return f"{count} {what}{'s' * (count > 1)}: too few for an interval that means much."
+    return f"{count} {what}{'s' * (count > 1)}: too few to say much of others like {'it' if count == 1 else 'them'}."
 
 
 def _of_latents(run: RunData) -> list[str]:
@@ -170,7 +171,11 @@ def _unverified(run: RunData) -> Iterator[str]:
 def _untested(run: RunData) -> Iterator[str]:
     for direction, top in run.summary["top"].items():
         tested = [line["q"] for line in top if line["q"] is not None]
-        if top and (not tested or min(tested) > 0.05):
+        own = run.own(direction)
+        unable = why_no_q(len(run.pairs.examples), int((run.changes.counts[own] >= 2).sum()))
+        if top and unable and min(tested, default=1.0) > FLAGGED:
+            yield f"{direction}: {unable}. Look at the intervals, or give more pairs."
+        elif top and (not tested or min(tested) > FLAGGED):
             why = "." if tested else ", for none could be tested: each changes something in one pair at most."
             yield (
                 f"{direction}: none of the largest edits stands out from chance at a false discovery rate of 5 %{why}"

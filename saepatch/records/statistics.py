@@ -14,6 +14,8 @@ from saepatch.errors import UserError
 
 FEWEST = 6  # examples that allow an interval: a draw of five is too often five times the same one
 FEWEST_MOVED = 5  # of them that differ from the rest
+FEWEST_RESAMPLED = 10  # rows in which an edit must have run for draws of rows to say how it varies
+FLAGGED = 0.05  # false discovery rate below which an edit counts as found
 FEW = "too few for an interval"
 CELLS = 2**22  # float64 numbers that a permutation test holds at a time
 
@@ -131,7 +133,7 @@ class RatioBootstrap:
         values, counts = np.unique(top, return_counts=True)
         common = counts.argmax()
         others = n - int(counts[common])
-        if values[common] == 0 and others < min(n, FEWEST_MOVED):
+        if values[common] == 0 and others < FEWEST_MOVED:
             return f"{FEW}: {others} of {n} moved"
         if counts[common] > n / 2 and 0 < others < FEWEST_MOVED:
             return f"{FEW}: {others} of {n} differ from the rest"
@@ -208,7 +210,11 @@ def false_discovery(
     """q values of the test that each column's mean is 0 (Benjamini and Hochberg 1995, over one-sample t tests).
 
     Columns that `tested` has in fewer than two rows are NaN: too little ran there to test. Rows where an edit did not
-    run are real zeros, and stay in the mean. No p value is below that of n equal signs, 2^(1-n).
+    run are real zeros, and stay in the mean. No p value is below that of n equal signs, 2^(1-n). All are NaN where
+    none is below 0.05 and no single column could be: see `why_no_q`.
+
+    Where the mean is 0 the rows are taken as symmetric about 0: skewed rows make the values too small.
+    `studentised_max_test` holds for them.
     """
     from scipy import stats  # costs half a second, and most uses of this file need none of it
 
@@ -221,7 +227,60 @@ def false_discovery(
         # no test of n signs is surer than all of them being the same, whatever the t distribution says of n equal rows
         p = np.maximum(2 * stats.t.sf(t, n - 1), 2.0 ** (1 - n))
         q[columns] = stats.false_discovery_control(p)
+        if why_no_q(n, len(columns)) and np.nanmin(q) > FLAGGED:
+            q[:] = np.nan
     return q
+
+
+def why_no_q(rows: int, columns: int) -> str:
+    """Why no single one of so many tested edits could have q < 0.05 on so many pairs; empty where one could."""
+    least = 2.0 ** (1 - rows)
+    if least * columns <= FLAGGED:
+        return ""
+    return (
+        f"no q: {columns} edit{'s' * (columns > 1)} tested on {rows} pairs, where even the same sign in every pair "
+        f"has p = {least:.2g}: that none is flagged says nothing of their effects"
+    )
+
+
+def about_sets(sets: int) -> str:
+    """What a mean over so many random sets says of all such sets: none of them was above the largest."""
+    share = 1 - 0.05 ** (1 / sets)
+    return (
+        f"Controls: means of {sets} set{'s' * (sets > 1)}. Their intervals are over pairs, for these sets; of all such "
+        f"sets up to {share:.0%} may do more than the largest of these (95 % bound)."
+    )
+
+
+def studentised_max_test(
+    change: Float[np.ndarray, "pairs edits"], tested: Bool[np.ndarray, "pairs edits"], draws: int = 2000, seed: int = 0
+) -> Float[np.ndarray, "edits"]:
+    """p values of |mean / standard error| against the largest of all columns in draws of centred rows.
+
+    The bootstrap form of the maxT test (Westfall and Young 1993): it takes nothing as symmetric and holds for skewed
+    changes, with less power than `sign_flip_test`. Columns that `tested` has in fewer than ten rows are NaN.
+    """
+    columns = _testable(change, tested, FEWEST_RESAMPLED)
+    p = np.full(change.shape[1], np.nan)
+    if not len(columns):
+        return p
+    n = len(change)
+    share = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n
+    largest, own = np.zeros(draws), np.empty(len(columns))
+    for start in range(0, len(columns), size := max(1, CELLS // draws)):
+        some = slice(start, start + size)
+        unit = _to_unit_length(change[:, columns[some]])
+        mean = unit.mean(0)
+        centred = unit - mean
+        means = share @ centred
+        spread = np.sqrt(np.maximum(share @ centred**2 - means**2, 0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own[some] = np.abs(mean) / centred.std(0)
+            scaled = np.where(spread > 1e-12, np.abs(means) / spread, np.where(np.abs(means) > 1e-12, np.inf, 0))
+        largest = np.maximum(largest, scaled.max(1))
+    reached = draws - np.searchsorted(np.sort(largest), np.nan_to_num(own, nan=0.0, posinf=np.inf))  # NaN: all zeros
+    p[columns] = (1 + reached) / (1 + draws)
+    return p
 
 
 def sign_flip_test(
@@ -258,9 +317,9 @@ def sign_flip_test(
 
 
 def _testable(
-    change: Float[np.ndarray, "pairs edits"], tested: Bool[np.ndarray, "pairs edits"]
+    change: Float[np.ndarray, "pairs edits"], tested: Bool[np.ndarray, "pairs edits"], fewest: int = 2
 ) -> Int[np.ndarray, "columns"]:
-    return np.flatnonzero((tested.sum(0) >= 2) & np.isfinite(change).all(0))
+    return np.flatnonzero((tested.sum(0) >= fewest) & np.isfinite(change).all(0))
 
 
 def _to_unit_length(values: Float[np.ndarray, "pairs columns"]) -> Float[np.ndarray, "pairs columns"]:

@@ -23,7 +23,7 @@ from saepatch.settings.restore import RestoreConfig
 log = logging.getLogger(__name__)
 
 ORDER = ("bare", "restored", "random", "matched", "donor")
-WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt."
+WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt, for these sets."
 
 
 @dataclass(frozen=True, eq=False)

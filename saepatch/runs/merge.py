@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from saepatch.measure.effects import CONTROLS, NOTHING, effects_table
+from saepatch.measure.effects import CONTROLS, NOTHING, UNTESTED, about_table, effects_table, q_text
 from saepatch.records.files import atomic, write_json
 from saepatch.records.provenance import versions
 from saepatch.records.rows import read_about
-from saepatch.records.statistics import Interval, RatioBootstrap, false_discovery
+from saepatch.records.statistics import Interval, RatioBootstrap, false_discovery, why_no_q
 from saepatch.runs.answers import Answers, merge_answers
 from saepatch.runs.interpret import read_directions, read_positions
 from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, RowChanges, complete, part_files, read_changes
@@ -103,6 +103,7 @@ class Line:
     pairs: int  # where it changed something
     q: float
     controls: dict[str, Interval]
+    sets: int = 0  # that the controls of a role are means of
 
     @property
     def what(self) -> str:
@@ -123,6 +124,8 @@ class Summary:
     top: dict[str, list[Line]]
     curves: dict[str, list[Line]]
     """Of sites where groups of several sizes were asked for, one of each size: all of them, on top or not."""
+    no_q: dict[str, str]
+    """By direction why no edit can be flagged; empty where one can."""
 
     def facts(self) -> dict[str, Any]:
         """As summary.json holds it."""
@@ -140,13 +143,13 @@ class Summary:
             rows = []
             for line in top[:k]:
                 cells = [line.effect, *(line.controls.get(role, "") for role in roles)]
-                rows.append([line.what, line.key.position, *cells, line.pairs, f"{line.q:.2g}"])
+                rows.append([line.what, line.key.position, *cells, line.pairs, q_text(line.q)])
             lines.append(effects_table(direction, roles, rows))
             if any(not line.pairs for line in top[:k]):
                 lines.append(NOTHING)
+            lines += about_table(self.no_q[direction], max((line.sets for line in top[:k]), default=0))
         lines.append(
-            f"{self.record.settings['metric']}: {self.pairs.ends()}. Effects are shares of the gap of all pairs; "
-            "q: false discovery rate"
+            f"{self.record.settings['metric']}: {self.pairs.ends()}. Effects are shares of the gap of all pairs"
         )
         if np.isnan(self.pairs.mean_gap):
             gap = self.pairs.gap.mean()
@@ -159,16 +162,20 @@ def summarise(record: Record, pairs: Pairs, changes: RowChanges, abouts: Sequenc
     rounding = max(about["rounding"] for about in abouts)
     top: dict[str, list[Line]] = {}
     curves: dict[str, list[Line]] = {}
+    no_q: dict[str, str] = {}
     bootstrap = None if np.isnan(pairs.mean_gap) else pairs.bootstrap(record.settings["seed"])
     for direction in read_directions(record.settings["direction"]):
         own = [n for n, key in enumerate(changes.keys) if key.direction == direction and key.role not in CONTROLS]
         q = _q_values(changes, own, rounding * float(np.abs(pairs.gap).mean()))
+        no_q[direction] = ""
+        if np.isnan(q).all():
+            no_q[direction] = why_no_q(len(pairs.clean), int((changes.counts[own] >= 2).sum())) or UNTESTED
         largest = pairs.largest_first(changes.totals[own])[:TOP]
         wanted = [*largest, *(i for i in _on_curves([changes.keys[n] for n in own]) if i not in set(largest))]
         lines = {i: _line(record, changes, bootstrap, own[i], float(q[i])) for i in wanted}
         top[direction] = [lines[i] for i in largest]
         curves[direction] = [lines[i] for i in _on_curves([changes.keys[n] for n in own])]
-    return Summary(record, pairs, len(changes.keys), top, curves)
+    return Summary(record, pairs, len(changes.keys), top, curves, no_q)
 
 
 def _on_curves(keys: Sequence[EditKey]) -> list[int]:
@@ -227,7 +234,7 @@ def _line(record: Record, changes: RowChanges, bootstrap: RatioBootstrap | None,
         return bootstrap.of(change)
 
     key = changes.keys[number]
-    controls = {}
+    controls, most = {}, 0
     for role in SHOWN:
         sets = [
             ",".join(map(str, edit["units"]))
@@ -237,4 +244,5 @@ def _line(record: Record, changes: RowChanges, bootstrap: RatioBootstrap | None,
         if sets:
             each = [changes.of(key._replace(role=role, latent=units)) for units in sets]
             controls[role] = ratio(np.mean(each, axis=0))
-    return Line(key, ratio(changes.of(key)), int(changes.counts[number]), q, controls)
+            most = max(most, len(sets))
+    return Line(key, ratio(changes.of(key)), int(changes.counts[number]), q, controls, most)

@@ -121,7 +121,8 @@ def test_tests_are_of_what_ran_and_is_no_control():
     once = effects_of(
         [[1.0, 1.0], [1.1, 0.0], [0.9, 0.0]], effects.edits[::5][:2], [[True, True], [True, False], [True, False]]
     )
-    assert np.isnan(once.q_values()).tolist() == np.isnan(once.p_max()).tolist() == [False, True]
+    assert np.isnan(once.p_max()).tolist() == [False, True]
+    assert np.isnan(once.q_values()).all()  # three equal signs have p = 0.25
 
 
 def test_rounding_is_no_effect():
@@ -151,7 +152,7 @@ def test_summary_names_intervals_controls_q_and_what_is_missing():
         "differs in",
         "q",
     ]
-    assert len(lines) == 1 + 3 + 1
+    assert len(lines) == 1 + 3 + 3  # what q assumes, what the controls' sets leave open, both runs
     for line, index in zip(lines[1:4], (0, 5, 10), strict=True):
         edit = effects.edits[index]
         assert line.startswith(f"{edit.site} {describe(edit)} ")
