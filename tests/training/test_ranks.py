@@ -33,15 +33,15 @@ from training.ranks import joined
 from training.loop.trainer import Run, train_saes
 
 with joined(torch.device("cpu")) as ranks:
-    stop_at, out = int(sys.argv[1]), Path(sys.argv[2])
     real = Run._asked_to_stop
     def asked(run):
         # One process alone is asked; all of them stop.
-        run.asked.stop = run.step == stop_at and ranks.rank == 1
+        run.stop_request.stop = run.step == stop_at and ranks.rank == 1
         return real(run)
     Run._asked_to_stop = asked
-    for name, config in CONFIGS.items():
-        train_saes(tiny_model(), documents(), config, out / name, ranks)
+    for stop_at, out in ((-1, Path(sys.argv[1])), (20, Path(sys.argv[2]))):
+        for name, config in CONFIGS.items():
+            train_saes(tiny_model(), documents(), config, out / name, ranks)
 """
 CONFIGS = {
     architecture: small(
@@ -62,16 +62,17 @@ CONFIGS = {
 }
 
 
-def two_processes(out, stop_at=-1):
+def two_processes(whole, stopped):
+    """Runs of two processes that are left alone, and others that are stopped after 20 steps."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = out.parent / "worker.py"
+    script = whole.parent / "worker.py"
     script.write_text(WORKER)
     done = subprocess.run(
-        [*command, str(script), str(stop_at), str(out)],
-        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+        [*command, str(script), str(whole), str(stopped)],
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}:{TESTS}/training", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -82,8 +83,7 @@ def runs(tmp_path_factory):
     """One process; two; and two that were stopped, with one that went on from there."""
     root = tmp_path_factory.mktemp("ranks")
     one, two, both = (root / name for name in ("one", "two", "both"))
-    two_processes(two)
-    two_processes(both, stop_at=20)
+    two_processes(two, both)
     for name, config in CONFIGS.items():
         train_saes(tiny_model(), documents(), config, one / name)
         assert not (both / name / "resid_post.1").exists()
