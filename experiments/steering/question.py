@@ -10,8 +10,6 @@ from `report`. The embedded model is steered to refuse, to the sentiment that it
 models to a gender of somebody who has none, or to whatever a file says.
 """
 
-import hashlib
-import json
 import logging
 import sys
 import time
@@ -32,7 +30,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
 from saepatch.records.files import check_writable
-from saepatch.records.provenance import versions
+from saepatch.records.provenance import json_hash, versions
 from saepatch.runs.measurements import Measurements, measurements
 from saepatch.steering.generate import Concept
 
@@ -68,7 +66,7 @@ def run(config: SteeringConfig) -> list[SteeringResult]:
     wanted = _concepts(config, model)
     sites = _sites(config, model, saes)
     out, decides = Path(config.out), _deciding(config, model, [site.dictionary for site in sites], wanted)
-    with measurements(out / "cells.jsonl", decides, _key(list(decides.values()))) as kept:
+    with measurements(out / "cells.jsonl", decides, json_hash(list(decides.values()))) as kept:
         with tqdm(unit="run", disable=not sys.stderr.isatty()) as bar:
             found = [_steer(config, model, sites, concept, kept, bar) for concept in wanted]
         show(config, "steering", *write(found, config, model, out, time.monotonic() - start))
@@ -112,10 +110,6 @@ def _deciding(
         "concepts": [[c.name, c.present, c.absent, c.tune, c.report, c.positions, c.prefixes] for c in wanted],
         "versions": versions(),
     }
-
-
-def _key(decides: Any) -> str:
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _steer(

@@ -27,7 +27,7 @@ from saepatch.reading.cards import Card, ReadText
 from saepatch.records.provenance import Provenance
 from saepatch.records.statistics import wilson_share
 from saepatch.report.text import number
-from saepatch.restoration.judges import SAID
+from saepatch.restoration.judges import OUTCOME_WORDS
 from saepatch.restoration.restore import judge
 
 KEPT = 0.95  # share of the cross-entropy that a dictionary should keep
@@ -293,7 +293,7 @@ def _restoration(results: Findings) -> report.Section:
     )
     names = ("jailbroken", "restored", "random latents")
     comparisons = [
-        _side_by_side(prompt, names, [SAID[judge(answer)] for answer in answers], answers)
+        _side_by_side(prompt, names, [OUTCOME_WORDS[judge(answer)] for answer in answers], answers)
         for prompt, *answers in r.examples
     ]
     blocks: list[report.Block] = [chart, _curve(r, n), *comparisons, *coloured(results.restoration_texts)]

@@ -1,5 +1,6 @@
 """Where rows come from: model, dictionary, seed, versions, command."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy")
 
@@ -40,6 +42,11 @@ def command_line() -> str:
     if "-m" in sys.orig_argv[:3]:
         return shlex.join(["python", *sys.orig_argv[sys.orig_argv.index("-m") :]])
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def json_hash(value: Any) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

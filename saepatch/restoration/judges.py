@@ -15,7 +15,7 @@ from saepatch.restoration.restore import Outcome, judge
 from saepatch.steering.degenerate import is_degenerate
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-SAID: dict[Outcome, str] = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
+OUTCOME_WORDS: dict[Outcome, str] = {"refuse": "refused", "comply": "complied", "degenerate": "degenerate text"}
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def by_phrases(phrases: Sequence[str]) -> Judge:
     plain = [_plain(phrase) for phrase in phrases]
 
     def decide(answer: Answer) -> Outcome:
-        said = _plain(answer.text)
-        if is_degenerate(said):
+        text = _plain(answer.text)
+        if is_degenerate(text):
             return "degenerate"
-        return "refuse" if any(phrase in said for phrase in plain) else "comply"
+        return "refuse" if any(phrase in text for phrase in plain) else "comply"
 
     return decide
 
@@ -112,7 +112,7 @@ def _plain(text: str) -> str:
 def _function(module: str, name: str) -> Callable[[str, str], Any]:
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # whatever a module does when it is imported
         raise UserError(
             f"cannot import judge {module}:{name} ({type(error).__name__}: {error}): give MODULE:FUNCTION of a module "
@@ -120,6 +120,6 @@ def _function(module: str, name: str) -> Callable[[str, str], Any]:
         ) from error
     finally:
         sys.path.remove(os.getcwd())
-    if not callable(found):
+    if not callable(function):
         raise UserError(f"judge {module}:{name}: the module has no function {name!r}")
-    return found
+    return function

@@ -1,7 +1,5 @@
 """What the settings of a sweep stand for: positions, latents, a metric, pairs, a model and what is patched in it."""
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -23,6 +21,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.positions import NAMED, At, Positions
 from saepatch.model.sites import Site
+from saepatch.records.provenance import json_hash
 from saepatch.settings.mixins import ModelSettings
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 from saepatch.splicing.splice import whole_prompt
@@ -116,8 +115,7 @@ def distinct_names(pairs: Sequence[PromptPair]) -> list[PromptPair]:
 
 def pairs_hash(pairs: Sequence[PromptPair]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of all texts and names."""
-    texts = [[p.clean, p.corrupted, p.answer, p.counter, p.example] for p in pairs]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    return json_hash([[p.clean, p.corrupted, p.answer, p.counter, p.example] for p in pairs])
 
 
 def read_model(settings: ModelSettings, shard: str = "") -> LanguageModel:

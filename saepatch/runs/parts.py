@@ -6,7 +6,6 @@ one site), in one file that appears whole or not at all. `run.json` beside the p
 whoever adds to a run has to agree with it.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from saepatch.errors import UserError
 from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.model.sites import Site
 from saepatch.records.files import write_json
-from saepatch.records.provenance import Provenance, command_line, versions
+from saepatch.records.provenance import Provenance, command_line, json_hash, versions
 from saepatch.records.rows import read_about
 
 
@@ -79,7 +78,7 @@ class Record:
     @property
     def key(self) -> str:
         """A hash of it; every part carries it."""
-        return hashlib.sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()[:16]
+        return json_hash(self.decides)
 
     @property
     def asked(self) -> list[Edit] | None:

@@ -1,7 +1,5 @@
 """`saepatch restore`: answers under restoration, part by part, and its parts put together."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -17,7 +15,7 @@ from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.records.provenance import Provenance
+from saepatch.records.provenance import Provenance, json_hash
 from saepatch.records.rows import AnswerRow
 from saepatch.restoration.answering import Answered, Restoration
 from saepatch.restoration.judges import Answer, Judge, judge_version, read_judge
@@ -244,5 +242,4 @@ def _rows(plan: RestorePlan, requests: Sequence[Request], condition: str | Set) 
 
 
 def _hash(requests: Sequence[Request]) -> str:
-    texts = json.dumps([[r.example, r.prompt, r.clean, r.harmful] for r in requests])
-    return hashlib.sha256(texts.encode()).hexdigest()[:16]
+    return json_hash([[r.example, r.prompt, r.clean, r.harmful] for r in requests])
