@@ -15,6 +15,7 @@ from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.restoration.answering import Answered
 from saepatch.restoration.ranking import Ranking, SafetyLatents, find_safety_latents
+from saepatch.restoration.restore import AnswerOptions
 from saepatch.splicing.donors import CleanPrompts, OtherModel
 
 from .runs import Dictionaries, Latents, Restored, Runs
@@ -48,6 +49,31 @@ class RefusalPoint:
     matched: Interval | None
     later: Interval | None
     harmless: Interval | None
+
+    @classmethod
+    def of(
+        cls,
+        latents: int,
+        top: Answered,
+        harmless: Answered,
+        seed: int,
+        random: Sequence[Answered] = (),
+        matched: Sequence[Answered] = (),
+        later: Sequence[Answered] = (),
+    ) -> "RefusalPoint":
+        """From the answers with these latents, and with each draw of their controls; none where there are no draws."""
+        return cls(
+            latents,
+            top,
+            refused=share_of([top]),
+            opened=wilson_share(top.opened.astype(float)),
+            degenerate=wilson_share(top.are("degenerate").astype(float)),
+            score=bootstrap_mean(np.array(top.scores), seed=seed),
+            random=share_of(random) if random else None,
+            matched=share_of(matched) if matched else None,
+            later=share_of(later) if later else None,
+            harmless=share_of([harmless]),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,21 +123,19 @@ class ChosenLatents:
 
 
 def rank(
-    setting: Setting, asked: PairedPrompts, refusal_ids: set[int], runs: Runs, max_fvu: float = 0.5
+    setting: Setting,
+    asked: PairedPrompts,
+    refusal_ids: set[int],
+    runs: Runs,
+    max_fvu: float | None = 0.5,
+    dictionaries: Dictionaries | None = None,
 ) -> SafetyLatents:
-    """Contrast the setting's run with its donor's, over the donor's own answers."""
+    """Contrast the setting's run with its donor's, over the donor's own answers; `dictionaries` replace its own."""
     donor = setting.donor(asked)
     assert isinstance(donor, (CleanPrompts, OtherModel))
-    return find_safety_latents(
-        setting.model,
-        setting.sites,
-        asked.prompts,
-        donor,
-        refusal_ids=refusal_ids,
-        max_fvu=max_fvu,
-        max_new_tokens=runs.tokens,
-        batch_size=len(asked),
-    )
+    options = AnswerOptions(max_new_tokens=runs.tokens, batch_size=len(asked), max_fvu=max_fvu)
+    sites = setting.sites if dictionaries is None else dictionaries
+    return find_safety_latents(setting.model, sites, asked.prompts, donor, refusal_ids=refusal_ids, options=options)
 
 
 def choose(
@@ -158,30 +182,16 @@ def measure(
         if points and size == points[-1].latents:  # the ranking has no more
             break
         later = _window(ranked.top(2 * k, by), top)
-        sets = _controls(top, statistics, draws, seed)
-        found = runs.restored(setting, asked, Restored("top", top))
+        random, matched = _controls(top, statistics, draws, seed)
+        enough = sum(map(len, later.values())) == size
+        sets = {"random": random, "matched": matched, "later ranks": [later] if enough else []}
+        answers = runs.restored(setting, asked, Restored("top", top))
         controls = [
-            share_of([runs.restored(setting, asked, Restored(name, one, draw=i)) for i, one in enumerate(some)])
-            if some
-            else None
-            for name, some in zip(("random", "matched"), sets, strict=True)
+            [runs.restored(setting, asked, Restored(name, latents, draw=i)) for i, latents in enumerate(several)]
+            for name, several in sets.items()
         ]
-        points.append(
-            RefusalPoint(
-                latents=size,
-                top=found,
-                refused=share_of([found]),
-                opened=wilson_share(found.opened.astype(float)),
-                degenerate=wilson_share(found.are("degenerate").astype(float)),
-                score=bootstrap_mean(np.array(found.scores), seed=seed),
-                random=controls[0],
-                matched=controls[1],
-                later=share_of([runs.restored(setting, asked, Restored("later ranks", later))])
-                if sum(map(len, later.values())) == size
-                else None,
-                harmless=share_of([runs.restored(setting, harmless, Restored("top", top, harmful=False))]),
-            )
-        )
+        unharmed = runs.restored(setting, harmless, Restored("top", top, harmful=False))
+        points.append(RefusalPoint.of(size, answers, unharmed, seed, *controls))
     return RefusalCurve(
         tuple(points),
         setting.d_total,
@@ -231,7 +241,7 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
     total = sum(dictionary.d_sae for dictionary in units.values())
     for k in sorted({min(k, total) for k in (*sizes, int(SHARE_LIMIT * total), total)}):
         top = ranked.top(k)
-        found = runs.restored(setting, asked, Restored("neurons", top, units))
+        answers = runs.restored(setting, asked, Restored("neurons", top, units))
         others = {s: np.setdiff1d(np.arange(units[s].d_sae), ids) for s, ids in top.items()}
         rng = np.random.default_rng(seed)
         sets = [
@@ -239,36 +249,17 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
             for _ in range(draws if all(len(others[s]) >= len(ids) for s, ids in top.items()) else 0)
         ]
         controls = [
-            runs.restored(setting, asked, Restored("random neurons", one, units, draw=i)) for i, one in enumerate(sets)
+            runs.restored(setting, asked, Restored("random neurons", ids, units, draw=i)) for i, ids in enumerate(sets)
         ]
-        points.append(
-            RefusalPoint(
-                latents=k,
-                top=found,
-                refused=share_of([found]),
-                opened=wilson_share(found.opened.astype(float)),
-                degenerate=wilson_share(found.are("degenerate").astype(float)),
-                score=bootstrap_mean(np.array(found.scores), seed=seed),
-                random=share_of(controls) if controls else None,
-                matched=None,
-                later=None,
-                harmless=share_of(
-                    [runs.restored(setting, setting.harmless["report"], Restored("neurons", top, units, harmful=False))]
-                ),
-            )
-        )
+        unharmed = runs.restored(setting, setting.harmless["report"], Restored("neurons", top, units, harmful=False))
+        points.append(RefusalPoint.of(k, answers, unharmed, seed, controls))
     return RefusalCurve(
         tuple(points), total, total, float(total), runs.bare(setting, asked), runs.donor(setting, asked)
     )
 
 
 def _rank_units(setting: Setting, units: Dictionaries, runs: Runs) -> SafetyLatents:
-    asked = setting.harmful["select"]
-    donor = setting.donor(asked)
-    assert isinstance(donor, (CleanPrompts, OtherModel))
-    return find_safety_latents(
-        setting.model, units, asked.prompts, donor, max_new_tokens=runs.tokens, batch_size=len(asked), max_fvu=None
-    )
+    return rank(setting, setting.harmful["select"], set(), runs, max_fvu=None, dictionaries=units)
 
 
 def dense(setting: Setting, runs: Runs) -> Answered:

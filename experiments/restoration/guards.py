@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -91,22 +91,19 @@ def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Gua
         harmless = {split: harmless_in_every_framing(split, n, seed) for split in setting.harmless}
         donor, positions = _means(setting, top), "last"
     asked = setting.harmful["report"]
-    found = detector(setting.model, setting.sites, setting.harmful, harmless)
+    reader = detector(setting.model, setting.sites, setting.harmful, harmless)
     bare = runs.bare(setting, asked), runs.bare(setting, harmless["report"], harmful=False, name="guards: bare")
+    on = Restored("guard: always on", top, donor=donor, positions=positions)
     always = (
-        runs.restored(setting, asked, Restored("guard: always on", top, donor=donor, positions=positions)),
-        runs.restored(
-            setting,
-            harmless["report"],
-            Restored("guard: always on", top, harmful=False, donor=donor, positions=positions),
-        ),
+        runs.restored(setting, asked, on),
+        runs.restored(setting, harmless["report"], replace(on, harmful=False)),
     )
-    flags = found.caught, found.alarmed
+    flags = reader.caught, reader.alarmed
     triggered = [
-        wilson_share(np.where(flag, on.refused, off.refused).astype(float))
-        for flag, on, off in zip(flags, always, bare, strict=True)
+        wilson_share(np.where(flag, guarded.refused, off.refused).astype(float))
+        for flag, guarded, off in zip(flags, always, bare, strict=True)
     ]
-    cost, reading = overhead(setting, harmless["report"], top, donor, positions, runs.tokens, found)
+    cost, reading = overhead(setting, harmless["report"], top, donor, positions, runs.tokens, reader)
     alarms = float(np.concatenate(flags).mean())
     return Guards(
         (
@@ -114,7 +111,7 @@ def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Gua
             Guard("always on", share_of([always[0]]), share_of([always[1]]), cost),
             Guard("triggered", triggered[0], triggered[1], 1 + reading + alarms * (cost - 1)),
         ),
-        found,
+        reader,
         utility(setting, harmless["report"], top, "guards", runs, donor, positions),
         harmless["report"],
     )
@@ -135,7 +132,7 @@ def overhead(
     donor: Donor | None,
     positions: str,
     tokens: int,
-    found: Detector,
+    reader: Detector,
 ) -> tuple[float, float]:
     """Processor time of generation with restoration on, and of the detector's reading, over generation without.
 
@@ -145,7 +142,7 @@ def overhead(
     batch = model.tokenize(asked.prompts, "left")
     edits = restorations(setting.sites, donor or setting.donor(asked), top, positions)
     inside = [setting.sites[site] for site in top]
-    read = {site: dictionary for site, dictionary in setting.sites.items() if found.reads(site)}
+    read = {site: dictionary for site, dictionary in setting.sites.items() if reader.reads(site)}
 
     def answer() -> None:
         model.generate_ids(batch, tokens, min_new_tokens=tokens)
@@ -162,7 +159,7 @@ def overhead(
     ratios = []
     for _ in range(TIMED):
         bare = max(seconds(answer), 1e-9)
-        on, reading = seconds(restored), seconds(lambda: read_latents(model, read, asked.prompts, found.reading))
+        on, reading = seconds(restored), seconds(lambda: read_latents(model, read, asked.prompts, reader.reading))
         ratios.append((on / bare, reading / bare))
     return median(on for on, _ in ratios), median(reading for _, reading in ratios)
 
@@ -182,8 +179,7 @@ def detector(
             for split in ("select", "tune", "report")
         }
         tried += [(*_weighted(values, sites, k), how) for k in READ]
-    best = max(tried, key=lambda one: auroc(*one[0]["tune"]))
-    scores, latents, how = best
+    scores, latents, how = max(tried, key=lambda candidate: auroc(*candidate[0]["tune"]))
     threshold = threshold_for(*scores["tune"])
     yes, no = scores["report"]
     return Detector(latents, how, threshold, auroc(yes, no), roc(yes, no), yes > threshold, no > threshold)
@@ -211,15 +207,15 @@ def read_latents(
     model: LanguageModel, sites: Dictionaries, prompts: Sequence[str], how: str
 ) -> Float[Tensor, "prompts all"]:
     """Latents of all sites, side by side, in float64: at each prompt's last position, or their largest of it."""
-    tokens, found = model.tokenize(prompts, "left"), []
+    tokens, read = model.tokenize(prompts, "left"), []
     held = model.capture(tokens, sites)
     for site, dictionary in sites.items():
         acts, _ = dictionary.activations(held[site])
         if how == "last":
-            found.append(acts[:, -1])
+            read.append(acts[:, -1])
         else:
-            found.append(acts.masked_fill(~tokens.ordinary[..., None], -torch.inf).amax(1))
-    return torch.cat(found, 1).cpu().double()
+            read.append(acts.masked_fill(~tokens.ordinary[..., None], -torch.inf).amax(1))
+    return torch.cat(read, 1).cpu().double()
 
 
 def roc(yes: Float[ndarray, "n"], no: Float[ndarray, "m"]) -> tuple[tuple[float, float], ...]:

@@ -1,19 +1,17 @@
 """The safety experiment's report and the files beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from saepatch.pages.charts import band, cell
+from saepatch.pages.charts import WILSON, band, bars, cell
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import AnswerRow, write_rows
-from saepatch.records.statistics import Interval
 from saepatch.records.tables import text_table
 from saepatch.report import (
     BarChart,
-    Bars,
     Block,
     Chart,
     Comparison,
@@ -28,38 +26,36 @@ from saepatch.report import (
     write_page,
 )
 
-from .curves import SHARE_LIMIT, RefusalCurve, share_of
+from .curves import SHARE_LIMIT, share_of
 from .guards import FALSE_ALARMS
 from .results import Result, SafetyResults
 from .summary import acceptance, few, percent, spoken, summary, verdict
 
-WILSON = "Intervals: 95 % Wilson score over prompts."
 
-
-def write(found: SafetyResults, out: Path) -> tuple[Page, dict[str, Any]]:
+def write(experiment: SafetyResults, out: Path) -> tuple[Page, dict[str, Any]]:
     """Write the rows, the settings, the figures, the report and the summary; the last two are returned."""
-    provenance = {result.setting.name: _provenance(found, result) for result in found.results}
+    provenance = {result.setting.name: _provenance(experiment, result) for result in experiment.results}
     parts = []
-    for result in found.results:
+    for result in experiment.results:
         for model in (result.setting.model, result.setting.other):
             if model is not None:
                 whose = replace(provenance[result.setting.name], model=model.name, model_hash=model.fingerprint)
-                parts.append((found.runs.answer_rows(result.setting, model), whose))
+                parts.append((experiment.runs.answer_rows(result.setting, model), whose))
     write_rows(parts, out / "results.parquet", kind=AnswerRow)
-    lists = {"sizes": list(found.config.sizes), "settings": list(found.config.settings)}
-    write_yaml(asdict(found.config) | lists, out / "config.yaml")
-    drawn = {result.setting.name: charts(result) for result in found.results}
+    lists = {"sizes": list(experiment.config.sizes), "settings": list(experiment.config.settings)}
+    write_yaml(asdict(experiment.config) | lists, out / "config.yaml")
+    drawn = {result.setting.name: charts(result) for result in experiment.results}
     for setting, some in drawn.items():
         for name, chart in some.items():
             write_figure(chart, out / f"{setting}_{name}.svg")
-    report, told = page(found, drawn, provenance), summary(found)
+    report, figures = page(experiment, drawn, provenance), summary(experiment)
     write_page(report, out / "report.html")
-    write_json(told, out / "summary.json")
-    return report, {setting: told[setting] for setting in drawn}
+    write_json(figures, out / "summary.json")
+    return report, {setting: figures[setting] for setting in drawn}
 
 
-def _provenance(found: SafetyResults, result: Result) -> Provenance:
-    setting, config = result.setting, found.config
+def _provenance(experiment: SafetyResults, result: Result) -> Provenance:
+    setting, config = result.setting, experiment.config
     return setting.provenance(config.sae if setting.other is None else config.shared_sae, config.seed, setting.every)
 
 
@@ -72,20 +68,16 @@ def charts(result: Result) -> dict[str, Chart]:
         Reference(float(result.residual.refused.mean()), "whole residual"),
     ]
 
-    def line(name: str, values: list[Interval | None]) -> Series:
-        there = [(k, value) for k, value in zip(sizes, values, strict=True) if value is not None]
-        return band(name, [k for k, _ in there], [value for _, value in there])
-
     refusals = LineChart(
         f"Refusals against latents restored ({result.setting.name})",
         "latents restored, over all sites together",
         "share of prompts refused",
         [
-            line("top latents", [point.refused for point in curve.points]),
-            line("random ones, as many a layer", [point.random for point in curve.points]),
-            line("random ones matched in frequency and size", [point.matched for point in curve.points]),
-            line("later ranks, k to 2k", [point.later for point in curve.points]),
-            line("harmless prompts, top latents", [point.harmless for point in curve.points]),
+            band("top latents", sizes, [point.refused for point in curve.points]),
+            band("random ones, as many a layer", sizes, [point.random for point in curve.points]),
+            band("random ones matched in frequency and size", sizes, [point.matched for point in curve.points]),
+            band("later ranks, k to 2k", sizes, [point.later for point in curve.points]),
+            band("harmless prompts, top latents", sizes, [point.harmless for point in curve.points]),
         ],
         f"n = {n} harmful requests of the report split, {len(result.setting.harmless['report'])} harmless ones; "
         f"answers judged by keywords. Bare {spoken(share_of([curve.bare]))}, donor {spoken(share_of([curve.donor]))}. "
@@ -99,7 +91,7 @@ def charts(result: Result) -> dict[str, Chart]:
         f"Refusal score against latents restored ({result.setting.name})",
         "latents restored, over all sites together",
         "refusal score, nats",
-        [line("top latents", [point.score for point in curve.points])],
+        [band("top latents", sizes, [point.score for point in curve.points])],
         "Log odds of a refusal's first token after the prompt; above 0 it is more likely than all else together, which "
         "is not yet a refusal. Intervals: 95 % over prompts (t and studentised bootstrap).",
         log_x=True,
@@ -114,8 +106,9 @@ def _neurons(result: Result) -> LineChart:
     assert result.neurons is not None
     lines = []
     for name, curve in (("latents", result.curve), ("neurons (MLP units)", result.neurons)):
-        lines.append(_by_share(name, curve, [point.refused for point in curve.points]))
-        lines.append(_by_share(f"random {name}", curve, [point.random for point in curve.points]))
+        shares = [point.latents / curve.total for point in curve.points]
+        lines.append(band(name, shares, [point.refused for point in curve.points]))
+        lines.append(band(f"random {name}", shares, [point.random for point in curve.points]))
     return LineChart(
         f"Latents and neurons at equal shares ({result.setting.name})",
         "share of the dictionary, or of all neurons, that is restored",
@@ -130,36 +123,29 @@ def _neurons(result: Result) -> LineChart:
     )
 
 
-def _by_share(name: str, curve: RefusalCurve, values: Sequence[Interval | None]) -> Series:
-    there = [(point.latents / curve.total, v) for point, v in zip(curve.points, values, strict=True) if v is not None]
-    shares, found = [share for share, _ in there], [value for _, value in there]
-    return Series(name, shares, [v.value for v in found], [v.low for v in found], [v.high for v in found])
-
-
 def _roc(result: Result) -> LineChart:
-    found = result.guards.detector
+    detector = result.guards.detector
     return LineChart(
         f"The detector's ROC ({result.setting.name})",
         "harmless prompts that are flagged",
         "harmful prompts that are flagged",
-        [Series(f"{len(found.latents)} latents", [x for x, _ in found.roc], [y for _, y in found.roc])],
-        f"On report prompts; area {found.auroc:.3f}. The threshold, set on tune to flag at most {FALSE_ALARMS:.0%} of "
-        f"harmless prompts, flags {percent(float(found.alarmed.mean()))} here, and "
-        f"{percent(float(found.caught.mean()))} of harmful ones.",
+        [Series(f"{len(detector.latents)} latents", [x for x, _ in detector.roc], [y for _, y in detector.roc])],
+        f"On report prompts; area {detector.auroc:.3f}. The threshold, set on tune to flag at most {FALSE_ALARMS:.0%} "
+        f"of harmless prompts, flags {percent(float(detector.alarmed.mean()))} here, and "
+        f"{percent(float(detector.caught.mean()))} of harmful ones.",
         y_range=(0.0, 1.0),
     )
 
 
 def _layers(result: Result) -> BarChart:
     names = [f"{layer.site} ({layer.latents})" for layer in result.layers]
-    bars = []
-    for name, some in (("alone", [x.alone for x in result.layers]), ("left out", [x.without for x in result.layers])):
-        values = [share_of([one]) for one in some]
-        bars.append(Bars(name, [v.value for v in values], [v.low for v in values], [v.high for v in values]))
     return BarChart(
         f"Which layers matter ({result.setting.name})",
         names,
-        bars,
+        [
+            bars("alone", [share_of([layer.alone]) for layer in result.layers]),
+            bars("left out", [share_of([layer.without]) for layer in result.layers]),
+        ],
         "share of prompts refused",
         f"The {result.latents} latents chosen on tune, in brackets how many each site has of them. {WILSON}",
         value_range=(0.0, 1.0),
@@ -167,24 +153,26 @@ def _layers(result: Result) -> BarChart:
     )
 
 
-def page(found: SafetyResults, drawn: Mapping[str, Mapping[str, Chart]], provenance: Mapping[str, Provenance]) -> Page:
-    lead = " ".join(f"{one.setting.title}: {verdict(one)}" for one in found.results)
-    told = {name: one.facts() for name, one in provenance.items()}
+def page(
+    experiment: SafetyResults, drawn: Mapping[str, Mapping[str, Chart]], provenance: Mapping[str, Provenance]
+) -> Page:
+    lead = " ".join(f"{result.setting.title}: {verdict(result)}" for result in experiment.results)
+    by_setting = {name: each.facts() for name, each in provenance.items()}
     facts = {}
-    for setting, labels in told.items():
+    for setting, labels in by_setting.items():
         for label, value in labels.items():
-            same = len({other[label] for other in told.values()}) == 1
+            same = len({other[label] for other in by_setting.values()}) == 1
             facts[label if same else f"{label} ({setting})"] = value
-    for result in found.results:
+    for result in experiment.results:
         if result.setting.other is not None:
             other = result.setting.other
             facts[f"donor ({result.setting.name})"] = f"{other.name} ({other.fingerprint})"
-    facts["time"] = ", ".join(f"{name} {s:.0f} s" for name, s in found.seconds.items())
-    sections = [section for one in found.results for section in _sections(one, drawn[one.setting.name])]
-    return Page("How few latents bring refusals back?", lead, [_method(found), *sections], Facts(facts))
+    facts["time"] = ", ".join(f"{name} {s:.0f} s" for name, s in experiment.seconds.items())
+    sections = [part for result in experiment.results for part in _sections(result, drawn[result.setting.name])]
+    return Page("How few latents bring refusals back?", lead, [_method(experiment), *sections], Facts(facts))
 
 
-def _method(found: SafetyResults) -> Section:
+def _method(experiment: SafetyResults) -> Section:
     text = (
         "Latents are overwritten while the model answers, from a donor run with a cache of its own that reads what the "
         "model has written so far, at all positions from the assistant's turn on. All layers but the last fifth share "
@@ -311,10 +299,10 @@ def _guards(result: Result, drawn: Mapping[str, Chart]) -> Section:
     return Section(f"{result.setting.name}: guards and utility", text, [table, drawn["roc"], utility])
 
 
-def printed(found: SafetyResults) -> str:
+def printed(experiment: SafetyResults) -> str:
     """The run as tables of text."""
     parts = []
-    for result in found.results:
+    for result in experiment.results:
         rows = [
             (
                 point.latents,

@@ -8,6 +8,7 @@ from saepatch.records.statistics import Interval
 
 from .curves import ENOUGH, SHARE_LIMIT, RefusalCurve, RefusalPoint, share_of, within
 from .guards import Guards
+from .probes import Utility
 from .results import Result, SafetyResults
 from .settings import spliced_sites
 
@@ -121,18 +122,21 @@ def curve_points(curve: RefusalCurve) -> list[dict[str, Any]]:
 
 
 def neuron_points(curve: RefusalCurve | None) -> list[dict[str, Any]]:
-    return [
-        {
-            "neurons": point.latents,
-            "share_of_neurons": point.latents / curve.total,
-            "refused": triple(point.refused),
-            "refusal_score": triple(point.score),
-            "random": triple(point.random),
-            "harmless_refused": None if point.harmless is None else point.harmless.value,
-        }
-        for point in (curve.points if curve is not None else ())
-        if curve is not None
-    ]
+    return (
+        []
+        if curve is None
+        else [
+            {
+                "neurons": point.latents,
+                "share_of_neurons": point.latents / curve.total,
+                "refused": triple(point.refused),
+                "refusal_score": triple(point.score),
+                "random": triple(point.random),
+                "harmless_refused": None if point.harmless is None else point.harmless.value,
+            }
+            for point in curve.points
+        ]
+    )
 
 
 def setting_summary(result: Result, sizes: Sequence[int]) -> dict[str, Any]:
@@ -236,18 +240,18 @@ def _guards(guards: Guards) -> dict[str, Any]:
     }
 
 
-def _utility(found: Any) -> dict[str, Any]:
-    names = ("refused_bare", "refused", "degenerate", "kl", "ce_bare", "ce")
-    return {name: triple(getattr(found, name)) for name in names} | {"rise": found.rise}
+def _utility(utility: Utility) -> dict[str, Any]:
+    return {name: triple(interval) for name, interval in vars(utility).items()} | {"rise": utility.rise}
 
 
-def summary(found: SafetyResults) -> dict[str, Any]:
-    results = {one.setting.name: setting_summary(one, found.config.sizes) for one in found.results}
+def summary(experiment: SafetyResults) -> dict[str, Any]:
+    sizes = experiment.config.sizes
+    results = {result.setting.name: setting_summary(result, sizes) for result in experiment.results}
     return {
         **results,
-        "model": found.config.model,
-        "base": found.config.base,
-        "seed": found.config.seed,
-        "seconds": found.seconds,
+        "model": experiment.config.model,
+        "base": experiment.config.base,
+        "seed": experiment.config.seed,
+        "seconds": experiment.seconds,
         "versions": versions(),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saepatch.model.language_model import LanguageModel
-from saepatch.pages.charts import cell
+from saepatch.pages.charts import WILSON, band, cell
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import write_records
@@ -22,7 +22,6 @@ from saepatch.report import (
     Points,
     ScatterChart,
     Section,
-    Series,
     Table,
     write_figure,
     write_page,
@@ -31,29 +30,28 @@ from saepatch.report import (
 from .results import SteeringConfig, SteeringResult
 from .stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
 
-SHARES = "Intervals: 95 % Wilson score over prompts."
 METRICS = ("success", "degenerate", "perplexity", "kl", "distinct_1", "distinct_2", "repetition")
 
 
 def write(
-    found: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel, out: Path, seconds: float
+    steered: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel, out: Path, seconds: float
 ) -> tuple[Page, dict[str, Any]]:
     """Write the rows, the settings, the figures, the summary and the report; the last is returned, with its figures."""
     parts = []
-    for one in found:
+    for one in steered:
         d = one.site.dictionary
         parts.append((list(rows(one)), Provenance(model.name, model.fingerprint, d.name, d.fingerprint, config.seed)))
     write_records(parts, out / "rows.parquet")
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     write_yaml(settings, out / "config.yaml")
-    for one in found:
+    for one in steered:
         for name, chart in charts(one, config).items():
             write_figure(chart, out / f"{one.concept.name.replace(' ', '_')}_{name}.svg")
-    told = summary(found, config, model)
+    told = summary(steered, config, model)
     write_json(told, out / "summary.json")
     facts = parts[0][1].facts() | {"time": f"{seconds:.0f} s"}
-    lead = " ".join(verdict(one, config.sizes) for one in found)
-    sections = [_method(config), *(_section(one, config) for one in found)]
+    lead = " ".join(verdict(one, config.sizes) for one in steered)
+    sections = [_method(config), *(_section(one, config) for one in steered)]
     page = Page("Steering: one latent against several", lead, sections, Facts(facts))
     write_page(page, out / "report.html")
     return page, told["concepts"]
@@ -81,20 +79,20 @@ def _said(gaps: Mapping[int, Interval], at: str) -> str:
     return f"At equal {at} {' and '.join(parts)}."
 
 
-def verdict(found: SteeringResult, sizes: Sequence[int]) -> str:
+def verdict(steered: SteeringResult, sizes: Sequence[int]) -> str:
     """The finding on one concept, in words that follow from its figures."""
-    one, bare = found.chosen["top-1"], found.unsteered
-    best = max(sizes, key=lambda k: (found.chosen[f"top-{k}"].success.value, -k))
-    rival = found.chosen[f"top-{best}"]
+    one, bare = steered.chosen["top-1"], steered.unsteered
+    best = max(sizes, key=lambda k: (steered.chosen[f"top-{k}"].success.value, -k))
+    rival = steered.chosen[f"top-{best}"]
     words = (
-        f"Towards {found.concept.name} ({found.site.dictionary.site}): one latent at its own best strength succeeds in "
-        f"{one.success.value:.0%} of prompts at perplexity {one.perplexity.value:.2f} (unsteered: "
+        f"Towards {steered.concept.name} ({steered.site.dictionary.site}): one latent at its own best strength "
+        f"succeeds in {one.success.value:.0%} of prompts at perplexity {one.perplexity.value:.2f} (unsteered: "
         f"{bare.success.value:.0%}, {bare.perplexity.value:.2f})"
     )
     if best != 1:
         words += f", {best} latents in {rival.success.value:.0%} at {rival.perplexity.value:.2f}"
-    norm = {k: found.at_equal_norm(k, level(sizes)) for k in sizes[1:]}
-    divergence = {k: found.at_equal_divergence(k, level(sizes)) for k in sizes[1:]}
+    norm = {k: steered.at_equal_norm(k, level(sizes)) for k in sizes[1:]}
+    divergence = {k: steered.at_equal_divergence(k, level(sizes)) for k in sizes[1:]}
     return f"{words}. {_said(norm, 'norm')} {_said(divergence, 'divergence')}"
 
 
@@ -104,10 +102,10 @@ def _shown(interval: Interval) -> str:
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
-def printed(found: Sequence[SteeringResult]) -> str:
+def printed(steered: Sequence[SteeringResult]) -> str:
     """What the terminal gets."""
     lines = []
-    for one in found:
+    for one in steered:
         lines += ["", f"{one.concept.name} at {one.site.dictionary.site}, n = {len(one.concept.report)}"]
         rows = [
             [
@@ -129,9 +127,9 @@ def _measures(point: Point) -> tuple[float, ...]:
     return point.perplexity.value, point.kl.value, point.distinct(2).value, point.repetition.value
 
 
-def _lines(found: SteeringResult) -> list[Point]:
-    asked = [] if found.prompting is None else [found.prompting]
-    return [found.unsteered, *found.chosen.values(), *asked]
+def _lines(steered: SteeringResult) -> list[Point]:
+    asked = [] if steered.prompting is None else [steered.prompting]
+    return [steered.unsteered, *steered.chosen.values(), *asked]
 
 
 # Report
@@ -161,13 +159,13 @@ def _method(config: SteeringConfig) -> Section:
     )
 
 
-def _section(found: SteeringResult, config: SteeringConfig) -> Section:
+def _section(steered: SteeringResult, config: SteeringConfig) -> Section:
     columns = ["way", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
     table = Table(
         columns,
         [(p.way, p.norm, cell(p.success), p.degenerate.value, cell(p.perplexity), p.kl.value,
-          p.distinct(2).value, p.repetition.value) for p in _lines(found)],
-        f"Each at its own strength, chosen on `tune`; n = {len(found.concept.report)} report prompts. Success: 95 % "
+          p.distinct(2).value, p.repetition.value) for p in _lines(steered)],
+        f"Each at its own strength, chosen on `tune`; n = {len(steered.concept.report)} report prompts. Success: 95 % "
         "Wilson score intervals; others: 95 % (t and studentised bootstrap).",
         {"success": ".0%", "degenerate": ".0%", "perplexity": ".2f", "KL": ".2f", "strength": ".2g",
          "distinct-2": ".2f", "repeated": ".2f"},
@@ -178,9 +176,9 @@ def _section(found: SteeringResult, config: SteeringConfig) -> Section:
         [
             (
                 k,
-                cell(found.at_equal_norm(k, share)),
-                cell(found.at_equal_divergence(k, share)),
-                cell(found.at_chosen(k, share)),
+                cell(steered.at_equal_norm(k, share)),
+                cell(steered.at_equal_divergence(k, share)),
+                cell(steered.at_chosen(k, share)),
             )
             for k in config.sizes[1:]
         ],
@@ -189,65 +187,73 @@ def _section(found: SteeringResult, config: SteeringConfig) -> Section:
         f"paired by prompt, {share:.2%} Bonett-Price intervals (95 % for all rows together).",
         {"latents": "d"} | dict.fromkeys(("at equal norm", "at equal divergence", "each at its own strength"), "+.2f"),
     )
-    first = ", ".join(map(str, found.order[: max(config.sizes)]))
+    first = ", ".join(map(str, steered.order[: max(config.sizes)]))
     text = (
-        f"{verdict(found, config.sizes)}\n\nLatents chosen by {found.order_name} at positions "
-        f"`{found.concept.positions}` of {found.site.dictionary.site}: {first}. Unit of strength: {found.unit:.3g}."
+        f"{verdict(steered, config.sizes)}\n\nLatents chosen by {steered.order_name} at positions "
+        f"`{steered.concept.positions}` of {steered.site.dictionary.site}: {first}. "
+        f"Unit of strength: {steered.unit:.3g}."
     )
-    if found.prompting is not None:
-        text += f" Put in front for prompting: `{found.prefix.strip()}`"
-    blocks: list[Block] = [table, *charts(found, config).values(), gaps, *_choices(found, config)]
-    bare = found.unsteered
-    columns_of = [bare, *(found.chosen[f"top-{k}"] for k in (config.sizes[0], config.sizes[-1])), found.chosen[DENSE]]
+    if steered.prompting is not None:
+        text += f" Put in front for prompting: `{steered.prefix.strip()}`"
+    blocks: list[Block] = [table, *charts(steered, config).values(), gaps, *_choices(steered, config)]
+    bare = steered.unsteered
+    columns_of = [
+        bare,
+        *(steered.chosen[f"top-{k}"] for k in (config.sizes[0], config.sizes[-1])),
+        steered.chosen[DENSE],
+    ]
     blocks += [
         Comparison(prompt, [(point.way, point.texts[i]) for point in columns_of])
-        for i, prompt in enumerate(found.concept.report[:4])
+        for i, prompt in enumerate(steered.concept.report[:4])
     ]
-    return Section(f"Towards {found.concept.name}", text, blocks)
+    return Section(f"Towards {steered.concept.name}", text, blocks)
 
 
-def _choices(found: SteeringResult, config: SteeringConfig) -> list[Block]:
+def _choices(steered: SteeringResult, config: SteeringConfig) -> list[Block]:
     sizes = config.sizes[::2]
     formats = {f"top-{k}": ".0%" for k in sizes}
     sites = Table(
         ["site", *formats],
-        [(name, *(p.success.value for p in points)) for name, points in found.by_site.items()],
+        [(name, *(p.success.value for p in points)) for name, points in steered.by_site.items()],
         "On `tune`: success at the best strength, latents chosen by mean difference.",
         formats,
     )
     orders = Table(
         ["chosen by", *formats],
-        [(name, *(p.success.value for p in points)) for name, points in found.by_order.items()],
+        [(name, *(p.success.value for p in points)) for name, points in steered.by_order.items()],
         "On `tune`: success at the best strength, latents chosen in several ways.",
         formats,
     )
     return [sites, orders]
 
 
-def charts(found: SteeringResult, config: SteeringConfig) -> dict[str, LineChart | ScatterChart]:
+def charts(steered: SteeringResult, config: SteeringConfig) -> dict[str, LineChart | ScatterChart]:
     """Every figure of one concept, by name."""
-    n = len(found.concept.report)
+    n = len(steered.concept.report)
     both = {
-        "norm": ("strength: norm of the perturbation", config.strengths, found.norms),
-        "divergence": ("divergence on tune, nats a token", config.divergences, found.divergences),
+        "norm": ("strength: norm of the perturbation", config.strengths, steered.norms),
+        "divergence": ("divergence on tune, nats a token", config.divergences, steered.divergences),
     }
     drawn: dict[str, LineChart | ScatterChart] = {}
     for name, (label, xs, points) in both.items():
         drawn[name] = LineChart(
-            f"{found.concept.name}: success at equal {name}",
+            f"{steered.concept.name}: success at equal {name}",
             label,
             "share that shows the concept",
-            [_line(way, xs, each) for way, each in points.items()],
-            f"n = {n} report prompts; {RANDOM}: {_draws(points.get(RANDOM, ()))}. {SHARES}",
+            [
+                band(way, xs, [None if point is None else point.success for point in several])
+                for way, several in points.items()
+            ],
+            f"n = {n} report prompts; {RANDOM}: {_draws(points.get(RANDOM, ()))}. {WILSON}",
             log_x=True,
             y_range=(0.0, 1.0),
             y_format=".0%",
         )
     drawn["price"] = ScatterChart(
-        f"{found.concept.name}: success against perplexity",
+        f"{steered.concept.name}: success against perplexity",
         "perplexity under the unsteered model, log10",
         "share that shows the concept",
-        [_cloud(way, each) for way, each in found.norms.items()],
+        [_cloud(way, each) for way, each in steered.norms.items()],
         f"A point is one way at one strength; n = {n} report prompts.",
     )
     return drawn
@@ -261,11 +267,6 @@ def _draws(points: Sequence[Point | None]) -> str:
     return f"mean of {counts[0]} draws" if len(counts) == 1 else f"means of {counts[0]} to {counts[-1]} draws"
 
 
-def _line(way: str, xs: Sequence[float], points: Sequence[Point | None]) -> Series:
-    there = [(x, point.success) for x, point in zip(xs, points, strict=True) if point is not None]
-    return Series(way, [x for x, _ in there], *([getattr(s, k) for _, s in there] for k in ("value", "low", "high")))
-
-
 def _cloud(way: str, points: Sequence[Point]) -> Points:
     xs = [math.log10(point.perplexity.value) if point.perplexity.n else None for point in points]
     return Points(way, xs, [p.success.value for p in points], [f"strength {p.norm:g}" for p in points])
@@ -274,26 +275,26 @@ def _cloud(way: str, points: Sequence[Point]) -> Points:
 # Files
 
 
-def rows(found: SteeringResult) -> Iterator[dict[str, Any]]:
+def rows(steered: SteeringResult) -> Iterator[dict[str, Any]]:
     """One row for each continuation of a report prompt."""
-    several: list[tuple[str, float, Point | None]] = [("own", p.norm, p) for p in _lines(found)]
-    for by, points in (("norm", found.norms), ("divergence", found.divergences)):
+    several: list[tuple[str, float, Point | None]] = [("own", p.norm, p) for p in _lines(steered)]
+    for by, points in (("norm", steered.norms), ("divergence", steered.divergences)):
         for each in points.values():
             several += [(by, p.norm, p) for p in each if p is not None]
     for by, norm, point in several:
         if point is None:
             continue
         for number, draw in enumerate(point.draws):
-            for i, prompt in enumerate(found.concept.report):
+            for i, prompt in enumerate(steered.concept.report):
                 kl = None if draw["kl"] is None else draw["kl"][i]
                 yield {
-                    "concept": found.concept.name,
-                    "site": str(found.site.dictionary.site),
+                    "concept": steered.concept.name,
+                    "site": str(steered.site.dictionary.site),
                     "way": point.way,
                     "draw": number,
                     "compared_by": by,
                     "strength": float(norm),
-                    "norm": float(norm * found.unit),
+                    "norm": float(norm * steered.unit),
                     "prompt": prompt,
                     "continuation": draw["texts"][i],
                     "shown": bool(draw["shown"][i]),
@@ -303,47 +304,47 @@ def rows(found: SteeringResult) -> Iterator[dict[str, Any]]:
                 }
 
 
-def summary(found: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel) -> dict[str, Any]:
+def summary(steered: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel) -> dict[str, Any]:
     """The figures, as summary.json holds them; intervals are [value, low, high]."""
     return {
         "model": model.name,
         "sizes": config.sizes,
         "strengths": config.strengths,
         "divergences": config.divergences,
-        "concepts": {one.concept.name: _figures(one, config) for one in found},
-        "verdicts": {one.concept.name: verdict(one, config.sizes) for one in found},
+        "concepts": {one.concept.name: _figures(one, config) for one in steered},
+        "verdicts": {one.concept.name: verdict(one, config.sizes) for one in steered},
         "seed": config.seed,
         "versions": versions(),
     }
 
 
-def _figures(found: SteeringResult, config: SteeringConfig) -> dict[str, Any]:
+def _figures(steered: SteeringResult, config: SteeringConfig) -> dict[str, Any]:
     share = level(config.sizes)
     return {
-        "site": str(found.site.dictionary.site),
-        "positions": found.concept.positions,
-        "prompts": len(found.concept.report),
-        "latents": list(found.order[: max(config.sizes)]),
-        "chosen_by": found.order_name,
-        "unit": found.unit,
-        "prefix": found.prefix,
-        "chosen": {UNSTEERED: _numbers(found.unsteered)}
-        | {way: _numbers(point) for way, point in found.chosen.items()}
-        | ({} if found.prompting is None else {PROMPTING: _numbers(found.prompting)}),
-        "norms": {way: [_numbers(p) for p in points] for way, points in found.norms.items()},
+        "site": str(steered.site.dictionary.site),
+        "positions": steered.concept.positions,
+        "prompts": len(steered.concept.report),
+        "latents": list(steered.order[: max(config.sizes)]),
+        "chosen_by": steered.order_name,
+        "unit": steered.unit,
+        "prefix": steered.prefix,
+        "chosen": {UNSTEERED: _numbers(steered.unsteered)}
+        | {way: _numbers(point) for way, point in steered.chosen.items()}
+        | ({} if steered.prompting is None else {PROMPTING: _numbers(steered.prompting)}),
+        "norms": {way: [_numbers(p) for p in points] for way, points in steered.norms.items()},
         "divergences": {
-            way: [None if p is None else _numbers(p) for p in points] for way, points in found.divergences.items()
+            way: [None if p is None else _numbers(p) for p in points] for way, points in steered.divergences.items()
         },
         "more_than_one_latent": {
             str(k): {
-                "norm": _list(found.at_equal_norm(k, share)),
-                "divergence": _list(found.at_equal_divergence(k, share)),
-                "own": _list(found.at_chosen(k, share)),
+                "norm": _list(steered.at_equal_norm(k, share)),
+                "divergence": _list(steered.at_equal_divergence(k, share)),
+                "own": _list(steered.at_chosen(k, share)),
             }
             for k in config.sizes[1:]
         },
-        "sites": {name: [p.success.value for p in points] for name, points in found.by_site.items()},
-        "chosen_by_success": {name: [p.success.value for p in points] for name, points in found.by_order.items()},
+        "sites": {name: [p.success.value for p in points] for name, points in steered.by_site.items()},
+        "chosen_by_success": {name: [p.success.value for p in points] for name, points in steered.by_order.items()},
     }
 
 

@@ -110,9 +110,9 @@ class Point:
         nll, tokens = (self._mean(lambda draw, k=k: draw[k]) for k in ("nll", "tokens"))  # type: ignore[misc]
         if not tokens.sum():
             return Interval.withheld(math.nan, 0, "no tokens")
-        found = bootstrap_ratio(nll, tokens)
-        value, low, high = (math.exp(min(each, 700)) for each in (found.value, found.low, found.high))
-        return Interval(value, low, high, found.n, found.reason)
+        ratio = bootstrap_ratio(nll, tokens)
+        value, low, high = (math.exp(min(each, 700)) for each in (ratio.value, ratio.low, ratio.high))
+        return Interval(value, low, high, ratio.n, ratio.reason)
 
     def _over_texts(self, value: Callable[[Sequence[int]], float]) -> Interval:
         each = np.array([[value(ids) for ids in draw["ids"]] for draw in self.draws], dtype=float)
@@ -299,14 +299,14 @@ def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
     concept, many = bench.concept, max(CANDIDATES, k)
     many = min(many, int(site.statistics.alive.sum()))
     given = (bench.model, site.dictionary, concept.present, concept.absent, concept.positions)
-    found: dict[str, list[int]] = {}
+    ranked: dict[str, list[int]] = {}
     for name, score in CONTRASTS.items():
         try:
-            found[name] = first_alive(score(*given), site.statistics, many)
+            ranked[name] = first_alive(score(*given), site.statistics, many)
         except UserError:  # the same prediction after both sets leaves nothing to attribute
             if name != "attribution":
                 raise
-    candidates = found["mean difference"]
+    candidates = ranked["mean difference"]
     scores = output_scores(
         bench.model,
         site.dictionary,
@@ -316,8 +316,8 @@ def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
         1.5,
         concept.positions,
     )
-    found[REFINED] = refine(candidates, scores, max(min(k, many), many // 2))
-    return found
+    ranked[REFINED] = refine(candidates, scores, max(min(k, many), many // 2))
+    return ranked
 
 
 Choice = tuple[float, float]  # success at the best strengths, and over all of them: larger is better
@@ -346,13 +346,13 @@ def choose_site(
     bench: Bench, sites: Sequence[KnownDictionary], sizes: Sequence[int], strengths: Sequence[float]
 ) -> tuple[KnownDictionary, dict[str, list[Point]]]:
     """Where latents chosen by mean difference steer best, over all sizes alike; and each site's best points."""
-    concept, found = bench.concept, []
+    concept, tried = bench.concept, []
     for site in sites:
         scores = contrast(bench.model, site.dictionary, concept.present, concept.absent, concept.positions)
         order = first_alive(scores, site.statistics, max(sizes))
-        found.append(_try(bench, site, order, sizes, strengths))
-    best = max(range(len(sites)), key=lambda number: found[number][0])
-    return sites[best], {str(site.dictionary.site): points for site, (_, points) in zip(sites, found, strict=True)}
+        tried.append(_try(bench, site, order, sizes, strengths))
+    best = max(range(len(sites)), key=lambda number: tried[number][0])
+    return sites[best], {str(site.dictionary.site): points for site, (_, points) in zip(sites, tried, strict=True)}
 
 
 def choose_order(
@@ -361,6 +361,6 @@ def choose_order(
     """The way of choosing latents that steers best, over all sizes alike; its ranking, at least `longest` long; and
     each way's best points."""
     ranked = orders(bench, site, longest)
-    found = {name: _try(bench, site, order, sizes, strengths) for name, order in ranked.items()}
-    name = max(found, key=lambda one: found[one][0])
-    return name, ranked[name], {name: points for name, (_, points) in found.items()}
+    tried = {name: _try(bench, site, order, sizes, strengths) for name, order in ranked.items()}
+    name = max(tried, key=lambda name: tried[name][0])
+    return name, ranked[name], {name: points for name, (_, points) in tried.items()}

@@ -34,9 +34,11 @@ def cell(estimate: Estimate | None) -> report.EstimateCell | None:
     )
 
 
-def band(name: str, sizes: Sequence[float], points: Sequence[Estimate]) -> report.Series:
-    """A line over sizes with its interval as a band."""
-    return report.Series(name, sizes, [p.value for p in points], [p.low for p in points], [p.high for p in points])
+def band(name: str, sizes: Sequence[float], points: Sequence[Estimate | None]) -> report.Series:
+    """A line over sizes with its interval as a band; sizes without an estimate are left out."""
+    there = [(x, point) for x, point in zip(sizes, points, strict=True) if point is not None]
+    ends = ([getattr(point, end) for _, point in there] for end in ("value", "low", "high"))
+    return report.Series(name, [x for x, _ in there], *ends)
 
 
 def bars(name: str, values: Sequence[Estimate]) -> report.Bars:

@@ -17,7 +17,7 @@ from saepatch.records.provenance import Provenance
 from saepatch.records.rows import read_rows
 from saepatch.report import BarChart, Comparison, Facts, Page, Section, Table, token_text
 from saepatch.report.text import number
-from saepatch.restoration.judges import OUTCOMES, SAID
+from saepatch.restoration.judges import OUTCOME_WORDS, OUTCOMES
 from saepatch.restoration.restore import Outcome
 from saepatch.runs.answers import ORDER, WILSON, Answers, Share, grouped, read_row
 from saepatch.runs.catalogue import RunFolder
@@ -208,10 +208,10 @@ def _outcomes(answers: Answers) -> Section:
     mine = [share for group in _groups(answers) for share in answers.shares if share.group == group]
     names = [(share.condition, f"{KIND[share.group]}{share.prompts}") for share in mine]
     outcomes = Table(
-        ["condition", "prompts", *(SAID[name] for name in OUTCOMES)],
+        ["condition", "prompts", *(OUTCOME_WORDS[name] for name in OUTCOMES)],
         [(*named, *(cell(share.outcomes[name]) for name in OUTCOMES)) for named, share in zip(names, mine)],
         f"Restored, and in every random set: {answers.share('restored').latents:,} latents. {WILSON}",
-        dict.fromkeys((SAID[name] for name in OUTCOMES), ".0%"),
+        dict.fromkeys((OUTCOME_WORDS[name] for name in OUTCOMES), ".0%"),
     )
     scores = Table(
         ["condition", "prompts", "refusal score"],
@@ -231,7 +231,7 @@ def _chart(answers: Answers, group: str) -> BarChart:
     return BarChart(
         f"Outcomes of {KIND[group]}prompts" if group else "Outcomes",
         [share.condition for share in mine],
-        [bars(SAID[name], [share.outcomes[name] for share in mine]) for name in OUTCOMES],
+        [bars(OUTCOME_WORDS[name], [share.outcomes[name] for share in mine]) for name in OUTCOMES],
         "share of prompts",
         f"n = {mine[0].prompts} prompts. {WILSON}",
         value_range=(0.0, 1.0),
@@ -242,7 +242,7 @@ def _chart(answers: Answers, group: str) -> BarChart:
 def _comparisons(answers: Answers, illustrations: Illustrations) -> Section:
     rows = {(row.condition, row.draw, row.example): row for row in answers.rows}
     examples = list(dict.fromkeys(row.example for row in answers.rows))[:SHOWN]
-    outcomes: dict[str, str] = {str(name): text for name, text in SAID.items()}
+    outcomes: dict[str, str] = {str(name): text for name, text in OUTCOME_WORDS.items()}
     comparisons = [
         Comparison(
             rows["bare", 0, example].prompt,
