@@ -102,7 +102,7 @@ def _template(config: SafetyConfig, model: LanguageModel) -> int:
 def _deciding(config: SafetyConfig) -> dict[str, Any]:
     """What has to be the same for answers to belong to one run."""
     free = ("out", "device", "settings", "track")
-    # Models and dictionaries are told with each answer that is kept: settings may be added.
+    # Each kept answer names its models and dictionaries, so a later run may add settings.
     kept = {name: value for name, value in asdict(config).items() if name not in free}
     return kept | {"sizes": list(config.sizes)}
 

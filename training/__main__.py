@@ -47,7 +47,7 @@ def run(config: TrainingConfig) -> None:
     from .loop.trainer import train_saes
     from .ranks import joined
 
-    points(config)  # so that a field that does not exist is said before anything is loaded
+    points(config)  # reports an unknown field before anything is loaded
     check_writable(config.out)
     config = replace(config, device=own_device(config.device))
     with joined(usable_device(config.device)) as ranks:

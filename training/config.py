@@ -161,7 +161,7 @@ class TrainingConfig:
         compile: Have torch compile the steps that gain from it (takes a C++ compiler, and a minute at the start).
         track: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between. A local log is always
             written.
-        upload: Have W&B keep a copy of the dictionaries; otherwise it is told where they lie, and their hash.
+        upload: Upload the dictionaries to W&B; otherwise only their path and hash are logged.
         sweep: Fields and the values to try, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: a run for every combination,
             each in a folder of `out` such as sae.k=8,lr=0.001.
         shard: Which share of a sweep's runs: I/N, I from 0 to N-1.

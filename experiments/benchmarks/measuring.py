@@ -23,7 +23,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What a benchmark of random models with random dictionaries is told."""
+    """Settings of a benchmark with random models and random dictionaries."""
 
     out: str = ""
     """Folder for summary.json; empty: the table is printed and nothing is written."""

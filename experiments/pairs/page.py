@@ -44,12 +44,12 @@ def rows(study: StudyResults) -> list[Row]:
     maps = [study.streams[d] for d in DIRECTIONS] + [study.latents[d] for d in DIRECTIONS]
     alone = [study.tops[d] for d in DIRECTIONS]
     alone += [] if study.heads is None else [study.heads[d] for d in DIRECTIONS]
-    alone += [one for d in DIRECTIONS for one in study.curves[d].effects]
+    alone += [effects for d in DIRECTIONS for effects in study.curves[d].effects]
     alone += [kind.effects[d] for kind in study.kinds[1:] for d in DIRECTIONS]  # latents are those of the curves
     made = [row for effects in maps for row in effects.rows(task, study.group_tokens)]
     made += [row for effects in alone for row in effects.rows(task)]
-    for one in study.agreements:
-        made += _checked(one.attribution).rows(task, study.tokens)
+    for agreement in study.agreements:
+        made += _checked(agreement.attribution).rows(task, study.tokens)
     return made
 
 
@@ -97,10 +97,10 @@ def charts(study: StudyResults) -> dict[str, Chart]:
         drawn[f"latent_position_{d}"] = _by_position(title, study.latents[d], True, study, caption)
     for d in DIRECTIONS:
         drawn[d] = effect_chart(f"{names[d]}: the first latents of {site} together", study.curves[d], study.pairs)
-    signed = [one.attribution for one in study.agreements if one.pearson == one.pearson]
+    signed = [agreement.attribution for agreement in study.agreements if agreement.pearson == agreement.pearson]
     drawn["attribution"] = attribution_chart(
         "Attribution against exact effects",
-        signed or [one.attribution for one in study.agreements],
+        signed or [agreement.attribution for agreement in study.agreements],
         study.tokens,
         f"One point a node (a latent or an error term, at one position of one pair): for each method the "
         f"{study.config.verify} with the largest estimates and {study.config.sample} drawn at random from the others. "
@@ -182,12 +182,12 @@ def _site(study: StudyResults) -> Section:
         ["site", "CE recovered", "select: denoise", "report: denoise", "report: noise"],
         [
             (
-                f"{one.site}{' *' if one is study.best else ''}",
-                one.ce_recovered,
-                cell(one.chosen_by),
-                *(cell(one.report[d]) for d in DIRECTIONS),
+                f"{ranked.site}{' *' if ranked is study.best else ''}",
+                ranked.ce_recovered,
+                cell(ranked.chosen_by),
+                *(cell(ranked.report[d]) for d in DIRECTIONS),
             )
-            for one in study.sites
+            for ranked in study.sites
         ],
         f"The first {CHOOSE_BY} latents of each site's ranking, patched together at all positions; * is chosen. CE "
         f"recovered: share of the cross-entropy lost by zeroing the site that the reconstruction keeps. {INTERVALS}",
@@ -226,7 +226,7 @@ def _attribution(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
     count = study.agreements[0].nodes
     table = Table(
         list(AGREEMENT),
-        [(one.attribution.method, *one.correlations) for one in study.agreements],
+        [(agreement.attribution.method, *agreement.correlations) for agreement in study.agreements],
         f"All methods on the same {count} nodes: those that any had checked. Sizes: |estimate| against |exact|.",
         dict.fromkeys(AGREEMENT[1:], ".3f"),
     )
@@ -241,12 +241,12 @@ def _attribution(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
         ["method", *heads],
         [
             (
-                one.attribution.method,
-                one.attribution.verified.threshold(one.bound[0]),
-                *(one.bound[i] for i in (1, 3, 2)),
+                agreement.attribution.method,
+                agreement.attribution.verified.threshold(agreement.bound[0]),
+                *(agreement.bound[i] for i in (1, 3, 2)),
             )
-            for one in study.agreements
-            if one.attribution.verified is not None
+            for agreement in study.agreements
+            if agreement.attribution.verified is not None
         ],
         f"What each method can have missed: of the nodes that were not run, how many at most have an exact effect as "
         f"large as number {rank} of its {study.config.verify} largest estimates (95 % confidence, from the random draw "
@@ -288,8 +288,8 @@ def summary(study: StudyResults) -> dict[str, Any]:
         "task": study.question.task,
         "model": study.config.model,
         "site": str(study.best.site),
-        "ce_recovered": {str(one.site): one.ce_recovered for one in study.sites},
-        "chosen_by": {str(one.site): _point(one.chosen_by) for one in study.sites},
+        "ce_recovered": {str(ranked.site): ranked.ce_recovered for ranked in study.sites},
+        "chosen_by": {str(ranked.site): _point(ranked.chosen_by) for ranked in study.sites},
         "pairs": study.pairs,
         "pairs_of_maps": study.group,
         "clean": float(effects.clean.mean()),
@@ -314,7 +314,10 @@ def summary(study: StudyResults) -> dict[str, Any]:
             }
             for name, d, _, _, n, q, r, differs in latent_rows(study)
         ],
-        "attribution": [dict(zip(AGREEMENT, (one.attribution.method, *one.correlations))) for one in study.agreements],
+        "attribution": [
+            dict(zip(AGREEMENT, (agreement.attribution.method, *agreement.correlations)))
+            for agreement in study.agreements
+        ],
         "directions": {
             kind.name: {
                 d: {str(k): _point(kind.effects[d].of(i, seed)) for i, k in enumerate(kind.sizes)} for d in DIRECTIONS

@@ -1,4 +1,4 @@
-"""What the safety experiment is told, and what comes of it."""
+"""Settings and results of the safety experiment."""
 
 from dataclasses import dataclass
 

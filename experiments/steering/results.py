@@ -1,4 +1,4 @@
-"""What the steering experiment is told, and what comes of it."""
+"""Settings and results of the steering experiment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -87,9 +87,9 @@ WORDS: Mapping[str, frozenset[str]] = {
 
 def shows_polarity(polarity: str, text: str) -> bool:
     """Words of the polarity, and none of the other, in a text that is not degenerate."""
-    found = set(re.findall(r"\w+", text.lower()))
+    words = set(re.findall(r"\w+", text.lower()))
     opposite = "bad" if polarity == "good" else "good"
-    return bool(found & WORDS[polarity]) and not found & WORDS[opposite] and not is_degenerate(text)
+    return bool(words & WORDS[polarity]) and not words & WORDS[opposite] and not is_degenerate(text)
 
 
 def french(n: int, seed: int = 0) -> Concept:
@@ -112,13 +112,13 @@ def _openings(split: Split) -> tuple[str, ...]:
     """The first two words of the split's English templates."""
     families: list[tuple[str, ...]] = [world.IOI, world.PRONOUN, world.AGREEMENT, world.CAPITAL_OF, world.CITY_OF]
     families += [world.COUNTRY_OF_LANDMARK, tuple(text for _, text in world.SENTIMENT), world.LOAN]
-    found = {
+    openings = {
         " ".join(words[:2]): None
         for family in families
         for place, template in enumerate(family)
         if owner(place) == split and len(words := template.split("{")[0].split()) >= 2
     }
-    return tuple(found)
+    return tuple(openings)
 
 
 NAMES = frozenset(name.lower() for country in world.COUNTRIES for name in (country.name, country.capital))

@@ -127,7 +127,7 @@ class LatentSet(Mapping[Site, Ids]):
             UserError: there is more than one site that unnamed latents could be of.
         """
         if self.unnamed == ():
-            names = {site: next((one for one in sites if one.same_tensor(site)), site) for site in self}
+            names = {site: next((known for known in sites if known.same_tensor(site)), site) for site in self}
             return LatentSet(tuple((names[site], groups) for site, groups in self.named))
         if len(sites) != 1:
             raise UserError(

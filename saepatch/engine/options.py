@@ -12,7 +12,7 @@ from saepatch.model.positions import Positions
 
 Options = TypeVar("Options")
 Align = Literal["equal", "right"]
-Progress = bool | Callable[[int], None]  # a bar, or a function that is told how many edits were just done
+Progress = bool | Callable[[int], None]  # a bar, or a function that receives the number of edits just done
 
 
 class Labels(TypedDict):
@@ -35,7 +35,7 @@ class SweepOptions:
         min_gap: Pairs whose clean and corrupted metric differ by less have no normalised effect.
         align: As for `batch_pairs`.
         batch_size: Edits (of a screen, pairs) at a time; None: as many as pay and fit.
-        progress: Show a bar; or a function that is told how many edits were just done.
+        progress: Show a bar; or a function that receives the number of edits just done.
 
     Raises:
         UserError: an unknown direction, or a batch size below 1.

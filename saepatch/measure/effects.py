@@ -24,8 +24,8 @@ from saepatch.records.statistics import (
 from saepatch.records.tables import text_table
 
 CONTROLS = ("random", "matched", "differing")
-NOTHING = "differs in 0: the same in both runs of every pair, so there was nothing to patch, and 0 says nothing of it"
 UNTESTED = "no q: no edit changes something in two pairs, so nothing was tested"
+NOTHING = "differs in 0: the same in both runs of every pair, so there was nothing to patch: 0 is no evidence"
 WHOLE = ("stream", "error")  # kinds of component that have one unit, so it goes without a name
 ROUNDING = 1e-4  # of the mean gap: passes of differently made batches differ by less than this in float32
 

@@ -213,7 +213,7 @@ class LanguageModel:
         return self.call(tokens)
 
     def _runs_apart(self, tokens: Tokens) -> bool:
-        """Whether rows go by one length at a time. Not in a splice, which is told of a batch as a whole."""
+        """Whether rows run in passes by length. Never in a splice, which sees a batch as a whole."""
         return not self.padding.allows(tokens) and not is_spliced(self.layout)
 
     @torch.no_grad()

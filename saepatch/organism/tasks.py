@@ -104,9 +104,9 @@ def pronoun(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
     def row(template: str, place: str, people: tuple[str, str, str], swap: bool) -> Row:
         female, male, kind = people
         pairs = [(female, " she"), (male, " he")]
-        (one, answer), (two, counter) = reversed(pairs) if swap else pairs
-        return {"clean": template.format(p=one, place=place), "corrupted": template.format(p=two, place=place),
-                "answer": answer, "counter": counter, "template": template, "kind": kind, "antecedent": one,
+        (person, answer), (other, counter) = reversed(pairs) if swap else pairs
+        return {"clean": template.format(p=person, place=place), "corrupted": template.format(p=other, place=place),
+                "answer": answer, "counter": counter, "template": template, "kind": kind, "antecedent": person,
                 "place": place}  # fmt: skip
 
     return _dataset("pronoun", split, n, seed, axes, row)
@@ -182,8 +182,10 @@ def facts_fr(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
         return [cells]
 
     def row(cell: tuple[str, world.Country, world.Country]) -> Row:
-        template, one, two = cell
-        return _fact(template, one.french, two.french, one.capital, two.capital, kind=one.article, country=one.name)
+        template, here, there = cell
+        return _fact(
+            template, here.french, there.french, here.capital, there.capital, kind=here.article, country=here.name
+        )
 
     return _dataset("facts_fr", split, n, seed, axes, row)
 

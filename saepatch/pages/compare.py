@@ -10,7 +10,7 @@ SHOWN = 20  # edits in bars
 
 def compare_page(compared: RunComparison) -> Page:
     """A page of a comparison: the settings that differ, and the largest effects of either run in both."""
-    a, b = str(compared.one.path), str(compared.other.path)
+    a, b = str(compared.first.path), str(compared.second.path)
     rows: list[list[Cell]] = [[name, *map(_cell, lines)] for name, *lines in compared.edits]
     both = [(name, lines) for name, *lines in compared.edits if None not in lines]
     blocks = [Table(["edit", a, b], rows, "–: not among the largest of that run.")]
@@ -41,7 +41,7 @@ def compare_page(compared: RunComparison) -> Page:
     ]
     if compared.edits:
         sections.append(Section("Largest effects", "Shares of the gap of each run's own pairs.", [*charts, *blocks]))
-    facts = {"A": a, "B": b, "A finished": compared.one.finished, "B finished": compared.other.finished}
+    facts = {"A": a, "B": b, "A finished": compared.first.finished, "B finished": compared.second.finished}
     return Page("Two runs side by side", lead, sections, Facts(facts))
 
 

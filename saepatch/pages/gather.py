@@ -100,13 +100,17 @@ def _batch(dictionary: Dictionary, tokens: Tokens) -> int:
 
 def top_latents(summary: dict[str, Any]) -> list[tuple[str, int]]:
     """(site, id) of the latents on top of a run, largest effects of each direction first."""
-    tops = [one["top"] for one in summary["screens"].values()] if "screens" in summary else [*summary["top"].values()]
-    found: dict[tuple[str, int], None] = {}
+    tops = (
+        [screen["top"] for screen in summary["screens"].values()]
+        if "screens" in summary
+        else [*summary["top"].values()]
+    )
+    chosen: dict[tuple[str, int], None] = {}
     for place in range(max(map(len, tops), default=0)):
         for top in tops:
             if place < len(top) and top[place]["component"] == "latent":
-                found |= {(top[place]["site"], unit): None for unit in _units(top[place]["latent"])}
-    return list(found)[:LATENTS]
+                chosen |= {(top[place]["site"], unit): None for unit in _units(top[place]["latent"])}
+    return list(chosen)[:LATENTS]
 
 
 def _units(text: str) -> Iterator[int]:

@@ -93,7 +93,7 @@ class PromptTokens:
         names = {position: f"{position} {name}" for position, name in zip(positions, clean)}
         if set(corrupted[1:]) <= {"…"}:  # the BOS apart
             return names, None
-        return names, ["=" if one == other and one != "…" else other for one, other in zip(clean, corrupted)]
+        return names, ["=" if token == other and token != "…" else other for token, other in zip(clean, corrupted)]
 
 
 def _names(tokens: Sequence[str | None], positions: Sequence[int]) -> list[str]:

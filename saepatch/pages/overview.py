@@ -143,14 +143,14 @@ def too_few(count: int, what: str) -> str:
 
 
 def _of_latents(run: RunData) -> list[str]:
-    found = dead_latents(run.cards, "Patching what is off in both runs does nothing.") + controls_reach(run)[:5]
-    found += splice_notices((run.reading or {}).get("splice", ()))
+    notices = dead_latents(run.cards, "Patching what is off in both runs does nothing.") + controls_reach(run)[:5]
+    notices += splice_notices((run.reading or {}).get("splice", ()))
     if run.reading is None:
-        found.append(
+        notices.append(
             f"Tokens and latent cards are missing: they need the model. `saepatch report {run.folder.path} --read "
             "true` adds them."
         )
-    return found
+    return notices
 
 
 def _unverified(run: RunData) -> Iterator[str]:

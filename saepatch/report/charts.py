@@ -100,8 +100,8 @@ def _below_axis(text: str, left: float, width: int, y: float) -> Markup:
 
 
 def _ends(xs: Sequence[float]) -> tuple[float, float] | None:
-    found = [x for x in xs if finite(x)]
-    return (min(found), max(found)) if found and min(found) < max(found) else None
+    finite_xs = [x for x in xs if finite(x)]
+    return (min(finite_xs), max(finite_xs)) if finite_xs and min(finite_xs) < max(finite_xs) else None
 
 
 def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, chart: LineChart) -> Markup:
@@ -191,8 +191,8 @@ def bar_chart(chart: BarChart, width: int) -> Drawing:
     longest = max((len(text) for text in chart.labels), default=0)
     room = 46 if stacked else min(longest, 38)
     left = 4.0 if stacked else 14 + _CHARACTER * room
-    found = [v for v in values if finite(v)]
-    axis = linear(found, left, width - 70, 2 if stacked else 5, fixed=chart.value_range)
+    numbers = [v for v in values if finite(v)]
+    axis = linear(numbers, left, width - 70, 2 if stacked else 5, fixed=chart.value_range)
     spec = chart.value_format or common_format([v for bars in chart.bars for v in bars.values])
     thick, head = (15.0 if len(chart.bars) > 1 else 19.0), (20.0 if stacked else 0.0)
     block = head + thick * len(chart.bars) + 13

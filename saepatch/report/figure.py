@@ -45,7 +45,7 @@ def write_figures(charts: Sequence[Chart], path: Path, columns: int = 2) -> Path
         UserError: The file cannot be written there.
     """
     drawn = [svg_of(chart) for chart in charts]
-    sizes = [tuple(float(n) for n in re.findall(r'(?:width|height)="([\d.]+)"', one)[:2]) for one in drawn]
+    sizes = [tuple(float(n) for n in re.findall(r'(?:width|height)="([\d.]+)"', drawing)[:2]) for drawing in drawn]
     wide, parts, y = max(width for width, _ in sizes), [], 0.0
     for first in range(0, len(drawn), columns):
         row = range(first, min(first + columns, len(drawn)))
@@ -96,7 +96,9 @@ def _names(chart: Chart) -> list[str]:
     """What a legend has to tell apart."""
     if isinstance(chart, (HeatMap, Histogram)):
         return []
-    return [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else [one.name for one in chart.series]
+    return (
+        [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else [series.name for series in chart.series]
+    )
 
 
 def flat_style() -> str:

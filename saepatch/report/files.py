@@ -1,4 +1,4 @@
-"""Files: the report's own, and the ones it writes."""
+"""Files that a report is made from, and how reports are written."""
 
 from __future__ import annotations
 

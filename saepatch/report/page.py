@@ -154,8 +154,8 @@ def _changed(text: str, before: str) -> Markup:
         if kind == "equal" or not piece.strip():
             parts.append(escape(visible(piece)))
             continue
-        said = piece.rstrip()  # the blank after a word is none of it
-        parts.append(Markup("<mark>{}</mark>").format(visible(said)) + escape(visible(piece[len(said) :])))
+        word = piece.rstrip()  # the blank after a word is none of it
+        parts.append(Markup("<mark>{}</mark>").format(visible(word)) + escape(visible(piece[len(word) :])))
     return Markup("").join(parts)
 
 
@@ -290,5 +290,5 @@ def _cell(
 
 def _at(line: Series, x: float) -> Cell:
     """What a line says at an x; a gap where it has no such x."""
-    found = [_cell(y, line.low, line.high, i) for i, (at, y) in enumerate(zip(line.x, line.y)) if at == x]
-    return found[0] if found else None
+    cells = [_cell(y, line.low, line.high, i) for i, (at, y) in enumerate(zip(line.x, line.y)) if at == x]
+    return cells[0] if cells else None

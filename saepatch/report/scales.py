@@ -39,8 +39,8 @@ def linear(
     values: Iterable[float], start: float, end: float, count: int = 5, fixed: tuple[float, float] | None = None
 ) -> Scale:
     """An axis over the values, out to round numbers, with 0 on it where that is near; or one between `fixed` ends."""
-    found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = fixed or (min(found), max(found))
+    numbers = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = fixed or (min(numbers), max(numbers))
     if fixed is None:
         if 0 < low <= 0.6 * high:
             low = 0.0
@@ -65,22 +65,22 @@ def linear(
 def logarithmic(values: Sequence[float], start: float, end: float, count: int = 8) -> Scale:
     """A log2 axis over the values; ticks at the values themselves where they are few and far enough apart to be read,
     else at powers of two or ten."""
-    found = sorted({value for value in values if math.isfinite(value) and value > 0}) or [1.0, 2.0]
-    low, high = math.log2(found[0]), math.log2(found[-1])
+    positive = sorted({value for value in values if math.isfinite(value) and value > 0}) or [1.0, 2.0]
+    low, high = math.log2(positive[0]), math.log2(positive[-1])
     zero = low - 1
     has_zero = any(value == 0 for value in values)
-    ticks = found
-    nearest = min((math.log2(b / a) for a, b in pairwise(found)), default=high - low)
-    crowded = len(found) > 1 and nearest * abs(end - start) < _APART * (high - low)
-    if len(found) > count or crowded:
-        base = 2 if all(math.log2(value).is_integer() for value in found) else 10
-        first = math.ceil(math.log(found[0], base) - 1e-9)
-        last = math.floor(math.log(found[-1], base) + 1e-9)
+    ticks = positive
+    nearest = min((math.log2(b / a) for a, b in pairwise(positive)), default=high - low)
+    crowded = len(positive) > 1 and nearest * abs(end - start) < _APART * (high - low)
+    if len(positive) > count or crowded:
+        base = 2 if all(math.log2(value).is_integer() for value in positive) else 10
+        first = math.ceil(math.log(positive[0], base) - 1e-9)
+        last = math.floor(math.log(positive[-1], base) + 1e-9)
         stride = max(1, math.ceil((last - first + 1) / count))
         ticks = [float(base) ** power for power in range(first, last + 1, stride)]
         if len(ticks) < 3:  # less than two powers of ten
             steps = sorted(factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5))
-            ticks = [tick for tick in steps if found[0] <= tick <= found[-1]] or [found[0], found[-1]]
+            ticks = [tick for tick in steps if positive[0] <= tick <= positive[-1]] or [positive[0], positive[-1]]
     if has_zero:
         low, ticks = zero, [0.0, *ticks]
     if high - low < 1e-9:

@@ -14,8 +14,8 @@ from saepatch.runs.kinds import name_of, prompt_kinds, show, show_figure, show_i
 class RunComparison:
     """Two runs side by side: what was set and what came out, a row of texts (name, in A, in B) each."""
 
-    one: RunFolder
-    other: RunFolder
+    first: RunFolder
+    second: RunFolder
     settings: tuple[tuple[str, str, str], ...]
     """Those that differ, and the hashes of models and dictionaries that do."""
     figures: tuple[tuple[str, str, str], ...]
@@ -24,11 +24,11 @@ class RunComparison:
 
     def table(self) -> str:
         """As text."""
-        names = ["", str(self.one.path), str(self.other.path)]
-        edits = [(name, _effect(line, self.one, name), _effect(b, self.other, name)) for name, line, b in self.edits]
+        names = ["", str(self.first.path), str(self.second.path)]
+        edits = [(name, _effect(line, self.first, name), _effect(b, self.second, name)) for name, line, b in self.edits]
         blocks: list[tuple[str, Sequence[tuple[str, str, str]]]]
         blocks = [("settings that differ", self.settings), ("figures", self.figures)]
-        if self.one.work in ("patch", "attribute"):
+        if self.first.work in ("patch", "attribute"):
             blocks.append(("largest effects", edits))
         lines: list[str] = []
         for title, rows in blocks:
@@ -39,7 +39,7 @@ class RunComparison:
     def facts(self) -> dict[str, Any]:
         """For programs."""
         return {
-            "runs": [str(self.one.path), str(self.other.path)],
+            "runs": [str(self.first.path), str(self.second.path)],
             "settings": [list(row) for row in self.settings],
             "figures": [list(row) for row in self.figures],
             "edits": [
@@ -57,42 +57,46 @@ def _effect(line: dict[str, Any] | None, run: RunFolder, name: str) -> str:
     return show_interval(effect) if isinstance(effect, dict) else show(effect)
 
 
-def compare_runs(one: RunFolder, other: RunFolder) -> RunComparison:
-    """Set two runs beside each other.
+def compare_runs(first: RunFolder, second: RunFolder) -> RunComparison:
+    """Set two runs beside each second.
 
     Raises:
         UserError: they are of no known kind, or of two.
     """
-    for run in (one, other):
+    for run in (first, second):
         if not run.work:
             raise UserError(f"{run.path} holds no run of a known command or experiment: give two folders of such runs")
-    if one.work != other.work:
+    if first.work != second.work:
         raise UserError(
-            f"{one.path} is of {one.work} and {other.path} of {other.work}: give two runs of the same command"
+            f"{first.path} is of {first.work} and {second.path} of {second.work}: give two runs of the same command"
         )
-    settings = _rows(_described(one), _described(other))
-    others = {site for site, each in one.hashes.items() if other.hashes.get(site, each) != each}
-    tops = [_tops(run, others) for run in (one, other)]
+    settings = _rows(_described(first), _described(second))
+    others = {site for site, each in first.hashes.items() if second.hashes.get(site, each) != each}
+    tops = [_tops(run, others) for run in (first, second)]
     edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
-    if one.work == "restore":  # which latents, and shares in words
-        figures = _rows({**_latents(one, other), **_outcomes(one)}, {**_latents(other, one), **_outcomes(other)})
+    if first.work == "restore":  # which latents, and shares in words
+        figures = _rows(
+            {**_latents(first, second), **_outcomes(first)}, {**_latents(second, first), **_outcomes(second)}
+        )
     else:
-        figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (one, other)))
-    return RunComparison(one, other, tuple(row for row in settings if row[1] != row[2]), tuple(figures), tuple(edits))
+        figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (first, second)))
+    return RunComparison(
+        first, second, tuple(row for row in settings if row[1] != row[2]), tuple(figures), tuple(edits)
+    )
 
 
 def _rows(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
     return [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
 
 
-def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
-    """How many latents of each site were restored, and how many of these in the other run, too; by name."""
+def _latents(run: RunFolder, second: RunFolder) -> dict[str, str]:
+    """How many latents of each site were restored, and how many of these in the second run, too; by name."""
     rows: dict[str, str] = {}
     for site, ids in run.summary["latents"].items():
-        if run.hashes.get(site) != other.hashes.get(site):  # latent 3 is another latent there
+        if run.hashes.get(site) != second.hashes.get(site):  # latent 3 is another latent there
             rows[f"latents restored at {site}"] = "all" if ids is None else str(len(ids))
             continue
-        theirs = other.summary["latents"].get(site, [])
+        theirs = second.summary["latents"].get(site, [])
         both = len(ids or ()) if theirs is None else len(set(ids or ()) & set(theirs))
         rows[f"latents restored at {site}"] = "all" if ids is None else f"{len(ids)}, {both} of them in both"
     return rows
@@ -116,16 +120,18 @@ def _described(run: RunFolder) -> dict[str, str]:
     if isinstance(model := run.summary.get("model"), dict):
         described["model's weights"] = model.get("hash", "")
     described |= {f"dictionary {site}": each for site, each in run.hashes.items()}
-    if "pairs_hash" in run.summary:  # a path says nothing of what lies there
+    if "pairs_hash" in run.summary:  # a path does not identify its contents
         described["pairs' texts"] = run.summary["pairs_hash"]
     return described
 
 
 def _tops(run: RunFolder, others: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Edits on top by name; at sites whose dictionary is another in the other run, latent 3 is another latent there."""
+    """Edits on top by name; at sites whose dictionary is another in the second run, latent 3 is another latent there."""
     if run.work not in ("patch", "attribute"):
         return {}
-    tops = run.summary["top"] if run.work == "patch" else {d: one["top"] for d, one in run.summary["screens"].items()}
+    tops = (
+        run.summary["top"] if run.work == "patch" else {d: first["top"] for d, first in run.summary["screens"].items()}
+    )
     hashes = {site: f" of dictionary {each}" for site, each in run.hashes.items() if site in others}
     return {
         f"{direction}: {name_of(line)}{hashes.get(line['site'], '')}": line

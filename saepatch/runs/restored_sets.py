@@ -87,7 +87,7 @@ def chosen_latents(
 
 
 def not_harmless(select: Sequence[Request], source: str) -> list[Request]:
-    """Those of which it is not said that they are harmless: on the others the donor does not do what is to be restored.
+    """The requests that are not labelled harmless: on harmless ones the donor shows no behaviour to restore.
 
     Raises:
         UserError: all are.

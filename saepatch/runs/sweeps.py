@@ -70,7 +70,7 @@ class Sweep:
         return PartContent(rows, about | measured.about)
 
     def options(self, part: Part) -> dict[str, Any]:
-        """What exact and estimated effects are told alike."""
+        """Options that exact and estimated effects share."""
         config = self.config
         return {
             "positions": self.positions,

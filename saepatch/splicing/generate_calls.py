@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saepatch.errors import UserError
 
-Watcher = tuple[int, Callable[[Tensor | None, Mapping[str, Any]], None]]  # a thread, and what is told of its calls
+Watcher = tuple[int, Callable[[Tensor | None, Mapping[str, Any]], None]]  # a thread, and the callback for its calls
 
 _WATCHING = Lock()
 _WATCHERS: WeakKeyDictionary[nn.Module, list[Watcher]] = WeakKeyDictionary()  # splices that follow `generate`, in order

@@ -312,7 +312,7 @@ class ActivationStream:
             for model, part in turns[rank::size]:
                 for site, x in self._forward(model, part, stopping).items():
                     own[site].append(x.to("cpu", filled[site].dtype))
-        except BaseException as error:  # told to the others before it is raised: they would wait for ever
+        except BaseException as error:  # sent to the other ranks first, which would wait for ever
             failure = error
         if not self._agreed(failure is None):
             raise failure or UserError(

@@ -119,7 +119,7 @@ def select_batch(encoder: Encoder, k: int, ranks: Ranks) -> tuple[Entries, Float
     Of all these batches together, so one process may have more than its share. The entries are this process's.
 
     No value below a bound is looked at. The bound is guessed from the first chunk of rows, and the guess is checked
-    against what is found. Where it does not hold, what was found gives one that does.
+    against the result. Where it does not hold, the result gives one that does.
     """
     wanted = k * len(encoder.x) * ranks.size
     bound: float | None = None
