@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -27,13 +28,14 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 @cache
+def definitions() -> list[tuple[str, Function | ast.ClassDef]]:
+    """Functions and classes, each with its source's path."""
+    nodes = ((path, node) for path, text in SOURCES.items() for node in statements(ast.parse(text)))
+    return [(path, node) for path, node in nodes if isinstance(node, Function | ast.ClassDef)]
+
+
 def functions() -> list[tuple[str, Function]]:
-    return [
-        (path, node)
-        for path, text in SOURCES.items()
-        for node in statements(ast.parse(text))
-        if isinstance(node, Function)
-    ]
+    return [(path, node) for path, node in definitions() if isinstance(node, Function)]
 
 
 def matching(pattern: str, *, outside: str, inside: str = "") -> list[str]:
@@ -63,6 +65,11 @@ def parameters(function: Function) -> int:
 def test_no_public_function_has_too_many_parameters():
     counts = {f"{path}:{f.name}": parameters(f) for path, f in functions() if not f.name.startswith("_")}
     assert {name: n for name, n in counts.items() if n > PARAMETERS} == {}
+
+
+def test_no_two_classes_share_a_name():
+    names = Counter(node.name for _, node in definitions() if isinstance(node, ast.ClassDef))
+    assert [name for name, n in names.items() if n > 1] == []
 
 
 def test_the_packages_top_level_stays_small():

@@ -58,7 +58,7 @@ def _effect(line: dict[str, Any] | None, run: RunFolder, name: str) -> str:
 
 
 def compare_runs(first: RunFolder, second: RunFolder) -> RunComparison:
-    """Set two runs beside each second.
+    """Set two runs beside each other.
 
     Raises:
         UserError: they are of no known kind, or of two.
@@ -75,28 +75,26 @@ def compare_runs(first: RunFolder, second: RunFolder) -> RunComparison:
     tops = [_tops(run, others) for run in (first, second)]
     edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
     if first.work == "restore":  # which latents, and shares in words
-        figures = _rows(
-            {**_latents(first, second), **_outcomes(first)}, {**_latents(second, first), **_outcomes(second)}
-        )
+        shown = [{**_latents(run, beside), **_outcomes(run)} for run, beside in ((first, second), (second, first))]
+        figures = _rows(*shown)
     else:
         figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (first, second)))
-    return RunComparison(
-        first, second, tuple(row for row in settings if row[1] != row[2]), tuple(figures), tuple(edits)
-    )
+    differing = tuple(row for row in settings if row[1] != row[2])
+    return RunComparison(first, second, differing, tuple(figures), tuple(edits))
 
 
 def _rows(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
     return [(name, a.get(name, "–"), b.get(name, "–")) for name in dict.fromkeys([*a, *b])]
 
 
-def _latents(run: RunFolder, second: RunFolder) -> dict[str, str]:
-    """How many latents of each site were restored, and how many of these in the second run, too; by name."""
+def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
+    """How many latents of each site were restored, and how many of these in the other run, too; by name."""
     rows: dict[str, str] = {}
     for site, ids in run.summary["latents"].items():
-        if run.hashes.get(site) != second.hashes.get(site):  # latent 3 is another latent there
+        if run.hashes.get(site) != other.hashes.get(site):  # latent 3 is another latent there
             rows[f"latents restored at {site}"] = "all" if ids is None else str(len(ids))
             continue
-        theirs = second.summary["latents"].get(site, [])
+        theirs = other.summary["latents"].get(site, [])
         both = len(ids or ()) if theirs is None else len(set(ids or ()) & set(theirs))
         rows[f"latents restored at {site}"] = "all" if ids is None else f"{len(ids)}, {both} of them in both"
     return rows
@@ -126,12 +124,10 @@ def _described(run: RunFolder) -> dict[str, str]:
 
 
 def _tops(run: RunFolder, others: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Edits on top by name; at sites whose dictionary is another in the second run, latent 3 is another latent there."""
+    """Edits on top by name; at sites whose dictionary is another in the other run, latent 3 is another latent there."""
     if run.work not in ("patch", "attribute"):
         return {}
-    tops = (
-        run.summary["top"] if run.work == "patch" else {d: first["top"] for d, first in run.summary["screens"].items()}
-    )
+    tops = run.summary["top"] if run.work == "patch" else {d: each["top"] for d, each in run.summary["screens"].items()}
     hashes = {site: f" of dictionary {each}" for site, each in run.hashes.items() if site in others}
     return {
         f"{direction}: {name_of(line)}{hashes.get(line['site'], '')}": line
