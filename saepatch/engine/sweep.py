@@ -32,7 +32,10 @@ SMALL = 512  # tokens: below this, two batches run as one, for a pass takes abou
 
 @dataclass(eq=False)
 class Swept:
-    """The runs' own metrics, and for each edit that ran how far it moved its pair's base run (a mean over samples)."""
+    """The runs' own metrics, and for each edit that ran how far it moved its pair's base run (a mean over samples).
+
+    `noise` is the largest difference of a clean run's metric between the row alone and in its batch, of a few rows.
+    """
 
     clean: Float[np.ndarray, "pairs"]
     corrupted: Float[np.ndarray, "pairs"]
@@ -41,6 +44,13 @@ class Swept:
     group: list[int] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
     change: list[float] = field(default_factory=list)
+    noise: float | None = None
+
+    @property
+    def noise_share(self) -> float:
+        """The noise as a share of the mean gap."""
+        gap = float(np.abs(self.clean - self.corrupted).mean())
+        return (self.noise or 0.0) / gap if gap else 0.0
 
 
 def sweep(
@@ -86,6 +96,8 @@ def sweep(
             ends = [metric_values(options.metric, run.logits, part) for run in (clean, corrupted)]
             np.add.at(swept.clean, index, ends[0] / samples)
             np.add.at(swept.corrupted, index, ends[1] / samples)
+            if swept.noise is None:
+                swept.noise = _batch_noise(model, clean, part, options, ends[0])
             own = ends[1] if options.denoises else ends[0]
             for number, stage in enumerate(stages):
                 asked = [wanted(number, pair) for pair in index]
@@ -122,6 +134,17 @@ def _two_runs(
     if options.corruption is None:
         return clean, KeptRun(model, part.corrupted, sites, keep_cache=denoise)
     return clean, options.corruption.run(model, part, components, clean, denoise)
+
+
+def _batch_noise(
+    model: LanguageModel, clean: KeptRun, part: PairBatch, options: SweepOptions, together: Float[np.ndarray, "rows"]
+) -> float:
+    """How far the metric of a few rows is from that of each alone: kernels may round by what else is in the batch."""
+    rows = sorted({0, len(part) // 2, len(part) - 1})
+    alone = [
+        metric_values(options.metric, model.next_logits(clean.tokens.rows([row])), part.rows([row]))[0] for row in rows
+    ]
+    return float(np.abs(np.array(alone) - np.asarray(together)[rows]).max())
 
 
 def _check_padding(model: LanguageModel, run: KeptRun) -> None:

@@ -151,7 +151,7 @@ def patch_by_pair(
             patched=base[number] + change[None, bounds[number] : bounds[number + 1]],
             ran=ran[None, bounds[number] : bounds[number + 1]],
             corruption=_name(chosen),
-            rounding=_rounding(model),
+            rounding=_rounding(model, swept),
             **chosen.labels,
         )
         for number, own in enumerate(edits)
@@ -330,7 +330,7 @@ def _effects(
         patched=patched,
         ran=ran,
         corruption=_name(options),
-        rounding=_rounding(model),
+        rounding=_rounding(model, swept),
         **options.labels,
     )
 
@@ -339,9 +339,9 @@ def _name(options: SweepOptions) -> str:
     return "" if options.corruption is None else str(options.corruption)
 
 
-def _rounding(model: LanguageModel) -> float:
-    """Share of the mean gap that rounding alone may move a metric by."""
-    return 1e-4 if model.dtype == torch.float32 else 2e-2
+def _rounding(model: LanguageModel, swept: Swept) -> float:
+    """Share of the mean gap that rounding alone may move a metric by: by the precision, and by what was measured."""
+    return max(1e-4 if model.dtype == torch.float32 else 2e-2, 2 * swept.noise_share)
 
 
 def _apart(

@@ -1,0 +1,57 @@
+"""Rounding that depends on what else is in a batch, as of 8-bit kernels, is measured and stated."""
+
+import numpy as np
+import torch
+from tiny import random_dictionary, tiny_model
+from torch import nn
+
+from saepatch.data.batches import batch_pairs
+from saepatch.data.pairs import PromptPair
+from saepatch.measure.patching import patch_latents
+from saepatch.splicing.interventions import Patch
+from saepatch.splicing.splice import record_latents, splice
+
+PAIRS = [
+    PromptPair(f"my {a} ran", f"my {b} ran", "x", "y") for a, b in (("pig", "fox"), ("ewe", "owl"), ("emu", "asp"))
+]
+
+
+class Rounded(nn.Module):
+    """A linear map of inputs that are rounded to steps of the whole batch's largest value."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        step = x.abs().amax() / 63
+        return self.linear((x / step).round() * step)
+
+
+def worst_error(model, dictionary, effects):
+    """Of the sweep's values, against one spliced forward of each row alone."""
+    batch, worst = batch_pairs(model, PAIRS), 0.0
+    for number, edit in enumerate(effects.edits):
+        for row in range(len(PAIRS)):
+            one = batch.rows([row])
+            with splice(model, dictionary, Patch(record_latents(model, dictionary, one.clean), list(edit.units))):
+                logits = model.next_logits(one.corrupted)[0]
+            exact = float(logits[one.answer[0]] - logits[one.counter[0]])
+            worst = max(worst, abs(float(effects.patched[row, number]) - exact))
+    return worst
+
+
+def test_rounding_that_depends_on_the_batch_is_stated():
+    model, dictionary = tiny_model("qwen2", seed=6), random_dictionary("resid_post.0", "standard")
+    latents = [1, 4, 9, 16]
+    exact = patch_latents(model, dictionary, PAIRS, latents, controls=0)
+    assert exact.rounding == 1e-4
+    assert worst_error(model, dictionary, exact) < 1e-4 * np.abs(exact.gap).mean()
+    for layer in model.hf.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, Rounded(getattr(layer.mlp, name)).eval())
+    rounded = patch_latents(model, dictionary, PAIRS, latents, controls=0)
+    error = worst_error(model, dictionary, rounded)
+    assert error > 1e-3 * np.abs(rounded.gap).mean()  # so the share that goes with float32 would be wrong
+    assert rounded.rounding * np.abs(rounded.gap).mean() > error / 2
+    assert torch.isfinite(torch.tensor(rounded.rounding))
