@@ -162,7 +162,7 @@ def test_summary_names_intervals_controls_q_and_what_is_missing():
             assert str(effects.controls(index, role) or "–") in line
     assert len({len(line) for line in lines[:4]}) == 1
     assert "denoise, logit_difference: 2.000 clean, 0.000 corrupted, 12 pairs (0 with a gap below 0.01)" in lines[-1]
-    assert len(effects.summary(1).splitlines()) == 3
+    assert len(effects.summary(1).splitlines()) == 5
     alone = effects_of([[1.0], [1.2], [1.1]], [Edit(SITE, (4,), position=3)], gap=[2.0, 2.0, 0.0]).summary()
     assert "controls" not in alone
     assert "3 pairs (1 with a gap below 0.01)" in alone
