@@ -9,10 +9,11 @@ from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.metrics import DeclaredMetric, kl_divergence, log_probability, logit_difference
 from saepatch.errors import UserError
-from saepatch.measure.controls import DRAWS, control_sets, differing_sets
+from saepatch.measure.controls import DRAWS, control_sets, differing_sets, with_controls
 from saepatch.measure.curves import PairRanking, effect_curve, effect_curve_by_pair
 from saepatch.measure.patching import patch_latents
 from saepatch.measure.quality import LatentStatistics, latent_statistics
+from saepatch.records.statistics import bootstrap_ratio
 from saepatch.splicing.interventions import Patch
 from saepatch.splicing.splice import record_latents, splice
 
@@ -197,6 +198,9 @@ def test_matched_controls_fire_and_write_like_the_top_set():
     random, matched = control_sets(chosen, 8, stats, seed=3)
     assert len(random) == len(matched) == DRAWS
     assert control_sets(chosen, 8, stats, seed=4)[1] != matched
+    ones = torch.ones(400)
+    # what latents write is their mean times their row's norm
+    assert control_sets(chosen, 8, LatentStatistics(frequency, ones, ones, mean, ones, 1000), seed=3)[1] == matched
 
     def gap(sets, values):
         return float(np.mean([(values[list(s)] - values[chosen]).abs().mean() for s in sets]))
@@ -212,7 +216,22 @@ def test_differing_controls_differ_and_leave_the_top_out():
         assert len(set(drawn)) == 4
         assert set(drawn) <= set(range(4, 10))
     assert all(len(drawn) == 2 for drawn in differing_sets(list(range(8)), 8, differs))  # only two are left
+    assert all(set(drawn) == {8, 9} for drawn in differing_sets(list(range(10)), 8, differs))  # ranked, but not chosen
     assert all(not differs[list(drawn)].any() for drawn in differing_sets(list(range(10)), 10, differs))
+
+
+def test_controls_follow_the_seed_and_may_be_all_that_is_left():
+    model, dictionary = tiny_model(), random_dictionary()
+    texts = [text for pair in PAIRS for text in (pair.clean, pair.corrupted)]
+    alive = latent_statistics(model, dictionary, model.tokenize(texts)).alive.nonzero().flatten().tolist()
+    dead = sorted(set(range(48)) - set(alive))
+    half = len(alive) // 2
+    ids = (*alive[:half], *dead[: len(alive) % 2])  # as many as live latents are left
+    edits = with_controls(model, [dictionary], PAIRS, [{dictionary.site: ids}], 2, 0)
+    assert [edit.role for edit in edits] == ["given", "random", "random", "matched", "matched"]
+    assert edits[1].units == tuple(alive[half:])
+    drawn = [with_controls(model, [dictionary], PAIRS, [{dictionary.site: ids[:3]}], 2, seed)[1:3] for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
 
 
 def test_curve_by_pair_is_each_pair_with_its_own_ranking():
@@ -233,6 +252,32 @@ def test_curve_by_pair_is_each_pair_with_its_own_ranking():
     rows = [row for one in curve.effects for row in one.rows("t")]
     assert len([row for row in rows if row.role == "top"]) == 2 * len(PAIRS)
     assert {row.latent for row in rows if row.role == "every"} == {"all"}
+
+
+def test_curves_are_means_over_draws_that_follow_the_seed_and_the_pair():
+    model, dictionary = tiny_model(), random_dictionary()
+    stats = latent_statistics(model, dictionary, model.tokenize([p.clean for p in PAIRS] + ["zyxwvutsrq 0123456789"]))
+    singles = patch_latents(model, dictionary, PAIRS[:2])
+    ranking = np.argsort(-singles.change[0], kind="stable").tolist()
+    curves = [effect_curve(model, dictionary, PAIRS[:2], ranking, (2,), stats, seed=seed) for seed in (0, 1)]
+    for seed, curve in enumerate(curves):
+        effects = curve.effects[0]
+        for role in ("top", "random", "matched", "every"):
+            change = effects.change[:, effects.where(role)].mean(1)
+            of_role = getattr(curve, role)
+            expected = bootstrap_ratio(change, effects.gap, seed=seed)
+            assert (of_role if role == "every" else of_role[0]) == expected
+    sets = [[effects.edits[i].units for i in effects.where("random")] for (effects,) in (c.effects for c in curves)]
+    assert sets[0] != sets[1]
+    by_pair = [PairRanking(ranking, singles.ran.any(0))] * 2
+    for role in ("random", "differing"):
+        drawn = []
+        for seed in (0, 1):
+            curve = effect_curve_by_pair(model, dictionary, PAIRS[:2], by_pair, (2,), stats, seed)
+            drawn.append([[each.edits[i].units for i in each.where(role)] for each in curve.effects])
+        assert drawn[0][0] != drawn[0][1]  # two pairs
+        assert drawn[0][0] != drawn[1][0]  # two seeds
+        assert drawn[0][1] == drawn[1][0]  # a pair's seed is the curve's and its number
 
 
 def literal_kl(model, pair, logits):
