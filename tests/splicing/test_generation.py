@@ -1,5 +1,7 @@
 """Splices while text is generated: caches, padding, donors, nesting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import random_dictionary, tiny_model
@@ -9,7 +11,7 @@ from saepatch.errors import UserError
 from saepatch.model.sites import Site
 from saepatch.splicing.donors import CleanPrompts, Restore
 from saepatch.splicing.interventions import Ablate, AtLeast, Clamp, Patch, Steer
-from saepatch.splicing.splice import record_latents, splice
+from saepatch.splicing.splice import record_latents, splice, whole_prompt
 
 pytestmark = pytest.mark.whole
 
@@ -161,6 +163,13 @@ def test_a_decay_is_counted_in_generated_tokens():
         handle.remove()
     with splice(model, dictionary, Steer(3, 6.0, decay=0.7)):
         assert generated(model, model.tokenize(["the cat sat"]), 8)[0].tolist() == ids[n:]
+
+
+def test_a_decay_starts_with_the_second_generated_token():
+    model = tiny_model()
+    seen = replace(whole_prompt(model, model.tokenize(["abcdef"])), n_prompt=torch.tensor([4]))
+    left = Clamp(0, 8.0, decay=0.5).edit(torch.zeros(1, 7, 1), seen)
+    assert left.flatten().tolist() == [8, 8, 8, 8, 8, 4, 2]
 
 
 def test_bos_and_padding_are_never_touched_while_generating():
