@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from saepatch.pages.tracked import track_dictionaries, track_page
 from saepatch.report import Page
@@ -11,6 +11,7 @@ from saepatch.runs.kinds import flat, numbers
 from saepatch.tracking.open import RunDescription, open_tracker
 
 
+@runtime_checkable
 class TrackedSettings(Protocol):
     """What is read of an experiment's settings."""
 

@@ -1,7 +1,7 @@
 """From estimates with intervals to the blocks of a report."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from saepatch import report
 from saepatch.measure.controls import DRAWS
@@ -14,6 +14,7 @@ INTERVALS = "Intervals: 95 % over prompts (t and studentised bootstrap)."
 WILSON = "Intervals: 95 % Wilson score over prompts."
 
 
+@runtime_checkable
 class Estimate(Protocol):
     """A value with its interval; what is missing is None or NaN, with the reason why."""
 

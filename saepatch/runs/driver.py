@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -61,6 +61,7 @@ Count = Callable[[int], None]
 """Told how many edits or answers were just done; raises KeyboardInterrupt once the run is asked to stop."""
 
 
+@runtime_checkable
 class Work(Protocol):
     """A shard of a run, with the model and all else that running its parts takes."""
 
