@@ -121,13 +121,21 @@ def without_versions(path):
     return {name: value for name, value in json.loads(path.read_text()).items() if name != "versions"}
 
 
+def estimates(value):
+    """A summary without what later versions take in another way: the bounds of its intervals, and q."""
+    if isinstance(value, dict):
+        kept = {name: estimates(item) for name, item in value.items() if name not in ("low", "high", "reason", "q")}
+        return kept | {name: value[name][0] for name in ("refusal_score",) if name in value}
+    return [estimates(item) for item in value] if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("name", ["patch", "attribute", "restore"])
 def test_runs_of_an_earlier_version_merge_and_report(folders, name, capsys):
     out = folders / name
     before, rows = without_versions(out / "summary.json"), read_rows(out / "results.parquet")
     assert main(["report", str(out)]) == 0
     assert main(["merge", str(out)]) == 0
-    assert without_versions(out / "summary.json") == before
+    assert estimates(without_versions(out / "summary.json")) == estimates(before)
     drop = {"command"} if name == "restore" else set()
     both = [
         [{k: v for k, v in row.items() if k not in drop} for row in some]
