@@ -257,7 +257,8 @@ def _whole_mask(run: Splice, mask: Any, ids: Tensor, start: int) -> Tensor:
         return mask[:, :columns].long()
     generating = run._asked is not None
     before = run._mask if start or generating else None
-    if before is None and mask is None:
+    too_short = before is not None and not generating and before.shape[1] < start  # of another prompt: refused later
+    if mask is None and (before is None or too_short):
         return torch.ones(ids.shape[0], columns, dtype=torch.long, device=ids.device)
     if before is not None and (mask is None or flat or generating) and (generating or before.shape[1] >= start):
         before = before[:, : start or columns].long()
