@@ -29,6 +29,7 @@ from saepatch.runs.parts import (
     keep_run,
     known_run,
     part_file,
+    parts_name,
     read_records,
     refuse_if_other,
     refuse_other_command,
@@ -105,7 +106,7 @@ class Place:
         shard, shards = read_shard(config.shard)
         out = Path(config.out)
         check_writable(out)
-        refuse_other_command(out, config.command)
+        refuse_other_command(out, parts_name(config.command))
         place = cls(config, out, shard, shards, read_records(out))
         place.refuse_others(deciding(config.command, place.settings, shards))
         return place

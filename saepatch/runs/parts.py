@@ -169,16 +169,20 @@ def read_records(out: Path) -> list[Record]:
     return sorted(found, key=lambda record: (record.shards, record.shard))
 
 
-def refuse_other_command(out: Path, work: str) -> None:
-    """See that another command's run is not written over, finished or not.
+def refuse_other_command(out: Path, own: str) -> None:
+    """See that another command's run is not written over, finished or not; `own` is what this command's runs leave.
 
     Raises:
         UserError: it would be.
     """
-    own = ANSWERS if work == "restore" else PARTS
-    others = any(path.relative_to(out).parts[0] != own for path in record_files(out))
+    others = any((out / name).is_dir() for name in (PARTS, ANSWERS) if name != own)
     if others or ((out / "results.parquet").exists() and not (out / own).exists()):
         raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
+
+
+def parts_name(work: str) -> str:
+    """What the folder of a command's parts is called."""
+    return ANSWERS if work == "restore" else PARTS
 
 
 def refuse_if_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
