@@ -199,7 +199,7 @@ def test_words_follow_from_numbers():
     model, dictionary = tiny_model(), random_dictionary()
     site = KnownDictionary(dictionary, latent_statistics(model, dictionary, model.tokenize(["ab"])))
     ways = {"top-1": [point(none), point(every)], "top-2": [point(every), point(every)]}
-    found = steering.Steered(site=site, unsteered=point(none), prompting=None, norms=ways,
+    found = steering.SteeringResult(site=site, unsteered=point(none), prompting=None, norms=ways,
                            divergences={"top-1": [None], "top-2": [None]},
                            chosen={"top-1": point(every), "top-2": point(every)},
                            fluent={"top-1": [True, True], "top-2": [True, True]}, **kept)  # fmt: skip

@@ -146,7 +146,7 @@ def check(out: Path, question: Question, pairs: int, heads: bool) -> dict:
     assert found["site"] in found["ce_recovered"]
     for key in [f"{d}_{line}" for d in ("denoise", "noise") for line in ("top", "random", "matched")]:
         for _, value, low, high in found[key]:
-            assert low <= value <= high
+            assert (low is None and high is None) or low <= value <= high  # withheld where few pairs moved
     kinds = ["latents", "residual dimensions", "principal components", "difference of means"]
     assert list(found["directions"]) == kinds
     assert found["attribution"][0]["method"] == "first order"

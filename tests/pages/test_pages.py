@@ -270,7 +270,7 @@ def test_a_run_stands_where_its_reading_fails(place, tmp_path, monkeypatch, caps
         (lambda out: (out / "summary.json").unlink(), "go on with saepatch patch --config"),
         (lambda out: shutil.rmtree(out), "give the folder of a finished run"),
         (lambda out: (out / "summary.json").write_text("{"), "is not JSON"),
-        (lambda out: (out / "summary.json").write_text("{}"), "holds no run of patch or attribute"),
+        (lambda out: (out / "summary.json").write_text("{}"), "holds no run of patch, attribute"),
         (lambda out: (out / "results.parquet").write_text("no"), "merge the run again"),
         (lambda out: (out / "reading.json").write_text('{"latents": [{"examples": []}]}'), "another version"),
     ],
@@ -316,7 +316,7 @@ def test_runs_are_listed(place, swept, grouped, screened, heads, tmp_path, capsy
     assert len(lines) == 1 + 4
     told = {line.split()[0]: line for line in lines[1:]}
     top = json.loads((swept / "summary.json").read_text())["top"]["denoise"][0]
-    assert f"{top['effect']['value']:.3f} [" in told[str(swept)]
+    assert f"{top['effect']['value']:.3f}" in told[str(swept)]
     assert f"{top['site']} {top['latent']} at {top['position']}" in told[str(swept)]
     assert "attribute" in told[str(screened)]
     assert "Pearson" in told[str(screened)]
