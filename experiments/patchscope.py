@@ -143,9 +143,9 @@ def words_named(model: LanguageModel) -> tuple[Interval, Interval]:
     for word in world.share(world.MALE, "report"):
         tokens = model.tokenize([f"the {word}"])
         row = model.capture(tokens, [FIRST])[FIRST][0, -1:].float()
-        direction = direction_dictionary(Directions(FIRST, row / row.norm(), word), model.device)
+        vector = direction_dictionary(Directions(FIRST, row / row.norm(), word), model.device)
         for prompt in COPIES:
-            readings = read(model, direction, [0], prompt, FIRST)[0]
+            readings = read(model, vector, [0], prompt, FIRST)[0]
             best.append(word.lower() in words(best_reading(readings).text))
             at_any.append(any(word.lower() in words(reading.text) for reading in readings))
     return wilson_share(np.array(best, float)), wilson_share(np.array(at_any, float))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saepatch.data.pairs import PromptPair
-from saepatch.engine.components import Direction, Edit
+from saepatch.engine.components import Edit, PatchDirection
 from saepatch.measure.curves import Curve
 from saepatch.measure.effects import CONTROLS, Effects, describe
 from saepatch.model.language_model import LanguageModel
@@ -13,9 +13,9 @@ from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.records.tables import text_table
 
 from .question import Question, StudyConfig
-from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Agreement, Both, DirectionKind, RankedSite
+from .stages import CHOOSE_BY, DENSE, PATCH_DIRECTIONS, Agreement, Both, DirectionKind, RankedSite
 
-NAMES: Mapping[Direction, str] = {"denoise": "denoising", "noise": "noising"}
+NAMES: Mapping[PatchDirection, str] = {"denoise": "denoising", "noise": "noising"}
 NO_HEADS = "No map of attention heads: the family of {model} does not offer the heads' outputs (stream `z`)."
 TABLED = (1, 4, 16)  # numbers of directions that tables compare, where they were run
 CELLS = 5  # largest cells of a map that are printed
@@ -39,7 +39,7 @@ class StudyResults:
     best: RankedSite
     latents: Both  # the first ones by position
     tops: Both  # the first ones at all positions, with controls
-    curves: Mapping[Direction, Curve]
+    curves: Mapping[PatchDirection, Curve]
     agreements: Sequence[Agreement]
     kinds: Sequence[DirectionKind]
     seconds: Mapping[str, float]
@@ -74,7 +74,7 @@ def unsure(effects: Effects, model: str) -> str:
     )
 
 
-def verdict(kinds: Sequence[DirectionKind], k: int, direction: Direction = "denoise", seed: int = 0) -> str:
+def verdict(kinds: Sequence[DirectionKind], k: int, direction: PatchDirection = "denoise", seed: int = 0) -> str:
     """Which kind moves the metric most with `k` directions, and whether that is beyond chance; latents come first."""
     values = {kind: value for kind in kinds if (value := kind.at(k, direction, seed)) is not None}
     latents, *others = values
@@ -127,40 +127,44 @@ def largest(effects: Both, k: int = CELLS) -> list[tuple[Edit, Interval, Interva
 
 def printed(study: StudyResults) -> str:
     """The run as tables of text."""
-    seed, denoise, both = study.config.seed, study.tops["denoise"], ["denoise", "noise"]
+    seed, denoise = study.config.seed, study.tops["denoise"]
     cells = [(f"{e.site} at {study.columns[e.position or 0]}", d, n) for e, d, n in largest(study.streams)]
     heads = [(f"layer {e.site.layer}, head {describe(e)}", d, n) for e, d, n in largest(study.heads or {})]
     sites = [
         (
             f"{ranked.site}{' *' if ranked is study.best else ''}",
             ranked.chosen_by,
-            *(ranked.report[d] for d in DIRECTIONS),
+            *(ranked.report[d] for d in PATCH_DIRECTIONS),
         )
         for ranked in study.sites
     ]
     latents = [(name, *values, f"{q:.2g}", f"{r:.2g}") for name, *values, q, r, _ in latent_rows(study)]
-    kinds = [(kind.name, *(kind.at(k, d, seed) for d in DIRECTIONS for k in study.compared)) for kind in study.kinds]
+    kinds = [
+        (kind.name, *(kind.at(k, d, seed) for d in PATCH_DIRECTIONS for k in study.compared)) for kind in study.kinds
+    ]
     count, rank = study.agreements[0].nodes, study.agreements[0].bound[0]
     by_size = ["denoise", "random", "matched", "noise", "random", "matched"]
     return "\n\n".join(
         [
             f"{study.question.task}: {study.pairs} report pairs, {denoise.metric} {denoise.clean.mean():.3f} clean, "
             f"{denoise.corrupted.mean():.3f} corrupted",
-            text_table([f"layer × position ({study.group} pairs)", *both], cells),
-            text_table(["attention heads", *both], heads) if heads else NO_HEADS.format(model=study.model.name),
+            text_table([f"layer × position ({study.group} pairs)", *PATCH_DIRECTIONS], cells),
+            text_table(["attention heads", *PATCH_DIRECTIONS], heads)
+            if heads
+            else NO_HEADS.format(model=study.model.name),
             text_table([f"site (*: chosen), first {CHOOSE_BY} latents", "select: denoise", *REPORTED], sites),
             text_table([f"latents of {study.best.site}", *by_size[:4], "q denoise", "q noise"], latents),
             text_table(["first latents together", *by_size], curve_rows(study)),
             text_table(
                 [f"attribution, {count} nodes", *AGREEMENT[1:], f"missed (as its no. {rank})"], agreement_rows(study)
             ),
-            text_table(["directions", *(f"{d} k={k}" for d in DIRECTIONS for k in study.compared)], kinds),
+            text_table(["directions", *(f"{d} k={k}" for d in PATCH_DIRECTIONS for k in study.compared)], kinds),
             "\n".join(filter(None, [*verdicts(study), unsure(denoise, study.model.name)])),
         ]
     )
 
 
-def verdicts(study: StudyResults, direction: Direction = "denoise") -> list[str]:
+def verdicts(study: StudyResults, direction: PatchDirection = "denoise") -> list[str]:
     """What the comparison of directions comes to, in words."""
     seed = study.config.seed
     words = [verdict(study.kinds, k, direction, seed) for k in study.compared]
@@ -183,11 +187,11 @@ def latent_rows(study: StudyResults) -> list[tuple[Any, ...]]:
 
 
 def curve_rows(study: StudyResults) -> list[tuple[Any, ...]]:
-    lines = [line for d in DIRECTIONS for c in [study.curves[d]] for line in (c.top, c.random, c.matched)]
+    lines = [line for d in PATCH_DIRECTIONS for c in [study.curves[d]] for line in (c.top, c.random, c.matched)]
     return list(zip(study.curves["denoise"].sizes, *lines, strict=True))
 
 
-DONE: Mapping[Direction, str] = {"denoise": "restored", "noise": "undone"}
+DONE: Mapping[PatchDirection, str] = {"denoise": "restored", "noise": "undone"}
 REPORTED = ("report: denoise", "report: noise")
 AGREEMENT = ("method", "Pearson", "Spearman", "Pearson of sizes", "Spearman of sizes")
 

@@ -19,7 +19,7 @@ from saepatch.report import KEPT, Chart, Facts, HeatMap, Page, Section, Table, k
 from saepatch.runs.parts import EditKey
 
 from .findings import AGREEMENT, NAMES, NO_HEADS, StudyResults, largest, latent_rows, unsure, verdict, verdicts
-from .stages import CHOOSE_BY, DENSE, DIRECTIONS, Both
+from .stages import CHOOSE_BY, DENSE, PATCH_DIRECTIONS, Both
 
 
 def write(study: StudyResults, out: Path) -> Page:
@@ -41,11 +41,11 @@ def write(study: StudyResults, out: Path) -> Page:
 def rows(study: StudyResults) -> list[Row]:
     """Every exact effect; of attribution, the nodes that were checked, each method's estimate beside the exact one."""
     task = study.question.task
-    maps = [study.streams[d] for d in DIRECTIONS] + [study.latents[d] for d in DIRECTIONS]
-    alone = [study.tops[d] for d in DIRECTIONS]
-    alone += [] if study.heads is None else [study.heads[d] for d in DIRECTIONS]
-    alone += [effects for d in DIRECTIONS for effects in study.curves[d].effects]
-    alone += [kind.effects[d] for kind in study.kinds[1:] for d in DIRECTIONS]  # latents are those of the curves
+    maps = [study.streams[d] for d in PATCH_DIRECTIONS] + [study.latents[d] for d in PATCH_DIRECTIONS]
+    alone = [study.tops[d] for d in PATCH_DIRECTIONS]
+    alone += [] if study.heads is None else [study.heads[d] for d in PATCH_DIRECTIONS]
+    alone += [effects for d in PATCH_DIRECTIONS for effects in study.curves[d].effects]
+    alone += [kind.effects[d] for kind in study.kinds[1:] for d in PATCH_DIRECTIONS]  # latents are those of the curves
     made = [row for effects in maps for row in effects.rows(task, study.group_tokens)]
     made += [row for effects in alone for row in effects.rows(task)]
     for agreement in study.agreements:
@@ -81,9 +81,9 @@ def _by_position(title: str, effects: Effects, units: bool, study: StudyResults,
 
 def charts(study: StudyResults) -> dict[str, Chart]:
     """Every figure, by the name of its file."""
-    site, heads, names = study.best.site, study.heads, {d: NAMES[d].capitalize() for d in DIRECTIONS}
+    site, heads, names = study.best.site, study.heads, {d: NAMES[d].capitalize() for d in PATCH_DIRECTIONS}
     drawn: dict[str, Chart] = {}
-    for d in DIRECTIONS:
+    for d in PATCH_DIRECTIONS:
         title, caption = f"{names[d]}: layer × position", "Each layer's output patched at one position"
         drawn[f"layer_position_{d}"] = _by_position(title, study.streams[d], False, study, caption)
     for d, effects in (heads or {}).items():
@@ -91,11 +91,11 @@ def charts(study: StudyResults) -> dict[str, Chart]:
         caption = f"Each head's output z patched at all positions, n = {study.pairs} report pairs."
         chart = head_map(f"{names[d]}: attention heads", edits, edits.ran("head"), study.model.n_heads, caption)
         drawn[f"layer_head_{d}"] = replace(chart, keys=None)
-    for d in DIRECTIONS:
+    for d in PATCH_DIRECTIONS:
         title = f"{names[d]}: latents of {site} × position"
         caption = "Each latent patched alone at one position"
         drawn[f"latent_position_{d}"] = _by_position(title, study.latents[d], True, study, caption)
-    for d in DIRECTIONS:
+    for d in PATCH_DIRECTIONS:
         drawn[d] = effect_chart(f"{names[d]}: the first latents of {site} together", study.curves[d], study.pairs)
     signed = [agreement.attribution for agreement in study.agreements if agreement.pearson == agreement.pearson]
     drawn["attribution"] = attribution_chart(
@@ -185,7 +185,7 @@ def _site(study: StudyResults) -> Section:
                 f"{ranked.site}{' *' if ranked is study.best else ''}",
                 ranked.ce_recovered,
                 cell(ranked.chosen_by),
-                *(cell(ranked.report[d]) for d in DIRECTIONS),
+                *(cell(ranked.report[d]) for d in PATCH_DIRECTIONS),
             )
             for ranked in study.sites
         ],
@@ -219,7 +219,7 @@ def _latents(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
         "kept; nothing is clipped."
     )
     blocks = [drawn[name] for name in drawn if name.startswith("latent_")]
-    return Section("Latents at the chosen site", text, [*blocks, table, *(drawn[d] for d in DIRECTIONS)])
+    return Section("Latents at the chosen site", text, [*blocks, table, *(drawn[d] for d in PATCH_DIRECTIONS)])
 
 
 def _attribution(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
@@ -265,7 +265,7 @@ def _directions(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
             f"report pairs. {INTERVALS}",
             {f"k = {k}": ".3f" for k in study.compared},
         )
-        for d in DIRECTIONS
+        for d in PATCH_DIRECTIONS
     ]
     sae = study.best.dictionary
     text = (
@@ -297,7 +297,7 @@ def summary(study: StudyResults) -> dict[str, Any]:
         "clean_right": float((effects.clean > 0).mean()),
         **{
             f"{d}_{name}": [[k, *_point(i)] for k, i in zip(study.curves[d].sizes, line, strict=True)]
-            for d in DIRECTIONS
+            for d in PATCH_DIRECTIONS
             for c in [study.curves[d]]
             for name, line in (("top", c.top), ("random", c.random), ("matched", c.matched))
         },
@@ -320,11 +320,12 @@ def summary(study: StudyResults) -> dict[str, Any]:
         ],
         "directions": {
             kind.name: {
-                d: {str(k): _point(kind.effects[d].of(i, seed)) for i, k in enumerate(kind.sizes)} for d in DIRECTIONS
+                d: {str(k): _point(kind.effects[d].of(i, seed)) for i, k in enumerate(kind.sizes)}
+                for d in PATCH_DIRECTIONS
             }
             for kind in study.kinds
         },
-        "verdicts": {d: verdicts(study, d) for d in DIRECTIONS},
+        "verdicts": {d: verdicts(study, d) for d in PATCH_DIRECTIONS},
         "seed": seed,
         "versions": versions(),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.components import Component, Direction, Directions, Edit, LatentUnits
+from saepatch.engine.components import PATCH_DIRECTIONS, Component, Directions, Edit, LatentUnits, PatchDirection
 from saepatch.engine.gradients import Method
 from saepatch.errors import UserError
 from saepatch.measure.attribution import Attribution, FirstOrder, GradDrop, IntegratedGradients, attribute
@@ -24,19 +24,18 @@ from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_ratio
 
-DIRECTIONS: tuple[Direction, Direction] = ("denoise", "noise")
 CHOOSE_BY = 16  # the site is chosen by the effect of this many latents
 SHOWN = 12  # latents that are looked at one by one
 DENSE = "difference of means"
 METHODS: tuple[Method, ...] = (FirstOrder(), IntegratedGradients(), GradDrop())
 
 Result = TypeVar("Result")
-Both = Mapping[Direction, Effects]
+Both = Mapping[PatchDirection, Effects]
 
 
-def both(run: Callable[[Direction], Result]) -> dict[Direction, Result]:
+def both(run: Callable[[PatchDirection], Result]) -> dict[PatchDirection, Result]:
     """The same in both directions."""
-    return {direction: run(direction) for direction in DIRECTIONS}
+    return {direction: run(direction) for direction in PATCH_DIRECTIONS}
 
 
 # Sites
@@ -61,7 +60,7 @@ class RankedSite:
     dictionary: Dictionary
     ranking: tuple[int, ...]
     chosen_by: Interval  # on select
-    report: Mapping[Direction, Interval]
+    report: Mapping[PatchDirection, Interval]
     ce_recovered: float
 
     @property
@@ -132,7 +131,7 @@ def curves(
     sizes: Sequence[int],
     statistics: LatentStatistics,
     seed: int,
-) -> dict[Direction, Curve]:
+) -> dict[PatchDirection, Curve]:
     """The first k latents together, with as many random and matched ones; for sizes that leave enough live ones."""
     alive = np.flatnonzero(statistics.alive.cpu().numpy())
     usable = [k for k in sizes if len(np.setdiff1d(alive, best.ranking[:k])) >= k]
@@ -244,11 +243,11 @@ class DirectionKind:
         """As part of a sentence."""
         return f"the {self.name}" if self.name == DENSE else self.name
 
-    def at(self, k: int, direction: Direction = "denoise", seed: int = 0) -> Interval | None:
+    def at(self, k: int, direction: PatchDirection = "denoise", seed: int = 0) -> Interval | None:
         """The effect of the first `k`; None where there are not as many."""
         return self.effects[direction].of(self.sizes.index(k), seed) if k in self.sizes else None
 
-    def beyond(self, other: "DirectionKind", k: int, direction: Direction = "denoise", seed: int = 0) -> Interval:
+    def beyond(self, other: "DirectionKind", k: int, direction: PatchDirection = "denoise", seed: int = 0) -> Interval:
         """How much more the first `k` do than the other's, prompt by prompt."""
         mine, others = (kind.effects[direction].change[:, kind.sizes.index(k)] for kind in (self, other))
         return bootstrap_ratio(mine - others, self.effects[direction].gap, seed=seed)

@@ -289,9 +289,9 @@ def dense(bench: Bench, site: KnownDictionary) -> Way:
             x = bench.model.capture(part, [at])[at]
             values.append(x[whole_prompt(bench.model, part).select(bench.concept.positions)])
         held.append(torch.cat(values))
-    direction = direction_dictionary(difference_of_means(held[0], held[1], at), site.dictionary.W_dec.device)
+    vector = direction_dictionary(difference_of_means(held[0], held[1], at), site.dictionary.W_dec.device)
     ones = torch.ones(1, device=site.dictionary.W_dec.device)
-    return Way(DENSE, direction, ((0,),), ones, bench.concept.positions)
+    return Way(DENSE, vector, ((0,),), ones, bench.concept.positions)
 
 
 def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:

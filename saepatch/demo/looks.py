@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from saepatch import organism
 from saepatch.data.forms import largest_group
 from saepatch.data.pairs import pairs_of
-from saepatch.demo.results import DIRECTIONS, PositionMaps
+from saepatch.demo.results import PATCH_DIRECTIONS, PositionMaps
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.measure.patching import patch_heads, patch_latents, patch_streams
 from saepatch.model.language_model import LanguageModel
@@ -32,11 +32,11 @@ def read_maps(
         tuple(map(tuple, sides[0])),
         _shared(sides[0]),
         _shared(sides[1]),
-        {d: patch_streams(model, group, direction=d) for d in DIRECTIONS},
-        {d: patch_heads(model, pairs[:HEAD_PAIRS], direction=d) for d in DIRECTIONS},
+        {d: patch_streams(model, group, direction=d) for d in PATCH_DIRECTIONS},
+        {d: patch_heads(model, pairs[:HEAD_PAIRS], direction=d) for d in PATCH_DIRECTIONS},
         len(pairs[:HEAD_PAIRS]),
         {d: patch_latents(model, dictionaries, group, each_position=True, direction=d, progress=bars)
-         for d in DIRECTIONS},
+         for d in PATCH_DIRECTIONS},
     )  # fmt: skip
 
 

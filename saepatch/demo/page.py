@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from saepatch import report
 from saepatch.demo.looks import BY_POSITION
 from saepatch.demo.results import Condition, Findings, RestoredRefusals, Steering
-from saepatch.engine.components import Direction
+from saepatch.engine.components import PatchDirection
 from saepatch.measure.controls import DRAWS
 from saepatch.pages.cards import anchors_of, cards_section, coloured
 from saepatch.pages.charts import INTERVALS, WILSON, band, bars, cell, effect_chart, estimate_text
@@ -205,7 +205,7 @@ def _where(results: Findings) -> report.Section:
     return report.Section("Where: maps", text, [report.Choice("Show", [(d, _maps(results, d)) for d in maps.streams])])
 
 
-def _maps(results: Findings, direction: Direction) -> list[report.Simple]:
+def _maps(results: Findings, direction: PatchDirection) -> list[report.Simple]:
     maps, site, anchors = results.maps, results.patching.site, anchors_of(results.cards)
     edits = EditTable.of(maps.streams[direction], maps.latents[direction], maps.heads[direction])
     tokens = PromptTokens(maps.clean, maps.corrupted)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.components import Direction
+from saepatch.engine.components import PatchDirection
 from saepatch.measure.curves import Curve
 from saepatch.measure.effects import Effects
 from saepatch.measure.quality import SpliceQuality
@@ -21,9 +21,7 @@ from saepatch.records.statistics import Interval
 from saepatch.settings.demo import DemoConfig
 from saepatch.steering.generate import Steered
 
-DIRECTIONS: tuple[Direction, Direction] = ("denoise", "noise")
-
-Both = Mapping[Direction, Effects]
+Both = Mapping[PatchDirection, Effects]
 
 
 @dataclass(frozen=True, eq=False)

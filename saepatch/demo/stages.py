@@ -18,7 +18,7 @@ from saepatch.data.pairs import PromptPair, load_pairs, pairs_of
 from saepatch.demo import concepts
 from saepatch.demo.results import Condition, Patching, RestoredRefusals, Steering
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.components import Direction
+from saepatch.engine.components import PATCH_DIRECTIONS
 from saepatch.measure.attribution import integrated_gradients
 from saepatch.measure.controls import DRAWS, control_sets, differing_sets
 from saepatch.measure.curves import PairRanking, effect_curve, effect_curve_by_pair
@@ -49,14 +49,13 @@ def patching(
     report = load_pairs("ioi", "report", n, seed)
     fixed = _ranked(integrated_gradients(model, dictionary, select)[0].mean(0))
     own = [_ranked(row) for row in integrated_gradients(model, dictionary, report)[0]]
-    directions: tuple[Direction, Direction] = ("denoise", "noise")
-    singles = [patch_latents(model, dictionary, report, direction=d, progress=bars) for d in directions]
+    singles = [patch_latents(model, dictionary, report, direction=d, progress=bars) for d in PATCH_DIRECTIONS]
     rankings = [PairRanking(*each) for each in zip(own, singles[0].ran, strict=True)]
     curves = [
         effect_curve_by_pair(
             model, dictionary, report, rankings, SIZES, stats, seed, direction=direction, progress=bars
         )
-        for direction in directions
+        for direction in PATCH_DIRECTIONS
     ]
     return Patching(
         site=str(dictionary.site),

@@ -306,7 +306,9 @@ def as_components(model: LanguageModel, given: Patchable | Sequence[Patchable]) 
     return components
 
 
-Direction = Literal["denoise", "noise"]  # clean values into the corrupted run, or corrupted values into the clean one
+# denoise: clean values into the corrupted run; noise: corrupted values into the clean one
+PatchDirection = Literal["denoise", "noise"]
+PATCH_DIRECTIONS: tuple[PatchDirection, PatchDirection] = ("denoise", "noise")
 
 
 Key = tuple[tuple[Site, str, bool, tuple[int, ...]], ...]  # of each part: site, kind, whether frozen, units

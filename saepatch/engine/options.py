@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
-from saepatch.engine.components import Direction
+from saepatch.engine.components import PATCH_DIRECTIONS, PatchDirection
 from saepatch.engine.corruptions import Corruption
 from saepatch.engine.metrics import Metric, logit_difference, metric_name
 from saepatch.errors import UserError
@@ -16,7 +16,7 @@ Progress = bool | Callable[[int], None]  # a bar, or a function that receives th
 
 
 class Labels(TypedDict):
-    direction: Direction
+    direction: PatchDirection
     metric: str
     positions: str
     min_gap: float
@@ -43,7 +43,7 @@ class SweepOptions:
 
     positions: Positions = "all"
     each_position: bool = False
-    direction: Direction = "denoise"
+    direction: PatchDirection = "denoise"
     metric: Metric = logit_difference
     corruption: Corruption | None = None
     min_gap: float = 1e-2
@@ -52,7 +52,7 @@ class SweepOptions:
     progress: Progress = False
 
     def __post_init__(self) -> None:
-        if self.direction not in ("denoise", "noise"):
+        if self.direction not in PATCH_DIRECTIONS:
             raise UserError(f"unknown direction {self.direction!r}: use 'denoise' or 'noise'")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch_size = {self.batch_size}: use at least 1, or None to have it chosen")
@@ -88,7 +88,7 @@ class SweepKeywords(TypedDict, total=False):
 
     positions: Positions
     each_position: bool
-    direction: Direction
+    direction: PatchDirection
     metric: Metric
     corruption: Corruption | None
     min_gap: float

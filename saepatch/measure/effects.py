@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
-from saepatch.engine.components import Direction, Edit
+from saepatch.engine.components import Edit, PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.records.rows import Row
@@ -40,7 +40,7 @@ class Effects(PairGaps):
     corrupted runs of a pair, values are means over them.
     """
 
-    direction: Direction
+    direction: PatchDirection
     metric: str
     positions: str
     edits: tuple[Edit, ...]

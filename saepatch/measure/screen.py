@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from saepatch.engine.components import Direction, Edit
+from saepatch.engine.components import Edit, PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.effects import ROUNDING, describe
 from saepatch.measure.gaps import PairGaps, moved_by, towards_source
@@ -153,7 +153,7 @@ class Attribution(PairGaps):
     what the units of `sites[s]` are. `clean` and `corrupted` are the runs' own metrics.
     """
 
-    direction: Direction
+    direction: PatchDirection
     metric: str
     method: str
     positions: str

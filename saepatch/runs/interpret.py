@@ -13,7 +13,15 @@ from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.dictionaries.loading import load_sae, load_saes
-from saepatch.engine.components import Component, Direction, ErrorTerm, Heads, LatentUnits, Stream
+from saepatch.engine.components import (
+    PATCH_DIRECTIONS,
+    Component,
+    ErrorTerm,
+    Heads,
+    LatentUnits,
+    PatchDirection,
+    Stream,
+)
 from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
 from saepatch.engine.gradients import FirstOrder, GradDrop, IntegratedGradients, Method
 from saepatch.errors import UserError
@@ -57,9 +65,8 @@ def read_method(config: AttributeConfig) -> Method:
     return GradDrop() if config.method == "graddrop" else FirstOrder()
 
 
-def read_directions(direction: str) -> list[Direction]:
-    both: list[Direction] = ["denoise", "noise"]
-    return [one for one in both if direction in (one, "both")]
+def read_directions(direction: str) -> list[PatchDirection]:
+    return [each for each in PATCH_DIRECTIONS if direction in (each, "both")]
 
 
 def read_shard(text: str, environment: Mapping[str, str] | None = None) -> tuple[int, int]:
@@ -161,7 +168,7 @@ def read_corruption(
     return Mean.over(model, components[0], model.tokenize([pair.clean for pair in pairs]), by_position=False)
 
 
-def base_prompt(config: SweepConfig, direction: Direction) -> str:
+def base_prompt(config: SweepConfig, direction: PatchDirection) -> str:
     """Which prompt of a pair the edits act in: `clean` or `corrupted`."""
     return "corrupted" if direction == "denoise" and not config.corruption else "clean"
 

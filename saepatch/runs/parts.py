@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from saepatch.engine.components import Direction, Edit, EditPart
+from saepatch.engine.components import Edit, EditPart, PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.model.sites import Site
@@ -204,11 +204,11 @@ class Part:
     number: int
     pairs: tuple[int, ...]  # indices into all pairs
     components: int  # index of the group that is swept
-    direction: Direction
+    direction: PatchDirection
 
 
 def cut_parts(
-    pairs: int, shard: int, shards: int, size: int, groups: int, directions: Sequence[Direction]
+    pairs: int, shard: int, shards: int, size: int, groups: int, directions: Sequence[PatchDirection]
 ) -> list[Part]:
     """The parts of one shard, all of a few pairs before the next pairs."""
     mine = list(range(pairs))[shard::shards]

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from saepatch.engine.components import Direction
+from saepatch.engine.components import PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.effects import describe
 from saepatch.measure.screen import ERROR, Attribution, Verification
@@ -87,7 +87,7 @@ def read_screens(record: Record, pairs: Pairs, changes: RowChanges, abouts: Sequ
 
 
 def _read_screen(
-    record: Record, pairs: Pairs, changes: RowChanges, parts: Sequence[dict[str, Any]], direction: Direction
+    record: Record, pairs: Pairs, changes: RowChanges, parts: Sequence[dict[str, Any]], direction: PatchDirection
 ) -> Attribution:
     """The screen of one direction, out of rows that hold several."""
     own = [n for n, key in enumerate(changes.keys) if key.direction == direction]
