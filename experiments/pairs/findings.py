@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saepatch.data.pairs import PromptPair
-from saepatch.engine.components import Edit, PatchDirection
+from saepatch.engine.components import PATCH_DIRECTIONS, Edit, PatchDirection
 from saepatch.measure.curves import Curve
 from saepatch.measure.effects import CONTROLS, Effects, describe
 from saepatch.model.language_model import LanguageModel
@@ -13,7 +13,7 @@ from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.records.tables import text_table
 
 from .question import Question, StudyConfig
-from .stages import CHOOSE_BY, DENSE, PATCH_DIRECTIONS, Agreement, Both, DirectionKind, RankedSite
+from .stages import CHOOSE_BY, DENSE, Agreement, Both, DirectionKind, RankedSite
 
 NAMES: Mapping[PatchDirection, str] = {"denoise": "denoising", "noise": "noising"}
 NO_HEADS = "No map of attention heads: the family of {model} does not offer the heads' outputs (stream `z`)."

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from saepatch.engine.components import PATCH_DIRECTIONS
 from saepatch.measure.attribution import Attribution
 from saepatch.measure.effects import Effects, describe
 from saepatch.pages.charts import INTERVALS, attribution_chart, band, cell, effect_chart, size_chart
@@ -19,7 +20,7 @@ from saepatch.report import KEPT, Chart, Facts, HeatMap, Page, Section, Table, k
 from saepatch.runs.parts import EditKey
 
 from .findings import AGREEMENT, NAMES, NO_HEADS, StudyResults, largest, latent_rows, unsure, verdict, verdicts
-from .stages import CHOOSE_BY, DENSE, PATCH_DIRECTIONS, Both
+from .stages import CHOOSE_BY, DENSE, Both
 
 
 def write(study: StudyResults, out: Path) -> Page:

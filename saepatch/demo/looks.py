@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from saepatch import organism
 from saepatch.data.forms import largest_group
 from saepatch.data.pairs import pairs_of
-from saepatch.demo.results import PATCH_DIRECTIONS, PositionMaps
+from saepatch.demo.results import PositionMaps
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import PATCH_DIRECTIONS
 from saepatch.measure.patching import patch_heads, patch_latents, patch_streams
 from saepatch.model.language_model import LanguageModel
 from saepatch.organism import tasks

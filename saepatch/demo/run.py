@@ -14,7 +14,7 @@ from saepatch.demo.results import Findings, RestoredRefusals, Steering
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
-from saepatch.measure.quality import latent_statistics, splice_quality
+from saepatch.measure.quality import splice_qualities
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.organism.checks import evaluate_organism
@@ -68,22 +68,21 @@ def _measure(
     with stage("tasks", clock, log):
         measures = evaluate_organism(model.hf, model.tokenizer, seed=seed)  # type: ignore[arg-type]
     with stage("splice", clock, log):
-        reference = model.tokenize(organism.texts())
-        quality = []
-        for layer, dictionary in enumerate(saes.values()):
-            quality.append(splice_quality(model, dictionary, reference))
-            row = {"splice/ce_recovered": quality[-1].ce_recovered, "splice/fvu": quality[-1].fvu}
-            tracker.log(row, layer)
+        measured = splice_qualities(model, list(saes.values()), model.tokenize(organism.texts()))
+        quality = [each for each, _ in measured]
+        statistics = {site: each for site, (_, each) in zip(saes, measured, strict=True)}
+        for layer, each in enumerate(quality):
+            tracker.log({"splice/ce_recovered": each.ce_recovered, "splice/fvu": each.fvu}, layer)
     with stage("patching", clock, log):
         dictionary = _at(saes, config.ioi_site)
-        patching = stages.patching(model, dictionary, latent_statistics(model, dictionary, reference), n, seed, bars)
+        patching = stages.patching(model, dictionary, statistics[dictionary.site], n, seed, bars)
     with stage("restoration", clock, log):
         site = config.safety_site
         dictionary = _at(saes, site) if site else stages.choose_safety_site(model, saes, n, seed)
-        restoration = stages.restoration(model, dictionary, latent_statistics(model, dictionary, reference), n, seed)
+        restoration = stages.restoration(model, dictionary, statistics[dictionary.site], n, seed)
     with stage("steering", clock, log):
         dictionary = _at(saes, config.steering_site)
-        stats = latent_statistics(model, dictionary, reference)
+        stats = statistics[dictionary.site]
         steering = [stages.steering(model, dictionary, stats, c, seed) for c in stages.chosen_concepts(model, n, seed)]
     with stage("single latents", clock, log):
         best = [edit.units[0] for edit in patching.singles[0].top(looks.BY_POSITION)]
