@@ -23,9 +23,9 @@ from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
 from saepatch.pages import track_page
-from saepatch.reading.cards import token_texts
 from saepatch.records.clock import stage
 from saepatch.records.files import check_writable, output_folder
+from saepatch.report import token_text
 from saepatch.tracking.open import RunDescription, open_tracker
 
 from . import stages
@@ -41,7 +41,7 @@ def position_labels(model: LanguageModel, pairs: Sequence[PromptPair]) -> list[s
     rows = [model.encode(text) for pair in pairs for text in (pair.clean, pair.corrupted)]
     labels = []
     for position, column in enumerate(zip(*rows, strict=True)):
-        clean, corrupted = (model.tokenizer.decode([token]).strip() or "␣" for token in column[:2])
+        clean, corrupted = map(token_text, model.token_texts(column[:2]))
         shown = clean if clean == corrupted else f"{clean}/{corrupted}"
         labels.append(f"{position} {shown if len(set(column)) == 1 else f'[{shown}]'}")
     return labels
@@ -151,4 +151,4 @@ def _measure(
 
 def _tokens(model: LanguageModel, pairs: Sequence[PromptPair]) -> list[list[str]]:
     """The texts of each clean prompt's tokens."""
-    return [token_texts(model, model.encode(pair.clean)) for pair in pairs]
+    return [model.token_texts(model.encode(pair.clean)) for pair in pairs]

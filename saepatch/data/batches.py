@@ -90,7 +90,7 @@ def batch_pairs(
 
 
 def _show(model: LanguageModel, ids: Sequence[int]) -> str:
-    return "[" + "|".join(model.tokenizer.convert_ids_to_tokens(list(ids))) + "]"
+    return "[" + "|".join(model.token_texts(ids)) + "]"
 
 
 def _next_token(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> int:

@@ -11,7 +11,7 @@ from saepatch.engine.components import PATCH_DIRECTIONS
 from saepatch.measure.patching import patch_heads, patch_latents, patch_streams
 from saepatch.model.language_model import LanguageModel
 from saepatch.organism import tasks
-from saepatch.reading.cards import Card, read_latents, token_texts
+from saepatch.reading.cards import Card, read_latents
 
 HEAD_PAIRS = 40  # that heads are patched in
 BY_POSITION = 12  # latents
@@ -27,7 +27,7 @@ def read_maps(
     pairs = pairs_of(rows)
     group = largest_group(model, pairs, [f"{row['template']} {row['kind']}" for row in rows])
     texts = [pair.clean for pair in group], [pair.corrupted for pair in group]
-    sides = [[token_texts(model, model.encode(text)) for text in side] for side in texts]
+    sides = [[model.token_texts(model.encode(text)) for text in side] for side in texts]
     return PositionMaps(
         tuple(group),
         tuple(map(tuple, sides[0])),

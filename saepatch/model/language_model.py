@@ -18,6 +18,7 @@ from saepatch.model.greedy import end_tokens, greedy_options
 from saepatch.model.hooks import capture, is_spliced
 from saepatch.model.padding import Padding, by_length, positions_of, spread
 from saepatch.model.sites import Site
+from saepatch.model.token_names import token_name
 from saepatch.model.tokens import Tokens, appended_tokens, ordinary
 
 __all__ = ["LanguageModel", "Tokens", "ordinary", "refuse_training"]
@@ -117,6 +118,10 @@ class LanguageModel:
         if self.prepend_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token is called: the text it stands for, its leading space kept."""
+        return [token_name(self.tokenizer, int(token)) for token in ids]
 
     def tokenize(self, texts: Sequence[str], side: str = "right") -> Tokens:
         """Tokenise prompts into one batch, padded on the given side.

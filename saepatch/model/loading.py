@@ -136,7 +136,7 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
     layout = layout_of(hf, config.model_type, int(config.get_text_config().num_hidden_layers))
     model = LanguageModel(hf, tokenizer, name, layout)
     if model.appended:
-        ends = "".join(tokenizer.convert_ids_to_tokens(model.appended))
+        ends = "".join(model.token_texts(model.appended))
         log.info("the tokenizer of %r puts %s after every text: prompts are read without it", name, ends)
     return check_sites(model)
 

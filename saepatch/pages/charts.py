@@ -101,4 +101,4 @@ def attribution_chart(
 def _node(screen: Attribution, node: int, tokens: Sequence[Sequence[str]]) -> str:
     pair, unit, position = int(screen.pair[node]), int(screen.unit[node]), int(screen.position[node])
     what = "error term" if unit == ERROR else f"latent {unit}"
-    return f"{screen.examples[pair]}: {what} at {position} ({tokens[pair][position].strip()})"
+    return f"{screen.examples[pair]}: {what} at {position} ({report.token_text(tokens[pair][position])})"

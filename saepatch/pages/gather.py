@@ -12,7 +12,7 @@ from saepatch.engine.components import ErrorTerm, LatentUnits
 from saepatch.errors import UserError
 from saepatch.measure.quality import splice_quality
 from saepatch.model.language_model import LanguageModel, Tokens
-from saepatch.reading.cards import Card, read_latents, token_texts
+from saepatch.reading.cards import Card, read_latents
 from saepatch.records.files import write_json
 from saepatch.runs.catalogue import read_json, read_run
 from saepatch.runs.sweeps import Sweep, prepare
@@ -125,7 +125,7 @@ def _prompts(model: LanguageModel, pairs: Sequence[PromptPair], one_run: bool) -
     sides = ("clean",) if one_run else ("clean", "corrupted")
     same_length = True
     for number, pair in enumerate(pairs):
-        tokens = {side: token_texts(model, model.encode(getattr(pair, side))) for side in sides}
+        tokens = {side: model.token_texts(model.encode(getattr(pair, side))) for side in sides}
         same_length &= len({len(each) for each in tokens.values()}) == 1
         if number < SHOWN:
             first.append({"example": pair.example, "answer": pair.answer, "counter": pair.counter, **tokens})

@@ -12,7 +12,7 @@ from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.pages.cards import card_blocks, latent_card
-from saepatch.reading.cards import Card, read_latents, token_texts
+from saepatch.reading.cards import Card, read_latents
 from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.report import Details, Facts, Page, Section, Simple, Table, token_text
 from saepatch.report.text import number
@@ -65,7 +65,7 @@ def read_named(config: LatentConfig) -> list[ReadLatent]:
 
 def _placeholder(model: LanguageModel, prompt: str) -> int:
     """The place among the prompt's tokens where its last X is, which has to be a token of its own."""
-    for at, token in reversed(list(enumerate(token_texts(model, model.encode(prompt))))):
+    for at, token in reversed(list(enumerate(model.token_texts(model.encode(prompt))))):
         if token.strip() == "X":
             return at
     raise UserError(f"the X of {prompt!r} is no token of its own to this model: put it elsewhere, between spaces")

@@ -176,7 +176,7 @@ def _card(
         edges=tuple(round(edge, 4) for edge in edges),
         counts=counts,
         examples=tuple(
-            Example(peak.text, tuple(token_texts(model, peak.ids)), tuple(round(act, 4) for act in peak.acts))
+            Example(peak.text, tuple(model.token_texts(peak.ids)), tuple(round(act, 4) for act in peak.acts))
             for peak in activity.peaks[column]
         ),
         lens="" if lens is None else lens.how,
@@ -221,7 +221,7 @@ def read_texts(
         tokens = model.tokenize([text])
         acts = record_latents(model, dictionary, tokens).acts[0][:, list(latents)].sum(-1).float().cpu()
         acts = acts * tokens.ordinary[0].cpu()
-        texts.append(ReadText(name, tuple(token_texts(model, tokens.input_ids[0].tolist())), tuple(acts.tolist())))
+        texts.append(ReadText(name, tuple(model.token_texts(tokens.input_ids[0].tolist())), tuple(acts.tolist())))
     return tuple(texts)
 
 
@@ -267,40 +267,9 @@ def logit_lens(model: LanguageModel, dictionary: Dictionary, latents: Sequence[i
 
 def _named(model: LanguageModel, ids: Tensor, values: Tensor) -> tuple[tuple[tuple[str, float], ...], ...]:
     return tuple(
-        tuple((name, round(value, 4)) for name, value in zip(token_texts(model, row), numbers))
+        tuple((name, round(value, 4)) for name, value in zip(model.token_texts(row), numbers))
         for row, numbers in zip(ids.tolist(), values.tolist())
     )
-
-
-# Tokens and addresses
-
-
-def token_texts(model: LanguageModel, ids: Sequence[int]) -> list[str]:
-    """Tokens as texts. One that is part of a character shows its bytes, as in ⟨E2 80⟩, or its piece."""
-    return [_token_text(model.tokenizer, int(token)) for token in ids]
-
-
-def _token_text(tokenizer: Any, token: int) -> str:
-    try:
-        text = tokenizer.decode([token])
-        piece = tokenizer.convert_ids_to_tokens(token)
-    except (IndexError, OverflowError, TypeError):  # an unembedding has more rows than its tokenizer has tokens
-        return f"⟨id {token}⟩"
-    if piece is None:
-        return f"⟨id {token}⟩"
-    if "\ufffd" not in text:
-        return text
-    known = _byte_signs()
-    if all(sign in known for sign in piece):
-        return "⟨" + " ".join(f"{known[sign]:02X}" for sign in piece) + "⟩"
-    return str(piece)
-
-
-def _byte_signs() -> dict[str, int]:
-    """The signs that byte-level BPE (Radford et al., 2019) writes bytes as."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(rest)}
 
 
 def neuronpedia(dictionary: Dictionary) -> str:

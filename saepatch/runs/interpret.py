@@ -195,11 +195,6 @@ def check_pairs(
                     raise UserError(f"pair {pair.example}: {error}") from error
 
 
-def token_texts(model: LanguageModel, texts: Sequence[str]) -> list[list[str]]:
-    """The texts of prompts' own tokens."""
-    return [[model.tokenizer.decode([token]) for token in model.encode(text)] for text in texts]
-
-
 def read_dictionaries(sae: str, sites: Sequence[Site], model: LanguageModel) -> list[Dictionary]:
     """The dictionaries of the sites, or all there are, each checked against the model."""
     if sites:

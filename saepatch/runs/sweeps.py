@@ -30,7 +30,6 @@ from saepatch.runs.interpret import (
     read_model,
     read_pairs,
     read_positions,
-    token_texts,
 )
 from saepatch.runs.parts import Part, Record, cut_parts, edit_facts
 from saepatch.runs.screens import screen_about, screen_rows
@@ -58,7 +57,8 @@ class Sweep:
     def run_part(self, number: int, count: Count) -> PartContent:
         part = self.parts[number]
         pairs = [self.pairs[i] for i in part.pairs]
-        tokens = token_texts(self.model, [getattr(pair, base_prompt(self.config, part.direction)) for pair in pairs])
+        prompts = [getattr(pair, base_prompt(self.config, part.direction)) for pair in pairs]
+        tokens = [self.model.token_texts(self.model.encode(prompt)) for prompt in prompts]
         measure = _estimate if isinstance(self.config, AttributeConfig) else _patch
         measured = measure(self, part, pairs, tokens, count)
         own = zip(part.pairs, pairs, measured.clean.tolist(), measured.corrupted.tolist(), strict=True)

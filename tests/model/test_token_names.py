@@ -1,0 +1,92 @@
+"""What a token is called: one name for one token, in every kind of vocabulary."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, tiny_model
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from experiments.pairs.study import position_labels
+from saepatch.data.pairs import PromptPair
+from saepatch.model.token_names import token_name
+from saepatch.report import token_text
+
+ROOT = Path(__file__).resolve().parents[2]
+PIECES = ["<unk>", "<s>", "</s>", "<0x0A>", "<0x61>", "<0xE2>", "▁", "▁▁", "▁he", "he", "▁was", "was", "a", "h", "e"]
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """A vocabulary as Llama 2's: words begin with ▁, what is missing falls back on bytes, decoding drops a space."""
+    merges = [("h", "e"), ("w", "a"), ("wa", "s"), ("▁", "he"), ("▁", "was"), ("▁", "▁")]
+    vocabulary = {piece: i for i, piece in enumerate([*PIECES, "w", "s", "wa"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(each, special=True) for each in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def test_word_starts_are_kept_and_bytes_shown_as_bytes():
+    tokenizer = sentencepiece_tokenizer()
+    names = [token_name(tokenizer, i) for i in range(len(PIECES))]
+    assert names[:6] == ["<unk>", "<s>", "</s>", "⟨0A⟩", "⟨61⟩", "⟨E2⟩"]
+    assert names[6:] == [" ", "  ", " he", "he", " was", "was", "a", "h", "e"]
+    assert len({token_text(name) for name in names}) == len(PIECES)
+
+
+def test_no_space_is_cleaned_away_from_a_token():
+    pieces = ["Ġ.", ".", "Ġ's", "'s"]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    cleaning = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True)
+    assert [token_name(cleaning, i) for i in range(4)] == [" .", ".", " 's", "'s"]
+
+
+def test_ends_of_words_are_kept():
+    vocabulary = {"she</w>": 0, "she": 1, "d</w>": 2}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], end_of_word_suffix="</w>"))
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert [token_name(wrapped, i) for i in range(3)] == ["she ", "she", "d "]
+
+
+def test_bytes_of_a_byte_level_vocabulary():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("é a\n", add_special_tokens=False)["input_ids"]
+    assert [token_name(tokenizer, i) for i in ids] == ["⟨C3⟩", "⟨A9⟩", " ", "a", "\n"]
+    assert token_name(tokenizer, 5000) == "⟨id 5000⟩"
+
+
+def test_axes_and_models_use_the_names():
+    model = replace(tiny_model("gpt2"), tokenizer=sentencepiece_tokenizer())
+    ids = model.encode("he was he")
+    assert model.token_texts(ids) == [" he", " was", " he"]
+    pairs = [PromptPair("he was he", "he was was", "a", "h"), PromptPair("he was was", "he was he", "a", "h")]
+    assert position_labels(model, pairs) == ["0 ␣he", "1 ␣was", "2 [␣he/␣was]"]
+
+
+def test_a_token_is_named_in_one_place():
+    by_hand = re.compile(r"tokenizer\.decode\(\[|convert_ids_to_tokens")
+    sources = [path for room in ("saepatch", "training", "experiments") for path in (ROOT / room).rglob("*.py")]
+    naming = [path.name for path in sources if by_hand.search(path.read_text(encoding="utf-8"))]
+    assert naming == ["token_names.py"]
+
+
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not beside this clone")
+def test_a_real_vocabulary_has_no_two_tokens_of_one_name():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    names = [token_name(tokenizer, i) for i in range(len(tokenizer))]
+    assert len(set(names)) == len(tokenizer) == 512
+    assert names[358] == " she"
+    assert names[13] == "⟨0A⟩"
+    assert len({token_text(name) for name in names}) == 512
