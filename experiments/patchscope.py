@@ -67,7 +67,7 @@ class PatchscopeConfig:
     seed: int = 0
     """Seed of prompts and random latents."""
     track: str = "none"
-    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
+    """Besides the local log: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas."""
 
     def __post_init__(self) -> None:
         read_spec(self.track)

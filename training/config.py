@@ -159,7 +159,7 @@ class TrainingConfig:
         device: Where the model and the dictionaries are, such as cpu or cuda.
         dtype: Precision of the model; dictionaries are float32.
         compile: Have torch compile the steps that gain from it (takes a C++ compiler, and a minute at the start).
-        track: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between. A local log is always
+        track: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas. A local log is always
             written.
         upload: Upload the dictionaries to W&B; otherwise only their path and hash are logged.
         sweep: Fields and the values to try, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: a run for every combination,

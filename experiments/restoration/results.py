@@ -53,7 +53,7 @@ class SafetyConfig:
     device: str = "cpu"
     """Where to run: cpu, cuda or mps."""
     track: str = "none"
-    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
+    """Besides the local log: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas."""
 
     def __post_init__(self) -> None:
         read_spec(self.track)

@@ -57,7 +57,7 @@ class SteeringConfig:
     dtype: str = "float32"
     """Precision of the model: float32, bfloat16 or float16."""
     track: str = "none"
-    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
+    """Besides the local log: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas."""
     prepend_bos: bool | None = None
     """Put a BOS in front of texts whose tokenizer adds none; unset: where the dictionaries were trained so."""
 

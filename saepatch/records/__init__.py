@@ -1,4 +1,4 @@
-"""Rows, provenance, files, statistics, tables: what is written, and how it is summarised.
+"""Rows, provenance, files, statistics and tables: how results are stored and summarised.
 
 May import errors alone.
 """

@@ -1,4 +1,4 @@
-"""How long the parts of a run take."""
+"""Timing of the stages of a run."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stage(name: str, clock: dict[str, float], log: logging.Logger) -> Iterator[None]:
-    """Log the name of a part of a run, and note its seconds in `clock`."""
+    """Log the name of a stage and record its duration in seconds in `clock`."""
     log.info("%s …", name)
     start = time.monotonic()
     yield

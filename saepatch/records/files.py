@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: a file appears whole or not at all."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def write_yaml(value: Mapping[str, Any], path: Path) -> None:
-    """Write settings atomically, in their order."""
+    """Write settings atomically, keeping their order."""
     import yaml
 
     with atomic(path) as temporary:
@@ -26,7 +26,7 @@ def write_yaml(value: Mapping[str, Any], path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: NumPy's numbers as Python's, NaN as null."""
+    """Convert a value to plain JSON types: NumPy scalars to Python numbers, NaN to None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,7 +42,7 @@ def plain(value: Any) -> Any:
 def atomic(path: Path) -> Iterator[Path]:
     """`with atomic(path) as temporary:` write to `temporary`; it replaces `path` when the block ends without error.
 
-    It is on the disk by then: a machine that fails right after leaves the old file or the new one, whole.
+    The data is synced to disk first, so that a crash leaves either the old file or the new one, complete.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -59,7 +59,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def to_disk(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder, so that a power cut does not leave it empty."""
+    """Sync a file or folder to disk, so that a power cut does not leave it empty."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,7 +68,7 @@ def to_disk(path: Path) -> None:
 
 
 def check_writable(out: str | Path) -> None:
-    """See that a folder can be written, or made; nothing is left behind.
+    """Check that a folder can be written to or created; leaves nothing behind.
 
     Raises:
         UserError: it cannot.
@@ -79,14 +79,14 @@ def check_writable(out: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
-        for part in made:  # from the inside out; they come back when there is something to put there
+        for part in made:  # innermost first; created again once there is something to write
             part.rmdir()
     except OSError as error:
         raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): give another folder with --out") from error
 
 
 def output_folder(out: str | Path) -> Path:
-    """The folder results go to, made if need be.
+    """The folder for results, created if needed.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Where rows come from: model, dictionary, seed, versions, command."""
+"""Provenance of rows: model, dictionary, seed, versions, command."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where rows come from; every row of a file carries it."""
+    """What produced a row; every row of a file carries these columns."""
 
     model: str
     model_hash: str
@@ -27,7 +27,7 @@ class Provenance:
     command: str = field(default_factory=lambda: command_line())
 
     def facts(self) -> dict[str, str]:
-        """The same, as labels and texts for a reader."""
+        """The same as labels and texts for display."""
         return {
             "model": f"{self.model} ({self.model_hash})",
             "dictionary": f"{self.dictionary} ({self.dictionary_hash})",
@@ -38,19 +38,19 @@ class Provenance:
 
 
 def command_line() -> str:
-    """The command this process was started with, its interpreter's and script's folders left out."""
+    """The command that started this process, without the folders of the interpreter and script."""
     if "-m" in sys.orig_argv[:3]:
         return shlex.join(["python", *sys.orig_argv[sys.orig_argv.index("-m") :]])
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def json_hash(value: Any) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of a value as JSON, whatever the order of its keys."""
+    """First 16 hexadecimal digits of the SHA-256 of a value as JSON; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries a number can depend on."""
+    """Versions of Python and of the libraries that results can depend on."""
     return {"python": platform.python_version()} | {library: _version(library) for library in LIBRARIES}
 
 

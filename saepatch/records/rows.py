@@ -9,20 +9,20 @@ from typing import Any
 from saepatch.records.files import atomic
 from saepatch.records.provenance import Provenance
 
-ABOUT = b"saepatch"  # key of the metadata of a parquet file
+ABOUT = b"saepatch"  # metadata key in the parquet file
 
 
 @dataclass(frozen=True)
 class Row:
     """One measured value: one edit of one example.
 
-    `component` says what was patched: "latent", "error", "stream", "head", "query", "key", "value", or what kind of
-    direction ("direction", "dimension", "principal component", "mean difference"). `latent` names its units and
-    `position` the place, as texts ("417", "3,17", "all"); `token` is the text at a single position. `role` says why
-    these units: "single" (all are swept, and those that differ between a pair's runs have a row), "given", "top",
-    "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1:
-    source run) and NaN where the clean and corrupted runs are too close to divide by. `corruption` is what made the
-    corrupted run where it is not the pair's corrupted prompt.
+    `component` is what was patched: "latent", "error", "stream", "head", "query", "key", "value", or a kind of
+    direction ("direction", "dimension", "principal component", "mean difference"). `latent` lists the patched units and
+    `position` the positions, as text ("417", "3,17", "all"); `token` is the text at a single position. `role` is why
+    the units were chosen: "single" (all are swept; those that differ between a pair's runs have a row), "given", "top",
+    "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1: source run), and NaN where the
+    clean and corrupted runs are too close to divide by their difference. `corruption` is how the corrupted run was
+    made, where not by the pair's corrupted prompt.
     """
 
     task: str
@@ -45,11 +45,11 @@ class Row:
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """What a model answered to one prompt under one condition.
+    """One model's answer to one prompt under one condition.
 
-    `setting` says who restores whom, `condition` what was restored ("bare": nothing), `latents` how many; `draw` counts
-    random sets of latents. `outcome` is refuse, comply or degenerate; `score` is the refusal score (nats) after the
-    prompt, NaN where it was not taken.
+    `setting` names the donor and the restored model, `condition` what was restored ("bare": nothing), `latents` the
+    number of latents; `draw` numbers random sets of latents. `outcome` is refuse, comply or degenerate; `score` is the
+    refusal score (nats) after the prompt, NaN where it was not measured.
     """
 
     setting: str
@@ -70,16 +70,16 @@ def write_rows(
     about: Mapping[str, Any] | None = None,
     kind: type[Row] | type[AnswerRow] = Row,
 ) -> int:
-    """Write rows, each part with its own provenance, to one parquet file; the file appears whole or not at all.
+    """Write rows, each part with its own provenance, to one parquet file, atomically.
 
-    One part is held in memory at a time. `about`, anything that JSON holds, goes into the file's metadata: `read_about`
-    finds it without reading a row. All rows are of one `kind`. Returns how many there were.
+    One part is held in memory at a time. `about`, any JSON value, goes into the file's metadata, where `read_about`
+    finds it without reading a row. All rows are of one `kind`. Returns the number of rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = [f.name for f in (*fields(kind), *fields(Provenance))]
-    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64()}  # said, since no rows would say nothing
+    arrow = {str: pa.string(), float: pa.float64(), int: pa.int64()}  # explicit: an empty table has no types to infer
     schema = pa.schema([(f.name, arrow[f.type]) for f in (*fields(kind), *fields(Provenance))])  # type: ignore[index]
     if about is not None:
         schema = schema.with_metadata({ABOUT: json.dumps(about)})
@@ -98,9 +98,9 @@ def write_rows(
 
 
 def write_records(parts: Iterable[tuple[Sequence[Mapping[str, Any]], Provenance]], path: Path) -> int:
-    """Write flat records that are no edits of pairs (texts that were generated, say), each part with its provenance.
+    """Write flat records of other kinds, such as generated texts, to parquet, each part with its provenance.
 
-    All records have the same keys. The file appears whole or not at all. Returns how many there were.
+    All records have the same keys. The file is written atomically. Returns the number of records.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -112,15 +112,15 @@ def write_records(parts: Iterable[tuple[Sequence[Mapping[str, Any]], Provenance]
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What was written about the rows; None where the file is missing, damaged or says nothing."""
+    """The `about` of `write_rows`; None where the file is missing, damaged or has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        said = (pq.read_schema(path).metadata or {}).get(ABOUT)
+        about = (pq.read_schema(path).metadata or {}).get(ABOUT)
     except (OSError, pa.ArrowException):
         return None
-    return None if said is None else json.loads(said)
+    return None if about is None else json.loads(about)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Uncertainty and controls: intervals over prompts, tests, random and matched random latents."""
+"""Uncertainty and controls: confidence intervals over prompts, tests, random and matched random latents."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from saepatch.errors import UserError
 
-FEWEST = 6  # examples that allow an interval: a draw of five is too often five times the same one
-FEWEST_MOVED = 5  # of them that differ from the rest
-FEWEST_RESAMPLED = 10  # rows in which an edit must have run for draws of rows to say how it varies
+FEWEST = 6  # fewest examples for an interval: resamples of five too often repeat a single example
+FEWEST_MOVED = 5  # fewest examples that must differ from the rest
+FEWEST_RESAMPLED = 10  # fewest rows in which an edit must have run for a bootstrap over rows
 FLAGGED = 0.05  # false discovery rate below which an edit counts as found
 FEW = "too few for an interval"
-CELLS = 2**22  # float64 numbers that a permutation test holds at a time
+CELLS = 2**22  # float64 numbers that a permutation test holds in memory at a time
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval; `n` is how many examples it rests on.
+    """An estimate with its confidence interval over `n` examples.
 
-    Where no interval can be given both ends are NaN, and `reason` says why.
+    Where no interval can be given, both bounds are NaN and `reason` explains why.
     """
 
     value: float
@@ -35,8 +35,8 @@ class Interval:
 
     @classmethod
     def withheld(cls, value: float, n: int, reason: str) -> "Interval":
-        """The estimate alone."""
-        return cls(value, math.nan, math.nan, n, reason)  # one object, so that equal ones compare so
+        """An estimate without an interval."""
+        return cls(value, math.nan, math.nan, n, reason)  # always the same NaN object, so that equal intervals are ==
 
     def __str__(self) -> str:
         if self.reason:
@@ -44,16 +44,16 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def facts(self) -> dict[str, float | int | str]:
-        """As a file holds it: the reason stands there only where there is one."""
+        """The fields as written to files; `reason` only where there is one."""
         return {name: value for name, value in vars(self).items() if name != "reason" or value}
 
 
 def bootstrap_mean(
     values: Float[np.ndarray, "examples"], level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> Interval:
-    """Mean with its interval over examples, as `RatioBootstrap` has it; missing values (NaN) are left out.
+    """Mean with its interval over examples (see `RatioBootstrap`); missing values (NaN) are left out.
 
-    Values that are all -1, 0 or 1 are taken as paired differences of outcomes: see `paired_difference`.
+    Values that are all -1, 0 or 1 are treated as paired differences of outcomes: see `paired_difference`.
     """
     kept = np.asarray(values, dtype=float)
     kept = kept[~np.isnan(kept)]
@@ -61,14 +61,14 @@ def bootstrap_mean(
 
 
 class RatioBootstrap:
-    """Intervals of ratios of means with one denominator: the same draws of examples for every numerator.
+    """Intervals of ratios of means that share a denominator, with the same bootstrap draws for every numerator.
 
-    Each is the union of two: the t interval of the delta method (residuals of the ratio over the mean denominator) and
-    the studentised bootstrap interval (Efron and Tibshirani 1993, chapter 12), its quantiles widened for small samples
-    (Hesterberg 2015, "expanded percentile"). Either one alone covers too little for some shape of data; the union
-    covers at least 0.93 of the 0.95 from ten examples on: `docs/statistics.md` has the simulation. No interval is
-    given where too few examples tell anything: fewer than six, or fewer than five that differ from the rest (an edit
-    that moved the metric on few pairs), or a mean denominator that may be 0.
+    An interval is the union of two: the t interval of the delta method (residuals of the ratio over the mean
+    denominator) and the studentised bootstrap interval (Efron and Tibshirani 1993, chapter 12), its quantiles widened
+    for small samples (Hesterberg 2015, "expanded percentile"). Either alone undercovers for some shapes of data; the
+    union, at nominal 0.95, covers at least 0.93 from ten examples on: see the simulation in `docs/statistics.md`. No
+    interval is given for fewer than six examples, for fewer than five that differ from the rest (an edit that moved
+    the metric on few pairs), or where the mean denominator may be 0.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RatioBootstrap:
 
     @cached_property
     def _counts(self) -> Float[np.ndarray, "draws examples"]:
-        """How often each draw has each example."""
+        """Number of times each draw contains each example."""
         n = len(self.denominator)
         return np.random.default_rng(self._seed).multinomial(n, np.full(n, 1 / n), self._draws).astype(float)
 
@@ -101,7 +101,7 @@ class RatioBootstrap:
         if reason := self._why_none(top):
             return Interval.withheld(ratio, n, reason)
         residual = top - ratio * bottom
-        if np.abs(residual).max() <= 1e-12 * np.abs(top).max():  # the same share everywhere, but for rounding
+        if np.abs(residual).max() <= 1e-12 * np.abs(top).max():  # the same ratio in every example, up to rounding
             return Interval(ratio, ratio, ratio, n)
         low, high = self._bounds(ratio, residual)
         if not np.isfinite([low, high]).all():
@@ -114,14 +114,14 @@ class RatioBootstrap:
         t = _t_quantile((1 + self.level) / 2, n - 1)
         denominators, squares = self._denominators
         with np.errstate(divide="ignore", invalid="ignore"):
-            shift = self._counts @ residual / n / denominators  # a draw's ratio less the ratio
+            shift = self._counts @ residual / n / denominators  # a draw's ratio minus the estimate
             cross = self._counts @ (residual * self.denominator) / n
             variance = self._counts @ residual**2 / n - 2 * shift * cross + shift**2 * squares
             errors = np.sqrt(np.maximum(variance, 0) / (n - 1)) / np.abs(denominators)
             scaled = np.where(errors > 1e-9 * error, shift / errors, np.copysign(np.inf, shift))
         scaled = np.where(np.isnan(scaled), np.inf, scaled)
         tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t)
-        # a quantile between two infinities cannot be interpolated
+        # interpolating a quantile between two infinities gives NaN
         lower, upper = np.quantile(scaled, [tail, 1 - tail], method="inverted_cdf")
         return float(ratio - max(t, upper) * error), float(ratio - min(-t, lower) * error)
 
@@ -156,15 +156,16 @@ def bootstrap_ratio(
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Ratio of means with its interval over examples, as `RatioBootstrap` has it: both means of the same examples."""
+    """Ratio of two means over the same examples, with its interval (see `RatioBootstrap`)."""
     return RatioBootstrap(denominator, level, draws, seed).of(numerator)
 
 
 def paired_difference(differences: Float[np.ndarray, "examples"], level: float = 0.95) -> Interval:
-    """Mean difference of two outcomes of the same examples, each between 0 and 1 (Bonett and Price 2012).
+    """Mean paired difference of two outcomes between 0 and 1, with the interval of Bonett and Price (2012).
 
-    The Wald interval after one difference each way is added, here with the t quantile: it keeps its level from six
-    examples on, and is no point where all are 0. Of differences of fractions (means over draws) it is conservative.
+    One difference in each direction is added before the Wald interval is taken, here with the t quantile: it keeps its
+    level from six examples on, and has a width even where all differences are 0. For differences of fractions (means
+    over draws) it is conservative.
 
     Raises:
         UserError: a value that is not between -1 and 1.
@@ -183,10 +184,10 @@ def paired_difference(differences: Float[np.ndarray, "examples"], level: float =
 
 
 def wilson_share(shares: Float[np.ndarray, "examples"], level: float = 0.95) -> Interval:
-    """Mean of values between 0 and 1 with the Wilson score interval of a proportion over as many examples.
+    """Mean of values between 0 and 1, with the Wilson score interval of a proportion over the same number of examples.
 
-    A bootstrap of a hundred zeros is [0, 0]; this interval does not pretend to know that much. For fractions (a share
-    of random draws, say) it is conservative.
+    A bootstrap of a hundred zeros gives [0, 0]; the Wilson interval keeps a width. For fractions (such as shares of
+    random draws) it is conservative.
 
     Raises:
         UserError: a value that is not between 0 and 1.
@@ -200,21 +201,21 @@ def wilson_share(shares: Float[np.ndarray, "examples"], level: float = 0.95) -> 
     p, z = float(values.mean()), NormalDist().inv_cdf((1 + level) / 2)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # rounding must not leave the estimate outside: at 0 and 1 it is an end
+    # at 0 and 1 the estimate is a bound: rounding must not leave it outside
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
 
 
 def false_discovery(
     change: Float[np.ndarray, "pairs edits"], tested: Bool[np.ndarray, "pairs edits"]
 ) -> Float[np.ndarray, "edits"]:
-    """q values of the test that each column's mean is 0 (Benjamini and Hochberg 1995, over one-sample t tests).
+    """q values for the hypothesis that a column's mean is 0 (Benjamini and Hochberg 1995, over one-sample t tests).
 
-    Columns that `tested` has in fewer than two rows are NaN: too little ran there to test. Rows where an edit did not
-    run are real zeros, and stay in the mean. No p value is below that of n equal signs, 2^(1-n). All are NaN where
-    none is below 0.05 and no single column could be: see `why_no_q`.
+    A column is NaN where `tested` marks fewer than two of its rows. Rows where an edit did not run are true zeros and
+    stay in the mean. A p value is never below that of n equal signs, 2^(1-n). All q values are NaN where none is below
+    0.05 and no single column could have been: see `why_no_q`.
 
-    Where the mean is 0 the rows are taken as symmetric about 0: skewed rows make the values too small.
-    `studentised_max_test` holds for them.
+    The test assumes rows symmetric about 0 under the null: skewed rows make q too small. `studentised_max_test` is
+    valid for them.
     """
     from scipy import stats  # costs half a second, and most uses of this file need none of it
 
@@ -224,7 +225,7 @@ def false_discovery(
         n, share = len(change), _share_of_one_direction(change[:, columns])
         with np.errstate(divide="ignore"):
             t = share * np.sqrt(n - 1) / np.sqrt(1 - share**2)
-        # no test of n signs is surer than all of them being the same, whatever the t distribution says of n equal rows
+        # n rows cannot be stronger evidence than n equal signs, whatever the t distribution gives for equal rows
         p = np.maximum(2 * stats.t.sf(t, n - 1), 2.0 ** (1 - n))
         q[columns] = stats.false_discovery_control(p)
         if why_no_q(n, len(columns)) and np.nanmin(q) > FLAGGED:
@@ -233,32 +234,32 @@ def false_discovery(
 
 
 def why_no_q(rows: int, columns: int) -> str:
-    """Why no single one of so many tested edits could have q < 0.05 on so many pairs; empty where one could."""
+    """Why no single one of `columns` tested edits could reach q < 0.05 on `rows` pairs; empty where one could."""
     least = 2.0 ** (1 - rows)
     if least * columns <= FLAGGED:
         return ""
     return (
         f"no q: {columns} edit{'s' * (columns > 1)} tested on {rows} pairs, where even the same sign in every pair "
-        f"has p = {least:.2g}: that none is flagged says nothing of their effects"
+        f"has p = {least:.2g}: that none is flagged is no evidence against an effect"
     )
 
 
 def about_sets(sets: int) -> str:
-    """What a mean over so many random sets says of all such sets: none of them was above the largest."""
+    """Sentence on what the largest of `sets` random sets bounds in the population of such sets."""
     share = 1 - 0.05 ** (1 / sets)
     return (
-        f"Controls: means of {sets} set{'s' * (sets > 1)}. Their intervals are over pairs, for these sets; of all such "
-        f"sets up to {share:.0%} may do more than the largest of these (95 % bound)."
+        f"Controls: means of {sets} set{'s' * (sets > 1)}. Their intervals are over pairs, for these sets alone; "
+        f"up to {share:.0%} of all such sets may have a larger effect than the largest of these (95 % bound)."
     )
 
 
 def studentised_max_test(
     change: Float[np.ndarray, "pairs edits"], tested: Bool[np.ndarray, "pairs edits"], draws: int = 2000, seed: int = 0
 ) -> Float[np.ndarray, "edits"]:
-    """p values of |mean / standard error| against the largest of all columns in draws of centred rows.
+    """p values of |mean / standard error| against the maximum over all columns in bootstrap draws of centred rows.
 
-    The bootstrap form of the maxT test (Westfall and Young 1993): it takes nothing as symmetric and holds for skewed
-    changes, with less power than `sign_flip_test`. Columns that `tested` has in fewer than ten rows are NaN.
+    The bootstrap form of the maxT test (Westfall and Young 1993): it assumes no symmetry, so it is valid for skewed
+    changes, with less power than `sign_flip_test`. A column is NaN where `tested` marks fewer than ten of its rows.
     """
     columns = _testable(change, tested, FEWEST_RESAMPLED)
     p = np.full(change.shape[1], np.nan)
@@ -288,9 +289,9 @@ def sign_flip_test(
 ) -> Float[np.ndarray, "edits"]:
     """p values from the permutation distribution of the maximum |mean / standard error| under random signs of rows.
 
-    Exact where a row's changes are as likely as their negatives. One draw's signs are those of whole rows, so edits
-    that go together stay together; each column is compared with the largest of all (the single-step maxT of Westfall
-    and Young 1993). `(1 + how many draws reach it) / (1 + draws)`. NaN as in `false_discovery`.
+    Exact where a row's changes are as likely as their negatives. A draw flips whole rows, which keeps the correlation
+    between edits; each column is compared with the maximum over all (the single-step maxT of Westfall and Young 1993).
+    p = (1 + number of draws that reach the column's value) / (1 + draws). NaN as in `false_discovery`.
 
     Raises:
         UserError: fewer than one draw.
@@ -310,7 +311,7 @@ def sign_flip_test(
         unit = _to_unit_length(change[:, columns[some]])
         own[some] = np.abs(unit.sum(0))
         largest = np.maximum(largest, np.abs(signs @ unit).max(1))
-    # a draw that turns no row, or all, reaches a column's own value but for rounding
+    # a draw that flips no row, or all of them, equals a column's own value up to rounding
     reached = draws - np.searchsorted(np.sort(largest), own - 1e-9)
     p[columns] = (1 + reached) / (1 + draws)
     return p
@@ -325,21 +326,21 @@ def _testable(
 def _to_unit_length(values: Float[np.ndarray, "pairs columns"]) -> Float[np.ndarray, "pairs columns"]:
     values = np.asarray(values, dtype=np.float64)
     largest = np.abs(values).max(0)
-    values = values / np.where(largest > 0, largest, 1)  # first, so that no square vanishes
+    values = values / np.where(largest > 0, largest, 1)  # before squaring, so that no square underflows
     length = np.linalg.norm(values, axis=0)
     return values / np.where(length > 0, length, 1)
 
 
 def _share_of_one_direction(values: Float[np.ndarray, "pairs columns"]) -> Float[np.ndarray, "columns"]:
-    """|sum| over √(n · sum of squares): 1 where all rows are equal. |t| = r √(n − 1) / √(1 − r²) grows with it."""
+    """r = |sum| / √(n · sum of squares): 1 where all rows are equal. |t| = r √(n − 1) / √(1 − r²)."""
     share = np.abs(_to_unit_length(values).sum(0)) / np.sqrt(len(values))
-    return np.where(share > 1 - 1e-12, 1.0, share)  # equal but for rounding
+    return np.where(share > 1 - 1e-12, 1.0, share)  # equal up to rounding
 
 
 def random_latents(
     among: Bool[Tensor, "d_sae"], exclude: Collection[int], k: int, draws: int = 5, seed: int = 0
 ) -> list[tuple[int, ...]]:
-    """`draws` sets of `k` latents, each set drawn without replacement from `among` less `exclude`.
+    """`draws` sets of `k` latents, each set drawn without replacement from `among` minus `exclude`.
 
     Raises:
         UserError: fewer than `k` latents are left to draw from.
@@ -361,9 +362,9 @@ def matched_latents(
 ) -> list[tuple[int, ...]]:
     """`draws` sets of latents that fire about as often and write about as much as the chosen ones.
 
-    `frequency` is the share of positions where a latent is active, `size` its mean activation times its row's norm.
-    For each chosen latent one is drawn from its `neighbours` nearest in the ranks of both, among live latents that are
-    neither chosen nor drawn already for this set.
+    `frequency` is the share of positions where a latent is active, `size` its mean activation times the norm of its
+    decoder row. For each chosen latent, a control is drawn from its `neighbours` nearest in the ranks of both, among
+    live latents that are neither chosen nor already in this set.
 
     Raises:
         UserError: there are not enough live latents to draw from.
@@ -381,7 +382,7 @@ def matched_latents(
     for _ in range(draws):
         free, drawn = others.copy(), []
         for latent in chosen:
-            centre = rank[place[latent]] if latent in place else np.zeros(2)  # one that never fires: the rarest
+            centre = rank[place[latent]] if latent in place else np.zeros(2)  # a dead latent: match the rarest
             distance = np.where(free, np.abs(rank - centre).sum(1), np.inf)
             near = np.argsort(distance, kind="stable")[: min(neighbours, int(free.sum()))]
             row = int(rng.choice(near))

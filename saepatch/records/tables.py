@@ -1,4 +1,4 @@
-"""Tables for the terminal: columns as wide as what they hold, wide characters counted as two."""
+"""Tables for the terminal, aligned by display width (wide characters count as two)."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ GAP = "  "
 
 
 def text_table(head: Sequence[object], rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """A table as text: one line for the heads, unless there are none, and one for each row.
+    """A table as text: a header line, if there are headers, and one line per row.
 
     Args:
-        head: What stands over the columns; empty: nothing.
-        rows: Cells, each written as `str` writes it, None as a dash. Rows may be shorter than the longest.
-        left: How many columns are flush left; the others, such as numbers, are flush right.
+        head: Column headers; empty: no header line.
+        rows: Cells, written with `str`, None as a dash. Rows may be shorter than the longest.
+        left: Number of left-aligned columns; the others, such as numbers, are right-aligned.
     """
     from tabulate import tabulate  # what `saepatch --help` loads does without it
 

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file, made of plain values. It knows nothing of models.
+"""Reports: self-contained HTML files made from plain values, independent of models.
 
 May import records and below.
 

@@ -1,8 +1,7 @@
-"""What a report is made of: plain frozen values, with no HTML in them.
+"""The blocks of a report: frozen values that contain no HTML.
 
-Every text may come from a model or a user: it is escaped when the page is written. Every number may be missing: None
-and NaN show as a dash. A caption is where a chart says over how many examples it was measured and what its interval
-is.
+Texts may come from a model or a user: they are escaped when the page is written. Numbers may be missing: None and NaN
+show as a dash. A chart's caption states the number of examples and the kind of interval.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Number = float | int | None
 class EstimateCell:
     """A table cell: an estimate and its interval, shown as ``0.83 [0.79, 0.87]`` and sorted by the estimate.
 
-    Where there is no interval, `reason` says why and is shown in its place.
+    Where there is no interval, `reason` explains why and is shown in its place.
     """
 
     value: Number
@@ -28,7 +27,7 @@ class EstimateCell:
 
 @dataclass(frozen=True)
 class Link:
-    """A table cell, or a name, that leads to a `Details` of the same page."""
+    """A table cell or a name that links to a `Details` on the same page."""
 
     text: str
     anchor: str
@@ -39,7 +38,7 @@ Cell = str | bool | float | int | EstimateCell | Link | None
 
 @dataclass(frozen=True)
 class Facts:
-    """Labels and short texts: models, hashes, seeds, versions."""
+    """Labelled short texts: models, hashes, seeds, versions."""
 
     items: Mapping[str, str]
 
@@ -53,22 +52,22 @@ class Headline:
 
 @dataclass(frozen=True)
 class Notices:
-    """What a reader has to know before trusting the figures, a sentence each."""
+    """Warnings to read before trusting the figures, one sentence each."""
 
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that sorts by a click on its header, filters, and copies as CSV; numbers stand to the right."""
+    """A table that can be sorted by clicking a header, filtered, and copied as CSV; numbers are right-aligned."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     formats: Mapping[str, str] = field(default_factory=dict)
-    """Python format of a column's numbers, by column name: ``{"recovered": ".1%", "latent": "d"}``; else by size."""
+    """Python format of a column's numbers, by column: ``{"recovered": ".1%", "latent": "d"}``; default: by size."""
     keys: Sequence[Sequence[str]] = ()
-    """Of each row, the cells of heat maps that it belongs to (`HeatMap.keys`)."""
+    """For each row, the keys of the heat map cells it belongs to (`HeatMap.keys`)."""
 
     def __post_init__(self) -> None:
         if self.keys:
@@ -96,7 +95,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Reference:
-    """A labelled line across a chart at one value: chance, the clean run, a threshold."""
+    """A labelled line across a chart at one value, such as chance, the clean run or a threshold."""
 
     value: float
     label: str
@@ -104,7 +103,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines with interval bands. On a logarithmic axis an x of 0 stands one step left of the smallest other x."""
+    """Lines with interval bands. On a logarithmic axis, x = 0 is drawn one step left of the smallest other x."""
 
     title: str
     x_label: str
@@ -115,18 +114,18 @@ class LineChart:
     references: Sequence[Reference] = ()
     y_range: tuple[float, float] | None = None
     y_format: str = ""
-    """Python format of the values (``.0%``); chosen by size where it is not given."""
+    """Python format of the values (``.0%``); empty: chosen by their size."""
     x_format: str = ""
-    """The same of the numbers along the axis."""
+    """Python format of the numbers on the x axis."""
 
     def __post_init__(self) -> None:
         if self.log_x and any(x < 0 for line in self.series for x in line.x):
-            raise ValueError(f"chart {self.title!r}: a logarithmic axis has no place for a negative x")
+            raise ValueError(f"chart {self.title!r}: a logarithmic axis cannot show a negative x")
 
 
 @dataclass(frozen=True)
 class Bars:
-    """One set of bars of a `BarChart`, a value for each label."""
+    """One set of bars of a `BarChart`, with a value for each label."""
 
     name: str
     values: Sequence[Number]
@@ -157,7 +156,7 @@ class BarChart:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values by row and column on a diverging scale with its middle at 0."""
+    """Values by row and column on a diverging colour scale centred at 0."""
 
     title: str
     rows: Sequence[str]
@@ -168,11 +167,11 @@ class HeatMap:
     column_label: str = ""
     value_format: str = ""
     columns_below: Sequence[str] | None = None
-    """A second name of each column, under the first: the corrupted prompt's tokens under the clean one's."""
+    """A second name for each column, below the first: the corrupted prompt's tokens below the clean prompt's."""
     keys: Sequence[Sequence[str]] | None = None
-    """A key of each cell: a click shows the rows of the page's tables that have it."""
+    """A key for each cell: clicking it shows the table rows with the same key."""
     anchors: Sequence[str] | None = None
-    """Of each row, the `Details` that its name leads to; empty where there is none."""
+    """For each row, the `Details` that its name links to; empty: none."""
 
     def __post_init__(self) -> None:
         name = f"heat map {self.title!r}"
@@ -184,13 +183,13 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Points:
-    """One set of points of a `ScatterChart`; one with a missing x or y is not drawn."""
+    """One set of points of a `ScatterChart`; points with a missing x or y are not drawn."""
 
     name: str
     x: Sequence[Number]
     y: Sequence[Number]
     labels: Sequence[str] | None = None
-    """What each point is, for its tooltip."""
+    """Names of the points, for their tooltips."""
 
     def __post_init__(self) -> None:
         _same_lengths(f"points {self.name!r}", x=self.x, y=self.y, labels=self.labels)
@@ -198,7 +197,7 @@ class Points:
 
 @dataclass(frozen=True)
 class ScatterChart:
-    """Points by two values; with `identity`, beside the line where both are the same."""
+    """Points by two values; with `identity`, the line x = y is drawn too."""
 
     title: str
     x_label: str
@@ -208,7 +207,7 @@ class ScatterChart:
     identity: bool = False
     identity_label: str = "equal"
     value_format: str = ""
-    """Python format of the values in tooltips and in the table; chosen by size where it is not given."""
+    """Python format of the values in tooltips and in the table; empty: chosen by their size."""
 
 
 @dataclass(frozen=True)
@@ -229,19 +228,19 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a model wrote after one prompt under several conditions, side by side."""
+    """A model's outputs for one prompt under several conditions, side by side."""
 
     prompt: str
     columns: Sequence[tuple[str, str]]
     highlight: Sequence[str] = ()
-    """Words to mark in the texts, whatever their case."""
+    """Words to mark in the texts, ignoring case."""
     changes: bool = False
-    """Mark, in every text but the first, the words that differ from the first."""
+    """In every text but the first, mark the words that differ from the first."""
 
 
 @dataclass(frozen=True)
 class ColouredTokens:
-    """A prompt with a value for each token as its background, on a diverging scale with its middle at 0."""
+    """A prompt whose tokens are coloured by their values, on a diverging scale centred at 0."""
 
     tokens: Sequence[str]
     values: Sequence[Number]
@@ -254,7 +253,7 @@ class ColouredTokens:
 
 @dataclass(frozen=True)
 class Chips:
-    """Short texts in a row, each with a value: the tokens that a latent raises, the latents beside it."""
+    """Short texts in a row, each with a value: the tokens a latent promotes, its nearest latents."""
 
     label: str
     items: Sequence[tuple[str | Link, Number]]
@@ -267,7 +266,7 @@ Simple = Facts | Headline | Notices | Table | Chart | Comparison | ColouredToken
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several views at a time, chosen from a list; without the script, and on paper, the first."""
+    """Several views, shown one at a time and chosen from a list; without scripts, and in print, the first."""
 
     label: str
     options: Sequence[tuple[str, Sequence[Simple]]]
@@ -275,14 +274,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Details:
-    """One thing by itself, folded up until it is opened or a `Link` leads to it."""
+    """A collapsed card that opens on a click or when a `Link` to it is followed."""
 
     anchor: str
     title: str
     summary: str
     blocks: Sequence[Simple]
     links: Sequence[tuple[str, str]] = ()
-    """(text, https address) of pages elsewhere; nothing is loaded from there."""
+    """(text, https address) of external pages; nothing is loaded from them."""
 
     def __post_init__(self) -> None:
         for _, address in self.links:
@@ -295,7 +294,7 @@ Block = Simple | Choice | Details
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs (a blank line parts them; `code` stands in backticks) and blocks."""
+    """A heading, paragraphs (separated by blank lines, with `code` in backticks) and blocks."""
 
     title: str
     text: str = ""
@@ -304,7 +303,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report: its title, one paragraph that says what was found, sections, and where it all comes from."""
+    """A report: title, a lead paragraph with the findings, sections, and provenance."""
 
     title: str
     lead: str

@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn for a given width: the page holds each one twice, for wide and for narrow screens."""
+"""Charts as SVG, drawn for a given width: a page contains each chart twice, for wide and for narrow screens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from saepatch.report.text import common_format, finite, number, visible, with_in
 
 WIDE, NARROW = 720, 360
 PALETTE = 7  # colours in the stylesheet
-_CHARACTER = 6.4  # pixels, about, of a letter of an axis label
+_CHARACTER = 6.4  # approximate width in pixels of a letter in an axis label
 
 Span = tuple[Number, Number]
 
@@ -37,7 +37,7 @@ def _spans(low: Sequence[Number] | None, high: Sequence[Number] | None, count: i
 
 
 def draw(chart: Chart, width: int) -> Drawing:
-    """The chart, drawn so many pixels wide."""
+    """Draw the chart `width` pixels wide."""
     if isinstance(chart, LineChart):
         return line_chart(chart, width)
     if isinstance(chart, ScatterChart):
@@ -79,12 +79,12 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
 
 
 def _tick_room(axis: Scale, spec: str = "") -> float:
-    """Where a chart begins, right of the numbers of its vertical axis."""
+    """x of the plot's left edge, which leaves room for the numbers of the vertical axis."""
     return 14 + _CHARACTER * max(len(number(tick, spec)) for tick in axis.ticks)
 
 
 def _y_axis(axis: Scale, name: str, left: float, width: int, spec: str = "") -> list[Markup]:
-    """A vertical axis: what it shows, its numbers, and a line across the chart at each."""
+    """A vertical axis: its label, its tick numbers, and a grid line at each."""
     parts = [label(0, 12, name, "axis")]
     for tick in axis.ticks:
         parts.append(rule(left, axis(tick), width - 14, axis(tick), "zero" if tick == 0 else "grid"))
@@ -93,7 +93,7 @@ def _y_axis(axis: Scale, name: str, left: float, width: int, spec: str = "") -> 
 
 
 def _below_axis(text: str, left: float, width: int, y: float) -> Markup:
-    """What an axis shows, under its middle; to the right edge where it is too long for that."""
+    """An axis label, centred below the axis; right-aligned where it is too long for that."""
     if _CHARACTER * len(text) > width - left - 14:
         return label(width, y, text, "axis", "end")
     return label((left + width - 14) / 2, y, text, "axis", "middle")
@@ -124,7 +124,7 @@ def _line(line: Series, index: int, x_axis: Scale, y_axis: Scale, chart: LineCha
             parts.append(
                 marker(index, *place, f"{line.name}\nat {number(x, chart.x_format)}: {with_interval(y, *span, spec)}")
             )
-    # Points closer than they are wide show only under the pointer.
+    # Points that would overlap are shown only under the pointer.
     reach = x_axis.end - x_axis.start
     dense = " dense" if len(line.x) * 12 > reach else ""
     return element("g", {"class": f"s{index % PALETTE}{dense}"}, *parts)
@@ -149,7 +149,7 @@ def _points(places: Sequence[tuple[float, ...]]) -> str:
 
 
 def scatter_chart(chart: ScatterChart, width: int) -> Drawing:
-    """The points of a chart, the two zero lines and, where it is wanted, the line of equal values."""
+    """The points of a chart, the two zero lines and, with `chart.identity`, the line x = y."""
     drawn = [(x, y) for points in chart.series for x, y in zip(points.x, points.y) if finite(x) and finite(y)]
     top, bottom, height = 30.0, (390.0 if width == WIDE else 290.0), (438.0 if width == WIDE else 338.0)
     y_axis = linear([y for _, y in drawn], bottom, top)
@@ -165,7 +165,7 @@ def scatter_chart(chart: ScatterChart, width: int) -> Drawing:
     for index, points in enumerate(chart.series):
         parts.append(_cloud(points, index, x_axis, y_axis, chart.value_format))
     low, high = max(x_axis.low, y_axis.low), min(x_axis.high, y_axis.high)
-    if chart.identity and low < high:  # over the points, which would hide it
+    if chart.identity and low < high:  # drawn last: the points would hide it
         parts.append(rule(x_axis(low), y_axis(low), x_axis(high), y_axis(high), "reference"))
         parts.append(label(x_axis(low) + 2, y_axis(low) - 28, chart.identity_label, "note"))
     return Drawing(width, height, chart.title, tuple(parts))
@@ -184,7 +184,7 @@ def _cloud(points: Points, index: int, x_axis: Scale, y_axis: Scale, spec: str) 
 
 
 def bar_chart(chart: BarChart, width: int) -> Drawing:
-    """Horizontal bars; on a narrow page a label stands above its bars."""
+    """Horizontal bars; on a narrow page, labels are above their bars."""
     stacked = width < WIDE
     values = [v for bars in chart.bars for v in (*bars.values, *(bars.low or ()), *(bars.high or ()))]
     values += [0.0, *(reference.value for reference in chart.references)]
@@ -271,22 +271,22 @@ def histogram(chart: Histogram, width: int) -> Drawing:
 
 # Heat maps
 
-_CELL = 34.0  # pixels: the least that a number of two decimals fits
-_DIGIT, _FINE_DIGIT = 7.0, 5.8  # pixels, about, of a number's character in a cell, and of one in small print
+_CELL = 34.0  # pixels: the narrowest cell that fits a number with two decimals
+_DIGIT, _FINE_DIGIT = 7.0, 5.8  # approximate width in pixels of a digit in a cell, in normal and in small print
 
 
 def map_width(chart: HeatMap) -> int:
-    """How wide a map wants to be: a page that is narrower scrolls it."""
+    """Preferred width of a heat map in pixels: on a narrower page it scrolls."""
     return round(max(NARROW, _names_width(chart) + _CELL * len(chart.columns) + 4))
 
 
 def _names_width(chart: HeatMap, most: int = 26) -> float:
-    """Room for the names of the rows, of so many letters at most."""
+    """Width in pixels for the row names, clipped to `most` letters."""
     return 12 + _CHARACTER * min(max(len(name) for name in (*chart.rows, chart.row_label)), most)
 
 
 def heat_map(chart: HeatMap, width: int) -> Drawing:
-    """Cells coloured by sign and size; their numbers stand in them where there is room."""
+    """Cells coloured by sign and magnitude, with their numbers where there is room."""
     top_value = max((abs(v) for row in chart.values for v in row if finite(v)), default=0.0)
     spec = chart.value_format or common_format([v for row in chart.values for v in row])
     left = _names_width(chart, 26 if width >= map_width(chart) else 14)
@@ -314,13 +314,13 @@ def heat_map(chart: HeatMap, width: int) -> Drawing:
 
 
 def _column(chart: HeatMap, index: int) -> str:
-    """A column in words."""
+    """Name of a column for tooltips."""
     below = chart.columns_below[index] if chart.columns_below else ""
     return f"{chart.columns[index]} / {below}" if below else chart.columns[index]
 
 
 def _column_names(chart: HeatMap, left: float, cell: float) -> tuple[list[Markup], float]:
-    """The names over the columns, and where the cells begin. Names that do not fit side by side are slanted."""
+    """The column names, and the y where the cells begin. Names that do not fit side by side are slanted."""
     lines = [chart.columns] if chart.columns_below is None else [chart.columns, chart.columns_below]
     longest = [max((len(name) for name in names), default=0) for names in lines]
     slanted = any(_CHARACTER * count > cell - 4 for count in longest)
@@ -339,8 +339,8 @@ def _column_names(chart: HeatMap, left: float, cell: float) -> tuple[list[Markup
 
 
 def _over(share: float, kind: str) -> str:
-    """How a number stands out from its cell's colour: in the dark a lighter colour asks for it than in the light."""
-    deep = 0.9 if kind == "positive" else 0.78  # where, in the light, light letters are read more easily than dark ones
+    """Class of a number that keeps it legible on its cell's colour; the dark theme needs it on paler colours."""
+    deep = 0.9 if kind == "positive" else 0.78  # above this, light letters are more legible in the light theme
     return " strong" if share > deep else " mid" if share > 0.6 else ""
 
 

@@ -1,4 +1,4 @@
-"""A chart as a file of its own."""
+"""Charts as standalone SVG files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MARGIN = 20.0
 
 
 def write_figure(chart: Chart, path: Path) -> Path:
-    """Writes a chart as an SVG file that needs nothing beside it: light, with its title and its legend.
+    """Writes a chart as a self-contained SVG file in the light theme, with title and legend.
 
-    The caption stays out: it belongs to the text around the figure.
+    The caption is left out: it belongs in the text around the figure.
 
     Args:
         chart: What to draw.
-        path: The file; folders on the way are made, an older file is replaced.
+        path: The file; missing parent folders are created, an existing file is replaced.
 
     Returns:
         The path.
@@ -36,7 +36,7 @@ def write_figure(chart: Chart, path: Path) -> Path:
 
 
 def write_figures(charts: Sequence[Chart], path: Path, columns: int = 2) -> Path:
-    """Writes several charts as one SVG file, side by side in so many columns.
+    """Writes several charts to one SVG file, arranged in `columns` columns.
 
     Returns:
         The path.
@@ -60,14 +60,14 @@ def write_figures(charts: Sequence[Chart], path: Path, columns: int = 2) -> Path
 
 
 def svg_of(chart: Chart) -> str:
-    """The same as text."""
+    """The SVG of `write_figure` as text."""
     drawing = draw(chart, max(WIDE, map_width(chart)) if isinstance(chart, HeatMap) else WIDE)
     parts = [label(0, 14, chart.title, "title")] if chart.title else []
     top = 34.0 if chart.title else 0.0
     names = _names(chart)
     if len(names) > 1:
         for index, name in enumerate(names):
-            # One name to a line: they may be long, and a file has no width to flow in.
+            # One name per line: names may be long, and SVG text does not wrap.
             key = element(
                 "g", {"class": f"s{index % PALETTE}"}, _swatch(chart, index, top), label(32, top + 4, name, "name")
             )
@@ -84,7 +84,7 @@ def svg_of(chart: Chart) -> str:
 
 
 def _swatch(chart: Chart, index: int, y: float) -> Markup:
-    """The sign of a legend's entry."""
+    """The symbol of a legend entry."""
     if isinstance(chart, LineChart):
         return rule(0, y, 24, y, "line")
     if isinstance(chart, ScatterChart):
@@ -93,7 +93,7 @@ def _swatch(chart: Chart, index: int, y: float) -> Markup:
 
 
 def _names(chart: Chart) -> list[str]:
-    """What a legend has to tell apart."""
+    """The entries of the legend."""
     if isinstance(chart, (HeatMap, Histogram)):
         return []
     return (
@@ -102,7 +102,8 @@ def _names(chart: Chart) -> list[str]:
 
 
 def flat_style() -> str:
-    """The charts' style with every variable put in: what turns SVG into PDF knows neither variables nor colour-mix."""
+    """The charts' style sheet with all variables resolved: SVG-to-PDF converters support neither variables nor
+    color-mix."""
     palette = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", stylesheet("palette").partition("}")[0]))
     sheet = re.sub(r"/\*.*?\*/", "", stylesheet("chart", "figure"), flags=re.DOTALL)
     rules = [(selector.strip(), body) for selector, body in re.findall(r"([^{}]+)\{([^{}]*)\}", sheet)]
@@ -123,7 +124,7 @@ def flat_style() -> str:
 
 
 def _filled(body: str, values: dict[str, str]) -> str:
-    """Declarations with their variables' values in place; a mixture becomes its main colour."""
+    """Declarations with variables replaced by their values; a color-mix becomes its main colour."""
     body = re.sub(r"color-mix\(in srgb, (var\([^)]*\)) \d+%, var\([^)]*\)\)", r"\1", body)
     while "var(" in body:
         body = re.sub(

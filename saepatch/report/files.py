@@ -1,4 +1,4 @@
-"""Files that a report is made from, and how reports are written."""
+"""Template files of reports, and how reports are written to disk."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ SOURCES = Path(__file__).parent / "templates"
 
 
 def stylesheet(*names: str) -> str:
-    """The style sheets of these names, one after the other."""
+    """The named style sheets, concatenated."""
     return "\n".join((SOURCES / f"{name}.css").read_text(encoding="utf-8") for name in names)
 
 
 def write_whole(path: Path, text: str, what: str) -> None:
-    """Writes the text to the file: whole, or not at all. Folders on the way are made.
+    """Writes a text file atomically, creating missing parent folders.
 
     Raises:
-        UserError: It cannot be written there; `what` says in the message what it is.
+        UserError: The file cannot be written; `what` names it in the message.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

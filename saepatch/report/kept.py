@@ -1,4 +1,4 @@
-"""Pages as JSON, so that a report can be written anew from its run's folder alone."""
+"""Pages as JSON, so that a report can be written again from its run's folder alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from saepatch.report.blocks import Page
 from saepatch.report.files import write_whole
 
 KEPT = "page.json"
-_KIND = "block"  # the key that says what an object is
-_NAMES: dict[Any, str] = {  # as in files written before these classes were renamed
+_KIND = "block"  # the key that holds an object's class
+_NAMES: dict[Any, str] = {  # names in the files, which predate a renaming of these classes
     blocks.EstimateCell: "Interval",
     blocks.ColouredTokens: "Tokens",
     blocks.Details: "Card",
@@ -27,28 +27,28 @@ _KINDS: dict[str, Any] = {
 
 
 def keep_page(page: Page, path: Path) -> Path:
-    """Write the page's values as JSON, whole or not at all.
+    """Write the page's values as JSON, atomically.
 
     Raises:
         UserError: the file cannot be written there.
     """
-    # In ASCII: a text may hold half a character, which no encoding can, and JSON's escapes do.
+    # As ASCII: texts may contain lone surrogates, which only JSON's escapes can represent.
     write_whole(path, json.dumps(_plain(page), allow_nan=False) + "\n", "the page")
     return path
 
 
-def read_page(given: Any) -> Page:
-    """The page that `keep_page` wrote, out of its JSON.
+def read_page(content: Any) -> Page:
+    """The page that `keep_page` wrote, from its decoded JSON.
 
     Raises:
-        UserError: it holds something that no page has, as one of another version may.
+        UserError: it does not describe a page of this version.
     """
     try:
-        page = _value(given)
+        page = _value(content)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the page is of another version of saepatch ({error}): run its command again") from error
     if not isinstance(page, Page):
-        raise UserError("it holds no page of a report: run its command again")
+        raise UserError("the file contains no report page: run its command again")
     return page
 
 
@@ -58,22 +58,22 @@ def _plain(value: Any) -> Any:
             _KIND: _NAMES.get(type(value), type(value).__name__),
             **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)},
         }
-    if isinstance(value, Mapping):  # not as an object: a label may be called anything, and order counts
+    if isinstance(value, Mapping):  # as a list: a label may equal `_KIND`, and the order matters
         return {_KIND: "mapping", "items": [[str(key), _plain(item)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and not math.isfinite(value):  # no JSON
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no NaN or infinity
         return {_KIND: "number", "is": str(value)}
     return value
 
 
-def _value(given: Any) -> Any:
-    if isinstance(given, list):
-        return tuple(_value(item) for item in given)
-    if not isinstance(given, dict):
-        return given
-    fields = dict(given)
+def _value(content: Any) -> Any:
+    if isinstance(content, list):
+        return tuple(_value(item) for item in content)
+    if not isinstance(content, dict):
+        return content
+    fields = dict(content)
     kind = fields.pop(_KIND)
     if kind == "mapping":
         return {key: _value(item) for key, item in fields["items"]}

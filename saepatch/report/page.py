@@ -1,4 +1,4 @@
-"""From a page's values to one HTML file that loads nothing."""
+"""Rendering of a page as one HTML file that loads nothing."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from saepatch.report.text import MISSING, common_format, finite, number, visible
 
 
 def write_page(page: Page, path: Path) -> Path:
-    """Writes the page as one HTML file: whole, or not at all.
+    """Writes the page as one HTML file, atomically.
 
     Args:
         page: What to write.
-        path: The file; folders on the way are made, an older file is replaced.
+        path: The file; missing parent folders are created, an existing file is replaced.
 
     Returns:
         The path.
@@ -58,7 +58,7 @@ def render(page: Page) -> str:
     """The page as HTML."""
     script = (SOURCES / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The browser runs this one script and no other, whatever a text on the page holds.
+    # The browser runs this script and no other, whatever the texts on the page contain.
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"script-src 'sha256-{digest}'"
@@ -79,7 +79,7 @@ def render(page: Page) -> str:
 
 
 def _ids() -> Callable[[str], str]:
-    """Names of the parts of a page whose state the address holds: t1, t2, c1, … in the order of the page."""
+    """Ids of the page's elements whose state is kept in the address: t1, t2, c1, … in page order."""
     counts: Counter[str] = Counter()
 
     def fresh(kind: str) -> str:
@@ -97,7 +97,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Whatever a template puts out as plain text is made visible before it is escaped.
+        # Control characters in template output are made visible before escaping.
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.tests["of"] = lambda block, name: type(block).__name__ == name
@@ -116,17 +116,17 @@ def _environment() -> Environment:
 
 
 def _anchors(titles: Sequence[str]) -> list[str]:
-    """An id for each title, all different."""
+    """A unique id for each title."""
     slugs = [re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") for title in titles]
     return [f"s{index + 1}-{slug}" if slug else f"s{index + 1}" for index, slug in enumerate(slugs)]
 
 
 def _prose(text: str) -> Markup:
-    """Paragraphs out of blank lines, code out of backticks; everything else is text."""
+    """HTML of a text: blank lines separate paragraphs, backticks mark code; everything else is escaped."""
     paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", text.strip()) if paragraph.strip()]
     out = []
     for paragraph in paragraphs:
-        # In prose a line end is a blank.
+        # Line breaks within a paragraph count as spaces.
         safe = re.sub(r"(?<=\d) ?%(?!\w)", "\u00a0%", str(escape(visible(" ".join(paragraph.split())))))
         out.append("<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", safe) + "</p>")
     return Markup("\n".join(out))
@@ -145,7 +145,7 @@ def _marked(text: str, words: Sequence[str]) -> Markup:
 
 
 def _changed(text: str, before: str) -> Markup:
-    """The text with the words marked that the one before does not have there."""
+    """The text, with the words marked that differ from `before`."""
     words, old = re.findall(r"\S+\s*|\s+", text), [word.strip() for word in re.findall(r"\S+\s*|\s+", before)]
     matcher = difflib.SequenceMatcher(None, old, [word.strip() for word in words], autojunk=False)
     parts = []
@@ -154,13 +154,13 @@ def _changed(text: str, before: str) -> Markup:
         if kind == "equal" or not piece.strip():
             parts.append(escape(visible(piece)))
             continue
-        word = piece.rstrip()  # the blank after a word is none of it
+        word = piece.rstrip()  # do not mark the trailing space
         parts.append(Markup("<mark>{}</mark>").format(visible(word)) + escape(visible(piece[len(word) :])))
     return Markup("").join(parts)
 
 
 def _drawings(chart: Chart) -> Markup:
-    """The chart for a wide and for a narrow page, of which the stylesheet shows one; or one that scrolls."""
+    """The chart for wide and for narrow pages, of which the style sheet shows one; or a single one that scrolls."""
     if isinstance(chart, HeatMap) and map_width(chart) > NARROW:
         width = max(map_width(chart), min(WIDE, 60 * len(chart.columns)))
         return Markup(
@@ -168,7 +168,7 @@ def _drawings(chart: Chart) -> Markup:
             '<div style="width:{}px">{}</div></div>'
             '<p class="sideways" aria-hidden="true">↔ wider than the page: scrolls sideways</p>'
         ).format(visible(chart.title), width, draw(chart, width).svg())
-    if isinstance(chart, Histogram):  # small, so one will do
+    if isinstance(chart, Histogram):  # small enough for every page
         return Markup('<div class="drawing small">{}</div>').format(draw(chart, NARROW).svg())
     both = Markup("").join(
         Markup('<div class="{}">{}</div>').format(kind, draw(chart, width).svg())
@@ -181,7 +181,7 @@ def _drawings(chart: Chart) -> Markup:
 class _ShownCell:
     text: str
     key: str
-    """What the cell sorts by; empty for a missing value, which goes last."""
+    """Sort key; empty for a missing value, which sorts last."""
     numeric: bool
     note: str = ""
     low: str = ""
@@ -190,7 +190,7 @@ class _ShownCell:
 
 
 def _numeric(table: Table, column: int) -> bool:
-    """Whether a column holds numbers, and nothing but numbers and gaps."""
+    """Whether a column contains only numbers and gaps, and at least one number."""
     cells = [row[column] for row in table.rows if row[column] is not None]
     return bool(cells) and all(
         isinstance(cell, (int, float, EstimateCell)) and not isinstance(cell, bool) for cell in cells
@@ -198,7 +198,7 @@ def _numeric(table: Table, column: int) -> bool:
 
 
 def _table_rows(table: Table) -> list[list[_ShownCell]]:
-    """The cells as they are shown, column by column in one format."""
+    """The cells as displayed, with one number format per column."""
     specs = []
     for index, name in enumerate(table.columns):
         plain = [_value(row[index]) for row in table.rows]
@@ -227,12 +227,12 @@ def _shown(cell: Cell, spec: str) -> _ShownCell:
 
 
 def _exact(value: float | int | None) -> str:
-    """A number to sort by and to copy; empty where there is none."""
+    """A number with full precision, for sorting and copying; empty where it is missing."""
     return f"{float(value):.9g}" if finite(value) else ""
 
 
 def _token_style(tokens: ColouredTokens, index: int) -> tuple[str, str, str]:
-    """Class, strength in per cent and tooltip of a token."""
+    """CSS class, colour strength in per cent and tooltip of a token."""
     value = tokens.values[index]
     top = max((abs(v) for v in tokens.values if finite(v)), default=0.0)
     spec = tokens.value_format or common_format(tokens.values)
@@ -243,12 +243,12 @@ def _token_style(tokens: ColouredTokens, index: int) -> tuple[str, str, str]:
 
 
 def _table_name(table: Table) -> str:
-    """What a table is called where it is not seen: by its columns, which a caption leaves unsaid."""
+    """Accessible name of a table, made of its columns."""
     return "Table of " + ", ".join(name for name in table.columns[:6] if name)
 
 
 def _numbers(chart: Chart) -> Table:
-    """The numbers behind a chart, for those who cannot see it or want to copy them."""
+    """The numbers of a chart as a table, for screen readers and for copying."""
     if isinstance(chart, LineChart):
         names = [chart.x_label or "x", *(line.name for line in chart.series)]
         xs = sorted({x for line in chart.series for x in line.x if finite(x)})
@@ -289,6 +289,6 @@ def _cell(
 
 
 def _at(line: Series, x: float) -> Cell:
-    """What a line says at an x; a gap where it has no such x."""
-    cells = [_cell(y, line.low, line.high, i) for i, (at, y) in enumerate(zip(line.x, line.y)) if at == x]
+    """A line's value at x; None where it has no point there."""
+    cells = [_cell(y, line.low, line.high, i) for i, (point, y) in enumerate(zip(line.x, line.y)) if point == x]
     return cells[0] if cells else None

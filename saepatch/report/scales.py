@@ -1,4 +1,4 @@
-"""Axes: from values to pixels, and where the ticks stand."""
+"""Axes: the map from values to pixels, and the placing of ticks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-_APART = 36.0  # pixels between the ticks of a logarithmic axis, at least
+_APART = 36.0  # least distance in pixels between the ticks of a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A straight map from values (after their logarithm, if `log`) to pixels."""
+    """A linear map from values (from their log2, if `log`) to pixels."""
 
     low: float
     high: float
@@ -21,10 +21,10 @@ class Scale:
     ticks: tuple[float, ...]
     log: bool = False
     zero: float = 0.0
-    """Where an x of 0 stands on a logarithmic axis: in log2 units."""
+    """Position of x = 0 on a logarithmic axis, in log2 units."""
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value, held within the axis."""
+        """The pixel of a value, clamped to the axis."""
         place = self._place(value)
         share = (place - self.low) / (self.high - self.low)
         return round(self.start + min(max(share, 0.0), 1.0) * (self.end - self.start), 2)
@@ -38,7 +38,7 @@ class Scale:
 def linear(
     values: Iterable[float], start: float, end: float, count: int = 5, fixed: tuple[float, float] | None = None
 ) -> Scale:
-    """An axis over the values, out to round numbers, with 0 on it where that is near; or one between `fixed` ends."""
+    """An axis over the values, extended to round numbers and to 0 where that is near; or between `fixed` ends."""
     numbers = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = fixed or (min(numbers), max(numbers))
     if fixed is None:
@@ -51,7 +51,7 @@ def linear(
     step = _round_step((high - low) / count)
     first, last = (math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9))
     if fixed is None:
-        # Out to the next round number, unless the values stand only a little past the last one.
+        # Extend to the next round number, unless the values exceed the last one only slightly.
         spare = 0.3 * step
         if first * step - low > spare:
             first -= 1
@@ -63,8 +63,8 @@ def linear(
 
 
 def logarithmic(values: Sequence[float], start: float, end: float, count: int = 8) -> Scale:
-    """A log2 axis over the values; ticks at the values themselves where they are few and far enough apart to be read,
-    else at powers of two or ten."""
+    """A log2 axis over the values; ticks at the values themselves where they are few and far enough apart, otherwise at
+    powers of two or ten."""
     positive = sorted({value for value in values if math.isfinite(value) and value > 0}) or [1.0, 2.0]
     low, high = math.log2(positive[0]), math.log2(positive[-1])
     zero = low - 1
@@ -78,7 +78,7 @@ def logarithmic(values: Sequence[float], start: float, end: float, count: int = 
         last = math.floor(math.log(positive[-1], base) + 1e-9)
         stride = max(1, math.ceil((last - first + 1) / count))
         ticks = [float(base) ** power for power in range(first, last + 1, stride)]
-        if len(ticks) < 3:  # less than two powers of ten
+        if len(ticks) < 3:  # the axis spans less than two powers of ten
             steps = sorted(factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5))
             ticks = [tick for tick in steps if positive[0] <= tick <= positive[-1]] or [positive[0], positive[-1]]
     if has_zero:
@@ -90,6 +90,6 @@ def logarithmic(values: Sequence[float], start: float, end: float, count: int = 
 
 
 def _round_step(step: float) -> float:
-    """The next step up of 1, 2, 2.5 or 5 times a power of ten."""
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that is at least `step`."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))

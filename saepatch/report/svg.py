@@ -1,4 +1,4 @@
-"""SVG out of plain values: every attribute and text is escaped on its way in."""
+"""SVG elements from plain values; all attributes and texts are escaped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Attributes = Mapping[str, str | float | int]
 
 
 def element(name: str, attributes: Attributes, *children: Markup | str) -> Markup:
-    """One element; children that are plain text are escaped, Markup goes in as it is."""
+    """One element; plain-text children are escaped, Markup is inserted unchanged."""
     words = "".join(f' {key}="{escape(str(value))}"' for key, value in attributes.items())
     inside = "".join(child if isinstance(child, Markup) else escape(visible(child)) for child in children)
     return Markup(f"<{name}{words}>{inside}</{name}>")
 
 
 def label(x: float, y: float, text: str, kind: str, anchor: str = "start") -> Markup:
-    """Text at a place; `kind` is its class in the stylesheet."""
+    """Text at a point; `kind` is its class in the style sheet."""
     return element("text", {"x": round(x, 2), "y": round(y, 2), "class": kind, "text-anchor": anchor}, text)
 
 
@@ -32,34 +32,34 @@ def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished drawing: its size in pixels, the name that a screen reader says, and its parts."""
+    """A finished drawing: its size in pixels, its accessible name, and its elements."""
 
     width: float
     height: float
     name: str
     parts: tuple[Markup, ...]
     interactive: bool = False
-    """Whether its parts can be picked: a group of them, and not one image."""
+    """Whether its elements can be clicked: its ARIA role is then a group, not an image."""
 
     def svg(self) -> Markup:
-        """The drawing as an element of a page."""
+        """The drawing as an SVG element."""
         box = f"0 0 {self.width:g} {round(self.height, 1):g}"
         role = "group" if self.interactive else "img"
         return element("svg", {"viewBox": box, "role": role, "aria-label": visible(self.name)}, *self.parts)
 
 
-MARK = 3.6  # half a point's width, in pixels
+MARK = 3.6  # half the width of a point, in pixels
 
 
 def marker(shape: int, x: float, y: float, tip: str, reach: float = 10.0) -> Markup:
-    """A point with its tooltip. Series differ in shape as well as in colour; a circle around it is there to be hit."""
+    """A point with its tooltip. Series differ in shape as well as in colour; an invisible circle enlarges it."""
     point = element("path", {"d": outline(shape, x, y), "class": "point"})
     around = element("circle", {"cx": x, "cy": y, "r": f"{reach:g}", "class": "reach"})
     return element("g", {"class": "mark"}, element("title", {}, tip), around, point)
 
 
 def outline(shape: int, x: float, y: float) -> str:
-    """The path of a circle, square, triangle or diamond around a place, in turn."""
+    """The path of a circle, square, triangle or diamond around a point, by series number."""
     size, tall = MARK, 1.35 * MARK
     outlines = [
         f"M{x - size:g},{y}a{size},{size} 0 1,0 {2 * size},0a{size},{size} 0 1,0 {-2 * size},0",
@@ -71,5 +71,5 @@ def outline(shape: int, x: float, y: float) -> str:
 
 
 def clipped(text: str, room: int) -> str:
-    """The text in at most `room` characters."""
+    """The text shortened to at most `room` characters."""
     return text if len(text) <= room else text[: max(1, room - 1)] + "…"

@@ -1,4 +1,4 @@
-"""Numbers and foreign text, made fit to be read."""
+"""Formatting of numbers and of untrusted text for display."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FORMAT = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\
 
 
 def visible(text: str) -> str:
-    """The text with every character that cannot be seen, or acts on others, replaced by a sign for it.
+    """The text with every invisible or formatting character replaced by a visible sign.
 
-    Line ends stay and get a ↵ before them; controls bidirectional and zero-width marks become
-    ``⟨U+202E⟩``; lone surrogates, which no encoding can hold, become the replacement character.
+    Line breaks stay, preceded by ↵; control, bidirectional and zero-width characters become ``⟨U+202E⟩``; lone
+    surrogates, which no encoding can represent, become the replacement character.
     """
     out = []
     for char in text:
@@ -36,7 +36,7 @@ def visible(text: str) -> str:
 
 
 def token_text(text: str) -> str:
-    """A token as a name: blanks at its ends as ␣, so that ` a` and `a` differ, and something for an empty one."""
+    """A token as a label: leading and trailing spaces as ␣, so that ` a` and `a` differ; the empty token as ∅."""
     body = text.strip(" ")
     if not body:
         return "␣" * len(text) or "∅"
@@ -45,23 +45,23 @@ def token_text(text: str) -> str:
 
 
 def finite(value: object) -> TypeGuard[float]:
-    """Whether the value is a number, Python's or NumPy's, that can be drawn."""
+    """Whether the value is a finite number, of Python or NumPy."""
     return isinstance(value, Real) and math.isfinite(value)
 
 
 def number(value: float | int | None, spec: str = "") -> str:
-    """The number for people: three figures or so, thousands grouped, a true minus; a dash where there is none.
+    """A number for display: about three figures, thousands grouped, a true minus sign; a dash where it is missing.
 
     Args:
-        value: What to show.
-        spec: Python format; chosen by the number's size if empty.
+        value: The number.
+        spec: Python format; empty: chosen by the number's size.
     """
     if value is None or math.isnan(value):
         return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     text = format(value, spec or _spec(value))
-    if re.fullmatch(r"-0(\.0*)?%?", text):  # a rounded nothing has no sign
+    if re.fullmatch(r"-0(\.0*)?%?", text):  # no sign on a number that rounds to 0
         text = text[1:]
     if "e" in text:
         mantissa, exponent = text.split("e")
@@ -72,7 +72,7 @@ def number(value: float | int | None, spec: str = "") -> str:
 def with_interval(
     value: float | int | None, low: float | int | None, high: float | int | None, spec: str = "", reason: str = ""
 ) -> str:
-    """A value with its interval, ``0.83 [0.79, 0.87]``, or with the reason why it has none."""
+    """A value with its interval, ``0.83 [0.79, 0.87]``, or with the reason for having none."""
     text = number(value, spec)
     if finite(low) and finite(high):
         return f"{text} [{number(low, spec)}, {number(high, spec)}]"
@@ -80,7 +80,7 @@ def with_interval(
 
 
 def common_format(values: Iterable[float | int | None]) -> str:
-    """One format for numbers that stand under each other; empty where their sizes differ too much for one."""
+    """A common format for the numbers of a column; empty where their sizes differ too much."""
     sizes = [abs(value) for value in values if finite(value)]
     if not sizes or max(sizes) == 0:
         return ""

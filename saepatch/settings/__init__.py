@@ -1,4 +1,4 @@
-"""Settings of the commands, as frozen dataclasses. Light: no torch.
+"""Settings of the commands, as frozen dataclasses. Must not import torch.
 
 May import dictionaries.latent_set, model.sites and below.
 """

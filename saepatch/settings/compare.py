@@ -20,4 +20,4 @@ class CompareConfig(Output):
     other: str
     """Folder of another run of the same command or experiment."""
     html: str = ""
-    """File to write the comparison to as a page, too."""
+    """HTML file to write the comparison to as well."""

@@ -21,15 +21,15 @@ class DemoConfig(Output, Tracked, DictionarySettings, ModelSettings):
     model: str = "organism"
     """Model to run on: the embedded one, or a fine-tuned copy of it in a folder."""
     sae: str = "organism"
-    """Dictionaries: the embedded ones, or a folder with one sub-folder a site."""
+    """Dictionaries: the embedded ones, or a folder with one sub-folder per site."""
     pairs: int = 100
-    """Prompt pairs of each task and split."""
+    """Number of prompt pairs per task and split."""
     ioi_site: str = "resid_post.3"
     """Site whose latents are patched on indirect object identification."""
     safety_site: str = ""
-    """Site whose latents are restored under jailbreaks; empty: the earliest where few are enough on `tune`."""
+    """Site whose latents are restored under jailbreaks; empty: the earliest site where few suffice on `tune`."""
     steering_site: str = "resid_post.3"
-    """Site whose latents steer."""
+    """Site whose latents are steered."""
     seed: int = 0
     """Seed of pairs, controls and bootstrap draws."""
 

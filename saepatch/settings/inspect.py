@@ -8,7 +8,7 @@ from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output
 
 @dataclass(frozen=True)
 class InspectConfig(Output, DictionarySettings, ModelSettings):
-    """Print a model's sites and, where dictionaries are given, what each of them keeps."""
+    """Print a model's sites and, where dictionaries are given, how well each reconstructs its site."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch inspect organism --sae organism",

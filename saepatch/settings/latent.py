@@ -11,7 +11,7 @@ from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output, 
 
 @dataclass(frozen=True)
 class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
-    """Print what latents are about: their top examples, how often they fire, what they write, their neighbours."""
+    """Describe latents: top examples, firing frequency, the tokens they promote, their nearest neighbours."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch latent resid_post.3:281",
@@ -21,11 +21,11 @@ class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
     )
 
     latent: str
-    """Site and number, as in resid_post.3:281; several with commas between, which share one pass over the texts."""
+    """Site and number, as in resid_post.3:281; several, separated by commas, share one pass over the texts."""
     data: str = ""
-    """Texts to look for examples in, a line each; empty: the embedded model's own."""
+    """Texts to search for examples, one per line; empty: the embedded model's own."""
     explain: str = ""
-    """An explanation prompt for the model itself, with an X where the latent is written in (Patchscope), as in
+    """A prompt by which the model explains the latent (Patchscope), with an X where the latent is written in, as in
     "The meaning of X is"."""
 
     def __post_init__(self) -> None:
@@ -33,6 +33,6 @@ class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
         if len(latents_of_sites(self.latent)) != 1:
             raise UserError(f"latent {self.latent!r}: give latents of one site, as in resid_post.3:281,966")
         if not self.data and not is_checkpoint(self.model):
-            raise UserError(f"which texts? Give --data FILE, a text a line, to look for examples of {self.model} in")
+            raise UserError(f"no texts to search for examples of {self.model}: give --data FILE, one text per line")
         if self.explain and not re.search(r"\bX\b", self.explain):
-            raise UserError(f"explain {self.explain!r}: put an X where the latent is to be written in")
+            raise UserError(f"explain {self.explain!r}: put an X where the latent is written in")

@@ -8,7 +8,7 @@ from saepatch.settings.mixins import Output, Tracked
 
 @dataclass(frozen=True)
 class MergeConfig(Output, Tracked):
-    """Put the parts of a run that was cut into shards together: results.parquet and summary.json."""
+    """Merge the shards of a run into results.parquet and summary.json."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch merge runs/sweep",

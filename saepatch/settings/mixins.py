@@ -1,5 +1,6 @@
-"""Settings that commands share: of models, dictionaries, trackers, output. A command's own settings come first in its
-`--help`, these after them.
+"""Settings that commands share: models, dictionaries, trackers, output.
+
+In `--help`, a command's own settings come before these.
 """
 
 import re
@@ -10,8 +11,8 @@ from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 
-# Settings that say where and how a run goes, not what comes out: they may differ from one start to the next. The
-# revision of a model is among them, since a run compares the weights.
+# Settings that do not affect the results: they may differ when a run is resumed. The revision of a model is among
+# them, since a run compares the weights themselves.
 FREE = frozenset(
     {"out", "track", "shard", "batch_size", "progress", "quiet", "json"}
     | {"device", "device_map", "revision", "trust_remote_code"}
@@ -19,10 +20,10 @@ FREE = frozenset(
 
 
 class Settings:
-    """Settings that are validated when they are made."""
+    """Settings that are validated on construction."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that make no sense; subclasses add checks of their own."""
+        """Raises UserError for invalid values; subclasses add their own checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,11 @@ class ModelSettings(Settings):
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1 or mps."""
     device_map: str = ""
-    """auto: spread a model that is too large for one device over all there are."""
+    """auto: spread a model that is too large for one device over all available devices."""
     dtype: str = "float32"
     """Precision of the model: float32, bfloat16 or float16."""
     prepend_bos: bool | str = False
-    """Put a BOS in front of texts where the tokenizer does not; a token's text: that token, where it has no BOS."""
+    """Prepend a BOS where the tokenizer does not; a token: prepend that one, for a tokenizer without BOS."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Leave off unless you trust its author."""
 
@@ -52,10 +53,10 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DictionarySettings(Settings):
-    """Which dictionaries."""
+    """Which dictionaries are loaded."""
 
     sae: str = "organism"
-    """Dictionaries: organism, a folder (of one, or with one sub-folder a site), or RELEASE/SAE_ID."""
+    """Dictionaries: organism, a folder (of one dictionary, or with one sub-folder per site), or RELEASE/SAE_ID."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +64,23 @@ class Tracked(Settings):
     """Where a run is logged."""
 
     track: str = "none"
-    """Beside the local log: none, wandb, wandb:offline, wandb:online, trackio, or several with commas between."""
+    """Besides the local log: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageSettings(Settings):
-    """A page of what the command prints."""
+    """An HTML page of what the command prints."""
 
     html: str = ""
-    """HTML file to write what is shown to, too, with more about the latents."""
+    """HTML file to write the output to as well, with more about the latents."""
     track: str = "none"
-    """Show the page to wandb, wandb:offline, wandb:online, trackio, or several with commas between; the local log lies
-    beside the page of --html, in FILE.log/."""
+    """Log the page to wandb, wandb:offline, wandb:online, trackio, or several, separated by commas; the local log is
+    next to the page of --html, in FILE.log/."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.track != "none" and not self.html:
-            raise UserError(f"track = {self.track!r}: a tracker shows the page; give it a place with --html")
+            raise UserError(f"track = {self.track!r} logs the page, and there is none: give --html FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Progress(Settings):
     """How progress is shown."""
 
     progress: Literal["auto", "bar", "log"] = "auto"
-    """A bar, or a line in the log every half minute; auto: a bar on a terminal."""
+    """A bar, or a log line every 30 seconds; auto: a bar where the output is a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +96,16 @@ class Output(Settings):
     """How results are printed."""
 
     json: bool = False
-    """Print the results as one JSON object on the standard output, for programs; implies quiet."""
+    """Print the results as one JSON object on standard output, for programs; implies quiet."""
     quiet: bool = False
-    """No progress and no notes: warnings, errors and results alone."""
+    """Print only warnings, errors and results: no progress, no notes."""
 
 
 def latents_of_sites(text: str) -> dict[Site, tuple[int, ...]]:
-    """Latents that are spelt out, each under its site.
+    """Latents listed in a text, grouped by site.
 
     Raises:
-        UserError: the text cannot be read, or names no site.
+        UserError: the text cannot be parsed, or names no site.
     """
     if not (latents := LatentSet.parse(text).spelt()):
         raise UserError(

@@ -8,7 +8,7 @@ from saepatch.settings.mixins import Output
 
 @dataclass(frozen=True)
 class PushConfig(Output):
-    """Upload dictionaries to a repository of the Hugging Face hub, for sae_lens and saepatch to load."""
+    """Upload dictionaries to a Hugging Face hub repository, from which sae_lens and saepatch load them."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch push runs/saes OWNER/NAME --dry_run",
@@ -16,14 +16,14 @@ class PushConfig(Output):
     )
 
     folder: str
-    """Folder of one dictionary, or what training leaves: one with a sub-folder a site."""
+    """Folder of one dictionary, or the output of training: a folder with one sub-folder per site."""
     repo_id: str
-    """Repository on the hub, OWNER/NAME; made if there is none."""
+    """Repository on the hub, OWNER/NAME; created if it does not exist."""
     private: bool = False
-    """Make the repository private; one that is there already has to be."""
+    """Make the repository private; an existing repository must be private already."""
     branch: str = ""
-    """Branch to commit to; empty: the main one."""
+    """Branch to commit to; empty: main."""
     message: str = ""
-    """Message of the commit."""
+    """Commit message."""
     dry_run: bool = False
-    """List what would go up, and upload nothing."""
+    """List the files, and upload nothing."""

@@ -18,4 +18,4 @@ class ReportConfig(Output):
     run: str
     """Folder of the run."""
     read: bool = False
-    """First read the run's prompts and top latents with the model again, as a run in shards has not done."""
+    """First run the model over the prompts again to describe the top latents, which a sharded run has not done."""

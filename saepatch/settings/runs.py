@@ -17,4 +17,4 @@ class RunsConfig(Output):
 
     positional: ClassVar[str] = "root"
     root: str = "runs"
-    """Folder that the runs' folders are in."""
+    """Folder that contains the runs' folders."""

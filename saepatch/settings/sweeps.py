@@ -11,28 +11,28 @@ from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output, 
 
 @dataclass(frozen=True)
 class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
-    """What sweeps share: model, dictionaries, pairs, positions, where results go, how the work is cut."""
+    """Settings that sweeps share: model, dictionaries, pairs, positions, output folder, division of the work."""
 
-    command: ClassVar[str]  # that has these settings
+    command: ClassVar[str]  # the command with these settings
     site: str = ""
-    """One site or several, as in resid_post.3,resid_post.4; empty: every one there is a dictionary for."""
+    """One site or several, as in resid_post.3,resid_post.4; empty: every site that has a dictionary."""
     pairs: str = ""
-    """Prompt pairs: a task of the embedded model (ioi, say); a .jsonl, .json, .csv or .parquet file with columns clean,
-    corrupted, answer, counter; a folder saved by `datasets`; OWNER/NAME[:CONFIGURATION] of a dataset."""
+    """Prompt pairs: a task of the embedded model, such as ioi; a .jsonl, .json, .csv or .parquet file with columns
+    clean, corrupted, answer, counter; a folder saved by `datasets`; or a dataset, OWNER/NAME[:CONFIGURATION]."""
     split: str = "report"
     """Split of a task (select, tune, report) or dataset; files have none."""
     n: int = 200
-    """Pairs, at most; 0: all of a file or dataset."""
+    """Maximum number of pairs; 0: all of a file or dataset."""
     clean: str = ""
     """Instead of `pairs`: the clean prompt of one pair."""
     corrupted: str = ""
     """… its corrupted prompt."""
     answers: str = ""
-    """… the answer after each, with a bar between and their leading spaces: --answers " Mary| John"."""
+    """… the answer to each, separated by a bar, with leading spaces: --answers " Mary| John"."""
     corruption: str = ""
-    """What makes the corrupted run. Empty: the corrupted prompt. Else the clean prompt, with noise on the embeddings of
-    a text's tokens ("noise: Mary"), or with everything at the one --site set to 0 (zero) or to its mean over the clean
-    prompts (mean)."""
+    """How the corrupted run is made. Empty: from the corrupted prompt. Otherwise from the clean prompt, with noise on
+    the embeddings of a text's tokens ("noise: Mary"), or with everything at the one --site set to 0 (zero) or to its
+    mean over the clean prompts (mean)."""
     positions: str = "all"
     """Where to patch: all, last, an index (5, or -1 for the last), a span (3:7, or --positions=-3: with an equals
     sign), several (1,4), or the tokens of a text ("at: Mary")."""
@@ -40,20 +40,21 @@ class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
     """denoise: clean values into the corrupted run; noise: corrupted values into the clean run."""
     metric: str = "logit_difference"
     """logit_difference, probability, log_probability, cross_entropy, answer_rank, kl_divergence (of the run from the
-    clean run), or a function of your own, MODULE:FUNCTION, imported from the working directory."""
+    clean run), or your own function, MODULE:FUNCTION, imported from the working directory."""
     min_gap: float = 1e-2
-    """Pairs whose clean and corrupted metric differ by less have no effect of their own."""
+    """Pairs whose clean and corrupted metric differ by less than this get no normalised effect."""
     align: Literal["equal", "right"] = "equal"
-    """equal: both prompts of a pair have as many tokens; right: they are lined up from the last token."""
+    """equal: both prompts of a pair have the same number of tokens; right: aligned at the last token."""
     batch_size: int = 0
-    """Edits at a time; 0: as many as pay and fit."""
+    """Edits per forward pass; 0: chosen by speed and memory."""
     seed: int = 0
     """Seed of a task's pairs, of noise, of controls and of bootstrap draws."""
     shard: str = "0/1"
-    """Which share of the pairs: I/N counting from 0, or auto for the one that a Slurm job array or torchrun says (as in
-    torchrun --nproc-per-node 8 -m -- saepatch patch …: without the lone -- it takes --n for its own)."""
+    """Share of the pairs to run: I/N counting from 0, or auto to take it from a Slurm job array or torchrun (as in
+    torchrun --nproc-per-node 8 -m -- saepatch patch …: without the lone --, torchrun reads --n as its own option)."""
     part: int = 16
-    """Pairs between two writes: what a kill can lose. `attribute` verifies so many of each part."""
+    """Number of pairs per write: at most so many are lost when the run is killed. `attribute` verifies the top of each
+    part."""
     out: str = "runs/patch"
     """Folder for the results."""
 
@@ -62,15 +63,15 @@ class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
         inline = (self.clean, self.corrupted, self.answers)
         if bool(self.pairs) == any(inline):
             raise UserError(
-                "which prompts? Give --pairs (a task such as ioi, or a file), or else --clean, --corrupted and "
+                "give either --pairs (a task such as ioi, or a file) or --clean, --corrupted and "
                 '--answers " Mary| John"' + (", not both" if self.pairs else "")
             )
         if any(inline) and not (self.clean and self.answers and (self.corrupted or self.corruption)):
             raise UserError("an inline pair needs all of --clean, --corrupted (or --corruption) and --answers")
         if self.answers and not re.fullmatch(r"[^|]+\|[^|]+", self.answers):
             raise UserError(
-                f"answers {self.answers!r} are not two: write the one after the clean prompt, a bar and the other, "
-                'each with its leading space, as in --answers " Mary| John"'
+                f"answers {self.answers!r}: write two, the clean prompt's answer first, separated by a bar, each with "
+                'its leading space, as in --answers " Mary| John"'
             )
         if self.n < 0 or self.batch_size < 0:
             raise UserError(f"n = {self.n}, batch_size = {self.batch_size}: neither can be below 0")
@@ -97,14 +98,14 @@ class PatchConfig(SweepConfig):
         "saepatch patch --config runs/sweep/config.yaml --out runs/again",
     )
     latents: str = ""
-    """Latents, each alone (417;281), or groups patched together (3,17;5); of several sites each under its name
-    ("resid_post.3: 281; 3,17 | resid_post.4: 5"); empty: every latent, each alone."""
+    """Latents patched one by one (417;281) or in groups (3,17;5); for several sites, each under its name
+    ("resid_post.3: 281; 3,17 | resid_post.4: 5"); empty: every latent, one by one."""
     component: Literal["latent", "error", "stream", "head"] = "latent"
     """What to patch at a site; streams and heads need no dictionary."""
     each_position: bool = False
-    """Patch at each of the positions alone, instead of at all of them together."""
+    """Patch at each position separately, instead of at all of them together."""
     controls: int = 5
-    """Random sets, and as many matched in frequency and size, beside each of the given latents."""
+    """Number of random control sets, and of sets matched in frequency and size, for each given latent or group."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +118,7 @@ class PatchConfig(SweepConfig):
 
 @dataclass(frozen=True)
 class AttributeConfig(SweepConfig):
-    """Estimate what every latent contributes from gradients, and run the top exactly; can be stopped and resumed."""
+    """Estimate every latent's effect from gradients, and verify the top exactly; can be stopped and resumed."""
 
     command: ClassVar[str] = "attribute"
     examples: ClassVar[tuple[str, ...]] = (
@@ -128,14 +129,14 @@ class AttributeConfig(SweepConfig):
     out: str = "runs/attribute"
     """Folder for the results."""
     method: Literal["first-order", "integrated-gradients", "graddrop"] = "first-order"
-    """How gradients are taken."""
+    """Gradient method."""
     steps: int = 10
-    """Points on the way from base to source, for integrated-gradients."""
+    """Interpolation steps from base to source, for integrated-gradients."""
     verify: int = 50
-    """Edits with the largest estimates in each part of pairs (--part) that are run exactly; 0: none."""
+    """Number of edits with the largest estimates in each part of pairs (--part) to run exactly; 0: none."""
     sample: int = 50
-    """Edits drawn at random from all others in each part of pairs that are run exactly, too: they say how good the
-    estimates are, and how many large effects they can have missed."""
+    """Number of edits drawn at random from all others in each part of pairs to run exactly as well: they measure how
+    good the estimates are, and bound how many large effects were missed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Where a run writes its numbers: the local log always, W&B and trackio beside it.
+"""Experiment tracking: the local log always, optionally W&B and trackio.
 
 May import report and below.
 """

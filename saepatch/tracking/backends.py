@@ -1,4 +1,4 @@
-"""The description of a run, and the interface of a tracker beside the local log."""
+"""The description of a run, and the interface of the trackers besides the local log."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """A run as its trackers know it.
+    """The description of a run that trackers receive.
 
     Attributes:
-        out: Folder of the run; made if need be. W&B's own folder goes to ``out/wandb``.
+        out: Folder of the run; created if needed. W&B's own folder is ``out/wandb``.
         run: Name of the run.
-        config: What the run was configured with, nested as you like; values that JSON cannot hold go as text. W&B gets
-            the versions of the libraries and the commit of the working directory with it.
-        project: Project of W&B and trackio.
-        run_id: The backends' id of the run, as `Tracker.run_id` gave it before; None for a new one.
-        group: Runs of one study share it, so that W&B lines them up; None for the folder that `out` is in.
-        job_type: What kind of run of the study this is: train, patch, steer.
-        axes: What steps count, by the names of metrics (``{"*": "tokens"}``): W&B draws these over it.
+        config: Configuration of the run, possibly nested; values that JSON cannot represent become text. Library
+            versions and the commit of the working directory are added.
+        project: Project in W&B and trackio.
+        run_id: The backends' id of an earlier run to continue, from `Tracker.run_id`; None for a new run.
+        group: Shared by the runs of one study, which W&B groups by it; None: the name of the folder that contains
+            `out`.
+        job_type: Kind of run within the study: train, patch, steer.
+        axes: The unit of steps by metric name (``{"*": "tokens"}``): the x axis on which W&B draws these metrics.
     """
 
     out: Path
@@ -39,12 +40,12 @@ class RunDescription:
 
 @runtime_checkable
 class Backend(Protocol):
-    """An experiment tracker beside the local log.
+    """An experiment tracker besides the local log.
 
-    Any method may raise anything, or hang; all but `abandon` are called from one thread, in the order of the run.
+    Any method may raise any exception, or hang; all but `abandon` are called from one thread, in order.
 
     Attributes:
-        sync_command: The shell line that uploads what the backend keeps offline; None where there is nothing to upload.
+        sync_command: The shell command that uploads an offline run; None where there is nothing to upload.
     """
 
     sync_command: str | None
@@ -70,4 +71,4 @@ class Backend(Protocol):
     def finish(self, exit_code: int) -> None: ...
 
     def abandon(self) -> None:
-        """Keep the interpreter from waiting for the backend at exit; called while another call hangs."""
+        """Stop the interpreter from waiting for the backend at exit; called while another call hangs."""

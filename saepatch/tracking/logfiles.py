@@ -1,4 +1,4 @@
-"""The files of the local log: what a line may hold, and how a log that was cut short is mended."""
+"""The files of the local log: the values of a line, and the repair of a truncated log."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ METRICS, SUMMARY, ARTIFACTS = "metrics.jsonl", "metrics.summary.json", "artifact
 
 
 def number(value: Any) -> float:
-    """The value as one float; integers stay what they are."""
+    """The value as a float; integers are unchanged."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     return float(value)
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON can hold: a float that is not finite becomes text that ``float()`` reads back."""
+    """The values in a form JSON can represent: a non-finite float becomes text that ``float()`` parses."""
     return {
         name: ("NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity")
         if isinstance(value, float) and not math.isfinite(value)
@@ -29,12 +29,12 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_name(name: str) -> str:
-    """The name as one that a file can have."""
+    """The name as a valid file name."""
     return re.sub(r"[^\w.-]+", "_", name).strip(".") or "table"
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """How many files and bytes are in a folder, and the SHA-256 over their paths and bytes."""
+    """Number of files and bytes in a folder, and the SHA-256 over their paths and contents."""
     digest, count, size = hashlib.sha256(), 0, 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         length = path.stat().st_size
@@ -47,9 +47,9 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def cut(path: Path, last: int | None) -> None:
-    """Leave the whole lines of a log, those up to a step where one is given.
+    """Keep only the complete lines of a log, and only those up to step `last` where it is given.
 
-    A killed run may have cut the last line short, or have gone on after its last checkpoint.
+    A killed run may have truncated the last line, or have logged steps after its last checkpoint.
     """
     if not path.exists():
         return

@@ -1,10 +1,10 @@
-"""Experiment tracking: a local log that always works; Weights & Biases and trackio beside it when asked for.
+"""Experiment tracking: a local log that always works; optionally Weights & Biases and trackio.
 
 The local log is a folder: ``metrics.jsonl`` (one line for each `Tracker.log` and `Tracker.histogram`,
 flushed at once, so that a killed run keeps every line), ``metrics.summary.json``, ``artifacts.jsonl``, one
-``tables/NAME.jsonl`` for each table and curve, and ``figures/``. Each backend beside it is called from a thread of its
-own, so that it costs the run microseconds, whatever it does. One that fails or hangs, at the start, in the middle or at
-the end, is reported once through `logging`, and the run goes on with the local log.
+``tables/NAME.jsonl`` for each table and curve, and ``figures/``. Every other backend is called from its own thread, so
+that a call costs the run microseconds. A backend that fails or hangs, at any time, is reported once through `logging`,
+and the run goes on with the local log.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ GIT_TIMEOUT = 5.0  # seconds
 
 
 def open_tracker(spec: str, about: RunDescription, *, resume: bool = False, resume_from: int | None = None) -> Tracker:
-    """Opens the local log in the run's folder and, if `spec` asks for them, backends beside it.
+    """Opens the local log in the run's folder and the backends named in `spec`.
 
     Use it as a context manager, so that the run is closed after an exception too::
 
         with open_tracker("wandb", RunDescription(out, run="layer-3", config=config)) as tracker:
             tracker.log({"loss": 0.7}, step=10)
 
-    A resumed W&B run keeps its id: online, the run goes on (where it was killed after its last checkpoint, W&B keeps
-    the rows it has, and the resumed run repeats them); offline, another folder of the same run is begun, and one line
-    uploads both.
+    A resumed W&B run keeps its id: online, the run continues (rows logged after the last checkpoint before a kill stay,
+    and the resumed run repeats them); offline, a second folder of the same run is started, and one command uploads
+    both.
 
     Args:
         spec: ``none`` for the local log alone; ``wandb`` for W&B in its configured mode, offline where there is no key;
-            ``wandb:offline`` and ``wandb:online`` to say which; ``trackio`` for its local dashboard; or both, with a
-            comma between.
-        about: The run; with a `run_id`, one that backends know already.
-        resume: Append to the log that is there; otherwise it is begun afresh. A line cut short by a kill is taken out.
-        resume_from: The same for a run that goes on from this step: lines of later steps are taken out, too.
+            ``wandb:offline`` and ``wandb:online`` to choose the mode; ``trackio`` for its local dashboard; or both,
+            separated by a comma.
+        about: The run; with a `run_id`, an existing run of the backends.
+        resume: Append to the existing log instead of replacing it. A line truncated by a kill is removed.
+        resume_from: Append for a run that continues from this step: lines of later steps are removed as well.
 
     Raises:
-        UserError: The spec is unknown, or the folder cannot be written to. No failure of a backend is raised.
+        UserError: The spec is unknown, or the folder cannot be written to. Backend failures are never raised.
     """
     wanted = read_spec(spec)
     lines = _open_log(about.out, resume or resume_from is not None, resume_from)
@@ -74,19 +74,19 @@ def open_tracker(spec: str, about: RunDescription, *, resume: bool = False, resu
 
 
 def read_spec(spec: str) -> tuple[str, ...]:
-    """The backends that a `--track` names, none or several with commas between.
+    """The backends that `--track` names, separated by commas.
 
     Raises:
-        UserError: one is unknown, or two are of a kind.
+        UserError: a name is unknown, or a backend is named twice.
     """
     wanted = [name.strip() for name in spec.split(",")]
     if unknown := [name for name in wanted if name not in SPECS]:
         raise UserError(
-            f"unknown tracker {unknown[0]!r}: use one of {', '.join(SPECS)}, or several with commas between"
+            f"unknown tracker {unknown[0]!r}: use one of {', '.join(SPECS)}, or several, separated by commas"
         )
     named = tuple(name for name in wanted if name != "none")
     if len({name.partition(":")[0] for name in named}) < len(named):
-        raise UserError(f"trackers {spec!r} name one of them twice: name each once")
+        raise UserError(f"track {spec!r} names a tracker twice: name each once")
     return named
 
 
@@ -106,7 +106,7 @@ def _open_log(out: Path, resume: bool, resume_from: int | None) -> TextIO:
         ) from error
 
 
-# Imported in the thread of the backend, and only where it was asked for: W&B takes a second.
+# Imported in the backend's thread, and only on demand: importing W&B takes a second.
 def _start_wandb(about: RunDescription, resumed: bool, mode: str | None) -> Backend:
     from saepatch.tracking.wandb import WandbRun
 
@@ -120,7 +120,7 @@ def _start_trackio(about: RunDescription, resumed: bool) -> Backend:
 
 
 def _surroundings(folder: Path) -> dict[str, Any]:
-    """Versions of the libraries, and the commit that is checked out in the folder, if it is in a git repository."""
+    """Versions of the libraries, and the commit checked out in the folder, if it is in a git repository."""
     from saepatch.records.provenance import versions
 
     commit = None

@@ -1,4 +1,4 @@
-"""Charts in the forms that other tools show."""
+"""Charts in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def plotly_figure(chart: Chart) -> go.Figure | None:
-    """A heat map as a plotly figure, its middle colour at 0; None of any other chart, or where plotly is missing.
+    """A heat map as a plotly figure, its colour scale centred at 0; None for other charts, or without plotly.
 
-    plotly reads labels as markup: a token ``<s>`` would show as nothing, so every text is escaped.
+    plotly parses labels as markup, where a token ``<s>`` would be invisible: all texts are escaped.
     """
     if not isinstance(chart, HeatMap):
         return None
@@ -46,7 +46,7 @@ def plotly_figure(chart: Chart) -> go.Figure | None:
 
 
 def svg_page(chart: Chart) -> str:
-    """Any chart as an HTML page of its SVG, which loads nothing."""
+    """A chart's SVG as an HTML page that loads nothing."""
     return f'<!DOCTYPE html><meta charset="utf-8"><title>{html.escape(visible(chart.title))}</title>{svg_of(chart)}'
 
 

@@ -1,4 +1,4 @@
-"""The thread that calls a backend, so that it can neither stop nor slow the run."""
+"""The thread that calls a backend, so that the backend can neither stop nor slow the run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from queue import Full, Queue
 
 from saepatch.tracking.backends import Backend
 
-QUEUE_SIZE = 10_000  # calls that may wait for a backend: minutes of any sensible logging, and some 50 MB at most
+QUEUE_SIZE = 10_000  # calls that may wait for a backend: minutes of logging, at most about 50 MB
 CALL_TIMEOUT = 60.0  # seconds after which a call that has not returned counts as hanging
-FINISH_TIMEOUT = 60.0  # seconds; without a limit, a lost connection holds a finished run for ever
+FINISH_TIMEOUT = 60.0  # seconds; without a limit, a lost connection would block a finished run for ever
 
 
 class BackgroundSender:
-    """Calls a backend from a daemon thread, in order; `send` only puts the call into a queue.
+    """Calls a backend from a daemon thread, in order; `send` only queues the call.
 
-    A backend that raises is closed. One that does not answer for `CALL_TIMEOUT`, or is `QUEUE_SIZE` calls behind, is
-    abandoned. Either is reported once, through `complain`.
+    A backend that raises is closed. A backend that does not respond for `CALL_TIMEOUT`, or is `QUEUE_SIZE` calls
+    behind, is abandoned. Both are reported once, through `complain`.
     """
 
     def __init__(self, start: Callable[[], Backend], complain: Callable[[str], None]) -> None:
@@ -35,12 +35,12 @@ class BackgroundSender:
 
     @property
     def sync_command(self) -> str | None:
-        """The backend's; waits until it has started."""
+        """The backend's `sync_command`; waits until the backend has started."""
         self._started.wait(CALL_TIMEOUT)
         return self._backend.sync_command if self._backend is not None else None
 
     def send(self, what: str, call: Callable[[Backend], None]) -> None:
-        """Queue a call; `what` completes "could not" in a complaint."""
+        """Queue a call; `what` completes the sentence "could not …" in a warning."""
         since = self._calling_since
         if self._closed:
             return
@@ -53,7 +53,7 @@ class BackgroundSender:
             self._abandon(f"is {QUEUE_SIZE:,} messages behind")
 
     def finish(self, exit_code: int) -> bool:
-        """Make the queued calls and close the backend; False if it was abandoned, before or for taking too long."""
+        """Make the queued calls and close the backend; False if it was abandoned, earlier or for taking too long."""
         if not self._closed:
             self._closed, self._exit_code = True, exit_code
             try:
@@ -105,5 +105,5 @@ class BackgroundSender:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its class where there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a run writes its numbers through: the local log always, and the backends beside it."""
+"""The tracker that runs log to: it writes the local log and forwards to the backends."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Where a run writes its numbers. Made by `saepatch.tracking.open.open_tracker`.
+    """Logs a run. Created by `saepatch.tracking.open.open_tracker`.
 
     Attributes:
         out: Folder of the local log.
-        run_id: The backends' id of the run, for a checkpoint to keep; None for a run that never had one.
+        run_id: The backends' id of the run, to be stored in checkpoints; None for a run without backends.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Tracker:
 
     @property
     def sync_command(self) -> str | None:
-        """The shell line that uploads what was kept offline; None when there is nothing to upload."""
+        """The shell command that uploads an offline run; None when there is nothing to upload."""
         return next(filter(None, (sender.sync_command for sender in self._senders.values())), None)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -67,8 +67,8 @@ class Tracker:
 
         Args:
             metrics: Numbers by name: Python's, NumPy's or one-element tensors. NaN and infinities are kept, as text.
-            step: Position of the line on the time axis: optimiser steps, tokens, whatever the run counts. It should not
-                fall: W&B has no place for a row that goes back (the local log keeps it).
+            step: Position of the line on the time axis, in optimiser steps, tokens or another unit. It should not
+                decrease: W&B drops a row whose step is below the last (the local log keeps it).
 
         Raises:
             TypeError, ValueError: A value is not one number, or is called ``step`` or ``time``.
@@ -82,7 +82,7 @@ class Tracker:
 
         Args:
             name: Name of the histogram.
-            counts: How many fall between an edge and the next.
+            counts: Number of values between each edge and the next.
             edges: Edges of the bins, one more than there are counts.
             step: As for `log`.
 
@@ -113,7 +113,7 @@ class Tracker:
         self._send("take the summary", lambda backend: backend.summarise(values))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Writes a table to ``tables/NAME.jsonl``, one object a row, and to W&B.
+        """Writes a table to ``tables/NAME.jsonl``, one object per row, and to the backends.
 
         Args:
             name: Name of the table. Writing the same name again replaces the local file.
@@ -121,29 +121,30 @@ class Tracker:
             rows: Rows, each as long as `columns`.
 
         Raises:
-            ValueError: A row is not as long as the columns are.
+            ValueError: A row's length differs from the number of columns.
         """
         for index, row in enumerate(rows):
             if len(row) != len(columns):
                 raise ValueError(f"table {name!r}: row {index} has {len(row)} cells for {len(columns)} columns")
-        kept = [list(row) for row in rows]  # W&B gets them later, and they are the caller's
+        kept = [list(row) for row in rows]  # copied: backends get them later, when the caller may have changed them
         self._write_table(name, columns, kept)
         step = self._last_step
         self._send("take a table", lambda backend: backend.table(name, list(columns), kept, step))
 
     def curve(self, name: str, x: str, xs: Sequence[float], lines: Mapping[str, Sequence[Any]]) -> None:
-        """Writes lines over an axis of their own, as effects over numbers of latents: a local table, and to backends
-        a point at a time, which W&B draws over that axis. Each point is one of W&B's own steps, so that lines logged
-        after a curve may stand at later steps there than `log` was given.
+        """Writes lines over their own x axis, such as effects over numbers of latents.
+
+        Locally this is a table; backends receive one point at a time, which W&B draws over that axis. Each point takes
+        one of W&B's own steps, so that lines logged after a curve may have later steps in W&B than `log` was given.
 
         Args:
-            name: Name of the curve; a line's own is ``name/line``.
+            name: Name of the curve; its lines are called ``name/line``.
             x: Name of the axis (``k``, ``strength``).
-            xs: Places on it.
-            lines: Values by line, as many as there are places; None is a gap.
+            xs: Positions on the axis.
+            lines: Values by line, one per position; None is a gap.
 
         Raises:
-            ValueError: A line is not as long as the axis.
+            ValueError: A line's length differs from the axis'.
         """
         for line, values in lines.items():
             if len(values) != len(xs):
@@ -170,28 +171,28 @@ class Tracker:
         self._send("take a figure", lambda backend: backend.figure(name, chart, step))
 
     def page(self, name: str, path: Path) -> None:
-        """Shows backends an HTML page that the run wrote, its report."""
+        """Sends an HTML page that the run wrote, such as its report, to the backends."""
         step = self._last_step
         self._send("take a page", lambda backend: backend.page(name, path, step))
 
     def configure(self, settings: Mapping[str, Any]) -> None:
-        """Adds settings that were not known when the run began to what backends show of it."""
+        """Adds settings that were not known at the start to the configuration that backends show."""
         kept = json.loads(json.dumps(dict(settings), default=str))
         self._send("take settings", lambda backend: backend.configure(kept))
 
     def artifact(self, name: str, folder: Path, upload: bool = False) -> None:
-        """Notes a folder that the run made, in ``artifacts.jsonl`` and as an artifact of W&B: its path, size and hash.
+        """Records the path, size and hash of a folder in ``artifacts.jsonl`` and as an artifact of W&B.
 
         Args:
             name: Name of the artifact.
-            folder: The folder; it is read through.
-            upload: Have W&B keep a copy of the files, not only a reference to them.
+            folder: The folder; all its files are read.
+            upload: Upload the files to W&B, instead of only a reference to them.
 
         Raises:
             UserError: There is no such folder.
         """
         if not folder.is_dir():
-            raise UserError(f"no folder {str(folder)!r} to note as an artifact: check the path")
+            raise UserError(f"no folder {str(folder)!r} to record as an artifact: check the path")
         folder = folder.absolute()
         with self._local(ARTIFACTS):
             about = {"path": str(folder), **contents(folder)}
@@ -218,10 +219,10 @@ class Tracker:
         self.finish(0 if kind is None else 1)
 
     def _write_line(self, values: Mapping[str, Any], step: int) -> bool:
-        """Puts a line into the log; False where it goes back, so that W&B has no place for it."""
+        """Appends a line to the log; False where its step is below the last, so that W&B would drop it."""
         if clash := values.keys() & {"step", "time"}:
             raise ValueError(
-                f"a metric cannot be called {min(clash)!r}: every line has one already; choose another name"
+                f"a metric cannot be called {min(clash)!r}: every line has that key already; choose another name"
             )
         row = {"step": step, "time": round(time.time(), 3), **values}
         with self._local(METRICS):
@@ -259,7 +260,7 @@ class Tracker:
 
     @contextmanager
     def _local(self, name: str) -> Iterator[None]:
-        """A full disk must not stop a run either: its checkpoints will say so soon enough."""
+        """Warn about an OSError instead of raising it: a full disk must not stop the run at a log line."""
         try:
             yield
         except OSError as error:

@@ -1,7 +1,7 @@
-"""trackio beside the local log: a live dashboard on this machine, without an account (the extra `dashboard`).
+"""The trackio backend: a live dashboard on this machine, without an account (the extra `dashboard`).
 
-Runs go to trackio's own folder (``TRACKIO_DIR``), where `trackio show --project saepatch` finds them. This is the only
-module that knows trackio.
+Runs are stored in trackio's own folder (``TRACKIO_DIR``), where `trackio show --project saepatch` finds them. This is
+the only module that imports trackio.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class TrackioRun:
-    """One trackio run; every method may raise whatever trackio raises. It has no run summary and no axes of its own:
-    summaries go into the run's last row, and a curve's steps are its points."""
+    """One trackio run; methods may raise anything that trackio raises.
+
+    trackio has no run summary and no custom axes: summaries go into the run's last row, and a curve's points are steps.
+    """
 
     def __init__(self, about: RunDescription, resumed: bool) -> None:
         with _silent():
@@ -34,7 +36,7 @@ class TrackioRun:
             settings = {key: value for key, value in about.config.items() if not key.startswith("_")}
             self._run = trackio.init(
                 project=about.project,
-                name=f"{about.run}-{about.run_id}",  # a name is what it knows a run by
+                name=f"{about.run}-{about.run_id}",  # trackio identifies a run by its name
                 group=about.group,
                 config={**settings, **({"job_type": about.job_type} if about.job_type else {})},
                 resume="allow" if resumed else "never",
@@ -85,12 +87,12 @@ class TrackioRun:
         log.info("trackio: to look at the run: trackio show --project %s", self._project)
 
     def abandon(self) -> None:
-        """Nothing to do: it holds no process that outlives this one."""
+        """Nothing to do: trackio has no process that outlives this one."""
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What this thread prints goes nowhere: trackio prints, also where the output is a program's. Others print on."""
+    """Discard what this thread prints: trackio prints even where standard output is JSON. Other threads print on."""
     before, own = sys.stdout, threading.current_thread()
 
     class Filter:

@@ -1,4 +1,4 @@
-"""Weights & Biases beside the local log (the extra `wandb`). The only module that knows W&B; imported on demand."""
+"""The Weights & Biases backend. The only module that imports W&B; itself imported on demand."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT = 20.0  # seconds; W&B's own 90 are a long silence on a machine without network
+INIT_TIMEOUT = 20.0  # seconds; W&B's default of 90 is too long a wait on a machine without network
 
 
 class WandbRun:
-    """One W&B run; every method may raise whatever W&B raises."""
+    """One W&B run; methods may raise anything that W&B raises."""
 
     def __init__(self, about: RunDescription, resumed: bool, mode: str | None) -> None:
         import wandb
 
         self._wandb = wandb
-        # Failures are reported through logging, once; W&B's own messages stay out of the terminal.
+        # Failures are reported once, through logging; W&B's own messages are kept off the terminal.
         settings = wandb.Settings(
             console="off",
             x_disable_stats=True,
@@ -41,7 +41,7 @@ class WandbRun:
             silent=True,
         )
         if mode != "offline" and os.environ.get("WANDB_MODE", "online") == "online" and not _has_key():
-            # Asking for one would stop a run that nobody watches.
+            # W&B would prompt for a key and block an unattended run.
             logger.warning("W&B has no key (WANDB_API_KEY, or `wandb login`): the run is kept offline")
             mode = "offline"
         self._staging = about.out.absolute() / "wandb"
@@ -59,16 +59,16 @@ class WandbRun:
             job_type=about.job_type,
         )
         self._axes = about.axes
-        self._step: int | None = None  # of the run, whose row is open
-        # W&B's own step of that row, and its next one: a run that goes on has steps already, and none may go back.
-        self._at = self._free = int(getattr(self._run, "step", 0) or 0)
+        self._step: int | None = None  # the run's step of the current row
+        # W&B's own step of the current row and its next free one: a resumed run has steps already, and they must rise.
+        self._row_step = self._free = int(getattr(self._run, "step", 0) or 0)
         for axis in dict.fromkeys(self._axes.values()):
             self._run.define_metric(axis, hidden=True)
         for metrics, axis in self._axes.items():
             self._run.define_metric(metrics, step_metric=axis)
         self.sync_command: str | None = None
         if self._run.offline and not self._run.disabled:
-            # A resumed run has a folder for each part of it; W&B uploads them as one.
+            # A resumed run has one folder per start; W&B uploads them as one run.
             folders = Path(self._run.dir).parents[1].glob(f"offline-run-*-{about.run_id}*")
             self.sync_command = shlex.join(["wandb", "sync", *map(str, sorted(folders))])
 
@@ -78,7 +78,7 @@ class WandbRun:
     def curve(self, name: str, x: str, points: Sequence[tuple[float, Mapping[str, float]]]) -> None:
         self._run.define_metric(x, hidden=True)
         self._run.define_metric(f"{name}/*", step_metric=x)
-        for place, values in points:  # a row each: the axis is another than the run's
+        for place, values in points:  # one row per point: the axis is not the run's
             self._run.log({**values, x: place}, step=self._free)
             self._free, self._step = self._free + 1, None
 
@@ -94,17 +94,17 @@ class WandbRun:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
         with self._staged_with_the_run():
-            self._run.log({name: table}, step=self._row(step))  # without a step, W&B would move its own on by one
+            self._run.log({name: table}, step=self._row(step))  # without a step, W&B would advance its own
 
     def _row(self, step: int) -> int:
-        """W&B's own step for a step of the run: the same, or the next one where a curve's rows have gone past it.
+        """W&B's own step for a step of the run: the same, or the next free one where a curve's rows have passed it.
 
-        W&B drops a row that goes back, and what is logged at one of its steps twice is one row.
+        W&B drops rows whose step is below the last, and merges rows logged at the same step.
         """
         if step != self._step:
-            self._step, self._at = step, max(step, self._free)
-            self._free = self._at + 1
-        return self._at
+            self._step, self._row_step = step, max(step, self._free)
+            self._free = self._row_step + 1
+        return self._row_step
 
     def figure(self, name: str, chart: Chart, step: int) -> None:
         from saepatch.tracking.plots import plotly_figure, svg_page
@@ -136,13 +136,14 @@ class WandbRun:
         self._run.finish(exit_code=exit_code)
 
     def abandon(self) -> None:
-        # W&B waits for its service when the interpreter exits, without a limit, and offers no other way out of that.
+        # W&B waits for its service at exit without a limit, and its public API offers no way to skip that.
         with suppress(Exception):
             self._run._wl.assert_service()._cleanup()  # type: ignore[union-attr, misc]
 
     @contextmanager
     def _staged_with_the_run(self) -> Iterator[None]:
-        """W&B stages files in the home folder, where an offline run that moves elsewhere leaves them behind."""
+        """Stage files in the run's folder: W&B's default, the home folder, would leave them behind when an offline run
+        is moved."""
         elsewhere = os.environ.get("WANDB_DATA_DIR")
         os.environ.setdefault("WANDB_DATA_DIR", str(self._staging))
         try:
@@ -153,7 +154,7 @@ class WandbRun:
 
 
 def _has_key() -> bool:
-    """Whether W&B could log in without asking: from the environment, its settings or the netrc file."""
+    """Whether W&B could log in without a prompt: from the environment, its settings or the netrc file."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -54,7 +54,7 @@ def test_summaries_of_a_pair_or_two_say_that_they_allow_no_interval(pairs):
 
 
 def test_five_sets_say_what_they_leave_open():
-    assert "up to 45% may do more" in about_sets(5)
+    assert "up to 45% of all such sets may have a larger effect" in about_sets(5)
     assert about_sets(1).startswith("Controls: means of 1 set.")
     assert about_sets(5) in effects_on(12).summary(3)
 

@@ -300,7 +300,7 @@ def test_judges(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": None}, "which prompts?"),
+        ({"prompts": None}, "no prompts"),
         ({"prompts": "nowhere.jsonl"}, "cannot read prompts from 'nowhere.jsonl'"),
         ({"latents": "3"}, "are of one dictionary, and there are"),
         ({"latents": "resid_post.1: 99"}, "latent 99 is out of range"),

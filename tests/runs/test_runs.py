@@ -457,7 +457,7 @@ def test_mistakes_come_before_the_work(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({}, "which prompts?"),
+        ({}, "give either --pairs"),
         ({"pairs": "ioi", "clean": "a"}, "not both"),
         ({"clean": "a", "answers": "b|c"}, "an inline pair needs all"),
         ({"clean": "a", "corrupted": "b", "answers": " Mary, John"}, "are not two"),
