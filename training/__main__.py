@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 # Before torch: threads that spin while they wait are up to twenty times slower on a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -18,6 +18,7 @@ from .config import TrainingConfig
 
 if TYPE_CHECKING:
     from .loop.sweep import SweepResult
+    from .ranks import Ranks
 
 PROG = "python -m training"
 PRESETS = Path(__file__).parent / "configs"
@@ -67,18 +68,26 @@ def run(config: TrainingConfig) -> None:
             swept = run_sweep(model, documents, config, ranks, also)
             if ranks.first:
                 show_sweep(swept, config)
+            if swept.stopped:
+                stop(ranks, f"a checkpoint of the run under way is in {config.out}: {GO_ON}")
             return
         outcome = train_saes(model, documents, config, config.out, ranks, also)
-    if not ranks.first:
-        return
     if outcome.stopped:
-        print(f"stopped after {outcome.tokens:,} tokens; a checkpoint is in {config.out}: {GO_ON}")
+        stop(ranks, f"after {outcome.tokens:,} tokens; a checkpoint is in {config.out}: {GO_ON}")
+    if not ranks.first:
         return
     print(table({str(site): row for site, row in outcome.figures.items()}))
     for name, figures in outcome.also.items():
         print(f"in {name}:")
         print(table({str(site): row for site, row in figures.items()}))
     print(f"dictionaries, summary.json and metrics.jsonl are in {config.out}")
+
+
+def stop(ranks: "Ranks", message: str) -> NoReturn:
+    """End a run that was asked to stop with the exit code of an interrupt, 130; one of several processes says so."""
+    if ranks.first:
+        raise KeyboardInterrupt(message)
+    sys.exit(130)
 
 
 def own_device(device: str) -> str:
@@ -125,9 +134,7 @@ def show_sweep(swept: "SweepResult", config: TrainingConfig) -> None:
     print(
         f"figures of {len(swept.runs)} finished runs, means over their sites; all of them are in {config.out}/{SUMMARY}"
     )
-    if swept.stopped:
-        print(f"stopped with a checkpoint: {GO_ON}")
-    elif swept.failed:
+    if swept.failed and not swept.stopped:
         first, reason = next(iter(swept.failed.items()))
         raise UserError(f"{len(swept.failed)} runs of the sweep failed, {first} first: {reason}")
 

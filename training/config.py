@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from saepatch.errors import UserError
+from saepatch.settings.checks import check_values
 from saepatch.tracking.open import read_spec
 
 # It stands on torch, and --help is to be quick. (jsonargparse would import it to read annotations that are postponed.)
@@ -66,6 +67,7 @@ class SAEConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        check_values(SAEConfig, vars(self), "sae.")
         _positive("sae", k=self.k, expansion=self.expansion, dead_after=self.dead_after, bandwidth=self.bandwidth)
         _positive("sae", tanh_scale=self.tanh_scale, aux_share=self.aux_share)
         _shares("sae", aux_share=self.aux_share)
@@ -219,6 +221,7 @@ class TrainingConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        check_values(TrainingConfig, vars(self))
         _positive("", tokens=self.tokens, batch_size=self.batch_size, forward_tokens=self.forward_tokens)
         _positive("", lr=self.lr, finetune_lr=self.finetune_lr, eval_tokens=self.eval_tokens, log_every=self.log_every)
         _positive("", keep_checkpoints=self.keep_checkpoints, cache_gb=self.cache_gb)
@@ -246,7 +249,7 @@ class TrainingConfig:
             raise UserError("sites is empty: name at least one, as in resid_post.3, or use 'all'")
         if self.sites != "all":
             self.sites_of(0)
-        share = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        share = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard)
         if share is None or int(share[1]) >= int(share[2]):
             raise UserError(f"shard {self.shard!r}: write I/N with I from 0 to N-1, as in 0/4")
 

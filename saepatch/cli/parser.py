@@ -1,17 +1,23 @@
 """What every command line of the project shares: settings from a dataclass, and one line for a user's mistake."""
 
 import difflib
+import errno
 import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
+from saepatch.records.documents import check_yaml
+from saepatch.settings.checks import check_values
 
 Config = TypeVar("Config")
 
@@ -125,6 +131,7 @@ def _formatter() -> type:
 def _parser(config: type, prog: str | None = None, positional: bool = False) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
+    _bound_yaml()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its --help
     summary = (config.__doc__ or "").strip().split("\n\n")[0]
     examples = getattr(config, "examples", ())
@@ -151,6 +158,26 @@ def _parsed(parser: Any, given: Sequence[str]) -> Any:
         return parser.parse_args(list(given))
     except ArgumentError as error:
         raise UserError(_plainly(" ".join(str(error).split()), parser, given)) from error
+    except (ValueError, RecursionError, TypeError) as error:  # of a file that is no UTF-8, a value it cannot convert
+        raise UserError(f"cannot read the settings ({reason_of(error)}): see --help") from error
+
+
+@cache
+def _bound_yaml() -> None:
+    """Have the parser read YAML, of files and of values, only where `check_yaml` allows it."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def bounded(text: str) -> Any:
+        check_yaml(text)
+        try:
+            return load(text)
+        except ValueError as error:  # a number of thousands of digits
+            raise yaml.YAMLError(str(error)) from error
+
+    set_loader("yaml", bounded, (yaml.YAMLError,))
 
 
 KINDS = {
@@ -172,6 +199,8 @@ def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:
         wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind[8:-2], kind)
         shown = "a mapping (is the file another command's?)" if value.startswith("{") else repr(value)
         return f"--{key} takes {wanted}, not {shown}"
+    if message.startswith("Unexpected config:"):
+        return "the config file holds no settings with values: write NAME: VALUE, a line each (see --help)"
     if match := re.search(r"required: (\S+)", message):
         return f"{match[1].rpartition('.')[2]!r} is missing: see --help"
     if match := re.search(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted", message):
@@ -221,7 +250,10 @@ def _parsers(parser: Any, given: Sequence[str]) -> list[Any]:
 
 
 def _instantiate(parser: Any, given: Sequence[str], config: type[Config], command: str | None = None) -> Config:
-    values = parser.instantiate(_parsed(parser, given))
+    parsed = _parsed(parser, given)
+    named = parsed if command is None else parsed[command]
+    check_values(config, named.as_dict())
+    values = parser.instantiate(parsed)
     fields = (values if command is None else values[command]).as_dict()
     fields.pop("config", None)
     return config(**fields)
@@ -234,17 +266,54 @@ def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, 
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     _show_log()
     try:
-        run(list(sys.argv[1:] if arguments is None else arguments))
+        try:
+            run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _complain(f"error: {error}")
         return 2
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"interrupted: {str(error) or interrupted}\n")
+        if arguments is None:
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process without a traceback
+        _complain(f"interrupted: {str(error) or interrupted}")
         return 130
-    except BrokenPipeError:  # as before `| head`: nobody reads any more, and Python would say so once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as before `| head`
+        _drop_output()
         return 1
+    except OSError as error:
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there" if full else "give a place that can be read and written"
+        _complain(
+            f"error: {where}{error.strerror or reason_of(error)}: {remedy} and run the command again; files that were "
+            "written are whole, and a run goes on from them"
+        )
+        return 2
     return 0
+
+
+LONGEST = 2_000  # characters of a message
+
+
+def _complain(message: str) -> None:
+    """One line on the standard error, cut where something in it is endless."""
+    line = " ".join(message.splitlines())
+    if len(line) > LONGEST:
+        half = LONGEST // 2 - 20
+        line = f"{line[:half]} … {len(line) - 2 * half:,} characters … {line[-half:]}"
+    with suppress(OSError):  # a full disk may hold the log, too
+        sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
+
+
+def _drop_output() -> None:
+    """Let go of an output that takes no more: Python would complain of it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_log() -> None:

@@ -15,7 +15,7 @@ Group = tuple[int, ...]
 Groups = tuple[Group, ...] | None  # None: all latents of the dictionary
 Ids = tuple[int, ...] | None
 
-IDS = re.compile(r"\s*\d+\s*([,;]\s*\d+\s*)*")
+IDS = re.compile(r"\s*\d{1,18}\s*([,;]\s*\d{1,18}\s*)*")
 
 
 @dataclass(frozen=True, eq=False)

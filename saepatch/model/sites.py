@@ -46,9 +46,9 @@ class Site:
         """Read `resid_post.3` or the hook name `blocks.3.hook_resid_post`; a `Site` is returned as it is."""
         if isinstance(text, Site):
             return text
-        if match := re.fullmatch(r"(\w+)\.(\d+)", text):
+        if match := re.fullmatch(r"(\w+)\.(\d{1,9})", text):
             return cls(int(match[2]), match[1])
-        if (match := re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", text)) and match[2] in _STREAM_OF_HOOK:
+        if (match := re.fullmatch(r"blocks\.(\d{1,9})\.([\w.]+)", text)) and match[2] in _STREAM_OF_HOOK:
             return cls(int(match[1]), _STREAM_OF_HOOK[match[2]])
         raise UserError(
             f"cannot read site {text!r}: write STREAM.LAYER with STREAM one of {', '.join(STREAMS)} "

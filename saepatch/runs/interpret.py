@@ -46,11 +46,11 @@ def read_positions(text: str) -> Positions:
     text = text.strip()
     if text in NAMED:
         return text
-    if re.fullmatch(r"-?\d+", text):
+    if re.fullmatch(r"-?\d{1,9}", text):
         return int(text)
-    if match := re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+    if match := re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?", text):
         return slice(*(None if bound is None else int(bound) for bound in match.groups()))
-    if re.fullmatch(r"-?\d+(\s*,\s*-?\d+)+", text):
+    if re.fullmatch(r"-?\d{1,9}(\s*,\s*-?\d{1,9})+", text):
         return [int(part) for part in text.split(",")]
     if text.startswith("at:") and text[3:].strip():
         return At(text[3:].strip())

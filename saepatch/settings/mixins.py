@@ -10,6 +10,7 @@ from typing import Literal
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
+from saepatch.settings.checks import check_values
 
 # Settings that do not affect the results: they may differ when a run is resumed. The revision of a model is among
 # them, since a run compares the weights themselves.
@@ -24,6 +25,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises UserError for invalid values; subclasses add their own checks."""
+        check_values(type(self), vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,6 @@ def latents_of_sites(text: str) -> dict[Site, tuple[int, ...]]:
 
 def check_shard(text: str) -> None:
     """Raises UserError where a shard is neither I/N nor auto."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if text != "auto" and not (match and int(match[1]) < int(match[2])):
         raise UserError(f"shard {text!r}: write I/N with I from 0 to N-1, as in 0/4, or auto")

@@ -1,6 +1,7 @@
 """Sweeps: which runs there are, what each shard does, what resuming skips, and the table at the end."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -198,8 +199,8 @@ def test_the_command_line(command, tmp_path, capsys, stand_in):
     assert "error: 1 runs of the sweep failed, sae.k=2 first: the loss is nan" in err
     trained.fail, trained.stop = "", "sae.k=2"
     (tmp_path / "out/sae.k=4/summary.json").unlink()
-    assert main([*command, "--resume", "true"]) == 0
-    assert "stopped with a checkpoint: the same command with --resume true goes on" in capsys.readouterr().out
+    assert main([*command, "--resume", "true"]) == 130
+    assert re.search(r"interrupted: a checkpoint .*: the same command with --resume true goes", capsys.readouterr().err)
     assert main([*command, "--dry_run"]) == 0
     assert "2 runs:\n  sae.k=2\n  sae.k=4\n" in capsys.readouterr().out
 

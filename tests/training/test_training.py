@@ -230,9 +230,9 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
-    said, complained = run.communicate(timeout=60)
-    assert run.returncode == 0
-    assert re.search(r"stopped after [\d,]+ tokens; a checkpoint is in .*--resume true", said)
+    _, complained = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert re.search(r"interrupted: after [\d,]+ tokens; a checkpoint is in .*--resume true", complained)
     assert "Traceback" not in complained
     assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "checkpoints"}
 

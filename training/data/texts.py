@@ -138,7 +138,7 @@ def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[A
         if path.exists():
             kind, files = _files(path)
             loaded = datasets.load_dataset(kind, data_files=[str(p) for p in files], **options)
-        elif path.suffix in FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
+        elif not on_the_hub(data):
             raise UserError(f"no file or folder {data!r}: check the path, or give the id of a dataset on the hub")
         else:
             loaded = datasets.load_dataset(data, subset, **options)
@@ -149,6 +149,12 @@ def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[A
     except Exception as error:  # a damaged file and an unknown id fail in many ways inside `datasets`
         raise _unreadable(data, error) from error
     return loaded, files
+
+
+def on_the_hub(data: str) -> bool:
+    """Whether data can only be the id of a dataset on the hub: there is no such path here."""
+    path = Path(data).expanduser()
+    return not path.exists() and path.suffix not in FORMATS and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data))
 
 
 def _files(path: Path) -> tuple[str, list[Path]]:

@@ -134,12 +134,17 @@ def plan(config: TrainingConfig) -> Plan:
     Raises:
         UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.
     """
+    from ..data.texts import on_the_hub, texts
     from .checks import check_also, check_model
+    from .saving import check_folder
 
     model = skeleton(config.model, config.dtype, config.revision)
     sites = config.sites_of(model.n_layers)
     check_model(model, sites, config)
     check_also(model, [skeleton(name, config.dtype) for name in config.also], sites, config)
+    check_folder(config.out, sites, config)
+    if config.data and not on_the_hub(config.data):
+        texts(config.data, config.text_column, streaming=config.streaming)
     shapes = [_shape(model, site, config) for site in sites]
     blocks = max(site.blocks_before if site.stream == "resid_pre" else site.layer + 1 for site in sites)
     work = _work(model, shapes, blocks, config)

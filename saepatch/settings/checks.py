@@ -1,0 +1,61 @@
+"""What no setting may hold, whatever it is called: nothing where a value is needed, and values no library can take."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from saepatch.errors import UserError
+
+LARGEST = 2**63 - 1  # whole numbers beyond it fit no tensor
+
+
+def check_values(config: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Check settings by name, before they become a `config`.
+
+    Raises:
+        UserError: a value is missing (a key without a value in a YAML file), a number is not finite or beyond 64 bits,
+            a seed is negative, or a text holds what cannot be written to a file.
+    """
+    hints = _hints(config)
+    for name, value in values.items():
+        hint = hints.get(name)
+        if hint is None:
+            continue
+        if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+            check_values(hint, value, f"{prefix}{name}.")
+        elif value is None:
+            if not _optional(hint):
+                raise UserError(f"{prefix}{name} has no value: give one, or leave the setting out for its default")
+        else:
+            _check_value(f"{prefix}{name}", value)
+            if name == "seed" and isinstance(value, int) and value < 0:
+                raise UserError(f"{prefix}seed is {value}: use a whole number from 0 on")
+
+
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
+def _optional(hint: Any) -> bool:
+    return hint is Any or (get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint))
+
+
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{name} is a whole number of {value.bit_length()} bits: use one below 2^63")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}: use a finite number")
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+            raise UserError(f"{name} is {value!r}: take out the NUL or the lone surrogate that it holds")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_value(name, key)
+            _check_value(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_value(name, item)
