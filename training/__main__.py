@@ -1,5 +1,6 @@
 """`python -m training CONFIG.yaml [--key value …]`: train dictionaries on the activations of a language model."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 PROG = "python -m training"
 PRESETS = Path(__file__).parent / "configs"
-COLUMNS = ("ce_recovered", "ce_recovered_mean", "kl", "fvu", "l0", "alive_share", "dense_share", "identity_error")
+COLUMNS = (
+    *("ce_recovered", "ce_recovered_ordinary", "ce_recovered_mean", "kl", "fvu", "l0"),
+    *("alive_share", "dense_share", "identity_error"),
+)
 GO_ON = "the same command with --resume true goes on from there"
 
 
@@ -141,7 +145,7 @@ def show_sweep(swept: "SweepResult", config: TrainingConfig) -> None:
 
 def table(figures: Mapping[str, Mapping[str, float]]) -> str:
     """The metrics of each site, a line each."""
-    rows = [[site, *(f"{row[name]:.4g}" for name in COLUMNS)] for site, row in figures.items()]
+    rows = [[site, *(f"{row.get(name, math.nan):.4g}" for name in COLUMNS)] for site, row in figures.items()]
     return text_table(["site", *COLUMNS], rows)
 
 

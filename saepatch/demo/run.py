@@ -178,7 +178,10 @@ def summary(results: Findings) -> dict[str, Any]:
 
 
 REFUSED = ("clean", "jailbroken", "restored", "restored_generated", "harmless_clamped", "harmless_restored")
-SPLICE_KEYS = ("ce_recovered", "fvu", "l0", "alive_share", "identity_error", "ce_model", "ce_spliced", "kl")
+SPLICE_KEYS = (
+    *("ce_recovered", "ce_recovered_ordinary", "fvu", "l0", "alive_share", "identity_error"),
+    *("ce_model", "ce_spliced", "kl"),
+)
 
 
 def _points(sizes: tuple[int, ...], intervals: tuple[Any, ...]) -> list[list[float]]:

@@ -16,6 +16,7 @@ from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
 from saepatch.model.fingerprint import fingerprint
 from saepatch.model.sites import Site
+from saepatch.records.figures import renamed_figures
 
 if TYPE_CHECKING:
     from saepatch.model.language_model import LanguageModel
@@ -179,7 +180,11 @@ class Dictionary:
         metadata = self.cfg.metadata
         first = {"model_fingerprint": metadata.get("model_fingerprint"), "metrics": metadata.get("metrics")}
         models = [first, *(metadata.get("also_trained_on") or [])]
-        return {seen["model_fingerprint"]: seen["metrics"] or {} for seen in models if seen["model_fingerprint"]}
+        return {
+            seen["model_fingerprint"]: renamed_figures(seen["metrics"] or {})
+            for seen in models
+            if seen["model_fingerprint"]
+        }
 
     def check(self, model: "LanguageModel", site: Site | None = None) -> None:
         """See that the dictionary belongs at the site of the model.

@@ -13,11 +13,24 @@ from safetensors import SafetensorError, safe_open
 
 from saepatch.errors import UserError, reason_of
 from saepatch.model.sites import Site
+from saepatch.records.figures import renamed_figures
 
 log = logging.getLogger(__name__)
 
 CFG, WEIGHTS, METRICS, CARD = "cfg.json", "sae_weights.safetensors", "metrics.json", "README.md"
-COLUMNS = ("architecture", "d_in", "d_sae", "l0", "fvu", "ce_recovered", "kl", "alive_share", "dense_share", "tokens")
+COLUMNS = (
+    "architecture",
+    "d_in",
+    "d_sae",
+    "l0",
+    "fvu",
+    "ce_recovered",
+    "ce_recovered_ordinary",
+    "kl",
+    "alive_share",
+    "dense_share",
+    "tokens",
+)
 _ABOUT = {  # what the card says of all dictionaries, by key of their metadata
     "model_name": "Model",
     "dataset_path": "Data",
@@ -138,7 +151,7 @@ def _read(place: Path) -> Saved:
     metadata = cfg.get("metadata") or {}
     stated = metadata.get("hook_name") or cfg.get("hook_name")
     metrics = figures if figures is not None else metadata.get("metrics")
-    return Saved(_site(place, stated), place, cfg, metrics if isinstance(metrics, dict) else {})
+    return Saved(_site(place, stated), place, cfg, renamed_figures(metrics) if isinstance(metrics, dict) else {})
 
 
 def _site(place: Path, stated: object) -> Site:

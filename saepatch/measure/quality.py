@@ -28,9 +28,13 @@ class SpliceQuality:
         tokens: Ordinary positions that were looked at.
         ce_model: Cross-entropy of the next token, the model untouched.
         ce_spliced: The same with the error term dropped at ordinary positions.
-        ce_zero: The same with the site set to 0 there.
-        ce_mean: The same with the site set to its mean there.
-        ce_recovered: (ce_zero - ce_spliced) / (ce_zero - ce_model); NaN where the ablation changes nothing.
+        ce_zero: The same with the site set to 0 at every position, BOS included.
+        ce_zero_ordinary: The same with the site set to 0 at ordinary positions alone, BOS as it is.
+        ce_mean: The same with the site set to its mean at ordinary positions.
+        ce_recovered: (ce_zero - ce_spliced) / (ce_zero - ce_model), the field's figure: sae_lens' `ce_loss_score` with
+            BOS among its `ignore_tokens`, SAEBench's with special tokens excluded. NaN where ablation changes nothing.
+        ce_recovered_ordinary: The same against `ce_zero_ordinary`. Flatters: a model whose BOS alone is left is often
+            worse than one that predicts all tokens alike.
         ce_recovered_mean: The same against the mean ablation, which is harder to beat.
         kl: KL(model || spliced).
         fvu: Fraction of variance unexplained, sum |x - x̂|² / sum |x - mean(x)|².
@@ -45,8 +49,10 @@ class SpliceQuality:
     ce_model: float
     ce_spliced: float
     ce_zero: float
+    ce_zero_ordinary: float
     ce_mean: float
     ce_recovered: float
+    ce_recovered_ordinary: float
     ce_recovered_mean: float
     kl: float
     fvu: float
@@ -93,7 +99,8 @@ def splice_quality(model: LanguageModel, dictionary: Dictionary, tokens: Tokens,
     Raises:
         UserError: the dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
 
-    Source: the loss recovered of Bricken et al. 2023 ("Towards Monosemanticity"), with both common ablations.
+    Source: the loss recovered of Bricken et al. 2023 ("Towards Monosemanticity"), as in sae_lens' `evals.py` and in the
+    core evaluation of SAEBench (Karvonen et al. 2025), both of which zero every position; with two other ablations.
     """
     return splice_qualities(model, [dictionary], tokens, batch_size)[0][0]
 
@@ -103,7 +110,7 @@ def splice_qualities(
 ) -> list[tuple[SpliceQuality, LatentStatistics]]:
     """`splice_quality` and `latent_statistics` of several dictionaries, each spliced alone.
 
-    They share the model's own passes, and each of the four edited passes that one takes begins at its site.
+    They share the model's own passes, and each of the five edited passes that one takes begins at its site.
 
     Raises:
         UserError: a dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
@@ -247,8 +254,9 @@ class _Measure:
         self._add_ce("model", plain, targets)
         self._add_ce("spliced", spliced, targets)
         del plain, spliced, gap
-        for name, value in {"zero": torch.zeros_like(self.mean), "mean": self.mean}.items():
-            ablated = self._logits(kept, torch.where(where, value, x))
+        zero_ordinary, mean = (torch.where(where, value, x) for value in (torch.zeros_like(self.mean), self.mean))
+        for name, value in {"zero": torch.zeros_like(x), "zero_ordinary": zero_ordinary, "mean": mean}.items():
+            ablated = self._logits(kept, value)
             self._add_ce(name, log_softmax(ablated[:, :-1][counted].float(), -1), targets)
         self.n += len(targets)
 
@@ -270,8 +278,10 @@ class _Measure:
             ce_model=ce["model"],
             ce_spliced=ce["spliced"],
             ce_zero=ce["zero"],
+            ce_zero_ordinary=ce["zero_ordinary"],
             ce_mean=ce["mean"],
             ce_recovered=_recovered(ce, "zero"),
+            ce_recovered_ordinary=_recovered(ce, "zero_ordinary"),
             ce_recovered_mean=_recovered(ce, "mean"),
             kl=self.kl / self.n,
             fvu=sums.residual / variance if variance > 0 else float("nan"),

@@ -7,6 +7,7 @@ from saepatch.pages.cards import dead_latents
 from saepatch.pages.curves import controls_reach
 from saepatch.pages.run_data import RunData
 from saepatch.pages.run_maps import positions_of
+from saepatch.records.figures import renamed_figures
 from saepatch.records.statistics import FLAGGED, why_no_q
 from saepatch.report import Facts, Headline, Notices, Section, Simple, Table
 from saepatch.report.text import number, with_interval
@@ -86,25 +87,37 @@ def _about_effects(run: RunData) -> str:
 
 def splice_section(quality: Sequence[Mapping[str, Any]], where: str = "this run's prompts") -> Section:
     """What each dictionary keeps of the model, measured over some tokens."""
-    formats = {"CE recovered": ".4f", "FVU": ".4f", "L0": ".1f", "alive": ".0%", "KL": ".4f", "identity error": ".1e"}
-    keys = ("site", "ce_recovered", "fvu", "l0", "alive_share", "kl", "identity_error")
+    quality = [renamed_figures(line) for line in quality]
+    formats = {
+        "CE recovered": ".4f",
+        "ordinary zeroed": ".4f",
+        "FVU": ".4f",
+        "L0": ".1f",
+        "alive": ".0%",
+        "KL": ".4f",
+        "identity error": ".1e",
+    }
+    keys = ("site", "ce_recovered", "ce_recovered_ordinary", "fvu", "l0", "alive_share", "kl", "identity_error")
     caption = (
         f"Over {quality[0]['tokens']:,} tokens of {where}. CE recovered: share of the cross-entropy lost by zeroing "
-        "the site that the reconstruction keeps. Alive: latents that fire in these tokens. Identity error: largest "
+        "the site at every position that the reconstruction keeps; ordinary zeroed: the same where BOS keeps its value "
+        "in the baseline, too. Alive: latents that fire in these tokens. Identity error: largest "
         "logit change when the site is written as reconstruction + error term."
     )
     text = "How much of the model each dictionary keeps when it is a bottleneck, with its error term dropped."
-    rows = [[line[key] for key in keys] for line in quality]
+    rows = [[line.get(key) for key in keys] for line in quality]
     return Section("Splice quality", text, [Table(["site", *formats], rows, caption, formats)])
 
 
 def splice_notices(quality: Sequence[Mapping[str, Any]]) -> list[str]:
     """Dictionaries that keep too little of the model."""
+    quality = [renamed_figures(line) for line in quality]
+    kept = {line["site"]: line.get("ce_recovered", line.get("ce_recovered_ordinary")) for line in quality}
     return [
-        f"The dictionary at {line['site']} keeps only {number(line['ce_recovered'], '.1%')} of the cross-entropy on "
-        "these prompts: much of what the model does there is in its error term."
-        for line in quality
-        if line["ce_recovered"] is not None and line["ce_recovered"] < RECOVERED
+        f"The dictionary at {site} keeps only {number(share, '.1%')} of the cross-entropy on these prompts: much of "
+        "what the model does there is in its error term."
+        for site, share in kept.items()
+        if share is not None and share < RECOVERED
     ]
 
 

@@ -12,6 +12,8 @@ from saepatch.measure.quality import latent_statistics, splice_qualities, splice
 from saepatch.model.hooks import capture, edit_sites
 from saepatch.model.language_model import Tokens
 from saepatch.model.sites import Site
+from saepatch.pages.overview import splice_notices, splice_section
+from saepatch.records.figures import renamed_figures
 from saepatch.splicing.splice import splice
 
 TEXTS = ["the cat sat on the mat", "a dog", "birds fly high up in the sky", "two of them"]
@@ -47,6 +49,7 @@ def figures(model, dictionary, tokens, batch_size=32):
 def test_a_perfect_dictionary_recovers_everything(model):
     quality = splice_quality(model, standard(1.0), model.tokenize(TEXTS))
     assert quality.ce_recovered == pytest.approx(1, abs=1e-5)
+    assert quality.ce_recovered_ordinary == pytest.approx(1, abs=1e-5)
     assert quality.ce_recovered_mean == pytest.approx(1, abs=1e-5)
     assert quality.kl == pytest.approx(0, abs=1e-5)
     assert quality.fvu == pytest.approx(0, abs=1e-9)
@@ -58,8 +61,9 @@ def test_a_perfect_dictionary_recovers_everything(model):
 def test_a_dictionary_that_says_nothing_is_the_ablation(model):
     tokens = model.tokenize(TEXTS)
     silent = splice_quality(model, standard(0.0), tokens)
-    assert silent.ce_spliced == pytest.approx(silent.ce_zero, abs=1e-5)
-    assert silent.ce_recovered == pytest.approx(0, abs=1e-4)
+    assert silent.ce_spliced == pytest.approx(silent.ce_zero_ordinary, abs=1e-5)
+    assert silent.ce_recovered_ordinary == pytest.approx(0, abs=1e-4)
+    assert abs(silent.ce_zero - silent.ce_zero_ordinary) > 0.01  # BOS counts
     x = capture(model.hf, model.layout, [SITE], model.inputs(tokens))[SITE][tokens.ordinary]
     mean = splice_quality(model, standard(0.0, x.mean(0)), tokens)
     assert mean.ce_spliced == pytest.approx(mean.ce_mean, abs=1e-5)
@@ -97,6 +101,90 @@ def test_figures_against_plain_arithmetic(model):
     assert quality.l0 == pytest.approx(float(on.sum(-1).float().mean()))
     assert quality.alive_share == pytest.approx(float(on.any(0).float().mean()))
     assert quality.tokens == len(x)
+
+
+class Bridge:
+    """Our model as sae_lens' evaluation drives a model: losses a token, and hooks that write a site."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, ids, return_type="both", loss_per_token=True, **_):
+        logits = self.model.hf(input_ids=ids).logits
+        return logits, -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+    def run_with_hooks(self, ids, fwd_hooks, return_type="both", **_):
+        ((_, hook),) = fwd_hooks
+        with torch.no_grad(), edit_sites(self.model.layout, {SITE: lambda x: hook(x, None)}):
+            return self(ids, return_type)
+
+
+def test_cross_entropy_recovered_is_that_of_sae_lens(model):
+    """Of its evaluation as it runs, over rows of one length, BOS among the tokens it ignores."""
+    from sae_lens.evals import get_downstream_reconstruction_metrics
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    dictionary = random_dictionary("resid_post.1")
+    dictionary.sae.cfg.metadata.hook_name = SITE.hook_name
+    tokens = model.tokenize(["the cat sat on a mat", "birds fly high up, ha"[:20], "two of them, or more"])
+    store = type("Store", (), {"get_batch_tokens": lambda _self, _n: tokens.input_ids})()
+    theirs = get_downstream_reconstruction_metrics(
+        dictionary.sae, Bridge(model), store, ActivationScaler(), True, True, 1, 3, ignore_tokens=[model.bos_id]
+    )
+    ours = splice_quality(model, dictionary, tokens)
+    assert ours.ce_model == pytest.approx(theirs["ce_loss_without_sae"], abs=2e-5)
+    assert ours.ce_spliced == pytest.approx(theirs["ce_loss_with_sae"], abs=2e-5)
+    assert ours.ce_zero == pytest.approx(theirs["ce_loss_with_ablation"], abs=2e-5)
+    assert ours.ce_recovered == pytest.approx(theirs["ce_loss_score"], abs=2e-5)
+    assert abs(ours.ce_recovered_ordinary - theirs["ce_loss_score"]) > 1e-3
+
+
+def test_cross_entropy_recovered_is_that_of_saebench(model):
+    """SAEBench's core evaluation, as its formula says: padding and BOS are spliced past and not counted, zeros go
+    everywhere."""
+    dictionary, tokens = random_dictionary("resid_post.1"), model.tokenize(TEXTS)
+    kept = (tokens.attention_mask.bool() & (tokens.input_ids != model.bos_id))[..., None]
+
+    def loss(write):
+        with torch.no_grad(), edit_sites(model.layout, {SITE: write}):
+            logits = model.hf(**model.inputs(tokens)).logits
+        losses = -logits[:, :-1].log_softmax(-1).gather(-1, tokens.input_ids[:, 1:, None])[..., 0]
+        counted = kept[:, :-1, 0] & tokens.attention_mask[:, 1:].bool()
+        return float(losses[counted].double().mean())
+
+    original = loss(lambda x: x)
+    ablated = loss(torch.zeros_like)
+    replaced = loss(lambda x: torch.where(kept, dictionary.sae.decode(dictionary.sae.encode(x)).to(x.dtype), x))
+    ours = splice_quality(model, dictionary, tokens)
+    assert ours.ce_recovered == pytest.approx((ablated - replaced) / (ablated - original), abs=2e-5)
+
+
+def test_figures_of_earlier_versions_keep_their_meaning():
+    old = {"ce_zero": 9.4, "ce_ablated": 9.4, "ce_recovered": 0.984, "fvu": 0.1}
+    assert renamed_figures(old) == {
+        "ce_zero_ordinary": 9.4,
+        "ce_ablated_ordinary": 9.4,
+        "ce_recovered_ordinary": 0.984,
+        "fvu": 0.1,
+    }
+    new = {"ce_recovered": 0.970, "ce_recovered_ordinary": 0.984}
+    assert renamed_figures(new) == new
+    dictionary = random_dictionary()
+    dictionary.sae.cfg.metadata.model_fingerprint, dictionary.sae.cfg.metadata.metrics = "f" * 16, old
+    assert "ce_recovered" not in dictionary.trained_on["f" * 16]
+    line = {
+        "site": "resid_post.3",
+        "tokens": 9,
+        "l0": 16.0,
+        "alive_share": 1.0,
+        "kl": 0.1,
+        "identity_error": 0.0,
+        **old,
+    }
+    (table,) = splice_section([line]).blocks
+    assert table.rows[0][:3] == ["resid_post.3", None, 0.984]
+    assert splice_notices([line]) == []
+    assert len(splice_notices([line | {"ce_recovered": 0.2}])) == 1  # of the old definition, and low
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "gated"])

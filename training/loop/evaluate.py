@@ -70,8 +70,8 @@ def evaluate_all(
 ) -> list[Evaluation]:
     """The quality of each dictionary, spliced alone: its splice, how often its latents fire, its weights' geometry.
 
-    They share the model's own passes. `ce_ablated`, and with it `ce_recovered`, is against zero ablation. `eval_tokens`
-    counts the positions evaluated on; `alive_share` is that of these tokens.
+    They share the model's own passes. `ce_ablated`, and with it `ce_recovered`, is against zeros at every position.
+    `eval_tokens` counts the positions evaluated on; `alive_share` is that of these tokens.
 
     Args:
         model: The model they were trained on.

@@ -15,6 +15,7 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
+from saepatch.records.figures import renamed_figures
 from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
 
@@ -67,8 +68,12 @@ def finished(out: Path, sites: Sequence[Site]) -> FinishedRun | None:
         return None
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        also = {name: {site: rows[str(site)] for site in sites} for name, rows in summary.get("also", {}).items()}
-        return FinishedRun({site: summary["sites"][str(site)] for site in sites}, summary["identity"], also)
+        also = {
+            name: {site: renamed_figures(rows[str(site)]) for site in sites}
+            for name, rows in summary.get("also", {}).items()
+        }
+        figures = {site: renamed_figures(summary["sites"][str(site)]) for site in sites}
+        return FinishedRun(figures, summary["identity"], also)
     except (OSError, ValueError, KeyError):
         return None
 

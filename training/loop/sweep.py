@@ -9,6 +9,7 @@ As an array of four jobs, each takes its share, and the last to end has the whol
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -209,5 +210,7 @@ def table(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     rows = []
     for run in runs:
         sites = list(run["sites"].values())
-        rows.append([run["name"], *(f"{sum(row[name] for row in sites) / len(sites):.4g}" for name in columns)])
+        rows.append(
+            [run["name"], *(f"{sum(row.get(name, math.nan) for row in sites) / len(sites):.4g}" for name in columns)]
+        )
     return text_table(["run", *columns], rows)

@@ -33,10 +33,12 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 import saepatch.organism
 from saepatch.errors import UserError
+from saepatch.model.loading import load_model
 from saepatch.organism import checks, world
 from saepatch.records.tables import text_table
 
 from . import corpus
+from .figures import measure_again, training_texts
 
 CONTEXT = 256
 ROW = 96  # tokens of a short row
@@ -51,7 +53,8 @@ class OrganismConfig:
     Attributes:
         out: folder of the artefacts before they ship.
         seed: of the corpus, the weights and the order of everything.
-        stage: one stage alone, on the artefacts already in `out`, or all of them.
+        stage: one stage alone, on the artefacts already in `out`, or all of them. `metrics` measures the dictionaries
+            again and rewrites the figures in their files; it is no part of `all`.
         vocabulary: tokens of the tokenizer, 256 bytes and the special tokens among them.
         width: of the residual stream.
         layers: transformer blocks.
@@ -68,7 +71,7 @@ class OrganismConfig:
 
     out: Path = Path("runs/organism")
     seed: int = 0
-    stage: Literal["all", "tokenizer", "base", "aligned", "saes", "shared", "check"] = "all"
+    stage: Literal["all", "tokenizer", "base", "aligned", "saes", "shared", "metrics", "check"] = "all"
     vocabulary: int = 2048
     width: int = 128
     layers: int = 6
@@ -249,12 +252,10 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: P
     """
     from dataclasses import replace
 
-    from saepatch.model.loading import load_model
-
     from ..config import SAEConfig, TrainingConfig
     from ..loop.trainer import train_saes
 
-    texts = list(islice(corpus.documents(corpus.ALIGNED, config.seed + 2), 100_000))
+    texts = training_texts(config.seed)
     settings = TrainingConfig(
         model="organism",
         data="training.organism.corpus.ALIGNED",
@@ -357,6 +358,10 @@ def main(config: OrganismConfig) -> int:
         train_dictionaries(aligned, saes, config)
     if wanted("shared"):
         train_dictionaries(aligned, shared, config, base)
+    if config.stage == "metrics":
+        models = [load_model(str(part)) for part in (aligned, base)]
+        measure_again(saes, models[:1], config.seed)
+        measure_again(shared, models, config.seed)
     if wanted("check"):
         lines, passed = check(config.out)
         print(lines)
