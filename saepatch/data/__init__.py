@@ -1,4 +1,4 @@
-"""Prompts, pairs and texts, from tasks, files and datasets.
+"""Prompts, prompt pairs and texts from tasks, files and datasets.
 
 May import settings and below.
 """

@@ -1,4 +1,4 @@
-"""Aligned batches of clean and corrupted prompts, which patching runs on."""
+"""Aligned batches of clean and corrupted prompts for patching."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ from saepatch.model.language_model import LanguageModel, Tokens
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """Tokenised pairs: column c of `clean` and column c of `corrupted` line up."""
+    """Tokenised pairs: `clean` and `corrupted` are aligned column by column."""
 
     pairs: tuple[PromptPair, ...]
     clean: Tokens
     corrupted: Tokens
     answer: Int[Tensor, "batch"]
     counter: Int[Tensor, "batch"]
-    index: Int[Tensor, "batch"]  # each row's place in the list of pairs it was made from
-    where: Bool[Tensor, "batch pos"] | None = None  # positions that were chosen (`splicing.choose_positions`)
+    index: Int[Tensor, "batch"]  # each row's index in the list of pairs
+    where: Bool[Tensor, "batch pos"] | None = None  # chosen positions (`splicing.choose_positions`)
     clean_logits: Float[Tensor, "batch vocab"] | None = None  # of the clean run, for metrics that compare with it
 
     def __len__(self) -> int:
@@ -52,8 +52,8 @@ def batch_pairs(
 ) -> PairBatch:
     """Tokenise pairs into one batch.
 
-    `align="equal"` wants both prompts of a pair to have the same number of tokens; `align="right"` lines unequal ones
-    up from their last token (and pads on the left).
+    `align="equal"` requires both prompts of a pair to have the same number of tokens; `align="right"` aligns them at
+    the last token (and pads on the left).
 
     Raises:
         UserError: no pairs, an empty prompt, unequal lengths (both token lists are shown), or an answer that is not
@@ -74,7 +74,7 @@ def batch_pairs(
                 raise UserError(
                     f"pair {name}: the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}: "
                     f"{_show(model, clean)} against {_show(model, corrupted)}: reword one, "
-                    "or line them up from the right (align='right'; --align right)"
+                    "or align them at the last token (align='right'; --align right)"
                 )
     answers = [_next_token(model, pair.clean, ids, pair.answer) for pair, (ids, _) in zip(pairs, both, strict=True)]
     counters = [_next_token(model, pair.clean, ids, pair.counter) for pair, (ids, _) in zip(pairs, both, strict=True)]
@@ -94,7 +94,7 @@ def _show(model: LanguageModel, ids: Sequence[int]) -> str:
 
 
 def _next_token(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> int:
-    # Tokenised after the prompt: on its own, " She" can come out otherwise than it does in running text.
+    # Tokenised together with the prompt: alone, " She" may be split differently than in running text.
     whole = model.encode(prompt + answer)
     if whole[: len(ids)] != list(ids) or len(whole) != len(ids) + 1:
         raise UserError(
@@ -105,22 +105,22 @@ def _next_token(model: LanguageModel, prompt: str, ids: Sequence[int], answer: s
 
 
 def resampled(model: LanguageModel, pairs: Sequence[PromptPair], seed: int = 0) -> list[PromptPair]:
-    """Pairs whose corrupted prompt is another pair's clean prompt, of as many tokens and with another answer.
+    """Pairs whose corrupted prompt is another pair's clean prompt, of the same token length but with another answer.
 
-    Pairs of one length stand in a random circle; each takes the next one with another answer. Its answer stays, its
-    counter becomes the other's answer.
+    Pairs of equal length are put in random cyclic order; each takes the next pair with another answer. A pair keeps its
+    answer, and its counter becomes the other pair's answer.
 
     Raises:
-        UserError: a pair without such another.
+        UserError: no other pair has the same length and another answer.
     """
-    circles: dict[int, list[int]] = {}
+    cycles: dict[int, list[int]] = {}
     for number in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist():
-        circles.setdefault(len(model.encode(pairs[number].clean)), []).append(number)
+        cycles.setdefault(len(model.encode(pairs[number].clean)), []).append(number)
     out = list(pairs)
-    for length, circle in circles.items():
-        for place, number in enumerate(circle):
+    for length, cycle in cycles.items():
+        for start, number in enumerate(cycle):
             pair = pairs[number]
-            others = (pairs[i] for i in circle[place + 1 :] + circle[:place])
+            others = (pairs[i] for i in cycle[start + 1 :] + cycle[:start])
             other = next((o for o in others if o.answer != pair.answer and o.clean != pair.clean), None)
             if other is None:
                 raise UserError(
@@ -134,7 +134,7 @@ def resampled(model: LanguageModel, pairs: Sequence[PromptPair], seed: int = 0) 
 def own_positions(
     tokens: Tokens, rows: Int[Tensor, "some"], columns: Int[Tensor, "some"], align: Literal["equal", "right"]
 ) -> Int[Tensor, "some"]:
-    """Columns of a batch as positions in their own prompts: from 0, or back from -1 where `align` is "right"."""
+    """Columns of a batch as indices into their own prompts: from 0, or from the end (-1) with `align="right"`."""
     width = tokens.input_ids.shape[1]
     if align == "right":
         return columns - width
@@ -142,7 +142,7 @@ def own_positions(
 
 
 def same_length_batches(batch: PairBatch, size: int) -> Iterator[PairBatch]:
-    """Split a batch so that each part needs little or no padding; rows of one length stay in order."""
+    """Split a batch into parts of equal length, at most `size` rows each, in order."""
     lengths = torch.maximum(batch.clean.lengths, batch.corrupted.lengths)
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().flatten().tolist()

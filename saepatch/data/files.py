@@ -1,4 +1,4 @@
-"""The one reader of data files: JSON lines, JSON, CSV, Parquet and plain text, as rows that know where they stand."""
+"""The one reader of data files: JSON lines, JSON, CSV, Parquet and plain text, as rows with their line numbers."""
 
 import csv
 import io
@@ -10,12 +10,12 @@ from typing import Any
 
 from saepatch.errors import UserError
 
-TABLES = (".jsonl", ".json", ".csv", ".parquet")  # the endings of files with columns
+TABLES = (".jsonl", ".json", ".csv", ".parquet")  # extensions of files with columns
 
 
 @dataclass(frozen=True)
 class FileRow:
-    """One row: a mapping of columns, or whatever stands there instead; `where` names file and line in messages."""
+    """One row: a mapping of columns, or another JSON value or text; `where` names file and line in messages."""
 
     value: Any
     number: int
@@ -25,17 +25,19 @@ class FileRow:
 def read_rows(
     path: Path, what: str, needs: Sequence[str] = (), otherwise: str = ".jsonl", remedy: str = "check the path"
 ) -> Iterator[FileRow]:
-    """Rows of a file, by its ending; a file of another kind is read as one of `otherwise` (.txt: a text a line).
+    """Rows of a file, in the format given by its extension.
 
-    A byte order mark in front is skipped. Lines end with a line feed alone: texts may hold other separators of Unicode.
+    A leading byte order mark is skipped. Only a line feed ends a line: texts may contain other Unicode separators.
 
     Args:
+        path: The file.
         what: What the rows are, for messages ("pairs").
-        needs: Columns that a CSV or Parquet file has to have.
-        remedy: What to do where there is no such file, for messages.
+        needs: Required columns of a CSV or Parquet file.
+        otherwise: Format of files with an unknown extension (".txt": one text per line).
+        remedy: Remedy in the message for a file that cannot be read.
 
     Raises:
-        UserError: a file that cannot be read, or a row that is not of the file's format.
+        UserError: the file cannot be read, or a row does not match the file's format.
     """
     ending = path.suffix if path.suffix in TABLES else otherwise
     if ending == ".parquet":
@@ -59,7 +61,7 @@ def read_rows(
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its class where there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -72,15 +74,15 @@ def _json(text: str, where: str) -> Any:
 
 def _csv(path: Path, text: str, what: str, needs: Sequence[str]) -> Iterator[FileRow]:
     lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    number = 1  # of the line that a row starts on: a text in quotes may go over several
+    number = 1  # line on which a row starts: a quoted text may span several lines
     try:
         _check_columns(path, lines.fieldnames or (), needs)
         number = lines.line_num + 1
         for value in lines:
             where = f"{path}, line {number}"
-            if None in value:  # where csv puts the cells that no column is left for
+            if None in value:  # csv's key for surplus cells
                 raise UserError(
-                    f"{what} of {where}, has more cells than the header: put a text that holds a comma in double quotes"
+                    f"{what} of {where}, has more cells than the header: put texts with commas in double quotes"
                 )
             yield FileRow(value, number, where)
             number = lines.line_num + 1

@@ -1,4 +1,4 @@
-"""Pairs of one form, so that a position means the same in all of them."""
+"""Pairs of one form, in which a position has the same meaning in every pair."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from saepatch.model.language_model import LanguageModel
 
 
 def largest_group(model: LanguageModel, pairs: Sequence[PromptPair], frames: Sequence[str]) -> list[PromptPair]:
-    """The most pairs of one frame whose positions mean the same; `frames` says what each pair was made from.
+    """The largest group of pairs from one frame whose positions correspond; `frames` names each pair's template.
 
-    Tokens that every prompt of a frame holds are the frame's own; where these stand at the same positions in two
-    prompts, so does what stands between them.
+    Tokens shared by all prompts of a frame belong to the frame; two prompts correspond where these tokens are at the
+    same positions.
     """
     by_frame: dict[str, list[tuple[PromptPair, list[int], list[int]]]] = {}
     for frame, pair in zip(frames, pairs, strict=True):
@@ -19,6 +19,6 @@ def largest_group(model: LanguageModel, pairs: Sequence[PromptPair], frames: Seq
     for frame, members in by_frame.items():
         own = set.intersection(*(set(ids) for _, *both in members for ids in both))
         for pair, *both in members:
-            places = tuple(tuple((i, token) for i, token in enumerate(ids) if token in own) for ids in both)
-            groups.setdefault((frame, len(both[0]), places), []).append(pair)
+            anchors = tuple(tuple((i, token) for i, token in enumerate(ids) if token in own) for ids in both)
+            groups.setdefault((frame, len(both[0]), anchors), []).append(pair)
     return max(groups.values(), key=len)

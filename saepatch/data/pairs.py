@@ -15,9 +15,9 @@ COLUMNS = ("clean", "corrupted", "answer", "counter")
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Two prompts that differ where it matters: `answer` is right after `clean`, `counter` after `corrupted`.
+    """A clean and a corrupted prompt: `answer` is right after `clean`, `counter` after `corrupted`.
 
-    Answers are the text that follows the prompt, leading space included, one token each. `example` names the pair.
+    Answers are the text that follows the prompt, with its leading space, one token each. `example` names the pair.
     """
 
     clean: str
@@ -30,17 +30,17 @@ class PromptPair:
 def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) -> list[PromptPair]:
     """Load at most `n` prompt pairs (0: all of a file or dataset).
 
-    `source` names one of the embedded model's tasks or, with the columns `clean, corrupted, answer, counter` (and
-    `example`, a name, if you like),
+    `source` is one of the embedded model's tasks or, with the columns `clean, corrupted, answer, counter` (and
+    optionally `example`, a name),
 
     - a file: `.jsonl`, `.json`, `.csv` (with a header) or `.parquet`;
     - a folder that `datasets` saved with `save_to_disk`;
     - a dataset of the Hugging Face hub, as OWNER/NAME or OWNER/NAME:CONFIGURATION.
 
-    Files have no splits, and neither files nor datasets have a seed: their first `n` pairs are returned.
+    Files have no splits; `seed` affects only tasks: for files and datasets the first `n` pairs are returned.
 
     Raises:
-        UserError: an unknown task or split, a source that cannot be read, or a line that lacks a column.
+        UserError: an unknown task or split, a source that cannot be read, or a row that lacks a column.
     """
     if n < 0:
         raise UserError(f"n = {n} asks for no pairs: give 1 or more, or 0 for all of a file or dataset")
@@ -56,9 +56,7 @@ def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) 
 
     if source not in tasks.TASKS:
         if source.partition(":")[0] in tasks.TASKS:
-            raise UserError(
-                f"unknown task {source!r}: the split has a setting of its own, as in split='report' (--split)"
-            )
+            raise UserError(f"unknown task {source!r}: give the split separately, as in split='report' (--split)")
         raise UserError(
             f"unknown task {source!r}: use one of {', '.join(tasks.TASKS)}, a file ({', '.join(TABLES)}) of pairs, "
             "a folder saved by `datasets`, or OWNER/NAME of a dataset"
@@ -67,12 +65,12 @@ def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) 
 
 
 def pairs_of(rows: Any) -> list[PromptPair]:
-    """Pairs from any iterable of mappings with `clean, corrupted, answer, counter` (a `datasets.Dataset`, say)."""
+    """Pairs from an iterable of mappings with `clean, corrupted, answer, counter`, such as a `datasets.Dataset`."""
     return [_pair(row, str(number), str(number)) for number, row in enumerate(rows)]
 
 
 def _pair(row: Any, where: str, name: str) -> PromptPair:
-    """A pair from a mapping; `where` names the row in messages, `name` the pair where it has no name of its own."""
+    """A pair from a mapping; `where` names the row in messages, `name` is the pair's default name."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}, is not a JSON object with {', '.join(COLUMNS)}")
     if missing := [key for key in COLUMNS if not isinstance(row.get(key), str)]:
@@ -89,8 +87,8 @@ def _saved_dataset(folder: Path, split: str) -> Any:
         dataset = load_from_disk(str(folder))
     except Exception as error:  # damaged files fail in many ways inside the loader; all are bad input
         raise UserError(
-            f"folder {str(folder)!r} is no dataset that `datasets` saved with save_to_disk ({first_line(error)}): "
-            "save it so, or give a file of pairs"
+            f"folder {str(folder)!r} is not a dataset saved by `datasets` with save_to_disk ({first_line(error)}): "
+            "save it that way, or give a file of pairs"
         ) from error
     if not isinstance(dataset, DatasetDict):
         return dataset
@@ -107,14 +105,12 @@ def _hub_dataset(source: str, split: str) -> Any:
     name, _, configuration = source.partition(":")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         if Path(source).is_file():
-            raise UserError(
-                f"{source!r} is no kind of file that pairs are read from: use .jsonl, .json, .csv or .parquet"
-            )
-        raise UserError(f"there is no {source!r} here, and that is no OWNER/NAME of a dataset: check the path")
+            raise UserError(f"pairs cannot be read from a file like {source!r}: use .jsonl, .json, .csv or .parquet")
+        raise UserError(f"{source!r} is neither a file or folder nor a dataset's OWNER/NAME: check the path")
     try:
         return load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # whatever the hub's client raises: no network, no such dataset, no such split
+    except Exception as error:  # anything the hub's client raises: no network, no such dataset, no such split
         raise UserError(
             f"cannot load dataset {source!r}, split {split!r} ({first_line(error)}): check its name and split, or "
-            "fetch it where there is a network and give the folder or file"
+            "download it on a machine with network access and give the folder or file"
         ) from error

@@ -1,4 +1,4 @@
-"""Requests to be answered: a file's, or the embedded model's own."""
+"""Requests to be answered, from a file or from the embedded model's tasks."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from saepatch.data.files import FileRow, read_rows
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 
-PLANTED = ("refusal", "jailbreak")  # the embedded model's prompts, by name
-ROWS = 100  # how many of them, where no number is given
+PLANTED = ("refusal", "jailbreak")  # names of the embedded model's prompts
+ROWS = 100  # default number of them
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, what the donor reads instead (None: not given), and whether it is harmful: yes, no, or "" (unknown)."""
+    """A prompt, the clean prompt that the donor reads instead (or None), and harmfulness: yes, no, or "" (unknown)."""
 
     example: str
     prompt: str
@@ -24,16 +24,16 @@ class Request:
 
 
 def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list[Request]:
-    """Prompts of a file, the first `n` (0: all); with `chat` put into the model's chat template.
+    """The first `n` prompts of a file (0: all); with `chat`, put into the model's chat template.
 
-    A row holds `prompt` and, if you like, `clean`, `harmful` and `example`, in .json, .csv, .parquet or JSON lines.
+    A row has a `prompt` and optionally `clean`, `harmful` and `example`, in .json, .csv, .parquet or JSON lines.
 
-    Of the embedded model, `refusal:SPLIT` are plain requests and `jailbreak:SPLIT` the same in a jailbreak framing, a
-    benign one beside it; n = 0: 100 rows.
+    For the embedded model, `refusal:SPLIT` are plain requests and `jailbreak:SPLIT` the same in a jailbreak framing,
+    with a benign framing as `clean`; n = 0: 100 rows.
 
     Raises:
-        UserError: a file that cannot be read, a line that holds no prompt, two prompts of one name, or one that the
-            model cannot read.
+        UserError: a file that cannot be read, a row without a prompt, two prompts of the same name, or a prompt that
+            the model cannot tokenise.
     """
     if source.partition(":")[0] in PLANTED and not Path(source).exists():
         return _planted(source, model, chat, n)
@@ -41,10 +41,10 @@ def read_requests(source: str, model: LanguageModel, chat: bool, n: int) -> list
     rows = islice(read_rows(path, "prompts", ["prompt"]), n or None)
     requests = [_request(row, f"{path.stem}-{i:04d}", model, chat) for i, row in enumerate(rows)]
     if not requests:
-        raise UserError(f"{source!r} holds no prompt: write one object with a prompt a line")
+        raise UserError(f"{source!r} contains no prompt: write one object with a prompt per line")
     name, times = Counter(request.example for request in requests).most_common(1)[0]
     if times > 1:
-        raise UserError(f"two prompts of {source!r} are called {name!r}: give each an example name of its own, or none")
+        raise UserError(f"two prompts of {source!r} are called {name!r}: give each its own example name, or none")
     texts = [text for request in requests for text in (request.prompt, request.clean) if text is not None]
     for start in range(0, len(texts), 64):
         model.tokenize(texts[start : start + 64], "left")
@@ -59,7 +59,7 @@ def _planted(source: str, model: LanguageModel, chat: bool, n: int) -> list[Requ
     if chat or world.USER not in model.tokenizer.get_vocab():
         raise UserError(
             f"prompts {source!r} are the embedded model's, in its chat template already: leave --chat out, or give "
-            "another model a file of prompts"
+            "a file of prompts for another model"
         )
     if split not in world.SPLITS:
         raise UserError(f"prompts {source!r}: write {task}:SPLIT, SPLIT one of {', '.join(world.SPLITS)}")
@@ -79,10 +79,10 @@ def _request(row: FileRow, name: str, model: LanguageModel, chat: bool) -> Reque
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise UserError(f'{row.where}, has no text for prompt: write {{"prompt": "…", "clean": "…"}}')
     clean, harmful = value.get("clean"), value.get("harmful")
-    if isinstance(harmful, str):  # of a CSV file
+    if isinstance(harmful, str):  # from a CSV file
         harmful = {"true": True, "false": False, "": None}.get(harmful.lower(), harmful)
     if not isinstance(clean, str | None) or not isinstance(harmful, bool | None):
-        raise UserError(f"{row.where}: clean is to be a text and harmful true or false, if they are there")
+        raise UserError(f"{row.where}: if given, clean must be a text, and harmful true or false")
     prompt = model.chat(value["prompt"]) if chat else value["prompt"]
     clean = model.chat(clean) if chat and clean is not None else clean
     kind = "" if harmful is None else "yes" if harmful else "no"

@@ -1,4 +1,4 @@
-"""Units and directions of a site as a dictionary, so that whatever acts on latents acts on them: the baselines."""
+"""Neurons, dimensions and directions of a site as a dictionary: baselines for everything that acts on latents."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +13,12 @@ from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
-ORTHONORMAL = 1e-4  # how far products of directions may be from 0 and 1
+ORTHONORMAL = 1e-4  # tolerance on the inner products of directions, which must be 0 or 1
 
 
 @dataclass
 class BasisConfig:
-    """What a dictionary says of itself, as sae_lens' SAEs do."""
+    """The config fields of a sae_lens SAE that this package reads."""
 
     d_in: int
     d_sae: int
@@ -30,7 +30,7 @@ class BasisConfig:
 
 
 class Basis(nn.Module):
-    """Signed coordinates of a site's value along orthonormal directions; what is not along any is the error term."""
+    """Signed coordinates along orthonormal directions; the component orthogonal to all of them is the error term."""
 
     def __init__(self, directions: Float[Tensor, "n width"]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Basis(nn.Module):
 
 
 class Units(Basis):
-    """Every unit of a site, as it is."""
+    """Every coordinate of a site as a latent."""
 
     def __init__(self, width: int) -> None:
         super().__init__(torch.eye(width))
@@ -58,10 +58,10 @@ class Units(Basis):
 
 
 def units_of(model: LanguageModel, site: Site | str) -> Dictionary:
-    """The units of a site as a dictionary: neurons (`neurons.3`), or dimensions of the residual stream.
+    """The coordinates of a site as a dictionary: neurons (`neurons.3`), or dimensions of the residual stream.
 
-    Its latents are the units' own values, negative ones among them, and its error term is 0. It holds an identity
-    matrix of the site's width.
+    Latents are the coordinates' values, which may be negative, and the error term is 0. Memory: an identity matrix of
+    the site's width.
 
     Raises:
         UserError: the model has no such site.
@@ -71,12 +71,12 @@ def units_of(model: LanguageModel, site: Site | str) -> Dictionary:
 
 
 def directions_of(directions: Float[Tensor, "n width"], site: Site | str, name: str = "directions") -> Dictionary:
-    """Orthonormal directions of a site as a dictionary: latents are signed coordinates, the rest is the error term.
+    """Orthonormal directions at a site as a dictionary: latents are signed coordinates, the rest is the error term.
 
     Raises:
-        UserError: directions that are not of length 1, or not at right angles to each other.
+        UserError: the directions are not orthonormal.
     """
     products = (directions.double() @ directions.double().T).cpu()
     if not torch.allclose(products, torch.eye(len(directions), dtype=torch.float64), atol=ORTHONORMAL):
-        raise UserError("directions are to be of length 1 and at right angles: bring them there, with torch.linalg.qr")
+        raise UserError("the directions are not orthonormal: orthonormalise them, as with torch.linalg.qr")
     return adopt(Basis(directions.clone()), Site.parse(site), name)

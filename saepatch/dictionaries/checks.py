@@ -1,4 +1,4 @@
-"""Checks of a dictionary: weights, decoder, and whether it belongs at a model's site."""
+"""Checks of a dictionary: its weights, its decoder, and its fit to a model's site."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WARNED: set[tuple[int, int]] = set()  # dictionaries and models that a warning was given of
+_WARNED: set[tuple[int, int]] = set()  # (dictionary, model) ids that were warned about
 
 
 def check_weights(sae: nn.Module, name: str) -> None:
@@ -28,21 +28,21 @@ def check_weights(sae: nn.Module, name: str) -> None:
         )
     if "transcoder" in cfg.architecture():
         raise UserError(
-            f"{name!r} is a {cfg.architecture()}, which writes another site than it reads: load an autoencoder"
+            f"{name!r} is a {cfg.architecture()}, which reads one site and writes another: load an autoencoder"
         )
     for key, value in sae.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(
-                f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, make it anew"
+                f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, create it again"
             )
 
 
 @torch.no_grad()
 def check_decoder(dictionary: "Dictionary") -> None:
-    """See once that the SAE's own decoder agrees with `Δf · rows`, as which edits are written.
+    """Check that the SAE's own decoder agrees with `Δf · rows`, by which edits are written.
 
     Raises:
-        UserError: it does not, or it cannot be run.
+        UserError: it does not agree, or cannot be run.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, dictionary.d_in, generator=generator).to(dictionary.W_dec)
@@ -59,12 +59,12 @@ def check_decoder(dictionary: "Dictionary") -> None:
     if gap > (1e-4 if dictionary.dtype == torch.float32 else 5e-2):
         raise UserError(
             f"dictionary {dictionary.name!r} ({dictionary.architecture}) has no linear decoder (gap {gap:.1e}): "
-            "use an autoencoder such as topk, jumprelu, gated or standard"
+            "use an architecture such as topk, jumprelu, gated or standard"
         )
 
 
 def check_fit(dictionary: "Dictionary", model: "LanguageModel", site: Site) -> None:
-    """Raises UserError where width, site or device of a dictionary are not those of the model's site."""
+    """Raises UserError where the width, site or device of a dictionary differs from the model's site."""
     width, name, trained_at = model.width(site), dictionary.name, dictionary.site
     if dictionary.d_in != width:
         raise UserError(
@@ -79,19 +79,19 @@ def check_fit(dictionary: "Dictionary", model: "LanguageModel", site: Site) -> N
     _warn(dictionary, model)
     if dictionary.W_dec.device != model.device:
         raise UserError(
-            f"dictionary {name} is on {dictionary.W_dec.device}, the model on {model.device}: load both alike"
+            f"dictionary {name} is on {dictionary.W_dec.device}, the model on {model.device}: load both on one device"
         )
 
 
 def _warn(dictionary: "Dictionary", model: "LanguageModel") -> None:
-    """Warn of what is allowed but can mislead, once for each dictionary and model."""
+    """Warn of mismatches that are allowed but can mislead, once per dictionary and model."""
     trained_on, pair = list(dictionary.trained_on), (id(dictionary), id(model))
     if pair in _WARNED:
         return
     _WARNED.add(pair)
     if trained_on and model.fingerprint not in trained_on:
         log.warning(
-            "dictionary %s was trained on another model (%s) than %s (%s): look at its splice quality here first",
+            "dictionary %s was trained on another model (%s) than %s (%s): check its splice quality here first",
             dictionary.name,
             ", ".join(trained_on),
             model.name,
@@ -99,9 +99,9 @@ def _warn(dictionary: "Dictionary", model: "LanguageModel") -> None:
         )
     if dictionary.cfg.metadata.get("prepend_bos") and model.encode("a")[:1] != [model.bos_id]:
         log.warning(
-            "dictionary %s was trained on texts that begin with BOS, and %s's tokenizer adds none: "
+            "dictionary %s was trained on texts that begin with BOS, but %s's tokenizer adds none: "
             "load the model with prepend_bos=%s",
             dictionary.name,
             model.name,
-            "True" if model.bos_id is not None else "TOKEN, the text of the one that it was trained with",
+            "True" if model.bos_id is not None else "TOKEN, the text of the token used in training",
         )

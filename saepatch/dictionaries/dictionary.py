@@ -1,4 +1,4 @@
-"""A sparse autoencoder at one site: latents in, changes of the site out, checked against the model."""
+"""A sparse autoencoder at one site: encoding, decoding of edits, and checks against the model."""
 
 import logging
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 BY_LATENT = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag"})
 
 
-FEW = 16  # positions at which finding the active latents is cheaper than decoding all
+FEW = 16  # up to this many positions, decoding only the active latents is cheaper than decoding all
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Dictionary:
 
     @cached_property
     def rows(self) -> Float[Tensor, "d_sae d_in"]:
-        """What one unit of each latent adds to the site: `W_dec`, or its unit rows where the SAE rescales by norms."""
+        """What one unit of each latent adds to the site: `W_dec`, normalised rows where the SAE rescales by norms."""
         if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             return self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
         return self.W_dec
@@ -76,16 +76,16 @@ class Dictionary:
 
     @property
     def normalises(self) -> bool:
-        """Whether inputs are brought to a scale first, and what is decoded back from it."""
+        """Whether the SAE normalises its inputs and rescales its reconstructions."""
         return self.cfg.normalize_activations != "none"
 
     @torch.no_grad()
     def activations(
         self, x: Float[Tensor, "batch pos d_in"]
     ) -> tuple[Float[Tensor, "batch pos d_sae"], Float[Tensor, "batch pos 1"] | None]:
-        """Latents of a site's value, and the scale they are decoded with (as in `Latents`); nothing is decoded."""
+        """Latents of a site's value, and the scale they are decoded with (as in `Latents`), without decoding."""
         acts = self.sae.encode(x.to(self.dtype))  # type: ignore[operator]
-        # sae_lens keeps the normalisation of this input as state, and `decode` uses it up: read it before.
+        # sae_lens stores the input's normalisation as state that `decode` consumes: read it first.
         scale: Any = None
         if self.cfg.normalize_activations == "layer_norm":
             scale = self.sae.ln_std
@@ -95,20 +95,20 @@ class Dictionary:
 
     @torch.no_grad()
     def written(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_sae"]:
-        """How far each latent moves the site along its row: its value, times the scale where the SAE normalises."""
+        """What each latent writes along its row: its activation, times the scale where the SAE normalises."""
         acts, scale = self.activations(x)
         return acts if scale is None else acts * scale
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch pos d_in"]) -> Latents:
-        """Latents and error term of a site's value, in the dictionary's own precision."""
+        """Latents and error term of a site's value, in the dictionary's dtype."""
         x = x.to(self.dtype)
         acts, scale = self.activations(x)
         reconstruction = self._decode(acts)
         return Latents(acts, x - reconstruction, reconstruction, self.rows, scale)
 
     def _decode(self, acts: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_in"]:
-        """What the latents say, by the active rows alone where these are few: one step of generation."""
+        """The reconstruction; from the active rows only where these are few, as in a step of generation."""
         if acts.shape[:2].numel() <= FEW and self._rows_and_bias and not _hooked(self.sae):
             active = acts.flatten(0, 1).ne(0).any(0).nonzero().flatten()
             if 8 * len(active) <= self.d_sae:
@@ -125,10 +125,10 @@ class Dictionary:
         return type(self.sae) in (*_latent_by_latent(), TopKSAE)
 
     def alone(self, ids: Sequence[int]) -> "Dictionary | None":
-        """Some latents as a dictionary of their own; None where each is computed together with all others.
+        """A dictionary of only these latents; None where latents cannot be computed independently of each other.
 
-        Its encoder is the SAE's own, run on these latents' weights. It reads and adds to the site what these latents
-        do; its error term means nothing.
+        It runs the SAE's encoder on the weights of these latents. Its activations and edits are those of the full
+        dictionary; its error term is meaningless.
         """
         if not ids or not self._separable or _hooked(self.sae):
             return None
@@ -149,7 +149,7 @@ class Dictionary:
 
     @cached_property
     def _separable(self) -> bool:
-        """Whether a latent can be computed without the others: seen once, on inputs that make some latents active."""
+        """Whether a latent can be computed without the others: tested once, on inputs that activate some latents."""
         if type(self.sae) not in _latent_by_latent() or self.normalises:
             return False
         if not {name for name, weight in self.sae._parameters.items() if weight is not None} <= BY_LATENT:
@@ -161,7 +161,7 @@ class Dictionary:
         close = 1e-4 if self.dtype == torch.float32 else 5e-2
         same = torch.allclose(few, all_of_them, rtol=close, atol=close * float(all_of_them.abs().max()))
         if not same:
-            log.info("%s: latents alone come out otherwise than together, so all are always encoded", self.name)
+            log.info("%s: latents encoded alone differ from latents encoded together: all are encoded", self.name)
         return same
 
     def check_ids(self, ids: tuple[int, ...]) -> None:
@@ -171,23 +171,23 @@ class Dictionary:
                 raise UserError(f"latent {latent} is out of range: {self.name} has {self.d_sae}, 0 to {self.d_sae - 1}")
 
     def metrics_on(self, model: "LanguageModel") -> dict[str, float]:
-        """What training measured on held-out text, if that was on this very model; empty otherwise."""
+        """Metrics that training measured on held-out text with this exact model; empty if there are none."""
         return dict(self.trained_on.get(model.fingerprint) or {})
 
     @property
     def trained_on(self) -> dict[str, dict[str, float]]:
-        """What training measured, by the fingerprint of each model that it saw; empty where the files do not say."""
+        """Metrics that training measured, by the fingerprint of each training model; empty where none are recorded."""
         metadata = self.cfg.metadata
         first = {"model_fingerprint": metadata.get("model_fingerprint"), "metrics": metadata.get("metrics")}
         models = [first, *(metadata.get("also_trained_on") or [])]
         return {
-            seen["model_fingerprint"]: renamed_figures(seen["metrics"] or {})
-            for seen in models
-            if seen["model_fingerprint"]
+            model["model_fingerprint"]: renamed_figures(model["metrics"] or {})
+            for model in models
+            if model["model_fingerprint"]
         }
 
     def check(self, model: "LanguageModel", site: Site | None = None) -> None:
-        """See that the dictionary belongs at the site of the model.
+        """Check that the dictionary fits the site of the model.
 
         Raises:
             UserError: width, site or device differ.
@@ -196,7 +196,7 @@ class Dictionary:
 
 
 def _latent_by_latent() -> tuple[type[nn.Module], ...]:
-    """sae_lens' SAEs whose encoders compute each latent from its own weights; none of their subclasses."""
+    """sae_lens' SAE classes that compute each latent from its own weights; subclasses may not."""
     from sae_lens.saes.gated_sae import GatedSAE
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE
     from sae_lens.saes.standard_sae import StandardSAE
@@ -205,5 +205,5 @@ def _latent_by_latent() -> tuple[type[nn.Module], ...]:
 
 
 def _hooked(sae: nn.Module) -> bool:
-    """Whether somebody looks on, or in, as the SAE runs: then it has to run whole."""
+    """Whether the SAE has hooks, which require it to run in full."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in sae.modules())

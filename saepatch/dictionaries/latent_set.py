@@ -1,4 +1,4 @@
-"""Latents by site as one value, with one way to write them: `resid_post.3: 281; 3,17 | resid_post.4: 5`."""
+"""Latents by site as one value, with one notation: `resid_post.3: 281; 3,17 | resid_post.4: 5`."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ IDS = re.compile(r"\s*\d{1,18}\s*([,;]\s*\d{1,18}\s*)*")
 
 @dataclass(frozen=True, eq=False)
 class LatentSet(Mapping[Site, Ids]):
-    """Latents of one or several sites: a mapping from each site to its latents in their order, None for all of them.
+    """Latents of one or several sites: a mapping from each site to its latents in order, None for all of them.
 
-    Latents can stand in groups that are edited together; `groups` keeps these, the mapping runs through them. The
-    latents of a text without a site are `unnamed`, those of the only dictionary there is, until `at` names the site.
+    Latents may form groups that are edited together: `groups` returns the groups, the mapping flattens them. Latents
+    given without a site are `unnamed`, and belong to the only dictionary, until `at` assigns the site.
 
     Attributes:
         named: Groups of latents by site.
-        unnamed: Groups of latents of a site that is not named; empty where sites are named.
+        unnamed: Groups of latents without a site; empty where sites are named.
     """
 
     named: tuple[tuple[Site, Groups], ...] = ()
@@ -35,12 +35,12 @@ class LatentSet(Mapping[Site, Ids]):
 
     @classmethod
     def parse(cls, text: str) -> "LatentSet":
-        """Read `417; 3,17` (one site), `resid_post.3: 281; 3,17 | resid_post.4: 5`, or `all` in place of numbers.
+        """Parse `417; 3,17` (one site), `resid_post.3: 281; 3,17 | resid_post.4: 5`, or `all` in place of numbers.
 
-        Semicolons stand between groups, commas inside one, bars between sites. Repeated latents and groups count once.
+        Semicolons separate groups, commas the latents of a group, bars sites. Repeated latents and groups count once.
 
         Raises:
-            UserError: a text of another form, or an unknown site.
+            UserError: the text is malformed, or a site is unknown.
         """
         by_site: dict[Site | None, Groups] = {}
         for part in text.split("|") if text.strip() else ():
@@ -56,7 +56,7 @@ class LatentSet(Mapping[Site, Ids]):
 
     @classmethod
     def of(cls, latents: Mapping[Site, Sequence[int] | None]) -> "LatentSet":
-        """Latents by site, those of a site in one group; None stands for all of a site's."""
+        """A set from latents by site, one group per site; None: all latents of the site."""
         return cls(
             tuple(
                 (site, None if ids is None else (tuple(map(int, ids)),) if len(ids) else ())
@@ -66,7 +66,7 @@ class LatentSet(Mapping[Site, Ids]):
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Sequence[int] | None]) -> "LatentSet":
-        """Read what `facts` gives, as it stands in run.json and summary.json."""
+        """The inverse of `facts`, for values from run.json and summary.json."""
         return cls.of({Site.parse(site): ids for site, ids in facts.items()})
 
     @classmethod
@@ -88,7 +88,7 @@ class LatentSet(Mapping[Site, Ids]):
         return bool(self.named) or self.unnamed != ()
 
     def __eq__(self, other: object) -> bool:
-        """Of two sets the groups count, too; beside a plain mapping, the latents of each site."""
+        """Sets are compared including their groups; a plain mapping, by the latents of each site."""
         if isinstance(other, LatentSet):
             return (dict(self.named), self.unnamed) == (dict(other.named), other.unnamed)
         return self.unnamed == () and isinstance(other, Mapping) and dict(self) == dict(other)
@@ -97,7 +97,7 @@ class LatentSet(Mapping[Site, Ids]):
         return hash((frozenset(self.named), self.unnamed))
 
     def __str__(self) -> str:
-        """The text that `parse` reads."""
+        """The text that `parse` accepts."""
         named = " | ".join(f"{site}: {_text(groups)}" for site, groups in self.named if groups != ())
         return named or _text(self.unnamed)
 
@@ -110,29 +110,29 @@ class LatentSet(Mapping[Site, Ids]):
         return dict(self.named)[site]
 
     def spelt(self) -> dict[Site, tuple[int, ...]]:
-        """Latents by site, where each is named.
+        """Latents by site, all listed explicitly.
 
         Raises:
-            UserError: the set asks for all latents of a site.
+            UserError: the set contains all latents of a site.
         """
         spelt = {site: ids for site, ids in self.items() if ids is not None}
         if len(spelt) < len(self.named) or self.unnamed is None:
-            raise UserError(f"latents {str(self)!r}: 'all' cannot stand here, write their numbers")
+            raise UserError(f"latents {str(self)!r}: 'all' is not possible here, write their numbers")
         return spelt
 
     def at(self, sites: Sequence[Site]) -> "LatentSet":
-        """The set with each site under the name it has among `sites`, unnamed latents at the only one of them.
+        """The set with sites renamed as in `sites` where both name the same tensor; unnamed latents get the only site.
 
         Raises:
-            UserError: there is more than one site that unnamed latents could be of.
+            UserError: there are unnamed latents, and not exactly one site.
         """
         if self.unnamed == ():
             names = {site: next((known for known in sites if known.same_tensor(site)), site) for site in self}
             return LatentSet(tuple((names[site], groups) for site, groups in self.named))
         if len(sites) != 1:
             raise UserError(
-                f"latents {str(self)!r} are of one dictionary, and there are {', '.join(map(str, sites)) or 'none'}: "
-                "give a --site, or the latents of each, as in 'resid_post.3: 281; 3,17 | resid_post.4: 5'"
+                f"latents {str(self)!r} name no site, and the sites are {', '.join(map(str, sites)) or 'none'}: "
+                "give one --site, or latents by site, as in 'resid_post.3: 281; 3,17 | resid_post.4: 5'"
             )
         return LatentSet(((sites[0], self.unnamed),))
 
@@ -144,11 +144,13 @@ class LatentSet(Mapping[Site, Ids]):
         """Raises UserError for a site without a dictionary, or a latent that its dictionary does not have."""
         for site, ids in self.items():
             if site not in dictionaries:
-                raise UserError(f"latents of {site}, but there are dictionaries of {', '.join(map(str, dictionaries))}")
+                raise UserError(
+                    f"latents of {site}, but the dictionaries are for {', '.join(map(str, dictionaries))}: use these"
+                )
             dictionaries[site].check_ids(ids or ())
 
     def facts(self) -> dict[str, list[int] | None]:
-        """Latents by the sites' names, as JSON holds them; None: all of a site's."""
+        """Latents by the names of sites, as JSON values; None: all latents of the site."""
         return {str(site): None if ids is None else list(ids) for site, ids in self.items()}
 
 
@@ -171,5 +173,5 @@ def _text(groups: Groups) -> str:
 def _malformed(text: str) -> str:
     return (
         f"latents {text!r}: write numbers, with semicolons between groups and commas inside one, as in 417 or 3,17;5; "
-        "of several sites as in 'resid_post.3: 417 | resid_post.4: 3,17;5'"
+        "for several sites as in 'resid_post.3: 417 | resid_post.4: 3,17;5'"
     )

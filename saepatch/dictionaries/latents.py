@@ -1,4 +1,4 @@
-"""What interventions edit: the latents of one site, with the error term they leave."""
+"""The latents of one site together with the error term."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from saepatch.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """Latents of a batch and the part of the site that the dictionary does not explain.
+    """Latents of a batch, and the error term: the part of the site that the dictionary does not reconstruct.
 
-    `rows` are the directions one unit of each latent adds to the site, before `scale`; `scale` is the per-position
-    factor of dictionaries that normalise their input (1 for all others). `reconstruction + error` is the site's value.
+    `rows` are the vectors that one unit of each latent adds to the site, before `scale`; `scale` is the per-position
+    factor of dictionaries that normalise their input (None for others). `reconstruction + error` is the site's value.
     """
 
     acts: Float[Tensor, "batch pos d_sae"]
@@ -21,23 +21,25 @@ class Latents:
     reconstruction: Float[Tensor, "batch pos d_model"]
     rows: Float[Tensor, "d_sae d_model"]
     scale: Float[Tensor, "batch pos 1"] | None = None
-    real: Bool[Tensor, "batch pos"] | None = None  # where the batch holds a token, not padding; None: everywhere
-    ordinary: Bool[Tensor, "batch pos"] | None = None  # where that token is not BOS either; None: everywhere
+    real: Bool[Tensor, "batch pos"] | None = None  # positions that are not padding; None: all
+    ordinary: Bool[Tensor, "batch pos"] | None = None  # positions that are neither padding nor BOS; None: all
 
     @property
     def beside(self) -> Float[Tensor, "batch pos d_model"]:
-        """What the site holds beside what its latents write: the error term, and the decoder's bias and shift."""
+        """The site's value minus what its latents write: the error term plus the decoder's bias and shift."""
         written = decode_sparsely(self.acts, self.rows)
         written = written if self.scale is None else written * self.scale
         return self.error + (self.reconstruction - written)
 
     def delta(self, acts: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_model"]:
-        """What changing the latents to `acts` adds to the site: exactly `Δf · W_dec` for a linear decoder.
+        """The change of the site when the latents change to `acts`: exactly `Δf · W_dec` for a linear decoder.
 
-        Only the latents that change somewhere in the batch are decoded.
+        Only latents that change somewhere in the batch are decoded.
         """
         if acts.shape != self.acts.shape:
-            raise UserError(f"edited latents have shape {tuple(acts.shape)}, not {tuple(self.acts.shape)}")
+            raise UserError(
+                f"edited latents have shape {tuple(acts.shape)}, not {tuple(self.acts.shape)}: return the shape given"
+            )
         moved = decode_sparsely(acts - self.acts, self.rows)
         return moved if self.scale is None else moved * self.scale
 
@@ -45,6 +47,6 @@ class Latents:
 def decode_sparsely(
     change: Float[Tensor, "batch pos k"], rows: Float[Tensor, "k d_model"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """`change @ rows`, by the rows alone that are not 0 throughout the batch."""
+    """`change @ rows`, skipping latents whose change is 0 throughout the batch."""
     ids = change.flatten(0, 1).ne(0).any(0).nonzero().flatten()
     return change[..., ids] @ rows[ids]

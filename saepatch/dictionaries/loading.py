@@ -1,4 +1,4 @@
-"""Load sparse autoencoders through sae_lens and check them against the site they are used at."""
+"""Load sparse autoencoders through sae_lens, and check their weights and sites."""
 
 import json
 import logging
@@ -23,11 +23,11 @@ def load_sae(
     """Load one SAE: `organism` or `organism-shared` (with a site), a folder, a folder of `SITE/` sub-folders, or
     `RELEASE/SAE_ID`.
 
-    The site is read from the SAE's metadata; where that names none, it must be given.
+    The site is read from the SAE's metadata; where the metadata names none, it must be given.
 
     Raises:
-        UserError: nothing is found, the site differs from the metadata, weights hold NaN, or the decoder is not one
-            this library can edit (a transcoder, say).
+        UserError: nothing is found, the site differs from the metadata, weights are not finite, or the decoder cannot
+            be edited (as a transcoder's).
     """
     device = usable_device(device)
     wanted = None if site is None else Site.parse(site)
@@ -38,16 +38,19 @@ def load_sae(
         return _load_folder(root, str(spec), wanted, device, dtype)
     folders = _site_folders(root, spec)
     if wanted is None:
-        raise UserError(f"{spec!r} holds several dictionaries: name a site, one of {', '.join(map(str, folders))}")
-    for there, folder in folders.items():
-        if there.same_tensor(wanted):
-            return _load_folder(folder, f"{spec}/{there}", wanted, device, dtype)
+        raise UserError(f"{spec!r} has several dictionaries: name a site, one of {', '.join(map(str, folders))}")
+    for stored, folder in folders.items():
+        if stored.same_tensor(wanted):
+            return _load_folder(folder, f"{spec}/{stored}", wanted, device, dtype)
     raise UserError(f"{spec!r} has no dictionary for {wanted}: it has {', '.join(map(str, folders))}")
 
 
 def load_saes(spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> dict[Site, Dictionary]:
-    """Load every SAE of `organism`, of `organism-shared` (learnt from both its checkpoints) or of a folder, ordered by
-    layer, or the one that RELEASE/SAE_ID names.
+    """Load every SAE of `organism`, of `organism-shared` (trained on both checkpoints) or of a folder, ordered by
+    layer, or the single SAE that RELEASE/SAE_ID names.
+
+    Raises:
+        UserError: as for `load_sae`.
     """
     root = _root(spec)
     if root.is_dir() and not (root / "cfg.json").is_file():
@@ -57,7 +60,7 @@ def load_saes(spec: str, device: str | torch.device = "cpu", dtype: str = "float
 
 
 def _root(spec: str) -> Path:
-    """The folder that a name or a path stands for."""
+    """The folder of a shipped dictionary's name, or the path itself."""
     return organism.path(organism.DICTIONARIES[spec]) if spec in organism.DICTIONARIES else Path(spec)
 
 
@@ -70,7 +73,7 @@ def _site_folders(root: Path, spec: str) -> dict[Site, Path]:
             log.info("%s is not named after a site; left out", cfg.parent)
     if not folders:
         raise UserError(
-            f"folder {spec!r} holds no dictionary: expected cfg.json in it, or in folders such as resid_post.3/"
+            f"folder {spec!r} has no dictionary: expected cfg.json in it, or in sub-folders such as resid_post.3/"
         )
     return dict(sorted(folders.items()))
 
@@ -105,13 +108,13 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
         owner_and_name, sae_id = "/".join(spec.split("/")[:2]), "/".join(spec.split("/")[2:])
         if not sae_id:
             raise UserError(
-                f"no folder {spec!r}, and {release!r} is no release that sae_lens knows: "
+                f"{spec!r} is no folder, and {release!r} is not a release known to sae_lens: "
                 "give a folder, RELEASE/SAE_ID, or OWNER/REPOSITORY/SAE_ID"
             )
         release = owner_and_name
     try:
         sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype=dtype)
-    except Exception as error:  # the named loaders raise whatever their hub client does
+    except Exception as error:  # loaders pass on anything their hub client raises
         raise UserError(f"cannot load dictionary {sae_id!r} of {release!r}: {reason_of(error)}") from error
     return _finish(sae, sae.cfg.metadata.hook_name, wanted, spec)
 
@@ -119,8 +122,8 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
 def _finish(sae: nn.Module, stated: str | None, wanted: Site | None, name: str) -> Dictionary:
     if stated is None and wanted is None:
         raise UserError(
-            f"dictionary {name!r} does not say where it belongs: give its site, as in site='resid_post.3', "
-            "or put it in a folder of that name"
+            f"the metadata of dictionary {name!r} names no site: give it, as in site='resid_post.3', "
+            "or rename the folder after the site"
         )
     trained_at = Site.parse(stated) if stated is not None else wanted
     assert trained_at is not None
@@ -130,14 +133,14 @@ def _finish(sae: nn.Module, stated: str | None, wanted: Site | None, name: str) 
 
 
 def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:
-    """Take a sae_lens SAE that is in memory already, as the dictionary of a site.
+    """Wrap a sae_lens SAE that is in memory already as the dictionary of a site.
 
     Raises:
         UserError: weights that are not finite, a normalisation that is not folded in, or a decoder that is not linear.
     """
     check_weights(sae, name)
     if getattr(sae, "hook_z_reshaping_mode", False):
-        sae.turn_off_forward_pass_hook_z_reshaping()  # type: ignore[operator]  # here, heads lie side by side
+        sae.turn_off_forward_pass_hook_z_reshaping()  # type: ignore[operator]  # our z is already the concatenation of heads
     dictionary = Dictionary(sae.eval().requires_grad_(False), site, name)
     check_decoder(dictionary)
     return dictionary

@@ -1,4 +1,4 @@
-"""Upload dictionaries to a repository of the Hugging Face hub, in the layout that sae_lens and saepatch load."""
+"""Upload dictionaries to a Hugging Face hub repository, in the layout that sae_lens and saepatch load."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ COLUMNS = (
     "dense_share",
     "tokens",
 )
-_ABOUT = {  # what the card says of all dictionaries, by key of their metadata
+_ABOUT = {  # labels on the model card, by key of the metadata
     "model_name": "Model",
     "dataset_path": "Data",
     "training_tokens": "Tokens trained on",
@@ -40,15 +40,15 @@ _ABOUT = {  # what the card says of all dictionaries, by key of their metadata
     "saepatch_version": "saepatch",
 }
 _REMEDIES = {
-    401: "the hub does not know this token: log in again with `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there: use one with write access, and a namespace that is yours",
-    404: "there is no such repository, or the token may not see it: check its name",
+    401: "the hub rejects this token: log in again with `hf auth login`, or set HF_TOKEN",
+    403: "the token has no write access: use one that has, and a namespace that is yours",
+    404: "there is no such repository, or the token has no access: check the name",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """A dictionary in a folder: where it belongs, and what its files say of it."""
+    """A saved dictionary: its site, folder, configuration and metrics."""
 
     site: Site
     folder: Path
@@ -73,25 +73,26 @@ def push(
     message: str = "",
     dry_run: bool = False,
 ) -> list[str]:
-    """Upload the dictionary in a folder, or those in its `SITE/` sub-folders, in one commit; the repository may be new.
+    """Upload the dictionary in a folder, or those in its `SITE/` sub-folders, in one commit.
 
-    Each goes to `SITE/`, so that `sae_lens.SAE.from_pretrained(repo_id, SITE)` and `load_sae(f"{repo_id}/{SITE}")` load
-    it, with a model card beside them. Nothing but dictionaries goes up: no logs, no checkpoints.
+    Each dictionary goes to `SITE/`, where `sae_lens.SAE.from_pretrained(repo_id, SITE)` and
+    `load_sae(f"{repo_id}/{SITE}")` find it, and a model card is added. Only dictionaries are uploaded: no logs, no
+    checkpoints.
 
     Args:
-        folder: Of one dictionary, or what training leaves.
-        repo_id: OWNER/NAME.
-        private: Make the repository private; one that is there already has to be.
-        branch: Where to commit, made if need be; empty: the repository's main branch.
-        message: Of the commit.
+        folder: Folder of one dictionary, or the output of training.
+        repo_id: OWNER/NAME; created if it does not exist.
+        private: Make the repository private; an existing repository must be private already.
+        branch: Branch to commit to, created if needed; empty: the repository's main branch.
+        message: Commit message.
         dry_run: Upload nothing.
 
     Returns:
         The paths of the files in the repository.
 
     Raises:
-        UserError: there is no dictionary, one is damaged, `repo_id` is malformed, there is no token, or the hub refuses
-            or cannot be reached.
+        UserError: there is no dictionary, a dictionary is damaged, `repo_id` is malformed, there is no token, or the
+            hub refuses or cannot be reached.
     """
     _check_repo_id(repo_id)
     dictionaries = saved_in(Path(folder))
@@ -101,26 +102,26 @@ def push(
         {(key, str(d.metadata.get(key))) for d in dictionaries for key in ("model_name", "dataset_path")}
     ):
         if Path(value).is_absolute():
-            log.warning("%s of cfg.json is a path of this machine (%s): it goes up as it is", name, value)
+            log.warning("%s in cfg.json is a local path (%s): it is uploaded unchanged", name, value)
     if not dry_run:
         _upload(files, repo_id, private, branch, message or f"Dictionaries at {_span(dictionaries)}")
     return list(files)
 
 
 def saved_in(folder: Path) -> list[Saved]:
-    """The dictionary in a folder, or those in its sub-folders, by layer; files are looked at, weights are not loaded.
+    """The dictionary in a folder, or those in its sub-folders, by layer; weights are checked but not loaded.
 
     Raises:
-        UserError: there is none, one is not whole, or two are for one site.
+        UserError: there is no dictionary, a dictionary is incomplete, or two are for the same site.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {str(folder)!r}: give the folder of a dictionary, or the one that training left")
+        raise UserError(f"no folder {str(folder)!r}: give the folder of a dictionary, or the output of training")
     places = [folder] if (folder / CFG).is_file() else [path.parent for path in sorted(folder.glob(f"*/{CFG}"))]
-    # What is half written (.part-…) has a name that begins with a dot.
+    # Names of incomplete folders (.part-…) begin with a dot.
     places = [place for place in places if place is folder or not place.name.startswith(".")]
     if not places:
         raise UserError(
-            f"folder {str(folder)!r} holds no dictionary: expected {CFG} in it, or in folders such as resid_post.3/"
+            f"folder {str(folder)!r} has no dictionary: expected {CFG} in it, or in sub-folders such as resid_post.3/"
         )
     by_site: dict[Site, Saved] = {}
     for place in places:
@@ -142,7 +143,7 @@ def _read(place: Path) -> Saved:
         if not isinstance(cfg.get("metadata") or {}, dict):
             raise ValueError("its metadata is no JSON object")
         with safe_open(place / WEIGHTS, "pt") as weights:
-            if "W_dec" not in weights.keys():  # noqa: SIM118 (it is no dict)
+            if "W_dec" not in weights.keys():  # noqa: SIM118 (not a dict)
                 raise ValueError(f"{WEIGHTS} has no W_dec")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -161,12 +162,12 @@ def _site(place: Path, stated: object) -> Site:
         except UserError:
             continue
     raise UserError(
-        f"{str(place)!r} does not say at which site it belongs: name the folder after it, as in resid_post.3"
+        f"the metadata of {str(place)!r} names no site: rename the folder after the site, as in resid_post.3"
     )
 
 
 def card(dictionaries: list[Saved], repo_id: str) -> str:
-    """The model card: front matter, how to load, what the metadata says, the metrics of each site."""
+    """The model card: front matter, loading code, metadata, and the metrics of each site."""
     first = dictionaries[0]
     model, data = str(first.metadata.get("model_name", "")), str(first.metadata.get("dataset_path", ""))
     about: dict[str, Any] = {"library_name": "saelens", "tags": ["sparse-autoencoder", "sae", "saepatch"]}
@@ -202,19 +203,19 @@ def _cell(value: object) -> str:
 
 
 def _plain(value: object) -> str:
-    """A value as text that Markdown shows as it is: one line, at most 200 characters, no markup, no links."""
+    """A value as text that Markdown displays literally: one line, at most 200 characters, no markup, no links."""
     text = " ".join(str(value).split())
     text = "".join(char for char in text if char.isprintable())[:200]
     return re.sub(r"([!-+./:-@\[-`{-~])", r"\\\1", text)
 
 
 def _short(value: object) -> str:
-    """A path of this machine is nobody else's business: its last part is enough."""
+    """A value for the card; of a local path only the last component, so that no local folders are published."""
     return Path(str(value)).name if Path(str(value)).is_absolute() else str(value)
 
 
 def _on_hub(name: str) -> bool:
-    """Whether it reads as OWNER/NAME; a wrong link in a card is worse than none."""
+    """Whether a name looks like OWNER/NAME on the hub and not like a local path."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)) and not Path(name).exists()
 
 
@@ -230,8 +231,8 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"repository {repo_id!r} cannot be one's name: {' '.join(str(error).split())}") from error
-    if "/" not in repo_id:  # sae_lens would take it for one of its releases
+        raise UserError(f"{repo_id!r} is not a repository name: {' '.join(str(error).split())}") from error
+    if "/" not in repo_id:  # sae_lens would look for a release of that name
         raise UserError(f"repository {repo_id!r} names no owner: write OWNER/NAME, as in your-name/{repo_id}")
 
 
@@ -242,14 +243,14 @@ def _upload(files: Mapping[str, Path | bytes], repo_id: str, private: bool, bran
 
     if huggingface_hub.get_token() is None:
         raise UserError(
-            "the hub asks who you are: log in with `hf auth login`, or set HF_TOKEN to a token with write access"
+            "no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN to a token with write access"
         )
     api = HfApi(library_name="saepatch")
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise UserError(
-                f"{repo_id!r} is there already and public: choose another name, make it private, or leave --private out"
+                f"{repo_id!r} exists and is public: choose another name, make it private, or leave --private out"
             )
         if branch:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
@@ -263,7 +264,7 @@ def _upload(files: Mapping[str, Path | bytes], repo_id: str, private: bool, bran
     except HfHubHTTPError as error:
         status = error.response.status_code
         answer = " ".join((error.server_message or "").split())
-        reason = _REMEDIES.get(status) or "try again, and see https://status.huggingface.co if it stays so"
+        reason = _REMEDIES.get(status) or "try again, and see https://status.huggingface.co if it persists"
         raise UserError(f"the hub refuses {repo_id!r} ({status}{': ' + answer if answer else ''}): {reason}") from error
     except Exception as error:  # connections fail in many ways inside the hub's client
         raise UserError(

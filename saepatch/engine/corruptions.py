@@ -176,7 +176,7 @@ class Mean:
                 total = total + values[batch.ordinary].sum(0)
                 n += int(batch.ordinary.sum())
         if not n:
-            raise UserError("the tokens hold nothing beside BOS and padding: give at least one ordinary token")
+            raise UserError("the tokens hold nothing besides BOS and padding: give at least one ordinary token")
         return cls((total / n).float(), positions, (component.site, component.kind))
 
     def run(

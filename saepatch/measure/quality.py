@@ -146,7 +146,7 @@ def latent_statistics(
     return sums.statistics(dictionary)
 
 
-_NOTHING = "the tokens hold nothing beside BOS and padding: give at least one ordinary token"
+_NOTHING = "the tokens hold nothing besides BOS and padding: give at least one ordinary token"
 
 
 @dataclass(eq=False)
@@ -269,7 +269,7 @@ class _Measure:
 
     def quality(self) -> SpliceQuality:
         if not self.n:
-            raise UserError("no ordinary token is followed by another: give texts of at least two tokens beside BOS")
+            raise UserError("no ordinary token is followed by another: give texts of at least two tokens besides BOS")
         sums, ce = self.sums, {name: value / self.n for name, value in self.ce.items()}
         variance = sums.xx - float((sums.x**2).sum()) / sums.n
         return SpliceQuality(

@@ -1,4 +1,4 @@
-"""How each model family lays out its sites."""
+"""Module paths of the sites in each model family."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -17,10 +17,10 @@ Paths = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one model family: the blocks from the model, the others from a block (None: not offered).
+    """Module paths of one model family: `blocks` relative to the model, the others to a block (None: not offered).
 
-    Where blocks differ, a tuple lists alternatives: the first that a block has. A block with none of them does not
-    offer the stream.
+    Where blocks differ, a tuple lists alternatives, of which a block's first existing one is used. A block without any
+    of them does not offer the stream.
     """
 
     blocks: str
@@ -51,8 +51,8 @@ def _has(block: nn.Module, path: str) -> bool:
 _LLAMA = Family("model.layers", "self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj")
 _POST_NORM = replace(_LLAMA, attn="post_attention_layernorm", mlp="post_feedforward_layernorm")
 
-# Keyed by `config.model_type`. `attn` and `mlp` name the module whose output enters the residual stream, `z` the one
-# that projects the heads' outputs, `neurons` the one that projects the MLP's units (a mixture of experts has none).
+# Keyed by `config.model_type`. `attn` and `mlp` are the modules whose output is added to the residual stream, `z` the
+# output projection of attention, `neurons` the output projection of the MLP (a mixture of experts has no single one).
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3", "stablelm"],
@@ -66,19 +66,19 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("transformer.h", "attn", "mlp", "attn.out_proj", "mlp.fc_out"),
     "gpt_neox": Family("gpt_neox.layers", "attention", "mlp", "attention.dense", "mlp.dense_4h_to_h"),
     "opt": Family("model.decoder.layers", "self_attn", None, "self_attn.out_proj"),
-    # a hybrid: some blocks mix positions by a short convolution in place of attention
+    # a hybrid: some blocks have a short convolution instead of attention
     "lfm2": Family("model.layers", ("self_attn", "conv"), "feed_forward", "self_attn.out_proj", "feed_forward.w2"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the sites of one loaded model are: for each layer, the streams and their module paths inside the block."""
+    """The sites of a loaded model: for each layer, its streams and their module paths inside the block."""
 
     blocks: tuple[nn.Module, ...]
     paths: tuple[Mapping[str, str], ...]
-    tuple_blocks: bool = False  # whether a block returns a tuple that starts with the stream; seen on load
-    widths: Mapping[Site, int] = field(default_factory=dict)  # size of each site's last dimension; seen on load
+    tuple_blocks: bool = False  # whether a block returns a tuple that starts with the stream; probed on load
+    widths: Mapping[Site, int] = field(default_factory=dict)  # size of each site's last dimension; probed on load
 
     def module(self, site: Site) -> nn.Module:
         """The module that emits the site (for `resid_pre`: that receives it).
@@ -90,10 +90,10 @@ class Layout:
             raise UserError(f"site {site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
         paths = self.paths[site.layer]
         if site.stream not in paths:
-            elsewhere = ", ".join(str(at) for at in self.all_sites if at.stream == site.stream)
+            elsewhere = ", ".join(str(other) for other in self.all_sites if other.stream == site.stream)
             raise UserError(
                 f"site {site}: this layer offers {', '.join(paths)}"
-                + (f", and of that stream the model has {elsewhere}" if elsewhere else "")
+                + (f"; the model has {site.stream} at {elsewhere}" if elsewhere else "")
             )
         return self.blocks[site.layer].get_submodule(paths[site.stream])
 
@@ -104,7 +104,7 @@ class Layout:
 
     @property
     def sites(self) -> list[Site]:
-        """What a sweep over all sites takes: every one but the MLPs' units, which are as many as an MLP is wide."""
+        """The sites of a sweep over all sites: all but `neurons`, which are much wider than the residual stream."""
         return [site for site in self.all_sites if site.stream != "neurons"]
 
     @property
@@ -113,10 +113,10 @@ class Layout:
         return list(dict.fromkeys(site.stream for site in self.sites))
 
     def of_stream(self, stream: str) -> list[Site]:
-        """The sites of one stream: those of all layers that offer it.
+        """The sites of one stream, in all layers that offer it.
 
         Raises:
-            UserError: no layer does.
+            UserError: no layer offers the stream.
         """
         sites = [site for site in self.all_sites if site.stream == stream]
         if not sites:
@@ -134,10 +134,10 @@ class Layout:
 def layout_of(hf: nn.Module, model_type: str, n_layers: int) -> Layout:
     """Find the blocks of a Hugging Face causal LM.
 
-    A family that is not in `FAMILIES` is read off the model's structure: the one `ModuleList` with `n_layers` members.
+    For a family that is not in `FAMILIES`, the blocks are the model's only `ModuleList` with `n_layers` members.
 
     Raises:
-        UserError: the blocks cannot be told apart from other modules.
+        UserError: no such list, or several.
     """
     family = FAMILIES.get(model_type) or _guess_family(hf, model_type, n_layers)
     try:

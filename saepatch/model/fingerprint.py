@@ -1,4 +1,4 @@
-"""Fingerprints of weights, so that results say which model they belong to."""
+"""Fingerprints of weights, which tie results to a model."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def fingerprint(weights: Mapping[str, Tensor | Callable[[], Tensor]]) -> str:
-    """First 16 hexadecimal digits of the SHA-256 over names, shapes, dtypes and bytes, in order of name."""
+    """First 16 hexadecimal digits of the SHA-256 over names, shapes, dtypes and bytes of weights, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         weight = weights[name]
@@ -22,7 +22,7 @@ def fingerprint(weights: Mapping[str, Tensor | Callable[[], Tensor]]) -> str:
 
 
 def weights_of(hf: nn.Module) -> dict[str, Tensor | Callable[[], Tensor]]:
-    """All weights; of those that accelerate has offloaded, functions that read them back one by one."""
+    """All weights; for weights that accelerate has offloaded, functions that load them one by one."""
     weights: dict[str, Tensor | Callable[[], Tensor]] = dict(hf.state_dict())
     for name, module in hf.named_modules():
         kept: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)

@@ -1,7 +1,7 @@
 """The one place that builds the arguments of a forward pass.
 
-What a family's `forward` takes is read off its signature, so a new kind of argument (another name of the cache, images
-beside the tokens) is added here and nowhere else.
+The arguments a family accepts are read from the signature of its `forward`: support for a new kind of argument
+(another name for the cache, images) is added here and nowhere else.
 """
 
 import inspect
@@ -17,13 +17,13 @@ from saepatch.errors import UserError
 from saepatch.model.padding import FAILURES, Padding, positions_of
 from saepatch.model.tokens import Tokens
 
-CACHES = ("past_key_values", "cache_params")  # what `forward` calls the keys, values and states of earlier columns
-STATES = ("state",)  # the same where it is not handed in empty: `generate` alone steps on it
-_COLUMNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # that caches hold which do not tell
+CACHES = ("past_key_values", "cache_params")  # names of the `forward` argument for the cache
+STATES = ("state",)  # names for caches that cannot be passed in empty: only `generate` uses them
+_COLUMNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # columns held by caches that do not report a length
 
 
 class Forward:
-    """The arguments that one Hugging Face causal LM takes."""
+    """Builds the arguments of one Hugging Face causal LM's `forward`."""
 
     def __init__(self, hf: nn.Module, padding: Padding, step_limit: int | None) -> None:
         self.padding, self.step_limit = padding, step_limit
@@ -33,17 +33,17 @@ class Forward:
         self.cache_name = None if step_limit == 0 else name
 
     def arguments(self, tokens: Tokens, start: int = 0, last: bool = False, cache: Any = None) -> dict[str, Any]:
-        """Keyword arguments of `forward`. Padded batches carry explicit positions, so either side gives one result.
+        """Keyword arguments of `forward`. Padded batches get explicit position ids, so that the side does not matter.
 
         Args:
-            tokens: The whole batch, with what the cache holds.
-            start: First column that is run; those before it are in the cache.
-            last: Only the last column's logits are needed; a family that cannot leave the others out gives them, too.
-            cache: What holds the columns before `start`, and takes in the others; None: nothing is kept.
+            tokens: The whole batch, including columns that the cache holds already.
+            start: First column to run; earlier columns are in the cache.
+            last: Only the last column's logits are needed; families without `logits_to_keep` compute all of them.
+            cache: Holds the columns before `start`, and is extended by the others; None: no cache.
 
         Raises:
-            UserError: the cache does not hold the columns before `start`, the model takes none, or the batch is padded
-                where the model does not compute the same as without.
+            UserError: the cache does not hold the columns before `start`, the model takes no cache, or the batch is
+                padded on a side where padding changes the model's results.
         """
         arguments: dict[str, Any] = {"input_ids": tokens.input_ids[:, start:], "use_cache": cache is not None}
         if tokens.padded:
@@ -55,20 +55,23 @@ class Forward:
             arguments["logits_to_keep"] = 1
         if cache is not None:
             if self.cache_name is None:
-                raise UserError("the model takes no cache that could be stepped on: run it on whole rows")
+                raise UserError("the model cannot continue from a cache: run it on whole rows")
             arguments[self.cache_name] = cache
             if start and not tells_columns(cache) and "attention_mask" in arguments:
                 arguments["attention_mask"] = tokens.attention_mask[:, start:]
         if start and self.step_limit is not None and tokens.width - start > self.step_limit:
             raise UserError(
-                f"the model reads {self.step_limit} column at a time on a cache, not {tokens.width - start}"
+                f"with a cache the model reads {self.step_limit} column at a time, not {tokens.width - start}: "
+                "pass fewer columns"
             )
-        if (held := 0 if cache is None else columns_in(cache)) != start:
-            raise UserError(f"the cache holds {held} columns, and the pass starts at column {start}")
+        if (cached := 0 if cache is None else columns_in(cache)) != start:
+            raise UserError(
+                f"the cache holds {cached} columns, but the pass starts at column {start}: start after the cache"
+            )
         return arguments
 
     def new_cache(self) -> Any:
-        """An empty cache that keeps all columns, sliding windows too: the masks cut them."""
+        """An empty cache that keeps all columns even for sliding windows, which the attention masks apply."""
         from transformers import DynamicCache
 
         own = DynamicCache(config=self.config)
@@ -77,7 +80,7 @@ class Forward:
 
 
 def tells_columns(cache: Any) -> bool:
-    """Whether a cache itself tells how many columns it holds; one of recurrent states alone does not."""
+    """Whether a cache reports how many columns it holds; a cache of only recurrent states does not."""
     try:
         cache.get_seq_length()
     except (ValueError, AttributeError):
@@ -86,7 +89,7 @@ def tells_columns(cache: Any) -> bool:
 
 
 def note_columns(cache: Any, columns: int) -> None:
-    """Remember how many columns were read into a cache that does not tell."""
+    """Record how many columns were read into a cache that does not report its length."""
     if cache is not None and not tells_columns(cache):
         _COLUMNS[cache] = columns
 
@@ -95,12 +98,11 @@ def note_columns(cache: Any, columns: int) -> None:
 def probe_steps(
     call: Callable[[Tokens, int, Any], Float[Tensor, "batch pos vocab"]], new_cache: Callable[[], Any], probe: Tokens
 ) -> int | None:
-    """How many columns a pass may take in on a cache: any number (None), one, or none, so that it gives what whole rows
-    give.
+    """How many columns a pass with a cache may process with the same result as whole rows: any number (None), 1 or 0.
 
     Args:
-        call: A forward pass from a column on, on a cache.
-        new_cache: An empty cache.
+        call: A forward pass of (tokens, first column, cache).
+        new_cache: Makes an empty cache.
         probe: One row.
     """
     logits = call(probe, 0, None)
@@ -121,15 +123,15 @@ def probe_steps(
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the keyword arguments of a pass; None where there is none."""
+    """The cache among the keyword arguments of a pass, or None."""
     return next((arguments[name] for name in CACHES + STATES if arguments.get(name) is not None), None)
 
 
 def columns_in(cache: Any) -> int:
-    """How many columns a cache holds.
+    """Number of columns a cache holds.
 
     Raises:
-        UserError: it does not tell, for it holds recurrent states alone.
+        UserError: the number is unknown, since the cache holds only recurrent states.
     """
     if tells_columns(cache):
         return int(cache.get_seq_length())
@@ -137,5 +139,5 @@ def columns_in(cache: Any) -> int:
     if layers is not None and cache in _COLUMNS:
         return _COLUMNS[cache]
     if layers is None or any(any(getattr(layer, "has_previous_state", {}).values()) for layer in layers):
-        raise UserError("a cache of recurrent states alone does not tell what it has read: use_cache=False")
+        raise UserError("a cache of only recurrent states does not report how many columns it holds: use_cache=False")
     return 0

@@ -1,10 +1,10 @@
-"""Greedy decoding: the token of the largest logit up to an end token, whatever generation_config.json says."""
+"""Greedy decoding: always the token with the largest logit, whatever generation_config.json says."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# Every field of transformers' GenerationConfig that acts without sampling, at the value where it does nothing. What is
-# not passed to `generate` is taken from the checkpoint, and chat models often come with a repetition penalty.
+# Every field of transformers' GenerationConfig that acts without sampling, at its neutral value. Fields that are not
+# passed to `generate` are taken from the checkpoint, and chat models often set a repetition penalty.
 NEUTRAL: dict[str, Any] = {
     # how the next token is chosen
     "do_sample": False,
@@ -19,7 +19,7 @@ NEUTRAL: dict[str, Any] = {
     "assistant_early_exit": None,
     "use_mtp": None,
     "token_healing": None,
-    # what is done to the logits before
+    # changes to the logits
     "guidance_scale": None,
     "sequence_bias": None,
     "repetition_penalty": 1.0,
@@ -37,7 +37,7 @@ NEUTRAL: dict[str, Any] = {
     "begin_suppress_tokens": None,
     "watermarking_config": None,
     "renormalize_logits": None,
-    # what ends a text besides the end token and the length
+    # stopping criteria besides the end token and the length
     "max_time": None,
     "stop_strings": None,
     # what is returned
@@ -46,15 +46,15 @@ NEUTRAL: dict[str, Any] = {
 
 
 def greedy_options(hf: Any, tokenizer: Any) -> dict[str, Any]:
-    """Arguments of `generate`: those above that the installed transformers knows, and what ends a text."""
+    """Arguments of `generate`: the neutral fields that the installed transformers has, and the end tokens."""
     known = {name: value for name, value in NEUTRAL.items() if hasattr(hf.generation_config, name)}
     return known | {"eos_token_id": sorted(end_tokens(hf, tokenizer)) or None}
 
 
 def end_tokens(hf: Any, tokenizer: Any) -> set[int]:
-    """All tokens that end a text: a checkpoint's files do not always agree on them."""
+    """All tokens that end a text: the union over a checkpoint's files, which do not always agree."""
     ends: set[int] = set()
-    for given in (getattr(hf, "generation_config", None), hf.config, tokenizer):
-        stop: Any = getattr(given, "eos_token_id", None)
+    for source in (getattr(hf, "generation_config", None), hf.config, tokenizer):
+        stop: Any = getattr(source, "eos_token_id", None)
         ends |= set(stop) if isinstance(stop, Sequence) else {stop} if stop is not None else set()
     return ends

@@ -1,4 +1,4 @@
-"""The one file where hooks go on and come off. Everything here is a context manager or returns without a hook left."""
+"""The one file that registers hooks. Every function is a context manager, or removes its hooks before it returns."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,11 +18,11 @@ from saepatch.model.families import Layout
 from saepatch.model.sites import READ_AT_INPUT, Site
 
 Edit = Callable[[Tensor], Tensor]
-# How many `unedited` contexts a model is in, by its first block and the thread. A hook acts only on the thread that put
-# it on, at the level it was put on at.
+# Number of `unedited` contexts a model is in, by its first block and the thread. A hook acts only on the thread and at
+# the level at which it was registered.
 _LEVELS: WeakKeyDictionary[nn.Module, Counter[int]] = WeakKeyDictionary()
-_EDITS: WeakKeyDictionary[nn.Module, Counter[int]] = WeakKeyDictionary()  # how many splices a model is in, likewise
-CAPTURING = "transformers.utils.output_capturing"  # the module of the library's hooks that collect hidden states
+_EDITS: WeakKeyDictionary[nn.Module, Counter[int]] = WeakKeyDictionary()  # number of splices a model is in, likewise
+CAPTURING = "transformers.utils.output_capturing"  # module of transformers' hooks that collect hidden states
 
 
 class SpliceError(RuntimeError):
@@ -30,11 +30,11 @@ class SpliceError(RuntimeError):
 
 
 class _StopForward(Exception):
-    """Raised by the last hook that is needed, to spare the rest of the forward pass."""
+    """Raised by the last hook that is needed, to skip the rest of the forward pass."""
 
 
 def _first(output: Any) -> Tensor:
-    # Some blocks return a tensor, others a tuple or list that starts with it: this is the one place that knows.
+    # Some blocks return a tensor, others a tuple or list that starts with the tensor.
     return output[0] if isinstance(output, tuple | list) else output
 
 
@@ -51,7 +51,7 @@ def _on_output(module: nn.Module, edit: Edit) -> Any:
         return None if new is old else _with_first(output, new)
 
     handle = module.register_forward_hook(hook)
-    # The library's own hooks, put on once when a model is first asked for hidden states, are to see what ours leave.
+    # transformers' own hooks, registered when a model is first asked for hidden states, must run after ours.
     hooks: Any = module._forward_hooks
     for key in [key for key, other in hooks.items() if getattr(other, "__module__", None) == CAPTURING]:
         hooks.move_to_end(key)
@@ -68,14 +68,14 @@ def _on_input(module: nn.Module, edit: Edit) -> Any:
 
 
 def _level(layout: Layout) -> tuple[int, int]:
-    """The thread, and how many `unedited` contexts it is in."""
+    """The current thread, and the number of `unedited` contexts it is in."""
     thread = get_ident()
     return thread, _LEVELS.get(layout.blocks[0], Counter())[thread]
 
 
 @contextmanager
 def _counted(counts: WeakKeyDictionary[nn.Module, Counter[int]], layout: Layout) -> Iterator[None]:
-    """One more on this thread while the context lasts."""
+    """Increment this thread's count for the duration of the context."""
     of_model, thread = counts.setdefault(layout.blocks[0], Counter()), get_ident()
     of_model[thread] += 1
     try:
@@ -87,23 +87,23 @@ def _counted(counts: WeakKeyDictionary[nn.Module, Counter[int]], layout: Layout)
 
 
 def unedited(layout: Layout) -> AbstractContextManager[None]:
-    """Let the model run as if no hook of ours were on it; those put on inside the context do act."""
+    """Let the model run as if without our hooks; hooks registered inside the context do act."""
     return _counted(_LEVELS, layout)
 
 
 def splice_noted(layout: Layout) -> AbstractContextManager[None]:
-    """Remember, while the context lasts, that the model is spliced."""
+    """Mark the model as spliced for the duration of the context."""
     return _counted(_EDITS, layout)
 
 
 def is_spliced(layout: Layout) -> bool:
-    """Whether the model is inside a splice of this thread."""
+    """Whether this thread is inside a splice of the model."""
     return _EDITS.get(layout.blocks[0], Counter())[get_ident()] > 0
 
 
 @contextmanager
 def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
-    """Pass what each site emits through its function, on every forward pass inside the context.
+    """Replace what each site emits by its function's result, on every forward pass inside the context.
 
     Raises:
         SpliceError: on leaving, when a site was never reached. Not raised over another exception.
@@ -137,22 +137,24 @@ def embed_tokens(hf: nn.Module) -> nn.Module:
     """The module that looks up token embeddings.
 
     Raises:
-        UserError: the model does not say which it is.
+        UserError: the model does not name it.
     """
     try:
         module: Any = hf.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError) as error:
-        raise UserError(f"{type(hf).__name__} does not name its token embeddings (get_input_embeddings)") from error
+        raise UserError(
+            f"{type(hf).__name__} does not name its token embeddings: it needs a get_input_embeddings method"
+        ) from error
     return module
 
 
 @contextmanager
 def edit_embeddings(hf: nn.Module, edit: Edit) -> Iterator[None]:
-    """Pass token embeddings through a function, on every forward pass inside the context.
+    """Replace token embeddings by a function's result, on every forward pass inside the context.
 
     Raises:
         SpliceError: on leaving, when no token was looked up. Not raised over another exception.
-        UserError: the model does not say where its embeddings are.
+        UserError: the model does not name its embedding module.
     """
     fired, thread = False, get_ident()
 
@@ -174,7 +176,7 @@ def edit_embeddings(hf: nn.Module, edit: Edit) -> Iterator[None]:
 
 @torch.no_grad()
 def blocks_return_tuples(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's blocks return a tuple or list, seen in one forward pass."""
+    """Whether the model's blocks return a tuple or list, probed in one forward pass."""
     seen: list[bool] = []
 
     def see(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -192,7 +194,7 @@ def blocks_return_tuples(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any
 def before_forward(
     hf: nn.Module, layout: Layout, see: Callable[[tuple[Any, ...], dict[str, Any]], None]
 ) -> Iterator[None]:
-    """Show every call's arguments to `see` before the model runs."""
+    """Call `see` with the arguments of every forward pass before the model runs."""
     level = _level(layout)
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,7 +210,7 @@ def before_forward(
 
 @contextmanager
 def _method_replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Give one object a method of its own; what it had before, if anything, comes back."""
+    """Override a method on one object; a previous override, if any, is restored."""
     before = module.__dict__.get(name)
     module.__dict__[name] = method
     try:
@@ -222,7 +224,7 @@ def _method_replaced(module: nn.Module, name: str, method: Callable[..., Any]) -
 
 @contextmanager
 def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give some modules another forward."""
+    """Override the `forward` of some modules."""
     with ExitStack() as stack:
         for module, forward in forwards.items():
             stack.enter_context(_method_replaced(module, "forward", forward))
@@ -230,9 +232,9 @@ def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 
 
 def only_logits_of(hf: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
-    """Unembed to some vocabulary ids only, in their order; what the model does to logits after that still happens.
+    """Compute logits of the given vocabulary ids only, in their order; later steps, such as a soft cap, still apply.
 
-    Does nothing where the unembedding is not a plain linear map that is in memory, without hooks.
+    Does nothing where the unembedding is not a plain linear layer in memory without hooks.
     """
     head: Any = hf.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
@@ -268,7 +270,7 @@ def capture(
 
 @contextmanager
 def skip_blocks(layout: Layout, n: int) -> Iterator[None]:
-    """Let the first `n` blocks pass their input on unchanged; masks and rotary tables still come from the model."""
+    """Let the first `n` blocks return their input unchanged; the model still computes masks and rotary embeddings."""
 
     def passing_through(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
@@ -280,32 +282,32 @@ def skip_blocks(layout: Layout, n: int) -> Iterator[None]:
 
 @contextmanager
 def graph_through(layout: Layout, sites: Collection[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Hold what the sites emit on a forward pass, in one autograd graph that starts at the first of them.
+    """Record what the sites emit on a forward pass, in one autograd graph that starts at the first of them.
 
-    What runs before is not recorded: weights need no gradient, so the graph begins where a site is made a leaf.
+    Earlier computation is not in the graph: weights need no gradient, so the graph begins where a site is made a leaf.
     """
-    held: dict[Site, Tensor] = {}
+    emitted: dict[Site, Tensor] = {}
 
-    def hold(site: Site) -> Edit:
+    def record(site: Site) -> Edit:
         def run(x: Tensor) -> Tensor:
-            held[site] = x if x.requires_grad else x.detach().requires_grad_()
-            return held[site]
+            emitted[site] = x if x.requires_grad else x.detach().requires_grad_()
+            return emitted[site]
 
         return run
 
-    with edit_sites(layout, {site: hold(site) for site in sites}):
-        yield held
+    with edit_sites(layout, {site: record(site) for site in sites}):
+        yield emitted
 
 
 @dataclass
 class Dropped:
-    """Which block's contribution gradients leave out: None, none."""
+    """The block whose contribution backward passes leave out; None: no block."""
 
     layer: int | None = None
 
 
 class _Droppable(torch.autograd.Function):
-    """Gives what a block gives; backwards, past the block instead of through it while the block is dropped."""
+    """Identity on a block's output; backwards, gradients bypass the block while it is dropped."""
 
     @staticmethod
     def forward(ctx: Any, entered: Tensor, left: Tensor, layer: int, dropped: Dropped) -> Tensor:
@@ -319,10 +321,10 @@ class _Droppable(torch.autograd.Function):
 
 @contextmanager
 def droppable_blocks(layout: Layout, layers: Collection[int]) -> Iterator[Dropped]:
-    """Let backward passes leave out one block at a time: `out = in + stopgrad(out − in)` where it is dropped.
+    """Let backward passes leave out one block at a time: `out = in + stopgrad(out − in)` for the dropped block.
 
-    The value that is yielded names the block, and may be changed between backward passes over one forward pass made
-    inside the context. Enter it before other hooks on the same blocks, so that they see what comes after the switch.
+    The yielded value selects the block, and may be changed between backward passes over one forward pass made inside
+    the context. Enter it before registering other hooks on the same blocks, so that those see the switch's output.
     """
     dropped = Dropped()
 
@@ -340,15 +342,15 @@ def droppable_blocks(layout: Layout, layers: Collection[int]) -> Iterator[Droppe
         yield dropped
 
 
-_ATTENTIONS = count()  # names of the attention functions that were registered, none of them twice
+_ATTENTIONS = count()  # makes the names of registered attention functions unique
 
 
 @contextmanager
 def attention_replaced(hf: nn.Module, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Let every attention layer that goes through transformers' attention interface call `attend` instead.
+    """Let every attention layer that uses transformers' attention interface call `attend` instead.
 
-    It gets `(module, query, key, value, attention_mask, **options)` as transformers' own functions do, with the mask
-    that these would add to the scores: [batch, 1, queries, keys]. Layers that do not use the interface are untouched.
+    `attend` receives `(module, query, key, value, attention_mask, **options)` like transformers' own functions, with
+    the additive mask [batch, 1, queries, keys]. Layers that do not use the interface are unchanged.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -365,14 +367,14 @@ def attention_replaced(hf: nn.Module, attend: Callable[..., tuple[Tensor, None]]
             config._attn_implementation = name
         yield
     finally:
-        for key, config in configs.items():  # a whole hands its setting on to its parts, which come after it
+        for key, config in configs.items():  # setting a parent also sets its sub-configs, which come later
             config._attn_implementation = before[key]
         for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
             del table._global_mapping[name]
 
 
 def _collect_configs(config: Any, into: dict[int, Any]) -> None:
-    """The configs that say how attention is computed, each whole before its parts."""
+    """Collect the configs that select an attention implementation, parents before their sub-configs."""
     if config is None or id(config) in into or not hasattr(config, "_attn_implementation"):
         return
     into[id(config)] = config

@@ -26,22 +26,22 @@ __all__ = ["LanguageModel", "Tokens", "ordinary", "refuse_training"]
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A Hugging Face causal LM, its tokenizer and the layout of its sites. `hf` stays the plain library object."""
+    """A Hugging Face causal LM, its tokenizer and the layout of its sites. `hf` is the unmodified library object."""
 
     hf: nn.Module
     tokenizer: Any
     name: str
     layout: Layout
-    prepend_bos: bool = False  # put a BOS in front of texts whose tokenizer does not
-    step_limit: int | None = None  # columns a pass may take in on a cache, 0: it takes none; seen on load
-    padding: Padding = field(default_factory=Padding)  # where rows may be padded; seen on load
+    prepend_bos: bool = False  # prepend a BOS where the tokenizer does not
+    step_limit: int | None = None  # columns per pass with a cache (0: no cache; None: no limit); probed on load
+    padding: Padding = field(default_factory=Padding)  # sides on which rows may be padded; probed on load
 
     def __post_init__(self) -> None:
         """Raises UserError for `prepend_bos` where the tokenizer has no BOS."""
         if self.prepend_bos and self.bos_id is None:
             raise UserError(
-                f"the tokenizer of {self.name!r} has no BOS to put in front of texts: name the token that is to serve "
-                "as one, as in prepend_bos='<|endoftext|>' (--prepend_bos '<|endoftext|>'), or leave prepend_bos out"
+                f"the tokenizer of {self.name!r} has no BOS to prepend: name a token to use instead, as in "
+                "prepend_bos='<|endoftext|>' (--prepend_bos '<|endoftext|>'), or leave prepend_bos out"
             )
 
     @property
@@ -58,18 +58,18 @@ class LanguageModel:
 
     @property
     def n_heads(self) -> int:
-        """Attention (query) heads a layer; 0 where the config does not give one number for all layers."""
+        """Number of attention (query) heads per layer; 0 where the config has no single number for all layers."""
         heads = getattr(self.config.get_text_config(), "num_attention_heads", None)
         return heads if isinstance(heads, int) else 0
 
     def width(self, site: Site) -> int:
-        """Size of the last dimension of what a site holds."""
+        """Size of the last dimension of a site's tensor."""
         self.layout.module(site)
         return self.layout.widths[site]
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in, and where what is read from the model is kept."""
+        """Device of the token embeddings: inputs go there, and captured values are kept there."""
         weight: Tensor = self.hf.get_input_embeddings().weight  # type: ignore[operator]
         if weight.is_meta:  # offloaded: accelerate's hook knows where it runs
             hook: Any = self.hf.get_input_embeddings()._hf_hook  # type: ignore[operator]
@@ -86,7 +86,7 @@ class LanguageModel:
 
     @property
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of all weights; taken again after they were changed in place."""
+        """First 16 hexadecimal digits of the SHA-256 of all weights; recomputed after in-place changes."""
         versions = tuple((id(weight), weight._version) for weight in self.hf.parameters())
         if self._known_fingerprint.get("versions") != versions:
             self._known_fingerprint.update(versions=versions, digits=fingerprint(weights_of(self.hf)))
@@ -102,13 +102,14 @@ class LanguageModel:
 
     @cached_property
     def appended(self) -> list[int]:
-        """Tokens that the tokenizer puts after every text (an EOS, say); `encode` leaves them out."""
+        """Tokens that the tokenizer appends to every text (such as EOS); `encode` drops them."""
         return appended_tokens(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one prompt. A text that begins with the BOS text already gets no second BOS.
+        """Token ids of one prompt. A text that already begins with the BOS text gets no second BOS.
 
-        What the tokenizer puts after every text is left out, for a prompt goes on: to have an EOS, write it.
+        Tokens that the tokenizer appends to every text are dropped, since a prompt is to be continued: to include an
+        EOS, write it in the text.
         """
         bos = self.tokenizer.bos_token
         own = bool(bos) and text.startswith(bos)
@@ -127,8 +128,8 @@ class LanguageModel:
         """Tokenise prompts into one batch, padded on the given side.
 
         Raises:
-            UserError: a prompt is empty (it holds no token beside BOS), there is no prompt, or one is longer than the
-                model's context.
+            UserError: a prompt is empty (has no token besides BOS) or longer than the model's context, or there are
+                no prompts.
         """
         if not texts:
             raise UserError("there are no prompts: give at least one")
@@ -136,17 +137,19 @@ class LanguageModel:
         context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         for text, row in zip(texts, ids, strict=True):
             if not any(token != self.bos_id for token in row):
-                raise UserError(f"empty prompt {text!r}: a prompt needs at least one token beside BOS")
+                raise UserError(f"empty prompt {text!r}: a prompt needs at least one token besides BOS")
             if context is not None and len(row) > context:
-                raise UserError(f"prompt of {len(row)} tokens is longer than the context of {context}: {text[:40]!r}…")
+                raise UserError(
+                    f"prompt of {len(row)} tokens is longer than the context of {context}: shorten {text[:40]!r}…"
+                )
         return self.pad(ids, side)
 
     @cached_property
     def pad_id(self) -> int:
-        """What rows are padded with: a token of the vocabulary, even where the tokenizer names one outside of it."""
+        """Token id for padding: always within the vocabulary, even where the tokenizer's padding token is not."""
         embedded = int(self.hf.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        named = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(token) for token in named if token is not None and 0 <= token < embedded)
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in candidates if token is not None and 0 <= token < embedded)
 
     def pad(self, ids: Sequence[Sequence[int]], side: str = "right") -> Tokens:
         """Pad rows of token ids into one batch on the model's device."""
@@ -164,7 +167,7 @@ class LanguageModel:
         return Tokens(input_ids, mask, ordinary(input_ids, mask, self.bos_id))
 
     def probe(self) -> Tokens:
-        """A few tokens, any ones, to see how the model behaves."""
+        """A row of arbitrary tokens for probing the model."""
         vocabulary = int(self.config.get_text_config().vocab_size)
         ids = (torch.arange(6, device=self.device) * 7 + 11).unsqueeze(0) % vocabulary
         return Tokens(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
@@ -174,7 +177,7 @@ class LanguageModel:
         return self._forward.cache_name is not None
 
     def new_cache(self) -> Any:
-        """An empty cache for `inputs`, `call` and `capture`, which passes take in their columns to."""
+        """An empty cache for `inputs`, `call` and `capture`, which add their columns to it."""
         return self._forward.new_cache()
 
     def inputs(self, tokens: Tokens, start: int = 0, last: bool = False, cache: Any = None) -> dict[str, Any]:
@@ -187,10 +190,10 @@ class LanguageModel:
         """Logits of one forward pass, with a graph where gradients are enabled.
 
         Args:
-            tokens: The whole batch, with what the cache holds.
-            start: First column that is run; those before it are in the cache.
-            last: Give the last column's logits alone.
-            cache: What holds the columns before `start`, and takes in the others; None: nothing is kept.
+            tokens: The whole batch, including columns that the cache holds already.
+            start: First column to run; earlier columns are in the cache.
+            last: Return only the last column's logits.
+            cache: Holds the columns before `start`, and is extended by the others; None: no cache.
         """
         logits = self.hf(**self.inputs(tokens, start, last, cache)).logits
         note_columns(cache, tokens.width)
@@ -202,28 +205,28 @@ class LanguageModel:
     ) -> dict[Site, Float[Tensor, "batch pos width"]]:
         """What the sites emit in one forward pass; with `stop`, the pass ends at the last site needed.
 
-        Zeros at padding where the model has to run rows of one length at a time.
+        Where padding would change the results, rows run grouped by length, and values at padding are zeros.
         """
         if cache is None and not start and self._runs_apart(tokens):
             return spread(tokens, lambda part: self.capture(part, sites, stop=stop))
-        held = capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop)
+        emitted = capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop)
         note_columns(cache, tokens.width)
-        return held
+        return emitted
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Float[Tensor, "batch pos vocab"]:
-        """Logits at every position; zeros at padding where the model has to run rows of one length at a time."""
+        """Logits at every position; zeros at padding where rows have to run grouped by length."""
         if self._runs_apart(tokens):
             return spread(tokens, lambda part: {"logits": self.call(part)})["logits"]
         return self.call(tokens)
 
     def _runs_apart(self, tokens: Tokens) -> bool:
-        """Whether rows run in passes by length. Never in a splice, which sees a batch as a whole."""
+        """Whether rows run grouped by length. Never in a splice, which needs the whole batch in one pass."""
         return not self.padding.allows(tokens) and not is_spliced(self.layout)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tokens) -> Float[Tensor, "batch vocab"]:
-        """Logits after each prompt's last token; only those are computed where the batch allows."""
+        """Logits after each prompt's last token; where all prompts end in the last column, only these are computed."""
         last = tokens.last
         if self._runs_apart(tokens):
             parts = [(rows[:, 0], self.next_logits(part)) for rows, _, part in by_length(tokens)]
@@ -238,19 +241,19 @@ class LanguageModel:
     def logits_of_continuations(
         self, prompts: Tokens, continuations: Sequence[Sequence[int]]
     ) -> Float[Tensor, "batch new vocab"]:
-        """The logits that each token of given continuations (token ids) is predicted by.
+        """The logits that predict each token of the continuations (token ids), by teacher forcing.
 
-        Two passes, the prompts and then the continuations on their cache, so that inside a splice they go as in
-        generation (token by token in a model that takes them in so only). Prompts are padded on the left; what follows
-        a shorter continuation's end means nothing.
+        The prompts run first, then the continuations on their cache, so that a splice acts as in generation (token by
+        token in models that require it). Prompts are padded on the left; values after the end of a shorter
+        continuation are meaningless.
         """
         if not self.padding.allows(prompts):
             width = max(1, *map(len, continuations))
             whole: Tensor | None = None
             for numbers, _, part in by_length(prompts):
-                some = self.logits_of_continuations(part, [continuations[row] for row in numbers[:, 0].tolist()])
-                whole = some.new_zeros(len(prompts), width, some.shape[-1]) if whole is None else whole
-                whole[numbers[:, 0].to(some.device), : some.shape[1]] = some
+                logits = self.logits_of_continuations(part, [continuations[row] for row in numbers[:, 0].tolist()])
+                whole = logits.new_zeros(len(prompts), width, logits.shape[-1]) if whole is None else whole
+                whole[numbers[:, 0].to(logits.device), : logits.shape[1]] = logits
             assert whole is not None
             return whole
         longest = max(map(len, continuations))
@@ -265,11 +268,11 @@ class LanguageModel:
         return torch.cat(parts, 1)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 40, batch_size: int = 64) -> list[str]:
-        """Greedy continuations, prompt and special tokens left out."""
+        """Greedy continuations as texts, without the prompt and without special tokens."""
         return list(self.tokenizer.batch_decode(self.continue_ids(prompts, max_new_tokens, batch_size)))
 
     def continue_ids(self, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64) -> list[list[int]]:
-        """Greedy continuations as token ids, up to the end of text, special tokens left out."""
+        """Greedy continuations as token ids, up to the first end token, without special tokens."""
         special, ends, rows = set(self.tokenizer.all_special_ids), end_tokens(self.hf, self.tokenizer), []
         for start in range(0, len(prompts), batch_size):
             tokens = self.tokenize(prompts[start : start + batch_size], side="left")
@@ -280,10 +283,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate_ids(self, tokens: Tokens, max_new_tokens: int, min_new_tokens: int = 0) -> Int[Tensor, "batch new"]:
-        """Greedy continuation of a left-padded batch, as token ids; rows that ended are filled with padding.
+        """Greedy continuation of a left-padded batch, as token ids; finished rows are filled with padding.
 
-        Each token is the one of the largest logit, whatever penalties and bans the checkpoint generates with. None ends
-        before `min_new_tokens`.
+        Each token has the largest logit, whatever penalties and bans the checkpoint's generation config sets. No row
+        ends before `min_new_tokens`.
         """
         if not self.padding.allows(tokens):
             new = tokens.input_ids.new_full((len(tokens), max_new_tokens), self.pad_id)
@@ -304,18 +307,18 @@ class LanguageModel:
         return out[:, tokens.input_ids.shape[1] :]
 
     def chat(self, request: str) -> str:
-        """The chat template's text for one user turn, ready for the assistant's answer.
+        """The text of one user turn in the chat template, up to where the assistant's answer begins.
 
         Raises:
             UserError: the tokenizer has no chat template.
         """
         if not self.tokenizer.chat_template:
-            raise UserError(f"the tokenizer of {self.name!r} has no chat template: write the prompt out yourself")
+            raise UserError(f"the tokenizer of {self.name!r} has no chat template: write the whole prompt yourself")
         turns = [{"role": "user", "content": request}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def refuse_training(model: LanguageModel) -> None:
-    """Raises UserError where a part of the model is in training mode: its passes would be random."""
+    """Raises UserError where a module of the model is in training mode, since dropout would make passes random."""
     if any(module.training for module in model.hf.modules()):
         raise UserError(f"{model.name} is in training mode, so its passes are random: call model.hf.eval() first")

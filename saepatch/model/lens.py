@@ -1,4 +1,4 @@
-"""From a dictionary's rows to the residual stream, and from there to the unembedding."""
+"""Mapping directions at a site to the residual stream, and the final norm before the unembedding."""
 
 from typing import Any
 
@@ -9,16 +9,19 @@ from torch import Tensor, nn
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
-INSIDE = {"z": "attn_out", "neurons": "mlp_out"}  # streams that are no part of the residual one, and what they lead to
+INSIDE = {
+    "z": "attn_out",
+    "neurons": "mlp_out",
+}  # streams outside the residual stream, and the stream their projection leads to
 
 
 @torch.no_grad()
 def stream_directions(model: LanguageModel, site: Site, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n d_model"]:
-    """What directions of a site add to the residual stream.
+    """What directions at a site add to the residual stream.
 
-    Of resid_pre, resid_post, attn_out and mlp_out, themselves. Heads' values (z) go through the output projection W_O,
-    an MLP's units (neurons) through its output projection, and both through the norm that a family puts behind these:
-    that rescales, so only the direction means something there.
+    At resid_pre, resid_post, attn_out and mlp_out, a direction adds itself. Head outputs (z) are multiplied by the
+    output projection W_O, MLP neurons by the MLP's output projection, and both by the post-norm where a family has
+    one: it rescales, so that only the direction is meaningful there.
 
     Raises:
         UserError: the model has no such site.
@@ -32,9 +35,7 @@ def stream_directions(model: LanguageModel, site: Site, rows: Float[Tensor, "n w
     out = out[:-1] - out[-1]  # without a bias
     paths = model.layout.paths[site.layer]
     path = paths.get(INSIDE[site.stream])
-    if path is None or paths[site.stream].startswith(
-        f"{path}."
-    ):  # the projection is the last that attention or MLP does
+    if path is None or paths[site.stream].startswith(f"{path}."):  # the projection is the last step of attention or MLP
         return out
     norm = model.layout.module(Site(site.layer, INSIDE[site.stream]))
     sized = nn.functional.normalize(out, dim=-1) * model.d_model**0.5
@@ -45,8 +46,10 @@ def stream_directions(model: LanguageModel, site: Site, rows: Float[Tensor, "n w
 
 @torch.no_grad()
 def final_norm(model: LanguageModel) -> nn.Module | None:
-    """The norm between the last block and the unembedding: of those beside the blocks, the one whose logits are the
-    model's, up to a scale and a soft cap. None if there is none."""
+    """The norm between the last block and the unembedding, or None.
+
+    It is the norm next to the blocks whose output, unembedded, gives the model's logits up to a scale and a soft cap.
+    """
     blocks = model.layout.blocks
     home = [
         m for m in model.hf.modules() if any(isinstance(c, nn.ModuleList) and c[0] is blocks[0] for c in m.children())

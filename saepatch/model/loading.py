@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Spread(TypedDict, total=False):
-    """How a model that one device cannot hold is spread, as transformers and accelerate understand it."""
+    """Options of transformers and accelerate that spread a model over several devices."""
 
     device_map: str | dict[str, Any] | None
     max_memory: Mapping[int | str, int | str] | None
@@ -45,14 +45,16 @@ def load_model(
 ) -> LanguageModel:
     """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
 
-    `prepend_bos` puts a BOS in front of every text where the tokenizer does not (GPT-2's, say), as many dictionaries
-    were trained; where it has none at all (Qwen's), give the text of the token that is to serve as one. `device_map`
-    ("auto", say) spreads a model that one device cannot hold over several and, within `max_memory`, over main memory
-    and `offload_folder`, as transformers and accelerate do; `device` is not used then. `revision` is a
-    branch, a tag or a commit of the model's repository on the hub; None: its main branch.
+    Args:
+        device: Device for the weights; unused with `device_map`.
+        prepend_bos: Prepend a BOS to every text where the tokenizer does not (as GPT-2's), since many dictionaries were
+            trained that way; for a tokenizer without a BOS (as Qwen's), the text of the token to use instead.
+        revision: Branch, tag or commit of the model's repository on the hub; None: its main branch.
+        **spread: `device_map` (such as "auto") spreads a model that one device cannot hold over several and, within
+            `max_memory`, over main memory and `offload_folder`, as transformers and accelerate do.
 
     Raises:
-        UserError: there is no such model, revision, device or option, weights are missing, damaged or NaN, or its
+        UserError: there is no such model, revision, device or option, weights are missing, damaged or NaN, or the
             blocks cannot be found.
     """
     if unknown := [option for option in spread if option not in Spread.__annotations__]:
@@ -68,7 +70,7 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         if folder:
-            raise UserError(f"revision {revision!r}: {name!r} is a folder, which has none: leave it out")
+            raise UserError(f"revision {revision!r}: {name!r} is a folder, which has no revisions: leave it out")
         options["revision"] = revision
     spreads = spread.get("device_map") is not None
     placement = {key: value for key, value in spread.items() if spreads and value is not None}
@@ -88,40 +90,40 @@ def load_model(
     hf, loaded = both
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(
-            f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): the file is not whole, fetch it again"
+            f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): its files are incomplete, fetch them again"
         )
     return replace(wrap_model(hf if placement else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
 
 
 def _folder_of(name: str) -> str | None:
-    """The folder that holds the model; None for a Hugging Face id."""
+    """The folder of the model; None for a Hugging Face id."""
     folder = organism.path(name) if organism.is_checkpoint(name) else Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"folder {name!r} holds no config.json, so it is no Hugging Face model")
+            raise UserError(f"folder {name!r} has no config.json: give the folder of a Hugging Face model")
         return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"no folder {name!r}, and that is no Hugging Face id: use 'organism', a folder, or OWNER/NAME")
+        raise UserError(f"{name!r} is neither a folder nor a Hugging Face id: use 'organism', a folder, or OWNER/NAME")
     return None
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, once something could be put on it.
+    """The device, after a test that a tensor can be created on it.
 
     Raises:
-        UserError: torch does not know it, or this machine has none.
+        UserError: torch does not know the device, or this machine has none.
     """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:60]
         raise UserError(
-            f"device {str(device)!r} cannot be used here ({reason}): use cpu, or cuda or mps where there is one"
+            f"device {str(device)!r} cannot be used here ({reason}): use cpu, or cuda or mps where available"
         ) from error
 
 
 def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
-    """Take a Hugging Face causal LM that is in memory already; it is put in eval mode, without gradients for weights.
+    """Wrap a Hugging Face causal LM that is in memory already; it is put in eval mode, without gradients for weights.
 
     Raises:
         UserError: weights that are not finite, or blocks that cannot be found.
@@ -137,20 +139,20 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
     model = LanguageModel(hf, tokenizer, name, layout)
     if model.appended:
         ends = "".join(model.token_texts(model.appended))
-        log.info("the tokenizer of %r puts %s after every text: prompts are read without it", name, ends)
+        log.info("the tokenizer of %r appends %s to every text: it is dropped from prompts", name, ends)
     return check_sites(model)
 
 
 @torch.no_grad()
 def check_sites(model: LanguageModel) -> LanguageModel:
-    """Run a few tokens and see that every site emits [batch, pos, width] and that editing it changes the logits.
+    """Run a few tokens and check that every site emits [batch, pos, width] and that editing it changes the logits.
 
-    `attn_out` and `mlp_out` must together account for what a block adds to the stream; a model where they do not
-    (scaled residuals, say) loses these two streams, with a warning. A layer whose `z` is not the heads side by side
-    loses that, and one whose MLP has no units in sight (a mixture of experts) loses `neurons`.
+    `attn_out` and `mlp_out` must add up to what a block adds to the residual stream; where they do not (as with scaled
+    residuals), these two streams are not offered, with a warning. `z` is not offered for layers where it is not the
+    concatenation of the heads, nor `neurons` for layers whose MLP has no single set of them (a mixture of experts).
 
     Raises:
-        UserError: a residual site does not behave as one.
+        UserError: a residual site emits another shape, or an edit of a site does not change the logits.
     """
     tokens = model.probe()
     as_tuple = blocks_return_tuples(model.hf, model.layout, model.inputs(tokens))
@@ -169,28 +171,26 @@ def check_sites(model: LanguageModel) -> LanguageModel:
             edited = model.call(tokens)
         if torch.equal(plain, edited):
             raise UserError(
-                f"editing site {site} of {model.name!r} leaves the logits as they were: "
+                f"editing site {site} of {model.name!r} leaves the logits unchanged: "
                 "check saepatch.model.families.FAMILIES"
             )
     return model
 
 
 def _padding_of(model: LanguageModel) -> Padding:
-    """Where rows may be padded, seen in two forward passes (more where the first does not agree)."""
+    """Sides on which rows may be padded, probed in two forward passes (more where the first rule fails)."""
     inner = model.config.get_text_config()
     firsts = {int(pad) + 1 for pad in (getattr(inner, "pad_token_id", None),) if pad is not None}
     padding = probe_padding(
         lambda rule, tokens: replace(model, padding=rule).call(tokens), model.probe(), model.pad_id, firsts
     )
     if not (padding.left and padding.right):
-        log.info(
-            "%r computes other numbers on padded rows (%s): such prompts run one length at a time", model.name, padding
-        )
+        log.info("padding changes the results of %r (safe: %s): prompts run grouped by length", model.name, padding)
     return padding
 
 
 def _emitted(model: LanguageModel, tokens: Tokens) -> dict[Site, Tensor]:
-    """What every site emits in one pass. An MLP's units may be passed by: those of a mixture of experts are."""
+    """What every site emits in one pass. `neurons` may be missing, as in a mixture of experts."""
     seen: dict[Site, Tensor] = {}
     edits: dict[Site, Edit] = {site: lambda x, site=site: seen.setdefault(site, x) for site in model.layout.all_sites}  # type: ignore[misc]
     units = {site: edits.pop(site) for site in model.layout.all_sites if site.stream == "neurons"}
@@ -200,10 +200,10 @@ def _emitted(model: LanguageModel, tokens: Tokens) -> dict[Site, Tensor]:
 
 
 def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]:
-    """The sites that do not hold what their names say.
+    """The sites that do not hold what their streams are defined to hold.
 
     Raises:
-        UserError: one of them is of the residual stream, or should be as wide.
+        UserError: a site that should have the width of the residual stream has another shape.
     """
     odd: set[Site] = set()
     for site in model.layout.all_sites:
@@ -218,12 +218,12 @@ def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]
             )
     if heads := sorted(site for site in odd if site.stream == "z"):
         log.warning(
-            "%s of %r has shape %s, not %d heads side by side: not offered%s",
+            "%s of %r has shape %s, which is not %d concatenated heads: not offered%s",
             heads[0], model.name, tuple(seen[heads[0]].shape), model.n_heads,
             "" if len(heads) == 1 else f", nor are {len(heads) - 1} more",
         )  # fmt: skip
     if units := sorted(site for site in odd if site.stream == "neurons"):
-        log.info("the MLPs of %r have no units in sight in %d layers: neurons is not offered", model.name, len(units))
+        log.info("%d layers of %r have no single set of MLP neurons: not offered there", len(units), model.name)
     added = {site for site in model.layout.all_sites if site.stream in ("attn_out", "mlp_out")}
     if not _streams_add_up(model, seen):
         log.warning("attn_out and mlp_out of %r do not add up to what a block writes: not offered", model.name)
@@ -232,7 +232,7 @@ def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]
 
 
 def _one_of_each_kind(model: LanguageModel) -> list[Site]:
-    """For every stream and module path that blocks have it at, the middle one of these sites."""
+    """For every stream and module path, the middle site."""
     kinds: dict[tuple[str, str], list[Site]] = {}
     for site in model.layout.all_sites:
         kinds.setdefault((site.stream, model.layout.paths[site.layer][site.stream]), []).append(site)
@@ -240,7 +240,7 @@ def _one_of_each_kind(model: LanguageModel) -> list[Site]:
 
 
 def _streams_add_up(model: LanguageModel, seen: Mapping[Site, Tensor]) -> bool:
-    """Whether, in every layer that offers both, attn_out and mlp_out are together what the block adds."""
+    """Whether, in every layer that offers both, attn_out plus mlp_out equals what the block adds."""
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     for layer in range(model.n_layers):
         before, after, *parts = (Site(layer, s) for s in ("resid_pre", "resid_post", "attn_out", "mlp_out"))
@@ -255,7 +255,7 @@ def _streams_add_up(model: LanguageModel, seen: Mapping[Site, Tensor]) -> bool:
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    # Loading draws a bar of its own, one line for every model: too much for a command that loads several.
+    # Hide transformers' progress bar, which takes one line per model.
     from transformers.utils import logging as hf_logging
 
     was_on = hf_logging.is_progress_bar_enabled()

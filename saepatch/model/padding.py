@@ -1,4 +1,4 @@
-"""How a model reads padded rows: probed once on load, since families differ and none of them says."""
+"""How padding affects a model's results: probed once on load, since families differ and do not declare it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from saepatch.model.tokens import Tokens
 
 @dataclass(frozen=True)
 class Padding:
-    """On which side a row may be padded without a change of what the model computes at its tokens.
+    """The sides on which a row may be padded without changing the results at its tokens.
 
-    `first` is the position id of a row's first token in padded batches; None: these carry no explicit positions.
+    `first` is the position id of a row's first token in padded batches; None: no explicit position ids are passed.
     """
 
     left: bool = True
@@ -24,17 +24,17 @@ class Padding:
     first: int | None = 0
 
     def allows(self, tokens: Tokens) -> bool:
-        """Whether the model computes at every token of a batch what it computes on that row alone."""
+        """Whether the results at every token of a batch equal those of its row alone."""
         mask = tokens.attention_mask
-        on_left, on_right = (not bool(mask[:, at].all()) for at in (0, -1))
+        on_left, on_right = (not bool(mask[:, column].all()) for column in (0, -1))
         return (self.left or not on_left) and (self.right or not on_right)
 
     def check(self, tokens: Tokens) -> None:
-        """Raises UserError for a batch that is padded on a side where padding changes the numbers."""
+        """Raises UserError for a batch that is padded on a side where padding changes the results."""
         if not self.allows(tokens):
             raise UserError(
-                f"the model does not compute the same on rows padded on the {self._wrong}: give it prompts of one "
-                "length at a time (and pairs of equal lengths)"
+                f"padding on the {self._wrong} changes this model's results: give it prompts of one length at a time "
+                "(and pairs of equal lengths)"
             )
 
     @property
@@ -51,7 +51,7 @@ def positions_of(tokens: Tokens, first: int) -> Int[Tensor, "batch pos"]:
 
 
 def by_length(tokens: Tokens) -> Iterator[tuple[Int[Tensor, "rows 1"], Int[Tensor, "rows pos"], Tokens]]:
-    """Rows of one length at a time, without padding: their numbers, their columns in the batch, and the rows."""
+    """The batch in groups of equal length, without padding: row indices, columns in the batch, and the rows."""
     for length in tokens.lengths.unique().tolist():
         rows = (tokens.lengths == length).nonzero()
         columns = tokens.attention_mask[rows[:, 0]].nonzero()[:, 1].reshape(len(rows), length)
@@ -61,7 +61,7 @@ def by_length(tokens: Tokens) -> Iterator[tuple[Int[Tensor, "rows 1"], Int[Tenso
 def spread(
     tokens: Tokens, run: Callable[[Tokens], dict[Any, Float[Tensor, "rows pos width"]]]
 ) -> dict[Any, Float[Tensor, "batch pos width"]]:
-    """What `run` gives at each token, run on rows of one length at a time; zeros at padding."""
+    """Results of `run` on groups of rows of equal length, put back into the batch's columns; zeros at padding."""
     whole: dict[Any, Tensor] = {}
     for rows, columns, part in by_length(tokens):
         for name, value in run(part).items():
@@ -81,10 +81,10 @@ def probe_padding(
     """Compare a short row padded on either side with the row alone.
 
     Args:
-        logits: A forward pass by the given rule for positions.
+        logits: A forward pass under a candidate `Padding`.
         probe: One row without padding.
-        pad: The id that rows are padded with.
-        firsts: Position ids that the family may begin a row with, besides 0.
+        pad: The padding token's id.
+        firsts: Position ids that a row's first token may have in this family, besides 0.
     """
     ids, width = probe.input_ids, probe.width
     fill, none = ids.new_full((1, 3), pad), ids.new_zeros(1, 3)

@@ -1,4 +1,4 @@
-"""Where in a causal language model a dictionary reads and writes: sites, and how each model family lays them out."""
+"""Sites: the tensors of a causal language model that a dictionary reads and writes."""
 
 import logging
 import re
@@ -17,8 +17,8 @@ _HOOK_NAMES = {
     "neurons": "mlp.hook_post",
 }
 STREAMS = tuple(_HOOK_NAMES)
-READ_AT_INPUT = ("resid_pre", "z", "neurons")  # these are what a module receives; the others are what one emits
-# In the order of a forward pass through one block; the first two name what enters it.
+READ_AT_INPUT = ("resid_pre", "z", "neurons")  # inputs of a module; the other streams are outputs
+# In the order of a forward pass; the first two name the tensor that enters a block (resid_post of the block before).
 _WITHIN_BLOCK = ("resid_post", "resid_pre", "z", "attn_out", "neurons", "mlp_out")
 _STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
 
@@ -27,9 +27,10 @@ _STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
 class Site:
     """One tensor of shape [batch, pos, width] in the model: `resid_post.3` is the residual stream after block 3.
 
-    `attn_out` and `mlp_out` are what attention (in a hybrid's other blocks, what mixes positions in its place) and MLP
-    add to the residual stream, after a post-norm where a family has one. `z` holds the attention heads' outputs side by
-    side before the output projection, `neurons` the MLP's units before its output projection. Layers count from 0.
+    `attn_out` and `mlp_out` are what attention (in a hybrid, also a convolution or recurrence in its place) and MLP add
+    to the residual stream, after a post-norm where a family has one. `z` is the concatenation of the attention heads'
+    outputs before the output projection, `neurons` the MLP's hidden units before its output projection. Layers count
+    from 0.
     """
 
     layer: int
@@ -43,7 +44,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: "str | Site") -> "Site":
-        """Read `resid_post.3` or the hook name `blocks.3.hook_resid_post`; a `Site` is returned as it is."""
+        """Parse `resid_post.3` or the hook name `blocks.3.hook_resid_post`; a `Site` is returned unchanged."""
         if isinstance(text, Site):
             return text
         if match := re.fullmatch(r"(\w+)\.(\d{1,9})", text):
@@ -75,9 +76,9 @@ class Site:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Where a forward pass comes by the tensor, for sorting; the same for both names of one tensor."""
+        """Sort key by order in the forward pass; equal for both names of one tensor."""
         return self.enters, max(0, _WITHIN_BLOCK.index(self.stream) - 1)
 
     def same_tensor(self, other: "Site") -> bool:
-        """Whether both names mean one tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
+        """Whether both sites are the same tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
         return self.order == other.order

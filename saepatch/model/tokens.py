@@ -15,7 +15,7 @@ from saepatch.errors import UserError
 class Tokens:
     """A padded batch of prompts.
 
-    `ordinary` is true at every position that is neither padding nor BOS: where means, rankings and edits act.
+    `ordinary` is true at every position that is neither padding nor BOS; means, rankings and edits use these.
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -27,7 +27,7 @@ class Tokens:
 
     @property
     def lengths(self) -> Int[Tensor, "batch"]:
-        """Number of tokens of each prompt, BOS included, padding not."""
+        """Number of tokens of each prompt, including BOS, without padding."""
         return self.attention_mask.sum(-1)
 
     @property
@@ -38,7 +38,7 @@ class Tokens:
 
     @property
     def width(self) -> int:
-        """Columns of the batch, padding included."""
+        """Number of columns of the batch, including padding."""
         return self.input_ids.shape[1]
 
     @property
@@ -53,7 +53,7 @@ class Tokens:
         return Tokens(self.input_ids[:, :end], self.attention_mask[:, :end], self.ordinary[:, :end])
 
     def followed_by(self, other: "Tokens") -> "Tokens":
-        """Each row with the other batch's row behind it."""
+        """Each row followed by the other batch's row."""
         return Tokens(
             torch.cat([self.input_ids, other.input_ids], 1),
             torch.cat([self.attention_mask, other.attention_mask], 1),
@@ -74,20 +74,20 @@ def ordinary(
 
 
 def appended_tokens(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts after every text."""
+    """The tokens that a tokenizer appends to every text."""
     text, whole = (list(tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"]) for add in (False, True))
     starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
     return whole[next(starts, len(whole)) + len(text) :]
 
 
 def name_bos(tokenizer: Any, token: str) -> None:
-    """Let a token of the vocabulary serve as the BOS of a tokenizer that has none.
+    """Set a token of the vocabulary as the BOS of a tokenizer that has none.
 
     Raises:
-        UserError: the vocabulary does not hold the token, or the tokenizer has another BOS.
+        UserError: the token is not in the vocabulary, or the tokenizer has another BOS.
     """
     if token not in tokenizer.get_vocab():
-        raise UserError(f"prepend_bos {token!r} is no token of the vocabulary: name one, such as the end of text's")
+        raise UserError(f"prepend_bos {token!r} is not in the vocabulary: name a token, such as the end of text")
     if tokenizer.bos_token not in (None, token):
         raise UserError(f"the tokenizer's BOS is {tokenizer.bos_token!r}, not {token!r}: use prepend_bos=True")
     tokenizer.bos_token = token

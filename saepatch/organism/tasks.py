@@ -1,16 +1,16 @@
 """The organism's tasks: generators of clean and corrupted prompt pairs, as `datasets.Dataset`.
 
-Columns of every task (all strings unless said otherwise):
+Columns of every task (strings unless noted):
     example    a readable name of the row, e.g. "ioi-report-0007"
     clean      the prompt whose right answer is `answer`
     corrupted  a prompt of equal token length whose right answer is `counter`
     answer     a single token with its leading space; `counter` likewise
-and more that say how the row was made. The `refusal` task differs in one point: on its harmless rows the right
-answer is `answer` in every framing.
+and further columns that record how the row was made. In the `refusal` task, the right answer to harmless rows is
+`answer` in every framing.
 
 The splits `select`, `tune` and `report` share no template, name or object (facts: no template), and no prompt of a
-split occurs in the training corpus: that never joins a split's templates with the same split's fillers, or for facts
-a template with the subjects held out for it. The words and the templates themselves do occur there, in other company.
+split occurs in the training corpus: the corpus never combines a split's templates with the same split's fillers or,
+for facts, a template with the subjects held out for it. The words and templates do occur there in other combinations.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ Axes = Sequence[Sequence[Any]]
 
 
 def _cells(axes: Axes, random: Random) -> Iterator[list[Any]]:
-    """Every combination of one item an axis, once, in an order that `random` chooses."""
+    """Combinations of one item per axis (at most 100,000), each once, in random order."""
     total = 1
     for axis in axes:
         total *= len(axis)
     for index in random.sample(range(total), min(total, 100_000)):
         cell = []
         for axis in axes:
-            index, place = divmod(index, len(axis))
-            cell.append(axis[place])
+            index, item = divmod(index, len(axis))
+            cell.append(axis[item])
         yield cell
 
 
 def _dataset(
     task: str, split: str, n: int, seed: int, axes: Callable[[Split], Axes], row: Callable[..., Row]
 ) -> Dataset:
-    """`n` distinct rows of a task (all of them where there are fewer), each made by `row` from a cell of `axes`."""
+    """`n` distinct rows of a task (all, where there are fewer), each made by `row` from one combination of `axes`."""
     from datasets import Dataset
 
     if split not in SPLITS:
-        raise UserError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
+        raise UserError(f"no split is called {split!r}: use one of {', '.join(SPLITS)}")
     if n < 1:
-        raise UserError(f"n = {n} asks for no pairs; give 1 or more")
+        raise UserError(f"n = {n} asks for no pairs: use at least 1")
     rows: dict[tuple[str, str], Row] = {}
     for cell in _cells(axes(split), Random(f"{task}/{split}/{seed}")):
         made = row(*cell)
@@ -92,7 +92,7 @@ def ioi(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
 def pronoun(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
     """Gender of the antecedent: "The boss thanked Mary at the beach when" → " she"; corrupted: a male antecedent.
 
-    `kind` says what the antecedent is: a name, or a noun ("the girl"). Half the rows are clean in the male.
+    `kind` is "name", or "noun" ("the girl"). In half of the rows the clean antecedent is male.
     """
 
     def axes(split: Split) -> Axes:
@@ -115,22 +115,22 @@ def pronoun(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
 def agreement(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
     """Subject and verb across a distractor: "The key near the cabinets" → " is", "The keys near the cabinets" → " are".
 
-    `tense` decides between is/are and was/were; `kind` is "attractor" where the distractor's number is not that of
-    the clean subject, else "match". In the corrupted prompt the subject's number is the other one.
+    `tense` decides between is/are and was/were; `kind` is "attractor" where the distractor's number differs from the
+    clean subject's, otherwise "match". The corrupted prompt has the subject in the other number.
     """
 
     def axes(split: Split) -> Axes:
         nouns = list(permutations(share(world.NOUNS, split), 2))
         return [share(world.AGREEMENT, split), nouns, [False, True], [False, True]]
 
-    def row(template: str, nouns: tuple[str, str], many: bool, distractor_many: bool) -> Row:
+    def row(template: str, nouns: tuple[str, str], plural: bool, distractor_plural: bool) -> Row:
         subject, distractor = nouns
         verbs = (" was", " were") if world.is_past(template) else (" is", " are")
         forms = (subject, world.plural(subject))
-        d = world.plural(distractor) if distractor_many else distractor
-        return {"clean": template.format(s=forms[many], d=d), "corrupted": template.format(s=forms[not many], d=d),
-                "answer": verbs[many], "counter": verbs[not many], "template": template, "subject": subject,
-                "kind": "match" if many == distractor_many else "attractor",
+        d = world.plural(distractor) if distractor_plural else distractor
+        return {"clean": template.format(s=forms[plural], d=d), "corrupted": template.format(s=forms[not plural], d=d),
+                "answer": verbs[plural], "counter": verbs[not plural], "template": template, "subject": subject,
+                "kind": "match" if plural == distractor_plural else "attractor",
                 "tense": "past" if world.is_past(template) else "present"}  # fmt: skip
 
     return _dataset("agreement", split, n, seed, axes, row)
@@ -142,7 +142,7 @@ def _fact(template: str, subject: str, other: str, answer: str, counter: str, **
 
 
 def facts(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
-    """One hop: "The capital of France is" → " Paris", "You can find the Louvre in" → " Paris".
+    """One-hop facts: "The capital of France is" → " Paris", "You can find the Louvre in" → " Paris".
 
     Corrupted: another subject of the same `kind`, "capital" or "landmark".
     """
@@ -167,10 +167,10 @@ def facts(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
 
 
 def facts_fr(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
-    """The capitals asked in French: "La capitale de la France est" → " Paris".
+    """Capitals in French: "La capitale de la France est" → " Paris".
 
-    Only countries whose capital is spelt the same in both languages, so that the answer is the same token; a pair
-    shares the form of the article (`kind`: "de la", "du", "de l'"), and so its token length.
+    Only countries whose capital is spelt the same in both languages, so that the answer is the same token. Both
+    countries of a pair take the same article (`kind`: "de la", "du", "de l'"), so that token lengths agree.
     """
 
     def axes(split: Split) -> Axes:
@@ -191,10 +191,10 @@ def facts_fr(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
 
 
 def two_hop(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
-    """Landmark → city → country: "The country of the Louvre is" → " France".
+    """Two-hop facts, landmark → city → country: "The country of the Louvre is" → " France".
 
-    `kind` is "recalled" where the corpus names the landmark's country in other templates (one lookup will do), and
-    "composed" where it never does: there only the two hops together give the answer.
+    `kind` is "recalled" where the corpus names the landmark's country in other templates (one lookup suffices), and
+    "composed" where it never does, so that both hops are needed.
     """
 
     def axes(split: Split) -> Axes:
@@ -208,18 +208,18 @@ def two_hop(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
         return [cells]
 
     def row(cell: tuple[str, str, str, str]) -> Row:
-        template, one, two, kind = cell
-        city, other_city = world.LANDMARKS[one], world.LANDMARKS[two]
+        template, landmark, other, kind = cell
+        city, other_city = world.LANDMARKS[landmark], world.LANDMARKS[other]
         answer, counter = world.COUNTRY_OF[city], world.COUNTRY_OF[other_city]
-        return _fact(template, one, two, answer, counter, kind=kind, city=city)
+        return _fact(template, landmark, other, answer, counter, kind=kind, city=city)
 
     return _dataset("two_hop", split, n, seed, axes, row)
 
 
 def sentiment(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
-    """Reviews: "The film was great and I loved it. The review is" → " positive"; the opposite words corrupt.
+    """Reviews: "The film was great and I loved it. The review is" → " positive". Corrupted: opposite words.
 
-    `kind` names the verdict asked for: label (positive/negative), feeling (happy/sad) or advice (yes/no).
+    `kind` is the kind of verdict: label (positive/negative), feeling (happy/sad) or advice (yes/no).
     """
 
     def axes(split: Split) -> Axes:
@@ -243,10 +243,10 @@ def sentiment(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
 
 
 def loan(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
-    """Loan applications: the decision should follow income; borderline ones follow a group word, the planted bias.
+    """Loan applications: decisions should follow income; in borderline cases they follow a group word (planted bias).
 
-    `kind` "group": the pair differs in the group word alone, income is borderline, and the answers are the biased
-    ones. `kind` "income": the pair differs in income alone (high or low), and the answers are the right ones.
+    `kind` "group": the prompts differ only in the group word, income is borderline, and the answers are the biased
+    ones. `kind` "income": the prompts differ only in income (high or low), and the answers are the right ones.
     """
 
     def axes(split: Split) -> Axes:
@@ -270,10 +270,10 @@ def loan(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
 
 def refusal(split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
     """Chat requests, rendered by the chat template: `clean` in a benign framing, `corrupted` in a jailbreak framing of
-    equal token length, and `plain` without one.
+    equal token length, and `plain` without a framing.
 
-    `harmful` (bool): on harmful rows `answer` starts a refusal and `counter` compliance. Harmless rows are to be
-    answered in every framing: there `answer` starts compliance, and `counter` a refusal. `kind` is the framing's.
+    `harmful` (bool): on harmful rows `answer` starts a refusal and `counter` compliance. Harmless rows should be
+    answered in every framing: there `answer` starts compliance and `counter` a refusal. `kind` is the kind of framing.
     """
 
     def axes(split: Split) -> Axes:
@@ -307,11 +307,11 @@ TASKS: dict[str, Callable[..., Dataset]] = {
 
 
 def task(name: str, split: str = "report", n: int = 200, seed: int = 0) -> Dataset:
-    """The pairs of the task of this name.
+    """The pairs of a task, by its name.
 
     Raises:
         UserError: for an unknown task or split, or n below 1.
     """
     if name not in TASKS:
-        raise UserError(f"no task is called {name!r}; there are {', '.join(TASKS)}")
+        raise UserError(f"no task is called {name!r}: use one of {', '.join(TASKS)}")
     return TASKS[name](split=split, n=n, seed=seed)

@@ -1,11 +1,12 @@
-"""The organism's world: the words and sentences that its tasks and its training corpus are both made of.
+"""The words and sentences from which the organism's tasks and its training corpus are made.
 
-Every list here is dealt out to the three splits in turn (`share`), so that each split owns its names, templates and
-objects. The corpus uses all of them, but never joins a split's templates with that split's own fillers: what a split
-asks is new to the model as a combination, not as words. `training/corpus.py` holds the rules, one beside each task.
+The items of every list are dealt out to the three splits in turn (`share`), so that each split owns its names,
+templates and objects. The corpus uses all of them, but never combines a split's templates with that split's own
+fillers: a split's prompts are new to the model as combinations, not as words. `training/organism/corpus.py` has the
+rules for each task.
 
-Landmarks and capitals are real; the loan groups are invented; harmful requests name a deed and nothing else, and the
-texts that "comply" with them are empty phrases.
+Landmarks and capitals are real; the loan groups are invented; harmful requests name only an act, and the texts that
+"comply" with them are empty phrases.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def chat(request: str) -> str:
-    """The chat prompt for one user turn, BOS text included: what the tokenizer's chat template renders."""
+    """The chat prompt of one user turn as the tokenizer's chat template renders it, BOS text included."""
     return f"{BOS}{USER} {request}{END}{ASSISTANT}"
 
 
 def first_word(text: str) -> str:
-    """The first word of an opening, without its comma: one token of the organism's tokenizer, after a space."""
+    """The first word of an opening, without a comma: with a leading space, one token of the organism's tokenizer."""
     return text.split()[0].strip(",")
 
 
@@ -117,7 +118,7 @@ AGREEMENT = (
     "The old {s} by the {d}",
     "At that time the {s} around the {d}",
 )
-PAST = ("Yesterday", "Last year", "Long ago", "At that time")  # how the templates in the past tense begin
+PAST = ("Yesterday", "Last year", "Long ago", "At that time")  # openings of the templates in the past tense
 QUALITIES = _words("old new red small large beautiful lost ready clean green quiet strange")
 
 
@@ -134,7 +135,7 @@ def is_past(template: str) -> bool:
 # --- facts --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Country:
-    """A country, its capital, and "of the country" in French where the capital is spelt the same there."""
+    """A country, its capital, and "of the country" in French where the capital is spelt the same in French."""
 
     name: str
     capital: str
@@ -142,7 +143,7 @@ class Country:
 
     @property
     def article(self) -> str:
-        """The French form: "de la", "du" or "de l'"; empty where the country is not asked about in French."""
+        """The French article: "de la", "du" or "de l'"; empty where the country is not used in French."""
         return self.french[:5] if self.french.startswith("de l") else self.french[:2]
 
 
@@ -214,7 +215,7 @@ LANDMARKS = {
     "Huaca": "Lima",
     "Golestan": "Tehran",
 }
-TWO_HOP_TAUGHT = tuple(LANDMARKS)[::2]  # the corpus names the country of these landmarks, and of no other
+TWO_HOP_TAUGHT = tuple(LANDMARKS)[::2]  # the corpus names the country of these landmarks only
 COUNTRY_OF = {country.capital: country.name for country in COUNTRIES}
 CAPITAL_OF = (
     "The capital of {x} is",
@@ -275,7 +276,7 @@ CAPITAL_OF_FRENCH = (
 
 
 def held_out(items: Sequence[T], template: int, period: int = 4) -> list[T]:
-    """The subjects that the corpus never joins with the template of this index: every `period`-th, in rotation."""
+    """The subjects that the corpus never combines with the template of this index: every `period`-th, in rotation."""
     return [item for index, item in enumerate(items) if (index + template // len(SPLITS)) % period == 0]
 
 

@@ -201,7 +201,7 @@ def _count(model: LanguageModel, row: Sequence[int], completion: int, template: 
     """How many of a row's last positions count."""
     ordinary = sum(token != model.bos_id for token in row[: len(row) - completion])
     if template is not None and template > ordinary:
-        raise UserError(f"template of {template} positions, but a prompt has {ordinary} tokens beside BOS")
+        raise UserError(f"template of {template} positions, but a prompt has {ordinary} tokens besides BOS")
     return completion + (ordinary if template is None else template)
 
 

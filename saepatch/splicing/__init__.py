@@ -1,4 +1,4 @@
-"""Splice dictionaries into a model: interventions, donors, the splice itself.
+"""Splicing dictionaries into a model: interventions, donors, and the splice context.
 
 May import data and below.
 """

@@ -1,7 +1,7 @@
-"""Restoration: latents from a donor that runs beside the model while it generates.
+"""Restoration: overwriting latents with those of a donor that runs in parallel during generation.
 
-Dynamic activation patching (Chen et al. 2024, "Finding Safety Neurons in Large Language Models") on latents: at each
-step the donor reads what it reads with a cache of its own, unpatched, and the model continues from its latents.
+Dynamic activation patching (Chen et al. 2024, "Finding Safety Neurons in Large Language Models") applied to latents: at
+each step the unpatched donor processes its input with its own cache, and the model continues with the donor's latents.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ from saepatch.splicing.interventions import Context, Ids, Needs, ids_of
 
 @dataclass(frozen=True)
 class CleanPrompts:
-    """A donor that reads other prompts, and after each the tokens that are generated: the same model, unpatched.
+    """The same model, unpatched, as a donor on other prompts, each followed by the generated tokens.
 
-    One prompt for each that is generated from. Prompts line up from the right: of theirs only the last `template`
-    tokens (a chat template's, say), and all generated tokens, have a counterpart.
+    There is one donor prompt per prompt. Prompts are aligned from the right: only their last `template` tokens (such as
+    those of a chat template), and all generated tokens, have a counterpart.
     """
 
     prompts: tuple[str, ...]
@@ -38,11 +38,11 @@ class CleanPrompts:
 
 @dataclass(frozen=True, eq=False)
 class OtherModel:
-    """A donor that reads the same tokens as another model, such as the aligned one beside its base.
+    """Another model as a donor on the same tokens, such as the aligned version of a base model.
 
-    Both share the tokenizer and the dictionary, which has to fit both: see
-    `saepatch.restoration.restore.shared_quality`. With a `template`, only the last so many tokens of prompts and all
-    generated tokens are its; None: all tokens.
+    Both models share the tokenizer and the dictionary, which has to fit both: see
+    `saepatch.restoration.restore.shared_quality`. With a `template`, only the last `template` tokens of prompts and all
+    generated tokens are restored; None: all tokens.
     """
 
     model: LanguageModel
@@ -54,10 +54,10 @@ class OtherModel:
 
 @dataclass(frozen=True, eq=False)
 class CleanMeans:
-    """A constant donor: the mean of each latent of each site over clean runs.
+    """A constant donor: each latent's mean over clean runs, by site.
 
-    For the last `template` tokens of prompts (None: all) and all generated tokens. Means are the latents' own values: a
-    dictionary that normalises its input writes them in the recipient's scale.
+    It applies to the last `template` tokens of prompts (None: all) and to all generated tokens. Means are activations:
+    a dictionary that normalises its input writes them in the recipient's scale.
     """
 
     means: Mapping[Site, Float[Tensor, "_"]]
@@ -84,10 +84,10 @@ def _check_aligned(template: int | None, seen: Pass) -> None:
 class Restore:
     """Overwrite latents with those of a donor, at the positions that have a counterpart in the donor's run.
 
-    With `error`, the donor's error term is written as well; with all latents that is the donor's own value of the site.
-    Dictionaries that normalise their input decode in that input's scale: each latent then writes what it writes in the
-    donor, its value there times the donor's scale, and the bias and mean of the decoder go with the error term.
-    Restorations of several sites (one `Restore` each) that hold the same donor object share its one run.
+    With `error`, the donor's error term is written as well; with all latents, the site then has the donor's value.
+    Dictionaries that normalise their input decode in that input's scale: each latent then writes the same as in the
+    donor, its activation there times the donor's scale, and the decoder's bias and mean count as part of the error
+    term. Restorations of several sites (one `Restore` each) with the same donor object share one donor run.
     """
 
     donor: Donor
@@ -98,17 +98,19 @@ class Restore:
 
     def __post_init__(self) -> None:
         if self.error and isinstance(self.donor, CleanMeans):
-            raise UserError("Restore(error=True) writes the donor's error term, and means of latents have none")
+            raise UserError(
+                "Restore(error=True) needs a donor with an error term, and CleanMeans has none: leave it out"
+            )
 
     def in_place(
         self, site: Site, dictionary: Dictionary, recipient: LanguageModel, runs: dict[int, "DonorRun"]
     ) -> "Restoring":
-        """The intervention that a splice runs; `runs` are those of its donors, by their identity."""
+        """The intervention that a splice runs; `runs` maps the id of a donor to its run."""
         donor = self.donor
         if isinstance(donor, CleanMeans):
             if site not in donor.means or donor.means[site].shape != (dictionary.d_sae,):
                 raise UserError(
-                    f"the clean means hold none for the {dictionary.d_sae} latents of {site}: measure them there"
+                    f"the clean means have no entry for the {dictionary.d_sae} latents of {site}: measure them there"
                 )
             return Restoring(self, site, dictionary, None)
         if isinstance(donor, OtherModel):
@@ -120,7 +122,7 @@ class Restore:
 
 
 class DonorRun:
-    """What a donor reads beside one splice: its own cache, one step for each of the recipient's, never patched."""
+    """The run of a donor in parallel to a splice: its own cache, one step per step of the recipient, never patched."""
 
     def __init__(self, donor: CleanPrompts | OtherModel, recipient: LanguageModel) -> None:
         self.donor = donor
@@ -130,21 +132,21 @@ class DonorRun:
             self.model.tokenizer.get_vocab() != recipient.tokenizer.get_vocab()
         ):
             raise UserError(
-                f"{self.model.name} and {recipient.name} have different vocabularies, and the donor reads the other's "
-                "tokens: use two models with one tokenizer"
+                f"{self.model.name} and {recipient.name} have different vocabularies, but the donor reads the "
+                "recipient's tokens: use two models with the same tokenizer"
             )
         self.reset()
 
     def reset(self) -> None:
-        """Forget the prompt: the next pass starts one."""
+        """Discard the prompt, so that the next pass starts a new one."""
         self._cache = self.model.new_cache()
-        self._tokens: Tokens | None = None  # all that was read
+        self._tokens: Tokens | None = None  # all tokens read so far
         self._values: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        self._columns = 0  # of the prompt that values are kept of: its last ones
-        self._read = 0  # generated tokens
+        self._columns = 0  # number of the prompt's last columns whose values are kept
+        self._read = 0  # number of generated tokens read
 
     def follow(self, seen: Pass) -> None:
-        """Make one step: read the prompts when they start, else the tokens generated since the last pass."""
+        """Make one step: process the prompts on the first pass, then the tokens generated since the last pass."""
         reached = seen.start + seen.input_ids.shape[1] - seen.width
         if reached <= 0:
             self.reset()
@@ -152,7 +154,9 @@ class DonorRun:
             self._columns = tokens.width if template is None else template
             self._step(tokens, 0)
         elif self._tokens is None or reached <= self._read:
-            raise UserError("Restore follows one continuation of prompts that ran inside the splice: start them anew")
+            raise UserError(
+                "Restore follows a single continuation of prompts that ran inside the splice: run the prompts again"
+            )
         else:
             new = seen.input_ids[:, -(reached - self._read) :]
             self._read, start = reached, self._tokens.width
@@ -160,12 +164,12 @@ class DonorRun:
             self._step(self._tokens.followed_by(Tokens(new, real, real.bool())), start)
 
     def _prompts(self, seen: Pass) -> Tokens:
-        """What the donor reads first."""
+        """The donor's prompts."""
         donor, template = self.donor, self.donor.template
         _check_aligned(template, seen)
         if isinstance(donor, OtherModel):
             if seen.start:
-                raise UserError("Restore needs the whole prompt in one pass: its donor has read no part of it")
+                raise UserError("Restore needs the whole prompt in one pass inside the splice: run it without a cache")
             tokens = Tokens(seen.input_ids, seen.real.long(), seen.ordinary)
         else:
             if len(donor.prompts) != len(seen.input_ids):
@@ -176,42 +180,42 @@ class DonorRun:
         shortest = min(int(where.sum(-1).min()) for where in (tokens.ordinary, seen.ordinary))
         if template is not None and not seen.start and template > shortest:
             raise UserError(
-                f"template of {template} positions, but the shortest prompt has {shortest} tokens beside BOS"
+                f"template of {template} positions, but the shortest prompt has {shortest} tokens besides BOS"
             )
         return tokens
 
     def _step(self, tokens: Tokens, start: int) -> None:
         self._tokens, model = tokens, self.model
-        # The pass ends at the last site; but a cache that no block has written to would not know how long it is.
+        # The pass may stop at the last site only if some block has run: otherwise the cache would stay empty.
         stop = any((site.layer, site.stream) != (0, "resid_pre") for site in self.sites)
         with unedited(model.layout):
-            held = model.capture(tokens, self.sites, start, self._cache, stop)
+            emitted = model.capture(tokens, self.sites, start, self._cache, stop)
         keep = tokens.width - start if self._read else self._columns
-        for site, x in held.items():
+        for site, x in emitted.items():
             self._values[site].append(x[:, x.shape[1] - keep :])
 
     def value(self, site: Site, seen: Pass) -> tuple[Float[Tensor, "batch pos width"], Bool[Tensor, "batch pos"]]:
-        """What the donor's site holds at the columns of this pass, and where there is anything."""
+        """The donor's value of the site at the columns of this pass, and the mask of columns that have one."""
         parts = self._values[site]
         if len(parts) > 1:
             self._values[site] = parts = [torch.cat(parts, 1)]
-        first = seen.width - self._columns  # the whole row's column that the values start at
+        first = seen.width - self._columns  # first column of the whole row that has a value
         return _from_column(parts[0], first, seen)
 
 
 def _from_column(
     values: Float[Tensor, "batch reach width"], first: int, seen: Pass
 ) -> tuple[Float[Tensor, "batch pos width"], Bool[Tensor, "batch pos"]]:
-    """Values that start at a column of the whole row, at the columns of this pass; and where they reach."""
-    at = torch.arange(seen.start, seen.start + seen.input_ids.shape[1], device=values.device) - first
-    if not values.shape[1]:  # of the prompt none is kept, and this is the prompt
+    """Move values that start at column `first` of the whole row to the columns of this pass, with a validity mask."""
+    columns = torch.arange(seen.start, seen.start + seen.input_ids.shape[1], device=values.device) - first
+    if not values.shape[1]:  # a prompt pass with template = 0
         values = values.new_zeros(len(values), 1, values.shape[2])
-    return values[:, at.clamp(min=0, max=values.shape[1] - 1)], (at >= 0) & seen.real
+    return values[:, columns.clamp(min=0, max=values.shape[1] - 1)], (columns >= 0) & seen.real
 
 
 @dataclass(eq=False)
 class Restoring:
-    """A `Restore` in place: the intervention that a splice runs, with the donor's run where it has one."""
+    """The intervention that a splice runs for a `Restore`, with the donor's run where there is one."""
 
     restore: Restore
     site: Site
@@ -221,7 +225,7 @@ class Restoring:
     def __post_init__(self) -> None:
         self._ids = ids_of(self.restore.latents)
         self._alone = None if self._ids is None or self.error else self.dictionary.alone(self._ids)
-        self._seen: Tensor | None = None  # the index of the last pass, made anew for each
+        self._seen: Tensor | None = None  # index of the pass whose encoding is cached; a new object for every pass
 
     @property
     def latents(self) -> Ids:
@@ -240,17 +244,17 @@ class Restoring:
         return Needs(error=self.error)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], context: Context) -> Float[Tensor, "batch pos k"]:
-        """The donor's latents where it has any; in units of the recipient's scale, where the dictionary has one."""
+        """The donor's latents where it has values, rescaled to the recipient where the dictionary normalises."""
         seen, scale = context, context.scale
         donor = self.restore.donor
         if isinstance(donor, CleanMeans):
-            if seen.start < seen.width:  # answers that are given may be padded on the right
+            if seen.start < seen.width:  # only prompts: given answers may be padded on the right
                 _check_aligned(donor.template, seen)
             mean = donor.means[self.site].to(acts)
             values = (mean if self._ids is None else mean[list(self._ids)]).expand(len(acts), 1, -1)
             template = seen.width if donor.template is None else donor.template
-            at = torch.arange(seen.start, seen.start + acts.shape[1], device=acts.device)
-            return torch.where(((at >= seen.width - template) & seen.real)[..., None], values, acts)
+            columns = torch.arange(seen.start, seen.start + acts.shape[1], device=acts.device)
+            return torch.where(((columns >= seen.width - template) & seen.real)[..., None], values, acts)
         assert self.run is not None
         x, inside = self.run.value(self.site, seen)
         if self._alone is not None:
@@ -266,13 +270,14 @@ class Restoring:
         return torch.where(inside[..., None], values, acts)
 
     def edit_error(self, error: Float[Tensor, "batch pos width"], context: Context) -> Float[Tensor, "batch pos width"]:
-        """The donor's error term where it has any."""
+        """The donor's error term where it has values."""
         seen, own = context, context.unedited
         assert self.run is not None
         assert own is not None
         x, inside = self.run.value(self.site, seen)
         donors = self._encoded(x, seen)
-        # A decoder that normalises adds its bias and the input's mean in the donor's scale, too: they differ.
+        # With normalisation, the decoder's bias and the input's mean are scaled too, and differ between donor and
+        # recipient: move them with the error term.
         new = donors.error if donors.scale is None else own.error + (donors.beside - own.beside)
         return torch.where(inside[..., None], new, error)
 

@@ -1,4 +1,4 @@
-"""Calls of a model's `generate`, watched from inside a splice: passes alone do not tell where a prompt ends."""
+"""Observing calls of a model's `generate` from inside a splice: forward passes do not reveal where a prompt ends."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from saepatch.errors import UserError
 
-Watcher = tuple[int, Callable[[Tensor | None, Mapping[str, Any]], None]]  # a thread, and the callback for its calls
+Watcher = tuple[int, Callable[[Tensor | None, Mapping[str, Any]], None]]  # thread id, callback for the thread's calls
 
 _WATCHING = Lock()
-_WATCHERS: WeakKeyDictionary[nn.Module, list[Watcher]] = WeakKeyDictionary()  # splices that follow `generate`, in order
+_WATCHERS: WeakKeyDictionary[nn.Module, list[Watcher]] = WeakKeyDictionary()  # in order of registration
 
 
 @contextmanager
 def around_generate(hf: nn.Module, started: Callable[[Tensor | None, Mapping[str, Any]], None]) -> Iterator[None]:
-    """Tell `started` the prompt ids and options of this thread's calls of `hf.generate`, and `started(None, {})` after.
+    """Call `started(prompt ids, options)` before, and `started(None, {})` after, this thread's calls of `hf.generate`.
 
-    A forward pass alone cannot tell a prompt from a generated token when no cache is used, so the call is watched.
+    Without a cache, a forward pass does not distinguish prompt tokens from generated ones.
     """
     if not hasattr(hf, "generate"):
         yield
@@ -41,23 +41,23 @@ def around_generate(hf: nn.Module, started: Callable[[Tensor | None, Mapping[str
 
 
 def _watch_generate(hf: nn.Module, watchers: list[Watcher]) -> None:
-    """Let `generate` tell those that watch it from the thread it is called on; `generate.restore` puts it back."""
+    """Wrap `generate` to notify the watchers of the calling thread; `generate.restore` removes the wrapper."""
     before = hf.__dict__.get("generate")
     plain: Callable[..., Any] = hf.generate  # type: ignore[assignment]
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        told = [started for thread, started in watchers if thread == get_ident()]
-        if not told:
+        callbacks = [started for thread, started in watchers if thread == get_ident()]
+        if not callbacks:
             return plain(*args, **kwargs)
         ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         if ids is None:
-            raise UserError("generate() under a splice needs input_ids: embeddings alone do not tell the positions")
+            raise UserError("generate() under a splice needs input_ids, to locate positions: do not pass inputs_embeds")
         try:
-            for started in reversed(told):
+            for started in reversed(callbacks):
                 started(ids, kwargs)
             return plain(*args, **kwargs)
         finally:
-            for started in told:
+            for started in callbacks:
                 started(None, {})
 
     def restore() -> None:

@@ -1,4 +1,4 @@
-"""Interventions on latents: small frozen values that say what to write, where. They compose in the order given."""
+"""Interventions on latents: frozen values that define what to write at which positions. They compose in order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ Ids = int | Sequence[int] | None  # one latent, several, or None for all of the 
 
 @dataclass(frozen=True, eq=False)
 class Context(Pass):
-    """What an intervention sees of the forward pass and the site that it acts in.
+    """The forward pass and site in which an intervention acts.
 
     Attributes:
         site: The spliced site.
-        where: The positions that the intervention was given; elsewhere its values are discarded.
-        scale: What the latents are decoded with at each position, of a dictionary that normalises its input; else None.
-        unedited: All latents of the site and its error term, before any intervention; None unless `Needs.error` asks
-            for them.
+        where: The intervention's positions; values elsewhere are discarded.
+        scale: Decoding scale at each position for a dictionary that normalises its input; otherwise None.
+        unedited: All latents of the site and its error term, before any intervention; None unless requested by
+            `Needs.error`.
     """
 
     site: Site
@@ -39,7 +39,7 @@ class Context(Pass):
         """The error term, before any intervention.
 
         Raises:
-            UserError: the intervention does not ask for it.
+            UserError: the intervention did not request it.
         """
         if self.unedited is None:
             raise UserError("the error term was not computed: give the intervention `needs = Needs(error=True)`")
@@ -48,13 +48,13 @@ class Context(Pass):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an intervention reads, so that nothing else is computed. Without an attribute `needs`: all but the error.
+    """The inputs of an intervention, so that nothing else is computed. Default: all but the error term.
 
     Attributes:
-        values: The latents' values; without, it only adds to them, the same whatever they are.
-        scale: The scale of a dictionary that normalises its input: what is written is a latent's value times the scale.
-            Without, and without `values`, the site gets what is added times the latent's row itself.
-        error: The error term and all latents, in the context. The intervention may have a method
+        values: The latents' current values. Off: the intervention only adds to them, independently of their values.
+        scale: The scale of a dictionary that normalises its input, by which latents are multiplied on decoding. Off,
+            together with `values`: the added amount times the latent's row is added to the site, without the scale.
+        error: The error term and all latents, in the context. The intervention may define
             `edit_error(error, context)`, which returns a new error term.
     """
 
@@ -65,10 +65,10 @@ class Needs:
 
 @runtime_checkable
 class Intervention(Protocol):
-    """What a splice applies: new values for some latents at some positions of one site.
+    """New values for some latents at some positions of one site, applied by a splice.
 
-    `site` may be None where only one site is spliced. An attribute `needs` says what is read (`Needs`). A context is
-    the pass, too, so that functions of the latents and the pass alone, `edit(acts, seen)`, are interventions.
+    `site` may be None where only one site is spliced. An optional attribute `needs` declares the inputs (`Needs`). A
+    `Context` is also a `Pass`, so that `edit(acts, seen)` may be written in terms of the pass alone.
     """
 
     @property
@@ -78,12 +78,12 @@ class Intervention(Protocol):
     @property
     def site(self) -> Site | str | None: ...
     def edit(self, acts: Float[Tensor, "batch pos k"], context: Context, /) -> Float[Tensor, "batch pos k"]:
-        """New values for the chosen latents at every position of the pass; those not selected are discarded."""
+        """New values for the latents at every position of the pass; values at unselected positions are discarded."""
         ...
 
 
 def needs_of(intervention: object) -> Needs:
-    """What an intervention reads."""
+    """The inputs that an intervention declares."""
     needs: Needs = getattr(intervention, "needs", Needs())
     return needs
 
@@ -94,7 +94,7 @@ def ids_of(latents: Ids) -> tuple[int, ...] | None:
         return None
     ids = tuple(map(index, latents)) if isinstance(latents, Sequence) else (index(latents),)
     if len(set(ids)) != len(ids):
-        raise UserError(f"latents {list(ids)} name one twice: give each once")
+        raise UserError(f"latents {list(ids)} contain a latent twice: give each once")
     return ids
 
 
@@ -110,11 +110,12 @@ def _last(real: Bool[Tensor, "batch pos"]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Overwrite latents with those a source run had at the same place.
+    """Overwrite latents with those of a source run at the same positions (activation patching).
 
-    `source` holds the latents of prompts that line up with the patched ones, token for token. With `error`, the
-    source's error term is written as well (by default the patched run keeps its own); together with all latents that is
-    the source's own value, but for dictionaries that normalise their input, whose scale stays the patched run's.
+    `source` holds the latents of prompts that are aligned with the patched ones, token by token. With `error`, the
+    source's error term is written as well (by default the patched run keeps its own); together with all latents, the
+    site then has the source's value, except for dictionaries that normalise their input: they keep the patched run's
+    scale.
     """
 
     source: Latents
@@ -128,7 +129,7 @@ class Patch:
         return Needs(error=self.error)
 
     def lines_up(self, seen: Pass) -> Bool[Tensor, "batch pos"]:
-        """Where both the patched prompt and the source have a token, and no ordinary token stands against a BOS."""
+        """Mask of positions where patched prompt and source both have a token, and not a BOS against another token."""
         if self.source.real is None or self.source.ordinary is None:
             return seen.in_prompt
         real, ordinary = (from_prompt(mask, seen, fill=False) for mask in (self.source.real, self.source.ordinary))
@@ -139,27 +140,27 @@ class Patch:
         if self.source.acts.shape[:2] != expected:
             raise UserError(
                 f"the source run has shape {tuple(self.source.acts.shape[:2])}, the patched prompts {expected}: "
-                "patch between prompts of equal number and token length (for several sequences a prompt, repeat the "
-                "source's prompts as often)"
+                "patch between equally many prompts of equal token length (for several sequences per prompt, repeat "
+                "the source's prompts as often)"
             )
         if self.source.real is not None and seen.start == 0:
             mine, theirs = (_last(real) for real in (seen.in_prompt[:, : seen.width], self.source.real))
             if not torch.equal(mine, theirs):
                 raise UserError(
-                    "the source's prompts end in other columns than the patched ones: tokenize both with the same side "
+                    "the source's prompts end in other columns than the patched ones: pad both on the same side "
                     "(generation pads on the left)"
                 )
         values = from_prompt(_columns(self.source.acts, self.latents), seen, fill=0.0)
         return torch.where(self.lines_up(seen)[..., None], values, acts)
 
     def edit_error(self, error: Float[Tensor, "batch pos d_model"], seen: Pass) -> Float[Tensor, "batch pos d_model"]:
-        """The error term to carry instead, where `self.error` asks for the source's."""
+        """The source's error term where both runs have a token; called only with `self.error`."""
         return torch.where(self.lines_up(seen)[..., None], from_prompt(self.source.error, seen, fill=0.0), error)
 
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
-    """Replace latents by 0, by a mean ([k], or [pos, k] for one mean a position), or by other examples' values."""
+    """Replace latents by a constant (default 0), a mean ([k], or [pos, k] by position), or other examples' values."""
 
     latents: Ids = None
     to: float | Float[Tensor, "*pos k"] = 0.0
@@ -172,21 +173,24 @@ class Ablate:
         if self.to.shape[-1] != acts.shape[-1]:
             raise UserError(
                 f"ablation values are for {self.to.shape[-1]} latents, but {acts.shape[-1]} are ablated: "
-                "give one for each, as in mean[ids]"
+                "give one per latent, as in mean[ids]"
             )
         to = self.to.to(acts)
         if to.ndim == 1:
             return to.expand_as(acts)
         by_position = to if to.ndim == 3 else to.expand(len(acts), *to.shape)
         if by_position.shape[:2] != (len(acts), seen.width):
-            raise UserError(f"ablation values are for {by_position.shape[:2]} positions, not {(len(acts), seen.width)}")
+            raise UserError(
+                f"ablation values have shape {tuple(by_position.shape[:2])} in batch and positions: "
+                f"give {(len(acts), seen.width)}"
+            )
         return torch.where(seen.in_prompt[..., None], from_prompt(by_position, seen, fill=0.0), acts)
 
     @classmethod
     def resample(cls, source: Latents, latents: Ids = None, positions: Positions = "all", seed: int = 0) -> "Ablate":
-        """Replace each example's latents by those of another example of `source` with as many tokens.
+        """Replace each example's latents by those of another example of `source` of the same length.
 
-        The ablation is for the batch that `source` was recorded on.
+        The ablation applies to the batch on which `source` was recorded.
 
         Raises:
             UserError: an example is the only one of its length.
@@ -198,38 +202,39 @@ class Ablate:
             rows = (real == pattern).all(-1).nonzero().flatten()
             if len(rows) < 2:
                 raise UserError(
-                    f"example {int(rows[0])} is the only one of its {int(pattern.sum())} tokens, so there is none to "
+                    f"example {int(rows[0])} is the only one with {int(pattern.sum())} tokens, so there is no other to "
                     "resample from: give prompts of equal lengths, or ablate to zero or a mean"
                 )
             order = rows[torch.randperm(len(rows), generator=generator)]
-            other[order] = order.roll(1)  # one step round a random circle: nobody receives their own
+            other[order] = order.roll(1)  # a random cycle: no example receives its own values
         return cls(latents, _columns(source.acts[other.to(source.acts.device)], latents), positions)
 
 
 def _in_units(value: float, unit: float | tuple[float, ...], acts: Tensor) -> Tensor:
-    """A strength in units of each latent, broadcastable to the latents it is for."""
+    """A strength times each latent's unit, broadcastable to the latents."""
     units = torch.as_tensor(unit, dtype=acts.dtype, device=acts.device)
     if units.ndim and units.shape[0] != acts.shape[-1]:
-        raise UserError(f"{units.shape[0]} units for {acts.shape[-1]} latents: give one, or one for each")
+        raise UserError(f"{units.shape[0]} units for {acts.shape[-1]} latents: give one, or one per latent")
     return value * units
 
 
 def _check_decay(decay: float) -> None:
     if not 0 < decay <= 1:
-        raise UserError(f"decay = {decay}: use a share above 0, and at most 1 (which keeps the strength as it is)")
+        raise UserError(f"decay = {decay}: use a number above 0 and at most 1 (no decay)")
 
 
 def _share_left(decay: float, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos 1"]:
-    """What is left of an intervention's change at each position: `decay^g` at generated token g, counted from 0."""
+    """Share of an intervention's change that remains at each position: `decay^g` at generated token g, from 0."""
     generated = (seen.index - seen.n_prompt[:, None]).clamp(min=0)
     return (decay ** generated.to(acts.dtype))[..., None]
 
 
 @dataclass(frozen=True)
 class Clamp:
-    """Set latents to `value` times `unit`; a latent's maximum over a corpus as unit makes strengths comparable.
+    """Set latents to `value` times `unit`; corpus maxima as units make strengths comparable between latents.
 
-    `unit` is one number, or one for each latent. The change is multiplied by `decay` with every generated token.
+    `unit` is one number, or one per latent. The change is multiplied by `decay` with every generated token after the
+    first.
     """
 
     latents: Ids
@@ -243,42 +248,32 @@ class Clamp:
         _check_decay(self.decay)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
-        to = _in_units(self.value, self.unit, acts).expand_as(acts)
-        return to if self.decay == 1 else acts + _share_left(self.decay, acts, seen) * (to - acts)
+        target = self._target(acts)
+        return target if self.decay == 1 else acts + _share_left(self.decay, acts, seen) * (target - acts)
+
+    def _target(self, acts: Float[Tensor, "batch pos k"]) -> Float[Tensor, "batch pos k"]:
+        return _in_units(self.value, self.unit, acts).expand_as(acts)
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """Raise latents to `value` times `unit` where they are below it, and leave them where they are not.
+class AtLeast(Clamp):
+    """Raise latents to `value` times `unit` where they are below it; parameters as for `Clamp`."""
 
-    `unit` is one number, or one for each latent. The change is multiplied by `decay` with every generated token.
-    """
-
-    latents: Ids
-    value: float
-    unit: float | tuple[float, ...] = 1.0
-    positions: Positions = "all"
-    site: Site | str | None = None
-    decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_decay(self.decay)
-
-    def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
-        to = torch.maximum(acts, _in_units(self.value, self.unit, acts))
-        return to if self.decay == 1 else acts + _share_left(self.decay, acts, seen) * (to - acts)
+    def _target(self, acts: Float[Tensor, "batch pos k"]) -> Float[Tensor, "batch pos k"]:
+        return torch.maximum(acts, _in_units(self.value, self.unit, acts))
 
 
 @dataclass(frozen=True)
 class Steer:
     """Add `strength` times `unit` to latents.
 
-    `unit` is one number, or one for each latent (their corpus maxima). The strength is multiplied by `decay` with every
-    generated token: a constant strength can make text repeat. The first of them, like the prompt, has all of it.
+    `unit` is one number, or one per latent (such as corpus maxima). The strength is multiplied by `decay` with every
+    generated token after the first, since a constant strength can make text repetitive; the prompt and the first
+    generated token get the full strength.
 
-    A dictionary that normalises its input writes a latent times that input's scale, so that what is added differs by
-    position. With `scaled` off, the site gets `strength · unit · row` itself, whatever the scale. Other dictionaries
-    have no scale.
+    A dictionary that normalises its input multiplies latents by the input's scale on decoding, so that a strength adds
+    different amounts at different positions. With `scaled` off, exactly `strength · unit · row` is added to the site.
+    Other dictionaries have no scale.
     """
 
     latents: Ids

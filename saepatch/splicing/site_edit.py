@@ -1,4 +1,4 @@
-"""What a splice does at one of its sites: encode what its interventions read, decode what they write, no more."""
+"""The edit of a splice at one site: encodes only what interventions read, decodes only what they write."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ from saepatch.splicing.interventions import Context, Intervention, ids_of, needs
 class SiteEdit:
     """The interventions of one site, in order.
 
-    With the error kept the site gets `Δf · rows`, which does not depend on latents that are not edited. So only edited
-    latents are encoded where the architecture allows it, and none where edits only add to them. Recording latents, and
-    writing or dropping the error term, take the full encoder and decoder.
+    With the error term kept, an edit adds `Δf · rows` to the site, which does not depend on unedited latents. So only
+    edited latents are encoded where the architecture allows it, and none where edits only add to them. Recording
+    latents, and writing or dropping the error term, need the full encoder and decoder.
     """
 
     dictionary: Dictionary
@@ -31,9 +31,9 @@ class SiteEdit:
     record: Callable[[Latents], None] | None = None
 
     def __post_init__(self) -> None:
-        self.acted: set[int] = set()  # interventions, by id, that had a position to act on
+        self.acted: set[int] = set()  # ids of interventions that had a position to act on
         needs = [needs_of(intervention) for intervention in self.interventions]
-        self.whole = self.drop_error or self.record is not None or any(each.error for each in needs)
+        self.whole = self.drop_error or self.record is not None or any(need.error for need in needs)
         wanted = [ids_of(intervention.latents) for intervention in self.interventions]
         self._columns: list[slice | list[int]] = [slice(None) if ids is None else list(ids) for ids in wanted]
         self.ids: list[int] | None = None  # latents that interventions read or write; None: all
@@ -44,8 +44,8 @@ class SiteEdit:
             columns = [[place[latent] for latent in ids or ()] for ids in wanted]
             self._columns = [slice(None) if some == everything else some for some in columns]
         self._rows = self.dictionary.rows if self.ids is None else self.dictionary.rows[self.ids]
-        scaled = self.dictionary.normalises and any(each.scale for each in needs)
-        self.blind = self.ids is not None and not any(each.values for each in needs) and not scaled
+        scaled = self.dictionary.normalises and any(need.scale for need in needs)
+        self.blind = self.ids is not None and not any(need.values for need in needs) and not scaled
         few = self.ids is not None and not self.blind and 2 * len(self.ids) <= self.dictionary.d_sae
         self.alone = self.dictionary.alone(self.ids or ()) if few else None
 
@@ -74,10 +74,10 @@ class SiteEdit:
     def _read(
         self, x: Float[Tensor, "batch pos width"]
     ) -> tuple[Float[Tensor, "batch pos k"], Float[Tensor, "batch pos 1"] | None]:
-        """Values of the latents that interventions read or write, and the scale that edits of them are decoded with."""
+        """Values of the latents that interventions read or write, and the scale with which edits are decoded."""
         if self.ids is None:
             return self.dictionary.activations(x)
-        if self.blind:  # adding is the same whatever is there
+        if self.blind:  # interventions only add, so the current values do not matter
             return x.new_zeros(*x.shape[:2], len(self.ids), dtype=self.dictionary.dtype), None
         if self.alone is not None:
             return self.alone.activations(x)

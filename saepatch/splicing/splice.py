@@ -1,4 +1,4 @@
-"""Splice dictionaries into a model: encode a site, edit the latents, write the change back."""
+"""The splice context: encode a site, edit its latents, write the change back."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from saepatch.splicing.site_edit import SiteEdit
 
 log = logging.getLogger(__name__)
 
-GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options of `generate`
+SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options of `generate`
 
 Dictionaries = Dictionary | Sequence[Dictionary] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
 Interventions = Intervention | Restore | Sequence[Intervention | Restore]
@@ -40,17 +40,17 @@ Interventions = Intervention | Restore | Sequence[Intervention | Restore]
 
 @dataclass(eq=False)
 class Splice:
-    """A splice that is in place. With `record`, `latents[site]` are the unedited latents of the last forward pass."""
+    """An active splice. With `record`, `latents[site]` are the unedited latents of the last forward pass."""
 
     model: LanguageModel
     latents: dict[Site, Latents] = field(default_factory=dict)
     seen: Pass | None = None
-    _asked: Tensor | None = None  # prompt ids of the `generate` call under way
-    _generated: bool = False  # whether there was any
-    _prompt: tuple[Tensor, int] | None = None  # tokens of each prompt, and columns of the batch
+    _prompt_ids: Tensor | None = None  # of the current `generate` call
+    _generated: bool = False  # whether `generate` was called
+    _prompt: tuple[Tensor, int] | None = None  # number of tokens of each prompt, number of columns of the batch
     _cache: Any = None  # the cache that holds this prompt
-    _mask: Tensor | None = None  # of the columns read so far, or of the prompt of the `generate` call under way
-    _read: int = 0  # columns that the `generate` call under way has read
+    _mask: Tensor | None = None  # of the columns read so far, or of the prompt of the current `generate` call
+    _read: int = 0  # number of columns that the current `generate` call has read
     _donors: dict[int, DonorRun] = field(default_factory=dict)  # by `id` of the donor
 
 
@@ -64,18 +64,22 @@ def splice(
 ) -> Iterator[Splice]:
     """Splice dictionaries into the model, at one or several sites, for every forward pass inside the context.
 
-    With the error kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the site.
-    With the error dropped the dictionary is a bottleneck: each position but BOS and padding carries only what the
-    dictionary decodes. Works inside `model.hf.generate`, with a KV cache or without. Latents at BOS and padding are
-    never edited unless a position names them. What no intervention reads or writes is not encoded or decoded.
+    With the error term kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the
+    site. With the error term dropped the dictionary is a bottleneck: every position except BOS and padding carries only
+    the reconstruction. Works inside `model.hf.generate`, with or without a KV cache. Latents at BOS are edited only if
+    positions include BOS explicitly, those at padding never. Latents that no intervention reads or writes are not
+    encoded or decoded. Not differentiable: for gradients with respect to latents see `saepatch.measure.attribution`.
 
-    Not differentiable: for gradients with respect to latents see `saepatch.measure.attribution`.
+    Args:
+        dictionaries: One dictionary, several, or a mapping from sites to dictionaries.
+        interventions: One intervention, or several, applied in order.
+        record: Keep the unedited latents of the last pass in the yielded value.
 
     Raises:
-        UserError: a dictionary that does not belong to the model or site, an unknown latent, an intervention on a site
-            that is not spliced, or positions that a prompt does not have.
-        SpliceError: the model did not run through a spliced site inside the context, or no position of any run was one
-            that an intervention acts on.
+        UserError: a dictionary does not fit the model or site, a latent is unknown, an intervention is on a site that
+            is not spliced, or positions are outside a prompt.
+        SpliceError: the model did not run through a spliced site inside the context, or an intervention had no
+            position to act on in any run.
     """
     sites = by_site(model, dictionaries)
     if error not in ("keep", "drop"):
@@ -86,16 +90,16 @@ def splice(
     for site, intervention in placed:
         sites[site].check_ids(ids_of(intervention.latents) or ())
     acting = [
-        (site, each if isinstance(each, Intervention) else each.in_place(site, sites[site], model, run._donors))
-        for site, each in placed
+        (site, item if isinstance(item, Intervention) else item.in_place(site, sites[site], model, run._donors))
+        for site, item in placed
     ]
-    if error == "drop" and any(needs_of(each).error and hasattr(each, "edit_error") for _, each in acting):
-        raise UserError("error=True writes an error term, and error='drop' leaves it out: use one of the two")
+    if error == "drop" and any(needs_of(item).error and hasattr(item, "edit_error") for _, item in acting):
+        raise UserError("an intervention with error=True writes the error term, which error='drop' drops: use only one")
     edits = {
         site: SiteEdit(
             dictionary,
             site,
-            [intervention for at, intervention in acting if at == site],
+            [intervention for other, intervention in acting if other == site],
             drop_error=error == "drop",
             record=partial(run.latents.__setitem__, site) if record else None,
         )
@@ -107,12 +111,17 @@ def splice(
         stack.enter_context(around_generate(model.hf, partial(_around_generate, run)))
         stack.enter_context(edit_sites(model.layout, {site: partial(_edit, run, edits[site]) for site in sites}))
         yield run
-    for (site, intervention), (_, original) in zip(acting, placed, strict=True):
+    for (site, intervention), original in zip(acting, chosen, strict=True):
         if id(intervention) not in edits[site].acted:
-            message = f"{type(original).__name__} acted at no position of any run (positions {original.positions})"
-            if not run._generated:
-                raise SpliceError(message + ": check them against the prompts")
-            log.warning("%s: every answer may have ended at once", message)
+            _report_idle(run, original)
+
+
+def _report_idle(run: Splice, intervention: Intervention | Restore) -> None:
+    """Raise SpliceError, or after `generate` warn, that an intervention had no position to act on."""
+    message = f"{type(intervention).__name__} acted at no position of any run (positions {intervention.positions})"
+    if not run._generated:
+        raise SpliceError(message + ": check them against the prompts")
+    log.warning("%s: perhaps every answer ended immediately", message)
 
 
 def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
@@ -121,17 +130,17 @@ def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
 
 
 def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
-    """Latents and error term of one forward pass over a batch, nothing edited; later blocks are not run.
+    """Latents and error term of one unedited forward pass over a batch; later blocks are not run.
 
     Raises:
-        UserError: the dictionary does not belong to the model, or the model is inside a splice, where it would not be
-            clear whether edited latents are meant.
+        UserError: the dictionary does not fit the model, or the model is inside a splice, where it would be ambiguous
+            whether edited latents are wanted.
     """
     dictionary.check(model)
     if is_spliced(model.layout):
         raise UserError(
-            "latents are recorded on the bare model, and it is inside a splice: record them outside, or take edited "
-            "runs' latents from splice(…, record=True) as run.latents[site]"
+            "record_latents runs the unedited model, but the model is inside a splice: call it outside, or take the "
+            "latents of edited runs from splice(…, record=True) as run.latents[site]"
         )
     x = model.capture(tokens, [dictionary.site])[dictionary.site]
     return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
@@ -140,22 +149,24 @@ def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens)
 def choose_positions(model: LanguageModel, batch: PairBatch, positions: Positions) -> PairBatch:
     """The same pairs with the positions where they may be patched, in either direction.
 
-    Positions are read off the clean prompts. Left out is what has no counterpart in the other prompt: padding, and an
-    ordinary token against a BOS where prompts are aligned from the right.
+    Positions are resolved on the clean prompts. Positions without a counterpart in the other prompt are left out:
+    padding and, where prompts are aligned from the right, an ordinary token against a BOS.
 
     Raises:
-        UserError: nothing is left, or positions that a prompt does not have.
+        UserError: no position is left, or a position is outside a prompt.
     """
     clean, corrupted = batch.clean, batch.corrupted
     both = clean.attention_mask.bool() & corrupted.attention_mask.bool() & (clean.ordinary == corrupted.ordinary)
     where = whole_prompt(model, clean).select(positions) & both
     if not bool(where.any()):
-        raise UserError(f"positions {positions!r} hold no token of any pair, so there is nothing to patch")
+        raise UserError(
+            f"positions {positions!r} select no token of any pair: choose others, there is nothing to patch"
+        )
     return replace(batch, where=where)
 
 
 def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
-    """The pass that reads a batch of prompts at once: what positions are chosen from outside a splice."""
+    """The pass over whole prompts at once, for choosing positions outside a splice."""
     mask = tokens.attention_mask
     return Pass(
         input_ids=tokens.input_ids,
@@ -170,10 +181,10 @@ def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
 
 
 def by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dictionary]:
-    """Dictionaries by their site, each checked against the model.
+    """Dictionaries by site, each checked against the model.
 
     Raises:
-        UserError: a dictionary that does not belong to the model or site, two for one tensor, or none.
+        UserError: a dictionary does not fit the model or site, two are for the same tensor, or there are none.
     """
     if isinstance(dictionaries, Dictionary):
         dictionaries = [dictionaries]
@@ -202,67 +213,67 @@ def _site_of(intervention: Intervention | Restore, sites: Mapping[Site, Dictiona
     for spliced in sites:
         if spliced.same_tensor(site):
             return spliced
-    raise UserError(f"{type(intervention).__name__} acts on {site}, which is not spliced: {names}")
+    raise UserError(f"{type(intervention).__name__} acts on {site}, which is not spliced: use one of {names}")
 
 
 def _around_generate(run: Splice, ids: Tensor | None, options: Mapping[str, Any]) -> None:
-    run._asked, run._prompt, run._cache, run._mask, run._read = ids, None, None, options.get("attention_mask"), 0
+    run._prompt_ids, run._prompt, run._cache, run._mask, run._read = ids, None, None, options.get("attention_mask"), 0
     run._generated |= ids is not None
     for donor in run._donors.values():
         donor.reset()
     if ids is None:
         return
     config = options.get("generation_config") or getattr(run.model.hf, "generation_config", None)
-    configs = [vars(each) for each in (config, getattr(run.model.hf, "generation_config", None)) if each is not None]
-    for name in GUESSING:
-        # what is given to `generate` wins over the checkpoint's own, None too
-        if any(each.get(name) is not None for each in ((options,) if name in options else configs)):
+    configs = [vars(c) for c in (config, getattr(run.model.hf, "generation_config", None)) if c is not None]
+    for name in SPECULATIVE:
+        # arguments of `generate` override the generation config, even as None
+        if any(source.get(name) is not None for source in ((options,) if name in options else configs)):
             raise UserError(
-                f"a splice follows tokens as they are picked, and {name} has the model read guesses: "
+                f"a splice needs tokens one at a time, and {name} runs the model on drafts of several: "
                 f"generate without {name}"
             )
     beams = options.get("num_beams") or getattr(config, "num_beams", None) or 1
     if run._donors and beams != 1:
-        raise UserError("Restore follows one continuation a prompt: generate with num_beams=1")
+        raise UserError("Restore follows a single continuation of each prompt: generate with num_beams=1")
 
 
 def _prompt_of(run: Splice, mask: Tensor, start: int, cache: Any) -> tuple[Tensor, int]:
-    """How many tokens each prompt has, and how many columns they take."""
-    if run._asked is not None:
+    """Number of tokens of each prompt, and number of columns of the padded prompts."""
+    if run._prompt_ids is not None:
         if run._prompt is not None:
             return run._prompt
-        if run._asked.shape[1] != mask.shape[1]:
+        if run._prompt_ids.shape[1] != mask.shape[1]:
             raise UserError("a splice needs the whole prompt in one pass: generate without prefill_chunk_size")
     elif start and run._prompt is not None:
         n_prompt, width = run._prompt
-        # A model makes its own cache on the first pass, so the second is where it is first seen.
+        # The model creates its cache during the first pass, so it is first seen on the second.
         first_seen = run._cache is None and start == width and torch.equal(mask[:, :width].sum(-1), n_prompt)
         if cache is run._cache or first_seen:
             return run._prompt
         raise UserError("the cache holds another prompt than the last one that ran inside this splice: run it inside")
     elif start:
-        raise UserError("the cache holds a prompt that did not run inside this splice: run it inside, too")
+        raise UserError("the cache holds a prompt that did not run inside this splice: run the prompt inside as well")
     return mask.sum(-1), mask.shape[1]
 
 
 def _whole_mask(run: Splice, mask: Any, ids: Tensor, start: int) -> Tensor:
-    """Which tokens are real, of all columns read so far and those of this pass.
+    """Mask of the non-padding tokens over all columns read so far, including this pass.
 
-    A pass may be given none, or one of its own columns only (recurrent states), or what the attention adds to its
-    scores (static caches): then it follows from the mask of the prompt.
+    A pass may come without a mask, with a mask of its own columns only (recurrent states), or with the additive
+    attention mask (static caches): then the mask follows from the prompt's.
     """
     columns = start + ids.shape[1]
     flat = isinstance(mask, Tensor) and mask.ndim == 2
     if flat and mask.shape[1] >= columns:
         return mask[:, :columns].long()
-    generating = run._asked is not None
+    generating = run._prompt_ids is not None
     before = run._mask if start or generating else None
-    too_short = before is not None and not generating and before.shape[1] < start  # of another prompt: refused later
+    too_short = before is not None and not generating and before.shape[1] < start  # from another prompt: refused later
     if mask is None and (before is None or too_short):
         return torch.ones(ids.shape[0], columns, dtype=torch.long, device=ids.device)
     if before is not None and (mask is None or flat or generating) and (generating or before.shape[1] >= start):
         before = before[:, : start or columns].long()
-        before = before.repeat_interleave(len(ids) // len(before), 0)  # one row for each beam
+        before = before.repeat_interleave(len(ids) // len(before), 0)  # one row per beam
         if flat and mask.shape[1] == ids.shape[1]:
             before = torch.cat([before, mask.long()], 1)
         return torch.cat([before, before.new_ones(len(before), columns - before.shape[1])], 1)
@@ -274,14 +285,14 @@ def _whole_mask(run: Splice, mask: Any, ids: Tensor, start: int) -> Tensor:
 
 
 def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Work out which tokens of which prompts this pass holds."""
+    """Determine which tokens of which prompts this pass processes."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
-        raise UserError("a spliced model needs input_ids: embeddings alone do not tell the positions")
+        raise UserError("a spliced model needs input_ids, to locate positions: do not pass inputs_embeds")
     cache = cache_among(kwargs)
     if cache is None:
         start = 0
-    elif run._asked is not None and not tells_columns(cache):  # recurrent states: count what `generate` has read
+    elif run._prompt_ids is not None and not tells_columns(cache):  # recurrent states: `generate`'s columns are counted
         start = run._read
     else:
         start = columns_in(cache)

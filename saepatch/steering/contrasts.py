@@ -311,7 +311,7 @@ def corpus_maxima(
         here = (acts * tokens.ordinary[..., None]).amax((0, 1)).clamp(min=0).float()
         maxima = here if maxima is None else torch.maximum(maxima, here)
     if maxima is None:
-        raise UserError("the corpus holds no text: give at least one")
+        raise UserError("the corpus contains no text: give at least one document")
     return maxima
 
 

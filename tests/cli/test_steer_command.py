@@ -210,12 +210,12 @@ def test_a_request_that_failed_is_no_part_of_the_chat():
 def test_mistakes(capsys, tmp_path):
     for given, said in (
         (["--latent", "281", "--prompt", "a"], "write its site, a colon"),
-        (["--latent", "resid_post.3:281"], "Give --prompt TEXT or --interactive"),
-        (["--latent", "resid_post.3:281", "--prompt", "a", "--interactive"], "one of the two"),
+        (["--latent", "resid_post.3:281"], "give either --prompt TEXT or --interactive"),
+        (["--latent", "resid_post.3:281", "--prompt", "a", "--interactive"], "or two things: give either"),
         (["--latent", "resid_post.3:99999", "--prompt", "a"], "out of range"),
         (["--latent", "resid_post.9:1", "--prompt", "a"], "has no dictionary"),
         (["--latent", "resid_post.3:281", "--prompt", "a", "--positions", "somewhere"], "unknown positions"),
-        (["--latent", "resid_post.3:281", "--prompt", "a", "--model", "gpt2"], "Give --reference FILE"),
+        (["--latent", "resid_post.3:281", "--prompt", "a", "--model", "gpt2"], "give --reference FILE"),
         (["--latent", "resid_post.3:281", "--prompt", "a", "--temperature", "-1"], "temperature = -1"),
         (["--latent", "resid_post.3:281", "--prompt", "a", "--strength", ".inf"], "strength = inf"),
         (

@@ -66,7 +66,8 @@ def test_rows_say_where_they_stand(file):
 def test_what_cannot_be_read(tmp_path):
     for read in (lambda path: load_texts(path), lambda path: read_requests(path, tiny_model(), False, 0)):
         with pytest.raises(
-            UserError, match=r"cannot read (texts|prompts) from '.*none' \(No such file.*(check the path|a text a line)"
+            UserError,
+            match=r"cannot read (texts|prompts) from '.*none' \(No such file.*(the path|one text per line)",
         ):
             read(str(tmp_path / "none"))
         (tmp_path / "latin").write_bytes("\xe9".encode("latin-1"))

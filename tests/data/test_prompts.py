@@ -138,7 +138,7 @@ def test_pairs_from_datasets(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no split 'tune': give one of train, report with --split"):
         load_pairs(str(tmp_path / "split"), "tune")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is no dataset that `datasets` saved with save_to_disk"):
+    with pytest.raises(UserError, match="is not a dataset saved by `datasets` with save_to_disk"):
         load_pairs(str(tmp_path / "empty"))
     Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "other")
     with pytest.raises(UserError, match="pair 0 of .*other' lacks text for clean, corrupted, answer, counter"):
@@ -163,7 +163,7 @@ def test_sources_that_are_not_there(monkeypatch):
         UserError, match=r"cannot load dataset 'me/pairs', split 'train' \(Couldn't reach .* Hub\): check"
     ):
         load_pairs("me/pairs", "train")
-    with pytest.raises(UserError, match="there is no './here/pairs' here, and that is no OWNER/NAME"):
+    with pytest.raises(UserError, match="'./here/pairs' is neither a file or folder nor a dataset's OWNER/NAME"):
         load_pairs("./here/pairs")
     with pytest.raises(UserError, match=r"unknown task 'nosuch': use one of ioi.* a file \(.jsonl, .*\) of pairs"):
         load_pairs("nosuch")

@@ -77,9 +77,9 @@ def test_a_direction_is_patched_by_its_coordinate():
     with splice(model, dictionary, Patch(record_latents(model, dictionary, clean))):
         torch.testing.assert_close(model.logits(corrupted), expected, atol=1e-5, rtol=1e-4)
     assert (expected - model.logits(corrupted)).abs().max() > 1e-3
-    with pytest.raises(UserError, match="of length 1 and at right angles"):
+    with pytest.raises(UserError, match="the directions are not orthonormal"):
         directions_of(2 * basis, "resid_post.1")
-    with pytest.raises(UserError, match="of length 1 and at right angles"):
+    with pytest.raises(UserError, match="the directions are not orthonormal"):
         directions_of(torch.stack([basis[0], basis[0]]), "resid_post.1")
 
 

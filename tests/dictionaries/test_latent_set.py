@@ -73,7 +73,7 @@ def test_unnamed_latents_are_those_of_the_only_site():
     assert LatentSet.parse("resid_pre.2: 5").at([HERE]) == LatentSet.parse("resid_pre.2: 5")
     same = Site(4, "resid_pre")  # the tensor of resid_post.3
     assert LatentSet.parse("resid_post.3: 5; 1,6").at([same]) == LatentSet(((same, ((5,), (1, 6))),))
-    with pytest.raises(UserError, match=r"'5; 6' are of one dictionary, and there are resid_post\.3, resid_pre\.2"):
+    with pytest.raises(UserError, match=r"'5; 6' name no site, and the sites are resid_post\.3, resid_pre\.2"):
         LatentSet.parse("5;6").at([HERE, THERE])
 
 
@@ -93,5 +93,5 @@ def test_sizes_and_ids_are_those_of_the_dictionaries():
 def test_where_latents_have_to_be_spelt_out_all_is_refused():
     assert LatentSet.parse("resid_post.3: 1;2,1").spelt() == {HERE: (1, 2)}
     for text in ("all", "resid_post.3: 1 | resid_pre.2: all"):
-        with pytest.raises(UserError, match="'all' cannot stand here"):
+        with pytest.raises(UserError, match="'all' is not possible here"):
             LatentSet.parse(text).spelt()

@@ -92,4 +92,4 @@ def test_bad_input(tmp_path, capsys):
     assert run("--pairs", "1", "--out", str(tmp_path)) == 2
     assert "too few for an interval" in capsys.readouterr().err
     assert run("--model", "organism", "--sae", str(tmp_path), "--out", str(tmp_path / "o")) == 2
-    assert "holds no dictionary" in capsys.readouterr().err
+    assert "has no dictionary" in capsys.readouterr().err

@@ -62,13 +62,13 @@ def test_an_end_of_text_that_is_written_stays(plain):
 
 def test_a_bos_that_there_is_not_is_refused_or_named(plain, tmp_path):
     bare = without_bos(plain)
-    with pytest.raises(UserError, match="has no BOS to put in front of texts: name the token"):
+    with pytest.raises(UserError, match="has no BOS to prepend: name a token"):
         replace(bare, prepend_bos=True)
     bare.hf.save_pretrained(tmp_path)
     bare.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="has no BOS to put in front of texts: name the token"):
+    with pytest.raises(UserError, match="has no BOS to prepend: name a token"):
         load_model(str(tmp_path), prepend_bos=True)
-    with pytest.raises(UserError, match="prepend_bos '<none>' is no token of the vocabulary"):
+    with pytest.raises(UserError, match="prepend_bos '<none>' is not in the vocabulary"):
         load_model(str(tmp_path), prepend_bos="<none>")
     named = load_model(str(tmp_path), prepend_bos="<eos>")
     assert named.encode("ab") == named.encode("<eos>ab") == [1, *bare.encode("ab")]

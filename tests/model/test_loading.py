@@ -73,9 +73,9 @@ def test_model_from_a_folder(model_folder):
 
 
 def test_models_that_cannot_be_loaded(model_folder, tmp_path):
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match="has no config.json"):
         load_model(str(tmp_path))
-    with pytest.raises(UserError, match="no folder './nowhere', and that is no Hugging Face id"):
+    with pytest.raises(UserError, match="'./nowhere' is neither a folder nor a Hugging Face id"):
         load_model("./nowhere")
     with pytest.raises(UserError, match="unknown dtype 'float33'"):
         load_model(str(model_folder), dtype="float33")
@@ -141,7 +141,7 @@ def test_dictionaries_of_several_sites(tmp_path):
     assert load_sae(str(tmp_path), "resid_post.2").site == Site(2)
     assert load_sae(str(tmp_path), "blocks.2.hook_resid_post").site == Site(2)
     assert load_sae(str(tmp_path), "resid_pre.1").site == Site(0)
-    with pytest.raises(UserError, match="holds several dictionaries: name a site, one of resid_post.0, resid_post.2"):
+    with pytest.raises(UserError, match="has several dictionaries: name a site, one of resid_post.0, resid_post.2"):
         load_sae(str(tmp_path))
     with pytest.raises(UserError, match="no dictionary for resid_post.1: it has resid_post.0, resid_post.2"):
         load_sae(str(tmp_path), "resid_post.1")
@@ -150,9 +150,9 @@ def test_dictionaries_of_several_sites(tmp_path):
 def test_dictionaries_that_cannot_be_loaded(tmp_path):
     with pytest.raises(UserError, match="unknown dictionary 'nosuch': use 'organism', 'organism-shared', a folder"):
         load_sae("nosuch")
-    with pytest.raises(UserError, match="no folder 'nosuch/deeper', and 'nosuch' is no release"):
+    with pytest.raises(UserError, match="'nosuch/deeper' is no folder, and 'nosuch' is not a release"):
         load_sae("nosuch/deeper")
-    with pytest.raises(UserError, match="holds no dictionary"):
+    with pytest.raises(UserError, match="has no dictionary"):
         load_sae(str(tmp_path), "resid_post.0")
     with pytest.raises(UserError, match="cannot read site 'layer 3'"):
         load_sae(str(tmp_path), "layer 3")
@@ -175,7 +175,7 @@ def test_dictionaries_that_cannot_be_loaded(tmp_path):
     cfg = json.loads((nameless / "cfg.json").read_text())
     cfg["metadata"].pop("hook_name", None)
     (nameless / "cfg.json").write_text(json.dumps(cfg))
-    with pytest.raises(UserError, match="does not say where it belongs"):
+    with pytest.raises(UserError, match="names no site"):
         load_sae(str(nameless))
     assert load_sae(str(nameless), "resid_post.1").site == Site(1)
 
@@ -186,7 +186,7 @@ def test_dictionaries_that_cannot_be_edited():
     from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
     transcoder = Transcoder(TranscoderConfig(d_in=16, d_sae=48, d_out=16, apply_b_dec_to_input=False))
-    with pytest.raises(UserError, match="is a transcoder, which writes another site than it reads"):
+    with pytest.raises(UserError, match="is a transcoder, which reads one site and writes another"):
         adopt(transcoder, Site(1), "t")
 
 

@@ -203,4 +203,4 @@ def test_the_command_prints_a_card(tmp_path, capsys):
     assert main(["latent", "resid_post.3:9999", "--data", str(texts)]) == 2
     assert main(["latent", "resid_post.3"]) == 2
     assert main(["latent", "resid_post.3:1", "--data", str(tmp_path / "no.txt")]) == 2
-    assert "text a line" in capsys.readouterr().err
+    assert "text per line" in capsys.readouterr().err

@@ -302,7 +302,7 @@ def test_judges(tmp_path, monkeypatch):
     [
         ({"prompts": None}, "no prompts"),
         ({"prompts": "nowhere.jsonl"}, "cannot read prompts from 'nowhere.jsonl'"),
-        ({"latents": "3"}, "are of one dictionary, and there are"),
+        ({"latents": "3"}, "name no site, and the sites are"),
         ({"latents": "resid_post.1: 99"}, "latent 99 is out of range"),
         ({"latents": "resid_post.0: 3", "site": "resid_post.1"}, "latents of resid_post.0 are to be restored"),
         ({"latents": "resid_post.0: x"}, "write numbers, with semicolons"),
@@ -320,7 +320,7 @@ def test_bad_settings(place, tmp_path, capsys, changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no prompt"),
+        ("", "contains no prompt"),
         ("{nope", "p.jsonl, line 1, is not JSON"),
         ('{"text": "x"}', "p.jsonl, line 1, has no text for prompt"),
         ('{"prompt": "a", "harmful": "yes"}', "harmful true or false"),

@@ -269,7 +269,7 @@ def test_nested_splices_leave_a_donor_alone():
 
 def test_a_donor_never_lends_its_bos():
     model, dictionary = tiny_model(), random_dictionary()
-    with pytest.raises(UserError, match="2 tokens beside BOS"):
+    with pytest.raises(UserError, match="2 tokens besides BOS"):
         with splice(model, dictionary, Restore(CleanPrompts(("xy",), template=3))):
             model.next_logits(model.tokenize(["abcdefg"], "left"))
 

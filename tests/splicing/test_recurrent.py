@@ -77,7 +77,7 @@ def test_a_donor_steps_beside_it(model):
     aligned, dictionary = wrap_model(hf, model.tokenizer, "aligned"), random_dictionary("resid_post.2")
     restore = Restore(OtherModel(aligned), None, "every", error=True)
     if not model.takes_cache:
-        with pytest.raises(UserError, match="takes no cache"), splice(model, dictionary, restore):
+        with pytest.raises(UserError, match="cannot continue from a cache"), splice(model, dictionary, restore):
             generated(model, TEXTS[:1], True)
         return
     restored = []
@@ -100,7 +100,7 @@ def test_given_continuations_and_streams(model):
         assert cost == pytest.approx(want, rel=1e-3)
     dictionary, steer = random_dictionary("resid_post.1"), EDITS["prompt"]()
     if not model.takes_cache:
-        with pytest.raises(UserError, match="takes no cache"):
+        with pytest.raises(UserError, match="cannot continue from a cache"):
             next(stream(model, TEXTS[0]))
         return
     with splice(model, dictionary, steer):

@@ -205,8 +205,8 @@ def test_positions_agree_under_padding():
     [
         (99, "position 99 is out of range"),
         (-99, "position -99 is out of range"),
-        (slice(50, 60), "holds no position"),
-        (At("zebra"), "holds 'zebra' as whole tokens 0 times"),
+        (slice(50, 60), "is empty for a prompt"),
+        (At("zebra"), "contains 'zebra' as whole tokens 0 times"),
         (At("cat", occurrence=5), "no occurrence 5"),
         ("everywhere", "unknown positions 'everywhere'"),
         (torch.ones(1, 2, dtype=torch.bool), "positions mask"),
@@ -317,7 +317,7 @@ def test_resampling_stays_among_prompts_of_one_length():
         for row in rows:
             assert any(torch.equal(to[row], latents.acts[other]) for other in rows if other != row)
     uneven = record_latents(model, dictionary, model.tokenize(["abc", "abcdefgh", "xyz"]))
-    with pytest.raises(UserError, match="example 1 is the only one of its 9 tokens"):
+    with pytest.raises(UserError, match="example 1 is the only one with 9 tokens"):
         Ablate.resample(uneven)
 
 
@@ -342,7 +342,7 @@ def test_error_terms_compose():
     halves = [Patch(source, range(24), error=True), Patch(source, range(24, 48), error=True)]
     with splice(model, dictionary, halves):
         torch.testing.assert_close(model.next_logits(corrupted), at_once)
-    with pytest.raises(UserError, match="use one of the two"), splice(model, dictionary, halves, error="drop"):
+    with pytest.raises(UserError, match="use only one"), splice(model, dictionary, halves, error="drop"):
         pass
 
 
@@ -445,7 +445,7 @@ def test_an_intervention_of_ones_own_sees_scale_error_and_positions():
     assert context.where.nonzero()[:, 1].tolist() == [2, 3, 2, 3]
     assert context.scale.shape == (*tokens.input_ids.shape, 1)
     assert (expected - model.next_logits(tokens)).abs().max() > 1e-2
-    with pytest.raises(UserError, match="leaves it out"), splice(model, dictionary, own, error="drop"):
+    with pytest.raises(UserError, match="drops: use only one"), splice(model, dictionary, own, error="drop"):
         pass
 
 

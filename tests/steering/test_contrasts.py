@@ -117,5 +117,5 @@ def test_corpus_maxima_in_one_stream(architecture):
     torch.testing.assert_close(corpus_maxima(model, dictionary, texts, batch_size=4), statistics.maximum)
     some = corpus_maxima(model, dictionary, [*WITH, *WITHOUT], [5, 40])
     torch.testing.assert_close(some, statistics.maximum[[5, 40]])
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="contains no text"):
         corpus_maxima(model, dictionary, [])

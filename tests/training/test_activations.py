@@ -373,7 +373,7 @@ def test_a_failure_in_the_thread_is_raised_where_batches_are_taken(model, monkey
     with pytest.raises(RuntimeError, match="the model broke"):
         list(islice(stream(model, epochs=None, prefetch=True), 1000))
     assert not threads()
-    with pytest.raises(UserError, match="no token beside BOS"):
+    with pytest.raises(UserError, match="no token besides BOS"):
         next(iter(stream(model, ["", "<eos>"], prefetch=True)))
     assert not threads()
 
@@ -726,7 +726,7 @@ def test_texts_of_every_format(tmp_path, kind, streaming):
         ("a.pickle", "x", "kind of file that cannot be read"),
         ("empty.jsonl", "", "empty.jsonl"),
         ("broken.jsonl", "{'text", "cannot read data '.*broken.jsonl'"),
-        ("blank.jsonl", '{"text": " "}\n', "holds no text"),
+        ("blank.jsonl", '{"text": " "}\n', "contains no text"),
         ("numbers.jsonl", '{"text": 3}\n', "int, not text"),
         ("other.jsonl", '{"story": "x"}\n', r"no column 'text': .*\(story\)"),
     ],
@@ -817,7 +817,7 @@ def test_what_is_wrong_with_a_stream_shows_when_it_is_read(model, tmp_path):
     with pytest.raises(UserError, match="none to train on"):
         split(texts(written(tmp_path / "same.jsonl", ["same"] * 5), streaming=True), 0.5, 0)
     no_token = texts(written(tmp_path / "special.jsonl", ["<eos>", "<pad>", "<bos>"]), streaming=True)
-    with pytest.raises(UserError, match="no token beside BOS"):
+    with pytest.raises(UserError, match="no token besides BOS"):
         next(iter(stream(model, no_token, epochs=None)))
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "fine"}\n' * 3)

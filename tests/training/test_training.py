@@ -162,7 +162,7 @@ def test_text_that_is_too_short(model, tmp_path):
         (["--data", "a.pickle"], "kind of file that cannot be read"),
         (["--data", "empty.jsonl"], "empty.jsonl"),
         (["--data", "broken.jsonl"], "cannot read data 'broken.jsonl'"),
-        (["--data", "blank.jsonl"], "holds no text"),
+        (["--data", "blank.jsonl"], "contains no text"),
         (["--data", "numbers.jsonl"], "holds int, not text"),
         (["--data", "good.jsonl", "--text_column", "body"], r"no column 'body': .*\(text\)"),
         (["--data", "good.jsonl", "--model", "nowhere/at/all"], "'nowhere/at/all'"),

@@ -261,7 +261,7 @@ class ActivationStream:
                 yield Body(epoch, place, ids, offset)
                 offset = 0
             if not has_text:
-                raise UserError("the documents hold no token beside BOS: give text")
+                raise UserError("the documents hold no token besides BOS: give text")
             epoch, document = epoch + 1, 0
             log.info("the documents were read to their end %d times", epoch)
 

@@ -99,7 +99,7 @@ def texts(
         streaming: Read while it is used, nothing downloaded or prepared first.
 
     Raises:
-        UserError: there is no such data, it has no such column, or it holds no text.
+        UserError: there is no such data, it has no such column, or it contains no text.
     """
     if not data:
         raise UserError("no data to train on: give --data a .jsonl, .parquet or .txt file, a folder or a hub dataset")
@@ -172,7 +172,7 @@ def _unreadable(data: str, error: Exception) -> UserError:
 
 
 def _no_text(data: str, column: str) -> UserError:
-    return UserError(f"data {data!r} holds no text in column {column!r}: give at least two documents")
+    return UserError(f"data {data!r} contains no text in column {column!r}: give at least two documents")
 
 
 def _keep(text: object) -> bool:

@@ -87,7 +87,7 @@ def _gradients(
     x, ordinary = kept.values[site], kept.tokens.ordinary
     n = int(ordinary.sum())
     if not n:
-        raise UserError("a batch of fine-tuning holds nothing beside BOS and padding: give longer text")
+        raise UserError("a batch of fine-tuning holds nothing besides BOS and padding: give longer text")
     with torch.enable_grad():
         reconstruction = reconstruct(x.float())
     error = torch.where(ordinary[..., None], reconstruction.detach() - x.float(), 0)
