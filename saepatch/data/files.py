@@ -2,13 +2,14 @@
 
 import csv
 import io
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saepatch.errors import UserError
+from saepatch.records.documents import parse_json
 
 TABLES = (".jsonl", ".json", ".csv", ".parquet")  # extensions of files with columns
 
@@ -45,31 +46,24 @@ def read_rows(
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or a path that holds NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read {what} from {str(path)!r} ({reason}): {remedy}") from error
     if ending == ".csv":
         yield from _csv(path, text, what, needs)
     elif ending == ".json" and text.lstrip().startswith("["):
-        for number, value in enumerate(_json(text, str(path)), 1):
+        for number, value in enumerate(parse_json(text, str(path)), 1):
             yield FileRow(value, number, f"{path}, item {number}")
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield FileRow(line if ending == ".txt" else _json(line, f"{where},"), number, where)
+                yield FileRow(line if ending == ".txt" else parse_json(line, f"{where},"), number, where)
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its class where there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
 
 
 def _csv(path: Path, text: str, what: str, needs: Sequence[str]) -> Iterator[FileRow]:
@@ -99,11 +93,15 @@ def _parquet(path: Path, what: str, needs: Sequence[str], remedy: str) -> Iterat
         _check_columns(path, table.schema_arrow.names, needs)
         for number, value in enumerate(row for batch in table.iter_batches() for row in batch.to_pylist()):
             yield FileRow(value, number, f"{path}, row {number}")
-    except (OSError, pa.ArrowException) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"cannot read {what} from {str(path)!r} ({first_line(error)}): {remedy}") from error
 
 
 def _check_columns(path: Path, columns: Sequence[str], needs: Sequence[str]) -> None:
+    if repeated := [key for key, times in Counter(columns).items() if times > 1]:
+        raise UserError(f"{path} has several columns {repeated[0]!r}: give each a name of its own, or take one out")
     if missing := [key for key in needs if key not in columns]:
         raise UserError(
             f"{path} has no column {', '.join(missing)} (it has {', '.join(map(str, columns)) or 'none'}): name its "

@@ -13,6 +13,7 @@ from saepatch.errors import UserError
 from saepatch.measure.quality import splice_quality
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.reading.cards import Card, read_latents
+from saepatch.records.documents import load_yaml
 from saepatch.records.files import write_json
 from saepatch.runs.catalogue import read_json, read_run
 from saepatch.runs.sweeps import Sweep, prepare
@@ -147,15 +148,12 @@ def read_again(out: Path) -> None:
     Raises:
         UserError: there is no finished run, or what it used is not there any more.
     """
-    import yaml
-
     run = read_run(out)
     kinds: dict[str, type[SweepConfig]] = {"patch": PatchConfig, "attribute": AttributeConfig}
     if run.work not in kinds:
         raise UserError(f"{str(out)!r} holds no run of patch or attribute: give the folder of one")
     try:
-        given = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-        config = kinds[run.work](**given | {"out": str(out)})
-    except (OSError, TypeError, yaml.YAMLError) as error:
+        config = kinds[run.work](**load_yaml(out / "config.yaml") | {"out": str(out)})
+    except TypeError as error:
         raise UserError(f"cannot read {out / 'config.yaml'} ({error}): give the folder of a finished run") from error
     write_reading(prepare(config), out)

@@ -10,6 +10,7 @@ from saepatch.records.files import atomic
 from saepatch.records.provenance import Provenance
 
 ABOUT = b"saepatch"  # metadata key in the parquet file
+ROWS = b"saepatch_rows"  # the same of the number of rows that were written
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def write_rows(
             if columns["example"]:
                 writer.write_table(pa.table(columns, schema=schema))
             total += len(columns["example"])
+        writer.add_key_value_metadata({ROWS: str(total)})
     return total
 
 
@@ -112,15 +114,19 @@ def write_records(parts: Iterable[tuple[Sequence[Mapping[str, Any]], Provenance]
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """The `about` of `write_rows`; None where the file is missing, damaged or has none."""
+    """What was written about the rows; None where the file is missing, damaged, lacks rows or has no such metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        about = (pq.read_schema(path).metadata or {}).get(ABOUT)
-    except (OSError, pa.ArrowException):
+        file = pq.read_metadata(path)
+        metadata = file.metadata or {}
+        if int(metadata.get(ROWS, file.num_rows)) != file.num_rows:
+            return None
+        about = json.loads(metadata.get(ABOUT, b"null"))
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    return None if about is None else json.loads(about)
+    return about if isinstance(about, dict) else None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from saepatch.errors import UserError
 from saepatch.report import blocks
 from saepatch.report.blocks import Page
 from saepatch.report.files import write_whole
+from saepatch.report.text import NUMBER_FORMAT
 
 KEPT = "page.json"
 _KIND = "block"  # the key that holds an object's class
@@ -45,7 +46,7 @@ def read_page(content: Any) -> Page:
     """
     try:
         page = _value(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"the page is of another version of saepatch ({error}): run its command again") from error
     if not isinstance(page, Page):
         raise UserError("the file contains no report page: run its command again")
@@ -79,4 +80,9 @@ def _value(content: Any) -> Any:
         return {key: _value(item) for key, item in fields["items"]}
     if kind == "number":
         return float(fields["is"])
-    return _KINDS[kind](**{name: _value(item) for name, item in fields.items()})
+    values = {name: _value(item) for name, item in fields.items()}
+    for name in [name for name in values if name.endswith(("format", "formats"))]:
+        formats = values[name].values() if isinstance(values[name], Mapping) else [values[name]]
+        if odd := [spec for spec in formats if not (isinstance(spec, str) and NUMBER_FORMAT.fullmatch(spec))]:
+            raise ValueError(f"{name} {odd[0]!r} is no number format")
+    return _KINDS[kind](**values)

@@ -10,6 +10,7 @@ from numbers import Real
 from typing import TypeGuard
 
 MISSING = "–"
+NUMBER_FORMAT = re.compile(r"\+?,?(\.\d{1,2})?[defg%]?")  # the Python formats that pages use
 _NAMED = {"\n": "↵\n", "\t": "⇥\t"}
 # Characters that would move, hide or reorder their neighbours: bidirectional controls, zero-width marks, separators.
 _FORMAT = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]")
@@ -60,6 +61,8 @@ def number(value: float | int | None, spec: str = "") -> str:
         return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
+    if spec == "d" and not float(value).is_integer():  # where a column holds means
+        spec = ""
     text = format(value, spec or _spec(value))
     if re.fullmatch(r"-0(\.0*)?%?", text):  # no sign on a number that rounds to 0
         text = text[1:]

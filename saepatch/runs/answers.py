@@ -1,6 +1,5 @@
 """Judged answers: their shares, their table, and what `saepatch restore` writes. Reading them needs no model."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from saepatch.errors import UserError
+from saepatch.records.documents import load_yaml
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.records.tables import text_table
 from saepatch.restoration.judges import OUTCOMES, Answer, Judge, judge_version, read_judge
+from saepatch.runs.catalogue import read_json
 from saepatch.runs.parts import Record, part_files
 from saepatch.settings.restore import RestoreConfig
 
@@ -154,17 +155,14 @@ def merge_answers(out: Path, records: Sequence[Record]) -> Answers:
     Raises:
         UserError: its settings cannot be read.
     """
-    import yaml
-
     path = records[0].folder(out) / "config.yaml"
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config = RestoreConfig(**given | {"out": str(out), "shard": "0/1"})
-    except (OSError, TypeError, yaml.YAMLError) as error:
+        config = RestoreConfig(**load_yaml(path) | {"out": str(out), "shard": "0/1"})
+    except TypeError as error:
         raise UserError(f"cannot read {path} ({error}): start one of the shards again, which writes it") from error
     answers = read_answers(config, records, read_judge(config.judge), judge_version(config.judge))
     if not answers.fvu and (out / "summary.json").exists():  # of parts that did not say it
-        known = json.loads((out / "summary.json").read_text(encoding="utf-8")).get("fvu_of_model_and_donor", {})
+        known = read_json(out / "summary.json").get("fvu_of_model_and_donor", {})
         answers = replace(answers, fvu={site: (mine, theirs) for site, (mine, theirs) in known.items()})
     write_answers(answers, out)
     return answers

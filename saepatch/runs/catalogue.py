@@ -1,16 +1,20 @@
 """Folders that runs left: what ran there and what came of it, read from their JSON. Light: no model, no torch."""
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
+from saepatch.records.documents import load_yaml, parse_json
 from saepatch.records.tables import text_table
 from saepatch.runs.kinds import SUMMARIES, Kind, kind_of
+
+log = logging.getLogger(__name__)
 
 
 def read_json(path: Path) -> Any:
@@ -20,17 +24,40 @@ def read_json(path: Path) -> Any:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {_remedy(path.parent)}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): it was damaged; run again or merge again") from error
+        raise UserError(f"{path} is not text ({error}): {DAMAGED}") from error
+    return parse_json(text, str(path), f": {DAMAGED}")
+
+
+DAMAGED = "it was damaged; run again or merge again"
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """What a run's files hold is used in the block: files that were changed are an error of theirs.
+
+    Raises:
+        UserError: a value is missing or of another kind than saepatch writes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        log.debug("while reading %s", folder, exc_info=True)
+        raise UserError(
+            f"the files of the run in {str(folder)!r} are damaged or of another version ({reason_of(error)}): merge it "
+            "again, or run it again"
+        ) from error
 
 
 def _remedy(folder: Path) -> str:
     """What to do where a folder holds no summary: of a run that was begun there, how it goes on."""
     for record in _begun(folder):
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             work = json.loads(record.read_text(encoding="utf-8"))["work"]
             return f"the run is not finished; go on with saepatch {work} --config {record.with_name('config.yaml')}"
     return "give the folder of a finished run"
@@ -62,10 +89,8 @@ class RunFolder:
         """What the summary says of them, or `config.yaml` beside it."""
         own = self.summary.get("settings") or self.summary.get("config")
         if own is None and self.kind.name and (self.path / "config.yaml").exists():
-            import yaml
-
-            with suppress(OSError, yaml.YAMLError):
-                own = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            with suppress(UserError):
+                own = load_yaml(self.path / "config.yaml")
         return dict(own) if isinstance(own, dict) else {}
 
     @property
@@ -134,8 +159,10 @@ def find_runs(root: Path) -> list[RunFolder]:
         raise UserError(f"there is no folder {str(root)!r}: give the one that runs are in")
     runs = []
     for folder in sorted({path.parent for name in SUMMARIES for path in root.rglob(name)}):
-        with suppress(UserError):
-            runs.append(read_run(folder))
+        with suppress(UserError), reading(folder):
+            run = read_run(folder)
+            _ = (run.model, run.task, run.count, run.sites, run.headline, run.finished)  # all that a list shows
+            runs.append(run)
     return runs
 
 

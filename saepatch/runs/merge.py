@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from saepatch.errors import UserError, reason_of
 from saepatch.measure.effects import CONTROLS, NOTHING, UNTESTED, about_table, effects_table, q_text
 from saepatch.records.files import atomic, write_json
 from saepatch.records.provenance import versions
@@ -89,9 +90,28 @@ def _merge_rows(files: Sequence[Path], out: Path) -> Any:
     schema = pq.read_schema(files[0]).remove_metadata()
     with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for file in files:
-            writer.write_table(pq.read_table(file).replace_schema_metadata(None))
+            writer.write_table(_part_table(file, schema))
     columns = [*KEYS, "example", "clean", "corrupted", "patched", "effect"]
     return pq.read_table(path, columns=columns, read_dictionary=[*KEYS, "example"])
+
+
+def _part_table(file: Path, schema: Any) -> Any:
+    """The rows of one part.
+
+    Raises:
+        UserError: they cannot be read, or have other columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    remedy = "remove it, and start its shard again, which writes it anew"
+    try:
+        table = pq.read_table(file).replace_schema_metadata(None)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read the rows of {file} ({reason_of(error)}): {remedy}") from error
+    if not table.schema.equals(schema):
+        raise UserError(f"the rows of {file} have other columns than those of the first part: {remedy}")
+    return table
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from saepatch.engine.components import Edit, EditPart, PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.gaps import PairGaps, towards_source
 from saepatch.model.sites import Site
+from saepatch.records.documents import parse_json
 from saepatch.records.files import write_json
 from saepatch.records.provenance import Provenance, command_line, json_hash, versions
 from saepatch.records.rows import read_about
@@ -161,12 +162,23 @@ def read_records(out: Path) -> list[Record]:
     found = []
     for path in record_files(out):
         try:
-            found.append(Record(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError) as error:
+            found.append(_checked(Record(**parse_json(path.read_text(encoding="utf-8"), str(path)))))
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"cannot read {path} ({error}): remove {path.parent} to work through its shard anew"
             ) from error
     return sorted(found, key=lambda record: (record.shards, record.shard))
+
+
+def _checked(record: Record) -> Record:
+    """Raises ValueError or a like error where a record's values are not what `asdict` wrote."""
+    shard, shards, parts = (int(number) for number in (record.shard, record.shards, record.parts))
+    if record.work not in ("patch", "attribute", "restore") or not (0 <= shard < shards and 0 <= parts < 10**9):
+        raise ValueError(f"work is {record.work!r}, shard {shard} of {shards}, {parts} parts")
+    if not all(isinstance(each, dict) for each in (record.settings, record.model, record.dictionaries, record.pairs)):
+        raise TypeError("settings, model, dictionaries or pairs are no mappings")
+    _ = (record.key, record.asked if record.work == "patch" else None, record.settings["seed"])
+    return record
 
 
 def refuse_other_command(out: Path, own: str) -> None:

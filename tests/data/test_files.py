@@ -75,3 +75,28 @@ def test_what_cannot_be_read(tmp_path):
             read(str(tmp_path / "latin"))
     (tmp_path / "plain").write_text("\ufeffone\n\ntwo", encoding="utf-8")
     assert load_texts(str(tmp_path / "plain")) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.csv", "text,text\na,b\n", "several columns 'text'"),
+        ("rows.jsonl", '{"text": "a", "text": "b"}\n', "line 1, is not JSON: key 'text' stands twice"),
+        ("rows.json", '[{"text": "a"}, {"text": "b", "text": "c"}]', "key 'text' stands twice"),
+        ("rows.jsonl", '{"text": "\\ud83d"}', "half of a surrogate pair"),
+        ("rows.jsonl", f'{{"text": {"[" * 9000}', "nested too deep"),
+        ("rows.jsonl", f'{{"text": {"1" * 5000}}}', "4300 digits"),
+        ("rows.parquet", "PAR1", "cannot read texts"),
+    ],
+)
+def test_files_that_could_be_read_in_two_ways_or_none(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_texts(str(tmp_path / name))
+
+
+def test_parquet_columns_of_one_name(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="several columns 'text'"):
+        load_texts(str(tmp_path / "rows.parquet"))

@@ -663,6 +663,14 @@ def test_held_out_text_is_never_trained_on():
         has_text(2)
     with pytest.raises(UserError, match=r"one string \('abc'…\): give a list of strings"):
         as_documents("abc")
+    with pytest.raises(UserError, match="document 1 is NoneType, not text"):
+        as_documents(text for text in ["a", None])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "one\ntwo\n"), ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n')])
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert list(texts(str(tmp_path / name))) == ["one", "two"]
 
 
 def test_the_split_is_the_same_in_every_process():

@@ -1,5 +1,6 @@
 """Documents: read from files, folders and the hub, and divided into those to train on and those held out."""
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,7 +138,9 @@ def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[A
     try:
         if path.exists():
             kind, files = _files(path)
-            loaded = datasets.load_dataset(kind, data_files=[str(p) for p in files], **options)
+            marked = kind != "parquet" and any(_byte_order_mark(p) for p in files)
+            encoding = {"encoding": "utf-8-sig"} if marked else {}
+            loaded = datasets.load_dataset(kind, data_files=[str(p) for p in files], **options, **encoding)
         elif not on_the_hub(data):
             raise UserError(f"no file or folder {data!r}: check the path, or give the id of a dataset on the hub")
         else:
@@ -149,6 +152,11 @@ def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[A
     except Exception as error:  # a damaged file and an unknown id fail in many ways inside `datasets`
         raise _unreadable(data, error) from error
     return loaded, files
+
+
+def _byte_order_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
 
 
 def on_the_hub(data: str) -> bool:
@@ -194,11 +202,16 @@ def as_documents(given: Iterable[str] | Streamed) -> Sequence[str] | Streamed:
     """Documents as the stream of activations takes them; an iterable that is no sequence is read to its end.
 
     Raises:
-        UserError: it is one string instead of several.
+        UserError: it is one string instead of several, or one of them is no string.
     """
     if isinstance(given, str):
         raise UserError(f"the documents are one string ({given[:20]!r}…): give a list of strings")
-    return given if isinstance(given, Sequence | Streamed) else list(given)
+    documents = given if isinstance(given, Sequence | Streamed) else list(given)
+    if isinstance(documents, list | tuple):
+        for number, text in enumerate(documents):
+            if not isinstance(text, str):
+                raise UserError(f"document {number} is {type(text).__name__}, not text: leave it out")
+    return documents
 
 
 def split(documents: Iterable[str] | Streamed, share: float, seed: int) -> tuple[Sequence[str] | Streamed, list[str]]:

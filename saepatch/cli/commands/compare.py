@@ -7,11 +7,15 @@ from saepatch.settings.compare import CompareConfig
 
 
 def compare(config: CompareConfig) -> CommandResult:
-    from saepatch.runs.catalogue import read_run
+    from saepatch.runs.catalogue import read_run, reading
     from saepatch.runs.comparison import compare_runs
 
-    comparison = compare_runs(read_run(Path(config.one)), read_run(Path(config.other)))
-    text = comparison.table()
+    one, other = Path(config.one), Path(config.other)
+    with reading(one):
+        first = read_run(one)
+    with reading(other):
+        comparison = compare_runs(first, read_run(other))
+        text = comparison.table()
     if config.html:
         from saepatch.pages import compare_page
         from saepatch.report import write_page

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 
 def merge(config: MergeConfig) -> CommandResult:
-    from saepatch.runs.catalogue import read_json
+    from saepatch.runs.catalogue import read_json, reading
     from saepatch.tracking.open import RunDescription, open_tracker
 
     out = Path(config.out)
     if config.track == "none":
-        return merge_and_report(out, None)
+        with reading(out):
+            return merge_and_report(out, None)
     about = RunDescription(out, run=f"merge-{out.name}", config=asdict(config), job_type="merge")
-    with open_tracker(config.track, about) as tracker:
+    with open_tracker(config.track, about) as tracker, reading(out):
         result = merge_and_report(out, tracker)
         tracker.configure(read_json(out / "summary.json")["settings"])
     return result

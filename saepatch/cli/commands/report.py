@@ -8,12 +8,14 @@ from saepatch.settings.report import ReportConfig
 
 def report(config: ReportConfig) -> CommandResult:
     from saepatch.pages import write_report
+    from saepatch.runs.catalogue import reading
 
     out = Path(config.run)
     if config.read:
         from saepatch.pages.gather import read_again
 
         read_again(out)
-    write_report(out)
+    with reading(out):
+        write_report(out)
     path = out / "report.html"
     return CommandResult(f"Report: {path}", {"report": str(path)})
