@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub import serve
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
@@ -16,6 +19,7 @@ from saepatch.model.sites import Site
 from training.__main__ import main, read
 from training.config import SAEConfig, TrainingConfig
 from training.loop import plan as planning
+from training.loop import timing
 from training.loop.plan import plan, skeleton
 from training.steps.learner import Learner
 
@@ -56,10 +60,11 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def slow_clock(monkeypatch):
-    """No time is spent on calibration."""
-    monkeypatch.setattr(planning, "_CALIBRATION", 0.0)
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """Hardly any time is spent on timing steps."""
+    monkeypatch.setattr(timing, "SAMPLED", 0.0)
+    monkeypatch.setattr(timing, "_LARGEST_STEP", 2**14)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -75,7 +80,7 @@ def test_every_model_has_its_preset():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_presets_dry_run_without_weights(name, tmp_path, capsys, slow_clock):
+def test_presets_dry_run_without_weights(name, tmp_path, capsys):
     described, published = MODELS[name]
     described.save_pretrained(tmp_path)
     preset = read([str(CONFIGS / f"{name}.yaml")])
@@ -208,6 +213,32 @@ def test_a_device_that_is_not_here(folder):
     assert any(
         line.startswith("time: about ") and "estimate" in line for line in plan(small(model=str(folder))).lines()
     )
+
+
+def test_the_time_is_that_of_the_steps_themselves(folder, monkeypatch):
+    """Whatever makes a step slow is in the estimate, which products alone would not show."""
+    own = Learner.step
+    monkeypatch.setattr(timing, "SAMPLED", 0.1)
+    monkeypatch.setattr(Learner, "step", lambda *given: time.sleep(0.01) or own(*given))
+    config = small(model=str(folder), sites=["resid_post.0", "resid_post.1"], batch_size=64, tokens=64_000)
+    time_of_run = plan(config).time
+    assert 2 * 1000 * 0.01 <= time_of_run.low <= time_of_run.high
+    assert f" to {timing._duration(time_of_run.high)}, an estimate from " in time_of_run.line()
+
+
+def test_earlier_runs_of_the_kind_are_named(folder, tmp_path):
+    config = small(model=str(folder), sites=["resid_post.0"], out=tmp_path / "new", batch_size=64, tokens=6400)
+    for name, changes in {"like": {}, "other": {"batch_size": 32}}.items():
+        (tmp_path / name).mkdir()
+        text = yaml.safe_dump(replace(config, **changes).to_dict())
+        (tmp_path / name / "config.yaml").write_text(text)
+        content = {"seconds": 117.0, "training_tokens": 3200, "sites": {"resid_post.0": {}}}
+        (tmp_path / name / "summary.json").write_text(json.dumps(content))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "summary.json").write_text("[")
+    (line,) = plan(config).earlier
+    assert line.startswith(f"an earlier run of this kind ({tmp_path / 'like'}) took 117 seconds for 3,200 tokens: ")
+    assert line.endswith("3.9 minutes for as many as here")
 
 
 def test_mistakes(folder, capsys):

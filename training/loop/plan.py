@@ -2,8 +2,6 @@
 
 import os
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import indent
@@ -22,11 +20,11 @@ from saepatch.records.tables import text_table
 
 from ..config import TrainingConfig
 from .evaluate import ELEMENTS
+from .timing import TimeRange, earlier_runs, estimate
 from .trainer import FIRST_TOKENS
 
 _EVALUATED_RUNS = 3  # of the model, whose logits or latents of held-out text are there at a time
 _SAMPLED = 200  # documents that are tokenised to tell how many tokens there are
-_CALIBRATION = 0.1  # seconds for each of the kinds of work
 _MATRICES = {"standard": 5, "jumprelu": 5, "gated": 8}  # dense products a step; the others have one
 
 
@@ -52,14 +50,10 @@ class Compute:
     Attributes:
         model: FLOPs of the model's forwards (and, in fine-tuning, backwards).
         dictionaries: FLOPs of the dictionaries' steps.
-        moved: Bytes that Adam reads and writes.
-        seconds: An estimate from a short calibration on the device; None where the device is not there.
     """
 
     model: float
     dictionaries: float
-    moved: float
-    seconds: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +70,9 @@ class Plan:
         available: Bytes that the device has; None where that cannot be told.
         disk: Bytes by what takes them.
         epochs: How often the text is read; None where that is not known.
-        work: FLOPs and time.
+        work: FLOPs.
+        time: Seconds; None where the device is not there.
+        earlier: A line for each earlier run of this kind.
     """
 
     config: TrainingConfig
@@ -89,6 +85,8 @@ class Plan:
     disk: dict[str, int]
     epochs: float | None
     work: Compute
+    time: TimeRange | None
+    earlier: list[str]
 
     @property
     def total(self) -> int:
@@ -110,13 +108,8 @@ class Plan:
         steps = f"{config.steps:,} steps of {config.batch_size:,} tokens, {config.steps * config.batch_size:,} in all"
         lines.append(steps + (f"; the text is read {self.epochs:.2g} times" if self.epochs is not None else ""))
         lines.append(f"work: {self.work.model:.2g} FLOP in the model, {self.work.dictionaries:.2g} in the dictionaries")
-        if self.work.seconds is None:
-            lines.append(f"time: not estimated, {config.device} is not here")
-        else:
-            lines.append(
-                f"time: about {_duration(self.work.seconds)}, an estimate from {3 * _CALIBRATION:.1g} s of work"
-            )
-        return [*lines, *self.warnings()]
+        lines.append(f"time: not estimated, {config.device} is not here" if self.time is None else self.time.line())
+        return [*lines, *self.earlier, *self.warnings()]
 
     def warnings(self) -> list[str]:
         """A line for each thing that would not fit."""
@@ -129,7 +122,7 @@ class Plan:
 
 
 def plan(config: TrainingConfig) -> Plan:
-    """Estimate shapes, memory, disk and time of a run.
+    """TimeRange shapes, memory, disk and time of a run.
 
     Raises:
         UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.
@@ -152,8 +145,7 @@ def plan(config: TrainingConfig) -> Plan:
         device = usable_device(config.device)
     except UserError:
         device = None
-    if device is not None:
-        work = replace(work, seconds=_seconds(work, model, shapes[0], config, device))
+    widths = {shape.site: (shape.d_in, shape.d_sae) for shape in shapes}
     return Plan(
         config,
         sum(weight.numel() for weight in model.hf.parameters()),
@@ -165,6 +157,8 @@ def plan(config: TrainingConfig) -> Plan:
         disk(shapes, config),
         _epochs(config, model.config),
         work,
+        None if device is None or device.type == "meta" else estimate(config, model, widths, work.model, device),
+        list(earlier_runs(config, widths)),
     )
 
 
@@ -277,56 +271,7 @@ def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: Traini
         if s.architecture == "matryoshka":
             sparse *= len(config.sae.levels)
         steps += 2 * dense * s.d_in * s.d_sae + sparse
-    # Adam reads weights, gradients and two means, and writes all but the gradients.
-    moved = 28.0 * sum(s.parameters for s in shapes) * config.steps
-    return Compute(float(token * tokens + tuned), float(steps * tokens), moved)
-
-
-def _seconds(work: Compute, model: LanguageModel, shape: Shape, config: TrainingConfig, device: torch.device) -> float:
-    """The time all that would take one after the other, at the speed of a few products on the device."""
-    low = config.sae.precision == "bfloat16"
-    inner = 4 * model.d_model
-    forward = gemm_rate(device, model.dtype, min(config.forward_tokens, 2048), model.d_model, min(inner, 8192))
-    step = gemm_rate(
-        device,
-        torch.bfloat16 if low else torch.float32,
-        min(config.batch_size, 2048),
-        shape.d_in,
-        min(shape.d_sae, 8192),
-    )
-    return work.model / forward + work.dictionaries / step + work.moved / _copy_rate(device)
-
-
-def gemm_rate(device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
-    """FLOPs a second of a product [rows, inner] · [inner, columns]."""
-    a, b = (torch.ones(size, dtype=dtype, device=device) for size in ((rows, inner), (inner, columns)))
-    return 2.0 * rows * inner * columns / _time(lambda: a @ b, device)
-
-
-def _copy_rate(device: torch.device) -> float:
-    """Bytes a second read and written."""
-    x = torch.ones(2**23, device=device)
-    y = torch.empty_like(x)
-    return 2.0 * x.numel() * x.itemsize / _time(lambda: y.copy_(x), device)
-
-
-def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds of a piece of work, after a first one."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-
-    work()
-    wait()
-    start, count = time.perf_counter(), 0
-    while (taken := time.perf_counter() - start) < _CALIBRATION:
-        work()
-        wait()
-        count += 1
-    return taken / max(1, count)
+    return Compute(float(token * tokens + tuned), float(steps * tokens))
 
 
 def _available(device: torch.device | None) -> int | None:
@@ -376,10 +321,3 @@ def _sizes(sizes: dict[str, int]) -> str:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:,.3f}" if size < 1e10 else f"{size / 1e9:,.1f}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.2g} seconds"
