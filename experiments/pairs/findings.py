@@ -152,7 +152,7 @@ def printed(study: StudyResults) -> str:
             text_table(["attention heads", *PATCH_DIRECTIONS], heads)
             if heads
             else NO_HEADS.format(model=study.model.name),
-            text_table([f"site (*: chosen), first {CHOOSE_BY} latents", "select: denoise", *REPORTED], sites),
+            text_table([f"site (*: chosen), first {CHOOSE_BY} latents", "other half: denoise", *REPORTED], sites),
             text_table([f"latents of {study.best.site}", *by_size[:4], "q denoise", "q noise"], latents),
             text_table(["first latents together", *by_size], curve_rows(study)),
             text_table(

@@ -150,7 +150,8 @@ def _prompts(study: StudyResults) -> Section:
         f"{study.question.prompts} Over {study.pairs} report pairs {study.question.difference} is "
         f"{effects.clean.mean():.2f} in the clean run and {effects.corrupted.mean():.2f} in the corrupted one; the "
         f"right answer is ahead in {(effects.clean > 0).mean():.0%} of clean and {(effects.corrupted < 0).mean():.0%} "
-        "of corrupted prompts. Everything is chosen on `select`; names, templates and objects of `report` are others."
+        "of corrupted prompts. Everything is ranked and chosen on `select`; names, templates and objects of `report` "
+        "are others."
     )
     table = Table(
         ["run", "prompt", "answer"],
@@ -180,7 +181,7 @@ def _where(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
 
 def _site(study: StudyResults) -> Section:
     table = Table(
-        ["site", "CE recovered", "select: denoise", "report: denoise", "report: noise"],
+        ["site", "CE recovered", "other half: denoise", "report: denoise", "report: noise"],
         [
             (
                 f"{ranked.site}{' *' if ranked is study.best else ''}",
@@ -191,12 +192,14 @@ def _site(study: StudyResults) -> Section:
             for ranked in study.sites
         ],
         f"The first {CHOOSE_BY} latents of each site's ranking, patched together at all positions; * is chosen. CE "
-        f"recovered: share of the cross-entropy lost by zeroing the site that the reconstruction keeps. {INTERVALS}",
+        "recovered: share of the cross-entropy lost by zeroing the site at every position that the reconstruction "
+        f"keeps. {INTERVALS}",
         {"CE recovered": ".4f"},
     )
     text = (
-        "At every site that has a dictionary each latent is patched alone on `select`, and the latents are ranked by "
-        f"what they restore. The site whose first {CHOOSE_BY} together restore most there is looked at below."
+        "At every site that has a dictionary each latent is patched alone on one half of the `select` pairs, and the "
+        f"latents are ranked by what they restore. The site whose first {CHOOSE_BY} together restore most on the other "
+        "half is looked at below: on the pairs they were ranked on, latents look better than they are."
     )
     return Section("The site", text, [table])
 
@@ -271,9 +274,9 @@ def _directions(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
     sae = study.best.dictionary
     text = (
         "The same experiment with other directions of the same site: its single dimensions, the principal components "
-        f"of its values on the select prompts, and the {DENSE} (one direction). Units of each kind are ranked on "
-        "`select` by their own exact effect, then the first k are patched together. Two things to weigh: principal "
-        "components and means are taken from the select prompts of this very task, the dictionary was trained without "
+        f"of its values on the prompts of that half of `select`, and the {DENSE} (one direction). Units of each kind "
+        "are ranked there by their own exact effect, then the first k are patched together. Two things to weigh: "
+        "principal components and means are taken from prompts of this very task, the dictionary was trained without "
         f"them; and it offers {sae.d_sae} latents to choose from, the site {sae.d_in} dimensions. All latents, the "
         f"error term kept, restore {study.curves['denoise'].every}; all dimensions are the site itself. Differences "
         "are paired by prompt.\n\n"

@@ -55,11 +55,12 @@ def head_effects(model: LanguageModel, pairs: Sequence[PromptPair]) -> Both | No
 
 @dataclass(frozen=True, eq=False)
 class RankedSite:
-    """A site's latents, ranked on `select` by their own denoising effect, and the effect of the first `CHOOSE_BY`."""
+    """A site's latents, ranked on one half of `select` by their own denoising effect, and the effect of the first
+    `CHOOSE_BY` on the other half."""
 
     dictionary: Dictionary
     ranking: tuple[int, ...]
-    chosen_by: Interval  # on select
+    chosen_by: Interval  # on the half of select that nothing was ranked on
     report: Mapping[PatchDirection, Interval]
     ce_recovered: float
 
@@ -76,11 +77,16 @@ def rank_sites(
     most: int,
     seed: int,
 ) -> list[RankedSite]:
-    """Rank the latents of every site, the first `most` of them, and patch the first ones together on both splits."""
+    """Rank the latents of every site, the first `most` of them, and patch the first ones together.
+
+    Ranking and choice go by different halves of `select`: on the pairs it was ranked on, a list that fits their noise
+    looks better than one that holds.
+    """
+    ranked_on, chosen_on = halves(select)
     prompts = model.tokenize([text for pair in select for text in (pair.clean, pair.corrupted)])
     ranked = []
     for dictionary in dictionaries:
-        singles = patch_latents(model, dictionary, select, progress=True)
+        singles = patch_latents(model, dictionary, ranked_on, progress=True)
         ranking = tuple(edit.units[0] for edit in singles.top(max(most, CHOOSE_BY)))
         first = [Edit(dictionary.site, ranking[:CHOOSE_BY], role="top")]
         on_report = _together(model, LatentUnits(dictionary), report, first)
@@ -88,7 +94,7 @@ def rank_sites(
             RankedSite(
                 dictionary,
                 ranking,
-                patch_components(model, dictionary, select, first).of(0, seed),
+                patch_components(model, dictionary, chosen_on, first).of(0, seed),
                 {direction: effects.of(0, seed) for direction, effects in on_report.items()},
                 _ce_recovered(model, dictionary, prompts),
             )
@@ -96,8 +102,14 @@ def rank_sites(
     return ranked
 
 
+def halves(select: Sequence[PromptPair]) -> tuple[Sequence[PromptPair], Sequence[PromptPair]]:
+    """The pairs of `select` to rank on, and those to choose on."""
+    middle = (len(select) + 1) // 2
+    return select[:middle], select[middle:]
+
+
 def best_site(sites: Sequence[RankedSite]) -> RankedSite:
-    """The site whose first latents restore most on `select`."""
+    """The site whose first latents restore most on the half of `select` that they were not ranked on."""
     return max(sites, key=lambda site: site.chosen_by.value)
 
 
@@ -233,7 +245,7 @@ def _correlations(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class DirectionKind:
-    """One kind of directions, ranked on `select`: what its first k do together on `report`."""
+    """One kind of directions, ranked on half of `select`: what its first k do together on `report`."""
 
     name: str
     sizes: tuple[int, ...]
@@ -263,11 +275,13 @@ def compare_directions(
 ) -> list[DirectionKind]:
     """Latents, dimensions, principal components and the difference of means at equal numbers of directions.
 
-    Single units of each are ranked on `select` by their own exact denoising effect, at all positions; the first k are
-    one set for all prompts of `report`. `first` holds the answers on one side of a two-sided task.
+    Single units of each are ranked on the half of `select` that latents are ranked on, by their own exact denoising
+    effect, at all positions; the first k are one set for all prompts of `report`. `first` holds the answers on one side
+    of a two-sided task.
     """
     site, most = best.site, max(sizes)
-    texts = [text for pair in select for text in (pair.clean, pair.corrupted)]
+    ranked_on, chosen_on = halves(select)
+    texts = [text for pair in ranked_on for text in (pair.clean, pair.corrupted)]
     values, _ = _held(model, site, texts)
     several: list[tuple[str, Component, Sequence[int]]] = [
         ("latents", LatentUnits(best.dictionary), best.ranking),
@@ -277,9 +291,9 @@ def compare_directions(
         ("principal components", principal_components(values, min(values.shape[1], len(values) - 1), site)),
     ]
     for name, component in others:
-        singles = patch_components(model, component, select, progress=True)
+        singles = patch_components(model, component, ranked_on, progress=True)
         several.append((name, component, [edit.units[0] for edit in singles.top(most)]))
-    if (dense := mean_difference(model, site, select, first)) is not None:
+    if (dense := mean_difference(model, site, ranked_on, chosen_on, first)) is not None:
         several.append((DENSE, dense, (0,)))
     kinds = []
     for name, component, ranking in several:
@@ -295,16 +309,21 @@ def _together(model: LanguageModel, component: Component, report: Sequence[Promp
 
 
 def mean_difference(
-    model: LanguageModel, site: Site, select: Sequence[PromptPair], first: frozenset[str] | None
+    model: LanguageModel,
+    site: Site,
+    pairs: Sequence[PromptPair],
+    chosen_on: Sequence[PromptPair],
+    first: frozenset[str] | None,
 ) -> Directions | None:
     """The dense direction between two answers, or (where answers differ from pair to pair) from corrupted to clean.
 
-    Taken once over all ordinary positions and once at the last one; the one that restores more on `select` is kept.
+    Taken over `pairs`, once at all ordinary positions and once at the last one; the one that restores more on
+    `chosen_on` is kept.
     None where the means are the same.
     """
     sides = [
         (pair.clean, pair.corrupted) if first is None or pair.answer in first else (pair.corrupted, pair.clean)
-        for pair in select
+        for pair in pairs
     ]
     a, b = (_held(model, site, [side[i] for side in sides]) for i in (0, 1))
     ratios: list[tuple[float, Directions]] = []
@@ -313,7 +332,7 @@ def mean_difference(
             direction = difference_of_means(mine, other, site)
         except UserError:  # the same mean: nothing has happened yet at the last position of an early layer
             continue
-        ratios.append((float(patch_components(model, direction, select).ratios()[0]), direction))
+        ratios.append((float(patch_components(model, direction, chosen_on).ratios()[0]), direction))
     return max(ratios, key=lambda ratio: ratio[0])[1] if ratios else None
 
 

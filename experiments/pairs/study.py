@@ -1,7 +1,8 @@
 """What the experiments share: a question about pairs of prompts, asked of any model and its dictionaries.
 
-Everything is chosen on the `select` split, every figure comes from `report`, whose names, templates and objects are
-others. On a large model the sweeps over all latents and all dimensions are long: use `--device cuda`, or fewer pairs.
+Latents are ranked on one half of the `select` split, the site is chosen on the other half, and every figure comes from
+`report`, whose names, templates and objects are others. On a large model the sweeps over all latents and all dimensions
+are long: use `--device cuda`, or fewer pairs.
 """
 
 import logging
