@@ -21,7 +21,7 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo picture docs test lint format types test-fast test-slow bench bench-generation bench-training organism \
+.PHONY: help setup demo picture docs test lint format types test-fast test-slow fuzz audit bench bench-generation bench-training organism \
 	constraints clean
 
 help:  ## this list
@@ -70,6 +70,14 @@ test-fast: $(STAMP)  ## the default tests alone: CPU, offline
 test-slow: $(STAMP)  ## the tests that take minutes, the organism's retraining among them
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+fuzz: $(STAMP)  ## hostile settings, files and texts, more than 20,000 of them (some minutes)
+	SAEPATCH_FUZZ=100 $(BIN)/python -m pytest tests/fuzz --jaxtyping-packages= $(PYTEST_ARGS)
+
+audit: $(STAMP)  ## ruff's security rules, and known vulnerabilities of what constraints.txt pins (asks PyPI)
+	$(BIN)/ruff check --select S saepatch training experiments
+	@$(PIP) -e '.[audit]' $(OR_SHOW)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 bench: $(STAMP)  ## time exact sweeps beside sae-lens, TransformerLens, nnsight and plain hooks (ten minutes on one thread)
 	@$(PIP) -e '.[bench]' $(OR_SHOW)
 	@$(BIN)/python -m experiments.benchmarks.patching --out runs/bench-patching
@@ -83,7 +91,7 @@ bench-generation: $(STAMP)  ## time generation under a splice beside the bare mo
 
 docs: $(STAMP)  ## the documentation in docs/ with the reference from the docstrings, as a site in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "Documentation: site/index.html (with a search where it is served: $(BIN)/python -m http.server -d site)"
+	@echo "Documentation: site/index.html (with a search where it is served: $(BIN)/python -m http.server --bind 127.0.0.1 -d site)"
 
 picture: $(STAMP)  ## the README's picture, from the report of `make demo`
 	@$(BIN)/python -m experiments.picture --run $(OUT)

@@ -9,8 +9,12 @@ class UserError(ValueError):
 
 
 def reason_of(error: BaseException) -> str:
-    """First line of an error; with its class where the text alone explains nothing, as in `KeyError: 'batchtopk'`."""
+    """First line of an error; with its class where the text alone explains nothing, as in `KeyError: 'batchtopk'`.
+
+    All lines where the first ends with a colon, as those of torch's `load_state_dict` do.
+    """
     kind, lines = type(error).__name__, str(error).strip().splitlines()
     if not lines:
         return kind
-    return lines[0] if isinstance(error, OSError | ValueError | RuntimeError) else f"{kind}: {lines[0]}"
+    text = " ".join(" ".join(lines).split()) if lines[0].rstrip().endswith(":") else lines[0]
+    return text if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else f"{kind}: {text}"

@@ -26,15 +26,18 @@ def check_weights(sae: nn.Module, name: str) -> None:
             f"dictionary {name!r} expects {cfg.normalize_activations} inputs that are not folded into its weights: "
             "fold them with sae_lens (fold_activation_norm_scaling_factor or fold_activation_whitening), then save it"
         )
-    if "transcoder" in cfg.architecture():
-        raise UserError(
-            f"{name!r} is a {cfg.architecture()}, which reads one site and writes another: load an autoencoder"
-        )
+    refuse_transcoder(cfg.architecture(), name)
     for key, value in sae.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(
                 f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, create it again"
             )
+
+
+def refuse_transcoder(architecture: str, name: str) -> None:
+    """Raises UserError for a dictionary that writes another site than it reads."""
+    if "transcoder" in architecture:
+        raise UserError(f"{name!r} is a {architecture}, which reads one site and writes another: load an autoencoder")
 
 
 @torch.no_grad()
@@ -52,7 +55,7 @@ def check_decoder(dictionary: "Dictionary") -> None:
         dictionary.sae.encode(x)  # type: ignore[operator]
         truth = dictionary.sae.decode(acts)  # type: ignore[operator]
         gap = (latents.reconstruction + latents.delta(acts) - truth).norm() / truth.norm().clamp(min=1e-6)
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
             f"dictionary {dictionary.name!r} ({dictionary.architecture}) cannot be edited: {reason_of(error)}"
         ) from error

@@ -1,20 +1,24 @@
 """Load sparse autoencoders through sae_lens, and check their weights and sites."""
 
-import json
 import logging
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from saepatch import organism
-from saepatch.dictionaries.checks import check_decoder, check_weights
+from saepatch.dictionaries.checks import check_decoder, check_weights, refuse_transcoder
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError, reason_of
+from saepatch.model.families import FAMILIES
 from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
+from saepatch.records.documents import parse_json
 
 log = logging.getLogger(__name__)
+
+OF_TRAINING = ("batchtopk", "matryoshka_batchtopk")  # architectures that sae_lens exports as another one
 
 
 def load_sae(
@@ -85,9 +89,18 @@ def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | tor
         if not (folder / part).is_file():
             raise UserError(f"{name!r} lacks {part}: expected a folder in sae_lens' format")
     try:
-        cfg = json.loads((folder / "cfg.json").read_text())
+        cfg = parse_json((folder / "cfg.json").read_text(encoding="utf-8"), str(folder / "cfg.json"))
         stated = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
+        architecture = str(cfg.get("architecture"))
+        refuse_transcoder(architecture, name)
+        if architecture in OF_TRAINING:
+            raise UserError(
+                f"{name!r} is a checkpoint of sae_lens' trainer ({architecture}): load it there and save it with "
+                "save_inference_model"
+            )
         sae = SAE.load_from_disk(folder, device=str(device), dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:  # damaged files fail in many ways inside the loaders; all are bad input
         raise UserError(f"cannot read the dictionary in {name!r}: {reason_of(error)}") from error
     return _finish(sae, stated, wanted, name)
@@ -119,17 +132,39 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
     return _finish(sae, sae.cfg.metadata.hook_name, wanted, spec)
 
 
-def _finish(sae: nn.Module, stated: str | None, wanted: Site | None, name: str) -> Dictionary:
+def _finish(sae: nn.Module, stated: object, wanted: Site | None, name: str) -> Dictionary:
     if stated is None and wanted is None:
         raise UserError(
             f"the metadata of dictionary {name!r} names no site: give it, as in site='resid_post.3', "
             "or rename the folder after the site"
         )
-    trained_at = Site.parse(stated) if stated is not None else wanted
-    assert trained_at is not None
-    if wanted is not None and not trained_at.same_tensor(wanted):
-        raise UserError(f"dictionary {name!r} was trained at {trained_at}, not at {wanted}: load the one for {wanted}")
-    return adopt(sae, trained_at, name)
+    try:
+        trained_at = None if stated is None else site_of_hook(stated)
+    except UserError as error:
+        if wanted is None:
+            raise UserError(f"dictionary {name!r}: {error}; or give its site, as in site='resid_post.3'") from error
+        trained_at = None
+        log.info("the hook_name of dictionary %s, %r, is no site: used at %s, as asked", name, stated, wanted)
+    if wanted is not None and trained_at is not None and not trained_at.same_tensor(wanted):
+        log.warning("dictionary %s states that it was trained at %s: used at %s, as asked", name, trained_at, wanted)
+        trained_at = wanted
+    site = trained_at or wanted
+    assert site is not None
+    return adopt(sae, site, name)
+
+
+def site_of_hook(stated: object) -> Site:
+    """The site that metadata name: a site, a hook name, or the module path of a block, as in `model.layers.3`.
+
+    Raises:
+        UserError: it names neither, or a module inside a block, which families use in different ways.
+    """
+    if not isinstance(stated, str):
+        raise UserError(f"its hook_name is {stated!r}, which is no text")
+    for blocks in {family.blocks for family in FAMILIES.values()}:
+        if match := re.fullmatch(rf"{re.escape(blocks)}\.(\d{{1,9}})", stated):
+            return Site(int(match[1]))  # the output of the block
+    return Site.parse(stated)
 
 
 def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:

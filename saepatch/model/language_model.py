@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saepatch.errors import UserError
 from saepatch.model.families import Layout
-from saepatch.model.fingerprint import fingerprint, weights_of
+from saepatch.model.fingerprint import adapter_state, fingerprint, weights_of
 from saepatch.model.forward import Forward, note_columns
 from saepatch.model.greedy import end_tokens, greedy_options
 from saepatch.model.hooks import capture, is_spliced
@@ -86,10 +86,11 @@ class LanguageModel:
 
     @property
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of all weights; recomputed after in-place changes."""
-        versions = tuple((id(weight), weight._version) for weight in self.hf.parameters())
+        """First 16 hexadecimal digits of the SHA-256 of all weights and acting adapters; recomputed after changes."""
+        adapters = adapter_state(self.hf)
+        versions = (adapters, *((id(weight), weight._version) for weight in self.hf.parameters()))
         if self._known_fingerprint.get("versions") != versions:
-            self._known_fingerprint.update(versions=versions, digits=fingerprint(weights_of(self.hf)))
+            self._known_fingerprint.update(versions=versions, digits=fingerprint(weights_of(self.hf), adapters))
         return str(self._known_fingerprint["digits"])
 
     @cached_property

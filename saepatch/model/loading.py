@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from saepatch import organism
 from saepatch.errors import UserError, reason_of
 from saepatch.model.families import layout_of
+from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.forward import probe_steps
 from saepatch.model.hooks import Edit, SpliceError, blocks_return_tuples, edit_sites
 from saepatch.model.language_model import LanguageModel
@@ -59,7 +60,6 @@ def load_model(
     """
     if unknown := [option for option in spread if option not in Spread.__annotations__]:
         raise UserError(f"unknown option {unknown[0]!r}: use one of {', '.join(Spread.__annotations__)}")
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _folder_of(name)
@@ -80,7 +80,12 @@ def load_model(
             both: Any = AutoModelForCausalLM.from_pretrained(
                 folder or name, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **placement
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ImportError as error:
+        raise UserError(
+            f"model {name!r} needs a package that is missing here, or of another version ({reason_of(error)}): install "
+            "it, or load a checkpoint that is not quantised"
+        ) from error
+    except Exception as error:  # of damaged configs, tokenizers and weights, and of the hub's client
         raise UserError(
             f"cannot load model {name!r} (use 'organism', 'organism-base', a folder with config.json and safetensors "
             f"weights, or a Hugging Face id): {reason_of(error)}"
@@ -128,8 +133,13 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
     Raises:
         UserError: weights that are not finite, or blocks that cannot be found.
     """
+    if hasattr(hf, "peft_config") and hasattr(hf, "get_base_model"):
+        raise UserError(
+            f"model {name!r} is wrapped by an adapter ({type(hf).__name__}): give its get_base_model(), in which the "
+            "adapter acts, or merge_and_unload() it"
+        )
     for parameter, value in hf.named_parameters():
-        if not value.is_meta and not bool(torch.isfinite(value).all()):
+        if not value.is_meta and not all(bool(torch.isfinite(part).all()) for part in stored_tensors(value)):
             raise UserError(
                 f"model {name!r} has NaN or infinite weights in {parameter}: the file is damaged, fetch it again"
             )

@@ -126,7 +126,7 @@ def _surroundings(folder: Path) -> dict[str, Any]:
     commit = None
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            ["git", "rev-parse", "HEAD"],  # noqa: S607 – the git of the PATH
             cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,

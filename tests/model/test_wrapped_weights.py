@@ -1,0 +1,100 @@
+"""Models whose weights are not plain parameters: quantised ones, adapters, packages that are missing."""
+
+import json
+
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_model
+from torch import nn
+
+from saepatch.errors import UserError
+from saepatch.model.fingerprint import fingerprint, stored_tensors
+from saepatch.model.loading import load_model, wrap_model
+
+
+class Quantised(torch.Tensor):
+    """As torchao's: two plain tensors that no operation of torch is dispatched to."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, context, size, stride):
+        return cls(tensors["values"], tensors["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"attempting to run unimplemented operator: {function}")
+
+
+def quantised(values, scale):
+    return Quantised(torch.tensor(values, dtype=torch.int8), torch.tensor(scale))
+
+
+def test_quantised_weights_are_checked_and_hashed_by_what_they_store():
+    weight = quantised([1, 2], [0.5])
+    assert len(list(stored_tensors(weight))) == 2
+    one, other = (fingerprint({"w": quantised([1, 2], [scale])}) for scale in (0.5, 0.25))
+    assert one == fingerprint({"w": weight}) != other
+    module = nn.Module()
+    module.register_parameter("w", nn.Parameter(quantised([1, 2], [float("nan")]), requires_grad=False))
+    with pytest.raises(UserError, match="NaN or infinite weights in w"):
+        wrap_model(module, byte_tokenizer(), "quantised")
+
+
+class Adapter(nn.Module):
+    """As PEFT's layers: their weights stay when they are switched off."""
+
+    disable_adapters = False
+    active_adapters = ("default",)
+
+
+def test_the_fingerprint_says_whether_an_adapter_acts():
+    model = tiny_model()
+    plain = model.fingerprint
+    model.hf.adapter = Adapter()
+    acting = model.fingerprint
+    model.hf.adapter.disable_adapters = True
+    assert len({plain, acting, model.fingerprint}) == 3
+    model.hf.adapter.disable_adapters = False
+    assert model.fingerprint == acting
+
+
+def test_an_adapter_around_a_model_is_named():
+    wrapper = nn.Module()
+    wrapper.peft_config, wrapper.get_base_model = {}, lambda: None
+    with pytest.raises(UserError, match=r"give its get_base_model\(\).*merge_and_unload"):
+        wrap_model(wrapper, byte_tokenizer(), "adapted")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "compressed-tensors", "torchao"])
+def test_a_quantised_checkpoint_without_its_package(tmp_path, method):
+    model = tiny_model()
+    model.hf.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "quant_type": "int8_weight_only"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as refusal:
+        load_model(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": "two"}, {"hidden_size": -3}, {"vocab_size": None}])
+def test_a_config_that_was_changed(tmp_path, values):
+    model = tiny_model()
+    model.hf.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(UserError, match="cannot load model"):
+        load_model(str(tmp_path))
