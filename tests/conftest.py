@@ -1,11 +1,37 @@
 """Settings of the whole test run."""
 
+import os
 import signal
 
+import pytest
 import torch
 
+from saepatch import organism
+
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring
+
+os.fsync = lambda handle: None  # no test cuts the power, and a slow disk would take longer than all the tests
 
 # A shell starts its background jobs with SIGINT ignored, and processes that tests start and interrupt would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Families whose layout another one, tested by default, has too.
+MORE_FAMILIES = {"mistral", "qwen2", "gemma2", "phi", "opt"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if hasattr(item, "callspec") and MORE_FAMILIES & {str(value) for value in item.callspec.params.values()}:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def few_texts():
+    """One in eight of the texts that runs on the shipped model take their statistics over."""
+    texts = organism.texts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(organism, "texts", lambda: texts[::8])
+        yield

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,16 @@ KINDS: dict[str, Draw] = {
 SIZES = (10, 20, 30, 100)  # examples
 
 
+@cache
+def true_ratio(draw: Draw) -> float:
+    top, bottom = draw(np.random.default_rng(1), 4_000_000)
+    return float(top.mean() / bottom.mean())
+
+
 def coverage(draw: Draw, n: int, trials: int, draws: int = 1000) -> tuple[float, float]:
     """In how many of the trials an interval is given, and how many of those hold the true ratio (NaN: none)."""
     rng = np.random.default_rng(n)
-    top, bottom = draw(np.random.default_rng(1), 4_000_000)
-    true = top.mean() / bottom.mean()
+    true = true_ratio(draw)
     seeds = [RatioBootstrap(np.ones(n), draws=draws, seed=seed)._counts for seed in range(20)]  # most of the time
     given = []
     for trial in range(trials):

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.whole
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow  # `make docs` fails on the same warnings
 def test_the_site_is_built_without_warnings(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],

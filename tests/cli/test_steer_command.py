@@ -108,6 +108,7 @@ def test_growing_text_is_drawn_over_itself_on_a_terminal_only():
 STEERED = ["steer", "--latent", "resid_post.3:5", "--unit", "1", "--strength", "400", "--json"]
 
 
+@pytest.mark.slow
 def test_the_command_as_a_process():
     done = subprocess.run([sys.executable, "-m", "saepatch", *STEERED, "--prompt", "The film was"],
                           capture_output=True, text=True, check=True)  # fmt: skip
@@ -217,7 +218,7 @@ def test_mistakes(capsys, tmp_path):
         (["--latent", "resid_post.3:281", "--prompt", "a", "--positions", "somewhere"], "unknown positions"),
         (["--latent", "resid_post.3:281", "--prompt", "a", "--model", "gpt2"], "give --reference FILE"),
         (["--latent", "resid_post.3:281", "--prompt", "a", "--temperature", "-1"], "temperature = -1"),
-        (["--latent", "resid_post.3:281", "--prompt", "a", "--strength", ".inf"], "strength = inf"),
+        (["--latent", "resid_post.3:281", "--prompt", "a", "--strength", ".inf"], "strength is inf"),
         (
             ["--latent", "resid_post.3:281", "--prompt", "a", "--reference", str(tmp_path / "x.txt")],
             "cannot read texts",

@@ -21,13 +21,16 @@ from saepatch.report import Details, Link, read_page
 
 pytestmark = pytest.mark.whole
 
-PAIRS = 24
+PAIRS = 16
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, few_texts):
     out = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--out", str(out), "--pairs", str(PAIRS)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "STRENGTHS", (1.0,))
+        patch.setattr(stages, "ANSWER_TOKENS", 12)
+        assert main(["demo", "--out", str(out), "--pairs", str(PAIRS)]) == 0
     return out
 
 

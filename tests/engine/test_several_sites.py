@@ -17,6 +17,8 @@ from saepatch.errors import UserError
 from saepatch.measure.patching import patch_by_pair, patch_components, patch_edits, patch_latents
 from saepatch.model.sites import READ_AT_INPUT, Site
 
+pytestmark = pytest.mark.whole  # type checks at run time would double their time
+
 PAIRS = [
     PromptPair("the cat sat on it", "the dog sat in it", "x", "y", "a"),
     PromptPair("a cat", "a dog", "b", "y", "b"),

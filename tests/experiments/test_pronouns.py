@@ -42,6 +42,7 @@ def check(out, pairs):
     return summary
 
 
+@pytest.mark.slow  # test_study.py has the same stages on indirect objects
 def test_on_the_shipped_model(tmp_path, capsys):
     assert run("--pairs", "12", "--out", str(tmp_path)) == 0
     summary = check(tmp_path, 12)

@@ -40,7 +40,7 @@ SMALL = ["--prompts", "6", "--sizes", "[4,64]", "--draws", "1", "--tokens", "5"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, few_texts):
     """Both settings, small."""
     out = tmp_path_factory.mktemp("safety")
     given = [*SMALL, "--out", str(out)]
@@ -48,6 +48,7 @@ def run(tmp_path_factory):
     return out, json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_summary_has_what_was_promised(run):
     out, summary = run
     for name in safety.SETTINGS:
@@ -77,6 +78,7 @@ def test_the_summary_has_what_was_promised(run):
     assert set(summary["setting_a"]["shared_quality"]) == set(summary["setting_a"]["sites"])
 
 
+@pytest.mark.slow
 def test_few_latents_restore_the_base_model_and_controls_do_not(run):
     found = run[1]["setting_a"]
     assert found["bare"][0] == 0 < 0.9 <= found["donor"][0]
@@ -86,6 +88,7 @@ def test_few_latents_restore_the_base_model_and_controls_do_not(run):
     assert max(fvu for one in found["shared_quality"].values() for fvu in one["fvu"]) < 0.1
 
 
+@pytest.mark.slow
 def test_few_latents_restore_jailbroken_requests_and_controls_do_not(run):
     found = run[1]["setting_b"]
     assert found["bare"][0] <= 0.1
@@ -100,6 +103,7 @@ def test_few_latents_restore_jailbroken_requests_and_controls_do_not(run):
     assert always["harmless_refused"][0] >= 0.8
 
 
+@pytest.mark.slow
 def test_rows_and_report(run):
     out, summary = run
     rows = read_rows(out / "results.parquet")

@@ -31,12 +31,13 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, few_texts):
     out = tmp_path_factory.mktemp("steering")
     assert run("--out", str(out)) == 0
     return out
 
 
+@pytest.mark.slow
 def test_a_small_run(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary["concepts"]) == ["refusal", "positive sentiment", "French"]
@@ -58,6 +59,7 @@ def test_a_small_run(finished):
     assert (finished / "refusal_norm.svg").is_file()
 
 
+@pytest.mark.slow
 def test_equal_norm_and_equal_divergence_are_equal(finished):
     rows = read_rows(finished / "rows.parquet")
     for concept in ("refusal", "French"):

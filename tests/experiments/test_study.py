@@ -169,7 +169,8 @@ def check(out: Path, question: Question, pairs: int, heads: bool) -> dict:
     return found
 
 
-def test_indirect_objects_on_the_shipped_model(tmp_path, capsys):
+@pytest.mark.slow
+def test_indirect_objects_on_the_shipped_model(tmp_path, capsys, few_texts):
     two = ",".join(str(organism.path("saes") / f"resid_post.{layer}") for layer in (0, 3))
     assert run(ioi, ioi.IoiConfig, tmp_path, "--sae", two) == 0
     found = check(tmp_path, ioi.QUESTION, 10, heads=True)

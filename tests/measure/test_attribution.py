@@ -35,8 +35,10 @@ def site_effect(model, dictionary, pair, positions="all"):
     return float(patched - logit_difference(model.next_logits(batch.corrupted), batch))
 
 
-@pytest.mark.parametrize("site", ["resid_pre.1", "resid_post.0", "resid_post.2", "mlp_out.1"])
-@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.parametrize(
+    ("site", "positions"),
+    [("resid_pre.1", "all"), ("resid_post.0", "last"), ("resid_post.2", "last"), ("mlp_out.1", "all")],
+)
 def test_completeness(site, positions):
     model, dictionary = tiny_model(), random_dictionary(site)
     latents, errors = integrated_gradients(model, dictionary, PAIRS, positions, steps=200)

@@ -188,6 +188,16 @@ def test_curve_has_controls_of_the_same_size_that_share_no_latent_with_the_top()
     assert curve.top[1].value == pytest.approx(alone.of(0).value, abs=1e-6)
 
 
+def test_the_seed_of_a_curve_is_that_of_its_intervals(monkeypatch):
+    seeds = set()
+    noting = lambda *given, seed: seeds.add(seed) or bootstrap_ratio(*given, seed=seed)  # noqa: E731
+    monkeypatch.setattr("saepatch.measure.curves.bootstrap_ratio", noting)
+    model, dictionary = tiny_model(), random_dictionary()
+    stats = latent_statistics(model, dictionary, model.tokenize([pair.clean for pair in PAIRS]))
+    effect_curve(model, dictionary, PAIRS, [1, 2], (1, 2), stats, seed=5)
+    assert seeds == {5}
+
+
 def test_matched_controls_fire_and_write_like_the_top_set():
     """Against statistics made by hand: matching by either alone, or by neither, would not keep within these bounds."""
     generator = torch.Generator().manual_seed(0)

@@ -50,7 +50,7 @@ def test_every_threshold_names_a_measure(loaded):
 
 def test_generated_answers_are_sentences_that_end_their_turn(loaded):
     name, model, tokenizer = loaded
-    rows = task("refusal", n=24)
+    rows = task("refusal", n=8)
     for column in ("plain", "clean", "corrupted"):
         for row, text in zip(rows, generate(model, tokenizer, rows[column]), strict=True):
             assert text.endswith(world.END), text

@@ -458,12 +458,18 @@ def test_a_report_in_a_browser(browser, swept):
     quiet(browser)
 
 
+def rows_shown(table):
+    """The text of each row that the page shows; asked for at once, since a question to the browser takes a while."""
+    ask = "return [...arguments[0].querySelectorAll('tbody tr')].filter(r => r.offsetParent).map(r => r.innerText)"
+    return table.parent.execute_script(ask, table)
+
+
 @pytest.mark.browser
 def test_a_view_comes_back_with_its_address(browser, swept):
     browser.get((swept / "report.html").as_uri())
     table = next(t for t in all_of(browser, "figure.table") if t.find_elements("css selector", "input"))
     table.find_element("css selector", "input").send_keys("resid_post.0 5")
-    shown = [row.text for row in table.find_elements("css selector", "tbody tr") if row.is_displayed()]
+    shown = rows_shown(table)
     assert shown
     assert all("resid_post.0" in text and "5" in text for text in shown)
     table.find_elements("css selector", "th button")[1].click()
@@ -475,14 +481,14 @@ def test_a_view_comes_back_with_its_address(browser, swept):
     browser.switch_to.active_element.send_keys("\ue007")
     picked = browser.find_element("css selector", ".view:not([hidden]) .picked").text
     assert picked
-    order = [row.text for row in table.find_elements("css selector", "tbody tr") if row.is_displayed()]
+    order = rows_shown(table)
     address = browser.current_url
     identity = table.get_attribute("id")
 
     browser.get("about:blank")
     browser.get(address)
     table = browser.find_element("id", identity)
-    assert [row.text for row in table.find_elements("css selector", "tbody tr") if row.is_displayed()] == order
+    assert rows_shown(table) == order
     assert table.find_element("css selector", "input").get_attribute("value") == "resid_post.0 5"
     assert "alone" in browser.execute_script("return document.querySelector('.choice select').selectedOptions[0].text")
     assert browser.find_element("css selector", ".view:not([hidden]) .picked").text == picked

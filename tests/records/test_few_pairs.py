@@ -66,13 +66,13 @@ def skewed(n: int, columns: int, trial: int) -> np.ndarray:
 def test_the_studentised_maximum_holds_where_changes_are_skewed():
     """Changes whose mean is 0: the tests that assume symmetry flag some in most runs, the studentised one keeps 5 %."""
     flagged = {false_discovery: 0, sign_flip_test: 0, studentised_max_test: 0}
-    for trial in range(40):
-        change = skewed(30, 100, trial)
+    for trial in range(20):
+        change = skewed(30, 60, trial)
         for test in flagged:
-            settings = {} if test is false_discovery else {"draws": 300}
+            settings = {} if test is false_discovery else {"draws": 200}
             flagged[test] += np.nanmin(test(change, np.ones(change.shape, dtype=bool), **settings)) < 0.05
-    assert flagged[studentised_max_test] <= 4
-    assert min(flagged[false_discovery], flagged[sign_flip_test]) > 20
+    assert flagged[studentised_max_test] <= 2
+    assert min(flagged[false_discovery], flagged[sign_flip_test]) > 10
 
 
 def test_the_studentised_maximum_finds_what_is_there():

@@ -19,7 +19,7 @@ from saepatch.organism import tasks
 from saepatch.pages.answered import show_answers
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import AnswerRow, read_rows
-from saepatch.records.statistics import wilson_share
+from saepatch.records.statistics import bootstrap_mean, wilson_share
 from saepatch.report import ColouredTokens, Comparison, read_page
 from saepatch.restoration.judges import Answer, by_score, read_judge
 from saepatch.restoration.ranking import clean_means, find_safety_latents
@@ -244,7 +244,7 @@ def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch, capsys):
     assert "holds results of another command" in capsys.readouterr().err
 
 
-def test_draws_are_averaged_prompt_by_prompt():
+def test_draws_are_averaged_prompt_by_prompt(monkeypatch):
     """Two random sets: each prompt's share and score is the mean over both, and prompts are what is counted."""
     whose = Provenance("m", "h", "d", "h", 0)
     drawn = {("a", 0): ("refuse", 1.0), ("a", 1): ("comply", 4.0), ("b", 0): ("comply", 2.0), ("b", 1): ("comply", 0.0)}
@@ -252,8 +252,12 @@ def test_draws_are_averaged_prompt_by_prompt():
         AnswerRow("clean", example, "p", "", "random", 2, draw, "", outcome, score)
         for (example, draw), (outcome, score) in drawn.items()
     ]
-    config = RestoreConfig(prompts="p.jsonl")
+    seeds = []
+    noting = lambda *given, seed: seeds.append(seed) or bootstrap_mean(*given, seed=seed)  # noqa: E731
+    monkeypatch.setattr("saepatch.runs.answers.bootstrap_mean", noting)
+    config = RestoreConfig(prompts="p.jsonl", seed=7)
     share = Answers.of(config, Record("restore", {}, {}, {}, {}, 0, 1, 1), [(rows, whose)]).share("random")
+    assert set(seeds) == {7}
     assert share.prompts == 2
     assert share.outcomes["refuse"].value == pytest.approx(0.25)
     assert share.outcomes["comply"].value == pytest.approx(0.75)

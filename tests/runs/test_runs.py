@@ -141,7 +141,12 @@ SWEEPS = {
 }
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
+MORE_SWEEPS = {"groups with controls", "streams, from the right", "latents of each site", "mean"}
+
+
+@pytest.mark.parametrize(
+    "sweep", [pytest.param(name, marks=pytest.mark.slow) if name in MORE_SWEEPS else name for name in SWEEPS]
+)
 def test_rows_do_not_depend_on_how_pairs_are_cut(place, tmp_path, capsys, sweep):
     options = (*SWEEPS[sweep], "--direction", "both", "--n", "5")
     whole = patch(place, tmp_path / "whole", *options, "--part", "64")
@@ -168,7 +173,7 @@ def test_rows_do_not_depend_on_how_pairs_are_cut(place, tmp_path, capsys, sweep)
 CORRUPTIONS = {"noise: sat": "GaussianNoise(subject=At(text='sat'", "zero": "Zero(", "mean": "Mean("}
 
 
-@pytest.mark.parametrize("text", CORRUPTIONS)
+@pytest.mark.parametrize("text", ["noise: sat", "mean", pytest.param("zero", marks=pytest.mark.slow)])
 def test_corrupted_runs_are_made_as_the_library_makes_them(place, tmp_path, text):
     model, dictionary = load_model(str(place / "model")), load_sae(str(place / "saes"), "resid_post.1")
     _, pairs = read_pairs(PatchConfig(pairs=str(place / "pairs.jsonl")))
@@ -590,6 +595,11 @@ def kill_after(commands, out, parts, delay, number, *given):
     return commands.wait()
 
 
+FEW = [signal.SIGKILL, signal.SIGINT]
+MANY = [*[signal.SIGKILL] * 5, signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.parametrize("signals", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize(
     ("work", "options"),
     [
@@ -597,13 +607,13 @@ def kill_after(commands, out, parts, delay, number, *given):
         ("attribute", ("--site", "resid_post.0", "--verify", "3", "--sample", "3", "--steps", "40")),
     ],
 )
-def test_killed_at_any_moment_nothing_is_lost_or_repeated(commands, place, tmp_path, work, options):
+def test_killed_at_any_moment_nothing_is_lost_or_repeated(commands, place, tmp_path, work, options, signals):
     out, rng = tmp_path / "killed", random.Random(0)
     options = ("--part", "1", "--direction", "both", *options)
     command = [work, *arguments(place, out, *options)]
     whole = run(work, place, tmp_path / "whole", *options)
     total, said = len(parts_of(tmp_path / "whole")), len(commands.log.read_text())
-    for number in [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGINT]:
+    for number in signals:
         kept = parts_of(out)
         code = kill_after(commands, out, rng.randint(1, total // 11), rng.uniform(0, 0.05), number, *command)
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
@@ -613,7 +623,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_repeated(commands, place, tmp_p
     told = commands.log.read_text()[said:].splitlines()
     config = out / "parts/shard-0-of-1/config.yaml"
     line = rf"interrupted: \d+ of {total} parts are written; to go on from there: saepatch {work} --config {config}"
-    assert len(told) == 2
+    assert len(told) == len(signals) - signals.count(signal.SIGKILL)
     assert all(re.fullmatch(line, one) for one in told)
     commands.start(work, "--config", config)
     assert commands.wait() == 0

@@ -239,6 +239,7 @@ def test_an_experiment_is_shown(tmp_path):
         PatchscopeConfig(track="clay")
 
 
+@pytest.mark.slow
 def test_shards_and_their_merge_are_one_group(place):
     out = place / "study" / "shards"
     for shard in ("0/2", "1/2"):
@@ -307,6 +308,7 @@ served = trackio.show(project="saepatch", open_browser=False, block_thread=True,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_trackios_dashboard_shows_a_run(place, capfd, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is not installed: pip install saepatch[dashboard]")

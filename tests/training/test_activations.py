@@ -618,6 +618,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow  # test_ranks.py compares what two processes train
 def test_two_processes_give_the_batches_of_one(model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}

@@ -264,6 +264,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: cannot read the config of model")
 
 
+@pytest.mark.slow
 def test_a_model_on_the_hub_and_one_that_is_not(tmp_path):
     """The endpoint is read when huggingface_hub is imported, so it takes a process of its own."""
     MODELS["gemma-2-2b"][0].save_pretrained(tmp_path / "gemma")

@@ -18,7 +18,7 @@ from training.loop.checks import check_model
 from training.loop.trainer import train_saes
 from training.ranks import ALONE, Ranks, joined
 
-pytestmark = pytest.mark.whole
+pytestmark = [pytest.mark.whole, pytest.mark.slow]
 
 TESTS = Path(__file__).parents[1]
 WORKER = """
@@ -39,13 +39,13 @@ with joined(torch.device("cpu")) as ranks:
         run.stop_request.stop = run.step == stop_at and ranks.rank == 1
         return real(run)
     Run._asked_to_stop = asked
-    for stop_at, out in ((-1, Path(sys.argv[1])), (20, Path(sys.argv[2]))):
+    for stop_at, out in ((-1, Path(sys.argv[1])), (12, Path(sys.argv[2]))):
         for name, config in CONFIGS.items():
             train_saes(tiny_model(), documents(), config, out / name, ranks)
 """
 CONFIGS = {
     architecture: small(
-        tokens=50 * 256,
+        tokens=30 * 256,
         sites=["resid_post.1"],
         resume=True,
         sae=SAEConfig(
@@ -63,7 +63,7 @@ CONFIGS = {
 
 
 def two_processes(whole, stopped):
-    """Runs of two processes that are left alone, and others that are stopped after 20 steps."""
+    """Runs of two processes that are left alone, and others that are stopped after 12 steps."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = whole.parent / "worker.py"
     script.write_text(WORKER)

@@ -81,9 +81,11 @@ def stopped_run(monkeypatch, model, out, steps, config=None, **changes):
     return outcome
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
+    kills = 20
     done = subprocess.run(
-        [sys.executable, str(TESTS / "interrupted.py"), str(tmp_path), "10", "0"],
+        [sys.executable, str(TESTS / "interrupted.py"), str(tmp_path), str(kills), "0"],
         env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -92,7 +94,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    assert len(said["killed"]) == 10, said
+    assert len(said["killed"]) == kills, said
     assert set(said["killed"]) == {"SIGTERM", "SIGINT", "SIGKILL"}
     assert said["codes"][-1] == 0, (said, done.stderr[-3000:])
     assert 3 in said["codes"]

@@ -208,6 +208,7 @@ def test_real_model_from_the_command_line(tmp_path, capsys):
     assert set(load_saes(str(tmp_path / "run"))) == {Site(0), Site(2)}
 
 
+@pytest.mark.slow  # test_resumed_training.py interrupts the tiny model
 def test_an_interrupted_run_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     if not (STORIES.is_dir() and STORY_TEXTS.is_file()):
         pytest.skip(f"no real model at {STORIES}")
