@@ -60,8 +60,6 @@ def load_model(
     """
     if unknown := [option for option in spread if option not in Spread.__annotations__]:
         raise UserError(f"unknown option {unknown[0]!r}: use one of {', '.join(Spread.__annotations__)}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = _folder_of(name)
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
@@ -74,11 +72,27 @@ def load_model(
         options["revision"] = revision
     spreads = spread.get("device_map") is not None
     placement = {key: value for key, value in spread.items() if spreads and value is not None}
+    hf, tokenizer, missing = _from_pretrained(name, folder or name, resolved, options, placement)
+    if isinstance(prepend_bos, str):
+        name_bos(tokenizer, prepend_bos)
+    if missing:
+        raise UserError(
+            f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): its files are incomplete, fetch them again"
+        )
+    return replace(wrap_model(hf if placement else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
+
+
+def _from_pretrained(
+    name: str, source: str, dtype: torch.dtype, options: Mapping[str, Any], placement: Mapping[str, Any]
+) -> tuple[Any, Any, list[str]]:
+    """The model, its tokenizer, and the names of weights that its files lack."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         with _quiet_progress():
             both: Any = AutoModelForCausalLM.from_pretrained(
-                folder or name, dtype=resolved, use_safetensors=True, output_loading_info=True, **options, **placement
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placement
             )
     except ImportError as error:
         raise UserError(
@@ -90,14 +104,8 @@ def load_model(
             f"cannot load model {name!r} (use 'organism', 'organism-base', a folder with config.json and safetensors "
             f"weights, or a Hugging Face id): {reason_of(error)}"
         ) from error
-    if isinstance(prepend_bos, str):
-        name_bos(tokenizer, prepend_bos)
     hf, loaded = both
-    if missing := sorted(loaded["missing_keys"]):
-        raise UserError(
-            f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): its files are incomplete, fetch them again"
-        )
-    return replace(wrap_model(hf if placement else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
+    return hf, tokenizer, sorted(loaded["missing_keys"])
 
 
 def _folder_of(name: str) -> str | None:

@@ -49,7 +49,7 @@ def test_inspect(folders, capsys):
 def test_mistakes(folders, capsys):
     model = str(folders / "model")
     assert "unknown dtype 'float8'" in failed(capsys, "inspect", model, "--dtype", "float8")
-    assert "no folder './nowhere'" in failed(capsys, "inspect", "./nowhere")
+    assert "'./nowhere' is neither a folder nor a Hugging Face id" in failed(capsys, "inspect", "./nowhere")
     assert "width 12, but" in failed(capsys, "inspect", model, "--sae", str(folders / "saes12"))
     assert "unknown dictionary 'nowhere'" in failed(capsys, "inspect", model, "--sae", "nowhere")
     assert "unrecognized arguments: --bogus" in failed(capsys, "inspect", model, "--bogus", "1")

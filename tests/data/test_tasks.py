@@ -124,6 +124,7 @@ def test_loan_pairs_of_kind_group_differ_in_the_group_word_alone():
         assert (row["group"] in differ[0][0]) == (row["kind"] == "group")
 
 
+@pytest.mark.slow  # for whoever retrains the organism
 def test_no_prompt_of_any_split_begins_a_document_of_the_corpus():
     prompts = {
         prompt.removeprefix(world.BOS)

@@ -498,6 +498,7 @@ MORE_FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_more_families_equal_whole_passes(family, monkeypatch):
     """Mixtures of experts, position biases, other layouts: whatever way is taken, the numbers are the same."""

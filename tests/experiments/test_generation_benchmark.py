@@ -40,7 +40,8 @@ def check(out, chosen):
     return summary
 
 
-@pytest.mark.parametrize("shape", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_the_bridge_writes_our_tokens(tmp_path, capsys, shape):
     if why := peers.missing("transformer_lens"):
         pytest.skip(why)

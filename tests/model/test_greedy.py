@@ -63,7 +63,13 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("names", [[name] for name in SETTINGS] + [list(SETTINGS)], ids=lambda names: names[0])
+# One in three alone by default, and all together.
+ALONE = [
+    [name] if number % 3 == 0 else pytest.param([name], marks=pytest.mark.slow) for number, name in enumerate(SETTINGS)
+]
+
+
+@pytest.mark.parametrize("names", [*ALONE, list(SETTINGS)], ids=lambda names: names[0])
 def test_what_a_checkpoint_generates_with_does_not_act(folder, tmp_path, names):
     model = load_model(str(folder))
     expected = [by_argmax(model, prompt) for prompt in PROMPTS]

@@ -604,7 +604,11 @@ MANY = [*[signal.SIGKILL] * 5, signal.SIGTERM, signal.SIGINT]
     ("work", "options"),
     [
         ("patch", ("--batch_size", "8")),
-        ("attribute", ("--site", "resid_post.0", "--verify", "3", "--sample", "3", "--steps", "40")),
+        pytest.param(
+            "attribute",
+            ("--site", "resid_post.0", "--verify", "3", "--sample", "3", "--steps", "40"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_killed_at_any_moment_nothing_is_lost_or_repeated(commands, place, tmp_path, work, options, signals):
