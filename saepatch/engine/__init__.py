@@ -1,4 +1,4 @@
-"""Exact sweeps and gradients: kept runs, shortcuts, components, corruptions, metrics.
+"""The engine of exact sweeps and gradients: kept runs, shortcuts, components, corruptions, metrics.
 
 May import splicing and below.
 """

@@ -1,4 +1,4 @@
-"""What a sweep can patch: latents, error terms, whole sites, attention heads, directions. All write one site."""
+"""Components that a sweep can patch, each at one site: latents, error terms, streams, attention heads, directions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ from saepatch.model.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """Where the units of a component differ between a base and a source run: one entry a (row, position, unit).
+    """Differences of a component's units between a base and a source run: one entry per (row, position, unit).
 
-    `vectors(entries)` is what setting the unit to its source value adds to the site, [entries, width].
+    `vectors(entries)` [entries, width] is what setting the units to their source values adds to the site.
     """
 
     row: Int[Tensor, "entries"]
@@ -32,22 +32,22 @@ class Changes:
         return len(self.row)
 
     def reversed(self) -> "Changes":
-        """The way back."""
+        """The changes from the source run to the base run."""
         return replace(self, vectors=lambda some: -self.vectors(some))
 
     def applied(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        """The site's value with all of them made."""
-        # in float32 at least: many small changes may add up at one position
+        """The site's value with all changes made."""
+        # at least float32: many small changes may add up at one position
         dtype, place = torch.promote_types(x.dtype, torch.float32), self.row * x.shape[1] + self.pos
         total = torch.zeros(x.shape[0] * x.shape[1], x.shape[2], dtype=dtype, device=x.device)
-        for some in torch.arange(len(self), device=x.device).split(2**14):  # as many vectors as surely fit
+        for some in torch.arange(len(self), device=x.device).split(2**14):  # bounds the memory for vectors
             total.index_add_(0, place[some], self.vectors(some).to(dtype))
         return (x + total.view(x.shape)).to(x.dtype)
 
 
 @runtime_checkable
 class Component(Protocol):
-    """Something that can be patched unit by unit at one site. `kind` says what a unit is: "latent", "head", …"""
+    """Something that can be patched unit by unit at one site. `kind` is the kind of its units: "latent", "head", …"""
 
     @property
     def kind(self) -> str: ...
@@ -56,11 +56,11 @@ class Component(Protocol):
     @property
     def units(self) -> int: ...
     def check(self, model: LanguageModel) -> None:
-        """Raises UserError where the component does not belong to the model."""
+        """Raises UserError where the component does not fit the model."""
         ...
 
     def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos values"]:
-        """What the units hold where the site holds `x`."""
+        """Values of the units where the site's value is `x`."""
         ...
 
     def write(
@@ -69,13 +69,13 @@ class Component(Protocol):
         values: Float[Tensor, "batch pos values"],
         where: Bool[Tensor, "batch pos"],
     ) -> Changes:
-        """What setting the units to `values` changes at a site that holds `base`, at the positions where it may."""
+        """Changes from `base`, the site's value, when the units are set to `values`, at the positions in `where`."""
         ...
 
 
 @dataclass(frozen=True)
 class LatentUnits:
-    """The latents of a dictionary, each a unit; the base run keeps its error term. `ids` leaves out all others."""
+    """The latents of a dictionary as units; the base run keeps its error term. `ids` restricts them to a subset."""
 
     dictionary: Dictionary
     kind: str = "latent"
@@ -119,7 +119,7 @@ class LatentUnits:
         change *= where[..., None]
         row, pos, unit = change.nonzero(as_tuple=True)
         value = change[row, pos, unit]
-        if scale is not None:  # a dictionary that normalises its input writes in the scale of the base run
+        if scale is not None:  # a dictionary that normalises its input decodes with the base run's scale
             value = value * scale[row, pos, 0]
         rows = self.dictionary.rows if self.ids is None else self.dictionary.rows[list(self.ids)]
         return Changes(row, pos, unit, lambda some: value[some, None] * rows[unit[some]])
@@ -127,7 +127,7 @@ class LatentUnits:
 
 @dataclass(frozen=True)
 class ErrorTerm:
-    """What a dictionary does not explain: one unit."""
+    """The error term of a dictionary as one unit."""
 
     dictionary: Dictionary
     kind: str = "error"
@@ -154,7 +154,7 @@ class ErrorTerm:
 
 @dataclass(frozen=True)
 class Stream:
-    """The whole value of a site at a position: one unit. `resid_post` sites make the classic layer × position map."""
+    """The whole value of a site at a position as one unit. `resid_post` sites give the classic layer × position map."""
 
     site: Site
     kind: str = "stream"
@@ -177,7 +177,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention heads of a layer: each head's output z, before the output projection, is a unit."""
+    """The attention heads of a layer as units: each head's output z, before the output projection."""
 
     layer: int
     units: int
@@ -190,7 +190,9 @@ class Heads:
     def check(self, model: LanguageModel) -> None:
         model.layout.module(self.site)
         if self.units != model.n_heads:
-            raise UserError(f"{self.units} heads named at layer {self.layer}, but {model.name} has {model.n_heads}")
+            raise UserError(
+                f"{self.units} heads at layer {self.layer}, but {model.name} has {model.n_heads}: name these"
+            )
 
     def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         return x
@@ -206,8 +208,7 @@ class Heads:
 
         def vectors(some: Int[Tensor, "some"]) -> Float[Tensor, "some width"]:
             out = torch.zeros(len(some), *by_head.shape[2:], dtype=by_head.dtype, device=by_head.device)
-            each = torch.arange(len(some), device=by_head.device)
-            out[each, unit[some]] = by_head[row[some], pos[some], unit[some]]
+            out[torch.arange(len(some), device=by_head.device), unit[some]] = by_head[row[some], pos[some], unit[some]]
             return out.flatten(1)
 
         return Changes(row, pos, unit, vectors)
@@ -215,10 +216,10 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Orthonormal directions of a site, each a unit whose value is the site's coordinate along it.
+    """Orthonormal directions of a site as units, whose values are the site's coordinates along them.
 
-    The baselines that latents are compared with: single dimensions (`dimensions`), principal components and the dense
-    difference of means (`principal_components`, `difference_of_means`).
+    Baselines for latents: single dimensions (`dimensions`), principal components and the dense difference of means
+    (`principal_components`, `difference_of_means`).
     """
 
     site: Site
@@ -230,8 +231,8 @@ class Directions:
         gram = self.rows.double() @ self.rows.double().T
         if (worst := float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())) > 1e-4:
             raise UserError(
-                f"directions {self.name!r} are not orthonormal (off by {worst:.1e}), so patching several would write "
-                "one change twice: orthonormalise them first (torch.linalg.qr)"
+                f"directions {self.name!r} are not orthonormal (off by {worst:.1e}), so patching several would count "
+                "shared parts twice: orthonormalise them first (torch.linalg.qr)"
             )
 
     @property
@@ -250,7 +251,7 @@ class Directions:
 
     @staticmethod
     def _dtype(x: Tensor) -> torch.dtype:
-        # in bfloat16 the difference of two coordinates would be little more than their rounding
+        # in bfloat16, rounding would dominate the difference of two coordinates
         return torch.promote_types(x.dtype, torch.float32)
 
     def write(
@@ -272,10 +273,10 @@ def _whole(change: Float[Tensor, "batch pos width"], where: Bool[Tensor, "batch 
 
 
 def between(component: Component, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> Changes:
-    """What patching each unit from one run into another changes, at the positions where it may be patched.
+    """The changes when each unit is patched from the source into the base run, at the positions in `where`.
 
-    Where one of them is the other with the units written over (an ablation), they are what was written: read again,
-    they could be others, for an encoder's nonlinearity is not run on edited latents.
+    Where one of the runs is an ablation of the other, its units have the values that the ablation wrote: encoding the
+    site again could give others, since edited latents do not pass through the encoder's nonlinearity.
     """
     site = component.site
     if base.written is not None:
@@ -287,14 +288,14 @@ def between(component: Component, base: KeptRun, source: KeptRun, where: Bool[Te
 Patchable = Dictionary | Component
 
 
-def as_components(model: LanguageModel, given: Patchable | Sequence[Patchable]) -> list[Component]:
-    """Components, a dictionary standing for its latents; each is checked against the model.
+def as_components(model: LanguageModel, patchables: Patchable | Sequence[Patchable]) -> list[Component]:
+    """Components, with dictionaries replaced by their latents; each is checked against the model.
 
     Raises:
-        UserError: none, two of one kind at one site, or one that does not belong to the model.
+        UserError: there are none, two are of the same kind at one site, or one does not fit the model.
     """
-    several = list(given) if isinstance(given, Sequence) else [given]
-    components: list[Component] = [LatentUnits(each) if isinstance(each, Dictionary) else each for each in several]
+    several = list(patchables) if isinstance(patchables, Sequence) else [patchables]
+    components: list[Component] = [LatentUnits(item) if isinstance(item, Dictionary) else item for item in several]
     if not components:
         raise UserError("there is nothing to patch: give at least one dictionary or component")
     seen: set[tuple[Site, str]] = set()
@@ -316,10 +317,10 @@ Key = tuple[tuple[Site, str, bool, tuple[int, ...]], ...]  # of each part: site,
 
 @dataclass(frozen=True, order=True)
 class EditPart:
-    """Units of one component that an edit sets, at one position or (None) at all that were chosen.
+    """Units of one component that an edit sets, at one position or (None) at all chosen positions.
 
-    They are set to their values in the source run; with `frozen`, to those in the base run, so that nothing the edit
-    changes upstream gets through them. Frozen units without a position are held at every token, chosen or not.
+    They are set to their values in the source run; with `frozen`, to those in the base run, which blocks the effects
+    of upstream changes through them. Frozen units without a position are frozen at every token, chosen or not.
     """
 
     site: Site
@@ -327,22 +328,23 @@ class EditPart:
     position: int | None = None
     kind: str = "latent"
     frozen: bool = False
-    beside: tuple[int, ...] = ()  # the units whose control these are
+    beside: tuple[int, ...] = ()  # the units of which these are a control
 
 
 @dataclass(frozen=True, order=True)
 class Edit:
-    """What one run patches: some units of a component together, at one position or (None) at all that were chosen.
+    """One edit: some units of a component patched together, at one position or (None) at all chosen positions.
 
-    `position` counts a prompt's own tokens from 0, or back from -1 where prompts are aligned from the right. `role`
-    says why these units: "single" (all are swept), "given", "top", "random", "matched", "differing" or "every".
+    `position` is an index into a prompt's own tokens, from 0, or from the end (-1) where prompts are aligned from the
+    right. `role` is why the units were chosen: "single" (all are swept), "given", "top", "random", "matched",
+    "differing" or "every".
 
-    `others` are further parts of the same edit, at other sites or positions. Each part sets its units in the edited run
-    itself: where `x` is what its site holds once the parts upstream have acted, the site goes on with
-    `x + decode(new) − decode(old)`, `old` the units' values read from `x`, `new` the same with the part's units at
-    their values in the source run. So a part is set to its source value, and not only moved by the difference between
-    the runs; and a part that is the same in both runs still undoes what the others change in it. Parts of one tensor
-    all read what the tensor holds before any of them acts.
+    `others` are further parts of the same edit, at other sites or positions. Each part sets its units in the edited
+    run: where `x` is the site's value after the upstream parts have acted, it becomes `x + decode(new) − decode(old)`,
+    with `old` the units' values read from `x`, and `new` the same with the part's units at their source values. So a
+    part is set to its source value, not shifted by the difference between the runs; and a part with equal values in
+    both runs still undoes upstream changes of its units. Parts of the same tensor all read its value before any of
+    them acts.
     """
 
     site: Site
@@ -350,7 +352,7 @@ class Edit:
     position: int | None = None
     kind: str = "latent"
     role: str = "single"
-    beside: tuple[int, ...] = ()  # the units whose control this is
+    beside: tuple[int, ...] = ()  # the units of which this is a control
     others: tuple[EditPart, ...] = ()
 
     @classmethod
@@ -358,11 +360,13 @@ class Edit:
         """One edit made of parts.
 
         Raises:
-            UserError: no part, or none that is not frozen.
+            UserError: there are no parts, or all are frozen.
         """
         acting = [part for part in parts if not part.frozen]
         if not acting:
-            raise UserError(f"an edit of {len(parts)} parts, none of which takes values of the source run: give one")
+            raise UserError(
+                f"none of the edit's {len(parts)} parts takes values of the source run: give one that is not frozen"
+            )
         first = acting[0]
         others = tuple(part for part in parts if part is not first)
         return cls(first.site, first.units, first.position, first.kind, role, first.beside, others)
@@ -373,20 +377,20 @@ class Edit:
 
     @property
     def place(self) -> str:
-        """The site; of an edit at several, all of them: `resid_post.3 | resid_post.4`."""
+        """The sites of all parts: `resid_post.3 | resid_post.4`."""
         return " | ".join(str(part.site) for part in self.parts)
 
     @property
     def key(self) -> Key:
-        """Which units of which components are patched, wherever in the prompt."""
+        """The patched units of each component, regardless of position."""
         return tuple((part.site, part.kind, part.frozen, part.units) for part in self.parts)
 
     @property
     def beside_key(self) -> Key:
-        """The key of the edit that this one is a control of."""
+        """The key of the edit of which this one is a control."""
         return tuple((part.site, part.kind, part.frozen, part.beside) for part in self.parts)
 
     def at(self, position: int) -> "Edit":
-        """The same at one position; frozen parts stay where they are."""
+        """The same edit at one position; frozen parts keep theirs."""
         others = tuple(part if part.frozen else replace(part, position=position) for part in self.others)
         return replace(self, position=position, others=others)

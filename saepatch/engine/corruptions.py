@@ -1,7 +1,8 @@
-"""Corrupted runs that are not simply the run of the corrupted prompt.
+"""Corrupted runs made without a corrupted prompt.
 
-`GaussianNoise` disturbs what the clean prompt's subject tokens embed to; `Zero` and `Mean` ablate what is patched, so
-that noising one unit is ablating it. To resample instead, give pairs made by `saepatch.data.batches.resampled`.
+`GaussianNoise` adds noise to the embeddings of the clean prompt's subject tokens; `Zero` and `Mean` ablate the patched
+component, so that noising a unit ablates it. For resample ablation, use pairs made by
+`saepatch.data.batches.resampled`.
 """
 
 import hashlib
@@ -27,9 +28,9 @@ from saepatch.splicing.splice import whole_prompt
 
 @runtime_checkable
 class Corruption(Protocol):
-    """Makes the corrupted run. `samples` runs are made of each pair, and effects are averaged over them.
+    """Makes the corrupted run. There are `samples` runs of each pair, over which effects are averaged.
 
-    `at_component` says that what is corrupted is the component that is patched, so there can be only one.
+    `at_component` is whether the corruption acts on the patched component, of which there can then be only one.
     """
 
     @property
@@ -39,7 +40,7 @@ class Corruption(Protocol):
     def run(
         self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: KeptRun, keep_cache: bool
     ) -> KeptRun:
-        """The corrupted run of a batch whose rows are the pairs, each as often as there are samples."""
+        """The corrupted run of a batch in which each pair is repeated `samples` times."""
         ...
 
 
@@ -47,14 +48,15 @@ class Corruption(Protocol):
 class GaussianNoise:
     """The clean prompt with normal noise on the embeddings of its subject tokens: causal tracing.
 
-    The noise has `sigma` times the standard deviation of all token embeddings of the model. Every sample of every pair
-    has its own, which depends on `seed`, the clean prompt and the sample's number only. Corrupted prompts are not read.
+    The noise's standard deviation is `sigma` times that of all token embeddings of the model. Each sample of each pair
+    has its own noise, which depends only on `seed`, the clean prompt and the sample's number. Corrupted prompts are
+    ignored.
 
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1; `sigma` and `samples` are
-    theirs.
+    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1, with their defaults for
+    `sigma` and `samples`.
 
     Raises:
-        UserError: on use, where a prompt does not hold the subject.
+        UserError: on use, where a prompt does not contain the subject.
     """
 
     subject: Positions
@@ -78,7 +80,7 @@ class GaussianNoise:
         self, model: LanguageModel, batch: PairBatch, components: Sequence[Component], clean: KeptRun, keep_cache: bool
     ) -> KeptRun:
         noise = self._noise(model, batch)
-        # Edited passes resume from what the run's sites held, so the noise is needed in this one pass only.
+        # Edited passes resume from the run's sites, so the noise is needed only in this pass.
         with edit_embeddings(model.hf, lambda x: x + noise.to(x)):
             return KeptRun(model, batch.clean, {component.site for component in components}, keep_cache=keep_cache)
 
@@ -87,7 +89,7 @@ class GaussianNoise:
         width, spread = _embeddings(model)
         noise = np.zeros((*where.shape, width), dtype=np.float32)
         for row, (pair, chosen) in enumerate(zip(batch.pairs, where, strict=True)):
-            # drawn for the subject's tokens alone, on the CPU: the same under any padding, batch, list and device
+            # drawn only for the subject's tokens, on the CPU: independent of padding, batching, order and device
             text = int.from_bytes(hashlib.sha256(pair.clean.encode()).digest()[:8], "big")
             draw = np.random.default_rng((self.seed, text, row % self.samples))
             noise[row, chosen] = self.sigma * spread * draw.standard_normal((int(chosen.sum()), width))
@@ -96,11 +98,10 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class Zero:
-    """The clean prompt with what is patched set to 0: every latent (the error term kept), head, coordinate or stream.
+    """The clean prompt with every unit of the patched component set to 0 (for latents, the error term is kept).
 
-    Noising a unit is then its zero ablation, as a share of what ablating all units does; denoising restores it alone
-    into the run where all are ablated. `positions` are where the ablation acts; where units are patched is the sweep's
-    own choice.
+    Noising a unit is then its zero ablation, as a share of the effect of ablating all units; denoising restores only
+    that unit in the run where all are ablated. `positions` are those of the ablation, independent of the sweep's own.
     """
 
     positions: Positions = "all"
@@ -121,10 +122,10 @@ class Zero:
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """As `Zero`, but everything is set to its mean over reference prompts: `Mean.over(model, dictionary, tokens)`.
+    """As `Zero`, but every unit is set to its mean over reference prompts: `Mean.over(model, dictionary, tokens)`.
 
-    `values` are [pos, values], one mean for each of a prompt's own tokens (a BOS counts), or [values], one for all.
-    `of` names the site and kind of component that they are means of, which is checked where it is given.
+    `values` are [pos, values], one mean for each of a prompt's own tokens (including BOS), or [values], the same for
+    all tokens. `of` is the site and kind of the averaged component, which is checked where given.
     """
 
     values: Float[Tensor, "*pos values"] = field(repr=False)
@@ -153,16 +154,16 @@ class Mean:
         """Means of a component (or a dictionary's latents) over prompts: at each position, or over all ordinary ones.
 
         Raises:
-            UserError: means by position of prompts of unequal token length, no ordinary position, a component that does
-                not belong to the model, or a model that is inside a splice.
+            UserError: means by position over prompts of unequal token length, no ordinary position, a component that
+                does not fit the model, or a model that is inside a splice.
         """
         (component,) = as_components(model, what)
         if is_spliced(model.layout):
-            raise UserError("means are taken on the bare model, and it is inside a splice: leave the splice first")
+            raise UserError("means are taken on the unedited model, but it is inside a splice: leave the splice first")
         lengths = sorted(set(tokens.lengths.tolist()))
         if by_position and len(lengths) != 1:
             raise UserError(
-                f"reference prompts have {lengths[0]} to {lengths[-1]} tokens, so their positions do not line up: "
+                f"reference prompts have {lengths[0]} to {lengths[-1]} tokens, so their positions do not correspond: "
                 "give prompts of equal token length, or take one mean for all positions (by_position=False)"
             )
         total, n = torch.zeros((), dtype=torch.float64, device=model.device), 0
@@ -186,14 +187,14 @@ class Mean:
         if self.of is not None and self.of != (component.site, component.kind):
             raise UserError(
                 f"means of {self.of[1]!r} at {self.of[0]}, but {component.kind!r} at {component.site} is patched: take "
-                "the mean over the component that is patched"
+                "the means of the patched component"
             )
         values = self.values.to(model.device)
         if values.ndim == 2:
             for row, length in enumerate(batch.clean.lengths.tolist()):
                 if length != len(values):
                     raise UserError(
-                        f"{_name(batch, row)} has {length} tokens, the means are for {len(values)} positions: take "
+                        f"{_name(batch, row)} has {length} tokens, but the means are for {len(values)} positions: take "
                         "means over prompts of that length, or by_position=False"
                     )
             values = values[whole_prompt(model, batch.clean).index.clamp(min=0)]
@@ -216,7 +217,7 @@ def _ablated(
     if values.ndim and values.shape[-1] != own.shape[-1]:
         raise UserError(
             f"{values.shape[-1]} means, but {component.kind!r} at {component.site} has {own.shape[-1]} values: take "
-            "the mean over the component that is patched"
+            "the means of the patched component"
         )
     where = _chosen(model, batch, positions)
     written = torch.where(where[..., None], values.to(own), own)
@@ -229,7 +230,7 @@ def _ablated(
 def _chosen(
     model: LanguageModel, batch: PairBatch, positions: Positions, samples: int = 1
 ) -> Bool[Tensor, "batch pos"]:
-    """Where the clean prompts have these positions; rows come in runs of `samples` that are one pair."""
+    """Mask of the positions in the clean prompts; each pair has `samples` consecutive rows."""
     rows = []
     for row in range(0, len(batch), samples):
         try:
@@ -237,7 +238,7 @@ def _chosen(
         except UserError as error:
             raise UserError(f"{_name(batch, row)}: {error}") from error
         if not bool(where.any()):
-            raise UserError(f"{_name(batch, row)}: positions {positions!r} hold no token of it: name others")
+            raise UserError(f"{_name(batch, row)}: positions {positions!r} select no token of it: choose others")
         rows.append(where)
     return torch.cat(rows).repeat_interleave(samples, 0)
 
@@ -249,9 +250,9 @@ def _name(batch: PairBatch, row: int) -> str:
 
 @torch.no_grad()
 def _embeddings(model: LanguageModel) -> tuple[int, float]:
-    """Width of the token embeddings, and the standard deviation of all their entries as the model reads them.
+    """Width of the token embeddings, and the standard deviation of all their entries.
 
-    Not that of the weights: some families (Gemma) scale what they look up.
+    Embeddings are looked up, not read from the weights, since some families (Gemma) scale them.
     """
     total = squares = 0.0
     n = width = 0

@@ -1,4 +1,4 @@
-"""The metric under the edits of one batch of pairs: the change at the first site, and the edits further downstream."""
+"""The metric under the edits of one batch of pairs: the change at the first site, and edits further downstream."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from saepatch.model.hooks import Edit as Hooked
 
 log = logging.getLogger(__name__)
 
-VECTORS = 2**15  # changes that are decoded at a time
+VECTORS = 2**15  # changes decoded at a time
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Units of one component (by its number) that an edit sets: at one position, or (None) at all that were chosen."""
+    """Units of one component (by its number) that an edit sets, at one position or (None) at all chosen positions."""
 
     component: int
     units: tuple[int, ...]
@@ -36,11 +36,11 @@ class Piece:
 
 
 Wanted = tuple[Piece, ...]  # one edit
-Stage = tuple[tuple[int, bool], ...]  # the components that edits are made of, and whether their units are frozen
+Stage = tuple[tuple[int, bool], ...]  # the numbers of an edit's components, and whether their units are frozen
 
 
 class EditedRuns:
-    """Runs the edits of one stage in one batch of pairs. `asked[row]` are those of one row; None: every unit alone."""
+    """Runs the edits of one stage in one batch of pairs. `asked[row]` are a row's edits; None: every unit alone."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class EditedRuns:
         acting = [number for number, frozen in stage if not frozen]
         first = min(components[number].site.order for number in acting)
         self.start = [number for number in acting if components[number].site.order == first]
-        # what is frozen upstream of all that acts cannot change
+        # units frozen upstream of every change cannot change anyway
         self.later = [(number, frozen) for number, frozen in stage if components[number].site.order > first]
         changes = {number: between(components[number], *runs, part.where) for number in acting}
         self.changes, self._component_of, offsets = _joined(changes, components)
@@ -73,17 +73,17 @@ class EditedRuns:
         return chain.from_iterable(map(self._measured, several))
 
     def _measured(self, batch: slice) -> Iterator[tuple[slice, Float[np.ndarray, "edits"]]]:
-        """Values of a batch of the plan; in two halves where it does not fit the device's memory."""
+        """Values of a batch of the plan, halved until it fits the device's memory."""
         try:
             yield batch, self._values(batch)
         except torch.OutOfMemoryError as error:
             middle = (batch.start + batch.stop) // 2
             if middle == batch.start:
                 raise UserError(
-                    f"one edit of a prompt of {self.base.width} tokens does not fit the memory of "
+                    f"a single edit of a prompt of {self.base.width} tokens does not fit in the memory of "
                     f"{self.base.model.device}: shorten the prompts, or spread the model (device_map)"
                 ) from error
-            log.info("%d edits at a time do not fit the device's memory: trying half", batch.stop - batch.start)
+            log.info("%d edits at a time do not fit in the device's memory: trying half", batch.stop - batch.start)
             yield from self._measured(slice(batch.start, middle))
             yield from self._measured(slice(middle, batch.stop))
 
@@ -98,16 +98,16 @@ class EditedRuns:
         values = metric_values(metric, self.base.resume(site, rows, first, change, only, later), asking)
         if np.isnan(values).any():
             example = asking.pairs[int(np.isnan(values).argmax())].example
-            raise UserError(f"the metric is NaN for pair {example!r} under an edit at {site}")
+            raise UserError(f"the metric is NaN for pair {example!r} under an edit at {site}: check the metric or pair")
         return values
 
     def _first_change(self, batch: slice, first: int) -> Float[Tensor, "edits columns width"]:
-        """What the edits add to the first site."""
+        """The changes that the edits add to the first site."""
         bounds = self.planned.starts[batch.start : batch.stop + 1]
         entries = self.planned.entries[int(bounds[0]) : int(bounds[-1])].to(self.changes.row.device)
         n = batch.stop - batch.start
         edit = torch.repeat_interleave(torch.arange(n), bounds.diff()).to(entries.device)
-        if self._component_of is not None:  # entries of sites further downstream only say which edits run
+        if self._component_of is not None:  # entries of later sites only decide which edits run
             here = torch.isin(self._component_of[entries], torch.tensor(self.start, device=entries.device))
             entries, edit = entries[here], edit[here]
         old = self.base.values[self.components[self.start[0]].site]
@@ -116,7 +116,7 @@ class EditedRuns:
         return change
 
     def _later_edits(self, batch: slice, first: int) -> Later:
-        """What sets the units downstream, from what their sites hold in the edited runs."""
+        """Functions that set units at later sites, given the sites' values in the edited runs."""
         by_order: dict[tuple[int, int], list[_DownstreamUnits]] = {}
         for number, frozen in self.later:
             if (live := self._live(number, frozen, batch, first)) is not None:
@@ -124,7 +124,7 @@ class EditedRuns:
         return {some[0].component.site: _setting(some) for _, some in sorted(by_order.items())}
 
     def _live(self, number: int, frozen: bool, batch: slice, first: int) -> "_DownstreamUnits | None":
-        """The units of one component that a batch of edits sets downstream; None: not any."""
+        """The units of one component that a batch of edits sets downstream; None: there are none."""
         component, rows = self.components[number], self.planned.row[batch]
         asked = [self.asked[row] or () for row in rows.tolist()]
         edits = [mine[group] for mine, group in zip(asked, self.planned.group[batch].tolist(), strict=True)]
@@ -142,7 +142,7 @@ class EditedRuns:
     def _chosen(
         self, edits: Sequence[Sequence[Piece]], place: dict[int, int], batch: slice, first: int
     ) -> Bool[Tensor, "edits columns units"]:
-        """Where each edit sets which units, from column `first` on: before it nothing has changed."""
+        """Mask of the units that each edit sets, from column `first` on; earlier columns are unchanged."""
         width, alone = self.base.width, self.planned.first[batch].tolist()
         lengths = self.base.tokens.lengths[self.planned.row[batch]].tolist()
         chosen = torch.zeros(len(edits), width - first, len(place), dtype=torch.bool)
@@ -160,7 +160,7 @@ class EditedRuns:
 
     @cached_property
     def _read(self) -> dict[tuple[int, bool], Float[Tensor, "batch pos values"]]:
-        """What the units downstream are set to."""
+        """The values to which downstream units are set."""
         runs = {False: self.source, True: self.base}
         return {
             (number, frozen): self.components[number].read(runs[frozen].values[self.components[number].site])
@@ -170,14 +170,14 @@ class EditedRuns:
 
 @dataclass(frozen=True, eq=False)
 class _DownstreamUnits:
-    """Units of one component that are set downstream of the first site, for each edit of a batch."""
+    """Units of one component set downstream of the first site, for each edit of a batch."""
 
     component: Component
     values: Float[Tensor, "edits columns values"]
     chosen: Bool[Tensor, "edits columns units"]
 
     def add(self, x: Float[Tensor, "edits columns width"], out: Float[Tensor, "edits columns width"]) -> None:
-        """Add to `out` what setting the units changes where the site holds `x`."""
+        """Add to `out` the change when the units are set and the site's value is `x`."""
         changes = self.component.write(x, self.values, self.chosen.any(-1))
         mine = self.chosen[changes.row, changes.pos, changes.unit].nonzero().flatten()
         _add_vectors(out, changes, mine, changes.row[mine], 0)
@@ -194,7 +194,7 @@ def _setting(several: Sequence[_DownstreamUnits]) -> Hooked:
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
-    # in float32 at least: many small changes may add up at one position
+    # at least float32: many small changes may add up at one position
     return torch.zeros(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
@@ -211,7 +211,7 @@ def _units(edit: Wanted, offsets: dict[int, int]) -> list[Units]:
 def _joined(
     changes: dict[int, Changes], components: Sequence[Component]
 ) -> tuple[Changes, Int[Tensor, "entries"] | None, dict[int, int]]:
-    """The changes of several components as one, each entry's component, and what was added to a component's units."""
+    """The changes of several components as one, each entry's component, and each component's offset in unit numbers."""
     if len(changes) == 1:
         ((number, only),) = changes.items()
         return only, None, {number: 0}

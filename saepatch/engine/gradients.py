@@ -1,4 +1,4 @@
-"""Gradients of a metric at the sites of a base run, taken in the ways that attribution can be made from."""
+"""Gradients of a metric at the sites of a base run, by each method of attribution."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,12 +27,12 @@ from saepatch.model.hooks import (
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
 
-PRODUCTS = 2**22  # numbers in the vectors that are multiplied with gradients at a time
+PRODUCTS = 2**22  # numbers in the vectors multiplied with gradients at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """A metric of a batch, and the vocabulary ids whose logits it needs (None: all of them)."""
+    """A metric on a batch, and the vocabulary ids whose logits it needs (None: all)."""
 
     metric: Metric
     part: PairBatch
@@ -49,10 +49,10 @@ class Readout:
         return cls(metric, replace(part, answer=places[0], counter=places[1]), only)
 
     def __call__(self, logits: Float[Tensor, "batch logits"]) -> Float[Tensor, "batch"]:
-        """The metric of next-token logits, those of all the vocabulary or of the ids that are needed.
+        """The metric of next-token logits, over the whole vocabulary or only the needed ids.
 
         Raises:
-            UserError: it is NaN, or not one value an example.
+            UserError: a value is NaN, or there is not one value per example.
         """
         logits = logits.to(self.part.answer.device)  # a model may be spread over several
         if self.only is not None and logits.shape[-1] != len(self.only):
@@ -60,25 +60,25 @@ class Readout:
         value = checked(self.metric, logits, self.part)
         if bool(value.isnan().any()):
             example = self.part.pairs[int(value.isnan().int().argmax())].example
-            raise UserError(f"the metric {metric_name(self.metric)} is NaN for pair {example!r}: look at the pair")
+            raise UserError(f"the metric {metric_name(self.metric)} is NaN for pair {example!r}: check the pair")
         return value
 
     @contextmanager
     def running(self, model: LanguageModel) -> Iterator[None]:
-        """Let passes over the model compute what the metric needs, and slow activations in one kernel."""
+        """Let passes unembed only the logits that the metric needs, and compute slow activations in one kernel."""
         with ExitStack() as stack:
             if self.only is not None:
                 stack.enter_context(only_logits_of(model.hf, self.only))
-            if model.dtype == torch.float32:  # in a narrower type the one kernel rounds otherwise than the model does
+            if model.dtype == torch.float32:  # in a narrower dtype the fused kernel rounds differently from the model
                 stack.enter_context(forwards_replaced(quick_activations(model.layout.blocks)))
             yield
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """The metric of the base run, what its sites hold, and gradients at each of them.
+    """The metric of the base run, the values of its sites, and gradients at each of them.
 
-    Estimates are products with the one gradient; with `absolute`, the mean of their sizes over several.
+    Estimates are products with the single gradient; with `absolute`, the mean absolute product over several.
     """
 
     metric: Float[Tensor, "batch"]
@@ -88,11 +88,11 @@ class Gradients:
 
 
 def products_of(changes: Changes, gradients: Float[Tensor, "takes batch pos width"]) -> Float[Tensor, "takes nodes"]:
-    """Gradients along each change; vectors are made for some changes at a time."""
-    a_chunk = max(1, PRODUCTS // gradients.shape[-1])
+    """Products of each change with the gradient at its position; vectors are made for a chunk of changes at a time."""
+    chunk = max(1, PRODUCTS // gradients.shape[-1])
     out = gradients.new_empty(len(gradients), len(changes))
-    for start in range(0, len(changes), a_chunk):
-        some = torch.arange(start, min(start + a_chunk, len(changes)), device=changes.row.device)
+    for start in range(0, len(changes), chunk):
+        some = torch.arange(start, min(start + chunk, len(changes)), device=changes.row.device)
         vectors = changes.vectors(some).to(gradients.dtype)
         for take, gradient in enumerate(gradients):
             here = gradient[changes.row[some], changes.pos[some]]
@@ -101,70 +101,73 @@ def products_of(changes: Changes, gradients: Float[Tensor, "takes batch pos widt
 
 
 class Base:
-    """The base run of a batch. It is run by the method that takes gradients, so that one forward pass may do.
+    """The base run of a batch. The gradient method runs it, so that a single forward pass may suffice.
 
-    `run` is given where a corruption made the base run: gradients are then taken from where the first site was left.
+    `run` is given where a corruption made the base run: the pass with gradients then starts from the first site's value
+    in that run.
     """
 
     def __init__(
         self, model: LanguageModel, tokens: Tokens, sites: Sequence[Site], readout: Readout, run: KeptRun | None = None
     ) -> None:
         refuse_training(model)
-        self.model, self.tokens, self.readout, self._given = model, tokens, readout, run
-        # gradients start at the first, so that all others have to come after it
+        self.model, self.tokens, self.readout, self._run = model, tokens, readout, run
+        # the graph starts at the first site, so the others must come after it
         self.sites = sorted(sites, key=lambda site: site.order)
 
     def graph(self, droppable: Sequence[int] = ()) -> tuple[Float[Tensor, "batch"], dict[Site, Tensor], Dropped]:
-        """One forward pass with a graph from the first site on: the metric, the sites' values, and the blocks' switch.
+        """One forward pass with a graph from the first site on: the metric, the sites' values, and the block to drop.
 
         Raises:
-            UserError: a corruption acts after the first site.
+            UserError: the corruption acts after the first site.
         """
         layout = self.model.layout
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.readout.running(self.model))
             dropped = stack.enter_context(droppable_blocks(layout, droppable))
-            if self._given is not None:
-                stack.enter_context(self._from(self.sites[0], self._given, self._given.values[self.sites[0]]))
-            held = stack.enter_context(graph_through(layout, self.sites))
+            if self._run is not None:
+                stack.enter_context(self._from(self.sites[0], self._run, self._run.values[self.sites[0]]))
+            emitted = stack.enter_context(graph_through(layout, self.sites))
             metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
-        if self._given is not None:
-            expected = self.readout(self._given.logits)
+        if self._run is not None:
+            expected = self.readout(self._run.logits)
             if not torch.allclose(metric.detach(), expected, rtol=1e-2, atol=1e-3):
                 raise UserError(
                     f"the corruption acts after {self.sites[0]}, where gradients start: "
                     "attribute at later sites, or patch exactly"
                 )
-        return metric, held, dropped
+        return metric, emitted, dropped
 
     @contextmanager
     def _from(self, site: Site, run: KeptRun, x: Tensor) -> Iterator[None]:
-        """Start passes at a site, set to `x`; what else enters its block is the run's own."""
+        """Start passes at a site, set to `x`; the residual stream entering its block is that of the run."""
         layout, starts = self.model.layout, {entry(site): run.values[entry(site)], site: x}
         with (
             skip_blocks(layout, site.enters),
-            edit_sites(layout, {at: lambda x, value=value: value.to(x.device) for at, value in starts.items()}),  # type: ignore[misc]
+            edit_sites(layout, {s: lambda x, value=value: value.to(x.device) for s, value in starts.items()}),  # type: ignore[misc]
         ):
             yield
 
     @torch.no_grad()
     def plain(self) -> KeptRun:
         """The run without a graph."""
-        if self._given is None:
+        if self._run is None:
             with self.readout.running(self.model):
-                self._given = KeptRun(self.model, self.tokens, self.sites, keep_cache=False)
-        return self._given
+                self._run = KeptRun(self.model, self.tokens, self.sites, keep_cache=False)
+        return self._run
 
     def gradient_at(self, site: Site, x: Float[Tensor, "batch pos _"]) -> Float[Tensor, "batch pos _"]:
-        """Gradient at a site where it holds `x` and all before it is as in the base run; earlier blocks are skipped."""
+        """Gradient at a site set to `x`, with everything before it as in the base run; earlier blocks are skipped."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), self.readout.running(self.model), self._from(site, self.plain(), leaf):
             metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
             return self.backward(metric, [leaf])[0]
 
     def backward(self, metric: Float[Tensor, "batch"], at: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of the metric's sum, which are those of each example, for examples do not mix. Graphs are kept.
+        """Gradients of the metric's sum; since examples do not interact, each row is its example's gradient.
+
+        The graph is retained.
 
         Raises:
             UserError: the metric has no gradient.
@@ -185,7 +188,7 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
     def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
-        """Gradients at every site of the base run; `source` is what the sites are patched with, `where` is where."""
+        """Gradients at every site of the base run; `source` are the sites' source values, `where` the positions."""
         ...
 
 
@@ -193,7 +196,7 @@ class Method(Protocol):
 class FirstOrder:
     """The gradient at the base run: attribution patching (Nanda 2023; Syed, Rager and Conmy 2023).
 
-    One backward pass. Blind where the metric is flat at the base run, and where paths cancel.
+    One backward pass. It misses effects where the metric is flat at the base run, and where paths cancel.
     """
 
     @property
@@ -201,29 +204,29 @@ class FirstOrder:
         return "first order"
 
     def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
-        metric, held, _ = base.graph()
-        gradients = base.backward(metric, list(held.values()))
+        metric, emitted, _ = base.graph()
+        gradients = base.backward(metric, list(emitted.values()))
         return Gradients(
             metric.detach(),
-            {site: x.detach() for site, x in held.items()},
-            {site: g[None] for site, g in zip(held, gradients, strict=True)},
+            {site: x.detach() for site, x in emitted.items()},
+            {site: g[None] for site, g in zip(emitted, gradients, strict=True)},
         )
 
 
 @dataclass(frozen=True)
 class IntegratedGradients:
-    """The mean gradient at the midpoints of `steps` equal parts of the way from the base to the source run's site.
+    """The mean gradient at the midpoints of `steps` equal steps from the base to the source run's value of a site.
 
-    Sundararajan, Taly and Yan 2017; on latents, Marks et al. 2024. Each site goes its own way while the others follow
-    from it. Latents and error term of a site together approach `m(site patched) − m(base)` as `steps` grows
-    (completeness). `steps` passes through the later blocks a site, each way.
+    Sundararajan, Taly and Yan 2017; on latents, Marks et al. 2024. Each site is interpolated separately, and later
+    sites follow from it. The estimates of a site's latents and error term sum to `m(site patched) − m(base)` as `steps`
+    grows (completeness). Cost: `steps` forward and backward passes through the later blocks per site.
     """
 
     steps: int = 10
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"{self.steps} steps: integrate over at least 1")
+            raise UserError(f"steps = {self.steps}: use at least 1")
 
     @property
     def name(self) -> str:
@@ -234,11 +237,11 @@ class IntegratedGradients:
         means = {}
         for site in base.sites:
             start = run.values[site]
-            wide = torch.promote_types(start.dtype, torch.float32)  # steps in bfloat16 would be steps of its rounding
-            way = (source[site].to(wide) - start.to(wide)) * where[..., None]
-            mean = torch.zeros_like(way)
+            wide = torch.promote_types(start.dtype, torch.float32)  # bfloat16 would round the steps away
+            difference = (source[site].to(wide) - start.to(wide)) * where[..., None]
+            mean = torch.zeros_like(difference)
             for step in range(self.steps):
-                x = start + (step + 0.5) / self.steps * way
+                x = start + (step + 0.5) / self.steps * difference
                 mean += base.gradient_at(site, x.to(start.dtype)) / self.steps
             means[site] = mean[None]
         return Gradients(base.readout(run.logits), {site: run.values[site] for site in base.sites}, means)
@@ -246,11 +249,11 @@ class IntegratedGradients:
 
 @dataclass(frozen=True)
 class GradDrop:
-    """Gradients that leave out each later block in turn: a guard against paths that cancel (AtP*, Kramár et al. 2024).
+    """Gradients that drop each later block in turn: a guard against cancelling paths (AtP*, Kramár et al. 2024).
 
-    For each block after the site, which then passes gradients on past itself (`out = in + stopgrad(out − in)`), the
-    size of the estimate; their mean. One forward pass and a backward pass for each block. Behind the last block, where
-    nothing is left to drop, the size of the first-order estimate. Sizes say where to look, not which way effects go.
+    The estimate is the mean absolute first-order estimate over later blocks, each dropped in turn
+    (`out = in + stopgrad(out − in)`): one forward pass, and one backward pass per block. After the last block, where
+    no block is left to drop, it is the absolute first-order estimate. Estimates are magnitudes, without a sign.
     """
 
     @property
@@ -260,22 +263,22 @@ class GradDrop:
     def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
         n_layers = base.model.n_layers
         later = {site: range(_after(site), n_layers) for site in base.sites}
-        metric, held, dropped = base.graph(range(min(_after(site) for site in base.sites), n_layers))
-        by_site: dict[Site, list[Tensor]] = {site: [] for site in held}
+        metric, emitted, dropped = base.graph(range(min(_after(site) for site in base.sites), n_layers))
+        by_site: dict[Site, list[Tensor]] = {site: [] for site in emitted}
         for layer in (None, *range(n_layers)):
             dropped.layer = layer
-            # with no block dropped, the sites behind the last block
-            sites = [site for site in held if (layer in later[site] if layer is not None else not later[site])]
-            for site, g in zip(sites, base.backward(metric, [held[site] for site in sites]), strict=True):
+            # with no block dropped: the sites after the last block
+            sites = [site for site in emitted if (layer in later[site] if layer is not None else not later[site])]
+            for site, g in zip(sites, base.backward(metric, [emitted[site] for site in sites]), strict=True):
                 by_site[site].append(g)
         return Gradients(
             metric.detach(),
-            {site: x.detach() for site, x in held.items()},
-            {site: torch.stack(each) for site, each in by_site.items()},
+            {site: x.detach() for site, x in emitted.items()},
+            {site: torch.stack(gradients) for site, gradients in by_site.items()},
             absolute=True,
         )
 
 
 def _after(site: Site) -> int:
-    """The first block all of which comes after the site."""
+    """The first block that lies entirely after the site."""
     return site.layer + (site.stream != "resid_pre")

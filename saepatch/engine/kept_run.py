@@ -1,9 +1,9 @@
-"""Run a model once, then go on from one of its sites as often as needed, with the site edited.
+"""Run a model once, then resume from one of its sites as often as needed, with the site edited.
 
-An edited pass skips the blocks before the site and every position before the first edited one, whose keys and values
-are those of the kept run. It runs through the model's own blocks, so masks, positions, grouped queries, sliding windows
-and soft-caps are the model's. Before a way of resuming is used it is compared with a whole forward pass; one that does
-not agree is dropped, with the reason logged.
+An edited pass skips the blocks before the site and all positions before the first edited one, whose keys and values
+come from the kept run. It runs the model's own blocks, so masks, positions, grouped queries, sliding windows and soft
+caps are the model's. Every way of resuming is compared with a whole forward pass before it is used; one that does not
+agree is dropped, with the reason logged.
 """
 
 import logging
@@ -26,17 +26,16 @@ from saepatch.model.sites import Site
 log = logging.getLogger(__name__)
 
 Ways = tuple[str, ...]
-WAYS: Ways = ("shortcuts", "cache", "whole")  # from the quickest to the one that is always right
+WAYS: Ways = ("shortcuts", "cache", "whole")  # fastest first; the last is always right
 Checked = dict[tuple[Site, ...], tuple[str, bool, int]]
-# Sites downstream of the one that a pass resumes from, each with the function that makes its new value, from column
-# `first` on, of what it holds there.
+# Edits of sites downstream of the one that a pass resumes from: functions of the site's value from column `first` on.
 Later = Mapping[Site, Edit]
 
 
 class KeptRun:
     """One forward pass over a batch whose prompts end in the same column, kept so that edited passes resume from it.
 
-    `logits` are those after each prompt's last token, `values[site]` what the sites held.
+    `logits` are those after each prompt's last token; `values[site]` is the site's value.
     """
 
     @torch.no_grad()
@@ -50,16 +49,16 @@ class KeptRun:
     ) -> None:
         refuse_training(model)
         if is_spliced(model.layout):
-            raise UserError("a sweep runs the model itself, and it is inside a splice: leave the splice first")
+            raise UserError("a sweep runs the unedited model, but it is inside a splice: leave the splice first")
         if not bool(tokens.attention_mask[:, -1].all()):
             raise ValueError("resuming needs prompts that end in the last column: pad on the left")
         self.model, self.tokens = model, tokens
         self.values: dict[Site, Tensor] = {}
-        # By the sites that are edited: the way that agrees with whole passes, whether it does where few logits are
-        # unembedded, and up to which number of tokens. Runs of one sweep share it; it is not kept for longer: models
-        # change in place.
+        # By edited sites: the way that agrees with whole passes, whether it also does when few logits are unembedded,
+        # and up to how many tokens this was checked. Shared by the runs of one sweep and not kept longer, since models
+        # may change in place.
         self.checked: Checked = {}
-        self.written: Tensor | None = None  # what an ablation wrote into the units of what is patched
+        self.written: Tensor | None = None  # the values that an ablation wrote into the component's units
         wanted = {*sites, *(entry(site) for site in sites)}
         changed = dict(edits or {})
 
@@ -75,20 +74,20 @@ class KeptRun:
         hooks = {site: keep(site) for site in {*wanted, *changed}}
         with edit_sites(model.layout, hooks):
             self._cache, self.logits = self._first_pass(keep_cache)
-        self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # what maps of the first block gave, by site
+        self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # outputs of the first block's maps, by site
 
     def _first_pass(self, keep_cache: bool) -> tuple[Any, Float[Tensor, "batch vocab"]]:
         model, tokens = self.model, self.tokens
         if keep_cache and model.takes_cache:
-            cache = DynamicCache()  # keys and values of every column; a model of recurrent states cannot use it
+            cache = DynamicCache()  # keys and values of every column; unusable for models with recurrent states
             try:
                 return cache, model.call(tokens, last=True, cache=cache)[:, -1].to(model.device)
             except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
-                log.info("%s runs without a cache of keys and values (%s): all passes are whole", model.name, error)
+                log.info("%s does not run with a key-value cache (%s): all passes are whole", model.name, error)
         return None, model.call(tokens, last=True)[:, -1].to(model.device)
 
     def split(self, n: int) -> tuple["KeptRun", "KeptRun"]:
-        """The first `n` rows and the others, as runs of their own; they share this one's memory."""
+        """The first `n` rows and the other rows, as separate runs that share this run's memory."""
         return self._part(slice(0, n)), self._part(slice(n, None))
 
     def _part(self, rows: slice) -> "KeptRun":
@@ -102,7 +101,7 @@ class KeptRun:
 
     @property
     def width(self) -> int:
-        """Columns of the batch."""
+        """Number of columns of the batch."""
         return self.tokens.width
 
     def resume(
@@ -116,7 +115,7 @@ class KeptRun:
     ) -> Float[Tensor, "edits logits"]:
         """Next-token logits of some rows with `change` added to the site from column `first` on.
 
-        `only` names the vocabulary ids whose logits are needed; None: all of them. `later` edits sites downstream.
+        `only` are the vocabulary ids whose logits are needed; None: all. `later` are edits of downstream sites.
         """
         later = later or {}
         way, few = self._way((site, *later))
@@ -151,8 +150,8 @@ class KeptRun:
                 stack.enter_context(self._shortcuts(site, rows, first, change, later))
             if only is not None:
                 stack.enter_context(only_logits_of(model.hf, only))
-            set_to = {at: _set_to(value) for at, value in edited.items()}
-            live = {at: _from_column(unedited, edit, model.device) for at, edit in later.items()}
+            set_to = {target: _set_to(value) for target, value in edited.items()}
+            live = {target: _from_column(unedited, edit, model.device) for target, edit in later.items()}
             stack.enter_context(edit_sites(model.layout, set_to | live))
             logits = model.call(self.tokens.rows(rows), first, last=True, cache=cache)[:, -1].to(model.device)
         if only is not None and logits.shape[-1] != len(only):
@@ -168,15 +167,15 @@ class KeptRun:
         change: Float[Tensor, "edits columns width"],
         later: Collection[Site],
     ) -> Iterator[None]:
-        """What the first and the last block of the pass need not compute."""
+        """Skip what the first and the last block of the pass need not compute."""
         layers, starts = self.model.n_layers, site.enters
         forwards: dict[nn.Module, Any] = {}
-        if self.model.dtype == torch.float32:  # in half precision another kernel rounds otherwise than the kept run's
+        if self.model.dtype == torch.float32:  # in half precision the fused kernel rounds differently
             forwards |= quick_activations(self.model.layout.blocks[starts:])
         if starts < layers and change.shape[1] > 1:
-            if all(at.enters > starts for at in later):  # no part of the first block is edited
+            if all(other.enters > starts for other in later):  # no part of the first block is edited
                 forwards |= self._kept_elsewhere(site, rows, first, change)
-            if all(at.order <= (layers - 1, 0) for at in later):  # nor of the last, nor what it gives
+            if all(other.order <= (layers - 1, 0) for other in later):  # nor of the last block, nor its output
                 last = find_maps(self.model, layers - 1)
                 forwards |= {m: at_last(m, m in last.wide) for m in last.stays if m not in forwards}
         with forwards_replaced(forwards):
@@ -187,45 +186,45 @@ class KeptRun:
     ) -> dict[nn.Module, Any]:
         edited = change.ne(0).any(-1)
         if entry(site) != site or not bool((edited.sum(-1) == 1).all()):
-            return {}  # several positions edited, or a block whose own parts are
+            return {}  # several positions are edited, or a site inside the block
         if site not in self._kept:
             self._kept[site] = kept_outputs(self.model, site.enters, self.values[site], self.tokens)
         column = edited.int().argmax(-1)
         return {m: at_edited(m, out[rows, first:], column) for m, out in self._kept[site].items()}
 
     def _way(self, sites: tuple[Site, ...]) -> tuple[str, bool]:
-        """The quickest way that agrees with whole passes on one of this run's rows; and whether few logits do, too."""
+        """The fastest way that agrees with whole passes on one row; and whether it may unembed few logits."""
         way, few, width = self.checked.get(sites, ("", True, 0))
         if width < self.width:
             candidates = WAYS if self._cache is not None else WAYS[-1:]
-            way, few = next(seen for way in candidates if (seen := self._seen_to_agree(way, sites)) is not None)
+            way, few = next(result for way in candidates if (result := self._verified(way, sites)) is not None)
             self.checked[sites] = (way, few, self.width)
         return way, few
 
-    def _seen_to_agree(self, way: str, sites: Sequence[Site], again: bool = True) -> tuple[str, bool] | None:
+    def _verified(self, way: str, sites: Sequence[Site], again: bool = True) -> tuple[str, bool] | None:
         if self._agrees(way, sites, None):
             return way, self._agrees(way, sites, torch.tensor([self.logits.shape[-1] - 1, 0]))
-        if again and way == WAYS[0] and forget_maps(self.model):  # the model may have been another when it was probed
-            return self._seen_to_agree(way, sites, again=False)
+        if again and way == WAYS[0] and forget_maps(self.model):  # the model may have changed since it was probed
+            return self._verified(way, sites, again=False)
         return None
 
     def _agrees(self, way: str, sites: Sequence[Site], only: Int[Tensor, "some"] | None) -> bool:
-        """Compare edits of one position, in the middle and at the end, with whole passes."""
+        """Compare edits of a single position, in the middle and at the end, with whole passes."""
         if way == WAYS[-1] and only is None:
             return True
         worst, scale, moved = 0.0, 0.0, 0.0
-        row = self.tokens.lengths.argmin().cpu().reshape(1)  # the most padded one
+        row = self.tokens.lengths.argmin().cpu().reshape(1)  # the row with most padding
         generator = torch.Generator().manual_seed(0)
         site = sites[0]
         for first in sorted({self.width // 2, self.width - 1}):
-            change, *others = (self._noise(at, row, first, generator) for at in sites)
-            later = {at: _adding(noise) for at, noise in zip(sites[1:], others, strict=True)}
+            change, *others = (self._noise(edited, row, first, generator) for edited in sites)
+            later = {other: _adding(noise) for other, noise in zip(sites[1:], others, strict=True)}
             whole = self._go(WAYS[-1], site, row, first, change, None, later).float()
             before = self.logits[row].float()
             try:
                 resumed = self._go(way, site, row, first, change, only, later).float()
-            except Exception as error:  # whatever a family does not expect; whole passes always work
-                log.info("%s at %s: %s fails (%s), so the next way is taken", self.model.name, site, way, error)
+            except Exception as error:  # families fail in many ways; whole passes always work
+                log.info("%s at %s: %s fails (%s), so the next way is used", self.model.name, site, way, error)
                 return False
             if only is not None:
                 whole, before = whole[:, only], before[:, only]
@@ -235,8 +234,8 @@ class KeptRun:
         if worst <= (1e-4 if exact else 5e-2) * scale and (worst <= 1e-6 * scale + 0.02 * moved or not exact):
             return True
         log.log(
-            logging.INFO if way == WAYS[0] else logging.WARNING,  # the next way costs little then, or a lot
-            "%s at %s: resuming by %r%s differs from whole passes by %.1e, so the next way is taken",
+            logging.INFO if way == WAYS[0] else logging.WARNING,  # only without a cache is the next way slow
+            "%s at %s: resuming by %r%s differs from whole passes by %.1e, so the next way is used",
             self.model.name, site, way, "" if only is None else " with few logits", worst,
         )  # fmt: skip
         return False
@@ -244,7 +243,7 @@ class KeptRun:
     def _noise(
         self, site: Site, row: Int[Tensor, "1"], first: int, generator: torch.Generator
     ) -> Float[Tensor, "1 columns width"]:
-        """A change of the first column, as large as what the site holds."""
+        """A random change of the first column, on the scale of the site's values."""
         old = self.values[site][row, first:]
         change = torch.zeros_like(old)
         noise = torch.randn(old.shape[-1], generator=generator).to(old)
@@ -253,14 +252,14 @@ class KeptRun:
 
 
 class _Before(DynamicLayer):
-    """Some rows of a kept run's keys and values, before a column, as the model's own kind of cache.
+    """Some rows of a kept run's keys and values before a column, as a layer of a transformers cache.
 
-    Nothing is copied before the block that needs it runs, and nothing is kept after.
+    They are copied only while the block that needs them runs.
     """
 
     def __init__(self, kept: DynamicLayer, rows: Int[Tensor, "edits"] | slice, first: int | None = None) -> None:
         super().__init__()
-        assert kept.keys is not None, "the kept run has filled its cache"
+        assert kept.keys is not None, "the kept run filled its cache"
         assert kept.values is not None
         self.lazy_initialization(kept.keys, kept.values)
         self.keys, self.values = kept.keys[:, :, :first], kept.values[:, :, :first]
@@ -268,19 +267,19 @@ class _Before(DynamicLayer):
             self.keys, self.values = self.keys[rows], self.values[rows]
             rows = torch.arange(len(self.keys))
         self._before = self.keys, self.values
-        self._rows, self._one = rows, bool((rows == rows[0]).all())
+        self._rows, self._same_row = rows, bool((rows == rows[0]).all())
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._before
         return self._with(keys, key_states), self._with(values, value_states)
 
     def _with(self, before: Tensor, new: Tensor) -> Tensor:
-        mine = before[self._rows[:1]].expand(len(new), -1, -1, -1) if self._one else before[self._rows]
+        mine = before[self._rows[:1]].expand(len(new), -1, -1, -1) if self._same_row else before[self._rows]
         return torch.cat([mine, new], -2)
 
 
 def entry(site: Site) -> Site:
-    """Where an edited pass sets the residual stream to the kept run's: the site itself, if it is that stream."""
+    """Where an edited pass sets the residual stream: the site itself if it is one, otherwise its block's input."""
     return site if site.stream in ("resid_pre", "resid_post") else Site(site.layer, "resid_pre")
 
 
@@ -293,7 +292,7 @@ def _adding(change: Tensor) -> Edit:
 
 
 def _from_column(first: int, edit: Edit, device: torch.device) -> Edit:
-    """Edit the columns from `first` on, on the device where a dictionary's weights are."""
+    """Edit the columns from `first` on, on the device of the dictionaries."""
 
     def run(x: Tensor) -> Tensor:
         new = edit(x[:, first:].to(device)).to(x)

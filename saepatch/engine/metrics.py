@@ -1,8 +1,8 @@
-"""Metrics: functions from next-token logits [batch, vocab] and the batch to one value an example.
+"""Metrics: functions of next-token logits [batch, vocab] and the batch that return one value per example.
 
-Any function of this kind is a metric. One that says what it needs (`DeclaredMetric`) gets it: passes unembed no more
-logits than it reads, and the batch holds the clean run's logits where it compares with them. `METRICS` lists those that
-the command line knows by name.
+Any such function is a metric. A `DeclaredMetric` states its needs: passes then unembed only the logits it reads, and
+the batch holds the clean run's logits if it compares with them. `METRICS` lists the metrics that the command line
+accepts by name.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ Metric = Callable[[Float[Tensor, "batch vocab"], PairBatch], Float[Tensor, "batc
 
 @dataclass(frozen=True)
 class DeclaredMetric:
-    """A metric with what it needs beside the batch; called like the function that it wraps.
+    """A metric that declares its needs; called like the function it wraps.
 
     Attributes:
         function: The metric.
-        answers_only: Of the logits it reads those of the answer and the counter-answer alone, at `batch.answer` and
-            `batch.counter`: sweeps unembed no others, so the vocabulary that it sees is smaller, and differs by batch.
+        answers_only: It reads only the logits of the answer and the counter-answer, at `batch.answer` and
+            `batch.counter`: sweeps unembed no others, so that its vocabulary is smaller and differs between batches.
         clean_logits: It reads `batch.clean_logits`, the next-token logits of each pair's clean run.
     """
 
@@ -79,7 +79,7 @@ def cross_entropy(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Flo
 
 @DeclaredMetric
 def answer_rank(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
-    """How many tokens have a higher logit than the answer: 0 is the top."""
+    """Number of tokens with a higher logit than the answer: 0 is the top."""
     logits = _precise(logits)
     return (logits > _at(logits, batch.answer)[:, None]).sum(-1).to(logits.dtype)
 
@@ -87,33 +87,32 @@ def answer_rank(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float
 def kl_divergence(reference: Float[Tensor, "pairs vocab"] | None = None) -> Metric:
     """KL(reference ‖ run) of the next token over the vocabulary, in nats.
 
-    Without a `reference` (`kl_divergence` on the command line) it is each pair's own clean run, whichever direction is
-    patched: the clean run has 0, the corrupted run KL(clean ‖ corrupted), so the gap is negative, and an effect is the
-    share of that divergence which denoising takes away or noising brings about. Where the corruption draws samples,
-    each is compared with the clean run. In the clean run the divergence is flat, so gradients there say nothing:
-    attribute noising with `IntegratedGradients`.
+    The default `reference` (`kl_divergence` on the command line) is each pair's own clean run, in both directions: the
+    clean run has 0, the corrupted run KL(clean ‖ corrupted), so the gap is negative, and an effect is the share of that
+    divergence that denoising removes or noising produces. If the corruption draws samples, each is compared with the
+    clean run. At the clean run the divergence has zero gradient: attribute noising with `IntegratedGradients`.
 
     Args:
-        reference: One row of logits for each pair of the whole list that is patched.
+        reference: Logits [pairs, vocab], one row for each pair of the whole list.
     """
 
     def kl(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
         if reference is None and batch.clean_logits is None:
             raise UserError("kl_divergence() compares with clean runs, and this batch has none: give it a reference")
-        there = batch.clean_logits if reference is None else reference[batch.index.to(reference.device)]
-        assert there is not None
-        log_p, log_q = (_precise(each.to(logits.device)).log_softmax(-1) for each in (there, logits))
-        # a token that the reference rules out (-inf) adds nothing
+        expected = batch.clean_logits if reference is None else reference[batch.index.to(reference.device)]
+        assert expected is not None
+        log_p, log_q = (_precise(values.to(logits.device)).log_softmax(-1) for values in (expected, logits))
+        # a token with probability 0 under the reference adds nothing
         return (log_p.exp() * (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
     return DeclaredMetric(kl, clean_logits=reference is None)
 
 
 def refusal_score(refusal_ids: Collection[int]) -> Metric:
-    """`log P(R) − log(1 − P(R))`, R the first tokens of a refusal, in float64 (Arditi et al. 2024)."""
+    """`log P(R) − log(1 − P(R))` in nats, with R the first tokens of refusals, in float64 (Arditi et al. 2024)."""
     ids = sorted(set(refusal_ids))
     if not ids:
-        raise UserError("the refusal score needs at least one refusal token")
+        raise UserError("no refusal tokens: the refusal score needs at least one")
 
     def score(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
         return refusal_log_odds(logits, ids)
@@ -122,11 +121,11 @@ def refusal_score(refusal_ids: Collection[int]) -> Metric:
 
 
 def refusal_log_odds(logits: Float[Tensor, "batch vocab"], refusal_ids: Collection[int]) -> Float[Tensor, "batch"]:
-    """The refusal score of next-token logits; above 0 the next token is more likely a refusal's first than not."""
+    """The refusal score of next-token logits; above 0, the next token more likely than not begins a refusal."""
     log_p, ids = _precise(logits).log_softmax(-1), sorted(set(refusal_ids))
     others = torch.ones(log_p.shape[-1], dtype=torch.bool, device=log_p.device)
     others[ids] = False
-    # the complement is summed, not subtracted: 1 − P loses everything once P is close to 1
+    # the complement is summed, not subtracted: 1 − P loses all precision when P is close to 1
     return log_p[:, ids].logsumexp(-1) - log_p[:, others].logsumexp(-1)
 
 
@@ -138,14 +137,14 @@ METRICS: dict[str, Metric] = {
     "logit_difference": logit_difference,
     "probability": probability,
 }
-"""Metrics that `--metric` knows by name."""
+"""Metrics that `--metric` accepts by name."""
 
 
 def read_metric(text: str) -> Metric:
-    """The metric of this name in `METRICS`, or MODULE:FUNCTION, imported with the working directory on the path.
+    """The metric named in `METRICS`, or MODULE:FUNCTION, imported with the working directory on the path.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such metric.
     """
     if ":" not in text:
         if text not in METRICS:
@@ -159,7 +158,7 @@ def read_metric(text: str) -> Metric:
 
 
 def source_hash(text: str) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the file of a metric MODULE:FUNCTION; "" for those of `METRICS`."""
+    """First 16 hexadecimal digits of the SHA-256 of a MODULE:FUNCTION metric's file; "" for metrics of `METRICS`."""
     file = getattr(sys.modules[text.partition(":")[0]], "__file__", None) if ":" in text else None
     return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
@@ -168,51 +167,53 @@ def _imported(text: str) -> Any:
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # what the user's module itself imports
+        if not f"{module}.".startswith(f"{error.name}."):  # a failing import inside the user's module
             raise
-        raise UserError(f"metric {text!r}: there is no module {error.name!r} in {os.getcwd()} or installed") from error
+        raise UserError(
+            f"metric {text!r}: no module {error.name!r} in {os.getcwd()} or installed: check the name"
+        ) from error
     finally:
         sys.path.remove(os.getcwd())
-    if not hasattr(found, name):
-        raise UserError(f"metric {text!r}: {found.__file__} has no {name!r}")
-    return getattr(found, name)
+    if not hasattr(imported, name):
+        raise UserError(f"metric {text!r}: {imported.__file__} has no {name!r}: check the name")
+    return getattr(imported, name)
 
 
 def answers_only(metric: Metric) -> bool:
-    """Whether a metric reads the logits of answer and counter-answer alone: sweeps unembed no others for it."""
+    """Whether a metric reads only the logits of answer and counter-answer, so that sweeps unembed no others."""
     return isinstance(metric, DeclaredMetric) and metric.answers_only
 
 
 def needs_clean_logits(metric: Metric) -> bool:
-    """Whether a metric compares with the clean run, so that the batch has to hold its logits."""
+    """Whether a metric compares with the clean run, so that the batch must hold its logits."""
     return isinstance(metric, DeclaredMetric) and metric.clean_logits
 
 
 def bytes_per_logit(metric: Metric) -> int:
-    """Memory that a metric takes for each entry of the vocabulary, copies in float64 among them."""
+    """Memory in bytes that a metric takes per vocabulary entry and example, including float64 copies."""
     return 0 if answers_only(metric) else 56 if needs_clean_logits(metric) else 24
 
 
 def checked(metric: Metric, logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
-    """The metric's values, once they are seen to be one an example.
+    """The metric's values, checked to be one per example.
 
     Raises:
-        UserError: they are not.
+        UserError: they have another shape.
     """
-    # a metric that writes into its logits would change what others read
+    # cloned, since a metric might modify its logits in place
     values = metric(logits if logits.requires_grad else logits.clone(), batch)
     if values.shape != (len(batch),):
         raise UserError(
-            f"metric {metric_name(metric)} gives values of shape {tuple(values.shape)} for {len(batch)} examples: "
-            "return one value for each"
+            f"metric {metric_name(metric)} returns values of shape {tuple(values.shape)} for {len(batch)} examples: "
+            "return one value per example"
         )
     return values
 
 
 def metric_name(metric: Metric) -> str:
-    """How a metric is called in results."""
+    """A metric's name in results."""
     while isinstance(metric, (partial, DeclaredMetric)):
         metric = metric.func if isinstance(metric, partial) else metric.function
     name = getattr(metric, "__qualname__", None) or type(metric).__qualname__

@@ -1,4 +1,4 @@
-"""What sweeps and screens share: where, which way, by which metric, under which corruption, how many at a time."""
+"""Options that sweeps and screens share: positions, direction, metric, corruption, batch size."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -24,18 +24,18 @@ class Labels(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepOptions:
-    """Options of everything that patches or attributes; each is accepted as a plain keyword there, too.
+    """Options of patching and attribution; the functions also accept each option as a keyword.
 
     Attributes:
-        positions: Where to patch; at all of them together, or with `each_position` at each alone.
-        each_position: Patch at each position alone. Screens always do.
-        direction: "denoise" patches clean values into the corrupted run, "noise" the other way round.
-        metric: A function of next-token logits [batch, vocab] and the batch, one value an example.
-        corruption: What makes the corrupted run; None: the pair's corrupted prompt.
-        min_gap: Pairs whose clean and corrupted metric differ by less have no normalised effect.
+        positions: Positions to patch, all of them together or, with `each_position`, one at a time.
+        each_position: Patch at each position separately. Screens always do.
+        direction: "denoise" patches clean values into the corrupted run, "noise" the reverse.
+        metric: A function of next-token logits [batch, vocab] and the batch that returns one value per example.
+        corruption: How the corrupted run is made; None: from the pair's corrupted prompt.
+        min_gap: Pairs whose clean and corrupted metric differ by less than this have no normalised effect.
         align: As for `batch_pairs`.
-        batch_size: Edits (of a screen, pairs) at a time; None: as many as pay and fit.
-        progress: Show a bar; or a function that receives the number of edits just done.
+        batch_size: Edits (in a screen, pairs) per forward pass; None: chosen by speed and memory.
+        progress: Show a progress bar; or a function that is called with the number of edits just done.
 
     Raises:
         UserError: an unknown direction, or a batch size below 1.
@@ -55,7 +55,7 @@ class SweepOptions:
         if self.direction not in PATCH_DIRECTIONS:
             raise UserError(f"unknown direction {self.direction!r}: use 'denoise' or 'noise'")
         if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch_size = {self.batch_size}: use at least 1, or None to have it chosen")
+            raise UserError(f"batch_size = {self.batch_size}: use at least 1, or None for an automatic choice")
 
     @property
     def denoises(self) -> bool:
@@ -63,17 +63,17 @@ class SweepOptions:
 
     @property
     def at_component(self) -> bool:
-        """Whether the corruption acts at what is patched."""
+        """Whether the corruption acts on the patched component."""
         return self.corruption is not None and self.corruption.at_component
 
     @property
     def samples(self) -> int:
-        """Corrupted runs of each pair."""
+        """Number of corrupted runs per pair."""
         return 1 if self.corruption is None else self.corruption.samples
 
     @property
     def labels(self) -> Labels:
-        """What results say of the options."""
+        """The options that results record."""
         positions = self.positions if isinstance(self.positions, str) else repr(self.positions)
         return {
             "direction": self.direction,
@@ -101,7 +101,7 @@ def with_keywords(options: Options, keywords: Mapping[str, object]) -> Options:
     """An options value (a frozen dataclass) with some of its fields replaced by keywords.
 
     Raises:
-        UserError: a keyword that is no option, or a value that is none.
+        UserError: a keyword is not an option, or a value is invalid.
     """
     known = [field.name for field in fields(cast(Any, options))]
     if unknown := [name for name in keywords if name not in known]:

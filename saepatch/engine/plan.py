@@ -1,4 +1,4 @@
-"""Which edits of a batch of pairs change something, in what order they run, and how many at a time."""
+"""The plan of a batch's edits: which change something, their order, and how many run at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from saepatch.engine.metrics import Metric, bytes_per_logit
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
 
-# Units, and where: at one position, or (None) at all that were chosen. An edit asks for several.
+# Units at one position, or (None) at all chosen positions. An edit has one or several of these.
 Units = tuple[Sequence[int], int | None]
-CPU_MEMORY = 2**28  # bytes that the activations of one batch of edits may take; more is no faster
+CPU_MEMORY = 2**28  # limit in bytes for the activations of one batch of edits; larger batches are no faster
 
 
 @dataclass(frozen=True, eq=False)
 class EditPlan:
-    """Edits to run, in order of the first column they change; `entries[starts[e]:starts[e + 1]]` are those of one."""
+    """Edits in order of the first column they change; edit e makes the changes `entries[starts[e]:starts[e + 1]]`."""
 
     row: Int[Tensor, "edits"]
     group: Int[Tensor, "edits"]
@@ -36,10 +36,10 @@ class EditPlan:
 def plan(
     changes: Changes, asked: Sequence[Sequence[Sequence[Units]] | None], tokens: Tokens, each_position: bool
 ) -> EditPlan:
-    """Plan the edits that each row asks for (None: every unit alone), leaving out what changes nothing.
+    """Plan the edits of each row (None: every unit alone), leaving out edits that change nothing.
 
     Raises:
-        UserError: a position that a prompt does not have.
+        UserError: a position is outside a prompt.
     """
     row, pos, unit = (t.cpu().numpy() for t in (changes.row, changes.pos, changes.unit))
     bounds = np.searchsorted(row, np.arange(len(asked) + 1))
@@ -78,10 +78,10 @@ def plan(
 
 
 def column_of(position: int, length: int, width: int) -> int:
-    """The column of a prompt's position in a batch padded on the left.
+    """The column of a position in a prompt that is padded on the left.
 
     Raises:
-        UserError: the prompt has no such position.
+        UserError: the position is outside the prompt.
     """
     if not -length <= position < length:
         raise UserError(f"position {position} is out of range: the prompt has {length} tokens")
@@ -91,10 +91,10 @@ def column_of(position: int, length: int, width: int) -> int:
 def batches(
     model: LanguageModel, base: KeptRun, planned: EditPlan, metric: Metric, batch_size: int | None, live: int = 0
 ) -> Iterator[slice]:
-    """Split the edits, which stand in order of their first column, into batches that start at one column.
+    """Split the edits, ordered by first column, into batches that each start at one column.
 
-    An edit that starts later runs some columns for nothing; it joins the batch where that costs less than a pass of
-    its own would. `live` units are read again in every edited run.
+    An edit that starts later than its batch processes unneeded columns; it joins the batch if that costs less than
+    another pass. `live` is the number of units that are read again in every edited run.
     """
     first = planned.first.tolist()
     (tokens, most), worth = _at_once(model, base.width, metric, live), _pass_worth(model)
@@ -116,7 +116,7 @@ def batches(
 
 
 def _pass_worth(model: LanguageModel) -> int:
-    """Tokens through a block that cost as much as starting one more pass: reading its weights, and Python's share."""
+    """Fixed cost of a pass (reading weights, Python overhead), in tokens through a block."""
     if model.device.type != "cpu":
         return 4096
     block = sum(p.numel() for p in model.layout.blocks[0].parameters())
@@ -124,12 +124,12 @@ def _pass_worth(model: LanguageModel) -> int:
 
 
 def _at_once(model: LanguageModel, width: int, metric: Metric, live: int) -> tuple[int, int]:
-    """Most tokens and most edits of one batch, so that a block's activations and scores, and logits, fit."""
+    """Maximum tokens and maximum edits per batch, so that a block's activations and scores, and logits, fit."""
     config = model.config.get_text_config()
     wide = getattr(config, "intermediate_size", None) or 4 * model.d_model
     memory = CPU_MEMORY
     if model.device.type == "cuda":
         memory = int(0.4 * torch.cuda.mem_get_info(model.device)[0])
-    a_token = 4 * (4 * wide + 12 * model.d_model + 3 * getattr(config, "num_attention_heads", 1) * width) + 12 * live
-    an_edit = 8 * model.d_model * width + bytes_per_logit(metric) * int(config.vocab_size)
-    return memory // a_token, max(1, memory // an_edit)
+    per_token = 4 * (4 * wide + 12 * model.d_model + 3 * getattr(config, "num_attention_heads", 1) * width) + 12 * live
+    per_edit = 8 * model.d_model * width + bytes_per_logit(metric) * int(config.vocab_size)
+    return memory // per_token, max(1, memory // per_edit)

@@ -1,9 +1,10 @@
-"""What the first and the last block of a resumed pass need not compute. Found by probing the block, not by its family.
+"""Computation that the first and the last block of a resumed pass can skip, found by probing blocks, not by family.
 
-Only the next token's logits are wanted, so in the last block a linear map whose output stays at its own position (the
-output projection, the MLP, mostly the queries too) runs at the last position alone. And where one position of the
-site is edited, a linear map of the first block that sees its own position only (queries, keys, values; the MLP, too,
-where it runs beside attention) runs at that position alone; elsewhere it gives what it gave in the kept run.
+Only the next token's logits are needed, so in the last block a linear map whose output affects only its own position
+(the output projection, the MLP, mostly the queries too) runs only at the last position. And where a single position of
+the site is edited, a linear map of the first block whose input depends only on its own position (queries, keys, values;
+the MLP as well where it runs parallel to attention) runs only at that position; elsewhere it returns the kept run's
+output.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,15 +22,15 @@ from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
 Forward = Callable[..., Any]
-MOST_MAPS = 24  # a block with more linear maps (a mixture of experts, say) is not probed
+MOST_MAPS = 24  # blocks with more linear maps (such as a mixture of experts) are not probed
 _KNOWN: WeakKeyDictionary[nn.Module, "Maps"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Linear maps of one block, by what they need: `own` see one position only; `stays` reach one position only.
+    """Linear maps of one block: inputs of `own` and effects of `stays` are confined to one position.
 
-    The outputs of those in `wide` are expected at every position, though only the last one's is used.
+    Maps in `wide` must return every position, though only the last one is used.
     """
 
     own: tuple[nn.Module, ...] = ()
@@ -38,7 +39,7 @@ class Maps:
 
 
 def quick_activations(blocks: Iterable[nn.Module]) -> dict[nn.Module, Forward]:
-    """One kernel for activations that are written out operation by operation (GPT-2's, ten times slower)."""
+    """Fused kernels for activations implemented as separate operations (GPT-2's, ten times slower)."""
     from transformers.activations import NewGELUActivation
 
     quick = partial(nn.functional.gelu, approximate="tanh")
@@ -46,7 +47,7 @@ def quick_activations(blocks: Iterable[nn.Module]) -> dict[nn.Module, Forward]:
 
 
 def at_last(module: nn.Module, wide: bool) -> Forward:
-    """A forward that computes the last position alone."""
+    """A forward that computes only the last position."""
     plain = module.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -59,19 +60,19 @@ def at_last(module: nn.Module, wide: bool) -> Forward:
 
 
 def at_edited(module: nn.Module, kept: Float[Tensor, "edits columns out"], column: Int[Tensor, "edits"]) -> Forward:
-    """A forward that computes the edited position alone; `kept` is what the others give, and is written into."""
+    """A forward that computes only the edited position; `kept` holds the other outputs, and is written into."""
     plain = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        each = torch.arange(len(x), device=x.device)
-        kept[each, column] = plain(x[each, column])
+        edits = torch.arange(len(x), device=x.device)
+        kept[edits, column] = plain(x[edits, column])
         return kept
 
     return forward
 
 
 def find_maps(model: LanguageModel, layer: int) -> Maps:
-    """Probe one block with a few tokens; remembered."""
+    """Probe one block with a few tokens; the result is cached."""
     block = model.layout.blocks[layer]
     if block not in _KNOWN:
         try:
@@ -82,7 +83,7 @@ def find_maps(model: LanguageModel, layer: int) -> Maps:
 
 
 def forget_maps(model: LanguageModel) -> bool:
-    """Forget what probing the model's blocks has found; whether there was anything."""
+    """Discard the cached probes of the model's blocks; returns whether there were any."""
     known = [_KNOWN.pop(block, None) for block in model.layout.blocks]
     return any(maps is not None for maps in known)
 
@@ -91,7 +92,7 @@ def forget_maps(model: LanguageModel) -> bool:
 def kept_outputs(
     model: LanguageModel, layer: int, x: Float[Tensor, "batch pos d_model"], tokens: Tokens
 ) -> dict[nn.Module, Float[Tensor, "batch pos out"]]:
-    """What the `own` maps of a block give for an input of the block."""
+    """Outputs of a block's `own` maps for an input of the block."""
     maps, seen = find_maps(model, layer).own, {}
 
     def watched(module: nn.Module, plain: Forward) -> Forward:
@@ -107,7 +108,7 @@ def kept_outputs(
 
 
 def _block(model: LanguageModel, layer: int, x: Tensor, tokens: Tokens) -> Tensor:
-    """What one block makes of an input, run by the model itself."""
+    """Output of one block for an input, run by the model itself."""
     after = Site(layer)
     with skip_blocks(model.layout, layer), edit_sites(model.layout, {Site(layer, "resid_pre"): lambda _: x}):
         return model.capture(tokens, [after])[after]

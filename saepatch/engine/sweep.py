@@ -1,7 +1,7 @@
-"""The engine of exact patching: run every edit that is asked for and that changes something, many at a time.
+"""The engine of exact patching: run every requested edit that changes something, many at a time.
 
 Each batch of pairs is run twice, clean and corrupted. Edits resume from the base run (`saepatch.engine.kept_run`),
-sorted by the first position they change, so that a batch of edits shares the keys and values of the positions before.
+sorted by the first position they change, so that a batch of edits shares the keys and values of earlier positions.
 """
 
 import logging
@@ -26,15 +26,15 @@ from saepatch.splicing.splice import choose_positions
 
 log = logging.getLogger(__name__)
 
-PAIRS_MEMORY = 2**29  # bytes that the latents of one batch of pairs may take
-SMALL = 512  # tokens: below this, two batches run as one, for a pass takes about as long as reading the weights
+PAIRS_MEMORY = 2**29  # limit in bytes for the latents of one batch of pairs
+SMALL = 512  # tokens: up to here, clean and corrupted run in one pass, whose time is dominated by reading weights
 
 
 @dataclass(eq=False)
 class Swept:
-    """The runs' own metrics, and for each edit that ran how far it moved its pair's base run (a mean over samples).
+    """Metrics of the clean and corrupted runs, and the change of the base run's metric by each edit (mean of samples).
 
-    `noise` is the largest difference of a clean run's metric between the row alone and in its batch, of a few rows.
+    `noise` is the largest difference of the clean run's metric between a row alone and in its batch, over a few rows.
     """
 
     clean: Float[np.ndarray, "pairs"]
@@ -61,18 +61,18 @@ def sweep(
     wanted: Callable[[int, int], Sequence[Wanted] | None],
     options: SweepOptions,
 ) -> Swept:
-    """Run every edit that `wanted(stage, pair)` asks for (None: every unit alone) and that changes something.
+    """Run every edit in `wanted(stage, pair)` (None: every unit alone) that changes something.
 
-    A stage says which components the edits in it are made of, so that they can run together.
+    Edits of one stage are made of the same components, so that they can run together.
     """
     corruption = options.corruption
     if options.at_component and len(components) > 1:
         raise UserError(
-            f"{corruption} corrupts what is patched, so patch one component at a time, as in "
-            "[patch_components(model, one, pairs, corruption=…) for one in components]"
+            f"{corruption} corrupts the patched component, so patch one component at a time, as in "
+            "[patch_components(model, component, pairs, corruption=…) for component in components]"
         )
     samples = options.samples
-    if corruption is not None:  # the corrupted prompts are not read
+    if corruption is not None:  # corrupted prompts are ignored
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
     whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
     if options.each_position and options.align == "equal":
@@ -117,7 +117,7 @@ def _warn_of_lengths(tokens: Tokens) -> None:
     lengths = tokens.lengths.unique().tolist()
     if len(lengths) > 1:
         log.warning(
-            "prompts have %d to %d tokens, so a position is not the same token in all of them, and its effect is a "
+            "prompts have %d to %d tokens, so a position is a different token in different pairs, and its effect is a "
             "share of the gap of all pairs: for a map of positions give pairs of one form", lengths[0], lengths[-1],
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ def _two_runs(
 def _batch_noise(
     model: LanguageModel, clean: KeptRun, part: PairBatch, options: SweepOptions, together: Float[np.ndarray, "rows"]
 ) -> float:
-    """How far the metric of a few rows is from that of each alone: kernels may round by what else is in the batch."""
+    """Largest difference of a few rows' metric from each row alone: kernels may round differently by batch."""
     rows = sorted({0, len(part) // 2, len(part) - 1})
     alone = [
         metric_values(options.metric, model.next_logits(clean.tokens.rows([row])), part.rows([row]))[0] for row in rows
@@ -148,10 +148,10 @@ def _batch_noise(
 
 
 def _check_padding(model: LanguageModel, run: KeptRun) -> None:
-    """See that the most padded prompt of a batch gives what it gives alone.
+    """Check that the prompt with most padding has the same logits as alone.
 
     Raises:
-        UserError: it does not: the model does not know padding.
+        UserError: it has not: padding changes the model's results.
     """
     if not run.tokens.padded:
         return
@@ -162,12 +162,12 @@ def _check_padding(model: LanguageModel, run: KeptRun) -> None:
     worst = float((run.logits[row].float() - expected).abs().max())
     if worst > (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max()):
         raise UserError(
-            f"{model.name} computes something else where a prompt is padded (logits differ by {worst:.1e}): give pairs "
-            "of equal length (align='equal'), or one pair at a time"
+            f"padding changes the results of {model.name} (logits differ by {worst:.1e}): give pairs of equal length "
+            "(align='equal'), or one pair at a time"
         )
 
 
 def _pairs_at_once(components: Sequence[Component], width: int, batch_size: int | None) -> int:
-    """Pairs whose runs are kept at a time, so that their latents fit."""
+    """Number of pairs whose runs are kept at a time, so that their latents fit in memory."""
     largest = max(component.units for component in components)
     return max(1, min(batch_size or 64, PAIRS_MEMORY // (16 * width * max(largest, 1024))))

@@ -1,7 +1,7 @@
-"""One whole pass over a batch of texts, kept, and edited passes that go on from one of its sites, with all logits.
+"""A kept pass over a batch of texts, and edited passes that resume from one of its sites, with logits at all positions.
 
-`saepatch.engine.kept_run` does the same for prompts whose next token alone counts, and saves more there. Both run
-through the model's own blocks. Gradients flow through an edited pass where they are enabled.
+`saepatch.engine.kept_run` does the same for prompts where only the next token matters, and skips more. Both run the
+model's own blocks. Gradients flow through an edited pass where they are enabled.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,12 +20,12 @@ from saepatch.model.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class WholePass:
-    """A model's own pass over a batch.
+    """A model's unedited pass over a batch.
 
     Attributes:
         tokens: The batch.
         logits: Logits at every position.
-        values: What each site held that was asked for, and the residual stream that enters its block.
+        values: Values of the requested sites, and of the residual streams that enter their blocks.
     """
 
     tokens: Tokens
@@ -39,7 +39,7 @@ class WholePass:
 
 @torch.no_grad()
 def whole_pass(model: LanguageModel, sites: Collection[Site], tokens: Tokens) -> WholePass:
-    """Run the model once, and keep what the sites hold."""
+    """Run the model once, and keep the values of the sites."""
     values: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Edit:
@@ -58,7 +58,7 @@ def whole_pass(model: LanguageModel, sites: Collection[Site], tokens: Tokens) ->
 def edited_logits(
     model: LanguageModel, kept: WholePass, site: Site, value: Float[Tensor, "batch pos width"], skip: bool = True
 ) -> Float[Tensor, "batch pos vocab"]:
-    """Logits of a pass in which the site holds `value`; with `skip`, the blocks before the site do not run."""
+    """Logits of a pass with the site set to `value`; with `skip`, the blocks before the site do not run."""
     with ExitStack() as stack:
         if skip:
             stack.enter_context(_from(model, kept, site))
@@ -76,14 +76,14 @@ def _from(model: LanguageModel, kept: WholePass, site: Site) -> Iterator[None]:
 
 @torch.no_grad()
 def can_skip(model: LanguageModel, kept: WholePass, site: Site) -> bool:
-    """Whether a pass that goes on from the site, nothing edited, ends with the logits of the whole one.
+    """Whether an unedited pass that resumes from the site gives the logits of the whole pass.
 
-    It does not in families whose blocks hand each other more than the residual stream.
+    It does not in families whose blocks pass on more than the residual stream.
     """
     try:
-        found = edited_logits(model, kept, site, kept.values[site]).float()
+        resumed = edited_logits(model, kept, site, kept.values[site]).float()
     except (TypeError, ValueError, IndexError, AttributeError, KeyError, RuntimeError):
         return False
     real, tolerance = kept.tokens.attention_mask.bool(), 1e-4 if model.dtype == torch.float32 else 5e-2
     whole = kept.logits.float()[real]
-    return bool((found[real] - whole).abs().max() <= tolerance * whole.abs().max())
+    return bool((resumed[real] - whole).abs().max() <= tolerance * whole.abs().max())

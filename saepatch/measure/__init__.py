@@ -1,4 +1,4 @@
-"""What the engine measures: patching, attribution, effects, curves, controls, baselines, quality.
+"""Measurements: patching, attribution, effects, curves, controls, baselines, splice quality.
 
 May import engine and below.
 """

@@ -1,13 +1,13 @@
 """Attribution of attention queries, keys and values, with the QK-fix of AtP* (Kramár et al. 2024).
 
-A softmax that is sure of itself is flat, so first-order estimates of what queries and keys do vanish although patching
-them would move all of the attention. The QK-fix recomputes the attention probabilities exactly under the patched query,
-or key, and linearises from there on: `(p_patched − p_base) · v · ∂m/∂z`.
+A saturated softmax is flat, so first-order estimates for queries and keys vanish even where patching them would move
+all of the attention. The QK-fix recomputes the attention probabilities exactly under the patched query or key, and
+linearises from there: `(p_patched − p_base) · v · ∂m/∂z`.
 
-Queries, keys and values are seen through transformers' attention interface, as the attention itself sees them: after
-rotation and norms of their own, before keys and values are repeated for grouped queries. A node is one head's query,
-key or value at one position; keys and values of grouped queries are counted by key-value head. Its edit has the site
-`z` of its layer, and "query", "key" or "value" as its kind.
+Queries, keys and values are read through transformers' attention interface, as attention itself receives them: after
+rotary embedding and their norms, before keys and values are repeated for grouped queries. A node is one head's query,
+key or value at one position; with grouped queries, keys and values are numbered by key-value head. Its edit has the
+site `z` of its layer, and the kind "query", "key" or "value".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ from saepatch.model.sites import Site
 from saepatch.splicing.splice import choose_positions
 
 PARTS = ("query", "key", "value")
-LEAST = -1e38  # a score that no softmax sees
+LEAST = -1e38  # a score with probability 0 after softmax
 
 
 def attribute_attention(
@@ -50,16 +50,17 @@ def attribute_attention(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Attribution:
-    """Estimate the effect of patching every query, key and value of every attention head, each alone.
+    """Estimate the effect of patching every query, key and value of every attention head separately.
 
-    Two forward passes and one backward pass a batch. Queries and keys get the QK-fix, or (without `qk_fix`) the plain
-    first order, which values get, too. z is linear in v, but the metric is not linear in z: large differences of values
-    (layer 0) are estimated badly. In the organism these estimates have Pearson 0.28 with exact effects, and near 1 once
-    the differences are scaled down: so verify. Arguments are those of `saepatch.attribute`; there is no corruption.
+    Cost: two forward passes and one backward pass per batch. Queries and keys use the QK-fix, or (without `qk_fix`) the
+    first-order estimate; values always use the latter. z is linear in v, but the metric is not linear in z: estimates
+    for large differences of values (layer 0) are poor. In the organism, those estimates have a Pearson correlation of
+    0.28 with exact effects, and near 1 when the differences are scaled down: so verify. Arguments are those of
+    `saepatch.attribute`, without corruption.
 
     Raises:
-        UserError: the model's attention does not go through transformers' interface, or computes something else than
-            softmax attention (with sinks or biases, say); it is in training mode; or an unknown option.
+        UserError: the model's attention does not use transformers' interface, or is not plain softmax attention (as
+            with sinks or biases); the model is in training mode; or an option is unknown.
     """
     chosen = _without_corruption(with_keywords(options or SweepOptions(), keywords))
     clean, corrupted, layers = np.zeros(len(pairs)), np.zeros(len(pairs)), list[int]()
@@ -103,7 +104,7 @@ def attribute_attention(
 
 def _without_corruption(options: SweepOptions) -> SweepOptions:
     if options.corruption is not None:
-        raise UserError(f"{options.corruption}: attention is patched between the prompts of a pair, without corruption")
+        raise UserError(f"{options.corruption}: attention is patched between a pair's prompts; leave corruption out")
     return options
 
 
@@ -115,7 +116,7 @@ def _scored(
     place: Callable[[Tensor, Tensor], Tensor],
     layer: int,
 ) -> Iterator[dict[str, ndarray]]:
-    """Estimates of one layer's queries, keys and values that differ between the runs, as columns of a screen."""
+    """Estimates for one layer's queries, keys and values that differ between the runs, as columns of a screen."""
     assert part.where is not None
     index = part.index.cpu().numpy()
     for offset, what in enumerate(PARTS):
@@ -134,19 +135,19 @@ def patch_attention(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Float[ndarray, "edits"]:
-    """The metric under edits of queries, keys or values, each of one pair (named by its index), run exactly.
+    """The metric under edits of queries, keys or values, each of one pair (given by its index), run exactly.
 
-    An edit names its layer (`Site(layer, "z")`), heads (`units`), `kind` and position; None: all that are chosen.
+    An edit names its layer (`Site(layer, "z")`), heads (`units`), `kind` and position; None: all chosen positions.
 
     Raises:
-        UserError: there is no such pair, layer, head or position, and as for `attribute_attention`.
+        UserError: there is no such pair, layer, head or position; otherwise as for `attribute_attention`.
     """
     chosen = _without_corruption(with_keywords(options or SweepOptions(), keywords))
     for pair, edit in edits:
         if not 0 <= pair < len(pairs):
-            raise UserError(f"an edit of pair {pair}: there are {len(pairs)} pairs, from 0")
+            raise UserError(f"an edit of pair {pair}: use 0 to {len(pairs) - 1}")
         if edit.others:
-            raise UserError(f"an edit at {edit.place}: queries, keys and values are patched at one layer at a time")
+            raise UserError(f"an edit at {edit.place}: patch queries, keys and values of one layer at a time")
     values, size = np.full(len(edits), np.nan), chosen.batch_size or 64
     layers: list[int] = []
     whole = choose_positions(model, batch_pairs(model, pairs, align=chosen.align), chosen.positions)
@@ -172,13 +173,13 @@ def patch_attention(
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """What one attention layer was given, and what its heads gave, before the output projection."""
+    """Inputs of one attention layer, and outputs of its heads before the output projection."""
 
     query: Float[Tensor, "batch heads pos width"]
     key: Float[Tensor, "batch kv pos width"]
     value: Float[Tensor, "batch kv pos vwidth"]
     z: Float[Tensor, "batch heads pos vwidth"]
-    bias: Tensor | None  # what is added to the scores: the mask
+    bias: Tensor | None  # the additive mask
     scaling: float
     softcap: float | None
 
@@ -204,7 +205,7 @@ def _repeated(x: Float[Tensor, "batch kv pos _"], heads: int) -> Float[Tensor, "
 
 
 class _Attention:
-    """Softmax attention as transformers' own functions compute it; what each layer saw is kept."""
+    """Softmax attention as computed by transformers' own functions, recording each layer's inputs."""
 
     def __init__(self, model: LanguageModel, edit: Callable[[int, str, Tensor], Tensor] | None = None) -> None:
         self.layers: dict[nn.Module, int] = {
@@ -225,10 +226,11 @@ class _Attention:
         **options: Any,
     ) -> tuple[Tensor, None]:
         layer = self.layers.get(module, -1)
-        odd = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
-        if odd or hasattr(module, "sinks") or layer in self.seen or layer < 0:
-            what = odd[0] if odd else "attention sinks" if hasattr(module, "sinks") else "several attentions a block"
-            raise UserError(f"{type(module).__name__} computes its attention with {what}: patch heads' outputs instead")
+        unsupported = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
+        sinks = hasattr(module, "sinks")
+        if unsupported or sinks or layer in self.seen or layer < 0:
+            what = unsupported[0] if unsupported else "attention sinks" if sinks else "several attentions per block"
+            raise UserError(f"{type(module).__name__} computes attention with {what}: patch heads' outputs instead")
         if self.edit is not None:
             query, key, value = (self.edit(layer, what, x) for what, x in zip(PARTS, (query, key, value), strict=True))
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -251,7 +253,7 @@ def _run(
     edit: Callable[[int, str, Tensor], Tensor] | None = None,
     grad: bool = False,
 ) -> tuple[dict[int, _Seen], Float[Tensor, "batch"]]:
-    """What every attention layer saw in one pass over prompts that end in the last column, and the metric."""
+    """Inputs of every attention layer in one pass over prompts that end in the last column, and the metric."""
     attention = _Attention(model, edit)
     with torch.set_grad_enabled(grad), readout.running(model), attention_replaced(model.hf, attention):
         return attention.seen, readout(model.call(tokens, last=True)[:, -1])
@@ -265,24 +267,24 @@ def _gradients(
         seen, metric = _run(model, tokens, readout, grad=True)
     if not metric.requires_grad:
         raise UserError(f"{metric_name(readout.metric)} has no gradient: use a smooth metric, or patch exactly")
-    at = {
+    leaves = {
         (layer, what): x
         for layer, inputs in seen.items()
         for what, x in (*((part, inputs.of(part)) for part in PARTS), ("z", inputs.z))
     }
-    taken = torch.autograd.grad(metric.sum(), list(at.values()), allow_unused=True, materialize_grads=True)
+    taken = torch.autograd.grad(metric.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     gradients: dict[int, dict[str, Tensor]] = {layer: {} for layer in seen}
-    for (layer, what), gradient in zip(at, taken, strict=True):
+    for (layer, what), gradient in zip(leaves, taken, strict=True):
         gradients[layer][what] = gradient
     return seen, metric, gradients
 
 
 @torch.no_grad()
 def _checked_layers(model: LanguageModel, tokens: Tokens) -> list[int]:
-    """The layers whose attention can be seen, once a pass through our attention gives what the model gives."""
+    """The layers whose attention can be replaced, after a check that the replacement gives the model's logits."""
     refuse_training(model)
     if is_spliced(model.layout):
-        raise UserError("attention is seen on the bare model, and it is inside a splice: leave the splice first")
+        raise UserError("attention is patched in the unedited model, but it is inside a splice: leave the splice first")
     few = tokens.rows(slice(0, 1))
     plain = model.next_logits(few).float()
     attention = _Attention(model)
@@ -290,14 +292,14 @@ def _checked_layers(model: LanguageModel, tokens: Tokens) -> list[int]:
         ours = model.next_logits(few).float()
     if not attention.seen:
         raise UserError(
-            f"the attention of {model.name!r} ({model.config.model_type}) does not go through transformers' attention "
-            "interface, so its queries and keys cannot be seen: patch heads' outputs instead (patch_heads)"
+            f"the attention of {model.name!r} ({model.config.model_type}) does not use transformers' attention "
+            "interface, so its queries and keys cannot be read: patch heads' outputs instead (patch_heads)"
         )
     gap, scale = float((ours - plain).abs().max()), max(1.0, float(plain.abs().max()))
     if not gap <= (1e-4 if model.dtype == torch.float32 else 5e-2) * scale:
         raise UserError(
-            f"{model.name!r} computes its attention otherwise than by a masked softmax of scaled products (logits "
-            f"differ by {gap:.1e}): patch heads' outputs instead (patch_heads)"
+            f"the attention of {model.name!r} is not a masked softmax of scaled dot products (logits differ by "
+            f"{gap:.1e}): patch heads' outputs instead (patch_heads)"
         )
     return sorted(attention.seen)
 
@@ -319,7 +321,7 @@ def _precise(x: Tensor) -> Tensor:
 def _query_fix(
     base: _Seen, source: _Seen, gradient: Float[Tensor, "batch heads pos vwidth"]
 ) -> Float[Tensor, "batch heads pos"]:
-    """`Σ_j (p'_j − p_j) v_j · g` with p' the probabilities of the patched query, at its own position."""
+    """`Σ_j (p'_j − p_j) v_j · g` for each query position, with p' the probabilities under the patched query."""
     key, along = _precise(base.key), _along(base, gradient)
     old, new = (
         _scores(_precise(q), key, base.bias, base.scaling, base.softcap).clamp(min=LEAST).softmax(-1)
@@ -329,18 +331,18 @@ def _query_fix(
 
 
 def _along(base: _Seen, gradient: Float[Tensor, "batch heads pos vwidth"]) -> Float[Tensor, "batch heads pos pos"]:
-    """How fast the metric grows with the weight that a query (rows) gives to a key's value (columns): `v_j · g_t`."""
+    """Derivative of the metric by the attention weight of query t (rows) on key j (columns): `v_j · g_t`."""
     return _precise(gradient) @ _repeated(_precise(base.value), gradient.shape[1]).transpose(-1, -2)
 
 
 def _key_fix(
     base: _Seen, source: _Seen, gradient: Float[Tensor, "batch heads pos vwidth"]
 ) -> Float[Tensor, "batch kv pos"]:
-    """The same for each key alone: it moves its own weight in the softmax of every later query.
+    """The same for each key separately, which changes its own weight in the softmax of every later query.
 
-    With o the log-sum of all other scores and ȳ their mean value, the key's weight is `a = sigmoid(score − o)`, and
-    `z = a v + (1 − a) ȳ`: the change is `(a' − a)(v − ȳ)`. o and ȳ are worked out apart for each row's largest score,
-    where taking the key out of a sum that is nearly all its own would leave nothing but rounding.
+    With o the log-sum-exp of all other scores and ȳ their weighted mean value, the key's weight is
+    `a = sigmoid(score − o)`, and `z = a v + (1 − a) ȳ`: the change is `(a' − a)(v − ȳ)`. For each row's largest score,
+    o and ȳ are computed directly, since subtracting the key from a sum it dominates would leave only rounding.
     """
     query, along = _precise(base.query), _along(base, gradient)
     old, new = (
@@ -385,13 +387,13 @@ class _Edited:
                 )
             heads = source[layer].of(edit.kind).shape[1]
             if not edit.units or not all(0 <= unit < heads for unit in edit.units):
-                raise UserError(f"{edit.kind} of heads {edit.units} at layer {layer}: there are {heads}, from 0")
-            at = where[row].clone()
+                raise UserError(f"{edit.kind} of heads {edit.units} at layer {layer}: use 0 to {heads - 1}")
+            columns = where[row].clone()
             if edit.position is not None:
-                column = column_of(edit.position, int(tokens.lengths[row]), len(at))
-                at &= torch.arange(len(at), device=at.device) == column
-            blank = torch.zeros(len(rows), heads, len(at), dtype=torch.bool, device=at.device)
-            self.masks.setdefault((layer, edit.kind), blank)[number, list(edit.units)] = at
+                column = column_of(edit.position, int(tokens.lengths[row]), len(columns))
+                columns &= torch.arange(len(columns), device=columns.device) == column
+            blank = torch.zeros(len(rows), heads, len(columns), dtype=torch.bool, device=columns.device)
+            self.masks.setdefault((layer, edit.kind), blank)[number, list(edit.units)] = columns
 
     def __call__(self, layer: int, what: str, x: Tensor) -> Tensor:
         mask = self.masks.get((layer, what))

@@ -1,9 +1,9 @@
-"""Attribution patching: what each latent and error term contributes to an effect, from gradients instead of runs.
+"""Attribution patching: estimated effects of all latents and error terms, from gradients instead of patched runs.
 
 Two forward passes and one backward pass through the later blocks screen every node at every position (Nanda 2023; Syed,
-Rager and Conmy 2023; on latents of a dictionary, Marks et al. 2024): with g the gradient of the metric at a site of the
-base run, a latent that differs by Δf between the runs has the estimate `Δf · (g · d_j)`, an error term `Δε · g`.
-Verifying runs the largest, and a random sample of the others, exactly.
+Rager and Conmy 2023; on SAE latents, Marks et al. 2024): with g the gradient of the metric at a site of the base run,
+a latent that differs by Δf between the runs has the estimate `Δf · (g · d_j)`, an error term `Δε · g`. Verification
+runs the largest estimates, and a random sample of the others, exactly.
 """
 
 from collections.abc import Sequence
@@ -60,10 +60,10 @@ __all__ = [
 ]
 
 FIRST_ORDER = FirstOrder()
-# Encoders that look at one position only: these are run on the positions that differ, and need no decoding.
+# Encoders that treat positions independently: they run only on positions that differ, without decoding.
 BY_POSITION = frozenset({"standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit"})
-ENCODE_MEMORY = 2**26  # bytes of latents that are encoded at a time
-PAIRS_MEMORY = 2**30  # bytes that activations of a batch of pairs may take
+ENCODE_MEMORY = 2**26  # bytes of latents encoded at a time
+PAIRS_MEMORY = 2**30  # limit in bytes for the activations of a batch of pairs
 
 
 def attribute(
@@ -77,23 +77,23 @@ def attribute(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Attribution:
-    """Estimate the effect of patching every latent and error term, at every position and site, each alone.
+    """Estimate the effect of patching every latent and error term, at every position and site, separately.
 
-    Two forward passes a batch of pairs, and the backward passes of the method through the blocks after the first site.
-    Only nodes that differ between the runs are in the result. Of a dictionary that normalises its input, latents are
-    written in the scale of the base run, as exact patching does, and what the change of scale alone does is no node's.
+    Cost per batch of pairs: two forward passes, and the method's backward passes through the blocks after the first
+    site. The result contains only nodes that differ between the runs. Latents of a dictionary that normalises its input
+    are written in the base run's scale, as in exact patching; the effect of the change of scale belongs to no node.
 
     Args:
         dictionaries: One, or several at different sites, whose gradients come from the same passes.
         method: `FirstOrder()`, `IntegratedGradients(steps)` or `GradDrop()`.
-        verify: Run as many nodes exactly (`saepatch.measure.patching`): those with the largest estimates by size.
-        sample: Run as many more, drawn at random from all others.
-        seed: Of the random sample.
-        options: What sweeps share; each is a keyword, too. A corruption at what is patched leaves error terms out.
+        verify: Number of nodes to run exactly (`saepatch.measure.patching`): those with the largest absolute estimates.
+        sample: Number of further nodes to run exactly, drawn at random from all others.
+        seed: Seed of the random sample.
+        options: Options that sweeps share, or keywords. A corruption at the patched component leaves out error terms.
 
     Raises:
-        UserError: dictionaries of another model or of one tensor, pairs that do not line up, a metric without gradient
-            or of another shape than one value a pair, a model in training mode, or an option that there is not.
+        UserError: dictionaries do not fit the model or share a tensor, pairs are not aligned, the metric has no
+            gradient or not one value per pair, the model is in training mode, or an option is unknown.
     """
     chosen = with_keywords(options or SweepOptions(), keywords)
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
@@ -137,13 +137,13 @@ def integrated_gradients(
     steps: int = 10,
     batch_size: int = 64,
 ) -> tuple[Float[Tensor, "pairs d_sae"], Float[Tensor, "pairs"]]:
-    """Share of each latent, over all positions, and of all else in the change that patching the site makes.
+    """Contributions to the effect of patching a whole site: of each latent, and of everything else.
 
-    `attribute` with `IntegratedGradients(steps)`, denoising, summed over positions. In units of the metric. Both
-    together approach `m(site patched) − m(corrupted)` as `steps` grows (completeness).
+    `attribute` with `IntegratedGradients(steps)`, denoising, summed over positions, in units of the metric. Latents and
+    remainder sum to `m(site patched) − m(corrupted)` as `steps` grows (completeness).
 
     Raises:
-        UserError: pairs that do not line up, or fewer than one step.
+        UserError: pairs are not aligned, or `steps` is below 1.
     """
     options = SweepOptions(positions=positions, metric=metric, batch_size=batch_size)
     screen = _screen(model, [dictionary], pairs, IntegratedGradients(steps), options)
@@ -157,7 +157,7 @@ def integrated_gradients(
 
 @dataclass(eq=False)
 class _Screen:
-    """What screening has gathered so far; `total[site, pair]` is the estimate of patching the whole site."""
+    """Results of screening so far; `total[site, pair]` is the estimate for patching the whole site."""
 
     clean: Float[ndarray, "pairs"]
     corrupted: Float[ndarray, "pairs"]
@@ -166,7 +166,7 @@ class _Screen:
     absolute: bool = False
 
     def columns(self, sign: float) -> dict[str, ndarray]:
-        """Columns of all nodes; of samples of one pair the mean."""
+        """Columns of all nodes, averaged over the samples of a pair."""
         empty = {name: np.zeros(0, dtype=np.int64) for name in ("pair", "site", "unit", "position")}
         parts = self.parts or [empty | {"score": np.zeros(0)}]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -193,9 +193,9 @@ def _screen(
         if taken := [str(other) for other in sites[:number] if other.same_tensor(site)]:
             raise UserError(f"two dictionaries for one tensor ({taken[0]} and {site}): attribute with one of them")
     if options.at_component and len(sites) > 1:
-        raise UserError(f"{options.corruption} corrupts what is patched, so attribute one dictionary at a time")
+        raise UserError(f"{options.corruption} corrupts the patched component: attribute one dictionary at a time")
     samples = options.samples
-    if options.corruption is not None:  # the corrupted prompts are not read
+    if options.corruption is not None:  # corrupted prompts are ignored
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
     whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
     screen = _Screen(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
@@ -211,9 +211,9 @@ def _screen(
 
 
 def _pairs_at_once(model: LanguageModel, width: int) -> int:
-    """Pairs whose graph fits: a block keeps some thirty activations of the model's width, and its attention scores."""
-    a_token = 4 * model.n_layers * (34 * model.d_model + 3 * model.n_heads * width)
-    return max(1, min(64, PAIRS_MEMORY // (a_token * width)))
+    """Number of pairs whose graph fits in memory: a block keeps about 34 d_model activations, and attention scores."""
+    per_token = 4 * model.n_layers * (34 * model.d_model + 3 * model.n_heads * width)
+    return max(1, min(64, PAIRS_MEMORY // (per_token * width)))
 
 
 def _screen_part(
@@ -225,7 +225,7 @@ def _screen_part(
     options: SweepOptions,
     screen: _Screen,
 ) -> None:
-    """Screen one batch: its source run, its base run with gradients, and the products of these."""
+    """Screen one batch: its source run, its base run with gradients, and their products."""
     denoise, corruption, samples = options.denoises, options.corruption, options.samples
     sites = [dictionary.site for dictionary in dictionaries]
     readout = Readout.of(options.metric, part, model)
@@ -272,7 +272,7 @@ def _numpy(values: Float[Tensor, "some"]) -> Float[ndarray, "some"]:
 
 @dataclass(frozen=True, eq=False)
 class _Scored:
-    """Nodes of one site, as row, column and unit of a batch; `total` is the score of its whole value, by row."""
+    """Scores of one site's nodes, given by row, column and unit; `total` is each row's score for the whole site."""
 
     row: Int[Tensor, "nodes"]
     pos: Int[Tensor, "nodes"]
@@ -292,21 +292,21 @@ def _score(
 ) -> _Scored:
     """Scores of a dictionary's latents and error terms; `runs` are base and source where a corruption made one.
 
-    `alike` is where both prompts are the same up to there.
+    `alike` marks positions up to which both prompts are identical.
     """
-    x, g = (held[dictionary.site].to(where.device) for held in (gradients.values, gradients.of))
+    x, g = (by_site[dictionary.site].to(where.device) for by_site in (gradients.values, gradients.of))
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    way = source.to(g.dtype) - x.to(g.dtype)
-    if runs is None:  # after the same tokens a difference can only be rounding
+    difference = source.to(g.dtype) - x.to(g.dtype)
+    if runs is None:  # after identical tokens, a difference can only be rounding
         rounding = 8 * torch.finfo(source.dtype).eps * x.abs().amax(-1)
-        where = where & ~(alike & (way.abs().amax(-1) <= rounding))
-    way = way * where[..., None]
-    whole = torch.stack([(way * take).sum(-1) for take in g])
-    moved = way.ne(0).any(-1)
+        where = where & ~(alike & (difference.abs().amax(-1) <= rounding))
+    difference = difference * where[..., None]
+    whole = torch.stack([(difference * take).sum(-1) for take in g])
+    moved = difference.ne(0).any(-1)
     if runs is None and _by_position(dictionary):
         latents = _latent_changes(dictionary, x, source, moved)
         products = products_of(latents, g)
-        rest = whole.clone()  # the error term is all that is left, for latents add their rows unscaled
+        rest = whole.clone()  # the remainder is the error term, since latents add their rows unscaled
         for take, product in zip(rest, products, strict=True):
             take.index_put_((latents.row, latents.pos), -product, accumulate=True)
         row, pos = moved.nonzero(as_tuple=True)
@@ -345,16 +345,17 @@ def _latent_changes(
     source: Float[Tensor, "batch pos width"],
     moved: Bool[Tensor, "batch pos"],
 ) -> Changes:
-    """What `LatentUnits` finds, from one encoding of the positions that differ, without decoding."""
+    """The changes of `LatentUnits`, from one encoding of the positions that differ, without decoding."""
     row, pos = moved.nonzero(as_tuple=True)
     both = torch.stack([source[row, pos], base[row, pos]]).to(dictionary.dtype)
     moves: list[tuple[Tensor, Tensor, Tensor]] = []
-    a_chunk = max(1, ENCODE_MEMORY // (8 * dictionary.d_sae))
-    for start in range(0, len(row), a_chunk):
-        acts, _ = dictionary.activations(both[:, start : start + a_chunk])
+    chunk = max(1, ENCODE_MEMORY // (8 * dictionary.d_sae))
+    for start in range(0, len(row), chunk):
+        acts, _ = dictionary.activations(both[:, start : start + chunk])
         change = acts[0].sub_(acts[1])
-        at, unit = change.nonzero(as_tuple=True)
-        moves.append((at + start, unit, change[at, unit]))
-    at, unit, value = (torch.cat(column) for column in zip(*moves, strict=True)) if moves else (row, row, both[0, :, 0])
+        index, unit = change.nonzero(as_tuple=True)
+        moves.append((index + start, unit, change[index, unit]))
+    columns = (torch.cat(column) for column in zip(*moves, strict=True)) if moves else (row, row, both[0, :, 0])
+    index, unit, value = columns
     rows = dictionary.rows
-    return Changes(row[at], pos[at], unit, lambda some: value[some, None] * rows[unit[some]])
+    return Changes(row[index], pos[index], unit, lambda some: value[some, None] * rows[unit[some]])

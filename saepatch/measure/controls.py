@@ -1,4 +1,4 @@
-"""Sets of latents that a chosen set is compared with."""
+"""Control sets for a chosen set of latents."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ Group = tuple[int, ...]
 def control_sets(
     ranking: Sequence[int], k: int, statistics: LatentStatistics, seed: int = 0, draws: int = DRAWS
 ) -> tuple[list[Group], list[Group]]:
-    """`draws` random sets and as many matched sets for the first `k` latents of a ranking; none holds one of those."""
+    """`draws` random and `draws` matched control sets for the first `k` latents of a ranking, disjoint from these."""
     chosen = list(ranking[:k])
     size = statistics.mean_active * statistics.norm
     random = random_latents(statistics.alive, chosen, k, draws, seed)
@@ -31,9 +31,10 @@ def control_sets(
 
 
 def differing_sets(ranking: Sequence[int], k: int, differs: Bool[np.ndarray, "d_sae"], seed: int = 0) -> list[Group]:
-    """`DRAWS` random sets of `k` latents that differ between the runs, the first `k` of the ranking left out.
+    """`DRAWS` random sets of `k` latents that differ between the runs, excluding the first `k` of the ranking.
 
-    Where fewer are left, each set is all of them; where none is, it is one latent that does not differ, so no edit.
+    Where fewer remain, each set is all of them; where none remain, it is a latent that does not differ, so that the
+    edit changes nothing.
     """
     left = np.setdiff1d(differs.nonzero()[0], np.asarray(ranking[:k], dtype=int))
     if not len(left):
@@ -50,9 +51,9 @@ def with_controls(
     draws: int,
     seed: int,
 ) -> list[Edit]:
-    """An edit for each group, and `draws` random and as many matched sets beside it, drawn site by site.
+    """An edit for each group, with `draws` random and `draws` matched control sets, drawn site by site.
 
-    How often latents fire is counted in the pairs' own prompts: over parts of the pairs, others would be drawn.
+    Firing frequencies are measured on the prompts of all pairs, so pass all of them: a subset would draw other sets.
     """
     edits = [Edit.of([EditPart(site, ids) for site, ids in group.items()]) for group in groups]
     if not draws:
@@ -74,7 +75,7 @@ def with_controls(
             alive = statistics[site].alive
             left = int(alive.sum()) - int(alive[list(ids)].sum())
             if left < len(ids):
-                log.warning("%d latents have no controls of their size: only %d others are alive", len(ids), left)
+                log.warning("no controls for a set of %d latents: only %d others are alive", len(ids), left)
                 break
             sets = control_sets(ids, len(ids), statistics[site], seed + number, draws)
             for parts, of_role in zip(drawn.values(), sets, strict=True):

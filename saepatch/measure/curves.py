@@ -1,4 +1,4 @@
-"""Effect against the number of latents, with the random controls that belong beside it."""
+"""Effect as a function of the number of latents, with random controls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from saepatch.records.statistics import Interval, bootstrap_ratio
 
 
 class PairRanking(NamedTuple):
-    """Latents of one pair, the most important first, and which of all differ between its two runs."""
+    """Latents ranked for one pair, most important first, and a mask of those that differ between its two runs."""
 
     latents: Sequence[int]
     differs: Bool[np.ndarray, "d_sae"]
@@ -30,12 +30,12 @@ class PairRanking(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Normalised effect of the first k latents of a ranking, for each k, and of as many others.
+    """Normalised effect of the first k latents of a ranking, for each k, and of control sets of the same size.
 
-    `random` draws from all live latents outside the top set; `matched` draws latents that fire as often and write as
-    much as those of the top set. Most of these do not differ between the two runs of a pair, so patching them is no
-    edit at all; `differing`, the hardest control, draws from those that do (None where one ranking serves all pairs).
-    All are means over the draws; `every` patches the whole dictionary, error term kept. Intervals are over prompts.
+    `random` draws from all live latents outside the top set; `matched` draws latents with about the same frequency and
+    size as those of the top set. Most of these do not differ between the two runs of a pair, so patching them changes
+    nothing; `differing`, the strictest control, draws from those that do (None where all pairs share a ranking).
+    Controls are means over draws; `every` patches the whole dictionary, error term kept. Intervals are over pairs.
     """
 
     sizes: tuple[int, ...]
@@ -58,7 +58,11 @@ def effect_curve(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Curve:
-    """Patch the first k latents of one ranking together, for each k, and random and matched sets of the same size."""
+    """Patch the first k latents of one ranking together, for each k in `sizes`, with random and matched controls.
+
+    Raises:
+        UserError: the ranking has fewer than `max(sizes)` latents; otherwise as for `patch_latents`.
+    """
     edits = _edits(dictionary, ranking, sizes, statistics, seed)
     effects = patch_components(model, dictionary, pairs, edits, with_keywords(options or SweepOptions(), keywords))
     return _curve(sizes, [effects], seed)
@@ -75,7 +79,7 @@ def effect_curve_by_pair(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Curve:
-    """The same with a ranking of its own for each pair, and controls that differ in the pair."""
+    """`effect_curve` with a separate ranking for each pair, and controls from the pair's differing latents too."""
     edits = []
     for number, (ranking, differs) in enumerate(rankings):
         own = _edits(dictionary, ranking, sizes, statistics, seed + number)
@@ -95,7 +99,7 @@ def _edits(
     site = dictionary.site
     edits = [Edit(site, tuple(range(dictionary.d_sae)), role="every")]
     if max(sizes) > len(set(ranking)):
-        raise UserError(f"{max(sizes)} latents wanted of a ranking of {len(set(ranking))} different ones: rank more")
+        raise UserError(f"{max(sizes)} latents wanted, but the ranking has {len(set(ranking))}: rank more")
     for k in sizes:
         top = tuple(ranking[:k])
         edits.append(Edit(site, top, role="top"))
@@ -110,7 +114,7 @@ def _curve(sizes: Sequence[int], effects: Sequence[Effects], seed: int) -> Curve
     gap = np.concatenate([some.gap for some in effects])
 
     def of(role: str) -> tuple[Interval, ...]:
-        by_size = np.split(change[:, roles == role], len(sizes), axis=1)  # groups of one role stand in order of size
+        by_size = np.split(change[:, roles == role], len(sizes), axis=1)  # edits of one role are in order of size
         return tuple(bootstrap_ratio(some.mean(1), gap, seed=seed) for some in by_size)
 
     return Curve(

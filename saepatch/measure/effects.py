@@ -1,4 +1,4 @@
-"""What a sweep found: the metric under every edit of every pair, normalised, with intervals, controls and rows."""
+"""Results of a sweep: the metric under every edit of every pair, normalised effects, intervals, controls, rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ from saepatch.records.statistics import (
 from saepatch.records.tables import text_table
 
 CONTROLS = ("random", "matched", "differing")
-UNTESTED = "no q: no edit changes something in two pairs, so nothing was tested"
-NOTHING = "differs in 0: the same in both runs of every pair, so there was nothing to patch: 0 is no evidence"
-WHOLE = ("stream", "error")  # kinds of component that have one unit, so it goes without a name
-ROUNDING = 1e-4  # of the mean gap: passes of differently made batches differ by less than this in float32
+UNTESTED = "no q: no edit changes anything in two or more pairs, so nothing was tested"
+NOTHING = "differs in 0: equal in both runs of every pair, so nothing was patched; the 0 is no evidence of no effect"
+WHOLE = ("stream", "error")  # kinds of component with a single unit, which is not named
+ROUNDING = 1e-4  # share of the mean gap: differences between batch compositions are below this in float32
 
 
 @dataclass(frozen=True, eq=False)
 class Effects(PairGaps):
-    """What each edit does to the metric, for every pair.
+    """The metric under each edit, for every pair.
 
     `patched[pair, edit]` is the metric under the edit. Denoising patches the clean run's values into the corrupted run
-    (are they sufficient?), noising the other way round (are they necessary?). `ran` is false where the two runs have
-    the same values, so the edit is nothing and `patched` is the base run's own value. Where a corruption makes several
+    (are they sufficient?), noising the reverse (are they necessary?). `ran` is false where both runs have the same
+    values, so that the edit changes nothing and `patched` is the base run's metric. Where a corruption makes several
     corrupted runs of a pair, values are means over them.
     """
 
@@ -50,7 +50,7 @@ class Effects(PairGaps):
     patched: Float[ndarray, "pairs edits"]
     ran: Bool[ndarray, "pairs edits"]
     min_gap: float = 1e-2
-    corruption: str = ""  # what made the corrupted runs, where it was not the pairs' corrupted prompts
+    corruption: str = ""  # how the corrupted runs were made, if not from the pairs' corrupted prompts
     rounding: float = ROUNDING
     method: str = "exact"
 
@@ -60,7 +60,7 @@ class Effects(PairGaps):
 
     @cached_property
     def change(self) -> Float[ndarray, "pairs edits"]:
-        """How far each edit moves the metric from the base run towards the source run, in the metric's units."""
+        """Change of the metric by each edit, from the base run towards the source run, in the metric's units."""
         return towards_source(self.patched, self.clean[:, None], self.corrupted[:, None], self.direction == "denoise")
 
     @property
@@ -76,20 +76,20 @@ class Effects(PairGaps):
         return edit if isinstance(edit, (int, np.integer)) else self.edits.index(edit)
 
     def of(self, edit: Edit | int, seed: int = 0) -> Interval:
-        """Ratio of means of one edit (or the one at an index), with its interval over pairs: the headline effect.
+        """Ratio of means of one edit (given itself or by index), with its interval over pairs: the headline effect.
 
-        NaN where the mean gap is smaller than `min_gap`.
+        NaN where the mean gap is below `min_gap`.
         """
         return self.ratio(self.change[:, self._index(edit)], seed)
 
     def mean_of_ratios(self, edit: Edit | int, seed: int = 0) -> Interval:
-        """Mean of the per-pair normalised effects, pairs with too small a gap left out."""
+        """Mean of the normalised effects of pairs, leaving out pairs with a gap below `min_gap`."""
         return bootstrap_mean(self.normalised[:, self._index(edit)], seed=seed)
 
     def controls(self, edit: Edit | int, role: str, seed: int = 0) -> Interval | None:
-        """The same for the mean over an edit's controls ("random" or "matched"); None where there are none.
+        """Ratio of means for the average of an edit's controls ("random" or "matched"); None where there are none.
 
-        The interval is over pairs, for these sets: `about_sets` says what so few sets show.
+        The interval is over pairs, for these sets: see `about_sets` for what they say of all such sets.
         """
         columns = self._control_columns(edit, role)
         return self.ratio(self.change[:, columns].mean(1), seed) if columns else None
@@ -107,15 +107,15 @@ class Effects(PairGaps):
         """Ratio of means of every edit, without intervals.
 
         Raises:
-            UserError: clean and corrupted runs are the same on average, so there is nothing to divide by.
+            UserError: clean and corrupted runs are equal on average, so there is no gap to divide by.
         """
         self.check_gap(self.metric)
         return self.change.mean(0) / self.mean_gap
 
     def top(self, k: int) -> list[Edit]:
-        """The `k` edits with the largest ratio of means, largest first; controls are not among them."""
+        """The `k` edits with the largest ratio of means, largest first, without controls."""
         if k < 0:
-            raise UserError(f"the top {k}: ask for 0 or more")
+            raise UserError(f"k = {k}: use at least 0")
         ratios = self.ratios()
         own = [i for i in np.argsort(-ratios, kind="stable") if self.edits[i].role not in CONTROLS]
         return [self.edits[i] for i in own[:k]]
@@ -123,25 +123,25 @@ class Effects(PairGaps):
     def q_values(self) -> Float[ndarray, "edits"]:
         """False discovery rate at which each edit's mean change differs from 0 (Benjamini and Hochberg over edits).
 
-        NaN for controls, and for edits that ran on fewer than two pairs: nothing was tested there; for all where the
-        pairs are too few to flag one (`why_no_q`). Skewed changes make them too small: see `p_max_skewed`. Changes
-        of less than `rounding` of the mean gap are taken as 0: rounding often goes one way, as an effect does.
+        NaN for controls and for edits that ran on fewer than two pairs; NaN for all edits where there are too few
+        pairs to flag any (`why_no_q`). Skewed changes make q too small: see `p_max_skewed`. Changes below `rounding`
+        times the mean gap count as 0, since rounding errors often have a consistent sign, like an effect.
         """
         return false_discovery(self._beyond_rounding, self.ran & ~self._is_control)
 
     def p_max(self, draws: int = 2000, seed: int = 0) -> Float[ndarray, "edits"]:
-        """Chance that the largest of all edits would move the metric as far if signs were random; NaN as above.
+        """Probability that the largest of all edits would move the metric as far if signs were random.
 
-        Corrected for the number of edits by the permutation distribution of the maximum.
+        Corrected for the number of edits by the permutation distribution of the maximum. NaN as in `q_values`.
         """
         return sign_flip_test(self._beyond_rounding, self.ran & ~self._is_control, draws, seed)
 
     def p_max_skewed(self, draws: int = 2000, seed: int = 0) -> Float[ndarray, "edits"]:
-        """The same by draws of pairs, which holds for skewed changes, too; NaN for edits on fewer than ten pairs."""
+        """As `p_max`, by a bootstrap over pairs that is valid for skewed changes; NaN for edits on fewer than ten."""
         return studentised_max_test(self._beyond_rounding, self.ran & ~self._is_control, draws, seed)
 
     def why_no_q(self) -> str:
-        """Why `q_values` can flag no single edit; empty where they can."""
+        """Why `q_values` cannot flag any single edit; empty where it can."""
         return why_no_q(len(self.clean), int(((self.ran & ~self._is_control).sum(0) >= 2).sum()))
 
     @property
@@ -153,10 +153,10 @@ class Effects(PairGaps):
         return np.array([edit.role in CONTROLS for edit in self.edits], dtype=bool)
 
     def map(self, k: int | None = None) -> "Map":
-        """Ratio of means by unit (rows) and position (columns), of edits at one position each; the `k` largest rows.
+        """Ratio of means by unit (rows) and position (columns), for edits at single positions; the `k` largest rows.
 
         Raises:
-            UserError: the edits are at all positions together.
+            UserError: the edits act at all positions together.
         """
         return Map.of(self, k)
 
@@ -179,10 +179,10 @@ class Effects(PairGaps):
         return "\n".join(lines)
 
     def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
-        """Flat rows: each edit on each pair, with the base run's own value where the edit was nothing.
+        """Flat rows: each edit on each pair, with the base run's metric where the edit changed nothing.
 
-        Only those that ran, of units that were swept alone ("single") or at one position: all others did nothing.
-        `tokens` are the texts of each pair's own tokens, to name the positions with.
+        For units that were swept ("single") or edits at one position, only edits that ran have a row. `tokens` are the
+        texts of each pair's own tokens, for the column `token`.
         """
         normalised = self.normalised
         everywhere = [edit.role != "single" and edit.position is None for edit in self.edits]
@@ -215,7 +215,7 @@ class Effects(PairGaps):
 
 
 def effects_table(what: str, controls: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Edits with their intervals, those of their controls, in how many pairs they change something, and q values."""
+    """Table of edits: effects and controls with intervals, number of pairs in which the edit changes values, q."""
     heads = ["effect [95 % interval]", *(f"{role} controls" for role in controls)]
     return text_table([what, "at", *heads, "differs in", "q"], rows)
 
@@ -226,30 +226,30 @@ def q_text(q: float) -> str:
 
 
 def about_table(no_q: str, sets: int) -> list[str]:
-    """The lines below a table of effects: why it has no q, or what q assumes, and how many sets the controls are."""
+    """The lines below a table of effects: why there is no q, or what q assumes, and the number of control sets."""
     assumed = "q: false discovery rate, if changes are symmetric about 0 where there is no effect (too small if skewed)"
     return [no_q or assumed, *([about_sets(sets)] if sets else [])]
 
 
 def describe(edit: Edit) -> str:
-    """The units as a text: "417", "3,17", "all"; empty where the component has only one; of several parts "281 | 5"."""
+    """The units as text: "417", "3,17", "all"; empty for a component with one unit; several parts as "281 | 5"."""
     units = ["" if part.kind in WHOLE else ",".join(map(str, part.units)) for part in edit.parts]
-    held = [f"{text} frozen".strip() if part.frozen else text for text, part in zip(units, edit.parts, strict=True)]
-    return "all" if edit.role == "every" and units[0] else " | ".join(held)
+    texts = [f"{text} frozen".strip() if part.frozen else text for text, part in zip(units, edit.parts, strict=True)]
+    return "all" if edit.role == "every" and units[0] else " | ".join(texts)
 
 
 def _joined(texts: Iterable[str]) -> str:
-    """One text where all parts of an edit have the same."""
+    """The texts of an edit's parts joined by bars; a single text where all are the same."""
     several = list(texts)
     return several[0] if len(set(several)) == 1 else " | ".join(several)
 
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """Effects by unit and position, controls left out; cells that no pair ran are NaN.
+    """Effects by unit and position, without controls; cells that no pair ran are NaN.
 
-    Shares are of the mean gap of all pairs, those that are too short for a position among them: for a map in which a
-    position means one thing, give pairs of one form.
+    Effects are shares of the mean gap of all pairs, including pairs too short to have the position: for a map in which
+    a position has one meaning, give pairs of one form.
     """
 
     labels: tuple[str, ...]

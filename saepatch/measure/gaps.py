@@ -1,7 +1,7 @@
-"""The arithmetic of effects: how far an edit moves the metric, as a share of the gap between a pair's two runs.
+"""The arithmetic of effects: the change of the metric by an edit, as a share of the gap between a pair's two runs.
 
-Denoising patches the clean run's values into the corrupted run, noising the other way round. The run that is edited is
-the base run, the run whose values are patched in is the source run.
+Denoising patches the clean run's values into the corrupted run, noising the reverse. The edited run is the base run;
+the run whose values are patched in is the source run.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy import ndarray
 from saepatch.errors import UserError
 from saepatch.records.statistics import Interval, RatioBootstrap
 
-DRAWS = 2**24  # pairs × bootstrap draws that are held at a time
+DRAWS = 2**24  # limit on pairs × bootstrap draws in memory
 
 
 def towards_source(
@@ -20,7 +20,7 @@ def towards_source(
     corrupted: Float[ndarray, "*#shape"],
     denoise: bool | Bool[ndarray, "*#shape"],
 ) -> Float[ndarray, "*shape"]:
-    """How far patching moved the metric from the base run towards the source run, in the metric's units."""
+    """Change of the metric by patching, from the base run towards the source run, in the metric's units."""
     return np.where(denoise, patched - corrupted, clean - patched)
 
 
@@ -30,12 +30,12 @@ def moved_by(
     corrupted: Float[ndarray, "*#shape"],
     denoise: bool | Bool[ndarray, "*#shape"],
 ) -> Float[ndarray, "*shape"]:
-    """The metric under a patch that moves it so far towards the source run: the inverse of `towards_source`."""
+    """The metric under a patch that changes it by `change` towards the source run: the inverse of `towards_source`."""
     return np.where(denoise, corrupted + change, clean - change)
 
 
 class PairGaps:
-    """What holds the metric of both runs of every pair, and can divide by their difference."""
+    """Base of results with the metric of both runs of every pair, for dividing by their difference."""
 
     clean: Float[ndarray, "pairs"]
     corrupted: Float[ndarray, "pairs"]
@@ -58,12 +58,12 @@ class PairGaps:
 
     @property
     def mean_gap(self) -> float:
-        """The mean gap, which ratios of means divide by; NaN where it is smaller than `min_gap`."""
+        """The mean gap, the denominator of ratios of means; NaN where it is below `min_gap`."""
         gap = float(self.gap.mean())
         return gap if abs(gap) >= self.min_gap else float("nan")
 
     def bootstrap(self, seed: int = 0, sizes: bool = False) -> RatioBootstrap:
-        """Intervals of ratios of means over pairs: one set of draws, fewer where very many pairs would not fit."""
+        """Intervals of ratios of means over pairs, from one set of draws (fewer draws for very many pairs)."""
         draws = max(200, min(2000, DRAWS // max(1, len(self.gap))))
         return RatioBootstrap(np.abs(self.gap) if sizes else self.gap, draws=draws, seed=seed)
 
@@ -74,23 +74,23 @@ class PairGaps:
         return self.bootstrap(seed).of(change)
 
     def largest_first(self, totals: Float[ndarray, "edits"]) -> Int[ndarray, "edits"]:
-        """Order of total or mean changes, from the largest share of the gap to the smallest, however small the gap."""
+        """Indices that sort total or mean changes by their share of the gap, largest first, even for a tiny gap."""
         return np.argsort(-np.sign(self.gap.mean()) * totals, kind="stable")
 
     def check_gap(self, metric: str) -> None:
-        """See that there is a mean gap to rank by.
+        """Check that there is a mean gap to rank by.
 
         Raises:
-            UserError: clean and corrupted runs are the same on average.
+            UserError: clean and corrupted runs are equal on average.
         """
         if np.isnan(self.mean_gap):
             raise UserError(
                 f"the clean and corrupted runs differ by {self.gap.mean():.2g} in {metric} on average, less than "
-                f"{self.min_gap}: there is no effect to rank by; look at the pairs and their answers"
+                f"{self.min_gap}: there is no effect to rank by; check the pairs and their answers"
             )
 
     def ends(self) -> str:
-        """Both runs' mean metric and the number of pairs, in words."""
+        """Text with both runs' mean metric and the number of pairs."""
         return (
             f"{self.clean.mean():.3f} clean, {self.corrupted.mean():.3f} corrupted, {len(self.clean)} pairs "
             f"({self.missing} with a gap below {self.min_gap})"

@@ -1,4 +1,4 @@
-"""Exact activation patching: the effect of every edit, each run through the model's own later blocks."""
+"""Exact activation patching: every edit is run through the model's own later blocks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ from saepatch.measure.effects import Effects
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
-# A latent, several that are patched together, or several of each of some sites.
+# A latent, several patched together, or several at each of some sites.
 Together = int | Sequence[int] | Mapping[Site, Sequence[int]] | Mapping[str, Sequence[int]] | LatentSet
 Wished = Sequence[Together] | Mapping[Site | str, Sequence[int | Sequence[int]]] | LatentSet
 
@@ -35,24 +35,24 @@ def patch_latents(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Effects:
-    """Patch each latent, or group of latents, between the runs of every pair, each alone, error term kept.
+    """Patch each latent, or group of latents, separately between the runs of every pair, keeping the error term.
 
     Only edits that change something are run; they resume after the site, at the first position they change, many at a
-    time (`saepatch.engine.kept_run`). Equal to one plain hooked forward an edit, to float rounding. How the sites of
-    a group over several act on each other is said in `Edit`.
+    time (`saepatch.engine.kept_run`). Results equal one hooked forward pass per edit up to rounding. See `Edit` for
+    how the sites of a group over several sites interact.
 
     Args:
-        latents: Single latents, or groups that are patched together. Of several dictionaries, by site, as in
+        latents: Single latents, or groups to patch together. For several dictionaries, by site, as in
             `{site: [3, 17]}`; or groups over several sites, as in `[{site: [281], other: [5, 7]}]`. The groups of
-            a `LatentSet` are patched one by one, a `LatentSet` in a list as one group. None: every latent, each alone.
-        controls: Random sets, and sets matched on firing frequency and size, patched beside each given group, site by
-            site, their frequencies counted in the pairs' own prompts. Where every latent is swept the others are its
-            controls.
-        seed: Of the controls.
-        options: What sweeps share; each is a keyword, too, as in `patch_latents(…, direction="noise")`.
+            a `LatentSet` are patched one by one, a `LatentSet` in a list as one group. None: every latent, one by one.
+        controls: Number of random sets, and of sets matched in firing frequency and size, for each given group, drawn
+            site by site with frequencies measured on the pairs' prompts. In a sweep of every latent, the other latents
+            are the controls.
+        seed: Seed of the controls.
+        options: Options that sweeps share; each is also a keyword, as in `patch_latents(…, direction="noise")`.
 
     Raises:
-        UserError: unknown latents, an option that there is not, or pairs that do not line up.
+        UserError: a latent or an option is unknown, or pairs are not aligned.
     """
     chosen = with_keywords(options or SweepOptions(), keywords)
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
@@ -73,10 +73,13 @@ def patch_components(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Effects:
-    """The same sweep over anything that `saepatch.engine.components` holds: whole sites, heads, error terms,
-    directions.
+    """The same sweep over any `saepatch.engine.components`: streams, heads, error terms, directions.
 
-    `edits` names what is patched together, at one site or several; None: every unit of every component, each alone.
+    `edits` are groups of units to patch together, at one site or several; None: every unit of every component, one by
+    one.
+
+    Raises:
+        UserError: a component does not fit the model, or an edit names unknown units; otherwise as `patch_latents`.
     """
     return _effects(
         model, as_components(model, components), pairs, edits, with_keywords(options or SweepOptions(), keywords)
@@ -90,9 +93,9 @@ def patch_streams(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Effects:
-    """Patch the whole value of a stream at every layer and position, each alone: the classic layer × position map.
+    """Patch the whole value of a stream at every layer and position separately: the classic layer × position map.
 
-    With `each_position=False` as a keyword, at all positions together.
+    With the keyword `each_position=False`, all positions are patched together.
     """
     sites = [Stream(site) for site in model.layout.of_stream(stream)]
     chosen = with_keywords(options or SweepOptions(each_position=True), keywords)
@@ -118,9 +121,9 @@ def patch_edits(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Float[np.ndarray, "edits"]:
-    """The metric under a list of edits, each of one pair (named by its index): what verifying a screen runs.
+    """The metric under a list of edits, each of one pair (given by its index); used to verify a screen.
 
-    The base run's own value where an edit changes nothing.
+    It is the base run's metric where an edit changes nothing.
     """
     chosen = with_keywords(options or SweepOptions(), keywords)
     swept, change, _ = _listed(model, as_components(model, components), pairs, edits, chosen)
@@ -136,7 +139,7 @@ def patch_by_pair(
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> list[Effects]:
-    """One sweep in which every pair has edits of its own; the effects of each pair."""
+    """One sweep with separate edits for every pair; returns the effects of each pair."""
     chosen = with_keywords(options or SweepOptions(), keywords)
     flat = [(number, edit) for number, own in enumerate(edits) for edit in own]
     swept, change, ran = _listed(model, as_components(model, components), pairs, flat, chosen)
@@ -165,15 +168,15 @@ def _listed(
     edits: Sequence[tuple[int, Edit]],
     options: SweepOptions,
 ) -> tuple[Swept, Float[np.ndarray, "edits"], Bool[np.ndarray, "edits"]]:
-    """Run listed edits of listed pairs: what was swept, how far each edit moved its base run, and which ran."""
+    """Run listed edits of listed pairs: the sweep, each edit's change of the base run's metric, and which edits ran."""
     if options.each_position:
-        raise UserError("listed edits name their own positions: leave each_position out")
+        raise UserError("each_position=True, but listed edits have their own positions: leave it out")
     pieces = [_pieces(components, edit) for _, edit in edits]
     stages = _stages(pieces)
     asked: dict[tuple[int, Stage], list[int]] = {}
     for number, (pair, _) in enumerate(edits):
         if not 0 <= pair < len(pairs):
-            raise UserError(f"an edit of pair {pair}: there are {len(pairs)} pairs, from 0")
+            raise UserError(f"an edit of pair {pair}: use 0 to {len(pairs) - 1}")
         asked.setdefault((pair, _stage(pieces[number])), []).append(number)
 
     def wanted(stage: int, pair: int) -> list[Wanted]:
@@ -188,10 +191,10 @@ def _listed(
 
 
 def _groups(latents: Wished, dictionaries: Sequence[Dictionary]) -> list[dict[Site, Group]]:
-    """The groups that are patched together, each by site.
+    """The groups to patch together, each by site.
 
     Raises:
-        UserError: there is none, one is empty or names a latent twice, or a latent or site is unknown.
+        UserError: there are none, a group is empty or contains a latent twice, or a latent or site is unknown.
     """
     if hasattr(latents, "tolist"):  # a tensor or array of ids
         latents = latents.tolist()
@@ -211,10 +214,10 @@ def _groups(latents: Wished, dictionaries: Sequence[Dictionary]) -> list[dict[Si
         raise UserError("there are no latents to patch: give at least one, and no empty group")
     for site, ids in (item for group in groups for item in group.items()):
         if site not in known:
-            raise UserError(f"latents for {site}, but dictionaries are for {', '.join(map(str, known))}")
+            raise UserError(f"latents for {site}, but dictionaries are for {', '.join(map(str, known))}: use these")
         known[site].check_ids(ids)
         if len(set(ids)) != len(ids):
-            raise UserError(f"latents {list(ids)} name one twice: give each once")
+            raise UserError(f"latents {list(ids)} contain a latent twice: give each once")
     return groups
 
 
@@ -239,22 +242,21 @@ def _only(dictionaries: Sequence[Dictionary]) -> Site:
 
 
 def _pieces(components: Sequence[Component], edit: Edit) -> Wanted:
-    """An edit by the numbers of its components.
+    """An edit in terms of the numbers of its components.
 
     Raises:
-        UserError: a component or unit that is not swept, a unit that is named twice, or parts that write one tensor
-            twice.
+        UserError: a component or unit is not swept, a unit is named twice, or parts write the same tensor twice.
     """
     known = {(component.site, component.kind): number for number, component in enumerate(components)}
     pieces = []
     for part in edit.parts:
         if (part.site, part.kind) not in known:
-            raise UserError(f"an edit of {part.kind} at {part.site}, which is not among what is swept")
+            raise UserError(f"an edit of {part.kind} at {part.site}, which is not swept: add it to the components")
         units = components[known[part.site, part.kind]].units
         if not part.units or not all(0 <= unit < units for unit in part.units):
-            raise UserError(f"{part.kind} {part.units} at {part.site}: there are {units}, from 0")
+            raise UserError(f"{part.kind} {part.units} at {part.site}: use 0 to {units - 1}")
         if len(set(part.units)) != len(part.units):
-            raise UserError(f"{part.kind} {part.units} at {part.site} name one twice: give each once")
+            raise UserError(f"{part.kind} {part.units} at {part.site} contain a unit twice: give each once")
         pieces.append(Piece(known[part.site, part.kind], part.units, part.position, part.frozen))
     _check_apart(edit.parts)
     return tuple(pieces)
@@ -267,13 +269,13 @@ def _check_apart(parts: Sequence[EditPart]) -> None:
             if not part.site.same_tensor(other.site):
                 continue
             if (part.site, part.kind) == (other.site, other.kind):
-                same_place = part.position is None or other.position is None or part.position == other.position
-                if both := set(part.units) & set(other.units) if same_place else set():
+                overlap = part.position is None or other.position is None or part.position == other.position
+                if both := set(part.units) & set(other.units) if overlap else set():
                     raise UserError(f"{part.kind} {min(both)} at {part.site} is in two parts of one edit: name it once")
             elif {part.kind, other.kind} != {"latent", "error"} or part.site != other.site:
                 raise UserError(
-                    f"{other.kind} at {other.site} and {part.kind} at {part.site} write one tensor, so one edit cannot "
-                    "hold both (but for latents and the error term of one dictionary): make two edits of them"
+                    f"{other.kind} at {other.site} and {part.kind} at {part.site} write the same tensor, so one edit "
+                    "cannot contain both (except latents and the error term of one dictionary): make two edits"
                 )
 
 
@@ -282,7 +284,7 @@ def _stage(pieces: Wanted) -> Stage:
 
 
 def _stages(edits: Sequence[Wanted]) -> list[Stage]:
-    """Edits of the same components run together; those of one component come first, in its order."""
+    """The distinct stages; edits of the same components share one, and single components come first."""
     return sorted(set(map(_stage, edits)), key=lambda stage: (len(stage), stage))
 
 
@@ -293,10 +295,10 @@ def _effects(
     edits: Sequence[Edit] | None,
     options: SweepOptions,
 ) -> Effects:
-    """Sweep, and lay what was found out as pairs × edits."""
+    """Sweep, and arrange the results as pairs × edits."""
     pieces = [_pieces(components, edit) for edit in edits or ()]
     if options.each_position and any(part.position is not None for edit in edits or () for part in edit.others):
-        raise UserError("parts of an edit name positions of their own: leave each_position out")
+        raise UserError("each_position=True, but parts of an edit have their own positions: leave it out")
     stages: list[Stage] = (
         [((number, False),) for number in range(len(components))] if edits is None else _stages(pieces)
     )
@@ -340,16 +342,16 @@ def _name(options: SweepOptions) -> str:
 
 
 def _rounding(model: LanguageModel, swept: Swept) -> float:
-    """Share of the mean gap that rounding alone may move a metric by: by the precision, and by what was measured."""
+    """Largest change by rounding alone, as a share of the mean gap: from the dtype, and from measured noise."""
     return max(1e-4 if model.dtype == torch.float32 else 2e-2, 2 * swept.noise_share)
 
 
 def _apart(
     edits: Sequence[Edit], number: Int[np.ndarray, "ran"], position: Int[np.ndarray, "ran"]
 ) -> tuple[list[Edit], Int[np.ndarray, "ran"]]:
-    """One edit a position where it ran, and each run's place among them.
+    """One edit per position where it ran, and each run's index among them.
 
-    A control that changes nothing where its group acts counts as run there, without effect.
+    A control that changes nothing at a position where its group acts counts as run there, with effect 0.
     """
     ran = list(zip(number.tolist(), position.tolist(), strict=True))
     controls: dict[Key, list[int]] = {}

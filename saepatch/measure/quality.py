@@ -1,4 +1,4 @@
-"""What a dictionary keeps of a model, and how often each of its latents is active."""
+"""Splice quality of a dictionary, and statistics of its latents."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ from saepatch.model.sites import Site
 class SpliceQuality:
     """What the model loses when a dictionary is its bottleneck at one site.
 
-    Cross-entropies and `kl` are in nats a token, means over the places where an ordinary token follows an ordinary one
-    (neither is BOS or padding); the other figures are over all ordinary positions.
+    Cross-entropies and `kl` are in nats per token, means over positions where an ordinary token follows an ordinary
+    token (neither BOS nor padding); the other figures are over all ordinary positions.
 
     Attributes:
         site: Where the dictionary was spliced.
-        tokens: Ordinary positions that were looked at.
-        ce_model: Cross-entropy of the next token, the model untouched.
+        tokens: Number of ordinary positions measured.
+        ce_model: Cross-entropy of the next token in the unedited model.
         ce_spliced: The same with the error term dropped at ordinary positions.
         ce_zero: The same with the site set to 0 at every position, BOS included.
-        ce_zero_ordinary: The same with the site set to 0 at ordinary positions alone, BOS as it is.
+        ce_zero_ordinary: The same with the site set to 0 at ordinary positions only, BOS unchanged.
         ce_mean: The same with the site set to its mean at ordinary positions.
         ce_recovered: (ce_zero - ce_spliced) / (ce_zero - ce_model), the field's figure: sae_lens' `ce_loss_score` with
             BOS among its `ignore_tokens`, SAEBench's with special tokens excluded. NaN where ablation changes nothing.
-        ce_recovered_ordinary: The same against `ce_zero_ordinary`. Flatters: a model whose BOS alone is left is often
-            worse than one that predicts all tokens alike.
+        ce_recovered_ordinary: The same against `ce_zero_ordinary`. Too favourable: a model with only BOS intact is
+            often worse than a uniform prediction.
         ce_recovered_mean: The same against the mean ablation, which is harder to beat.
         kl: KL(model || spliced).
         fvu: Fraction of variance unexplained, sum |x - x̂|² / sum |x - mean(x)|².
         l0: Mean number of active latents.
         alive_share: Share of latents active at least once in these tokens.
         identity_error: Largest absolute difference of a logit between the model and the model whose site is written as
-            reconstruction + error. Rounding alone, or the splice is wrong.
+            reconstruction + error. More than rounding means that the splice is wrong.
     """
 
     site: Site
@@ -63,15 +63,15 @@ class SpliceQuality:
 
 @dataclass(frozen=True, eq=False)
 class LatentStatistics:
-    """How each latent of a dictionary behaves on a text: what random controls are matched by, and steering measured in.
+    """Statistics of each latent on a text, used to match controls and as units of steering strength.
 
     Attributes:
         frequency: Share of ordinary positions where the latent is active (not 0).
         mean_active: Mean activation where it is active; 0 for a latent that never is.
         maximum: Largest activation (a_max); 0 for a latent that is never active.
         norm: Length of the direction one unit of the latent adds to the site, before a normalising dictionary's scale.
-        reach: How far the latent moves the site at most: largest of its activation times its scale times `norm`.
-        tokens: Ordinary positions that were looked at.
+        reach: Largest length that the latent writes to the site: maximum of activation times scale, times `norm`.
+        tokens: Number of ordinary positions measured.
     """
 
     frequency: Float[Tensor, "d_sae"]
@@ -83,7 +83,7 @@ class LatentStatistics:
 
     @property
     def mean(self) -> Float[Tensor, "d_sae"]:
-        """Mean activation over all ordinary positions, active or not: what mean ablation ablates to."""
+        """Mean activation over all ordinary positions, active or not: the value for mean ablation."""
         return self.frequency * self.mean_active
 
     @property
@@ -92,12 +92,12 @@ class LatentStatistics:
 
 
 def splice_quality(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int = 32) -> SpliceQuality:
-    """Measure what is lost by sending a site through its dictionary.
+    """Measure what is lost when a site is replaced by its reconstruction.
 
-    Two passes over the tokens, a batch at a time: the second holds the logits of one batch under three runs at most.
+    Two passes over the tokens in batches; memory: the logits of one batch under at most three runs.
 
     Raises:
-        UserError: the dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
+        UserError: the dictionary does not fit the model, or no ordinary token follows another.
 
     Source: the loss recovered of Bricken et al. 2023 ("Towards Monosemanticity"), as in sae_lens' `evals.py` and in the
     core evaluation of SAEBench (Karvonen et al. 2025), both of which zero every position; with two other ablations.
@@ -108,12 +108,12 @@ def splice_quality(model: LanguageModel, dictionary: Dictionary, tokens: Tokens,
 def splice_qualities(
     model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int = 32
 ) -> list[tuple[SpliceQuality, LatentStatistics]]:
-    """`splice_quality` and `latent_statistics` of several dictionaries, each spliced alone.
+    """`splice_quality` and `latent_statistics` of several dictionaries, each spliced separately.
 
-    They share the model's own passes, and each of the five edited passes that one takes begins at its site.
+    They share the model's unedited passes; the five edited passes of each dictionary begin at its site.
 
     Raises:
-        UserError: a dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
+        UserError: a dictionary does not fit the model, or no ordinary token follows another.
     """
     for dictionary in dictionaries:
         dictionary.check(model)
@@ -131,10 +131,10 @@ def latent_statistics(
 ) -> LatentStatistics:
     """Frequency, mean and maximum of every latent over the ordinary positions of the tokens.
 
-    One pass, a batch at a time, that stops at the dictionary's site.
+    One pass in batches, which stops at the dictionary's site.
 
     Raises:
-        UserError: the dictionary does not belong to the model, or there is no ordinary position.
+        UserError: the dictionary does not fit the model, or there is no ordinary position.
     """
     dictionary.check(model)
     sums, site = _SiteSums.of(dictionary), dictionary.site
@@ -146,7 +146,7 @@ def latent_statistics(
     return sums.statistics(dictionary)
 
 
-_NOTHING = "the tokens hold nothing besides BOS and padding: give at least one ordinary token"
+_NOTHING = "the tokens are only BOS and padding: give at least one ordinary token"
 
 
 @dataclass(eq=False)
@@ -173,7 +173,7 @@ class _SiteSums:
         self.x += ordinary.sum(0)
         self.xx += float((ordinary**2).sum())
         self.residual += float((_accurate(latents.error[batch.ordinary]) ** 2).sum())
-        # Within a batch a fp32 sum is exact enough; over batches it would not be.
+        # float32 is accurate enough within a batch, but not over many.
         self.active += _accurate((acts != 0).sum(0))
         self.acts += _accurate(acts.sum(0))
         if len(acts):
@@ -203,7 +203,7 @@ def _accurate(x: Tensor) -> Tensor:
 def _means(
     model: LanguageModel, sites: Sequence[Site], tokens: Tokens, batch_size: int
 ) -> dict[Site, Float[Tensor, "d_model"]]:
-    """What each site holds at ordinary positions, on average; one pass that stops at the last of the sites."""
+    """Mean of each site over ordinary positions, in one pass that stops at the last of the sites."""
     sums: dict[Site, Tensor] = {}
     n = 0
     for batch in _batches(tokens, batch_size):
@@ -217,7 +217,7 @@ def _means(
 
 
 class _Measure:
-    """What one dictionary keeps of the model, summed over batches."""
+    """Sums over batches for the splice quality of one dictionary."""
 
     def __init__(self, model: LanguageModel, dictionary: Dictionary, mean: Float[Tensor, "d_model"]) -> None:
         self.model, self.dictionary, self.mean = model, dictionary, mean
@@ -225,14 +225,14 @@ class _Measure:
         self.ce: dict[str, float] = {}
         self.kl = self.identity = 0.0
         self.n = 0
-        self._skip: bool | None = None  # whether edited passes can begin at the site; seen on the first batch
+        self._skip: bool | None = None  # whether edited passes can begin at the site; tested on the first batch
 
     @torch.no_grad()
     def add(self, kept: WholePass) -> None:
         batch, x = kept.tokens, kept.values[self.dictionary.site]
         latents = self.dictionary.encode(x)
         self.sums.add(latents, x, batch)
-        # A target stands one column to the right of its predictor, whichever side the padding is on.
+        # The target is one column to the right of the predicting token, whichever side is padded.
         counted = batch.ordinary[:, :-1] & batch.ordinary[:, 1:]
         targets = batch.input_ids[:, 1:][counted]
         if not len(targets):
@@ -248,7 +248,7 @@ class _Measure:
         plain = log_softmax(kept.logits[:, :-1][counted].float(), -1)
         bottleneck = x - torch.where(where, latents.error, 0).to(x.dtype)  # as `splice` writes it
         spliced = log_softmax(self._logits(kept, bottleneck)[:, :-1][counted].float(), -1)
-        # A token the model rules out altogether (-inf) adds nothing to the divergence, and must not make it NaN.
+        # A token with probability 0 adds nothing to the divergence, and must not make it NaN.
         gap = torch.where(plain.isneginf(), 0.0, plain - spliced)
         self.kl += float(_accurate((plain.exp() * gap).sum(-1)).sum())
         self._add_ce("model", plain, targets)
@@ -297,9 +297,9 @@ def _recovered(ce: dict[str, float], ablation: str) -> float:
 
 
 def _batches(tokens: Tokens, size: int) -> Iterator[Tokens]:
-    """Batches without the columns that are padding in all of their rows."""
+    """Batches without columns that are padding in all rows."""
     if not hasattr(tokens, "batches"):
-        raise UserError("these are no tokens: give model.tokenize(texts)")
+        raise UserError(f"tokens are a {type(tokens).__name__}: give model.tokenize(texts)")
     if size < 1:
         raise UserError(f"batch size {size}: use at least 1")
     for batch in tokens.batches(size):

@@ -1,4 +1,4 @@
-"""What a screen found: an estimated effect for every node that differs, and exact ones for those that were verified.
+"""Results of a screen: an estimated effect for every node that differs, and exact effects for verified nodes.
 
 A node is one unit of one site at one position of one pair: a latent, an error term, a query of an attention head.
 """
@@ -30,11 +30,10 @@ ERROR = -1  # the unit of an error term
 class Verification:
     """Exact effects of the nodes with the largest estimates and of a random sample of the others.
 
-    `index` says which nodes; the first `largest` are the top of the screen, the others the sample, which was drawn
-    uniformly, without replacement, from the `others` nodes below the top; or, where a screen was made in parts, from
-    those of each part apart: `parts` says how many were drawn out of how many, in the order of the sample. Effects are
-    in units of the metric, and so are estimates; with `sizes` these are of sizes (GradDrop), and are correlated with
-    the sizes of exact effects.
+    `index` are the nodes: the first `largest` are the top of the screen, the others the sample, drawn uniformly without
+    replacement from the `others` nodes below the top; in a screen made in parts, from each part separately: `parts`
+    lists (number drawn, number of nodes) in the order of the sample. Exact effects and estimates are in units of the
+    metric; with `sizes`, estimates are magnitudes (GradDrop), and are correlated with the magnitudes of exact effects.
     """
 
     index: Int[ndarray, "verified"]
@@ -68,11 +67,11 @@ class Verification:
         if len(exact) < 2 or np.ptp(estimated) == 0 or np.ptp(exact) == 0:
             return float("nan")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of scipy's, that values are nearly constant
+            warnings.simplefilter("ignore")  # scipy warns of nearly constant values
             return float(function(estimated, exact)[0])
 
     def threshold(self, k: int | None = None) -> float:
-        """Size of the `k`-th largest exact effect among the top of the screen; None: of the smallest there.
+        """Magnitude of the `k`-th largest exact effect among the verified top; None: of the smallest.
 
         Raises:
             UserError: the top of the screen was not verified, or has fewer than `k` nodes.
@@ -80,33 +79,33 @@ class Verification:
         k = self.largest if k is None else k
         if not 1 <= k <= self.largest:
             raise UserError(
-                f"k = {k}, but {self.largest} nodes of the top were verified: verify more, or ask for fewer"
+                f"k = {k}, but {self.largest} nodes of the top were verified: use 1 to {self.largest}, or verify more"
             )
         return float(np.sort(np.abs(self.exact[: self.largest]))[-k])
 
     def missed(self, k: int | None = None, level: float = 0.95) -> tuple[int, float, float]:
-        """How many nodes below the top have an effect at least as large as `threshold(k)`.
+        """Bound the number of nodes below the top whose effect is at least as large as `threshold(k)`.
 
-        Returns how many of the sample have, the upper bound on the share of the nodes that were not run that have (at
-        `level`, one-sided), and that share times these nodes: the bound on how many more there are. The bound is that
-        of the hypergeometric distribution: the sample is uniform, and the threshold does not depend on it. Of a screen
-        in parts it is the sum of bounds on each, all of which hold together at `level` (Bonferroni).
+        Returns the number of such nodes in the sample, the upper bound on their share among nodes that were not run (at
+        `level`, one-sided), and the corresponding number of nodes. The bound is hypergeometric: the sample is uniform
+        and the threshold does not depend on it. For a screen in parts it is the sum of the parts' bounds, which hold
+        jointly at `level` (Bonferroni).
 
         Raises:
-            UserError: as `threshold`, or there is no sample.
+            UserError: as for `threshold`, or there is no sample.
         """
         if not self.sampled:
-            raise UserError("a bound on what the screen missed needs a random sample: ask for sample=100, say")
+            raise UserError("no random sample, which a bound on missed nodes needs: verify with sample=100 or so")
         is_large = np.abs(self.exact[self.largest :]) >= self.threshold(k)
         drawn, others = np.array(self.parts or [(self.sampled, self.others)], dtype=np.int64).T
         part = np.repeat(np.arange(len(drawn)), drawn)
         large = np.bincount(part[is_large], minlength=len(drawn))
-        chance = (1 - level) / max(1, int((drawn < others).sum()))  # of a part all of which was run nothing is unknown
+        chance = (1 - level) / max(1, int((drawn < others).sum()))  # a part that was run completely needs no bound
         most, left = int(_most(large, drawn, others, chance).sum()), self.others - self.sampled
         return int(is_large.sum()), most / left if left else 0.0, float(most)
 
     def summary(self) -> str:
-        """What was run and how far the screen can be trusted, in words."""
+        """Text on what was run exactly and how well the estimates agree."""
         text = f"run exactly: the {self.largest} nodes with the largest estimates"
         text += f", and {self.sampled} drawn at random from the other {self.others}; agreement of "
         text += f"{'estimated sizes' if self.sizes else 'estimates'} with exact effects: "
@@ -124,7 +123,7 @@ class Verification:
         which = "the smallest" if k == self.largest else f"number {k}"
         return (
             f"missed: {large} of the {self.sampled} drawn are as large as {which} of these {self.largest} by exact "
-            f"effect ({self.threshold(k):.3g}); of the {self.others - self.sampled} nodes that were not run at most "
+            f"effect ({self.threshold(k):.3g}); of the {self.others - self.sampled} nodes that were not run, at most "
             f"{int(most)} are ({share:.2%}, 95 % confidence)"
         )
 
@@ -132,7 +131,8 @@ class Verification:
 def _most(
     large: Int[ndarray, "parts"], drawn: Int[ndarray, "parts"], others: Int[ndarray, "parts"], chance: float
 ) -> Int[ndarray, "parts"]:
-    """How many more large nodes a part can have: of more, so few drawn would have come with less than that chance."""
+    """Upper bound on the large nodes of each part outside its sample: with more of them, drawing so few or fewer
+    would have a probability below `chance`."""
     from scipy.stats import hypergeom
 
     low, high = large, others - (drawn - large)
@@ -145,12 +145,12 @@ def _most(
 
 @dataclass(frozen=True, eq=False)
 class Attribution(PairGaps):
-    """Estimated effect of every node that differs between a base and a source run; all others have none.
+    """Estimated effect of every node that differs between a base and a source run; all others have no effect.
 
     Entry i is the node of pair `pair[i]` at `sites[site[i]]`, unit `unit[i]` (-1: the error term) and `position[i]`
-    (counted as in `Edit`), with the estimate `score[i]` of how far patching it moves the metric from the base run
-    towards the source run, in the metric's units (with `sizes`, as GradDrop gives: the size of it). `kinds[s]` says
-    what the units of `sites[s]` are. `clean` and `corrupted` are the runs' own metrics.
+    (as in `Edit`). `score[i]` estimates the change of the metric by patching it, from the base run towards the source
+    run, in the metric's units (with `sizes`, as from GradDrop: its magnitude). `kinds[s]` is the kind of the units at
+    `sites[s]`. `clean` and `corrupted` are the metrics of the two runs.
     """
 
     direction: PatchDirection
@@ -178,21 +178,21 @@ class Attribution(PairGaps):
     def normalised(self) -> Float[ndarray, "nodes"]:
         """`score / gap` of each node's pair: 0 is the base run, 1 the source run; NaN where |gap| < `min_gap`.
 
-        Of sizes, `score / |gap|`.
+        For magnitudes, `score / |gap|`.
         """
         gap = self.usable_gap[self.pair]
         return self.score / (np.abs(gap) if self.sizes else gap)
 
     def shares(self, means: Float[ndarray, "edits"]) -> Float[ndarray, "edits"]:
-        """Mean scores as shares of the mean gap; those of sizes have no sign. NaN where the mean gap is too small."""
+        """Mean scores as shares of the mean gap (for magnitudes, of its absolute value); NaN for too small a gap."""
         return means / (abs(self.mean_gap) if self.sizes else self.mean_gap)
 
     def warn_if_flat(self, advice: str) -> None:
-        """Warn where all estimates are rounding although clean and corrupted runs differ."""
+        """Warn where all estimates are within rounding although clean and corrupted runs differ."""
         if len(self) and np.abs(self.score).max() < ROUNDING * np.abs(self.gap).mean():
             log.warning(
-                "all estimates are below the rounding of the gap: the metric %s is flat at the base run (as KL is "
-                "against the base run itself), and gradients there say nothing: %s", self.metric, advice,
+                "all estimates are within rounding: the metric %s is flat at the base run (as KL is against the base "
+                "run itself), so gradients there carry no information: %s", self.metric, advice,
             )  # fmt: skip
 
     def edit(self, node: int) -> Edit:
@@ -204,9 +204,9 @@ class Attribution(PairGaps):
         return Edit(self.sites[site], (max(unit, 0),), position, kind)
 
     def means(self, each_position: bool = True) -> tuple[list[Edit], Float[ndarray, "edits"]]:
-        """Edits, and the mean of their scores over all pairs (0 where an edit is nothing).
+        """Edits, and the mean of their scores over all pairs (0 where an edit changes nothing).
 
-        Without `each_position` scores are summed over positions, and edits act at all of them.
+        Without `each_position`, scores are summed over positions, and edits act at all positions.
         """
         keys, mean = self._means(each_position)
         return [self._named(key, each_position) for key in keys.T], mean
@@ -220,16 +220,16 @@ class Attribution(PairGaps):
         sizes = [int(np.ptp(c)) + 1 if len(c) else 1 for c in columns]
         lows = [int(c.min()) if len(c) else 0 for c in columns]
         flat = np.ravel_multi_index([c - low for c, low in zip(columns, lows, strict=True)], sizes)
-        found, inverse = np.unique(flat, return_inverse=True)
-        mean = np.bincount(inverse.reshape(-1), weights=self.score, minlength=len(found)) / len(self.examples)
-        keys = [part + low for part, low in zip(np.unravel_index(found, sizes), lows, strict=True)]
+        unique, inverse = np.unique(flat, return_inverse=True)
+        mean = np.bincount(inverse.reshape(-1), weights=self.score, minlength=len(unique)) / len(self.examples)
+        keys = [part + low for part, low in zip(np.unravel_index(unique, sizes), lows, strict=True)]
         return np.stack(keys).astype(np.int64), mean
 
     def top(self, k: int, each_position: bool = True, by_size: bool = False) -> list[Edit]:
-        """The `k` edits with the largest estimated ratio of means, or (by size) with the largest |mean|; largest first.
+        """The `k` edits with the largest estimated ratio of means or, with `by_size`, largest |mean|; largest first.
 
         Raises:
-            UserError: clean and corrupted runs are the same on average, so there is nothing to rank by.
+            UserError: clean and corrupted runs are equal on average, so there is no gap to rank by.
         """
         keys, mean = self._means(each_position)
         return [self._named(keys[:, i], each_position) for i in self._order(mean, by_size)[:k]]
@@ -239,7 +239,7 @@ class Attribution(PairGaps):
         return np.argsort(-(np.abs(mean) if by_size else self.shares(mean)), kind="stable")
 
     def summary(self, k: int = 10) -> str:
-        """The edits with the largest estimates as a table, and what verifying them showed."""
+        """The edits with the largest estimates as a table, and the result of verification."""
         keys, mean = self._means(True)
         shares = self.shares(mean)
         rows = []
@@ -254,16 +254,16 @@ class Attribution(PairGaps):
         return "\n".join(lines if self.verified is None else [*lines, self.verified.summary()])
 
     def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
-        """Flat rows: every node with its estimate, then those that were verified once more, with method "exact".
+        """Flat rows: every node with its estimate, then verified nodes again, with method "exact".
 
-        `patched` is the base run's metric moved by the estimate, and NaN for a size, which does not say which way.
-        `tokens` are the texts of each pair's own tokens. Rows that were run exactly have the role "top" (of the largest
-        estimates) or "random" (drawn from all others).
+        `patched` is the base run's metric plus the estimate, and NaN for a magnitude, whose direction is unknown.
+        `tokens` are the texts of each pair's own tokens. Exact rows have the role "top" (largest estimates) or "random"
+        (drawn from all others).
         """
         return list(self.rows_at(None, task, tokens))
 
     def rows_at(self, site: int | None, task: str, tokens: Sequence[Sequence[str]] | None = None) -> Iterator[Row]:
-        """The rows of the nodes at one site (an index into `sites`), one by one; None: of all."""
+        """The rows of the nodes at one site (an index into `sites`), one by one; None: at all sites."""
         kinds = [("single", np.arange(len(self)), self.score)]
         if (run := self.verified) is not None:
             for role, some in (("top", slice(0, run.largest)), ("random", slice(run.largest, None))):
@@ -307,10 +307,10 @@ class Attribution(PairGaps):
     def verify(self, largest: int, sample: int, exact: Exact, seed: int = 0) -> "Attribution":
         """The same with the `largest` nodes by |score| and a random `sample` of the others run exactly.
 
-        `exact` gives the metric under edits, each of one pair.
+        `exact` returns the metric under edits, each of one pair.
 
         Raises:
-            UserError: a negative number.
+            UserError: `largest` or `sample` is negative.
         """
         if min(largest, sample) < 0:
             raise UserError(f"verify={largest}, sample={sample}: use 0 or more")

@@ -1,4 +1,4 @@
-"""What single latents are about: cards, activity over texts, patchscopes.
+"""Interpreting single latents: cards, activity over texts, Patchscopes.
 
 May import steering and below.
 """

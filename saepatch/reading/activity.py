@@ -1,4 +1,4 @@
-"""What latents do over texts, gathered as the texts stream by: counts, histograms, the stretches where they peak."""
+"""Activity of latents over a stream of texts: counts, histograms, and the stretches where they peak."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-BINS = 20  # of a histogram that is shown
-FINE = 2048  # bins that activations of one sign are counted in
-WINDOW = (24, 8)  # tokens of a stretch before and after its largest activation
+BINS = 20  # bins of a displayed histogram
+FINE = 2048  # bins for counting activations of one sign
+WINDOW = (24, 8)  # tokens kept before and after the largest activation
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The stretch of a text around a latent's largest activation in it: tokens, and the activation at each."""
+    """The stretch of a text around a latent's largest activation: tokens and their activations."""
 
     text: int
     largest: float
@@ -22,16 +22,16 @@ class Peak:
 
 
 class Activity:
-    """Counts, histograms and peaks of some latents; memory grows with the latents, and not with the texts.
+    """Counts, histograms and peaks of some latents; memory depends on the number of latents, not of texts.
 
     Attributes:
-        texts: Texts so far.
-        tokens: Their ordinary tokens.
-        count: At how many of these each latent is not 0.
-        total: Sum of each latent's values.
-        maximum: Largest value of each at any token of the texts, a BOS counted as 0.
-        peaks: Of each latent, the `examples` texts with the largest activations above 0, the largest first. A stretch
-            that is met twice is kept once.
+        texts: Number of texts so far.
+        tokens: Number of their ordinary tokens.
+        count: Number of these tokens at which each latent is not 0.
+        total: Sum of each latent's activations.
+        maximum: Largest activation of each latent at any token, with BOS counted as 0.
+        peaks: For each latent, stretches of the `examples` texts with the largest positive activations, largest first.
+            Repeated stretches are kept once.
     """
 
     def __init__(self, latents: int, examples: int) -> None:
@@ -42,9 +42,9 @@ class Activity:
         self.maximum = torch.full((latents,), -torch.inf)
         self.minimum = torch.full((latents,), torch.inf)
         self.peaks: list[list[Peak]] = [[] for _ in range(latents)]
-        self._enough = torch.zeros(latents)  # what a text's largest activation has to be above to be kept
-        # Each latent's bins end at a power of two above its largest magnitude. As that grows, bins are joined in pairs:
-        # every value stays in the bin that holds it, whatever the order of the texts.
+        self._enough = torch.zeros(latents)  # largest activations above this are kept
+        # Each latent's bins end at a power of two above its largest magnitude. When that grows, bins are merged in
+        # pairs, so that the counts do not depend on the order of the texts.
         self._exponent = torch.zeros(latents, dtype=torch.int32)
         self._bins: list[Int[Tensor, "latents fine"] | None] = [None, None]  # of positive and of negative values
 
@@ -56,7 +56,7 @@ class Activity:
         ordinary: Bool[Tensor, "batch pos"],
         acts: Float[Tensor, "batch pos latents"],
     ) -> None:
-        """Take in a batch of texts: their tokens, where there are any, where these count, and the latents there."""
+        """Add a batch of texts: token ids, masks of non-padding and of ordinary positions, and latents."""
         acts = (acts * ordinary[..., None]).float().cpu()
         ids, real = ids.cpu(), real.cpu()
         largest = acts.masked_fill(~real[..., None], -torch.inf).amax(1)
@@ -93,8 +93,8 @@ class Activity:
             bins.view(-1).scatter_add_(0, place, torch.ones_like(place, dtype=bins.dtype))
 
     def histogram(self, latent: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Counts of values that are not 0 in bins of one width, and the bins' edges: from 0 or the smallest to the
-        largest, up to the width of a bin that was counted in. Without any value: no counts, and the edge 0."""
+        """Counts of non-zero activations in bins of equal width, and the edges, from 0 or the minimum to the maximum
+        (to the precision of a counting bin). Without any activation: no counts, and the edge 0."""
         if not int(self.count[latent]):
             return (), (0.0,)
         width = 2.0 ** int(self._exponent[latent]) / FINE
@@ -102,7 +102,7 @@ class Activity:
         both = torch.cat([down.flip(0), up])
         used = both.nonzero().flatten()
         first, last = min(FINE, int(used[0])), max(FINE - 1, int(used[-1]))
-        joined = -(-(last - first + 1) // BINS)  # bins to a bin
+        joined = -(-(last - first + 1) // BINS)  # counting bins per displayed bin
         counts = torch.cat([both[first:], torch.zeros(BINS * joined, dtype=torch.int32)])[: BINS * joined]
         edges = [(first - FINE + i * joined) * width for i in range(BINS + 1)]
         return tuple(counts.view(BINS, joined).sum(-1).tolist()), tuple(edges)
@@ -119,7 +119,7 @@ class Activity:
         starts, lengths = real.int().argmax(-1).tolist(), real.sum(-1).tolist()
         for row, latent, place in zip(rows.tolist(), latents.tolist(), places, strict=True):
             value = float(largest[row, latent])
-            if value <= float(self._enough[latent]):  # of this batch, larger ones have come since
+            if value <= float(self._enough[latent]):  # larger ones of this batch were kept in the meantime
                 continue
             first = max(starts[row], place - WINDOW[0])
             stretch = slice(first, min(starts[row] + lengths[row], place + WINDOW[1] + 1))
@@ -130,7 +130,7 @@ class Activity:
         kept = self.peaks[latent]
         same = next((other for other in kept if other.ids == peak.ids), None)
         if same is not None:
-            if peak.largest <= same.largest * (1 + 1e-4):  # the same again, or rounded otherwise in another batch
+            if peak.largest <= same.largest * (1 + 1e-4):  # repeated, possibly with other rounding in another batch
                 return
             kept.remove(same)
         kept.append(peak)

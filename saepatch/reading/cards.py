@@ -1,7 +1,7 @@
-"""What a latent is about: its top examples, how often and how strongly it fires, what it writes, its neighbours.
+"""Cards of latents: top examples, firing frequency and strength, promoted tokens, nearest neighbours.
 
-A run leaves these of its top latents in `reading.json`, with the tokens of its prompts, so that its report is made of
-files alone.
+A run stores the cards of its top latents in `reading.json`, with the tokens of its prompts, so that its report can be
+made from files alone.
 """
 
 import logging
@@ -22,13 +22,13 @@ from saepatch.splicing.splice import record_latents
 
 log = logging.getLogger(__name__)
 
-CELLS = 2**26  # activations that are held at once
-PART = 256  # latents whose directions are read at once
+CELLS = 2**26  # activations in memory at once
+PART = 256  # latents whose directions are unembedded at once
 
 
 @dataclass(frozen=True)
 class Example:
-    """A stretch of a text, the activation at each of its tokens, and which text it is from."""
+    """A stretch of a text with the activation at each token; `text` is the text's index."""
 
     text: int
     tokens: tuple[str, ...]
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of one latent. Shares and counts are over the ordinary positions of the texts that were read."""
+    """Description of one latent. Shares and counts are over the ordinary positions of the texts read."""
 
     site: str
     latent: int
@@ -52,38 +52,38 @@ class Card:
     mean_active: float
     """Mean over the positions where it is not 0; NaN if there are none."""
     norm: float
-    """Of what one unit of it adds to the site."""
+    """Norm of what one unit of it adds to the site."""
     edges: tuple[float, ...]
     counts: tuple[int, ...]
-    """A histogram of its activations that are not 0: one edge more than bins, the last at or above the largest."""
+    """A histogram of its non-zero activations: one more edge than counts, the last at or above the maximum."""
     examples: tuple[Example, ...]
     lens: str
-    """How `raises` and `lowers` were found; empty where they could not be."""
+    """How `raises` and `lowers` were computed; empty where they could not be."""
     raises: tuple[tuple[str, float], ...]
     lowers: tuple[tuple[str, float], ...]
-    """Tokens whose logits its direction raises and lowers most, with the logit over the vocabulary's mean."""
+    """Tokens whose logits its direction raises and lowers most, with the logit minus the vocabulary's mean."""
     neighbours: tuple[tuple[int, float], ...]
     """Latents of the same dictionary with the most similar directions, by cosine."""
 
     @property
     def dead(self) -> bool:
-        """Whether it fired nowhere in the texts that were read."""
+        """Whether it never fired in the texts read."""
         return self.frequency == 0
 
     @property
     def anchor(self) -> str:
-        """Its name on a page, which links lead to."""
+        """Its anchor on a page, for links."""
         return f"latent-{self.site}-{self.latent}"
 
     @staticmethod
-    def read(given: dict[str, Any]) -> "Card":
-        """A card as `asdict` and JSON left it; a missing number is NaN again."""
+    def read(content: dict[str, Any]) -> "Card":
+        """A card from the JSON of its `asdict`; null numbers become NaN."""
         nan = float("nan")
-        examples = tuple(Example(e["text"], tuple(e["tokens"]), tuple(e["acts"])) for e in given["examples"])
-        pairs = {name: tuple((each[0], each[1]) for each in given[name]) for name in ("raises", "lowers", "neighbours")}
-        numbers = {name: nan if given[name] is None else given[name] for name in ("mean_active", "maximum", "norm")}
-        plain = {"edges": tuple(given["edges"]), "counts": tuple(given["counts"]), "examples": examples}
-        return Card(**given | numbers | plain | pairs)
+        examples = tuple(Example(e["text"], tuple(e["tokens"]), tuple(e["acts"])) for e in content["examples"])
+        pairs = {key: tuple((pair[0], pair[1]) for pair in content[key]) for key in ("raises", "lowers", "neighbours")}
+        numbers = {key: nan if content[key] is None else content[key] for key in ("mean_active", "maximum", "norm")}
+        plain = {"edges": tuple(content["edges"]), "counts": tuple(content["counts"]), "examples": examples}
+        return Card(**content | numbers | plain | pairs)
 
 
 def read_latents(
@@ -95,19 +95,19 @@ def read_latents(
     top: int = 10,
     batch_size: int = 32,
 ) -> list[Card]:
-    """Cards of any number of latents over some texts: one pass that stops at the dictionary's site.
+    """Cards of any number of latents over some texts, in one pass that stops at the dictionary's site.
 
-    Texts stream by, a batch at a time; what is kept of them is counts and each latent's own examples.
+    Texts are streamed in batches; only counts and each latent's examples are kept.
 
     Args:
-        latents: Ids; a card each, in their order.
-        texts: Where to look for examples, tokenised or not (a generator will do); BOS and padding are left out.
-        examples: Texts a card shows, the one with the largest activation first.
-        top: Tokens that a direction raises and lowers, and neighbours, a card shows.
-        batch_size: Texts at a time; fewer where a dictionary's activations of so many would be large.
+        latents: Ids; the cards are in their order.
+        texts: Texts to search for examples, tokenised or not (may be a generator); BOS and padding are left out.
+        examples: Number of examples per card, largest activation first.
+        top: Number of promoted and suppressed tokens, and of neighbours, per card.
+        batch_size: Texts per pass; reduced where the dictionary's activations would take too much memory.
 
     Raises:
-        UserError: the dictionary does not belong to the model, or has no such latent.
+        UserError: the dictionary does not fit the model, or has no such latent.
     """
     dictionary.check(model)
     dictionary.check_ids(tuple(latents))
@@ -204,7 +204,7 @@ def _neighbours(dictionary: Dictionary, latents: Sequence[int], top: int) -> lis
 
 @dataclass(frozen=True)
 class ReadText:
-    """A text as the model reads it: its tokens, and the sum of some latents' activations at each."""
+    """A text's tokens with the summed activation of some latents at each."""
 
     name: str
     tokens: tuple[str, ...]
@@ -215,7 +215,7 @@ class ReadText:
 def read_texts(
     model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], named: Sequence[tuple[str, str]]
 ) -> tuple[ReadText, ...]:
-    """Read (name, text) pairs, nothing edited; the latents that count are `latents`, BOS and template as they come."""
+    """Run the unedited model over (name, text) pairs and sum the activations of `latents` at each token (0 at BOS)."""
     texts = []
     for name, text in named:
         tokens = model.tokenize([text])
@@ -230,7 +230,7 @@ def read_texts(
 
 @dataclass(frozen=True)
 class Lens:
-    """Tokens that directions raise and lower, and how that was read."""
+    """Tokens that directions raise and lower, and how they were computed."""
 
     how: str
     raises: tuple[tuple[tuple[str, float], ...], ...]
@@ -239,14 +239,13 @@ class Lens:
 
 @torch.no_grad()
 def logit_lens(model: LanguageModel, dictionary: Dictionary, latents: Sequence[int], top: int = 10) -> Lens | None:
-    """The logits of each latent's direction alone, through the final norm and the unembedding.
+    """The logit lens of each latent's direction, through the final norm and the unembedding.
 
-    A direction of heads' values or of an MLP's units is what their output projection makes of it, and `how` says so.
-    The logits are `W_U (norm(d) - norm(0))`, less its mean over the vocabulary: which tokens the direction speaks for
-    on its direct way out, later layers left aside, with the stream's own size left aside, too (nostalgebraist, 2020,
-    applied to a direction). The final norm is the one that, after the last block, gives the model's own logits; where
-    none does, the unembedding alone is used, and `how` says so. None where the unembedding is not held in memory or has
-    another width.
+    The logits are `W_U (norm(d) - norm(0))` minus their mean over the vocabulary: the tokens the direction promotes on
+    its direct path, without later layers and independent of the residual stream's norm (nostalgebraist 2020, applied to
+    a direction). Directions of `z` or `neurons` are first multiplied by their output projection. The final norm is the
+    one that reproduces the model's logits after the last block; where there is none, the unembedding alone is used;
+    `how` records both. Returns None where the unembedding is not in memory or has another width.
     """
     head: Any = model.hf.get_output_embeddings()  # type: ignore[operator]
     if head is None or head.weight.is_meta or head.weight.shape[-1] != model.d_model:
@@ -273,7 +272,7 @@ def _named(model: LanguageModel, ids: Tensor, values: Tensor) -> tuple[tuple[tup
 
 
 def neuronpedia(dictionary: Dictionary) -> str:
-    """The dictionary's name on Neuronpedia (`gpt2-small/8-res-jb`); empty where sae_lens does not know one."""
+    """The dictionary's id on Neuronpedia (`gpt2-small/8-res-jb`); empty where sae_lens has none."""
     cfg: Any = dictionary.sae.cfg
-    named = str(cfg.metadata.get("neuronpedia_id") or "")
-    return named if re.fullmatch(r"[\w.-]+/[\w.-]+", named) else ""
+    identifier = str(cfg.metadata.get("neuronpedia_id") or "")
+    return identifier if re.fullmatch(r"[\w.-]+/[\w.-]+", identifier) else ""

@@ -1,4 +1,4 @@
-"""What `saepatch inspect` prints: a model's sites, and the dictionaries that fit them."""
+"""The output of `saepatch inspect`: a model's sites, and the dictionaries that fit them."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from saepatch.model.sites import Site
 
 
 def model_lines(model: LanguageModel) -> list[str]:
-    """Name, size and sites of a model, a line each. Every site was run and edited when the model was loaded."""
+    """Lines with the name, size and sites of a model. Every site was run and edited when the model was loaded."""
     config = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.hf.parameters())
     lines = [
@@ -26,10 +26,10 @@ def model_lines(model: LanguageModel) -> list[str]:
 
 
 def dictionary_lines(model: LanguageModel, dictionaries: dict[Site, Dictionary]) -> list[str]:
-    """One line a dictionary, after it was checked against its site.
+    """One line per dictionary, each checked against its site.
 
     Raises:
-        UserError: a dictionary does not belong to the model.
+        UserError: a dictionary does not fit the model.
     """
     lines = ["dictionaries"]
     for site, dictionary in dictionaries.items():
@@ -41,7 +41,7 @@ def dictionary_lines(model: LanguageModel, dictionaries: dict[Site, Dictionary])
 
 
 def facts(model: LanguageModel, dictionaries: dict[Site, Dictionary]) -> dict[str, Any]:
-    """The same, for programs."""
+    """The same as a JSON-serialisable dictionary."""
     return {
         "model": {"name": model.name, "hash": model.fingerprint, "type": model.config.model_type},
         "parameters": sum(p.numel() for p in model.hf.parameters()),

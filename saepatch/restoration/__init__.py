@@ -1,4 +1,4 @@
-"""Restore latents from a donor while a model answers: rankings, judges, refusals.
+"""Restoring latents from a donor while a model answers: rankings, judges, refusals.
 
 May import reading and below.
 """

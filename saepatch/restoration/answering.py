@@ -1,4 +1,4 @@
-"""Who is restored from whom, and where: one value, and the answers that are given under it."""
+"""The model, donor and sites of a restoration, and the answers under it."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from saepatch.splicing.donors import CleanMeans, CleanPrompts, Donor, OtherModel
 from saepatch.splicing.splice import splice
 
 Latents = Mapping[Site, tuple[int, ...] | None]
-"""What is restored at each site; None: every latent."""
+"""Latents to restore at each site; None: every latent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +42,12 @@ class Answered:
         return self.are("refuse")
 
     def are(self, outcome: Outcome) -> Bool[ndarray, "prompts"]:
-        """Which answers the keyword judge calls so."""
+        """Mask of the answers with this outcome by the keyword judge."""
         return np.array([judge(text) == outcome for text in self.texts], dtype=bool)
 
     @property
     def opened(self) -> Bool[ndarray, "prompts"]:
-        """Where the first token is more likely a refusal's than not, whatever comes after it."""
+        """Mask of prompts after which the next token more likely than not begins a refusal."""
         return np.array(self.scores, dtype=float) > 0
 
 
@@ -56,9 +56,9 @@ class Restoration:
     """A model whose latents are restored at some sites, and its donor.
 
     Attributes:
-        other: The donor, where it is another model that reads the same tokens; None: the model itself on clean prompts.
-        template: How many tokens at the end of prompts are restored, beside those that are generated.
-        means: What is restored instead of a donor run: latents' means over clean prompts.
+        other: The donor, where it is another model on the same tokens; None: the model itself on clean prompts.
+        template: Number of tokens at the end of prompts that are restored, in addition to generated tokens.
+        means: Means of latents over clean prompts, restored instead of a donor run.
     """
 
     model: LanguageModel
@@ -68,7 +68,7 @@ class Restoration:
     means: CleanMeans | None = None
 
     def donor_of(self, clean: Sequence[str]) -> Donor:
-        """The donor for prompts whose clean counterparts these are."""
+        """The donor for prompts with these clean counterparts."""
         if self.means is not None:
             return self.means
         return (
@@ -84,10 +84,10 @@ class Restoration:
         positions: Positions = "all",
         sites: Mapping[Site, Dictionary] | None = None,
     ) -> Iterator[None]:
-        """Restore latents from a donor inside the block; `sites` are other dictionaries than the restoration's own.
+        """Restore latents from a donor inside the context; `sites` replaces the restoration's own dictionaries.
 
         Raises:
-            UserError: latents of a site without a dictionary, or what `saepatch.splicing.donors.Restore` refuses.
+            UserError: a site has no dictionary; otherwise as for `saepatch.splicing.donors.Restore`.
         """
         sites = self.sites if sites is None else sites
         latents = {site: ids for site, ids in latents.items() if ids != ()}
@@ -99,7 +99,7 @@ class Restoration:
             yield
 
     def provenance(self, sae: str, seed: int, dictionaries: Mapping[Site, Dictionary] | None = None) -> Provenance:
-        """Of the model's answers; of several dictionaries the hash is taken over all of their hashes."""
+        """Provenance of the model's answers; for several dictionaries, the hash is over all their hashes."""
         hashes = [dictionary.fingerprint for dictionary in (dictionaries or self.sites).values()]
         whole = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
         return Provenance(self.model.name, self.model.fingerprint, sae, whole, seed)

@@ -1,9 +1,9 @@
-"""Which latents carry safety behaviour: contrast a run with the donor that is to restore it, and rank.
+"""Ranking of latents by how much they carry safety behaviour, from contrasts between a run and its donor.
 
-Two runs read the same completion, teacher-forced: the jailbroken prompt and its clean framing in one model, or base and
-aligned model on one prompt. The change score is that of Chen et al. 2024 ("Finding Safety Neurons in Large Language
-Models"), on latents; attribution is integrated gradients of the refusal score (Arditi et al. 2024) on the way from the
-run to the donor's.
+Both runs read the same completion, teacher-forced: the jailbroken prompt and its clean framing in one model, or base
+and aligned model on the same prompt. The change score is that of Chen et al. 2024 ("Finding Safety Neurons in Large
+Language Models") applied to latents; attribution is by integrated gradients of the refusal score (Arditi et al. 2024)
+from the run to the donor's.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -39,13 +39,13 @@ class SafetyLatents:
     """Scores of every latent, by site; `top` shares one budget over all sites.
 
     Attributes:
-        change: `S_j · ‖d_j‖`, S the root mean square difference between the donor and the run, over positions. Of a
-            dictionary that normalises its input, latents count as what they write: times the scale of their run.
-        signed: Mean difference, donor minus run, times `‖d_j‖`: what the donor has more of is positive.
-        attribution: Share in the change of the refusal score (nats) after the prompt, the donor's site written there;
-            mean over prompts. Empty where no refusal tokens were given.
-        positions: How many positions change and difference are taken over.
-        quality: What the dictionary keeps of the model and of the donor; empty where they are one model.
+        change: `S_j · ‖d_j‖`, with S the root mean square difference between donor and run over positions. Latents of a
+            dictionary that normalises its input are multiplied by the scale of their run.
+        signed: Mean difference, donor minus run, times `‖d_j‖`.
+        attribution: Contribution (nats) to the change of the refusal score after the prompt when the donor's site is
+            written; mean over prompts. Empty where no refusal tokens were given.
+        positions: Number of positions for `change` and `signed`.
+        quality: Splice quality of each dictionary in the model and in the donor; empty where they are the same model.
     """
 
     change: Scores
@@ -55,10 +55,10 @@ class SafetyLatents:
     quality: Mapping[Site, tuple[SpliceQuality, SpliceQuality]] = field(default_factory=dict)
 
     def top(self, k: int, by: Ranking = "change") -> dict[Site, tuple[int, ...]]:
-        """The `k` latents with the highest scores over all sites, as `restore` takes them; only scores above 0.
+        """The `k` latents with the highest scores over all sites, in the form for `restore`; only scores above 0.
 
         Raises:
-            UserError: an unknown ranking, or one that was not computed.
+            UserError: the ranking is unknown or was not computed, or `k` is below 1.
         """
         if by not in ("change", "signed", "attribution"):
             raise UserError(f"unknown ranking {by!r}: use change, signed or attribution")
@@ -68,7 +68,7 @@ class SafetyLatents:
                 "no attribution was computed: give refusal_ids (see saepatch.restoration.restore.first_tokens)"
             )
         if k < 1:
-            raise UserError(f"k = {k}: ask for at least 1 latent")
+            raise UserError(f"k = {k}: use at least 1")
         every, start, top = torch.cat(list(scores.values())), 0, {}
         order = every.argsort(descending=True, stable=True)[:k]
         order = order[every[order] > 0]
@@ -92,22 +92,23 @@ def find_safety_latents(
     options: AnswerOptions | None = None,
     **keywords: Unpack[AnswerKeywords],
 ) -> SafetyLatents:
-    """Rank latents by what they change between a run and the donor that would restore it.
+    """Rank latents by their change between a run and the donor that would restore it.
 
     Args:
-        model: The one that is to be restored: jailbroken, or the base model.
-        prompts: What it is asked.
-        donor: The clean framing of each prompt, or the aligned model. Its `template` says how many tokens at the end of
-            prompts count besides those of the completion (`OtherModel` with None: all but BOS).
+        model: The model to restore: jailbroken, or the base model.
+        dictionaries: One, or several at different sites.
+        prompts: The model's prompts.
+        donor: The clean framing of each prompt, or the aligned model. Its `template` is the number of tokens at the end
+            of prompts that count in addition to the completion (`OtherModel` with None: all but BOS).
         completions: Token ids that both runs read after their prompts; None: the donor's own greedy answers.
-        refusal_ids: First tokens of a refusal, for the attribution; none: no attribution.
-        steps: Points on the way, for the attribution.
-        options: Length of the donor's own answers, prompts at a time, and how well dictionaries have to fit two models.
-        keywords: Options, one by one; they replace those of `options`.
+        refusal_ids: First tokens of refusals, for the attribution; empty: no attribution.
+        steps: Interpolation steps of the attribution.
+        options: Length of the donor's answers, batch size, and the required fit of dictionaries to two models.
+        keywords: Single options, which replace those of `options`.
 
     Raises:
-        UserError: no prompts, not one clean prompt or completion for each, a template longer than a prompt, a model
-            inside a splice, a dictionary that does not fit both models, or an unknown option.
+        UserError: there are no prompts, or not one clean prompt or completion for each, a template is longer than a
+            prompt, a model is inside a splice, a dictionary does not fit both models, or an option is unknown.
     """
     chosen = with_keywords(options or AnswerOptions(), keywords)
     batch_size = chosen.batch_size or 32
@@ -122,7 +123,8 @@ def find_safety_latents(
     for row, text in zip(theirs, texts, strict=True):
         _count(other, row, len(text), donor.template)
     if not sum(counts):
-        raise UserError("no position is compared: " + ("every answer is empty" if own else "completions are empty"))
+        empty = "every answer of the donor is" if own else "all completions are"
+        raise UserError(f"no position to compare: template is 0 and {empty} empty: use a template of at least 1")
     quality = _quality(model, other, sites, model.pad(mine), chosen.max_fvu) if isinstance(donor, OtherModel) else {}
     squares, sums = _differences(model, other, sites, mine, theirs, counts, batch_size)
     norms = {site: dictionary.rows.double().norm(dim=-1).cpu() for site, dictionary in sites.items()}
@@ -150,10 +152,12 @@ def clean_means(
     max_new_tokens: int = 24,
     batch_size: int = 32,
 ) -> CleanMeans:
-    """Mean of every latent over the last `template` tokens of clean prompts and their completions (None: the model's).
+    """Mean of every latent over the last `template` tokens of clean prompts (None: all but BOS) and their completions.
+
+    Without `completions`, these are the model's own greedy answers.
 
     Raises:
-        UserError: as `find_safety_latents`.
+        UserError: as for `find_safety_latents`.
     """
     sites = by_site(model, dictionaries)
     _check(model, model, prompts, prompts, completions)
@@ -161,7 +165,7 @@ def clean_means(
     rows = [[*model.encode(prompt), *text] for prompt, text in zip(prompts, texts, strict=True)]
     counts = [_count(model, row, len(text), template) for row, text in zip(rows, texts, strict=True)]
     if not sum(counts):
-        raise UserError("no position is averaged: template is 0, and every answer is empty")
+        raise UserError("no position to average: template is 0 and every answer is empty: use a template of at least 1")
     sums = {site: torch.zeros(dictionary.d_sae, dtype=torch.float64) for site, dictionary in sites.items()}
     for values, n in zip(_rows(model, sites, rows, batch_size), counts, strict=True):
         for site, dictionary in sites.items():
@@ -183,22 +187,22 @@ def _check(
         if several is not None and len(several) != len(prompts):
             raise UserError(f"{len(several)} {what} for {len(prompts)} prompts: give one for each")
     if is_spliced(model.layout) or is_spliced(other.layout):
-        raise UserError("runs are contrasted on bare models, and one is inside a splice: leave the splice first")
+        raise UserError("contrasts run unedited models, but one is inside a splice: leave the splice first")
 
 
 def _quality(
     model: LanguageModel, other: LanguageModel, sites: Mapping[Site, Dictionary], tokens: Tokens, max_fvu: float | None
 ) -> dict[Site, tuple[SpliceQuality, SpliceQuality]]:
-    """See that each dictionary fits both models; empty where no limit is given."""
+    """Check that each dictionary fits both models; empty where no limit is given."""
     for site, dictionary in sites.items():
         dictionary.check(other, site)
     if max_fvu is None:
         return {}
-    return {site: shared_quality(model, other, one, tokens, max_fvu) for site, one in sites.items()}
+    return {site: shared_quality(model, other, dictionary, tokens, max_fvu) for site, dictionary in sites.items()}
 
 
 def _count(model: LanguageModel, row: Sequence[int], completion: int, template: int | None) -> int:
-    """How many of a row's last positions count."""
+    """Number of a row's last positions that count."""
     ordinary = sum(token != model.bos_id for token in row[: len(row) - completion])
     if template is not None and template > ordinary:
         raise UserError(f"template of {template} positions, but a prompt has {ordinary} tokens besides BOS")
@@ -208,16 +212,16 @@ def _count(model: LanguageModel, row: Sequence[int], completion: int, template: 
 def _rows(
     model: LanguageModel, sites: Collection[Site], rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[dict[Site, Float[Tensor, "pos _"]]]:
-    """What the sites hold at each row's tokens, padding left out."""
+    """Values of the sites at each row's tokens, without padding."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        found = model.capture(model.pad(part, "left"), sites)
+        values = model.capture(model.pad(part, "left"), sites)
         for number, row in enumerate(part):
-            yield {site: x[number, x.shape[1] - len(row) :] for site, x in found.items()}
+            yield {site: x[number, x.shape[1] - len(row) :] for site, x in values.items()}
 
 
 def _tail(acts: Float[Tensor, "pos d_sae"], n: int) -> Float[Tensor, "n d_sae"]:
-    """Latents of the last `n` positions of a row, in float64 where there is such a thing."""
+    """Latents of the last `n` positions of a row, in float64 where the device supports it."""
     return _wide(acts[len(acts) - n :])
 
 
@@ -263,11 +267,11 @@ def _attribution(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         tokens, clean = model.tokenize(prompts[part], "left"), other.tokenize(asked[part], "left")
-        found = other.capture(clean, sites)
+        values = other.capture(clean, sites)
         where = tokens.ordinary
         if template is not None:
             where = where & (torch.arange(where.shape[1], device=where.device) >= where.shape[1] - template)
-        source = {site: _right_aligned(x, where.shape[1]) for site, x in found.items()}
+        source = {site: _right_aligned(x, where.shape[1]) for site, x in values.items()}
         base = Base(model, tokens, list(sites), Readout(refusal_score(refusal_ids), _as_pairs(prompts[part], tokens)))
         gradients = IntegratedGradients(steps).take(base, source, where)
         for site, dictionary in sites.items():
@@ -282,7 +286,7 @@ def _shares(
     gradient: Float[Tensor, "batch pos width"],
     where: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "d_sae"]:
-    """Each latent's change along the gradient, summed over the chosen positions; an example at a time."""
+    """Each latent's change times the gradient along its row, summed over the chosen positions, example by example."""
     total = torch.zeros(dictionary.d_sae, dtype=torch.float64)
     for row, chosen in enumerate(where):
         change = (dictionary.written(source[row : row + 1]) - dictionary.written(run[row : row + 1]))[0, chosen]
@@ -292,13 +296,13 @@ def _shares(
 
 
 def _right_aligned(x: Float[Tensor, "batch from width"], columns: int) -> Float[Tensor, "batch to width"]:
-    """The last columns; 0 in front where there are not so many."""
+    """The last `columns` columns, with zeros in front where there are fewer."""
     missing = columns - x.shape[1]
     return x[:, -missing:] if missing < 0 else torch.cat([x.new_zeros(len(x), missing, x.shape[2]), x], 1)
 
 
 def _as_pairs(prompts: Sequence[str], tokens: Tokens) -> PairBatch:
-    """The prompts as a batch without answers: the refusal score asks for none."""
+    """The prompts as a batch without answers, which the refusal score does not need."""
     none = torch.zeros(len(prompts), dtype=torch.long, device=tokens.input_ids.device)
     pairs = tuple(PromptPair(prompt, prompt, "", "", prompt[:40]) for prompt in prompts)
     return PairBatch(pairs, tokens, tokens, none, none, torch.arange(len(prompts), device=none.device))

@@ -1,4 +1,4 @@
-"""Choosing latents to steer by, steered text, and what steering costs it.
+"""Choosing latents for steering, generating steered text, and measuring its fluency.
 
 May import measure and below.
 """

@@ -1,8 +1,8 @@
-"""Choosing latents to steer by: contrasts of two sets of prompts, the output score, and maxima over a corpus.
+"""Choosing latents for steering: contrasts of two sets of prompts, the output score, and maxima over a corpus.
 
-Every contrast gives one score a latent, larger for latents that go with the concept: `contrast` (difference of means),
-`auroc_contrast` and `attribution_contrast`. `first_alive` ranks by a score, `refine` keeps the latents that also write
-what they stand for.
+Every contrast gives one score per latent, larger for latents associated with the concept: `contrast` (difference of
+means), `auroc_contrast` and `attribution_contrast`. `first_alive` ranks by a score; `refine` keeps latents that also
+promote their own tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +23,8 @@ from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import record_latents, whole_prompt
 
-AT_ONCE = 64  # latents that run in one pass
-NEUTRAL = ("In my opinion,",)  # the prompt of the paper that the output score is from
+AT_ONCE = 64  # latents per pass
+NEUTRAL = ("In my opinion,",)  # the prompt used in the paper that introduced the output score
 
 
 @torch.no_grad()
@@ -36,10 +36,9 @@ def latent_means(
     batch_size: int = 64,
     written: bool = False,
 ) -> Float[Tensor, "sequences d_sae"]:
-    """Mean of each latent over each sequence's chosen positions; "all" are those without BOS and padding.
+    """Mean of each latent over each sequence's chosen positions ("all" excludes BOS and padding).
 
-    With `written`, of what latents write along their rows: where the dictionary normalises its input, each value times
-    the scale that it is decoded with there.
+    With `written`, activations of a dictionary that normalises its input are multiplied by their decoding scale.
     """
     means = []
     for part in tokens.batches(batch_size):
@@ -57,10 +56,10 @@ def contrast(
     without: Sequence[str],
     positions: Positions = "all",
 ) -> Float[Tensor, "d_sae"]:
-    """Difference of the means of per-sequence latent means, times the norm of each latent's row.
+    """Difference between the sets of the mean per-sequence latent mean, times the norm of each latent's row.
 
-    The norm makes latents compare by how much they write, not by the units of their activations. For the same reason a
-    dictionary that normalises its input has its latents taken times the scale that they are decoded with.
+    The norm makes latents comparable by how much they write, whatever the units of their activations. For the same
+    reason, latents of a dictionary that normalises its input are multiplied by their decoding scale.
     """
     _check_sets(with_concept, without)
     means = [
@@ -79,14 +78,13 @@ def auroc_contrast(
     positions: Positions = "all",
     batch_size: int = 32,
 ) -> Float[Tensor, "d_sae"]:
-    """How well each latent's maximum over a prompt tells prompts with the concept from those without: the area under
-    its ROC curve.
+    """Area under the ROC curve of each latent's maximum over a prompt, as a classifier for the concept.
 
-    The chance that a prompt with the concept has the larger maximum of two, ties counted as a half: 1 is perfect, 0.5
-    is chance (or a latent that is never active), 0 is perfect the other way round.
+    The probability that a prompt with the concept has a larger maximum than one without, ties counted as a half: 1 is
+    perfect, 0.5 is chance (or a latent that is never active), 0 is perfectly reversed.
 
     Raises:
-        UserError: one of the sets is empty.
+        UserError: a set is empty.
     """
     _check_sets(with_concept, without)
     ours, theirs = (
@@ -111,16 +109,15 @@ def attribution_contrast(
     positions: Positions = "all",
     batch_size: int = 32,
 ) -> Float[Tensor, "d_sae"]:
-    """How far each latent's own difference between the sets turns predictions without the concept into those with it.
+    """Estimated effect of each latent's difference between the sets on moving predictions towards the concept, in nats.
 
     First order: (mean with the concept − mean without) times the gradient of m along the latent's row, summed over the
-    chosen positions, a mean over the prompts without the concept. The means are of what latents write: times the scale
-    where the dictionary normalises its input. m compares a prompt's next-token logits with how the
-    two sets go on: `m = Σ_v (P_with(v) − P_without(v)) · logit(v)`, P the mean next-token distribution after each set.
-    So a latent that goes with the concept but that nothing downstream reads scores 0. In nats.
+    chosen positions and averaged over the prompts without the concept. Means are multiplied by the scale where the
+    dictionary normalises its input. `m = Σ_v (P_with(v) − P_without(v)) · logit(v)`, with P the mean next-token
+    distribution after each set. A latent associated with the concept but not read downstream scores 0.
 
     Raises:
-        UserError: one of the sets is empty, or the model predicts the same after both.
+        UserError: a set is empty, or the model predicts the same after both.
     """
     _check_sets(with_concept, without)
     ours, theirs = (model.tokenize(texts, side="left") for texts in (with_concept, without))
@@ -128,7 +125,7 @@ def attribution_contrast(
     after = [_next_distribution(model, tokens, batch_size) for tokens in (ours, theirs)]
     toward = after[0] - after[1]
     if not float(toward.abs().sum()) > 1e-6:
-        raise UserError("the model predicts the same after prompts with the concept as after those without")
+        raise UserError("the model predicts the same after prompts with and without the concept: give other prompts")
     total = torch.zeros(dictionary.d_in, dtype=torch.float64)
     for part in theirs.batches(batch_size):
         where = whole_prompt(model, part).select(positions)
@@ -141,7 +138,7 @@ def attribution_contrast(
 def _gradients(
     model: LanguageModel, site: Site, tokens: Tokens, toward: Float[Tensor, "vocab"]
 ) -> Float[Tensor, "batch pos width"]:
-    """`_gradient`, of rows of one length at a time where the model computes other numbers on padded rows."""
+    """`_gradient`, on rows grouped by length where padding changes the model's results."""
     if model.padding.allows(tokens):
         return _gradient(model, site, tokens, toward)
     return spread(tokens, lambda part: {site: _gradient(model, site, part, toward)})[site]
@@ -150,24 +147,24 @@ def _gradients(
 def _gradient(
     model: LanguageModel, site: Site, tokens: Tokens, toward: Float[Tensor, "vocab"]
 ) -> Float[Tensor, "batch pos width"]:
-    """Of the next-token logits along `toward`, at what the site holds; tokens are padded on the left."""
-    with torch.enable_grad(), graph_through(model.layout, [site]) as held:
+    """Gradient of the next-token logits along `toward` at the site; tokens are padded on the left."""
+    with torch.enable_grad(), graph_through(model.layout, [site]) as emitted:
         logits = model.call(tokens, last=True)[:, -1].float()
-        return torch.autograd.grad((logits @ toward.to(logits.device)).sum(), held[site])[0]
+        return torch.autograd.grad((logits @ toward.to(logits.device)).sum(), emitted[site])[0]
 
 
 @torch.no_grad()
 def _next_distribution(model: LanguageModel, tokens: Tokens, batch_size: int) -> Float[Tensor, "vocab"]:
-    """Mean over prompts of the next token's distribution."""
+    """Mean next-token distribution over prompts."""
     parts = [model.next_logits(part).float().softmax(-1).sum(0) for part in tokens.batches(batch_size)]
     return torch.stack(parts).sum(0) / len(tokens)
 
 
 def first_alive(scores: Float[Tensor, "d_sae"], statistics: LatentStatistics, k: int) -> list[int]:
-    """The `k` latents with the largest scores of those that ever fire in a corpus; ties by number.
+    """The `k` latents with the largest scores among those that fire in a corpus; ties by number.
 
     Raises:
-        UserError: fewer than `k` do.
+        UserError: fewer than `k` latents fire.
     """
     alive = statistics.alive.to(scores.device)
     if int(alive.sum()) < k:
@@ -190,17 +187,18 @@ def output_scores(
     positions: Positions = "all",
     top: int = 20,
 ) -> Float[Tensor, "latents"]:
-    """Whether adding a latent raises the tokens that its own direction speaks for: `(1 − best rank / V) · largest p`.
+    """Output score of latents: whether adding a latent promotes its own tokens, `(1 − best rank / V) · largest p`.
 
-    The tokens are the `top` of the logit lens of what the latent adds to the residual stream; their rank (from 0) and
-    probability are those of the next token after a neutral prompt with `strength` times the latent's maximum added. A
-    mean over prompts; between 0 and 1. Latents that only recognise their input score low, and steer badly.
+    A latent's tokens are the `top` of the logit lens of what it adds to the residual stream; their ranks (from 0) and
+    probabilities are those of the next token after a neutral prompt with `strength` times the latent's maximum added.
+    Mean over prompts, between 0 and 1. Latents that only detect their input score low, and steer badly.
 
     Args:
-        maxima: Largest activation of every latent over a corpus, as `latent_statistics(…).maximum`.
+        maxima: Largest activation of every latent over a corpus, as from `latent_statistics(…).maximum`.
+        positions: Positions of the prompt at which the latent is added.
 
     Raises:
-        UserError: an unknown latent.
+        UserError: a latent is unknown.
 
     Source: Arad et al. 2025 ("SAEs Are Good for Steering -- If You Select the Right Features").
     """
@@ -233,24 +231,24 @@ def output_scores(
 def _raised(logits: Float[Tensor, "n vocab"], words: Int[Tensor, "n top"]) -> Float[Tensor, "n"]:
     chosen = logits.gather(-1, words)
     best = chosen.amax(-1, keepdim=True)
-    rank = (logits > best).sum(-1).float()  # of the best of the words: how many tokens stand above it
+    rank = (logits > best).sum(-1).float()  # of the best token: number of tokens above it
     return (1 - rank / logits.shape[-1]) * logits.softmax(-1).gather(-1, words).amax(-1)
 
 
 @torch.no_grad()
 def lens_tokens(model: LanguageModel, directions: Float[Tensor, "n width"], top: int = 20) -> Int[Tensor, "n top"]:
-    """The tokens whose logits each direction raises most on its direct way out: the logit lens of a direction.
+    """The tokens whose logits each direction raises most on its direct path: the logit lens of a direction.
 
-    The model itself unembeds it: the last block's output is set to the direction at the size of the stream, and to 0
-    for comparison, so that norm, unembedding and soft caps are the model's own.
+    The model itself unembeds the directions: the last block's output is set to the direction, scaled to norm d_model,
+    and to 0 for comparison, so that norm, unembedding and soft caps are the model's own.
 
     Raises:
-        UserError: directions that are not as wide as the residual stream.
+        UserError: the directions do not have the width of the residual stream.
     """
     if directions.shape[-1] != model.d_model:
         raise UserError(
-            f"directions of width {directions.shape[-1]} are not of the residual stream, which has {model.d_model}: "
-            "bring those of z or neurons there first, with saepatch.model.lens.stream_directions"
+            f"directions have width {directions.shape[-1]}, but the residual stream has {model.d_model}: convert those "
+            "of z or neurons with saepatch.model.lens.stream_directions"
         )
     last = Site(model.n_layers - 1, "resid_post")
     sized = directions.float() / directions.float().norm(dim=-1, keepdim=True).clamp(min=1e-12) * model.d_model
@@ -265,10 +263,10 @@ def lens_tokens(model: LanguageModel, directions: Float[Tensor, "n width"], top:
 
 
 def refine(candidates: Sequence[int], scores: Float[Tensor, "candidates"], keep: int) -> list[int]:
-    """The `keep` candidates with the largest output scores, in the order they came in.
+    """The `keep` candidates with the largest output scores, in their original order.
 
     Raises:
-        UserError: fewer candidates than that.
+        UserError: there are fewer candidates.
     """
     if not 0 < keep <= len(candidates):
         raise UserError(f"{keep} of {len(candidates)} candidates cannot be kept: keep fewer, or give more candidates")
@@ -276,7 +274,7 @@ def refine(candidates: Sequence[int], scores: Float[Tensor, "candidates"], keep:
     return [latent for place, latent in enumerate(candidates) if place in best]
 
 
-# What strengths are measured in
+# Units of steering strength
 
 
 @torch.no_grad()
@@ -288,13 +286,13 @@ def corpus_maxima(
     batch_size: int = 32,
     max_tokens: int = 512,
 ) -> Float[Tensor, "latents"]:
-    """The largest activation (a_max) of some latents, or of all, over a corpus: one pass that holds a batch at a time.
+    """Largest activation (a_max) of some or all latents over a corpus, in one pass that streams batches.
 
-    Texts are cut after `max_tokens` tokens (or the model's context); BOS and padding do not count. 0 for a latent that
-    never fires.
+    Texts are truncated to `max_tokens` tokens (or the model's context); BOS and padding do not count. 0 for a latent
+    that never fires.
 
     Raises:
-        UserError: there is no text, or an unknown latent.
+        UserError: there is no text, or a latent is unknown.
     """
     dictionary.check(model)
     dictionary.check_ids(tuple(latents or ()))
@@ -317,13 +315,13 @@ def corpus_maxima(
 
 def _check_sets(with_concept: Sequence[str], without: Sequence[str]) -> None:
     if not with_concept or not without:
-        raise UserError("a contrast needs prompts with the concept and prompts without: one of the two sets is empty")
+        raise UserError("a set of prompts is empty: a contrast needs prompts with and without the concept")
 
 
 def _activations(
     model: LanguageModel, dictionary: Dictionary, texts: Sequence[str], positions: Positions, batch_size: int
 ) -> Iterator[tuple[Float[Tensor, "batch pos d_sae"], Bool[Tensor, "batch pos"]]]:
-    """Latents of batches of prompts, and where the chosen positions are."""
+    """Latents of batches of prompts, and masks of the chosen positions."""
     dictionary.check(model)
     for part in model.tokenize(texts).batches(batch_size):
         x = model.capture(part, [dictionary.site])[dictionary.site]

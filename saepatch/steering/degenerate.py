@@ -1,27 +1,28 @@
-"""Text that is no answer: empty, of punctuation or special tokens alone, or one thing over and over."""
+"""Detection of degenerate text: empty, only punctuation or special tokens, or repetitive."""
 
 import re
 import unicodedata
 
-TIMES = 4  # a run of words this often in a row is a loop; of a single word one more: people do say "no, no, no, no"
-CHARACTERS = 5  # a run of characters this often, at least WIDTH wide: people do write "hahahaha" and "nooooo"
-WIDTH = 12  # ideographs and the like are 2 wide
-LONGEST_WORDS, LONGEST_CHARACTERS = 64, 24  # of a run: what this costs grows with them
-DIGITS = 30  # of digits, so many: 0.3333333333 and 1000000000000 are numbers
+TIMES = 4  # repetitions of words that count as a loop; of a single word one more: "no, no, no, no" is fine
+CHARACTERS = 5  # repetitions of characters, at least WIDTH wide: "hahahaha" and "nooooo" are fine
+WIDTH = 12  # wide characters, such as ideographs, count 2
+LONGEST_WORDS, LONGEST_CHARACTERS = 64, 24  # longest sequences tested; the cost grows with them
+DIGITS = 30  # minimum for digits: 0.3333333333 and 1000000000000 are numbers
 
-SPECIAL = re.compile(  # special tokens that were written out
+SPECIAL = re.compile(  # special tokens written out as text
     r"</?(?:unk|s|pad|bos|eos|mask|cls|sep|eot|endoftext|start_of_turn|end_of_turn|unused\d+|extra_id_\d+|0x[0-9a-f]{2})>"
     r"|<[|｜][^<>|｜]{1,40}[|｜]>|\[(?:pad|unk|cls|sep|mask|/?inst)\]",
     re.IGNORECASE,
 )
-MARK = "\ue000"  # stands for one of them, as a word of its own
+MARK = "\ue000"  # replaces a special token, as a separate word
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether text is empty, of punctuation and special tokens alone, or at least half of it is one thing repeated.
+    """Whether text is empty, only punctuation and special tokens, or at least half of it is one repeated sequence.
 
-    That is one run of words, four times or more in a row (a single word: five), or one run of characters, five times
-    or more and at least 12 long ("aaaaaaaaaaaa", "hahahahahaha"); punctuation, case and spaces do not count.
+    That is a sequence of words repeated at least four times in a row (a single word: five), or a sequence of characters
+    repeated at least five times and at least 12 wide ("aaaaaaaaaaaa", "hahahahahaha"); punctuation, case and spaces are
+    ignored.
     """
     marked = SPECIAL.sub(f" {MARK} ", text).casefold()
     if all(character == MARK or _empty(character) for character in marked):
@@ -31,7 +32,7 @@ def is_degenerate(text: str) -> bool:
 
 
 def _empty(character: str) -> bool:
-    """Spaces, punctuation, signs, and what stands for bytes that are no text; emoji are none of these."""
+    """Whether a character is a space, punctuation, a symbol or an undecodable byte; emoji are not."""
     kind = unicodedata.category(character)
     return character != MARK and (kind[0] in "ZPC" or kind in ("Sm", "Sc", "Sk") or character == "\ufffd")
 
@@ -41,13 +42,13 @@ def _part_of_word(character: str) -> bool:
 
 
 def _loops_in_words(words: list[str]) -> bool:
-    """Whether half of the words are one run of them, over and over."""
+    """Whether at least half of the words are one repeated sequence."""
     longest = min(len(words) // TIMES, LONGEST_WORDS)
     return any(_longest(words, n)[0] >= max(TIMES * n, TIMES + 1, len(words) / 2) for n in range(1, longest + 1))
 
 
 def _loops_in_characters(characters: list[str]) -> bool:
-    """Whether half of the characters are one run of them, over and over."""
+    """Whether at least half of the characters are one repeated sequence."""
     for n in range(1, min(len(characters) // CHARACTERS, LONGEST_CHARACTERS) + 1):
         length, end = _longest(characters, n)
         run = characters[end - length : end]
@@ -59,10 +60,10 @@ def _loops_in_characters(characters: list[str]) -> bool:
 
 
 def _longest(parts: list[str], n: int) -> tuple[int, int]:
-    """How long the longest stretch is that repeats its first `n` parts, and where it ends; 0 where nothing does."""
-    same, best = 0, (0, 0)  # how many parts in a row equal the part n places before
-    for at in range(n, len(parts)):
-        same = same + 1 if parts[at] == parts[at - n] else 0
+    """Length and end of the longest stretch that repeats its first `n` parts; 0 where there is none."""
+    same, best = 0, (0, 0)  # number of consecutive parts equal to the part n earlier
+    for index in range(n, len(parts)):
+        same = same + 1 if parts[index] == parts[index - n] else 0
         if same and same + n > best[0]:
-            best = (same + n, at + 1)
+            best = (same + n, index + 1)
     return best

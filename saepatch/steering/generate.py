@@ -1,4 +1,4 @@
-"""Text under an intervention: what is steered by, continuations, and what they are judged by."""
+"""Text under an intervention: steering interventions, continuations, and their evaluation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,23 +30,26 @@ def equal_norm_steer(
 ) -> Steer:
     """Add latents in proportion to their corpus maxima, so that together they move the site by `strength · norm`.
 
-    With equal `norm`, one latent and ten perturb the stream equally far, so that only the direction differs. That is
-    the norm at the site, whatever scale the dictionary brings its input to.
+    With equal `norm`, one latent and ten perturb the residual stream equally far, so that only the direction differs.
+    The norm is that at the site, independent of a dictionary's normalisation of its input.
+
+    Raises:
+        UserError: none of the latents fires in the reference corpus.
     """
     ids = list(latents)
     together = (maxima[ids, None] * dictionary.rows[ids]).sum(0).norm()
     if not float(together) > 0:
-        raise UserError(f"latents {ids} never fire in the reference corpus, so they have no maximum to steer by")
+        raise UserError(f"latents {ids} never fire in the reference corpus, so they have no maximum: choose others")
     factor = norm / float(together)
     return Steer(tuple(ids), strength, tuple(factor * float(maxima[i]) for i in ids), positions, scaled=False)
 
 
 @dataclass(frozen=True)
 class Concept:
-    """Something to steer towards: prompts with and without it, prompts to continue, and a judge of continuations.
+    """A steering target: prompts with and without the concept, prompts to continue, and a judge of continuations.
 
-    Latents are chosen on `present` and `absent` at `positions`, and act at the same. Strengths are chosen on `tune`,
-    figures come from `report`. `prefixes` are texts that ask for the concept in words, in front of a prompt.
+    Latents are chosen on `present` and `absent` at `positions`, and steered there. Strengths are chosen on `tune`;
+    results are measured on `report`. `prefixes` are texts that ask for the concept in words before a prompt.
     """
 
     name: str
@@ -61,13 +64,13 @@ class Concept:
 
 @dataclass(frozen=True)
 class Steered:
-    """Continuations under one intervention: which of them show the concept, and what that cost.
+    """Continuations under one intervention: which of them show the concept, and their log-probability.
 
     Attributes:
         texts: The continuations.
         shown: Whether each shows the concept.
-        ids: Their tokens.
-        nll: Negative log-probability of each under the model without the intervention, summed over its tokens, in nats.
+        ids: Their token ids.
+        nll: Negative log-probability of each under the unedited model, summed over its tokens, in nats.
     """
 
     texts: tuple[str, ...]
@@ -82,7 +85,7 @@ class Steered:
 
     @property
     def perplexity(self) -> float:
-        """Over all tokens together, under the model without the intervention; NaN without any token."""
+        """Perplexity over all tokens together, under the unedited model; NaN without tokens."""
         count = sum(map(len, self.ids))
         return math.exp(sum(self.nll) / count) if count else float("nan")
 
@@ -96,18 +99,19 @@ def generate_steered(
     max_new_tokens: int = 24,
     prefix: str = "",
 ) -> Steered:
-    """Continue prompts greedily under an intervention (or none), judge each continuation, and price it.
+    """Continue prompts greedily under an intervention (or none), judge each continuation, and compute its nll.
 
     Args:
-        dictionary: What the intervention acts in; not used without one.
-        prefix: Text in front of every prompt that asks for the concept in words, instead of an intervention. The
-            continuations are priced without it.
+        dictionary: The intervention's dictionary; unused without an intervention.
+        shows_concept: Judge of a continuation's text.
+        prefix: Text before every prompt that asks for the concept in words, instead of an intervention. The nll of
+            continuations is computed without it.
 
     Raises:
         UserError: an intervention without a dictionary.
     """
     if intervention is not None and dictionary is None:
-        raise UserError("an intervention acts in a dictionary: give the one whose latents it names")
+        raise UserError("an intervention without a dictionary: give the dictionary of its latents")
     asked = [with_prefix(model, prefix, prompt) for prompt in prompts]
     with nullcontext() if intervention is None or dictionary is None else splice(model, dictionary, intervention):
         ids = model.continue_ids(asked, max_new_tokens)
@@ -121,15 +125,15 @@ def generate_steered(
 
 
 def with_prefix(model: LanguageModel, prefix: str, prompt: str) -> str:
-    """The prompt with a text in front; where the prompt begins with the BOS text, behind that."""
+    """The prompt with a text in front; after the BOS text where the prompt begins with one."""
     bos = model.tokenizer.bos_token or ""
     return f"{bos}{prefix}{prompt.removeprefix(bos)}" if bos and prompt.startswith(bos) else prefix + prompt
 
 
 def direction_dictionary(directions: Directions, device: str | torch.device = "cpu") -> Dictionary:
-    """Directions as a dictionary whose latent j is never active and adds row j: to steer by what no SAE has found.
+    """Directions as a dictionary for steering, whose latent j is never active and adds row j.
 
-    `Steer(0, 3.0)` of it moves its site by 3 times the first direction.
+    `Steer(0, 3.0)` moves the site by 3 times the first direction.
     """
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 

@@ -1,4 +1,4 @@
-"""Continuations as they are written, one token at a time; with and without an edit in step, side by side."""
+"""Streaming of continuations token by token, alone or side by side with and without an edit."""
 
 import logging
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are picked: the most likely one at temperature 0, else drawn, the same draws for the same seed."""
+    """How tokens are chosen: greedily at temperature 0, otherwise sampled, reproducibly for a seed."""
 
     max_new_tokens: int = 60
     temperature: float = 0.0
@@ -31,15 +31,15 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens = {self.max_new_tokens}: use at least 1")
         if self.temperature < 0:
-            raise UserError(f"temperature = {self.temperature}: use 0 for the most likely token, or more")
+            raise UserError(f"temperature = {self.temperature}: use 0 (greedy) or more")
 
 
 @dataclass(frozen=True)
 class Written:
-    """A continuation so far: its tokens, their text, and why it ended ("" while it goes on).
+    """A continuation so far: token ids, text, and why it ended ("" while it continues).
 
-    It ends with "end" (the model's end of text), "length", "context" (the model takes no more), or "loop" (it has come
-    to repeat one run of tokens).
+    Reasons are "end" (an end token), "length", "context" (the model's context is full), and "loop" (a sequence of
+    tokens repeats).
     """
 
     ids: tuple[int, ...] = ()
@@ -50,10 +50,10 @@ class Written:
 def stream(
     model: LanguageModel, prompt: str, sampling: Sampling | None = None, edited: bool = True
 ) -> Iterator[Written]:
-    """Continue one prompt, with a KV cache; what is yielded last has ended.
+    """Continue one prompt, with a KV cache; the last value yielded has ended.
 
-    Each token is written when it is asked for: inside a splice under the splice, unless `edited` is False, which writes
-    what the bare model would there, too.
+    Tokens are computed on demand; inside a splice they are edited, unless `edited` is False, which runs the unedited
+    model even there.
 
     Raises:
         UserError: an empty prompt, or one longer than the model's context.
@@ -100,11 +100,13 @@ def side_by_side(
     prompts: tuple[str, str],
     sampling: Sampling | None = None,
 ) -> Iterator[tuple[Written, Written]]:
-    """Continue a prompt without and a prompt with the interventions, a token of each in turn; the first is of the bare
-    model. The two prompts are mostly the same; in a chat they come apart with the answers.
+    """Continue one prompt without and one with the interventions, a token of each in turn.
+
+    The first continuation is the unedited model's. The prompts are usually equal; in a chat they diverge with the
+    answers.
 
     Raises:
-        UserError: what `splice` refuses, or prompts that are empty or too long.
+        UserError: as for `splice`, or a prompt is empty or too long.
     """
     bare, steered = Written(), Written()
     try:

@@ -187,7 +187,7 @@ def test_causal_tracing_over_layers_and_positions():
         (lambda: Mean(torch.zeros(7)), r"7 means, but 'latent' at resid_post.1 has 48 values"),
         (
             lambda: Mean(torch.zeros(7, 48)),
-            "pair a: the clean prompt 'the cat sat' has 12 tokens, the means are for 7 positions",
+            "pair a: the clean prompt 'the cat sat' has 12 tokens, but the means are for 7 positions",
         ),
         (lambda: Mean(torch.zeros(48), of=(Site(0), "latent")), "means of 'latent' at resid_post.0, but 'latent' at"),
     ],

@@ -56,7 +56,7 @@ def test_refusal_score_keeps_its_precision_where_refusal_is_certain(case):
     logits[:, 4] = 60.0
     expected = 60 - np.log(258)
     np.testing.assert_allclose(metrics.refusal_score([4])(logits, batch), expected)
-    with pytest.raises(UserError, match="at least one refusal token"):
+    with pytest.raises(UserError, match="no refusal tokens"):
         metrics.refusal_score([])
 
 
@@ -124,7 +124,7 @@ def test_metrics_of_ones_own_are_imported_from_the_working_directory(tmp_path, m
     assert metrics.source_hash("probability") == "" != metrics.source_hash("metrics_of_a_test:first")
     for text, complaint in [
         ("perplexity", "unknown metric 'perplexity': use one of answer_rank, .* MODULE:FUNCTION"),
-        ("nothing_of_this_name:first", "there is no module 'nothing_of_this_name' in "),
+        ("nothing_of_this_name:first", "no module 'nothing_of_this_name' in "),
         ("metrics_of_a_test:second", "metrics_of_a_test.py has no 'second'"),
         ("metrics_of_a_test:NUMBER", "is a int: name a function"),
     ]:

@@ -87,8 +87,8 @@ def test_kinds_are_told_apart_in_one_sweep_and_in_its_rows():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dimensions(SITE, 0), "at least one dimension"),
-        (lambda: principal_components(torch.randn(5, 8), 5, SITE), "there are at most 4"),
+        (lambda: dimensions(SITE, 0), "width = 0: use at least 1"),
+        (lambda: principal_components(torch.randn(5, 8), 5, SITE), "use at most 4"),
         (lambda: principal_components(torch.randn(9, 3), 4, SITE), "there are at most 3"),
         (lambda: principal_components(torch.randn(9, 3), 0, SITE), "there are at most 3"),
         (lambda: principal_components(torch.full((9, 3), torch.nan), 2, SITE), "NaN or infinite"),

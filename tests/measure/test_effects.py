@@ -251,7 +251,7 @@ def test_pairs_without_a_gap_are_counted():
 
 def test_an_edit_that_was_none_is_told_apart_from_one_without_effect():
     effects = with_controls()
-    assert "there was nothing to patch" not in effects.summary()
+    assert "nothing was patched" not in effects.summary()
     ran = effects.ran.copy()
     ran[:, 5] = False
     none = replace(effects, ran=ran)

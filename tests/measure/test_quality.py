@@ -272,5 +272,5 @@ def test_bad_input(model):
     with pytest.raises(UserError, match="no ordinary token is followed"):
         splice_quality(model, random_dictionary("resid_post.1"), model.tokenize(["a", "b"]))
     nothing = Tokens(tokens.input_ids, tokens.attention_mask, torch.zeros_like(tokens.ordinary))
-    with pytest.raises(UserError, match="besides BOS"):
+    with pytest.raises(UserError, match="only BOS and padding"):
         latent_statistics(model, random_dictionary("resid_post.1"), nothing)

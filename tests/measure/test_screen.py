@@ -100,7 +100,7 @@ def test_what_a_screen_may_have_missed():
     text = one.summary()
     assert "3 nodes with the largest estimates, and 20 drawn at random from the other 1020" in text
     assert "1 of the 20 drawn" in text
-    assert f"of the 1000 nodes that were not run at most {int(most)} are ({most / 1000:.2%}, 95 % confidence)" in text
+    assert f"of the 1000 nodes that were not run, at most {int(most)} are ({most / 1000:.2%}, 95 % confidence)" in text
     for bad in (0, 4):
         with pytest.raises(UserError, match="k = "):
             verified.threshold(bad)

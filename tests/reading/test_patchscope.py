@@ -71,7 +71,7 @@ def test_heads_values_are_read_at_the_stream():
         for one, other in zip(found, expected, strict=True):
             assert one.text == other.text
             assert one.self_similarity == pytest.approx(other.self_similarity, abs=1e-5)
-    with pytest.raises(UserError, match=r"z\.0 is no place of the residual stream"):
+    with pytest.raises(UserError, match=r"z\.0 does not have the width of the residual stream"):
         read_by_patchscope(model, random_dictionary(), [7], "what is X? it", At("X"), site="z.0")
 
 
@@ -79,7 +79,7 @@ def test_the_scale_is_that_of_likeness_and_certainty():
     rows = [Reading(1, s, "", similar, e) for s, similar, e in ((1, 0.1, 3.0), (2, 0.8, 1.0), (4, 0.9, 5.0))]
     assert best_reading(rows).scale == 2
     assert best_reading(rows[:1]).scale == 1
-    with pytest.raises(UserError, match="no reading"):
+    with pytest.raises(UserError, match="no readings"):
         best_reading([])
 
 
@@ -89,7 +89,7 @@ def test_mistakes():
         (([3], "no such", At("X")), "holds 'X'"),
         (([99], "an X", At("X")), "out of range"),
         (([3], "an X", At("X"), (0.0,)), "above 0"),
-        (([3], "an X", "generated"), "at no token"),
+        (([3], "an X", "generated"), "selects no token"),
     ):
         with pytest.raises(UserError, match=said):
             read_by_patchscope(model, dictionary, *given)

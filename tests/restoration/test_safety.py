@@ -49,7 +49,7 @@ def test_first_tokens_are_read_after_the_prompt():
     model = tiny_model()
     ids = first_tokens(model, "how?", ["I cannot", "It", "Sorry"])
     assert sorted(map(model.tokenizer.decode, ids)) == ["I", "S"]
-    with pytest.raises(UserError, match="does not start on a token of its own"):
+    with pytest.raises(UserError, match="merges with the prompt's last token"):
         first_tokens(model, "how?", [""])
 
 
@@ -144,5 +144,5 @@ def test_log_probs_of_answers_go_as_in_generation(family):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (bare[0] - restored[0]).abs().max() > 1e-3
     for bad in ([[70]], [[70], [], [71]]):
-        with pytest.raises(UserError, match="at least one token for each"):
+        with pytest.raises(UserError, match="a non-empty one for each"):
             answer_log_probs(model, prompts, bad)

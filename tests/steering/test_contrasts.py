@@ -34,7 +34,7 @@ def test_auroc_counts_pairs_with_ties_as_a_half():
     torch.testing.assert_close(found, wins / 9)
     assert float(found.min()) < 0.3
     assert float(found.max()) > 0.7
-    with pytest.raises(UserError, match="one of the two sets is empty"):
+    with pytest.raises(UserError, match="a set of prompts is empty"):
         auroc_contrast(model, dictionary, WITH, [])
 
 
@@ -73,7 +73,7 @@ def test_the_lens_is_norm_and_unembedding(monkeypatch):
     rows = dictionary.rows[:5]
     by_hand = model.hf.lm_head(model.hf.model.norm(rows))
     assert torch.equal(lens_tokens(model, rows, 3), by_hand.topk(3).indices)
-    with pytest.raises(UserError, match="not of the residual stream"):
+    with pytest.raises(UserError, match="but the residual stream has"):
         lens_tokens(model, rows[:, :4])
 
 

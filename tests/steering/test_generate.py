@@ -35,7 +35,7 @@ def test_contrast_is_a_difference_of_means_in_units_of_what_is_written():
     means = latent_means(model, dictionary, model.tokenize(TEXTS))
     expected = (means[:2].mean(0) - means[2]) * dictionary.W_dec.norm(dim=-1)
     torch.testing.assert_close(contrast(model, dictionary, TEXTS[:2], TEXTS[2:]), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="one of the two sets is empty"):
+    with pytest.raises(UserError, match="a set of prompts is empty"):
         contrast(model, dictionary, TEXTS, [])
 
 
