@@ -20,6 +20,7 @@ from saepatch.records.figures import renamed_figures
 
 if TYPE_CHECKING:
     from saepatch.model.language_model import LanguageModel
+    from saepatch.model.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,15 @@ FEW = 16  # up to this many positions, decoding only the active latents is cheap
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A sae_lens SAE and the site it reads and writes."""
+    """A sae_lens SAE and the site it reads and writes.
+
+    With `every_position` it counts as trained on all tokens, whatever its metadata say: see `excluded_tokens`.
+    """
 
     sae: nn.Module
     site: Site
     name: str
+    every_position: bool = False
 
     @property
     def cfg(self) -> Any:
@@ -73,6 +78,34 @@ class Dictionary:
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all weights."""
         return fingerprint(self.sae.state_dict())
+
+    def excluded_tokens(self, model: "LanguageModel") -> tuple[int, ...]:
+        """Ids of the tokens that it was not trained on, as its metadata say (sae_lens' `exclude_special_tokens`).
+
+        At these a bottleneck lets the model's own value pass, and figures, statistics and cards leave them out, as at
+        BOS. Where the metadata say nothing, there are none. True there stands for what it does in sae_lens: BOS, EOS,
+        padding and separators, and no chat markers.
+
+        Raises:
+            UserError: the metadata name something that is no list of ids.
+        """
+        stated = None if self.every_position else self.cfg.metadata.get("exclude_special_tokens")
+        if stated is None or stated is False:
+            return ()
+        if stated is True:
+            from sae_lens.util import get_special_token_ids
+
+            stated = get_special_token_ids(model.tokenizer)
+        if not isinstance(stated, list | tuple) or not all(type(token) is int for token in stated):
+            raise UserError(
+                f"dictionary {self.name} says exclude_special_tokens = {stated!r}, which is no list of token ids: "
+                "load it with every_position=True, or mend its cfg.json"
+            )
+        return tuple(sorted(stated))
+
+    def known(self, model: "LanguageModel", tokens: "Tokens") -> "Tokens":
+        """The batch, ordinary where the dictionary was trained."""
+        return tokens.without(self.excluded_tokens(model))
 
     @property
     def normalises(self) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,17 +23,28 @@ OF_TRAINING = ("batchtopk", "matryoshka_batchtopk")  # architectures that sae_le
 
 
 def load_sae(
-    spec: str, site: str | Site | None = None, device: str | torch.device = "cpu", dtype: str = "float32"
+    spec: str,
+    site: str | Site | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    every_position: bool = False,
 ) -> Dictionary:
     """Load one SAE: `organism` or `organism-shared` (with a site), a folder, a folder of `SITE/` sub-folders, or
     `RELEASE/SAE_ID`.
 
     The site is read from the SAE's metadata; where the metadata names none, it must be given.
 
+    With `every_position` it counts as trained on all tokens, whatever its metadata say of special ones
+    (`Dictionary.excluded_tokens`).
+
     Raises:
         UserError: nothing is found, the site differs from the metadata, weights are not finite, or the decoder cannot
             be edited (as a transcoder's).
     """
+    return replace(_load(spec, site, device, dtype), every_position=every_position)
+
+
+def _load(spec: str, site: str | Site | None, device: str | torch.device, dtype: str) -> Dictionary:
     device = usable_device(device)
     wanted = None if site is None else Site.parse(site)
     root = _root(spec)
@@ -49,7 +61,9 @@ def load_sae(
     raise UserError(f"{spec!r} has no dictionary for {wanted}: it has {', '.join(map(str, folders))}")
 
 
-def load_saes(spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> dict[Site, Dictionary]:
+def load_saes(
+    spec: str, device: str | torch.device = "cpu", dtype: str = "float32", every_position: bool = False
+) -> dict[Site, Dictionary]:
     """Load every SAE of `organism`, of `organism-shared` (trained on both checkpoints) or of a folder, ordered by
     layer, or the single SAE that RELEASE/SAE_ID names.
 
@@ -58,8 +72,8 @@ def load_saes(spec: str, device: str | torch.device = "cpu", dtype: str = "float
     """
     root = _root(spec)
     if root.is_dir() and not (root / "cfg.json").is_file():
-        return {site: load_sae(spec, site, device, dtype) for site in _site_folders(root, spec)}
-    only = load_sae(spec, device=device, dtype=dtype)
+        return {site: load_sae(spec, site, device, dtype, every_position) for site in _site_folders(root, spec)}
+    only = load_sae(spec, device=device, dtype=dtype, every_position=every_position)
     return {only.site: only}
 
 

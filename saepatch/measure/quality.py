@@ -21,7 +21,8 @@ class SpliceQuality:
     """What the model loses when a dictionary is its bottleneck at one site.
 
     Cross-entropies and `kl` are in nats per token, means over positions where an ordinary token follows an ordinary
-    token (neither BOS nor padding); the other figures are over all ordinary positions.
+    token (neither BOS nor padding); the other figures are over all ordinary positions. Tokens that the dictionary was
+    not trained on (`Dictionary.excluded_tokens`) count as ordinary only as targets.
 
     Attributes:
         site: Where the dictionary was spliced.
@@ -117,8 +118,8 @@ def splice_qualities(
     """
     for dictionary in dictionaries:
         dictionary.check(model)
-    means = _means(model, list({d.site for d in dictionaries}), tokens, batch_size)
-    measures = [_Measure(model, dictionary, means[dictionary.site]) for dictionary in dictionaries]
+    means = _means(model, dictionaries, tokens, batch_size)
+    measures = [_Measure(model, each, mean) for each, mean in zip(dictionaries, means, strict=True)]
     for batch in _batches(tokens, batch_size):
         kept = whole_pass(model, [d.site for d in dictionaries], batch)
         for measure in measures:
@@ -140,7 +141,7 @@ def latent_statistics(
     sums, site = _SiteSums.of(dictionary), dictionary.site
     for batch in _batches(tokens, batch_size):
         x = model.capture(batch, [site])[site]
-        sums.add(dictionary.encode(x), x, batch)
+        sums.add(dictionary.encode(x), x, dictionary.known(model, batch))
     if not sums.n:
         raise UserError(_NOTHING)
     return sums.statistics(dictionary)
@@ -201,19 +202,19 @@ def _accurate(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _means(
-    model: LanguageModel, sites: Sequence[Site], tokens: Tokens, batch_size: int
-) -> dict[Site, Float[Tensor, "d_model"]]:
-    """Mean of each site over ordinary positions, in one pass that stops at the last of the sites."""
-    sums: dict[Site, Tensor] = {}
-    n = 0
+    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int
+) -> list[Float[Tensor, "d_model"]]:
+    """Mean of each dictionary's site over the ordinary positions it was trained on; one pass, up to the last site."""
+    sums, counts = [torch.zeros(()) for _ in dictionaries], [0 for _ in dictionaries]
     for batch in _batches(tokens, batch_size):
-        for site, x in model.capture(batch, sites).items():
-            ordinary = _accurate(x[batch.ordinary]).sum(0)
-            sums[site] = sums[site] + ordinary if site in sums else ordinary
-        n += int(batch.ordinary.sum())
-    if not n:
+        values = model.capture(batch, {d.site for d in dictionaries})
+        for number, dictionary in enumerate(dictionaries):
+            known = dictionary.known(model, batch).ordinary
+            total = _accurate(values[dictionary.site][known]).sum(0)
+            sums[number], counts[number] = sums[number].to(total) + total, counts[number] + int(known.sum())
+    if not all(counts):
         raise UserError(_NOTHING)
-    return {site: (total / n).to(model.dtype).to(model.device) for site, total in sums.items()}
+    return [(total / n).to(model.dtype).to(model.device) for total, n in zip(sums, counts, strict=True)]
 
 
 class _Measure:
@@ -231,15 +232,16 @@ class _Measure:
     def add(self, kept: WholePass) -> None:
         batch, x = kept.tokens, kept.values[self.dictionary.site]
         latents = self.dictionary.encode(x)
-        self.sums.add(latents, x, batch)
+        known = self.dictionary.known(self.model, batch)
+        self.sums.add(latents, x, known)
         # The target is one column to the right of the predicting token, whichever side is padded.
-        counted = batch.ordinary[:, :-1] & batch.ordinary[:, 1:]
+        counted = known.ordinary[:, :-1] & batch.ordinary[:, 1:]
         targets = batch.input_ids[:, 1:][counted]
         if not len(targets):
             return
         if self._skip is None:
             self._skip = can_skip(self.model, kept, self.dictionary.site)
-        where = batch.ordinary[..., None]
+        where = known.ordinary[..., None]
         written = self._logits(kept, (latents.reconstruction + latents.error).to(x.dtype))
         gaps = (written - kept.logits)[batch.attention_mask.bool()]
         self.identity = max(self.identity, float(gaps.abs().max()))

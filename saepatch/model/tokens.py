@@ -1,7 +1,7 @@
 """Padded batches of token ids."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ class Tokens:
     def padded(self) -> bool:
         return not bool(self.attention_mask.all())
 
+    def without(self, excluded: Collection[int]) -> "Tokens":
+        """The same batch, none of these tokens being ordinary."""
+        if not excluded:
+            return self
+        return replace(self, ordinary=without_tokens(self.input_ids, self.ordinary, excluded))
+
     def rows(self, index: Sequence[int] | Int[Tensor, "n"] | slice) -> "Tokens":
         return Tokens(self.input_ids[index], self.attention_mask[index], self.ordinary[index])
 
@@ -71,6 +77,16 @@ def ordinary(
     """True where a token is neither padding nor BOS."""
     real = mask.bool()
     return real if bos_id is None else real & (input_ids != bos_id)
+
+
+def without_tokens(
+    input_ids: Int[Tensor, "batch pos"], chosen: Bool[Tensor, "batch pos"], excluded: Collection[int]
+) -> Bool[Tensor, "batch pos"]:
+    """The chosen positions, those left out that hold one of the excluded tokens."""
+    if not excluded:
+        return chosen
+    ids = torch.tensor(sorted(excluded), dtype=torch.long, device=input_ids.device)
+    return chosen & ~torch.isin(input_ids, ids)
 
 
 def appended_tokens(tokenizer: Any) -> list[int]:

@@ -49,7 +49,7 @@ def read_named(config: LatentConfig) -> list[ReadLatent]:
     ((site, ids),) = latents_of_sites(config.latent).items()
     texts = load_texts(config.data or "organism")
     model = read_model(config)
-    dictionary = load_sae(config.sae, site, model.device)
+    dictionary = load_sae(config.sae, site, model.device, every_position=config.every_position)
     cards = read_latents(model, dictionary, ids, texts)
     maxima = torch.zeros(dictionary.d_sae)
     maxima[list(ids)] = torch.tensor([card.maximum for card in cards])

@@ -144,7 +144,8 @@ def _activity(
             part = batch.rows(slice(start, start + rows))
             acts = (few or dictionary).activations(x[start : start + rows])[0]
             acts = acts if few is not None else acts[..., ids]
-            activity.add(part.input_ids, part.attention_mask.bool(), part.ordinary, acts)
+            known = dictionary.known(model, part).ordinary
+            activity.add(part.input_ids, part.attention_mask.bool(), known, acts)
     return activity
 
 
@@ -220,7 +221,7 @@ def read_texts(
     for name, text in named:
         tokens = model.tokenize([text])
         acts = record_latents(model, dictionary, tokens).acts[0][:, list(latents)].sum(-1).float().cpu()
-        acts = acts * tokens.ordinary[0].cpu()
+        acts = acts * dictionary.known(model, tokens).ordinary[0].cpu()
         texts.append(ReadText(name, tuple(model.token_texts(tokens.input_ids[0].tolist())), tuple(acts.tolist())))
     return tuple(texts)
 

@@ -12,6 +12,7 @@ from saepatch.dictionaries.latents import Latents, decode_sparsely
 from saepatch.errors import UserError
 from saepatch.model.positions import Pass
 from saepatch.model.sites import Site
+from saepatch.model.tokens import without_tokens
 from saepatch.splicing.interventions import Context, Intervention, ids_of, needs_of
 
 
@@ -29,6 +30,7 @@ class SiteEdit:
     interventions: Sequence[Intervention]
     drop_error: bool = False
     record: Callable[[Latents], None] | None = None
+    excluded: Sequence[int] = ()  # tokens that the dictionary was not trained on
 
     def __post_init__(self) -> None:
         self.acted: set[int] = set()  # ids of interventions that had a position to act on
@@ -129,5 +131,6 @@ class SiteEdit:
         edited = self._edited(latents.acts, where, seen, latents.scale, latents)
         change = latents.delta(edited) + (kept - latents.error)
         if self.drop_error:
-            change = torch.where(seen.ordinary[..., None], change - latents.error, change)
+            known = without_tokens(seen.input_ids, seen.ordinary, self.excluded)
+            change = torch.where(known[..., None], change - latents.error, change)
         return x + change.to(x.dtype)

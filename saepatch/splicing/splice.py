@@ -65,10 +65,10 @@ def splice(
     """Splice dictionaries into the model, at one or several sites, for every forward pass inside the context.
 
     With the error term kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the
-    site. With the error term dropped the dictionary is a bottleneck: every position except BOS and padding carries only
-    the reconstruction. Works inside `model.hf.generate`, with or without a KV cache. Latents at BOS are edited only if
-    positions include BOS explicitly, those at padding never. Latents that no intervention reads or writes are not
-    encoded or decoded. Not differentiable: for gradients with respect to latents see `saepatch.measure.attribution`.
+    site. With the error term dropped the dictionary is a bottleneck: every position carries only the reconstruction,
+    but BOS, padding and tokens that the dictionary was not trained on (`Dictionary.excluded_tokens`). Works inside
+    `model.hf.generate`, with or without a KV cache. Latents at BOS are edited only if positions include BOS explicitly,
+    those at padding never. Unused latents are not encoded. Not differentiable: see `saepatch.measure.attribution`.
 
     Args:
         dictionaries: One dictionary, several, or a mapping from sites to dictionaries.
@@ -102,6 +102,7 @@ def splice(
             [intervention for other, intervention in acting if other == site],
             drop_error=error == "drop",
             record=partial(run.latents.__setitem__, site) if record else None,
+            excluded=dictionary.excluded_tokens(model),
         )
         for site, dictionary in sites.items()
     }

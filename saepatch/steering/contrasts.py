@@ -306,7 +306,7 @@ def corpus_maxima(
         acts = (few or dictionary).activations(x)[0]
         if latents is not None and few is None:
             acts = acts[..., list(latents)]
-        here = (acts * tokens.ordinary[..., None]).amax((0, 1)).clamp(min=0).float()
+        here = (acts * dictionary.known(model, tokens).ordinary[..., None]).amax((0, 1)).clamp(min=0).float()
         maxima = here if maxima is None else torch.maximum(maxima, here)
     if maxima is None:
         raise UserError("the corpus contains no text: give at least one document")

@@ -57,6 +57,7 @@ def test_what_a_run_leaves(trained, model):
         assert metadata["dataset_path"] == "made up"
         assert metadata["training_tokens"] == 8192
         assert metadata["prepend_bos"] is True
+        assert metadata["exclude_special_tokens"] == sorted(model.tokenizer.all_special_ids)
         assert metadata["metrics"] == row
     assert read([str(out / "config.yaml")]).to_dict() == small(data="made up").to_dict()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

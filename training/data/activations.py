@@ -103,7 +103,7 @@ class ActivationStream:
             )
 
     @cached_property
-    def _special(self) -> set[int]:
+    def special(self) -> set[int]:
         """Tokens that are not learnt from: BOS and padding, and unless the run asks for them all others beside text."""
         tokenizer = self.model.tokenizer
         if self.config.special_tokens:
@@ -147,24 +147,24 @@ class ActivationStream:
             yield
 
     def check_evaluated(self, tokens: Tokens) -> None:
-        """Warn where figures of these tokens will be of positions, too, that are not trained on."""
-        evaluated, trained = int(tokens.ordinary.sum()), int(text_positions(tokens, self._special).sum())
+        """Say where some of these tokens are not trained on."""
+        evaluated, trained = int(tokens.ordinary.sum()), int(text_positions(tokens, self.special).sum())
         if trained < evaluated:
-            log.warning(
-                "%d of the %d held-out positions are special tokens, as a chat's markers: a splice acts there, and the "
-                "figures include them, but nothing is trained on them without --special_tokens true",
+            log.info(
+                "%d of the %d held-out positions are special tokens, as a chat's markers: nothing is trained on them, "
+                "and figures leave them out; --special_tokens true trains on them",
                 evaluated - trained,
                 evaluated,
             )
 
     def token_batches(self, seed: int, size: int) -> Iterator[Tokens]:
         """Padded batches of at most `size` tokens of the documents for other uses, without end, in an order of their
-        own; a single row may be larger."""
+        own; a single row may be larger. Tokens that are not learnt from are not ordinary in them."""
         stream = replace(self, config=replace(self.config, seed=seed), epochs=None)
         for ids, end in stream._read(START):
             parts = list(token_batches(self.model, ids, size))
             for i in torch.randperm(len(parts), generator=_generator(seed, "parts", end.round)).tolist():
-                yield parts[i]
+                yield parts[i].without(self.special)
 
     def _given(self, filled: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
         n, size = len(next(iter(filled.rows.values()))), self.config.batch_size
@@ -234,7 +234,7 @@ class ActivationStream:
 
     def _read(self, start: Position) -> Iterator[tuple[list[list[int]], Position]]:
         """Rows of token ids of one round after the other, and where the next one begins."""
-        special = self._special
+        special = self.special
         ids: list[list[int]] = []
         n, number = 0, start.round + 1
         bodies = self._bodies(start)
@@ -251,7 +251,7 @@ class ActivationStream:
 
     def _bodies(self, start: Position) -> Iterator[Body]:
         """Documents as tokens, epoch after epoch."""
-        special = self._special
+        special = self.special
         epoch, document, offset = start.epoch, start.document, start.offset
         while self.epochs is None or epoch < self.epochs:
             read = in_order(self.documents, self.config.seed, epoch, document)
@@ -268,7 +268,7 @@ class ActivationStream:
     def _filled(self, ids: list[list[int]], number: int, stopping: threading.Event) -> Rows:
         """Activations of a round in the order they are given out in."""
         parts = list(token_batches(self.model, ids, self.config.forward_tokens))
-        sizes = [int(text_positions(part, self._special).sum()) for part in parts]
+        sizes = [int(text_positions(part, self.special).sum()) for part in parts]
         n = sum(sizes)
         # Each row is put where the shuffle wants it: a copy is spared, and the cache is read in sequence.
         places = torch.randperm(n, generator=_generator(self.config.seed, "round", number))
@@ -291,7 +291,7 @@ class ActivationStream:
             go_on(stopping)
         try:
             go_on(stopping)
-            return forward(model, self.sites, part, self._special)
+            return forward(model, self.sites, part, self.special)
         finally:
             self._running.release()
 

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -37,8 +36,7 @@ def token_batches(model: LanguageModel, ids: Sequence[list[int]], forward_tokens
 
 def text_positions(tokens: Tokens, special: Collection[int]) -> Bool[Tensor, "batch pos"]:
     """True where a token is learnt from: no padding, no BOS, none of the special ones."""
-    ids = torch.tensor(sorted(special), dtype=torch.long, device=tokens.input_ids.device)
-    return tokens.ordinary & ~torch.isin(tokens.input_ids, ids)
+    return tokens.without(special).ordinary
 
 
 @dataclass(frozen=True, eq=False)

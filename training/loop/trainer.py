@@ -275,9 +275,14 @@ class Run:
         self.tracker.log(figures, step=self.tokens)
 
     def _dictionaries(self) -> dict[Site, Dictionary]:
-        return {
+        made = {
             site: Dictionary(learner.finish(), site, f"{self.out}/{site}") for site, learner in self.learners.items()
         }
+        for dictionary in made.values():
+            # As sae_lens notes it: False, or the ids of the tokens that were left out.
+            left_out = False if self.config.special_tokens else sorted(self.stream.special)
+            dictionary.cfg.metadata.exclude_special_tokens = left_out
+        return made
 
     def finetune(self) -> bool:
         """Fine-tune each dictionary through the splice, where the run asks for it. False if it was asked to stop."""
