@@ -105,7 +105,7 @@ def _environment() -> Environment:
     environment.filters["marked"] = _marked
     environment.filters["changed"] = _changed
     environment.globals.update(
-        drawings=_drawings, table_rows=_table_rows, numeric=_numeric, token_style=_token_style, palette=PALETTE
+        drawings=_drawings, table_rows=_table_rows, numeric=_numeric, token_styles=_token_styles, palette=PALETTE
     )
     environment.globals["numbers"] = _numbers
     environment.globals["table_name"] = _table_name
@@ -231,15 +231,18 @@ def _exact(value: float | int | None) -> str:
     return f"{float(value):.9g}" if finite(value) else ""
 
 
-def _token_style(tokens: ColouredTokens, index: int) -> tuple[str, str, str]:
-    """CSS class, colour strength in per cent and tooltip of a token."""
-    value = tokens.values[index]
+def _token_styles(tokens: ColouredTokens) -> list[tuple[str, str, str]]:
+    """CSS class, colour strength in per cent and tooltip of each token."""
     top = max((abs(v) for v in tokens.values if finite(v)), default=0.0)
     spec = tokens.value_format or common_format(tokens.values)
-    if not finite(value):
-        return "none", "0", MISSING
-    share = abs(value) / top if top else 0.0
-    return ("positive" if value >= 0 else "negative"), f"{60 * share:.0f}", number(value, spec)
+
+    def style(value: float | None) -> tuple[str, str, str]:
+        if not finite(value):
+            return "none", "0", MISSING
+        share = abs(value) / top if top else 0.0
+        return ("positive" if value >= 0 else "negative"), f"{60 * share:.0f}", number(value, spec)
+
+    return [style(value) for value in tokens.values]
 
 
 def _table_name(table: Table) -> str:

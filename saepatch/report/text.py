@@ -22,6 +22,8 @@ def visible(text: str) -> str:
     Line breaks stay, preceded by ↵; control, bidirectional and zero-width characters become ``⟨U+202E⟩``; lone
     surrogates, which no encoding can represent, become the replacement character.
     """
+    if text.isascii() and text.isprintable():
+        return text
     out = []
     for char in text:
         kind = unicodedata.category(char)
@@ -47,7 +49,7 @@ def token_text(text: str) -> str:
 
 def finite(value: object) -> TypeGuard[float]:
     """Whether the value is a finite number, of Python or NumPy."""
-    return isinstance(value, Real) and math.isfinite(value)
+    return (type(value) is float or isinstance(value, Real)) and math.isfinite(value)
 
 
 def number(value: float | int | None, spec: str = "") -> str:

@@ -215,7 +215,7 @@ def test_a_model_in_training_mode_is_refused():
 def test_padding_that_a_model_does_not_know_is_refused():
     """Its recurrence runs over padding, too."""
     model = tiny_model("recurrent_gemma", attention_window_size=8, lru_width=16, num_key_value_heads=4)
-    with pytest.raises(UserError, match="rows padded on the left"):
+    with pytest.raises(UserError, match="padding on the left changes this model's results"):
         patch_components(model, Stream(Site(0)), UNEQUAL, align="right")
 
 

@@ -240,7 +240,7 @@ def test_a_hugging_face_folder_with_several_dictionaries(tmp_path, capsys):
         (["--sizes", "[0]"], "give rising numbers"),
         (["--verify", "0"], "use at least 2"),
         (["--sae", "nowhere"], "unknown dictionary 'nowhere'"),
-        (["--model", "no/such/model"], "no folder 'no/such/model'"),
+        (["--model", "no/such/model"], "'no/such/model' is neither a folder nor"),
         (["--device", "moon"], "cannot be used here"),
     ],
 )

@@ -86,7 +86,7 @@ def test_the_scale_is_that_of_likeness_and_certainty():
 def test_mistakes():
     model, dictionary = tiny_model(), random_dictionary()
     for given, said in (
-        (([3], "no such", At("X")), "holds 'X'"),
+        (([3], "no such", At("X")), "contains 'X' as whole tokens 0 times"),
         (([99], "an X", At("X")), "out of range"),
         (([3], "an X", At("X"), (0.0,)), "above 0"),
         (([3], "an X", "generated"), "selects no token"),

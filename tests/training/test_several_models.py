@@ -126,7 +126,8 @@ def test_models_that_cannot_share(models, tmp_path, capsys):
     short = replace(tiny_model("gpt2", max_position_embeddings=16), name="short")
     with pytest.raises(UserError, match="context 32 is longer than the 16 positions of 'short'"):
         train_saes(model, documents(), small(sites=["resid_post.1"]), tmp_path / "d", also=[short])
-    plain = ["--data", "nosuch.txt", "--dry_run", "true"]
+    (tmp_path / "texts.txt").write_text("A text.\n" * 50)
+    plain = ["--data", str(tmp_path / "texts.txt"), "--dry_run", "true"]
     assert main(["--also", "[organism]", *plain]) == 2
     assert "organism is given twice" in capsys.readouterr().err
     assert main(["--also", "[organism-base]", *plain]) == 0
