@@ -21,7 +21,7 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo picture docs test lint format types test-fast test-slow fuzz audit bench bench-generation bench-training organism \
+.PHONY: help setup demo picture docs test lint format types test-fast test-slow fuzz audit zoo bench crosscheck bench-generation bench-training organism \
 	constraints clean
 
 help:  ## this list
@@ -78,9 +78,16 @@ audit: $(STAMP)  ## ruff's security rules, and known vulnerabilities of what con
 	@$(PIP) -e '.[audit]' $(OR_SHOW)
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
+zoo: $(STAMP)  ## check every model type of the installed transformers, tiny and random; writes docs/models.md (half an hour)
+	@PYTHONPATH=.:tests $(BIN)/python -m zoo
+
 bench: $(STAMP)  ## time exact sweeps beside sae-lens, TransformerLens, nnsight and plain hooks (ten minutes on one thread)
 	@$(PIP) -e '.[bench]' $(OR_SHOW)
 	@$(BIN)/python -m experiments.benchmarks.patching --out runs/bench-patching
+
+crosscheck: $(STAMP)  ## compare our numbers with sae-lens, TransformerLens, nnsight and plain formulas; fails where they differ
+	@$(PIP) -e '.[bench]' $(OR_SHOW)
+	@$(BIN)/python -m experiments.benchmarks.crosscheck --out runs/crosscheck
 
 bench-training: $(STAMP)  ## time training steps beside sae-lens' trainer, and compare what they find (half an hour on one thread)
 	@$(BIN)/python -m experiments.benchmarks.training --out runs/bench-training

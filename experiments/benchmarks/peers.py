@@ -73,7 +73,7 @@ def transformer_lens(case: Case, batch: int) -> Runner:
     """Many edits in a batch from the cached residual stream on; only the last position is normed and unembedded."""
     from transformer_lens import HookedTransformer
 
-    model, name = _hooked_transformer(HookedTransformer, case), f"blocks.{case.layer}.hook_resid_pre"
+    model, name = hooked_transformer(HookedTransformer, case), f"blocks.{case.layer}.hook_resid_pre"
     with torch.no_grad():
         _, cache = model.run_with_cache(case.corrupted, names_filter=name, stop_at_layer=case.layer + 1)
     resid, layers = cache[name], case.subject.size.layers
@@ -98,7 +98,7 @@ def sae_lens(case: Case, batch: int) -> Runner:
     """
     from sae_lens import HookedSAETransformer
 
-    model, sae = _hooked_transformer(HookedSAETransformer, case), case.subject.sae
+    model, sae = hooked_transformer(HookedSAETransformer, case), case.subject.sae
     model.add_sae(sae, use_error_term=True)
     point = f"blocks.{case.layer}.hook_resid_pre.hook_sae_acts_post"
 
@@ -154,7 +154,7 @@ def _batches(case: Case, chosen: Sequence[int], batch: int) -> list[tuple[Tensor
     return [(torch.arange(len(part), device=part.device), case.positions[part], case.deltas[part]) for part in parts]
 
 
-def _hooked_transformer(kind: Any, case: Case) -> Any:
+def hooked_transformer(kind: Any, case: Case) -> Any:
     """A transformer_lens model with the weights of the Hugging Face one, by its own loading, nothing folded."""
     from transformer_lens import loading_from_pretrained as loading
 

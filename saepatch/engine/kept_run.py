@@ -1,9 +1,10 @@
 """Run a model once, then resume from one of its sites as often as needed, with the site edited.
 
 An edited pass skips the blocks before the site and all positions before the first edited one, whose keys and values
-come from the kept run. It runs the model's own blocks, so masks, positions, grouped queries, sliding windows and soft
-caps are the model's. Every way of resuming is compared with a whole forward pass before it is used; one that does not
-agree is dropped, with the reason logged.
+come from the kept run; in a model that keeps more than these (recurrent states), it skips the blocks only. It runs the
+model's own blocks, so masks, positions, grouped queries, sliding windows and soft caps are the model's. Every way of
+resuming is compared with a whole forward pass before it is used; one that does not agree is dropped, with the reason
+logged.
 """
 
 import logging
@@ -26,7 +27,8 @@ from saepatch.model.sites import Site
 log = logging.getLogger(__name__)
 
 Ways = tuple[str, ...]
-WAYS: Ways = ("shortcuts", "cache", "whole")  # fastest first; the last is always right
+WAYS: Ways = ("shortcuts", "cache", "blocks", "whole")  # fastest first; the last is always right
+ON_CACHE = ("shortcuts", "cache")  # these skip columns, too; "blocks" skips only the blocks before the site
 Checked = dict[tuple[Site, ...], tuple[str, bool, int]]
 # Edits of sites downstream of the one that a pass resumes from: functions of the site's value from column `first` on.
 Later = Mapping[Site, Edit]
@@ -83,7 +85,7 @@ class KeptRun:
             try:
                 return cache, model.call(tokens, last=True, cache=cache)[:, -1].to(model.device)
             except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
-                log.info("%s does not run with a key-value cache (%s): all passes are whole", model.name, error)
+                log.info("%s does not run with a key-value cache (%s): no columns are skipped", model.name, error)
         return None, model.call(tokens, last=True)[:, -1].to(model.device)
 
     def split(self, n: int) -> tuple["KeptRun", "KeptRun"]:
@@ -135,7 +137,7 @@ class KeptRun:
         later: Later,
     ) -> Float[Tensor, "edits logits"]:
         model, unedited = self.model, 0
-        if way == "whole" and first:
+        if way not in ON_CACHE and first:
             change = nn.functional.pad(change, (0, 0, first, 0))
             first, unedited = 0, first
         old = self.values[site][rows, first:]
@@ -196,7 +198,7 @@ class KeptRun:
         """The fastest way that agrees with whole passes on one row; and whether it may unembed few logits."""
         way, few, width = self.checked.get(sites, ("", True, 0))
         if width < self.width:
-            candidates = WAYS if self._cache is not None else WAYS[-1:]
+            candidates = [way for way in WAYS if self._cache is not None or way not in ON_CACHE]
             way, few = next(result for way in candidates if (result := self._verified(way, sites)) is not None)
             self.checked[sites] = (way, few, self.width)
         return way, few

@@ -1,6 +1,5 @@
 """Module paths of the sites in each model family."""
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -8,9 +7,6 @@ from torch import nn
 
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
-
-log = logging.getLogger(__name__)
-
 
 Paths = str | tuple[str, ...]
 
@@ -79,6 +75,7 @@ class Layout:
     paths: tuple[Mapping[str, str], ...]
     tuple_blocks: bool = False  # whether a block returns a tuple that starts with the stream; probed on load
     widths: Mapping[Site, int] = field(default_factory=dict)  # size of each site's last dimension; probed on load
+    overwritten: frozenset[Site] = frozenset()  # sites whose tensor the model then adds to in place; probed on load
 
     def module(self, site: Site) -> nn.Module:
         """The module that emits the site (for `resid_pre`: that receives it).
@@ -129,31 +126,3 @@ class Layout:
             for layer, offered in enumerate(self.paths)
         )
         return replace(self, paths=paths)
-
-
-def layout_of(hf: nn.Module, model_type: str, n_layers: int) -> Layout:
-    """Find the blocks of a Hugging Face causal LM.
-
-    For a family that is not in `FAMILIES`, the blocks are the model's only `ModuleList` with `n_layers` members.
-
-    Raises:
-        UserError: no such list, or several.
-    """
-    family = FAMILIES.get(model_type) or _guess_family(hf, model_type, n_layers)
-    try:
-        blocks = tuple(hf.get_submodule(family.blocks).children())
-    except AttributeError as error:
-        raise UserError(f"model type {model_type!r} has no blocks at {family.blocks!r}: {error}") from error
-    return Layout(blocks, tuple(map(family.paths, blocks)))
-
-
-def _guess_family(hf: nn.Module, model_type: str, n_layers: int) -> Family:
-    lists = [name for name, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    if len(outermost) != 1:
-        raise UserError(
-            f"model type {model_type!r} is unknown and its blocks cannot be found ({len(outermost)} module lists of "
-            f"length {n_layers}): add a line to saepatch.model.families.FAMILIES"
-        )
-    log.info("model type %r is not in FAMILIES; using the blocks at %r", model_type, outermost[0])
-    return Family(outermost[0])

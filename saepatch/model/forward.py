@@ -25,8 +25,8 @@ _COLUMNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # columns held by c
 class Forward:
     """Builds the arguments of one Hugging Face causal LM's `forward`."""
 
-    def __init__(self, hf: nn.Module, padding: Padding, step_limit: int | None) -> None:
-        self.padding, self.step_limit = padding, step_limit
+    def __init__(self, hf: nn.Module, padding: Padding, step_limit: int | None, last_alone: bool) -> None:
+        self.padding, self.step_limit, self.last_alone = padding, step_limit, last_alone
         self.config: Any = getattr(hf, "config", None)
         self.accepted = frozenset(inspect.signature(hf.forward).parameters)
         name = next((name for name in CACHES if name in self.accepted), None)
@@ -51,7 +51,7 @@ class Forward:
             arguments["attention_mask"] = tokens.attention_mask
             if "position_ids" in self.accepted and self.padding.first is not None:
                 arguments["position_ids"] = positions_of(tokens, self.padding.first)[:, start:]
-        if last and "logits_to_keep" in self.accepted:
+        if last and self.last_alone and "logits_to_keep" in self.accepted:
             arguments["logits_to_keep"] = 1
         if cache is not None:
             if self.cache_name is None:

@@ -1,7 +1,7 @@
 """The one file that registers hooks. Every function is a context manager, or removes its hooks before it returns."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -33,8 +33,8 @@ class _StopForward(Exception):
     """Raised by the last hook that is needed, to skip the rest of the forward pass."""
 
 
-def _first(output: Any) -> Tensor:
-    # Some blocks return a tensor, others a tuple or list that starts with the tensor.
+def first_of(output: Any) -> Tensor:
+    """What a module emits: some return a tensor, others a tuple or list that starts with it."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
@@ -46,7 +46,7 @@ def _with_first(output: Any, new: Tensor) -> Any:
 
 def _on_output(module: nn.Module, edit: Edit) -> Any:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        old = _first(output)
+        old = first_of(output)
         new = edit(old)
         return None if new is old else _with_first(output, new)
 
@@ -116,7 +116,8 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
             if _level(layout) != level:
                 return x
             fired.add(site)
-            return edit(x)
+            new = edit(x)
+            return new.clone() if site in layout.overwritten else new
 
         return run
 
@@ -174,20 +175,30 @@ def edit_embeddings(hf: nn.Module, edit: Edit) -> Iterator[None]:
         raise SpliceError("no token was embedded inside the context: run the model inside the context")
 
 
-@torch.no_grad()
-def blocks_return_tuples(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's blocks return a tuple or list, probed in one forward pass."""
-    seen: list[bool] = []
+@contextmanager
+def watching(
+    entering: Iterable[nn.Module],
+    enter: Callable[[nn.Module, Any], None],
+    leaving: Iterable[nn.Module],
+    leave: Callable[[nn.Module, Any, Any], None],
+) -> Iterator[None]:
+    """Show calls of modules: to `enter` what each receives first, before it runs; to `leave` that and what it gives."""
 
-    def see(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(isinstance(output, tuple | list))
+    def first_argument(args: Any, kwargs: Any) -> Any:
+        return args[0] if args else kwargs.get("hidden_states")
 
-    handle = layout.blocks[0].register_forward_hook(see)
-    try:
-        hf(**inputs)
-    finally:
-        handle.remove()
-    return seen[0]
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        enter(module, first_argument(args, kwargs))
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        leave(module, first_argument(args, kwargs), output)
+
+    with ExitStack() as stack:
+        for module in entering:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for module in leaving:
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        yield
 
 
 @contextmanager
@@ -331,7 +342,7 @@ def droppable_blocks(layout: Layout, layers: Collection[int]) -> Iterator[Droppe
     def switch(layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             entered = args[0] if args else kwargs["hidden_states"]
-            return _with_first(output, _Droppable.apply(entered, _first(output), layer, dropped))
+            return _with_first(output, _Droppable.apply(entered, first_of(output), layer, dropped))
 
         return hook
 

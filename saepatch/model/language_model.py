@@ -35,6 +35,7 @@ class LanguageModel:
     prepend_bos: bool = False  # prepend a BOS where the tokenizer does not
     step_limit: int | None = None  # columns per pass with a cache (0: no cache; None: no limit); probed on load
     padding: Padding = field(default_factory=Padding)  # sides on which rows may be padded; probed on load
+    last_alone: bool = True  # whether blocks run at all positions when only the last logits are needed; probed on load
 
     def __post_init__(self) -> None:
         """Raises UserError for `prepend_bos` where the tokenizer has no BOS."""
@@ -99,7 +100,7 @@ class LanguageModel:
 
     @cached_property
     def _forward(self) -> Forward:
-        return Forward(self.hf, self.padding, self.step_limit)
+        return Forward(self.hf, self.padding, self.step_limit, self.last_alone)
 
     @cached_property
     def appended(self) -> list[int]:
@@ -302,6 +303,7 @@ class LanguageModel:
             attention_mask=tokens.attention_mask,
             max_new_tokens=max_new_tokens,
             **greedy_options(self.hf, self.tokenizer) | {"min_new_tokens": min_new_tokens or None},
+            **({"use_cache": False} if self.step_limit == 0 else {}),  # it would compute other numbers
             pad_token_id=self.pad_id,
             **positions,
         )

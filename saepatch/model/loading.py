@@ -14,12 +14,13 @@ from typing_extensions import Unpack
 
 from saepatch import organism
 from saepatch.errors import UserError, reason_of
-from saepatch.model.families import layout_of
+from saepatch.model.discovery import discover, layout_of
+from saepatch.model.families import FAMILIES, Layout
 from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.forward import probe_steps
-from saepatch.model.hooks import Edit, SpliceError, blocks_return_tuples, edit_sites
+from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, watching
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.padding import Padding, probe_padding
+from saepatch.model.padding import FAILURES, Padding, probe_padding
 from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens, name_bos
 
@@ -86,12 +87,12 @@ def _from_pretrained(
     name: str, source: str, dtype: torch.dtype, options: Mapping[str, Any], placement: Mapping[str, Any]
 ) -> tuple[Any, Any, list[str]]:
     """The model, its tokenizer, and the names of weights that its files lack."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         with _quiet_progress():
-            both: Any = AutoModelForCausalLM.from_pretrained(
+            both: Any = _class_for(source, options).from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placement
             )
     except ImportError as error:
@@ -106,6 +107,19 @@ def _from_pretrained(
         ) from error
     hf, loaded = both
     return hf, tokenizer, sorted(loaded["missing_keys"])
+
+
+def _class_for(name: str, options: Mapping[str, Any]) -> Any:
+    """The class that loads a model: the causal one, or that for images and text where its type has no causal one."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    config = AutoConfig.from_pretrained(name, **options)
+    causal, both = (
+        config.model_type in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+        for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+    )
+    return AutoModelForImageTextToText if both and not causal else AutoModelForCausalLM
 
 
 def _folder_of(name: str) -> str | None:
@@ -152,9 +166,7 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
                 f"model {name!r} has NaN or infinite weights in {parameter}: the file is damaged, fetch it again"
             )
     hf.eval().requires_grad_(False)
-    config: Any = hf.config
-    layout = layout_of(hf, config.model_type, int(config.get_text_config().num_hidden_layers))
-    model = LanguageModel(hf, tokenizer, name, layout)
+    model = LanguageModel(hf, tokenizer, name, layout_of(hf, hf.config))
     if model.appended:
         ends = "".join(model.token_texts(model.appended))
         log.info("the tokenizer of %r appends %s to every text: it is dropped from prompts", name, ends)
@@ -173,13 +185,14 @@ def check_sites(model: LanguageModel) -> LanguageModel:
         UserError: a residual site emits another shape, or an edit of a site does not change the logits.
     """
     tokens = model.probe()
-    as_tuple = blocks_return_tuples(model.hf, model.layout, model.inputs(tokens))
-    model = replace(model, layout=replace(model.layout, tuple_blocks=as_tuple))
+    model = replace(model, layout=_layout_seen(model, tokens))
     steps = probe_steps(lambda tokens, start, cache: model.call(tokens, start, cache=cache), model.new_cache, tokens)
     model = replace(replace(model, step_limit=steps), padding=_padding_of(model))
-    seen = _emitted(model, tokens)
+    seen, overwritten = _emitted(model, tokens)
+    model = replace(model, last_alone=_last_alone(model, tokens, seen))
     layout = model.layout.without(_not_offered(model, seen))
-    layout = replace(layout, widths={site: seen[site].shape[-1] for site in layout.all_sites})
+    widths = {site: seen[site].shape[-1] for site in layout.all_sites}
+    layout = replace(layout, widths=widths, overwritten=overwritten)
     model = replace(model, layout=layout)
     plain = model.call(tokens)
     for site in _one_of_each_kind(model):
@@ -207,14 +220,62 @@ def _padding_of(model: LanguageModel) -> Padding:
     return padding
 
 
-def _emitted(model: LanguageModel, tokens: Tokens) -> dict[Site, Tensor]:
-    """What every site emits in one pass. `neurons` may be missing, as in a mixture of experts."""
-    seen: dict[Site, Tensor] = {}
-    edits: dict[Site, Edit] = {site: lambda x, site=site: seen.setdefault(site, x) for site in model.layout.all_sites}  # type: ignore[misc]
+def _layout_seen(model: LanguageModel, tokens: Tokens) -> Layout:
+    """The layout with what one forward pass shows: what blocks return and, of a family that is not listed, streams.
+
+    Raises:
+        UserError: a block that does not run, or does not give the one stream that it receives.
+    """
+    emitted: dict[nn.Module, Any] = {}
+    layout, inputs = model.layout, model.inputs(tokens)
+    with watching((), lambda *_: None, layout.blocks, lambda block, _, output: emitted.update({block: output})):
+        model.hf(**inputs)
+    if missing := [layer for layer, block in enumerate(layout.blocks) if block not in emitted]:
+        raise UserError(f"blocks {missing} of {model.name!r} do not run on text alone, so they have no sites")
+    shape, expected = tuple(first_of(emitted[layout.blocks[0]]).shape), (1, tokens.width, model.d_model)
+    if shape != expected:
+        streams = next((n for n in (*shape[:1], *shape[2:3]) if n != 1), 0) if len(shape) == 4 else 0
+        several = f"the model keeps {streams} residual streams side by side" if streams else "that is no stream"
+        raise UserError(
+            f"the blocks of {model.name!r} give tensors of shape {shape}, not {expected}: {several}, and a site is one "
+            "stream of shape [batch, pos, width]"
+        )
+    layout = replace(layout, tuple_blocks=isinstance(emitted[layout.blocks[0]], tuple | list))
+    if model.config.model_type in FAMILIES:
+        return layout
+    layout, reasons = discover(model.hf, layout, inputs, model.n_heads)
+    for reason, layers in reasons.items():
+        log.info("attn_out and mlp_out of %r are not offered in %d blocks: %s", model.name, len(layers), reason)
+    return layout
+
+
+def _emitted(model: LanguageModel, tokens: Tokens, last: bool = False) -> tuple[dict[Site, Tensor], frozenset[Site]]:
+    """What every site emits in one pass, and those sites whose tensor the model then changes in place.
+
+    `neurons` may be missing, as in a mixture of experts.
+    """
+    held: dict[Site, tuple[Tensor, Tensor]] = {}
+    edits: dict[Site, Edit] = {
+        site: lambda x, site=site: held.setdefault(site, (x, x.clone()))[0]  # type: ignore[misc]
+        for site in model.layout.all_sites
+    }
     units = {site: edits.pop(site) for site in model.layout.all_sites if site.stream == "neurons"}
     with edit_sites(model.layout, edits), suppress(SpliceError), edit_sites(model.layout, units):
-        model.call(tokens)
-    return seen
+        model.call(tokens, last=last)
+    changed = frozenset(site for site, (after, before) in held.items() if not torch.equal(after, before))
+    return {site: before for site, (_, before) in held.items()}, changed
+
+
+def _last_alone(model: LanguageModel, tokens: Tokens, seen: Mapping[Site, Tensor]) -> bool:
+    """Whether sites hold what they hold in a whole pass where the last logits alone are asked for.
+
+    A model may not run its last blocks at other positions then.
+    """
+    try:
+        again, _ = _emitted(model, tokens, last=True)
+    except FAILURES:
+        return False
+    return all(again[site].shape == value.shape for site, value in seen.items())
 
 
 def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]:
@@ -243,7 +304,7 @@ def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]
     if units := sorted(site for site in odd if site.stream == "neurons"):
         log.info("%d layers of %r have no single set of MLP neurons: not offered there", len(units), model.name)
     added = {site for site in model.layout.all_sites if site.stream in ("attn_out", "mlp_out")}
-    if not _streams_add_up(model, seen):
+    if model.config.model_type in FAMILIES and not _streams_add_up(model, seen):
         log.warning("attn_out and mlp_out of %r do not add up to what a block writes: not offered", model.name)
         odd |= added
     return odd

@@ -140,7 +140,7 @@ def test_a_way_that_is_wrong_is_dropped(monkeypatch, caplog, ways):
     torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
 
 
-def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog, ways):
+def test_a_model_without_a_usable_cache_skips_blocks_alone(monkeypatch, caplog, ways):
     model, dictionary = tiny_model(), random_dictionary("resid_post.0")
     right = patch_latents(model, dictionary, [PAIR])
 
@@ -155,7 +155,7 @@ def test_a_model_without_a_usable_cache_runs_whole(monkeypatch, caplog, ways):
     monkeypatch.setattr(LanguageModel, "inputs", broken)
     with caplog.at_level(logging.INFO, "saepatch"):
         again = patch_latents(model, dictionary, [PAIR])
-    assert {way for way, _ in ways} == {"whole"}
+    assert {way for way, _ in ways} == {"blocks"}
     assert "no such cache" in caplog.text
     torch.testing.assert_close(torch.tensor(again.patched), torch.tensor(right.patched), atol=2e-5, rtol=0)
 
@@ -429,12 +429,12 @@ def test_a_model_that_is_offloaded_to_disk_gives_the_same_effects(tmp_path):
         torch.testing.assert_close(torch.tensor(found.patched), torch.tensor(expected.patched), atol=1e-5, rtol=0)
 
 
-def test_a_family_without_attention_caches_runs_whole(ways):
+def test_a_family_without_attention_caches_skips_blocks_alone(ways):
     """Short convolutions keep a state that is no cache of keys and values."""
     model = tiny_model("lfm2", layer_types=["conv", "full_attention", "conv"])
     dictionary = random_dictionary("resid_post.0")
     effects = patch_latents(model, dictionary, [PAIR], each_position=True)
-    assert {way for way, _ in ways} == {"whole"}
+    assert {way for way, _ in ways} == {"blocks"}
     listed = [(0, edit) for edit in effects.edits]
     batch = batch_pairs(model, [PAIR])
     clean, corrupted = (

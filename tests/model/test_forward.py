@@ -69,7 +69,7 @@ def test_a_model_of_recurrent_states_alone(monkeypatch):
     """It has no heads, and its cache has another name and does not tell how many tokens it holds."""
     monkeypatch.setitem(FAMILIES, "mamba", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4})
     model = tiny_model("mamba")
-    assert (model.n_heads, model.layout.streams) == (0, ["resid_pre", "resid_post"])
+    assert (model.n_heads, model.layout.streams) == (0, ["resid_pre", "resid_post", "attn_out"])
     assert model.takes_cache
     assert model.step_limit == 1
     tokens, cache = model.tokenize(["abcd"]), model.new_cache()

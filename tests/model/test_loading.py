@@ -44,7 +44,7 @@ def test_an_unknown_family_is_read_off_its_structure(monkeypatch):
     from saepatch.model import families as layouts
 
     monkeypatch.delitem(layouts.FAMILIES, "llama")
-    assert set(tiny_model().layout.streams) == {"resid_pre", "resid_post"}
+    assert set(tiny_model().layout.streams) == {"resid_pre", "resid_post", "attn_out", "mlp_out", "z"}
 
 
 def test_streams_that_do_not_add_up_are_not_offered(caplog):

@@ -12,7 +12,7 @@ from torch import nn
 
 from saepatch import organism
 from saepatch.errors import UserError
-from saepatch.model.families import layout_of
+from saepatch.model.discovery import layout_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
@@ -189,7 +189,7 @@ def skeleton(name: str, dtype: str, revision: str = "") -> LanguageModel:
             f"that can be reached): {reason}"
         ) from error
     text: Any = described.get_text_config()
-    layout = layout_of(hf, described.model_type, int(text.num_hidden_layers))
+    layout = layout_of(hf, described)
     width = int(text.hidden_size)
     widths = dict.fromkeys(layout.all_sites, width)
     for site in widths:

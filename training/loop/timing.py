@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from saepatch.model.families import layout_of
+from saepatch.model.discovery import layout_of
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
@@ -115,8 +115,8 @@ def _random_model(model: LanguageModel, device: torch.device) -> LanguageModel:
 
     with torch.random.fork_rng(devices=[]):
         hf: nn.Module = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).to(device).eval()
-    layout = layout_of(hf, model.config.model_type, model.n_layers)
-    return LanguageModel(hf, None, model.name, replace(layout, widths=model.layout.widths))
+    blocks = layout_of(hf, model.config).blocks
+    return LanguageModel(hf, None, model.name, replace(model.layout, blocks=blocks))
 
 
 def _timed(work: Callable[[], object], device: torch.device, most: int) -> TimeRange:
