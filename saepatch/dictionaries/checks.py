@@ -1,9 +1,11 @@
 """Checks of a dictionary: its weights, its decoder, and its fit to a model's site."""
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from saepatch.errors import UserError, reason_of
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ABSURD = 3  # times more or fewer active latents than trained for
+_NO_FLOATS = (
+    "dictionary {name!r} has weights in {key} stored as {dtype}, not as floating-point numbers: it may be quantised or "
+    "damaged; save it as float32"
+)
 _WARNED: set[tuple[int, int]] = set()  # (dictionary, model) ids that were warned about
 
 
@@ -28,10 +35,20 @@ def check_weights(sae: nn.Module, name: str) -> None:
         )
     refuse_transcoder(cfg.architecture(), name)
     for key, value in sae.state_dict().items():
+        if not value.is_floating_point():
+            raise UserError(_NO_FLOATS.format(name=name, key=key, dtype=str(value.dtype).removeprefix("torch.")))
         if not bool(torch.isfinite(value).all()):
             raise UserError(
                 f"dictionary {name!r} has NaN or infinite weights in {key}: the file is damaged, create it again"
             )
+
+
+def check_stored(file: Path, name: str) -> None:
+    """Raises UserError for weights that are stored as integers or booleans, which loading would turn into floats."""
+    with safe_open(file, "pt") as stored:
+        for key in stored.keys():  # noqa: SIM118 (it is no dict)
+            if not (dtype := stored.get_slice(key).get_dtype()).startswith(("F", "BF")):
+                raise UserError(_NO_FLOATS.format(name=name, key=key, dtype=dtype))
 
 
 def refuse_transcoder(architecture: str, name: str) -> None:
@@ -64,6 +81,27 @@ def check_decoder(dictionary: "Dictionary") -> None:
             f"dictionary {dictionary.name!r} ({dictionary.architecture}) has no linear decoder (gap {gap:.1e}): "
             "use an architecture such as topk, jumprelu, gated or standard"
         )
+
+
+def warn_of_threshold(dictionary: "Dictionary", l0: float) -> None:
+    """Warn of a JumpReLU whose thresholds cannot be those it was trained with, as its mean L0 on some text shows."""
+    if dictionary.architecture != "jumprelu":
+        return
+    cfg: Any = dictionary.cfg
+    k = cfg.metadata.get("training_k") or cfg.metadata.get("k")
+    if isinstance(k, int) and k > 0 and not k / _ABSURD <= l0 <= _ABSURD * k:
+        why = f"and it was trained for {k}"
+    elif not bool(dictionary.sae.threshold.any()):  # type: ignore[operator]
+        why = "and all of its thresholds are 0"
+    else:
+        return
+    log.warning(
+        "dictionary %s has %.1f active latents per position on this text, %s: its threshold may never have been "
+        "estimated; save it again from its trainer",
+        dictionary.name,
+        l0,
+        why,
+    )
 
 
 def check_fit(dictionary: "Dictionary", model: "LanguageModel", site: Site) -> None:

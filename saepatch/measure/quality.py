@@ -8,10 +8,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from saepatch.dictionaries.checks import warn_of_threshold
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
 from saepatch.engine.whole_pass import WholePass, can_skip, edited_logits, whole_pass
 from saepatch.errors import UserError
+from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
@@ -141,6 +143,7 @@ def latent_statistics(
     sums, site = _SiteSums.of(dictionary), dictionary.site
     for batch in _batches(tokens, batch_size):
         x = model.capture(batch, [site])[site]
+        check_finite(model, site, x, batch)
         sums.add(dictionary.encode(x), x, dictionary.known(model, batch))
     if not sums.n:
         raise UserError(_NOTHING)
@@ -184,6 +187,7 @@ class _SiteSums:
         self.n += len(acts)
 
     def statistics(self, dictionary: Dictionary) -> LatentStatistics:
+        warn_of_threshold(dictionary, float(self.active.sum()) / self.n)
         device, norm = dictionary.W_dec.device, dictionary.rows.float().norm(dim=-1)
         return LatentStatistics(
             frequency=(self.active / self.n).float().to(device),
@@ -209,6 +213,7 @@ def _means(
     for batch in _batches(tokens, batch_size):
         values = model.capture(batch, {d.site for d in dictionaries})
         for number, dictionary in enumerate(dictionaries):
+            check_finite(model, dictionary.site, values[dictionary.site], batch)
             known = dictionary.known(model, batch).ordinary
             total = _accurate(values[dictionary.site][known]).sum(0)
             sums[number], counts[number] = sums[number].to(total) + total, counts[number] + int(known.sum())

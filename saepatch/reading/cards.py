@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import INSIDE, final_norm, stream_directions
 from saepatch.reading.activity import Activity
@@ -138,6 +139,7 @@ def _activity(
     activity = Activity(len(ids), examples)
     for batch in batches:
         x = model.capture(batch, [dictionary.site])[dictionary.site]
+        check_finite(model, dictionary.site, x, batch)
         width = len(ids) if few is not None else dictionary.d_sae
         rows = max(1, CELLS // (x.shape[1] * max(1, width)))
         for start in range(0, len(x), rows):

@@ -14,6 +14,7 @@ from saepatch.data.batches import PairBatch
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
+from saepatch.model.finite import check_finite
 from saepatch.model.forward import cache_among, columns_in, tells_columns
 from saepatch.model.hooks import (
     SpliceError,
@@ -144,6 +145,7 @@ def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens)
             "latents of edited runs from splice(…, record=True) as run.latents[site]"
         )
     x = model.capture(tokens, [dictionary.site])[dictionary.site]
+    check_finite(model, dictionary.site, x, tokens)
     return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
 
 

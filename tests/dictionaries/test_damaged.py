@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_sae
 
@@ -78,3 +79,12 @@ def test_the_module_path_of_a_block_is_its_output(tmp_path, name):
 def test_a_given_site_stands_where_the_file_says_nothing_that_can_be_read(tmp_path):
     place = changed(tmp_path / "sae", metadata={"hook_name": "encoder.block.1.layer.0"})
     assert load_sae(place, "resid_pre.1").site == Site(1, "resid_pre")
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.int64, "I64"), (torch.bool, "BOOL")])
+def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, stored):
+    folder = changed(tmp_path / "sae")
+    weights = load_file(f"{folder}/sae_weights.safetensors")
+    save_file(weights | {"W_enc": weights["W_enc"].to(dtype)}, f"{folder}/sae_weights.safetensors")
+    with pytest.raises(UserError, match=f"weights in W_enc stored as {stored}, not as floating-point"):
+        load_sae(folder)

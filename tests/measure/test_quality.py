@@ -13,8 +13,9 @@ from saepatch.model.hooks import capture, edit_sites
 from saepatch.model.language_model import Tokens
 from saepatch.model.sites import Site
 from saepatch.pages.overview import splice_notices, splice_section
+from saepatch.reading.cards import read_latents
 from saepatch.records.figures import renamed_figures
-from saepatch.splicing.splice import splice
+from saepatch.splicing.splice import record_latents, splice
 
 TEXTS = ["the cat sat on the mat", "a dog", "birds fly high up in the sky", "two of them"]
 SITE = Site(1)
@@ -274,3 +275,36 @@ def test_bad_input(model):
     nothing = Tokens(tokens.input_ids, tokens.attention_mask, torch.zeros_like(tokens.ordinary))
     with pytest.raises(UserError, match="only BOS and padding"):
         latent_statistics(model, random_dictionary("resid_post.1"), nothing)
+
+
+def test_activations_that_are_not_finite_are_named(model):
+    tokens = model.tokenize(["a dog", "the cat"])
+
+    def overflow(x):
+        x = x.clone()
+        x[1, 3] = float("inf")
+        return x
+
+    message = r"activations at resid_post.1 of tiny-llama are NaN or infinite in '<bos>the cat'…, at position 3 \('e'\)"
+    with edit_sites(model.layout, {SITE: overflow}):
+        for measure in (latent_statistics, splice_quality):
+            with pytest.raises(UserError, match=message):
+                measure(model, standard(1.0), tokens)
+        with pytest.raises(UserError, match=message):
+            read_latents(model, standard(1.0), [0], tokens)
+        with pytest.raises(UserError, match=message):
+            record_latents(model, standard(1.0), tokens)
+
+
+def test_a_threshold_that_was_never_estimated_is_warned_about(model, caplog):
+    tokens, dictionary = model.tokenize(TEXTS), random_dictionary("resid_post.1", "jumprelu")
+    latent_statistics(model, dictionary, tokens)
+    assert not caplog.records
+    dictionary.sae.threshold.data.zero_()
+    latent_statistics(model, dictionary, tokens)
+    assert "active latents per position on this text, and all of its thresholds are 0" in caplog.text
+    dictionary.sae.threshold.data.fill_(1e-3)
+    dictionary.sae.cfg.metadata.k = 2
+    caplog.clear()
+    active = float(latent_statistics(model, dictionary, tokens).frequency.sum())
+    assert f"has {active:.1f} active latents per position on this text, and it was trained for 2" in caplog.text

@@ -219,3 +219,21 @@ def test_nothing_is_learnt_from_nothing():
         Learner.new(torch.zeros(10, D_IN), settings(), seed=0)
     with pytest.raises(UserError, match="64, but the dictionary has 48"):
         Learner.new(torch.ones(10, D_IN), replace(settings(), sae=SAEConfig(k=64, expansion=3)), seed=0)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_the_threshold_is_estimated_anew_at_the_end(architecture):
+    """The running one lags: after a few steps it leaves another number of latents active than k."""
+    x = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    sae = SAEConfig(architecture=architecture, k=4, d_sae=64, levels=[0.5, 1.0], threshold_rate=0.01)
+    learner = Learner.new(x, TrainingConfig(sae=sae), 0)
+    for _ in range(30):
+        learner.step(x, 3e-3)
+    before = float((learner.finish().encode(x) != 0).sum(-1).float().mean())
+    learner.calibrate(x)
+    after = float((learner.finish().encode(x) != 0).sum(-1).float().mean())
+    assert after == pytest.approx(4, abs=0.01)
+    assert abs(before - 4) > 0.1
+    threshold = learner.threshold
+    learner.calibrate(x[:0])  # no text: it stays
+    assert learner.threshold == threshold

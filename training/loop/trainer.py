@@ -19,7 +19,7 @@ from saepatch.model.sites import Site
 from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 from ..config import TrainingConfig
-from ..data.activations import ActivationStream, Batch, Position
+from ..data.activations import ActivationStream, Batch, Position, forward
 from ..data.texts import Streamed, as_documents, split
 from ..ranks import ALONE, Ranks
 from ..steps.finetune import finetune
@@ -106,7 +106,7 @@ def train_saes(
         if ranks.first:
             run.tracker = stack.enter_context(run.open_tracker())
         run.stop_request = stack.enter_context(deferred_signals())
-        if not (run.fit() and run.finetune()):
+        if not (run.fit() and run.calibrate() and run.finetune()):
             return Outcome({}, run.tokens, stopped=True)
         return run.finish(len(train) if isinstance(train, Sequence) else None)
 
@@ -283,6 +283,18 @@ class Run:
             left_out = False if self.config.special_tokens else sorted(self.stream.special)
             dictionary.cfg.metadata.exclude_special_tokens = left_out
         return made
+
+    def calibrate(self) -> bool:
+        """Give dictionaries that are saved with a threshold the one that leaves `k` latents active on held-out text."""
+        learners = list(self.learners.items())[self.finetuned :]  # those before were tuned with theirs
+        if not any(learner.estimates_threshold for _, learner in learners):
+            return True
+        rows = max(1, self.config.forward_tokens // self.held_out.width)
+        with self.stream.paused():
+            parts = [forward(self.model, self.sites, part, self.stream.special) for part in self.held_out.batches(rows)]
+        for site, learner in learners:
+            learner.calibrate(torch.cat([part[site] for part in parts])[:FIRST_TOKENS].float())
+        return True
 
     def finetune(self) -> bool:
         """Fine-tune each dictionary through the splice, where the run asks for it. False if it was asked to stop."""

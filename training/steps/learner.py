@@ -16,6 +16,8 @@ from ..ranks import ALONE, Ranks
 from . import dense, sparse
 from .step import Moment, Step, StepFunction, Weights
 
+_VALUES_AT_ONCE = 2**24  # pre-activations that are held at a time
+
 
 @dataclass(frozen=True)
 class Design:
@@ -144,6 +146,11 @@ class Learner:
         return DESIGNS[self.config.architecture]
 
     @property
+    def estimates_threshold(self) -> bool:
+        """Whether it is saved with one threshold for all latents, estimated in training (batchtopk, matryoshka)."""
+        return self.design.selects and self.design.saved_as == "jumprelu"
+
+    @property
     def dead(self) -> Bool[Tensor, "d_sae"]:
         return self.idle >= self.config.dead_after
 
@@ -228,6 +235,25 @@ class Learner:
         }
 
     @torch.no_grad()
+    def calibrate(self, x: Float[Tensor, "n d_in"]) -> None:
+        """Set the threshold (batchtopk, matryoshka) so that on these activations `k` latents are active on average.
+
+        In training it is a running mean that lags behind the weights, by more the shorter the run is.
+        """
+        if not self.estimates_threshold or not len(x):
+            return
+        weights, wanted = self.average or self.weights, self.config.k * len(x)
+        width = len(weights["W_enc"])
+        each = min(width, 8 * self.config.k)  # values of a position that can be among the largest of all
+        largest = [
+            ((some * self.scale - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"]).topk(each).values.flatten()
+            for some in x.split(max(1, _VALUES_AT_ONCE // width))
+        ]
+        ordered = torch.cat(largest).sort(descending=True).values
+        if wanted < len(ordered) and float(ordered[wanted - 1]) > 0:
+            self.threshold = float(ordered[wanted - 1 : wanted + 1].clamp(min=0).double().mean())
+
+    @torch.no_grad()
     def finish(self) -> Any:
         """The dictionary as sae_lens' inference class, for activations as the model emits them.
 
@@ -285,6 +311,8 @@ def inference_sae(weights: Weights, scale: float, threshold: float, config: SAEC
     if design.saved_as == "topk":
         described |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     described["metadata"] = {"training_architecture": config.architecture}
+    if design.selects:
+        described["metadata"]["training_k"] = config.k
     sae = SAE.from_dict(described).to(str(rows.device))
     sae.load_state_dict(state)
     return sae.eval().requires_grad_(False)
