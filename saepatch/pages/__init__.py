@@ -1,4 +1,4 @@
-"""Pages about runs, each made of the files in a run's folder alone: `report.html`, and two runs side by side.
+"""Pages about runs, made from the files in a run's folder alone: `report.html`, and comparisons of two runs.
 
 May import runs and below.
 """

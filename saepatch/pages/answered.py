@@ -1,4 +1,4 @@
-"""The end of `saepatch restore`: rows, page, and figures in the tracker."""
+"""The final step of `saepatch restore`: writing rows and page, and logging to the tracker."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from saepatch.tracking.tracker import Tracker
 
 
 def show_answers(plan: RestorePlan, answers: Answers, tracker: Tracker) -> None:
-    """Write the rows and the report into the run's folder, and show both to the tracker."""
+    """Write the rows and the report into the run's folder, and log both to the tracker."""
     out = Path(plan.config.out)
     dictionaries, requests = list(plan.sites.values()), [request.prompt for request in plan.requests]
-    restored = next(each for each in plan.sets if each.condition == "restored")
+    restored = next(latent_set for latent_set in plan.sets if latent_set.condition == "restored")
     shown = illustrate(plan.model, plan.other, dictionaries, restored.latents, answers, requests, plan.donors())
     page = restored_page(answers, plan.provenance(plan.config.sae, plan.config.seed), shown)
     write_answers(answers, out)

@@ -1,4 +1,4 @@
-"""Cards of latents, and texts coloured by activations, from what `saepatch.reading.cards` read."""
+"""Blocks for cards of latents and for texts coloured by activations (from `saepatch.reading.cards`)."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,11 +6,11 @@ from saepatch.reading.cards import Card, ReadText
 from saepatch.report import Chips, ColouredTokens, Details, Facts, Histogram, Link, Section, Simple, token_text
 from saepatch.report.text import number
 
-FEW_PROMPTS = "These prompts are few and of one kind, so they do not show what a latent responds to in other text."
+FEW_PROMPTS = "These prompts are few and similar, so they do not show what a latent responds to in other text."
 
 
 def anchors_of(cards: Sequence[Card]) -> dict[tuple[str, str], str]:
-    """The card of a (site, latent)."""
+    """Anchors of the cards by (site, latent)."""
     return {(card.site, str(card.latent)): card.anchor for card in cards}
 
 
@@ -21,17 +21,17 @@ def cards_section(
     caution: str = FEW_PROMPTS,
     effects_of: Callable[[Card], Sequence[Simple]] = lambda card: (),
 ) -> Section:
-    """A card for each latent that was read; `effects_of` is what a card shows of the run before the latent itself."""
+    """A card for each latent; `effects_of` returns blocks on the run's effects, shown before the latent itself."""
     known = {card.anchor for card in cards}
     text = (
-        f"{which}: where they fire in {where} ({cards[0].texts:,} texts, {cards[0].tokens:,} tokens), what their "
-        f"direction writes, and which others are similar. {caution}"
+        f"{which}: where they fire in {where} ({cards[0].texts:,} texts, {cards[0].tokens:,} tokens), which tokens "
+        f"their directions promote, and which latents are similar. {caution}"
     )
     return Section("Latents", text.strip(), [latent_card(card, known, effects_of(card)) for card in cards])
 
 
 def latent_card(card: Card, known: set[str], effects: Sequence[Simple] = ()) -> Details:
-    """One card; `known` are the anchors that its neighbours can lead to."""
+    """One card; `known` are the anchors to which its neighbours can link."""
     summary = "never fired here" if card.dead else f"fires at {number(card.frequency, '.1%')} of tokens"
     if card.raises:
         summary += ", raises " + " ".join(token_text(token) for token, _ in card.raises[:4])
@@ -43,7 +43,7 @@ def latent_card(card: Card, known: set[str], effects: Sequence[Simple] = ()) -> 
 
 
 def card_blocks(card: Card, known: set[str]) -> list[Simple]:
-    """What a card shows of a latent itself."""
+    """The blocks of a card about the latent itself."""
     facts = {
         "dictionary": f"{card.dictionary} ({card.dictionary_hash})",
         "fires at": f"{number(card.frequency, '.2%')} of {card.tokens:,} tokens",
@@ -54,10 +54,10 @@ def card_blocks(card: Card, known: set[str]) -> list[Simple]:
     blocks: list[Simple] = [Facts(facts)]
     for place, example in enumerate(card.examples):
         caption = f"up to {number(max(example.acts))}, text {example.text + 1}"
-        caption += "" if place else ". The deeper a colour, the stronger, within one example"
+        caption += "" if place else ". Deeper colours: stronger activations, within each example"
         blocks.append(ColouredTokens(_tokens(example.tokens), example.acts, caption))
     if card.counts:
-        blocks.append(Histogram("Activations that are not 0", "activation", "tokens", card.edges, card.counts))
+        blocks.append(Histogram("Non-zero activations", "activation", "tokens", card.edges, card.counts))
     if card.lens:
         raises, lowers = ([(token_text(token), value) for token, value in side] for side in (card.raises, card.lowers))
         blocks.append(Chips(f"its direction raises ({card.lens})", raises, ".2f"))
@@ -71,7 +71,7 @@ def card_blocks(card: Card, known: set[str]) -> list[Simple]:
 
 
 def coloured(texts: Sequence[ReadText]) -> list[Simple]:
-    """Texts coloured by the acting latents' activations."""
+    """Texts coloured by the summed activations of the edited latents."""
     return [
         ColouredTokens(
             _tokens(text.tokens),
@@ -87,6 +87,6 @@ def _tokens(tokens: Sequence[str]) -> list[str]:
 
 
 def dead_latents(cards: Sequence[Card], consequence: str) -> list[str]:
-    """A notice on latents that never fired, if there are any."""
+    """A warning about latents that never fired, if there are any."""
     dead = [f"{card.site} {card.latent}" for card in cards if card.dead]
     return [f"Never active in this run's prompts: {', '.join(dead)}. {consequence}"] if dead else []

@@ -1,4 +1,4 @@
-"""From estimates with intervals to the blocks of a report."""
+"""Report blocks from estimates with intervals."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -16,7 +16,7 @@ WILSON = "Intervals: 95 % Wilson score over prompts."
 
 @runtime_checkable
 class Estimate(Protocol):
-    """A value with its interval; what is missing is None or NaN, with the reason why."""
+    """A value with its interval; missing numbers are None or NaN, and `reason` explains why."""
 
     @property
     def value(self) -> float | None: ...
@@ -29,7 +29,7 @@ class Estimate(Protocol):
 
 
 def cell(estimate: Estimate | None) -> report.EstimateCell | None:
-    """A table cell that shows an estimate with its interval; a gap where there is none."""
+    """A table cell with an estimate and its interval; empty where there is no estimate."""
     return (
         None if estimate is None else report.EstimateCell(estimate.value, estimate.low, estimate.high, estimate.reason)
     )
@@ -37,9 +37,9 @@ def cell(estimate: Estimate | None) -> report.EstimateCell | None:
 
 def band(name: str, sizes: Sequence[float], points: Sequence[Estimate | None]) -> report.Series:
     """A line over sizes with its interval as a band; sizes without an estimate are left out."""
-    there = [(x, point) for x, point in zip(sizes, points, strict=True) if point is not None]
-    ends = ([getattr(point, end) for _, point in there] for end in ("value", "low", "high"))
-    return report.Series(name, [x for x, _ in there], *ends)
+    present = [(x, point) for x, point in zip(sizes, points, strict=True) if point is not None]
+    ends = ([getattr(point, end) for _, point in present] for end in ("value", "low", "high"))
+    return report.Series(name, [x for x, _ in present], *ends)
 
 
 def bars(name: str, values: Sequence[Estimate]) -> report.Bars:
@@ -52,13 +52,13 @@ def estimate_text(estimate: Estimate, spec: str = ".3f") -> str:
     return with_interval(estimate.value, estimate.low, estimate.high, spec, estimate.reason)
 
 
-# The axis explains 0 and 1, and not labels at the lines: points often stand in the way there.
+# The axis label explains 0 and 1, since points often cover labels at the lines.
 EFFECT = "normalised effect (0: base run, 1: source run)"
 SOURCE = report.Reference(1.0, "")
 
 
 def effect_chart(title: str, curve: Curve, n: int) -> report.LineChart:
-    """Effect against the number of latents over `n` pairs: top, random and matched ones, and the whole dictionary."""
+    """Effect against the number of latents, over `n` pairs: top, random and matched latents, whole dictionary."""
     series = [
         band("top latents", curve.sizes, curve.top),
         band("random live latents", curve.sizes, curve.random),
@@ -74,14 +74,14 @@ def effect_chart(title: str, curve: Curve, n: int) -> report.LineChart:
 
 
 def size_chart(title: str, x_label: str, series: Sequence[report.Series], caption: str) -> report.LineChart:
-    """Effect against the number of latents, or of other directions, that are patched together."""
+    """Effect against the number of latents or directions patched together."""
     return report.LineChart(title, x_label, EFFECT, series, caption, log_x=True, references=(SOURCE,))
 
 
 def attribution_chart(
     title: str, attributions: Sequence[Attribution], tokens: Sequence[Sequence[str]], caption: str
 ) -> report.ScatterChart:
-    """Estimated against exact effects of the nodes that were verified; `tokens` are the texts of each pair's tokens."""
+    """Estimated against exact effects of verified nodes; `tokens` are the texts of each pair's tokens."""
     series = [
         report.Points(
             screen.method,

@@ -1,26 +1,30 @@
-"""Two runs side by side."""
+"""The page that compares two runs."""
 
 from typing import Any
 
 from saepatch.report import BarChart, Bars, Cell, EstimateCell, Facts, Page, Points, ScatterChart, Section, Table
 from saepatch.runs.comparison import RunComparison
 
-SHOWN = 20  # edits in bars
+SHOWN = 20  # edits in the bar chart
 
 
 def compare_page(compared: RunComparison) -> Page:
-    """A page of a comparison: the settings that differ, and the largest effects of either run in both."""
+    """The page of a comparison: settings that differ, figures, and the largest effects of either run in both."""
     a, b = str(compared.first.path), str(compared.second.path)
     rows: list[list[Cell]] = [[name, *map(_cell, lines)] for name, *lines in compared.edits]
     both = [(name, lines) for name, *lines in compared.edits if None not in lines]
-    blocks = [Table(["edit", a, b], rows, "–: not among the largest of that run.")]
+    blocks = [Table(["edit", a, b], rows, "–: not among the largest effects of that run.")]
     charts: list[Any] = []
     if both:
         values = [[_value(line) for line in side] for side in zip(*(lines for _, lines in both))]
         names = [name for name, _ in both]
         charts = [
             ScatterChart(
-                "Edits on top of both runs", a, b, [Points("edits", values[0], values[1], names)], identity=True
+                "Edits among the largest of both runs",
+                a,
+                b,
+                [Points("edits", values[0], values[1], names)],
+                identity=True,
             ),
             BarChart(
                 "The same, one by one",
@@ -31,7 +35,7 @@ def compare_page(compared: RunComparison) -> Page:
         ]
     lead = f"{len(compared.settings)} settings or hashes differ."
     if compared.edits:
-        tops = f"{len(compared.edits)} edits are among the largest of one run or the other, {len(both)} of both."
+        tops = f"{len(compared.edits)} edits are among the largest of either run, {len(both)} among those of both."
         lead = f"{tops} {lead}"
     sections = [
         Section("Settings that differ", "", [Table(["setting", a, b], [list(row) for row in compared.settings])]),

@@ -1,4 +1,4 @@
-"""Effects of groups with their controls, and estimates against what was run exactly."""
+"""Effects of groups with their controls, and estimates against exact effects."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from saepatch.measure.effects import CONTROLS
 from saepatch.pages.charts import band, bars
 from saepatch.pages.run_data import EXACT, RunData
 
-POINTS = 1000  # of a scatter
+POINTS = 1000  # points of a scatter chart
 NODES = 300  # rows of the table of verified nodes
 
 
 def groups(run: RunData) -> report.Section | None:
-    """The groups that were asked for beside their controls: over their size where sizes differ, else as bars."""
+    """The given groups and their controls: as curves over group size where sizes differ, otherwise as bars."""
     if run.is_screen:
         return None
     charts: list[report.Simple] = []
@@ -34,9 +34,9 @@ def groups(run: RunData) -> report.Section | None:
     if not charts:
         return None
     text = (
-        "What was asked for, beside as many latents drawn at random from those that fire, and others matched in how "
-        "often and how strongly they fire. 0 is the base run, 1 the source run. An effect that its matched controls "
-        "reach, too, says little about these latents."
+        "The given latents, with controls of the same size: latents drawn at random from those that fire, and latents "
+        "matched in firing frequency and strength. 0 is the base run, 1 the source run. An effect that matched "
+        "controls reach as well is not specific to the given latents."
     )
     return report.Section("Groups and their controls", text, charts)
 
@@ -50,7 +50,7 @@ def _interval(facts: dict[str, Any]) -> report.EstimateCell:
 
 
 def _estimates(lines: list[dict[str, Any]]) -> list[tuple[str, list[report.EstimateCell]]]:
-    """The effects of lines of the summary, and those of their controls where there are any, by what they are called."""
+    """Effects in the summary's lines and, where there are any, of their controls, by display name."""
     names = {"effect": "patched", "random_controls": "random controls", "matched_controls": "matched controls"}
     missing = {"value": None, "low": None, "high": None}
     return [
@@ -77,7 +77,7 @@ def _curve(title: str, lines: list[dict[str, Any]]) -> report.Chart:
 
 
 def _bars(title: str, lines: list[dict[str, Any]], asked: int) -> report.Chart:
-    """The groups on top of the summary, of so many that were asked for."""
+    """The groups listed in the summary, out of `asked` given ones."""
     ranked = sorted(lines, key=lambda line: -(line["effect"]["value"] or 0.0))
     return report.BarChart(
         f"Effects, {title}",
@@ -91,7 +91,7 @@ def _bars(title: str, lines: list[dict[str, Any]], asked: int) -> report.Chart:
 
 
 def verified(run: RunData) -> report.Section | None:
-    """Estimates against exact effects of the nodes that were run."""
+    """Estimates against exact effects of the verified nodes."""
     if not run.is_screen:
         return None
     blocks: list[report.Simple] = []
@@ -104,15 +104,15 @@ def verified(run: RunData) -> report.Section | None:
     if not blocks:
         return None
     text = (
-        "The nodes with the largest estimates, and nodes drawn at random from all others, were run exactly. How the "
-        "second lot agrees says how far to trust the estimates that nobody checked: a large exact effect among them is "
+        "The nodes with the largest estimates, and nodes drawn at random from all others, were run exactly. The "
+        "agreement in the random sample shows how far to trust the unverified estimates: a large exact effect in it is "
         "one that the screen would have missed."
     )
     return report.Section("Estimates against exact effects", text, blocks)
 
 
 def _verified(run: RunData, direction: str) -> tuple[Int[ndarray, "nodes"], Int[ndarray, "nodes"]]:
-    """Rows of what was run exactly, and of the estimates of the same nodes."""
+    """Row numbers of the exact effects, and of the same nodes' estimates."""
     keys, changes = run.changes.keys, run.changes
     numbers = {key: number for number, key in enumerate(keys)}
     partner = np.full(len(keys), -1)
@@ -151,7 +151,7 @@ def _scatter(
             f"({screen['missed_share_at_most']:.1%}) are as large as the smallest of the top ones (95 % confidence)."
         )
     drawn = sum(len(points.x) for points in series)
-    some = f" {drawn} of {len(exact)} are drawn." if drawn < len(exact) else ""
+    some = f" {drawn} of {len(exact)} are shown." if drawn < len(exact) else ""
     return report.ScatterChart(
         f"Estimated against exact effect: {direction}",
         f"exact effect ({run.metric})",
@@ -178,13 +178,13 @@ def _nodes(run: RunData, direction: str, exact: Int[ndarray, "nodes"], estimate:
         ["pair", "site", "unit", "position", "why", "exact", "estimated"],
         rows,
         f"{direction}: the {len(rows)} largest of {len(exact)} nodes that were run exactly, in units of the "
-        f"{run.metric}. Why: `top`, it has one of the largest estimates; `random`, it was drawn.",
+        f"{run.metric}. Why: `top`, among the largest estimates; `random`, drawn at random.",
         {"exact": ".3f", "estimated": ".3f", "position": "d"},
     )
 
 
 def controls_reach(run: RunData) -> list[str]:
-    """Groups whose matched or random controls do as much, in words."""
+    """Warnings about groups whose matched or random controls have as large an effect."""
     if run.is_screen:
         return []
     notices = []
@@ -195,7 +195,7 @@ def controls_reach(run: RunData) -> list[str]:
                 effect = line["effect"]["value"]
                 if control and None not in (effect, control["high"]) and abs(control["value"]) >= abs(effect) > 0:
                     notices.append(
-                        f"{direction}: the {role} controls of {line['site']} {line['latent']} do as much as it does "
-                        f"({control['value']:.3f} against {effect:.3f}): its effect is not special to these latents."
+                        f"{direction}: the {role} controls of {line['site']} {line['latent']} have as large an effect "
+                        f"({control['value']:.3f} against {effect:.3f}): it is not specific to these latents."
                     )
     return notices

@@ -1,4 +1,4 @@
-"""What a report needs from the model, written to `reading.json` while the model is loaded."""
+"""Data for the report that needs the model, written to `reading.json` while the model is loaded."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 READING = "reading.json"
-LATENTS = 24  # that get a card
-TEXTS = 512  # of the run's own prompts, that examples are looked for in
-SPLICED = 32  # of them, that splice quality is measured on
-SHOWN = 12  # pairs that are kept token by token
+LATENTS = 24  # latents with a card
+TEXTS = 512  # prompts of the run that are searched for examples
+SPLICED = 32  # prompts on which splice quality is measured
+SHOWN = 12  # pairs stored token by token
 
 
 def write_reading(sweep: Sweep, out: Path) -> None:
-    """Read the run's prompts and the latents on top of its summary, and write them beside it.
+    """Write the run's prompts, splice quality and cards of the summary's top latents to the folder.
 
     Raises:
         UserError: there is no summary in the folder.
@@ -58,7 +58,7 @@ def read_dictionaries(
     latents: Mapping[str, Sequence[int]],
     texts: Sequence[str],
 ) -> tuple[list[dict[str, Any]], list[Card]]:
-    """By site: the splice quality of dictionaries and the cards of some of their latents, over a run's own texts."""
+    """Splice quality of the dictionaries and cards of some of their latents, measured on a run's prompts."""
     if not dictionaries:
         return [], []
     tokens = model.tokenize(texts)
@@ -76,17 +76,17 @@ def read_dictionaries(
 
 
 def if_possible(read: Callable[[], Result], otherwise: Result) -> Result:
-    """Read what a report needs of the model; a failure is logged, since the run's results are written already."""
+    """Result of `read`, or `otherwise` where it fails; failures are logged, since the results are written already."""
     try:
         return read()
-    except (UserError, RuntimeError) as error:  # a full device, for example
+    except (UserError, RuntimeError) as error:  # such as a full device
         log.warning("tokens and cards are left out of the report: %s", str(error).partition("\n")[0])
         return otherwise
 
 
 def try_reading(sweep: Sweep, out: Path) -> None:
-    """`write_reading` at the end of a run, which stands where that fails."""
-    (out / READING).unlink(missing_ok=True)  # of an earlier start
+    """`write_reading` at the end of a run, which is complete even if this fails."""
+    (out / READING).unlink(missing_ok=True)  # from an earlier start
     if_possible(lambda: write_reading(sweep, out), None)
 
 
@@ -95,12 +95,12 @@ def _texts(sweep: Sweep, pair: PromptPair) -> tuple[str, ...]:
 
 
 def _batch(dictionary: Dictionary, tokens: Tokens) -> int:
-    """Texts at a time: a latent's activations of all of them are held at once."""
+    """Texts per batch, limited by the memory for all latents' activations."""
     return max(1, min(32, 2**26 // (tokens.input_ids.shape[1] * dictionary.d_sae)))
 
 
 def top_latents(summary: dict[str, Any]) -> list[tuple[str, int]]:
-    """(site, id) of the latents on top of a run, largest effects of each direction first."""
+    """(site, id) of a run's top latents, largest effects of each direction first."""
     tops = (
         [screen["top"] for screen in summary["screens"].values()]
         if "screens" in summary
@@ -119,34 +119,34 @@ def _units(text: str) -> Iterator[int]:
 
 
 def _prompts(model: LanguageModel, pairs: Sequence[PromptPair], one_run: bool) -> dict[str, Any]:
-    """The first pairs token by token, and the tokens that all pairs share by position; `corrupted` is empty where the
-    corrupted run reads the clean prompt."""
+    """The first pairs token by token, and the tokens that all pairs share by position; there is no `corrupted` where
+    the corrupted run reads the clean prompt."""
     first: list[dict[str, Any]] = []
     shared: dict[str, list[str | None]] = {}
     sides = ("clean",) if one_run else ("clean", "corrupted")
     same_length = True
     for number, pair in enumerate(pairs):
         tokens = {side: model.token_texts(model.encode(getattr(pair, side))) for side in sides}
-        same_length &= len({len(each) for each in tokens.values()}) == 1
+        same_length &= len(set(map(len, tokens.values()))) == 1
         if number < SHOWN:
             first.append({"example": pair.example, "answer": pair.answer, "counter": pair.counter, **tokens})
-        for side, each in tokens.items():
-            shared[side] = list(each) if number == 0 else _agreeing(shared[side], each)
+        for side, texts in tokens.items():
+            shared[side] = list(texts) if number == 0 else _agreeing(shared[side], texts)
     return {"count": len(pairs), "same_length": same_length, "first": first, "shared": shared}
 
 
 def _agreeing(known: Sequence[str | None], tokens: Sequence[str]) -> list[str | None]:
-    """By position, the token that all have; None where they differ or only some are so long."""
+    """The common token at each position; None where they differ or a prompt is too short."""
     size = max(len(known), len(tokens))
     padded = [*known, *[None] * (size - len(known))]
-    return [one if place < len(tokens) and one == tokens[place] else None for place, one in enumerate(padded)]
+    return [token if i < len(tokens) and token == tokens[i] else None for i, token in enumerate(padded)]
 
 
 def read_again(out: Path) -> None:
-    """Load a finished run's model and dictionaries again, from its config.yaml, and write its reading.
+    """Load a finished run's model and dictionaries again, from its config.yaml, and write `reading.json`.
 
     Raises:
-        UserError: there is no finished run, or what it used is not there any more.
+        UserError: there is no finished run, or its model, dictionaries or pairs no longer exist.
     """
     run = read_run(out)
     kinds: dict[str, type[SweepConfig]] = {"patch": PatchConfig, "attribute": AttributeConfig}

@@ -26,7 +26,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class ReadLatent:
-    """A latent's card; its output score (NaN where it never fires); what the model says of it, where it was asked."""
+    """A latent's card, its output score (NaN where it never fires), and the model's explanations, if requested."""
 
     card: Card
     output_score: float
@@ -41,10 +41,10 @@ class ReadLatent:
 
 
 def read_named(config: LatentConfig) -> list[ReadLatent]:
-    """Load the model and the dictionary, and read the latents on the texts, in one pass over these.
+    """Load the model and the dictionary, and describe the latents in one pass over the texts.
 
     Raises:
-        UserError: one of them cannot be read, or they do not fit.
+        UserError: the model, dictionary or texts cannot be read, or do not fit.
     """
     ((site, ids),) = latents_of_sites(config.latent).items()
     texts = load_texts(config.data or "organism")
@@ -64,11 +64,11 @@ def read_named(config: LatentConfig) -> list[ReadLatent]:
 
 
 def _placeholder(model: LanguageModel, prompt: str) -> int:
-    """The place among the prompt's tokens where its last X is, which has to be a token of its own."""
-    for at, token in reversed(list(enumerate(model.token_texts(model.encode(prompt))))):
+    """Index of the prompt's last token that is an X."""
+    for position, token in reversed(list(enumerate(model.token_texts(model.encode(prompt))))):
         if token.strip() == "X":
-            return at
-    raise UserError(f"the X of {prompt!r} is no token of its own to this model: put it elsewhere, between spaces")
+            return position
+    raise UserError(f"the X of {prompt!r} is not a separate token in this model: put it elsewhere, between spaces")
 
 
 def latent_lines(latent: ReadLatent) -> Iterator[str]:
@@ -77,7 +77,7 @@ def latent_lines(latent: ReadLatent) -> Iterator[str]:
     yield f"latent {card.latent} at {card.site} of {card.dictionary} ({card.dictionary_hash})"
     yield (
         f"fires at {number(card.frequency, '.2%')} of {card.tokens:,} tokens in {card.texts:,} texts, mean "
-        f"{number(card.mean_active)} where it does, at most {number(card.maximum)}; length {number(card.norm)}"
+        f"{number(card.mean_active)} where active, maximum {number(card.maximum)}; norm {number(card.norm)}"
     )
     if card.counts:
         top = max(card.counts)
@@ -95,7 +95,7 @@ def latent_lines(latent: ReadLatent) -> Iterator[str]:
         for reading in latent.readings:
             mark = "*" if reading is best else " "
             yield f"said       {mark} {reading.scale:<4g} {token_text(reading.text).replace('␣', ' ')}"
-    yield "examples   [where it fires, the largest in double brackets]" if card.examples else "examples   none"
+    yield "examples   [active tokens, the largest in double brackets]" if card.examples else "examples   none"
     for example in card.examples:
         peak = example.acts.index(max(example.acts))
         shown = (_marked(token, act, at == peak) for at, (token, act) in enumerate(zip(example.tokens, example.acts)))
@@ -103,14 +103,14 @@ def latent_lines(latent: ReadLatent) -> Iterator[str]:
 
 
 def latent_page(latents: Sequence[ReadLatent], facts: Mapping[str, str]) -> Page:
-    """A page about one latent of a dictionary, or about several, a card each."""
+    """A page about one latent, or about several with a card each."""
     card = latents[0].card
     read = f"Read on {card.texts:,} texts ({card.tokens:,} tokens)."
     if len(latents) > 1:
         known = {latent.card.anchor for latent in latents}
         sections = [
-            Section(f"Latent {each.card.latent}", _score(each), [latent_card(each.card, known, _readings(each))])
-            for each in latents
+            Section(f"Latent {item.card.latent}", _score(item), [latent_card(item.card, known, _readings(item))])
+            for item in latents
         ]
         return Page(f"Latents at {card.site}", read, sections, Facts(facts))
     fires = "fired nowhere in them" if card.dead else f"fires at {number(card.frequency, '.2%')} of their tokens"
@@ -126,7 +126,7 @@ def _score(latent: ReadLatent) -> str:
     return (
         f"Output score {number(latent.output_score)}: how far adding it raises the tokens it promotes (0 to 1)."
         if math.isfinite(latent.output_score)
-        else "It has no output score: that is measured at its largest activation, and it has none."
+        else "No output score: it is measured at the latent's largest activation, and the latent never fires."
     )
 
 
@@ -134,10 +134,10 @@ def _readings(latent: ReadLatent) -> list[Simple]:
     if not latent.readings:
         return []
     best = best_reading(latent.readings)
-    rows = [(token_text(each.text).replace("␣", " "), each.scale, each is best) for each in latent.readings]
+    rows = [(token_text(r.text).replace("␣", " "), r.scale, r is best) for r in latent.readings]
     caption = (
-        "The model's continuation of the explanation prompt with the latent written in. Scale: in units of the norm "
-        "that the placeholder had. Best: the scale where the latent is still present and the model is most certain."
+        "The model's continuation of the explanation prompt with the latent written in. Scale: in units of the "
+        "placeholder's norm. Best: the scale where the latent is still present and the model is most certain."
     )
     return [Table(["said", "scale", "best"], rows, caption)]
 

@@ -1,4 +1,4 @@
-"""Heat maps of effects by place, and the tables of edits that their cells lead to."""
+"""Heat maps of effects, and the tables of edits to which their cells link."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from saepatch.pages.charts import cell
 from saepatch.report import Cell, EstimateCell, HeatMap, Link, Table, token_text
 from saepatch.runs.parts import EditKey
 
-EACH = 4  # edits of each site and position that the table of edits lists at least
+EACH = 4  # edits of each site and position that the table of edits always lists
 COLOURS = (
     "Colours are relative to the largest cell of this map, orange towards the source run, blue away from it; "
-    "–: nothing was run there, for nothing differs."
+    "–: not run, since nothing differs there."
 )
 
 Row = TypeVar("Row", bound=Hashable)
@@ -56,16 +56,16 @@ class EditTable:
         )
 
     def ran(self, *components: str) -> list[int]:
-        """The edits of some components that changed something in any pair."""
+        """The edits of some components that changed something in at least one pair."""
         return [n for n, key in enumerate(self.keys) if key.component in components and self.changed[n]]
 
     def by_size(self, numbers: Collection[int]) -> list[int]:
-        """These edits, the largest effect of either sign first."""
+        """These edits by absolute effect, largest first."""
         size = np.abs(np.nan_to_num(self.effects))
         return sorted(numbers, key=lambda number: -size[number])
 
     def largest_by_cell(self, numbers: Collection[int], most: int | None = None, first: int = 0) -> list[int]:
-        """Of these edits the `first` largest, and the `EACH` largest of each site and position, `most` in all."""
+        """The `first` largest of these edits and the `EACH` largest per site and position, at most `most` in all."""
         ranked = self.by_size(numbers)
         kept = dict.fromkeys(ranked[:first])
         seen: dict[tuple[str, str, str], int] = {}
@@ -79,11 +79,11 @@ class EditTable:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The tokens of prompts by position; None where the prompts differ, no tokens at all where nobody knows them."""
+    """The tokens of prompts by position; None where prompts differ; empty where the tokens are unknown."""
 
     clean: Sequence[str | None] = ()
     corrupted: Sequence[str | None] = ()
-    aligned: bool = True  # whether both prompts of a pair have equally many tokens; else they name no position
+    aligned: bool = True  # whether both prompts of a pair have the same number of tokens
 
     def columns(self, positions: Sequence[int]) -> tuple[dict[int, str], list[str] | None]:
         """Names of positions for an axis: the clean prompt's tokens, and the corrupted one's below them."""
@@ -91,7 +91,7 @@ class PromptTokens:
             return {position: str(position) for position in positions}, None
         clean, corrupted = (_names(side, positions) for side in (self.clean, self.corrupted))
         names = {position: f"{position} {name}" for position, name in zip(positions, clean)}
-        if set(corrupted[1:]) <= {"…"}:  # the BOS apart
+        if set(corrupted[1:]) <= {"…"}:  # ignoring BOS
             return names, None
         return names, ["=" if token == other and token != "…" else other for token, other in zip(clean, corrupted)]
 
@@ -101,16 +101,16 @@ def _names(tokens: Sequence[str | None], positions: Sequence[int]) -> list[str]:
     return ["…" if known.get(position) is None else token_text(str(known[position])) for position in positions]
 
 
-# Keys that join the cells of maps with the rows of tables
+# Keys that link the cells of maps to the rows of tables
 
 
 def site_key(key: EditKey, component: str = "") -> str:
-    """Of all edits of a component at one site and position."""
+    """Key of all edits of a component at one site and position."""
     return f"{key.direction}/{key.site}/{component or key.component}/{key.position}"
 
 
 def unit_key(key: EditKey) -> str:
-    """Of one unit at one position, or at all of them."""
+    """Key of one unit at one position, or at all positions."""
     return f"{key.direction}/{key.site}/{key.component}:{key.latent}/{key.position.replace(' ', '')}"
 
 
@@ -127,11 +127,11 @@ def draw_map(
     caption: str = "",
     leads_to: Callable[[EditKey], str] = unit_key,
 ) -> HeatMap:
-    """A map of some edits: `place` says in which row and column each is, and edits of one cell are summed.
+    """A map of some edits: `place` gives each edit's row and column; the edits of a cell are summed.
 
     Args:
-        rows: Names of the rows, in their order; an edit whose row or column is not named is left out.
-        leads_to: The key of the table's rows that a click on an edit's cell shows.
+        rows: Names of the rows, in order; edits whose row or column is not named are left out.
+        leads_to: The key of the table rows that a click on an edit's cell shows.
     """
     row_at, column_at = ({name: i for i, name in enumerate(names)} for names in (rows, columns))
     values = np.full((len(rows), len(columns)), np.nan)
@@ -139,9 +139,9 @@ def draw_map(
     for number in numbers:
         row, column = place(edits.keys[number])
         if row in row_at and column in column_at:
-            at = row_at[row], column_at[column]
-            values[at] = np.nan_to_num(values[at]) + edits.effects[number]
-            keys[at[0]][at[1]] = leads_to(edits.keys[number])
+            i, j = row_at[row], column_at[column]
+            values[i, j] = np.nan_to_num(values[i, j]) + edits.effects[number]
+            keys[i][j] = leads_to(edits.keys[number])
     return HeatMap(
         title,
         list(rows.values()),
@@ -196,13 +196,13 @@ def edit_table(
     caption: str,
     q: Mapping[EditKey, float] | None = None,
 ) -> Table:
-    """Edits with their effects; `anchors` are the cards of (site, latent), `q` the false discovery rates of some."""
+    """Edits with their effects; `anchors` are cards by (site, latent), `q` false discovery rates of some edits."""
     positions = sorted({int(edits.keys[n].position) for n in numbers if edits.keys[n].position.isdigit()})
     named, below = tokens.columns(positions)
-    names = {str(at): name for at, name in named.items()}
-    for (at, name), other in zip(names.copy().items(), below or ()):
+    names = {str(position): name for position, name in named.items()}
+    for (position, name), other in zip(names.copy().items(), below or ()):
         if other != "=" and not (other == "…" and name.endswith("…")):
-            names[at] = f"{name} / {other}"
+            names[position] = f"{name} / {other}"
     rows: list[list[Cell]] = []
     keys: list[list[str]] = []
     for number, interval in zip(numbers, edits.intervals(numbers)):

@@ -1,4 +1,4 @@
-"""The first part of a run's page: what ran, its headline figures, and what to know before trusting them."""
+"""The first part of a run's page: headline figures, warnings, splice quality, provenance."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from saepatch.report.text import number, with_interval
 from saepatch.runs.kinds import name_of
 
 FEW = 10  # pairs
-MIXED = 0.5  # share of positions whose token differs between pairs, above which a map over all pairs says little
-RECOVERED = 0.9  # of the cross-entropy: with less, much of what the model does is in the error term
+MIXED = 0.5  # warn where more than this share of positions have different tokens in different pairs
+RECOVERED = 0.9  # warn where a dictionary recovers less of the cross-entropy
 
 
 def overview(run: RunData) -> list[Section]:
@@ -29,13 +29,13 @@ def overview(run: RunData) -> list[Section]:
 def headline_section(
     figures: Mapping[str, str], warnings: Sequence[str], text: str = "95 % intervals in brackets."
 ) -> Section:
-    """The section that every page begins with: a few large figures, and the warnings that belong to them."""
+    """The first section of every page: a few large figures, and warnings."""
     blocks: list[Simple] = [Headline(figures), *([Notices(warnings)] if warnings else [])]
-    return Section("What came out", text, blocks)
+    return Section("Results", text, blocks)
 
 
 def lead(run: RunData) -> str:
-    """One paragraph: what was done, and the largest effects."""
+    """One paragraph on what was run and the largest effects."""
     count = len(run.pairs.examples)
     done = "estimated from gradients" if run.is_screen else "patched, each edit run exactly"
     what = "latents and error terms" if run.is_screen else f"{run.settings['component']}s"
@@ -75,18 +75,18 @@ def _headline(run: RunData) -> dict[str, str]:
 def _about_effects(run: RunData) -> str:
     text = (
         f"Effects are shares of the gap between the clean and the corrupted run in {run.metric}, ratios of means "
-        "over all pairs: 0 is the base run, 1 the source run, nothing is clipped."
+        "over all pairs: 0 is the base run, 1 the source run; values are not clipped."
     )
     if not run.is_screen and any(key.role == "single" for key in run.changes.keys):
         text += (
-            " The largest edit was selected on the pairs that it is measured on, so its effect is biased upwards "
+            " The largest edit was selected on the pairs on which it is measured, so its effect is biased upwards "
             "(selection bias): measure it on other pairs before quoting it."
         )
     return text
 
 
 def splice_section(quality: Sequence[Mapping[str, Any]], where: str = "this run's prompts") -> Section:
-    """What each dictionary keeps of the model, measured over some tokens."""
+    """Splice quality of each dictionary."""
     quality = [renamed_figures(line) for line in quality]
     formats = {
         "CE recovered": ".4f",
@@ -104,18 +104,18 @@ def splice_section(quality: Sequence[Mapping[str, Any]], where: str = "this run'
         "in the baseline, too. Alive: latents that fire in these tokens. Identity error: largest "
         "logit change when the site is written as reconstruction + error term."
     )
-    text = "How much of the model each dictionary keeps when it is a bottleneck, with its error term dropped."
+    text = "How well the model works when each dictionary is a bottleneck, with the error term dropped."
     rows = [[line.get(key) for key in keys] for line in quality]
     return Section("Splice quality", text, [Table(["site", *formats], rows, caption, formats)])
 
 
 def splice_notices(quality: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Dictionaries that keep too little of the model."""
+    """Warnings about dictionaries that recover too little of the cross-entropy."""
     quality = [renamed_figures(line) for line in quality]
     kept = {line["site"]: line.get("ce_recovered", line.get("ce_recovered_ordinary")) for line in quality}
     return [
-        f"The dictionary at {site} keeps only {number(share, '.1%')} of the cross-entropy on these prompts: much of "
-        "what the model does there is in its error term."
+        f"The dictionary at {site} recovers only {number(share, '.1%')} of the cross-entropy on these prompts: much of "
+        "the model's computation there is in the error term."
         for site, share in kept.items()
         if share is not None and share < RECOVERED
     ]
@@ -131,12 +131,12 @@ def _of_pairs(run: RunData) -> Iterator[str]:
     if run.gap != run.gap:
         yield (
             f"The clean and corrupted runs differ by less than {settings['min_gap']} in {run.metric} on average: "
-            "there is no gap to take shares of, and effects are left out. Look at the pairs and their answers."
+            "there is no gap to normalise by, and effects are left out. Check the pairs and their answers."
         )
     if small := run.summary["pairs_with_too_small_a_gap"]:
         yield (
             f"{small} of {count} pairs have a gap below {settings['min_gap']}: they count in ratios of means, but "
-            "have no effect of their own."
+            "have no normalised effect of their own."
         )
     if count < FEW:
         yield too_few(count, "pair")
@@ -146,17 +146,17 @@ def _of_pairs(run: RunData) -> Iterator[str]:
         if mixed > MIXED * len(columns):
             yield (
                 f"At {mixed} of {len(columns)} positions the prompts' tokens differ: a map over all pairs is a mean "
-                "over different tokens there. Look at pairs alone, or give pairs of one form."
+                "over different tokens there. Look at single pairs, or give pairs of one form."
             )
 
 
 def too_few(count: int, what: str) -> str:
-    """The warning on a small sample."""
-    return f"{count} {what}{'s' * (count > 1)}: too few to say much of others like {'it' if count == 1 else 'them'}."
+    """The warning about a small sample."""
+    return f"{count} {what}{'s' * (count > 1)}: too few to generalise to others."
 
 
 def _of_latents(run: RunData) -> list[str]:
-    notices = dead_latents(run.cards, "Patching what is off in both runs does nothing.") + controls_reach(run)[:5]
+    notices = dead_latents(run.cards, "Patching them changes nothing.") + controls_reach(run)[:5]
     notices += splice_notices((run.reading or {}).get("splice", ()))
     if run.reading is None:
         notices.append(
@@ -170,15 +170,15 @@ def _unverified(run: RunData) -> Iterator[str]:
     for direction, screen in run.summary["screens"].items():
         if not screen.get("verified_top") and not screen.get("verified_random"):
             yield (
-                f"{direction}: no estimate was run exactly, so nothing here says whether the screen is right. Run "
+                f"{direction}: no estimate was verified exactly, so the accuracy of the screen is unknown. Run "
                 "`saepatch attribute` with --verify and --sample."
             )
         elif not screen.get("verified_random"):
-            yield f"{direction}: no random node was run exactly, so what the screen missed is unknown (--sample)."
+            yield f"{direction}: no random node was verified, so it is unknown what the screen missed (use --sample)."
         elif (pearson := screen.get("pearson")) is not None and pearson < 0.7:
             yield f"{direction}: estimates and exact effects agree badly (Pearson {number(pearson, '.2f')})."
     if run.sizes:
-        yield "Estimates are magnitudes (GradDrop): they do not say whether an effect is towards the source run."
+        yield "Estimates are magnitudes (GradDrop): they do not show whether an effect is towards the source run."
 
 
 def _untested(run: RunData) -> Iterator[str]:
@@ -189,10 +189,8 @@ def _untested(run: RunData) -> Iterator[str]:
         if top and unable and min(tested, default=1.0) > FLAGGED:
             yield f"{direction}: {unable}. Look at the intervals, or give more pairs."
         elif top and (not tested or min(tested) > FLAGGED):
-            why = "." if tested else ", for none could be tested: each changes something in one pair at most."
-            yield (
-                f"{direction}: none of the largest edits stands out from chance at a false discovery rate of 5 %{why}"
-            )
+            why = "." if tested else ", since none could be tested: each changes something in at most one pair."
+            yield (f"{direction}: none of the largest edits is significant at a false discovery rate of 5 %{why}")
 
 
 def facts(run: RunData) -> Facts:

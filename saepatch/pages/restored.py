@@ -24,10 +24,10 @@ from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.parts import Record
 from saepatch.settings.restore import RestoreConfig
 
-SHOWN = 8  # prompts whose answers stand side by side
-COLOURED = 2  # of them, that are shown token by token
-CARDS = 12  # latents that have one
-CHANCE = 0.05  # more than this is worth a warning
+SHOWN = 8  # prompts whose answers are shown side by side
+COLOURED = 2  # prompts shown token by token
+CARDS = 12  # latents with a card
+CHANCE = 0.05  # shares above this cause a warning
 KIND = {"": "", "yes": "harmful ", "no": "harmless "}
 
 Chosen = Mapping[Site, tuple[int, ...] | None]
@@ -35,7 +35,7 @@ Chosen = Mapping[Site, tuple[int, ...] | None]
 
 @dataclass(frozen=True, eq=False)
 class Illustrations:
-    """What a page shows of the model: splice quality, cards of restored latents, texts coloured by activations."""
+    """Contents of a page that need the model: splice quality, cards of restored latents, coloured texts."""
 
     latents: Chosen
     splice: Sequence[dict[str, Any]] = ()
@@ -52,12 +52,12 @@ def illustrate(
     prompts: Sequence[str],
     donors: Sequence[str] | None,
 ) -> Illustrations:
-    """Read the restored latents while the model is loaded; a failure is logged, and the run stands.
+    """Describe the restored latents while the model is loaded; a failure is logged and does not fail the run.
 
     Args:
         other: The donor, where it is another model.
-        prompts: What the answers are to.
-        donors: What the donor reads before each answer; None where it reads nothing.
+        prompts: The prompts of the answers.
+        donors: The donor's prompt for each answer; None where there is no donor run.
     """
     donor = None if donors is None else (other or model, donors)
     read = lambda: _illustrate(model, donor, dictionaries, latents, answers, prompts)  # noqa: E731
@@ -90,19 +90,19 @@ def _illustrate(
             bare, restored = both[place]
             texts += read_texts(model, dictionary, ids, [(f"{bare.example}, bare", prompts[place] + bare.answer)])
             if donor is not None:
-                name = f"{bare.example}, what is restored: the donor reads its own prompt and the answer"
+                name = f"{bare.example}, restored values: the donor on its own prompt and the answer"
                 texts += read_texts(donor[0], dictionary, ids, [(name, donor[1][place] + restored.answer)])
     return Illustrations(latents, splice, cards, texts)
 
 
 def page_of_folder(run: RunFolder) -> Page:
-    """The report of a run whose folder keeps no page, from its rows and summary alone: without tokens and cards.
+    """The report of a run without a stored page, from its rows and summary alone: without tokens and cards.
 
     Raises:
-        UserError: they are of another version, damaged or missing.
+        UserError: the files are of another version, damaged or missing.
     """
     facts = run.summary
-    known = {each.name for each in fields(RestoreConfig)}
+    known = {field.name for field in fields(RestoreConfig)}
     try:
         rows = read_rows(run.path / "results.parquet")
         config = RestoreConfig(**{name: value for name, value in run.settings.items() if name in known})
@@ -114,8 +114,8 @@ def page_of_folder(run: RunFolder) -> Page:
         answers = Answers.of(config, record, grouped(judged), facts.get("fvu_of_model_and_donor"))
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise UserError(
-            f"cannot read the answers in {str(run.path)!r} ({type(error).__name__}: {error}): start the run again, "
-            "what is there is kept"
+            f"cannot read the answers in {str(run.path)!r} ({type(error).__name__}: {error}): start the run again; "
+            "finished parts are kept"
         ) from error
     return restored_page(answers, provenance, Illustrations(latents))
 
@@ -140,7 +140,7 @@ def _groups(answers: Answers) -> list[str]:
 
 
 def _lead(answers: Answers, group: str) -> str:
-    """What restoration does to one group of prompts."""
+    """Sentence on the effect of restoration on one group of prompts."""
     bare, restored = answers.share("bare", group), answers.share("restored", group)
 
     def change(outcome: Outcome) -> str:
@@ -171,10 +171,12 @@ def notices(answers: Answers, illustrations: Illustrations) -> list[str]:
     warnings = [warning for group in _groups(answers) for warning in _of_group(conditions, group)]
     if ("random", "") not in conditions:
         warnings.append(
-            "No random latents were restored for comparison: this run does not show whether others would do the same."
+            "There are no random controls: this run does not show whether other latents would have the same effect."
         )
     warnings += splice_notices(illustrations.splice)
-    return warnings + dead_latents(illustrations.cards, "Restoring them acts only where the donor has them.")
+    return warnings + dead_latents(
+        illustrations.cards, "Restoring them has an effect only where they are active in the donor."
+    )
 
 
 def _of_group(conditions: Mapping[tuple[str, str], Share], group: str) -> Iterator[str]:
@@ -184,9 +186,9 @@ def _of_group(conditions: Mapping[tuple[str, str], Share], group: str) -> Iterat
         yield too_few(bare.prompts, prompts)
     refused, before = restored.outcomes["refuse"], bare.outcomes["refuse"]
     if group == "no" and refused.value - before.value > CHANCE:
-        yield f"Restored, the model refuses {number(refused.value, '.0%')} of harmless prompts, too."
+        yield f"With restoration, the model also refuses {number(refused.value, '.0%')} of harmless prompts."
     if group != "no" and refused.low <= before.high:
-        yield f"Restoration does not raise refusals of {prompts}s beyond what chance explains."
+        yield f"Restoration does not raise refusals of {prompts}s beyond chance."
     for control in ("random", "matched"):
         other = conditions.get((control, group))
         if other and (share := other.outcomes["refuse"].value) - before.value > CHANCE:
@@ -198,7 +200,7 @@ def _of_group(conditions: Mapping[tuple[str, str], Share], group: str) -> Iterat
     if group != "no" and donor and donor.outcomes["refuse"].value < 0.9:
         yield (
             f"The donor itself refuses only {number(donor.outcomes['refuse'].value, '.0%')} of {prompts}s: restoring "
-            "its latents cannot be expected to bring about more."
+            "its latents cannot be expected to achieve more."
         )
     if (broken := restored.outcomes["degenerate"].value) > CHANCE:
         yield f"{number(broken, '.0%')} of the restored answers to {prompts}s are degenerate text."
@@ -256,12 +258,13 @@ def _comparisons(answers: Answers, illustrations: Illustrations) -> Section:
         for example in examples
     ]
     text = (
-        f"The first {len(examples)} prompts; of random sets the first. Marked: words that the bare answer lacks there."
+        f"The first {len(examples)} prompts, with the first of the random sets. Marked: words that differ from the "
+        "bare answer."
     )
     if illustrations.texts:
         text += (
-            f"\n\nBelow them, token by token, the first {COLOURED} prompts whose outcome restoration changes: the "
-            "deeper a colour, the stronger the restored latents of one site are there, nothing being edited."
+            f"\n\nBelow them, token by token, the first {COLOURED} prompts whose outcome restoration changes. Colours: "
+            "activation of the restored latents of one site in the unedited model."
         )
     return Section("Answers", text, [*comparisons, *coloured(illustrations.texts)])
 

@@ -14,17 +14,17 @@ from saepatch.reading.cards import Card
 from saepatch.report import KEPT, Cell, Page, Section, Simple, Table, read_page, write_page
 from saepatch.runs.catalogue import RunFolder, read_json, read_run
 
-EFFECTS = 8  # of a card, in this run
+EFFECTS = 8  # effects listed on a card
 
 
 def write_report(out: Path) -> Page:
     """Write `report.html` into a finished run's folder, from the files there alone; returns the page.
 
-    A run that kept its page is drawn from that, any other as `PAGES` says: `patch` and `attribute` from their rows and
-    summary, `restore` too, without what needs the model.
+    A stored page is used if there is one; otherwise the page is made by `PAGES` from rows and summary (for `restore`,
+    without the contents that need the model).
 
     Raises:
-        UserError: the folder holds neither, or cannot be written.
+        UserError: there is no stored page and no run of a known kind, or the folder cannot be written.
     """
     kept = out / KEPT
     page = read_page(read_json(kept)) if kept.exists() else _drawn(out)
@@ -35,7 +35,7 @@ def write_report(out: Path) -> Page:
 def _drawn(out: Path) -> Page:
     folder = read_run(out)
     if folder.work not in PAGES:
-        raise UserError(f"{str(out)!r} holds no run of {', '.join(PAGES)}, and no page: give the folder of one")
+        raise UserError(f"{str(out)!r} has no run of {', '.join(PAGES)}, and no page: give the folder of a run")
     return PAGES[folder.work](folder)
 
 
@@ -47,10 +47,10 @@ def run_page(run: RunData) -> Page:
 
 
 def _cards(run: RunData) -> Section | None:
-    """A card for each latent that was read, largest effects first."""
+    """A card for each described latent, largest effects first."""
     if not run.cards:
         return None
-    which = "Of the latents with the largest effects"
+    which = "The latents with the largest effects"
     return cards_section(run.cards, which, "this run's own prompts", effects_of=lambda card: _effects(run, card))
 
 

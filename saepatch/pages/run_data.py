@@ -1,4 +1,4 @@
-"""The folder of a run of `patch` or `attribute`, read into the numbers that a page is drawn from."""
+"""The data of a page, read from the folder of a run of `patch` or `attribute`."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ EXACT = ("top", "random")  # roles of a screen's verified nodes
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """A run's rows, pairs, summary and, where there is one, its reading: prompts token by token, and cards."""
+    """A run's rows, pairs, summary and, where present, `reading.json`: prompts token by token, and cards."""
 
     folder: RunFolder
     pairs: Pairs
@@ -49,7 +49,7 @@ class RunData:
 
     @property
     def sizes(self) -> bool:
-        """Whether effects are sizes without a sign, as GradDrop gives them."""
+        """Whether effects are magnitudes without a sign, as from GradDrop."""
         return self.is_screen and self.settings.get("method") == "graddrop"
 
     @property
@@ -62,11 +62,11 @@ class RunData:
 
     @property
     def gap(self) -> float:
-        """What effects are shares of: the mean gap; NaN where it is too small."""
+        """The mean gap, the denominator of effects; NaN where it is too small."""
         return abs(self.pairs.mean_gap) if self.sizes else self.pairs.mean_gap
 
     def own(self, direction: str) -> list[int]:
-        """The edits of a direction, controls left out (in a screen: the estimates)."""
+        """The edits of a direction without controls (in a screen: the estimates)."""
         return [
             number
             for number, key in enumerate(self.changes.keys)
@@ -75,11 +75,11 @@ class RunData:
 
     @cached_property
     def effects(self) -> Float[ndarray, "edits"]:
-        """Of each edit the share of the gap of all pairs."""
+        """Each edit's effect as a share of the mean gap of all pairs."""
         return self.changes.totals / len(self.pairs.examples) / self.gap
 
     def effects_of(self, pair: int) -> tuple[Float[ndarray, "edits"], Bool[ndarray, "edits"]]:
-        """Of each edit the share of one pair's gap, and whether it did anything there."""
+        """Each edit's effect as a share of one pair's gap, and whether it changed anything in that pair."""
         mine = self.changes.pair == pair
         effects = np.zeros(len(self.changes.keys))
         ran = np.zeros(len(effects), dtype=bool)
@@ -89,7 +89,7 @@ class RunData:
         return effects, ran
 
     def intervals(self, numbers: Sequence[int], seed: int | None = None) -> list[EstimateCell]:
-        """Ratios of means with intervals over pairs, on the draws that the summary uses."""
+        """Ratios of means with intervals over pairs, with the same bootstrap draws as the summary."""
         n, changes = len(self.pairs.examples), self.changes
         values = [float(self.effects[number]) for number in numbers]
         if n < 2 or self.gap != self.gap:
@@ -116,7 +116,7 @@ class RunData:
 
     @cached_property
     def q(self) -> dict[EditKey, float]:
-        """False discovery rates of the edits in the summary, which tested all edits together."""
+        """False discovery rates of the edits in the summary, which were computed over all edits."""
         if self.is_screen:
             return {}
         return {
@@ -128,7 +128,7 @@ class RunData:
 
     @cached_property
     def anchors(self) -> dict[tuple[str, str], str]:
-        """The card of a (site, latent)."""
+        """Anchors of the cards by (site, latent)."""
         return anchors_of(self.cards)
 
     @cached_property
@@ -137,7 +137,7 @@ class RunData:
         return EditTable(self.changes.keys, self.effects, self.changes.counts, self.intervals)
 
     def tokens(self, pair: int | None) -> PromptTokens:
-        """The tokens of one pair's prompts; of all pairs (None), those that all of them share."""
+        """The tokens of one pair's prompts; None: those that all pairs share."""
         if self.reading is None:
             return PromptTokens()
         prompts = self.reading["prompts"]
@@ -149,7 +149,7 @@ def read_run_data(out: Path) -> RunData:
     """Read a finished run's folder; no model is loaded.
 
     Raises:
-        UserError: it holds no finished run of `patch` or `attribute`, or a file is damaged.
+        UserError: there is no finished run of `patch` or `attribute`, or a file is damaged.
     """
     run = read_run(out)
     if run.work not in ("patch", "attribute"):
@@ -160,7 +160,7 @@ def read_run_data(out: Path) -> RunData:
         cards = tuple(map(Card.read, reading["latents"])) if reading else ()
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{out / READING} is of another version of saepatch ({error}): write it anew with saepatch report "
+            f"{out / READING} is of another version of saepatch ({error}): write it again with saepatch report "
             f"{out} --read true"
         ) from error
     return RunData(run, pairs, changes, provenance, reading, cards)

@@ -1,4 +1,4 @@
-"""Where a run's effects are: heat maps over all pairs and for single pairs, and the table of its edits."""
+"""Heat maps of a run's effects, over all pairs and for single pairs, and the table of its edits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +11,12 @@ from saepatch.runs.parts import EditKey
 
 ROWS = 24  # units of a map by position
 COLUMNS = 64  # positions of a map
-EDITS = 600  # rows of the table of edits, of a direction
-PAIRS = 3  # pairs that have maps of their own
+EDITS = 600  # rows per direction of the table of edits
+PAIRS = 3  # pairs with separate maps
 
 
 def maps(run: RunData) -> Section | None:
-    """Maps of the run's edits in each direction, over all pairs and for the first few alone."""
+    """Maps of the run's edits in each direction, over all pairs and for the first few pairs separately."""
     if not any(key.position.isdigit() or key.component == "head" for key in run.changes.keys):
         return None
     count = len(run.pairs.examples)
@@ -37,9 +37,9 @@ def maps(run: RunData) -> Section | None:
 def _text(run: RunData) -> str:
     kind = "estimated effects" if run.is_screen else "effects, each edit run exactly"
     text = (
-        f"Shares of the gap in {run.metric}: {kind}. 0 is the base run, 1 the source run; nothing is clipped. "
+        f"Shares of the gap in {run.metric}: {kind}. 0 is the base run, 1 the source run; values are not clipped. "
         "`denoise` patches clean values into the corrupted run, `noise` corrupted values into the clean run. "
-        "A click on a cell (or Enter; arrow keys move) lists its edits, measured over all pairs."
+        "Click a cell (or press Enter; arrow keys move) to list its edits, measured over all pairs."
     )
     if not run.reading:
         return text
@@ -50,14 +50,14 @@ def _text(run: RunData) -> str:
     )
     if mixed:
         text += (
-            " `…` is a position whose token differs between pairs: such a column is a mean over different tokens, and "
+            " `…` marks a position whose token differs between pairs: its column is a mean over different tokens, and "
             "the map of a single pair is more informative."
         )
     return text
 
 
 def _maps(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> list[Simple]:
-    """The maps of some edits that have these effects."""
+    """The maps of some edits with their effects."""
     placed = [number for number in own if edits.keys[number].position.isdigit()]
     heads = [n for n in own if edits.keys[n].component == "head" and not edits.keys[n].position.isdigit()]
     drawn: list[Simple] = []
@@ -69,13 +69,13 @@ def _maps(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) 
 
 
 def _positions(edits: EditTable, numbers: Sequence[int]) -> list[int]:
-    """The positions of a map: all, or of very many those with the largest effects."""
+    """The positions of a map: all, or the `COLUMNS` positions with the largest effects."""
     ranked = dict.fromkeys(int(edits.keys[number].position) for number in edits.by_size(numbers))
     return sorted(list(ranked)[:COLUMNS])
 
 
 def _by_site(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> list[HeatMap]:
-    """Component and site against position; of many units the sum of their effects."""
+    """Component and site against position; effects of several units are summed."""
     numbers = [number for number in own if edits.keys[number].component != "head"]
     places = {_site_of(edits.keys[number]) for number in numbers}
     rows = sorted(places, key=lambda row: (row[1] == "error", row[0].layer, str(row)))
@@ -89,7 +89,7 @@ def _by_site(run: RunData, edits: EditTable, own: Sequence[int], pair: int | Non
     columns, below = tokens.columns(positions)
     caption = ""
     if "latent" in kinds:
-        caption = "Latents of a cell: the sum of their effects one by one, " + (
+        caption = "Cells of latents: the sum of their single effects, " + (
             "which are estimates." if run.is_screen else "which does not measure the effect of patching them together."
         )
     what = "Latents" if "latent" in kinds else " and ".join(kinds).capitalize()
@@ -131,7 +131,7 @@ def _by_unit(run: RunData, edits: EditTable, own: Sequence[int], pair: int | Non
 
 
 def edits(run: RunData) -> Section:
-    """The edits with the largest effects of each direction, those of every cell of a map among them."""
+    """The edits with the largest effects of each direction, including some of every cell of a map."""
     blocks: list[Simple] = []
     for direction in run.directions:
         own = run.own(direction)
@@ -150,13 +150,13 @@ def edits(run: RunData) -> Section:
     text = (
         "Effects are ratios of means over all pairs, with 95 % intervals over pairs. "
         + ("They are estimates from gradients. " if run.is_screen else "")
-        + "An edit that changes nothing in a pair counts as no effect there."
+        + "An edit that changes nothing in a pair counts as effect 0 there."
     )
     return Section("Edits", text, blocks)
 
 
 def positions_of(run: RunData) -> str:
-    """Where edits act, in words."""
+    """Text on the positions of the edits."""
     settings = run.settings
     each = run.is_screen or settings.get("each_position")
-    return f"{settings['positions']}, {'each alone' if each else 'together'}"
+    return f"{settings['positions']}, {'one by one' if each else 'together'}"

@@ -1,4 +1,4 @@
-"""A page of `saepatch steer`: answers without and with an intervention, and the latents that act."""
+"""The page of `saepatch steer`: answers without and with an intervention, and the edited latents."""
 
 import math
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from saepatch.runs.session import Session
 from saepatch.steering.fluency import perplexity
 from saepatch.steering.streaming import Written
 
-SURPRISING = 10.0  # times the bare answer's perplexity, from which on a warning is due
+SURPRISING = 10.0  # warn above this multiple of the bare answer's perplexity
 TITLES = ("before", "after")
 
 
 @dataclass(frozen=True)
 class SteeredAnswer:
-    """One request as each side read it, both answers, their perplexities under the bare model, and both texts read
-    again by the bare model."""
+    """One request with both answers, their perplexities under the bare model, and the bare model's activations on both
+    texts."""
 
     prompt: str
     strength: float
@@ -33,7 +33,7 @@ class SteeredAnswer:
 
 
 def listen(session: Session, prompt: str, both: tuple[Written, Written], texts: Sequence[str]) -> SteeredAnswer:
-    """An answer that was just written, with what a page shows of it; `texts` are the answers as they are shown."""
+    """Describe an answer that was just generated; `texts` are the answers as displayed."""
     model = session.model
     site, latents = max(session.latents.items(), key=lambda pair: len(pair[1]))
     named = [
@@ -46,7 +46,7 @@ def listen(session: Session, prompt: str, both: tuple[Written, Written], texts: 
 
 
 def read_cards(session: Session) -> tuple[Card, ...]:
-    """Cards of the latents that act, over the reference texts; none where there are no texts."""
+    """Cards of the edited latents over the reference texts; empty without texts."""
     config = session.config
     if not config.reference and not is_checkpoint(config.model):
         return ()
@@ -79,23 +79,23 @@ def steered_page(session: Session, answers: Sequence[SteeredAnswer], cards: Sequ
             Table(
                 ["request", "strength", *(f"perplexity {name}" for name in TITLES)],
                 rows,
-                "Of each answer after what its side had read, under the bare model.",
+                "Perplexity of each answer given its own prompt, under the bare model.",
             )
         )
     text = (
-        "Marked: words that the answer before lacks there. Below, both texts as the bare model reads them: the deeper "
-        "a colour, the stronger the acting latents of one site are at that token, nothing being edited."
+        "Marked: words that differ from the answer before. Below, both texts in the bare model. Colours: activation of "
+        "the edited latents of one site at each token."
     )
     sections = [headline_section(items, notices(answers), ""), Section("Answers", text, blocks)]
     if cards:
-        sections.append(cards_section(cards, "The acting latents", "reference texts", ""))
+        sections.append(cards_section(cards, "The edited latents", "reference texts", ""))
     return Page("Steered answers", lead, sections, _facts(session))
 
 
 def notices(answers: Sequence[SteeredAnswer]) -> list[str]:
     """Warnings, a sentence each."""
     warnings = [
-        f"{len(answers)} request{'s' * (len(answers) > 1)}: an impression, and no measurement of how often this works."
+        f"{len(answers)} request{'s' * (len(answers) > 1)}: an illustration, not a measurement of how often this works."
     ]
     for answer in answers:
         (before, after), request = answer.perplexities, token_text(answer.prompt)

@@ -1,4 +1,4 @@
-"""What a finished run shows to trackers: its figures, its tables, its curves over axes of their own, its report."""
+"""Logging of a finished run to trackers: figures, tables, curves and the report."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from saepatch.runs.catalogue import read_run
 from saepatch.runs.kinds import flat
 from saepatch.tracking.tracker import Tracker
 
-ANSWERS = 2000  # rows of them that a tracker gets: the first prompts', of random sets the first
-MAPS_OF_PAIRS = "alone"  # how options that show a single pair end: a tracker gets those over all pairs
+ANSWERS = 2000  # rows of answers logged, from the first prompts and the first random set
+MAPS_OF_PAIRS = "alone"  # ending of options that show a single pair, which are not logged
 
 
 def track_run(out: Path, page: Page, tracker: Tracker) -> None:
-    """Show a finished run: headline figures, the tables, heat maps and curves of its page, report, dictionaries.
+    """Log a finished run: headline figures, tables, heat maps and curves of its page, report, dictionaries.
 
     Raises:
         UserError: the folder holds no finished run.
@@ -30,20 +30,20 @@ def track_run(out: Path, page: Page, tracker: Tracker) -> None:
 
 
 def track_answers(answers: Answers, tracker: Tracker) -> None:
-    """Show the answers of a run of `restore`, beside what every run shows."""
+    """Log the answers of a run of `restore`."""
     first = [row for row in answers.rows if row.draw == 0][:ANSWERS]
     columns = ("example", "prompt", "harmful", "condition", "latents", "outcome", "score", "answer")
     tracker.table("Judged answers", columns, [[getattr(row, name) for name in columns] for row in first])
 
 
 def track_dictionaries(sae: str, tracker: Tracker) -> None:
-    """Note a folder of dictionaries, by its path and hash; what lies on a hub is in the settings by name and hash."""
+    """Log a folder of dictionaries by path and hash; dictionaries on a hub are in the settings by name and hash."""
     if sae and Path(sae).is_dir():
         tracker.artifact(f"sae-{Path(sae).name}", Path(sae))
 
 
 def track_page(page: Page, path: Path, tracker: Tracker) -> None:
-    """Show a page's tables, curves and figures one by one, and the file of the page."""
+    """Log a page's tables, curves and figures, and its file."""
     seen: Counter[str] = Counter()
 
     def fresh(name: str) -> str:
@@ -64,7 +64,7 @@ def track_page(page: Page, path: Path, tracker: Tracker) -> None:
 
 
 def _blocks(some: Sequence[Any]) -> Iterator[Simple]:
-    """Blocks and what choices hold, without single pairs; cards are the report's."""
+    """Tables and charts, including those in choices, without maps of single pairs and without cards."""
     for block in some:
         if isinstance(block, Choice):
             for name, inner in block.options:
@@ -79,7 +79,7 @@ def _shares_an_axis(chart: LineChart) -> bool:
 
 
 def plain_table(table: Table) -> tuple[list[str], list[list[Any]]]:
-    """A table as columns and rows of plain values: an interval is three columns, a link its text."""
+    """A table as columns and rows of plain values: an interval becomes three columns, a link its text."""
     ranged = [any(isinstance(row[i], EstimateCell) for row in table.rows) for i in range(len(table.columns))]
     columns = [
         name

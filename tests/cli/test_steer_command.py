@@ -176,7 +176,7 @@ def test_a_page_of_answers(tmp_path, capsys, monkeypatch):
     source = path.read_text()
     assert "<i>" not in source
     assert "How do I &lt;i&gt;rent&lt;/i&gt;?" in source
-    assert "2 requests: an impression" in source
+    assert "2 requests: an illustration" in source
     assert "changes nothing in the answer to “The film was”" in source
     for one in said:
         assert escape(one["before"].strip()) in source

@@ -89,8 +89,8 @@ def test_kinds_are_told_apart_in_one_sweep_and_in_its_rows():
     [
         (lambda: dimensions(SITE, 0), "width = 0: use at least 1"),
         (lambda: principal_components(torch.randn(5, 8), 5, SITE), "use at most 4"),
-        (lambda: principal_components(torch.randn(9, 3), 4, SITE), "there are at most 3"),
-        (lambda: principal_components(torch.randn(9, 3), 0, SITE), "there are at most 3"),
+        (lambda: principal_components(torch.randn(9, 3), 4, SITE), "use at most 3"),
+        (lambda: principal_components(torch.randn(9, 3), 0, SITE), "use at most 3"),
         (lambda: principal_components(torch.full((9, 3), torch.nan), 2, SITE), "NaN or infinite"),
         (lambda: difference_of_means(torch.ones(2, 3), torch.ones(5, 3), SITE), "the same mean"),
         (lambda: difference_of_means(torch.ones(0, 3), torch.ones(5, 3), SITE), "there are 0 and 5"),

@@ -270,7 +270,7 @@ def test_a_run_stands_where_its_reading_fails(place, tmp_path, monkeypatch, caps
         (lambda out: (out / "summary.json").unlink(), "go on with saepatch patch --config"),
         (lambda out: shutil.rmtree(out), "give the folder of a finished run"),
         (lambda out: (out / "summary.json").write_text("{"), "is not JSON"),
-        (lambda out: (out / "summary.json").write_text("{}"), "holds no run of patch, attribute"),
+        (lambda out: (out / "summary.json").write_text("{}"), "has no run of patch, attribute"),
         (lambda out: (out / "results.parquet").write_text("no"), "merge the run again"),
         (lambda out: (out / "reading.json").write_text('{"latents": [{"examples": []}]}'), "another version"),
     ],
@@ -288,13 +288,13 @@ def test_warnings_in_words(grouped, swept, screened, place, tmp_path):
     page = (grouped / "report.html").read_text()
     assert "too few for an interval" in page
     bare = run(place, tmp_path / "bare", "attribute", "--verify", "0", "--sample", "0")
-    assert "no estimate was run exactly" in (bare / "report.html").read_text()
-    assert "no estimate was run exactly" not in (screened / "report.html").read_text()
+    assert "no estimate was verified exactly" in (bare / "report.html").read_text()
+    assert "no estimate was verified exactly" not in (screened / "report.html").read_text()
     same = tmp_path / "same.jsonl"
     same.write_text(json.dumps({"clean": "abc", "corrupted": "abc", "answer": "x", "counter": "x"}))
     given = ["--model", place / "model", "--sae", place / "saes", "--pairs", same, "--out", tmp_path / "flat"]
     assert main(["patch", *map(str, given), "--quiet", "--latents", "3", "--site", "resid_post.1"]) == 0
-    assert "there is no gap to take shares of" in (tmp_path / "flat" / "report.html").read_text()
+    assert "there is no gap to normalise by" in (tmp_path / "flat" / "report.html").read_text()
 
 
 def test_pairs_of_several_forms_are_warned_of_once_and_on_the_page(place, tmp_path, caplog):

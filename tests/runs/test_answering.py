@@ -112,14 +112,14 @@ def test_the_page_of_a_restoration(place, tmp_path, monkeypatch):
     run_restore(read(place, tmp_path, latents="resid_post.0: 3,5 | resid_post.1: 1,7,9", controls=2), show_answers)
     page = read_page(json.loads((tmp_path / "page.json").read_text()))
     sections = {section.title: section for section in page.sections}
-    assert list(sections) == ["What came out", "Splice quality", "Outcomes", "Answers", "Latents"]
-    headline, warnings = sections["What came out"].blocks
+    assert list(sections) == ["Results", "Splice quality", "Outcomes", "Answers", "Latents"]
+    headline, warnings = sections["Results"].blocks
     assert headline.items["harmful prompts refused, bare"].startswith("0")
     assert headline.items["harmful prompts refused, restored"].startswith("100")
     told = " ".join(warnings.items)
     for words in (
         "3 harmful prompts: too few",
-        "refuses 100\u00a0% of harmless prompts, too",
+        "the model also refuses 100\u00a0% of harmless prompts",
         "Restoring random latents makes the model refuse 100\u00a0% of harmful prompts",
         "The donor itself refuses only 0\u00a0%",
     ):

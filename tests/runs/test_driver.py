@@ -103,7 +103,7 @@ def test_shards_of_a_restoration_are_the_whole(place, tmp_path, capsys):
             assert one.pop(name) == pytest.approx(other.pop(name), abs=1e-4)
         assert one == other
     assert whole == cut
-    assert "What came out" in (tmp_path / "cut/report.html").read_text()
+    assert "Results" in (tmp_path / "cut/report.html").read_text()
     assert main(["report", str(tmp_path / "cut")]) == 0
     assert main(["compare", str(tmp_path / "whole"), str(tmp_path / "cut")]) == 0
     assert "restored, harmful: refused" in capsys.readouterr().out
