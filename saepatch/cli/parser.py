@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from saepatch.errors import UserError, reason_of
 from saepatch.records.documents import check_yaml
+from saepatch.records.secrets import redacted
 from saepatch.settings.checks import check_values
 
 Config = TypeVar("Config")
@@ -300,7 +301,7 @@ LONGEST = 2_000  # characters of a message
 
 def _complain(message: str) -> None:
     """One line on the standard error, cut where something in it is endless."""
-    line = " ".join(message.splitlines())
+    line = redacted(" ".join(message.splitlines()))
     if len(line) > LONGEST:
         half = LONGEST // 2 - 20
         line = f"{line[:half]} … {len(line) - 2 * half:,} characters … {line[-half:]}"
@@ -316,10 +317,15 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def _show_log() -> None:
     # Ours alone: libraries have handlers of their own, and would say everything twice through the root logger.
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Redacting("%(message)s"))
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers = [handler]  # a new one each time: the stream may have been replaced since the last

@@ -26,7 +26,9 @@ from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import write_rows
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
+from saepatch.runs.catalogue import read_json
 from saepatch.runs.interpret import read_model
+from saepatch.runs.kinds import kind_of
 from saepatch.runs.parts import refuse_other_command
 from saepatch.settings.demo import DemoConfig
 from saepatch.tracking.open import RunDescription, Tracker, open_tracker
@@ -42,7 +44,10 @@ def run_demo(config: DemoConfig) -> Findings:
     """
     torch.manual_seed(config.seed)
     check_writable(config.out)  # now, and not after minutes of work
-    refuse_other_command(Path(config.out), KEPT)
+    refuse_other_command(Path(config.out), KEPT, ("results.parquet", "checkpoints"))
+    summary_there = Path(config.out) / "summary.json"
+    if summary_there.exists() and kind_of(read_json(summary_there)).name != "demo":
+        raise UserError(f"{config.out!r} holds a run of another command: give another --out, or remove that folder")
     clock: dict[str, float] = {}
     with stage("load", clock, log):
         model = read_model(config)

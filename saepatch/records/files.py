@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saepatch.errors import UserError
+from saepatch.records.secrets import redacted_values
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -22,7 +23,8 @@ def write_yaml(value: Mapping[str, Any], path: Path) -> None:
     import yaml
 
     with atomic(path) as temporary:
-        temporary.write_text(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(redacted_values(dict(value)), sort_keys=False, allow_unicode=True)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

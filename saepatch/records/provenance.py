@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from saepatch.records.secrets import redacted
+
 LIBRARIES = ("saepatch", "torch", "transformers", "sae-lens", "datasets", "numpy")
 
 
@@ -40,8 +42,8 @@ class Provenance:
 def command_line() -> str:
     """The command that started this process, without the folders of the interpreter and script."""
     if "-m" in sys.orig_argv[:3]:
-        return shlex.join(["python", *sys.orig_argv[sys.orig_argv.index("-m") :]])
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        return redacted(shlex.join(["python", *sys.orig_argv[sys.orig_argv.index("-m") :]]))
+    return redacted(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def json_hash(value: Any) -> str:

@@ -22,6 +22,7 @@ from saepatch.errors import UserError
 from saepatch.records.files import check_writable, output_folder, write_json, write_yaml
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import AnswerRow, Row, read_about, write_rows
+from saepatch.records.secrets import redacted_values
 from saepatch.runs.interpret import read_shard
 from saepatch.runs.parts import (
     Record,
@@ -118,7 +119,7 @@ class Place:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that decide what comes out."""
-        return {name: value for name, value in asdict(self.config).items() if name not in FREE}
+        return {name: redacted_values(value) for name, value in asdict(self.config).items() if name not in FREE}
 
     @property
     def edits(self) -> list[dict[str, Any]] | None:

@@ -181,14 +181,18 @@ def _checked(record: Record) -> Record:
     return record
 
 
-def refuse_other_command(out: Path, own: str) -> None:
+LEFT = ("results.parquet", "summary.json", "config.yaml", "metrics.jsonl", "checkpoints")  # by runs of any kind
+
+
+def refuse_other_command(out: Path, own: str, left: Sequence[str] = LEFT) -> None:
     """See that another command's run is not written over, finished or not; `own` is what this command's runs leave.
+    Where that is missing, none of `left` may be there.
 
     Raises:
         UserError: it would be.
     """
     others = any((out / name).is_dir() for name in (PARTS, ANSWERS) if name != own)
-    if others or ((out / "results.parquet").exists() and not (out / own).exists()):
+    if others or (not (out / own).exists() and any((out / name).exists() for name in left)):
         raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
 
 

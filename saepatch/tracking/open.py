@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from saepatch.errors import UserError
+from saepatch.records.secrets import redacted_values
 from saepatch.tracking.backends import Backend, RunDescription
 from saepatch.tracking.logfiles import ARTIFACTS, METRICS, SUMMARY, cut
 from saepatch.tracking.tracker import Tracker
@@ -60,7 +61,7 @@ def open_tracker(spec: str, about: RunDescription, *, resume: bool = False, resu
     resumed = about.run_id is not None
     about = replace(
         about,
-        config={**_surroundings(Path.cwd()), **json.loads(json.dumps(about.config, default=str))},
+        config={**_surroundings(Path.cwd()), **redacted_values(json.loads(json.dumps(about.config, default=str)))},
         run_id=about.run_id or secrets.token_hex(4),
         group=about.group or about.out.absolute().parent.name,
     )

@@ -12,6 +12,7 @@ from saepatch.tracking.backends import Backend
 
 QUEUE_SIZE = 10_000  # calls that may wait for a backend: minutes of logging, at most about 50 MB
 CALL_TIMEOUT = 60.0  # seconds after which a call that has not returned counts as hanging
+START_TIMEOUT = 25.0  # seconds that a backend may take to start; without a network, W&B would take minutes
 FINISH_TIMEOUT = 60.0  # seconds; without a limit, a lost connection would block a finished run for ever
 
 
@@ -29,14 +30,14 @@ class BackgroundSender:
         self._calling_since: float | None = None
         self._started = threading.Event()
         self._closed = self._abandoned = False
-        self._exit_code = 0
+        self._exit_code, self._began = 0, time.monotonic()
         self._thread = threading.Thread(target=self._work, name="saepatch tracker", daemon=True)
         self._thread.start()
 
     @property
     def sync_command(self) -> str | None:
         """The backend's `sync_command`; waits until the backend has started."""
-        self._started.wait(CALL_TIMEOUT)
+        self._started.wait(START_TIMEOUT)
         return self._backend.sync_command if self._backend is not None else None
 
     def send(self, what: str, call: Callable[[Backend], None]) -> None:
@@ -60,6 +61,8 @@ class BackgroundSender:
                 self._calls.put_nowait(None)
             except Full:
                 self._abandon(f"is {QUEUE_SIZE:,} messages behind")
+        if not self._abandoned and not self._started.wait(max(0.0, START_TIMEOUT - (time.monotonic() - self._began))):
+            self._abandon(f"did not start within {START_TIMEOUT:.0f} seconds")
         if not self._abandoned:
             self._thread.join(FINISH_TIMEOUT)
             if self._thread.is_alive():

@@ -5,6 +5,7 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+from runs_of_training import documents, small
 from tiny import random_sae, tiny_model
 
 from saepatch.cli.main import main
@@ -14,6 +15,9 @@ from saepatch.records.rows import read_about, write_rows
 from saepatch.report import read_page
 from saepatch.report.text import number
 from saepatch.runs.catalogue import find_runs
+from saepatch.runs.driver import locked
+from training.__main__ import main as train
+from training.loop.trainer import train_saes
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,25 @@ def test_a_number_format_of_a_file_is_one_that_pages_use(spec):
     with pytest.raises(UserError, match="no number format"):
         read_page({"block": "Page", "title": "t", "lead": "l", "sections": [section]})
     assert number(1.5, "d") == "1.50"
+
+
+def test_a_folder_belongs_to_one_run(whole, run, tmp_path, capsys):
+    for left in ("summary.json", "metrics.jsonl", "config.yaml"):  # of something else, or of training that has begun
+        (tmp_path / left).mkdir()
+        (tmp_path / left / left).write_text('{"sites": {}, "identity": {}}')
+        assert "another command" in refused(capsys, *command(whole, tmp_path / left))
+        assert [path.name for path in (tmp_path / left).iterdir()] == [left]
+    assert "another command" in refused(capsys, "demo", "--out", tmp_path / "summary.json")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for given in (["--resume", "true"], ["--overwrite", "true"], []):
+        assert train(["--model", str(whole / "model"), "--out", str(run), "--context", "16", "--dry_run", *given]) == 2
+        assert "another command" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_one_training_at_a_time_works_in_a_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="is working in"):
+        train_saes(tiny_model(), documents(), small(), tmp_path)
 
 
 def test_rows_are_counted(tmp_path):

@@ -328,10 +328,12 @@ def test_finishing_waits_no_longer_than_it_may(hangs, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(wandb_backend, "WandbRun", start)
     monkeypatch.setattr(sender, "FINISH_TIMEOUT", 0.05)
+    monkeypatch.setattr(sender, "START_TIMEOUT", 0.05)
     try:
         with open_tracker("wandb", RunDescription(tmp_path, "r", {})) as tracker:
             tracker.log({"x": 0.0}, step=0)
-        assert warnings(caplog) == [f"W&B did not finish within 0 seconds; the local log in {tmp_path} goes on"]
+        what = "start" if hangs == "start" else "finish"
+        assert warnings(caplog) == [f"W&B did not {what} within 0 seconds; the local log in {tmp_path} goes on"]
         assert visitor.abandoned == (hangs != "start")
     finally:
         release.set()

@@ -18,6 +18,8 @@ from saepatch.model.sites import Site
 from saepatch.records.figures import renamed_figures
 from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
+from saepatch.records.secrets import redacted, redacted_values
+from saepatch.runs.kinds import kind_of
 
 from ..config import TrainingConfig
 from . import checkpoints
@@ -42,6 +44,8 @@ def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> No
         UserError: the folder cannot be written, or holds dictionaries or checkpoints that neither `resume` goes on with
             nor `overwrite` gives up.
     """
+    if any((out / name).exists() for name in ("parts", "answers", "results.parquet", "page.json")) or _foreign(out):
+        raise UserError(f"{str(out)!r} holds a run of another command: choose another --out, or remove that folder")
     taken = [str(site) for site in sites if (out / str(site)).exists()]
     if taken and not (config.overwrite or config.resume):
         raise UserError(f"{str(out)!r} holds {', '.join(taken)} already: choose another --out, or add --overwrite true")
@@ -51,6 +55,17 @@ def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> No
             "or start anew with --overwrite true"
         )
     check_writable(out)
+
+
+def _foreign(out: Path) -> bool:
+    """Whether the summary in a folder is there, but is not one of training."""
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return not isinstance(summary, dict) or kind_of(summary).name != "training"
 
 
 @dataclass(frozen=True)
@@ -121,9 +136,9 @@ def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -
         "sae_lens_version": sae_lens.__version__,
         "sae_lens_training_version": sae_lens.__version__,
         "saepatch_version": versions()["saepatch"],
-        "model_name": model.name,
+        "model_name": redacted(model.name),
         "model_fingerprint": model.fingerprint,
-        "dataset_path": config.data,
+        "dataset_path": redacted(config.data),
         "dataset_documents": documents,
         "training_tokens": config.steps * config.batch_size,
         "finetuning_tokens": config.finetune_tokens,
@@ -168,7 +183,9 @@ def write(
             sae.cfg.metadata = SAEMetadata(**metadata, metrics=dict(figures[site]))
             sae.save_model(part / str(site))
             _json(part / str(site) / "metrics.json", figures[site])
-        (part / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        (part / "config.yaml").write_text(
+            yaml.safe_dump(redacted_values(config.to_dict()), sort_keys=False), encoding="utf-8"
+        )
         sites = {str(site): dict(row) for site, row in figures.items()}
         seconds = sum(row["seconds"] for row in figures.values())
         others = {other.model_name: {str(site): dict(row) for site, row in other.figures.items()} for other in also}

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,8 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
+from saepatch.records.secrets import redacted_values
+from saepatch.runs.driver import locked
 from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 from ..config import TrainingConfig
@@ -86,6 +88,18 @@ def train_saes(
         UserError: the model has no such site, the texts are too few, `out` cannot be written or holds dictionaries
             already, the checkpoint is of another run, or a loss is not finite.
     """
+    with locked(out) if ranks.first else nullcontext():
+        return _train(model, texts, config, out, ranks, also)
+
+
+def _train(
+    model: LanguageModel,
+    texts: Iterable[str] | Streamed,
+    config: TrainingConfig,
+    out: Path,
+    ranks: Ranks,
+    also: Sequence[LanguageModel],
+) -> Outcome:
     sites = config.sites_of(model.n_layers)
     check_model(model, sites, config, ranks)
     check_also(model, also, sites, config)
@@ -391,5 +405,5 @@ class Run:
 
 def settings(config: TrainingConfig) -> dict[str, Any]:
     """What a run learns depends on, by name; those of the dictionary as `sae.NAME`."""
-    flat = {name: value for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
+    flat = {name: redacted_values(value) for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
     return flat | {f"sae.{name}": value for name, value in flat.pop("sae").items()}
