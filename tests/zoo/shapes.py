@@ -17,29 +17,44 @@ VOCABULARY, LAYERS, WIDTH = 300, 4, 32
 TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 # What configs call their sizes, behind the size that each gets.
-_NAMES = {
-    WIDTH: """hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim lru_width encoder_embed_dim
+_NAMES = [
+    (
+        WIDTH,
+        """hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim lru_width encoder_embed_dim
         decoder_embed_dim projection_dim attention_hidden_size out_hidden_size cross_attention_hidden_size
         text_hidden_size emb_dim d_embed hidden_dim qformer_hidden_size moe_intermediate_size
         shared_expert_intermediate_size expert_ffn_hidden_size intermediate_size_mlp shared_intermediate_size
         moe_shared_expert_intermediate_size image_size""",
-    2 * WIDTH: """intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim mlp_dim ffn_hidden_size""",
-    LAYERS: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
+    ),
+    (2 * WIDTH, """intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim mlp_dim ffn_hidden_size"""),
+    (
+        LAYERS,
+        """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
         num_encoder_layers depth num_blocks layers""",
-    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
+    ),
+    (
+        4,
+        """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
         num_encoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts num_routed_experts
         mamba_d_state state_size mamba_d_conv_state ssm_state_size mamba_state_dim""",
-    2: """num_key_value_heads num_kv_heads n_head_kv multi_query_group_num num_experts_per_tok num_experts_per_token
+    ),
+    (
+        2,
+        """num_key_value_heads num_kv_heads n_head_kv multi_query_group_num num_experts_per_tok num_experts_per_token
         moe_topk moe_k top_k_experts moe_top_k""",
-    8: """head_dim kv_channels attention_head_dim qk_head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim
+    ),
+    (
+        8,
+        """head_dim kv_channels attention_head_dim qk_head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim
         mamba_n_heads mamba_d_head mamba_num_heads mamba_head_dim n_mamba_heads patch_size""",
-    16: "kv_lora_rank q_lora_rank index_head_dim",
-    128: "max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len",
-    VOCABULARY: "vocab_size",
-    1: "n_group topk_group",
-    3: "num_channels",
-}
-SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
+    ),
+    (16, "kv_lora_rank q_lora_rank index_head_dim"),
+    (128, "max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len"),
+    (VOCABULARY, "vocab_size"),
+    (1, "n_group topk_group"),
+    (3, "num_channels"),
+]
+SIZES = {name: size for size, names in _NAMES for name in names.split()}
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "decoder_start_token_id": 0}
