@@ -179,7 +179,7 @@ def test_causal_tracing_over_layers_and_positions():
     [
         (lambda: GaussianNoise(At(" cow")), "pair a: the clean prompt 'the cat sat': .*' cow' as whole tokens 0 times"),
         (lambda: GaussianNoise(40), "pair a: .*position 40 is out of range"),
-        (lambda: GaussianNoise("generated"), "'the cat sat': positions 'generated' hold no token"),
+        (lambda: GaussianNoise("generated"), "'the cat sat': positions 'generated' select no token"),
         (lambda: GaussianNoise(CAT, sigma=0.0), "sigma = 0.0: noise needs"),
         (lambda: GaussianNoise(CAT, samples=0), "samples = 0: use at least 1"),
         (lambda: GaussianNoise(CAT, seed=-1), "seed = -1: use 0 or more"),

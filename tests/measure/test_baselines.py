@@ -93,7 +93,7 @@ def test_kinds_are_told_apart_in_one_sweep_and_in_its_rows():
         (lambda: principal_components(torch.randn(9, 3), 0, SITE), "use at most 3"),
         (lambda: principal_components(torch.full((9, 3), torch.nan), 2, SITE), "NaN or infinite"),
         (lambda: difference_of_means(torch.ones(2, 3), torch.ones(5, 3), SITE), "the same mean"),
-        (lambda: difference_of_means(torch.ones(0, 3), torch.ones(5, 3), SITE), "there are 0 and 5"),
+        (lambda: difference_of_means(torch.ones(0, 3), torch.ones(5, 3), SITE), "0 and 5 values: give at least one"),
         (lambda: difference_of_means(torch.full((2, 3), torch.inf), torch.ones(5, 3), SITE), "NaN or infinite"),
     ],
 )

@@ -308,7 +308,7 @@ def test_judges(tmp_path, monkeypatch):
         ({"prompts": "nowhere.jsonl"}, "cannot read prompts from 'nowhere.jsonl'"),
         ({"latents": "3"}, "name no site, and the sites are"),
         ({"latents": "resid_post.1: 99"}, "latent 99 is out of range"),
-        ({"latents": "resid_post.0: 3", "site": "resid_post.1"}, "latents of resid_post.0, but there is no dictionary"),
+        ({"latents": "resid_post.0: 3", "site": "resid_post.1"}, "latents of resid_post.0 are to be restored"),
         ({"latents": "resid_post.0: x"}, "write numbers, with semicolons"),
         ({"donor": "means"}, "donor means needs --select"),
         ({"judge": "mood"}, "unknown judge 'mood'"),
