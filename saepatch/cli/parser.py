@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saepatch.errors import UserError, reason_of
-from saepatch.records.documents import check_yaml
+from saepatch.records.documents import bounded_yaml
 from saepatch.records.secrets import redacted
 from saepatch.settings.checks import check_values
 
@@ -165,18 +165,14 @@ def _parsed(parser: Any, given: Sequence[str]) -> Any:
 
 @cache
 def _bound_yaml() -> None:
-    """Have the parser read YAML, of files and of values, only where `check_yaml` allows it."""
+    """Have the parser read YAML, of files and of values, only as far as `check_yaml` allows."""
     import yaml
     from jsonargparse import get_loader, set_loader
 
     load = get_loader("yaml")
 
     def bounded(text: str) -> Any:
-        check_yaml(text)
-        try:
-            return load(text)
-        except ValueError as error:  # a number of thousands of digits
-            raise yaml.YAMLError(str(error)) from error
+        return bounded_yaml(text, load)
 
     set_loader("yaml", bounded, (yaml.YAMLError,))
 

@@ -4,7 +4,7 @@ Repeated keys, aliases that multiply, deep nesting, and numbers and characters t
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,26 @@ def load_yaml(path: Path) -> Any:
 
     try:
         text = path.read_text(encoding="utf-8-sig")
-        check_yaml(text)
-        return yaml.safe_load(text)
+        return bounded_yaml(text, yaml.safe_load)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}): mend it, or make it anew") from error
+
+
+def bounded_yaml(text: str, load: Callable[[str], Any]) -> Any:
+    """What a loader makes of a document that `check_yaml` allows.
+
+    Raises:
+        yaml.YAMLError: it is not allowed, or the loader fails, which it does in many ways on tags that do not fit.
+    """
+    import yaml
+
+    check_yaml(text)
+    try:
+        return load(text)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise yaml.YAMLError(str(error) or type(error).__name__) from error
 
 
 def check_yaml(text: str) -> None:

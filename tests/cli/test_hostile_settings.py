@@ -38,6 +38,7 @@ def refused(capsys, arguments, run=main):
         ("pairs: ioi\npairs: facts\n", "key 'pairs' stands twice"),
         (f"pairs: ioi\nn: {'7' * 5000}\n", "4300 digits"),
         (f"pairs: {'[' * 3000}{']' * 3000}\n", "nested deeper"),
+        ("pairs: ioi\nn: !!int ''\n", "index out of range"),
         ("n:\n", "no settings with values"),
         ("pairs: ioi\nconfig: settings.yaml\n", "loop"),
     ],
