@@ -1,6 +1,7 @@
 """What is checked of each model type: everything beside plain torch hooks and plain passes over single rows."""
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,6 +227,7 @@ def generation(subject: Subject) -> None:
 def _generated(subject: Subject, tokens: Tokens, cached: bool) -> list[list[int]]:
     """The library's own generation."""
     options = greedy_options(subject.hf, subject.model.tokenizer) | {"eos_token_id": 1, "pad_token_id": 2}
+    options["suppress_tokens"] = [0]  # a BOS that is generated is not edited, and the plain hook does not know
     ids = subject.hf.generate(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,
@@ -271,7 +273,7 @@ FUNCTIONS = (identity, sums, patch, padded, attribution, generation, steered_cac
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return re.sub(re.escape(tempfile.gettempdir()) + r"/\w+", "FOLDER", " ".join(str(error).split()))[:200]
 
 
 def verdict(check: Callable[[], Any]) -> str:

@@ -5,6 +5,7 @@ from collections import Counter
 import transformers
 
 from zoo.checks import CHECKS, RIGHT
+from zoo.shapes import TYPES
 
 Row = dict[str, str]
 STREAMS = ("attn_out", "mlp_out", "z", "neurons")  # every type that loads has resid_pre and resid_post
@@ -25,8 +26,11 @@ def summary(rows: list[Row]) -> str:
     counts = Counter(map(outcome, rows))
     run = len(rows) - counts["not run by transformers"]
     share = counts[RIGHT] / max(1, run)
+    examined = (
+        f"{len(rows)} types" if len(rows) >= len(TYPES) else f"{len(rows)} types examined (there are {len(TYPES)})"
+    )
     return (
-        f"Of {len(rows)} types transformers runs {run} on text at this size. Patched right: {counts[RIGHT]} "
+        f"Of {examined} transformers runs {run} on text at this size. Patched right: {counts[RIGHT]} "
         f"({share:.1%}); refused in one line: {counts['refused']}; wrong without a word: {counts['wrong']}; "
         f"with a traceback: {counts['crash']}."
     )
