@@ -12,7 +12,7 @@ from saepatch.errors import UserError
 from saepatch.model.sites import Site
 from training.__main__ import COLUMNS, main, read
 from training.config import TrainingConfig
-from training.loop import trainer
+from training.loop import checkpoints, trainer
 from training.loop.sweep import points, run_sweep, share
 from training.loop.trainer import Outcome
 
@@ -106,7 +106,7 @@ class Trained:
         figures = {site: dict.fromkeys(COLUMNS, config.sae.k + config.lr + site.layer) for site in config.sites_of(3)}
         out.mkdir(parents=True)
         summary = {
-            "identity": {"config": trainer.settings(config)},
+            "identity": {"config": checkpoints.identifying_settings(config)},
             "sites": {str(site): row for site, row in figures.items()},
         }
         (out / "summary.json").write_text(json.dumps(summary))

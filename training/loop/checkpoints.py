@@ -20,11 +20,20 @@ from torch import Tensor
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 from saepatch.records.files import to_disk
+from saepatch.records.secrets import redacted_values
+
+from ..config import TrainingConfig
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 _PART = ".part-"
+
+# What may differ when a run is resumed: where it runs, what it logs and keeps, not what it learns.
+_MAY_DIFFER = {
+    *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "revision", "prefetch", "cache", "cache_gb"),
+    *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,3 +125,9 @@ def clear(out: Path) -> None:
 def _folders(out: Path) -> list[Path]:
     """Folders of checkpoints, the newest first."""
     return sorted((path for path in (out / FOLDER).glob("*") if path.name.isdigit()), reverse=True)
+
+
+def identifying_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Settings that a run's result depends on, by name; those of the dictionary as `sae.NAME`."""
+    flat = {name: redacted_values(value) for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
+    return flat | {f"sae.{name}": value for name, value in flat.pop("sae").items()}

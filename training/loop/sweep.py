@@ -194,12 +194,12 @@ def _write(every: Sequence[SweepPoint], n_layers: int, config: TrainingConfig) -
 
 def _finished(every: Sequence[SweepPoint], n_layers: int) -> list[dict[str, Any]]:
     from . import saving
-    from .trainer import settings
+    from .checkpoints import identifying_settings
 
     runs = []
     for point in every:
         done = saving.finished(point.config.out, point.config.sites_of(n_layers))
-        if done is not None and done.identity["config"] == json.loads(json.dumps(settings(point.config))):
+        if done is not None and done.identity["config"] == json.loads(json.dumps(identifying_settings(point.config))):
             sites = {str(site): row for site, row in done.figures.items()}
             runs.append({"name": point.name, "values": dict(point.values), "sites": sites})
     return runs

@@ -16,7 +16,6 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
-from saepatch.records.secrets import redacted_values
 from saepatch.runs.driver import locked
 from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
@@ -27,7 +26,7 @@ from ..ranks import ALONE, Ranks
 from ..steps.finetune import finetune
 from ..steps.learner import Learner, reconstruction, schedule
 from . import checkpoints, saving
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, identifying_settings
 from .checks import check_also, check_model
 from .evaluate import evaluate_all, held_out_tokens
 from .progress import ProgressBar, StopRequest, deferred_signals
@@ -35,12 +34,6 @@ from .progress import ProgressBar, StopRequest, deferred_signals
 log = logging.getLogger(__name__)
 
 FIRST_TOKENS = 16_384  # activations that scale and decoder bias are set from
-
-# What may differ when a run is resumed: where it runs, what it logs and keeps, not what it learns.
-_MAY_DIFFER = {
-    *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "revision", "prefetch", "cache", "cache_gb"),
-    *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
-}
 
 
 @dataclass(frozen=True)
@@ -400,10 +393,4 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
         models = "+".join(model.fingerprint for model in (self.model, *self.stream.also))
-        return {"config": settings(self.config), "model": models, "text": self.stream.fingerprint}
-
-
-def settings(config: TrainingConfig) -> dict[str, Any]:
-    """What a run learns depends on, by name; those of the dictionary as `sae.NAME`."""
-    flat = {name: redacted_values(value) for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
-    return flat | {f"sae.{name}": value for name, value in flat.pop("sae").items()}
+        return {"config": identifying_settings(self.config), "model": models, "text": self.stream.fingerprint}
