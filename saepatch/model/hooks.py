@@ -59,7 +59,9 @@ def _on_output(module: nn.Module, edit: Edit) -> Any:
 
 
 def _on_input(module: nn.Module, edit: Edit) -> Any:
-    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def hook(_module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        if kwargs is None:  # removed by another thread after torch listed it, and before torch ran it
+            return None
         if args:
             return (edit(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
@@ -208,8 +210,9 @@ def before_forward(
     """Call `see` with the arguments of every forward pass before the model runs."""
     level = _level(layout)
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _level(layout) == level:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        # None: another thread removed the hook after torch listed it, and before torch ran it.
+        if kwargs is not None and _level(layout) == level:
             see(args, kwargs)
 
     handle = hf.register_forward_pre_hook(hook, with_kwargs=True)

@@ -78,7 +78,7 @@ def test_what_a_block_adds_to_in_place_is_held_as_it_was():
 
 
 def test_multipliers_are_named(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="saepatch")
     model = tiny_model("granite", residual_multiplier=0.3, attention_multiplier=1.0)
     assert set(model.layout.streams) == {"resid_pre", "resid_post"}
     assert "not offered in 3 blocks: what they write is multiplied by 0.3" in caplog.text

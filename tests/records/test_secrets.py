@@ -15,7 +15,7 @@ from saepatch.runs.driver import Place
 from saepatch.settings.runs import RunsConfig
 from saepatch.settings.sweeps import PatchConfig
 from training.config import TrainingConfig
-from training.loop.trainer import settings
+from training.loop.checkpoints import identifying_settings
 
 SECRETS = ["hf_" + "a1B2" * 8, "ghp_" + "Zz09" * 9, "sk-proj-" + "x" * 30, "AKIA" + "ABCD1234" * 2]
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_tokens_are_told_by_their_form(secret, tmp_path, monkeypatch, capsys):
     assert provenance.command_line() == "saepatch patch --model https://[redacted]@host.example/model"
     place = Place(PatchConfig(pairs="ioi", model=address), tmp_path, 0, 1, [])
     assert secret not in str(place.settings)
-    assert secret not in str(settings(TrainingConfig(model=address)))
+    assert secret not in str(identifying_settings(TrainingConfig(model=address)))
 
     def command(_):
         logging.getLogger("saepatch").warning("loading %s", address)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import random_dictionary, tiny_model
 
+from saepatch.model import hooks
 from saepatch.model.sites import Site
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import splice
@@ -100,3 +101,19 @@ def test_a_splice_acts_on_its_own_thread():
             assert torch.equal(theirs[1], ours[1])
     assert "generate" not in model.hf.__dict__
     assert not any(block._forward_hooks for block in model.layout.blocks)
+
+
+def test_a_hook_that_is_removed_as_it_is_about_to_run_does_nothing():
+    """As when another thread leaves its splice while this one is in a forward pass."""
+    model = tiny_model()
+    tokens = model.tokenize(["a cow"])
+    expected = model.logits(tokens)
+    module = model.layout.module(Site(1, "z"))
+    handles = []
+    first = module.register_forward_pre_hook(lambda *_: handles.pop().remove())
+    handles.append(hooks._on_input(module, torch.zeros_like))
+    assert torch.equal(model.logits(tokens), expected)
+    first.remove()
+    with hooks.before_forward(model.hf, model.layout, lambda *_: None):
+        key = next(reversed(model.hf._forward_pre_hooks))
+        assert model.hf._forward_pre_hooks[key](model.hf, ()) is None
