@@ -256,7 +256,7 @@ def test_bad_input():
         (Edit(Site(7, "z"), (0,), 1, "query"), "an edit of query at z.7"),
         (Edit(Site(1, "z"), (0,), 1, "latent"), "an edit of latent"),
         (Edit(Site(1, "resid_post"), (0,), 1, "query"), "an edit of query at resid_post.1: use query, key, value at z"),
-        (Edit(Site(1, "z"), (2,), 1, "key"), "there are 2"),
+        (Edit(Site(1, "z"), (2,), 1, "key"), "use 0 to 1"),
         (Edit(Site(1, "z"), (0,), 40, "key"), "position 40 is out of range"),
     ]:
         with pytest.raises(UserError, match=complaint):

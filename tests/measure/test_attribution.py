@@ -37,7 +37,7 @@ def site_effect(model, dictionary, pair, positions="all"):
 
 @pytest.mark.parametrize(
     ("site", "positions"),
-    [("resid_pre.1", "all"), ("resid_post.0", "last"), ("resid_post.2", "last"), ("mlp_out.1", "all")],
+    [("resid_pre.1", "all"), ("mlp_out.1", "last")],
 )
 def test_completeness(site, positions):
     model, dictionary = tiny_model(), random_dictionary(site)
@@ -81,7 +81,7 @@ def test_latents_that_do_not_differ_get_nothing_and_batches_do_not_matter():
     alone = [integrated_gradients(model, dictionary, [pair], batch_size=1) for pair in PAIRS]
     torch.testing.assert_close(torch.cat([a for a, _ in alone]), latents, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.cat([e for _, e in alone]), errors, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="0 steps"):
+    with pytest.raises(UserError, match="steps = 0"):
         integrated_gradients(model, dictionary, PAIRS, steps=0)
 
 

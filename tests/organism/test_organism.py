@@ -18,7 +18,7 @@ pytestmark = pytest.mark.whole
 MODELS = ("organism", "organism-base")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def loaded(request):
     folder = organism.path(request.param)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -173,7 +173,9 @@ def test_rows_do_not_depend_on_how_pairs_are_cut(place, tmp_path, capsys, sweep)
 CORRUPTIONS = {"noise: sat": "GaussianNoise(subject=At(text='sat'", "zero": "Zero(", "mean": "Mean("}
 
 
-@pytest.mark.parametrize("text", ["noise: sat", "mean", pytest.param("zero", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "text", ["mean", *(pytest.param(text, marks=pytest.mark.slow) for text in ("noise: sat", "zero"))]
+)
 def test_corrupted_runs_are_made_as_the_library_makes_them(place, tmp_path, text):
     model, dictionary = load_model(str(place / "model")), load_sae(str(place / "saes"), "resid_post.1")
     _, pairs = read_pairs(PatchConfig(pairs=str(place / "pairs.jsonl")))
@@ -273,7 +275,10 @@ def test_a_run_is_not_mixed_with_another(place, tmp_path, capsys):
     assert "results of another command" in failed(capsys, "patch", *arguments(place, tmp_path / "demo"))
 
 
-@pytest.mark.parametrize("method", ["first-order", "integrated-gradients", "graddrop"])
+@pytest.mark.parametrize(
+    "method",
+    ["integrated-gradients", *(pytest.param(name, marks=pytest.mark.slow) for name in ("first-order", "graddrop"))],
+)
 def test_attribute(place, tmp_path, capsys, method):
     """The command writes the rows of the library's screens, verified ones among them."""
     out = tmp_path / "run"

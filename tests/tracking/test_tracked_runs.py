@@ -167,6 +167,7 @@ def restoring(place, out, monkeypatch, conditions):
     assert main(flags) == 0
 
 
+@pytest.mark.slow
 def test_wandb_is_shown_a_restoration(place, monkeypatch):
     out = place / "study" / "restored"
     restoring(place, out, monkeypatch, 9)
