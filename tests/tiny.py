@@ -1,5 +1,6 @@
 """Tiny random models of many families, a byte tokenizer and random dictionaries, made in milliseconds."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,3 +84,13 @@ def random_sae(architecture: str = "topk", d_in: int = D_MODEL, d_sae: int = 48,
 
 def random_dictionary(site: str = "resid_post.1", architecture: str = "topk", **changes: Any) -> Dictionary:
     return adopt(random_sae(architecture, **changes), Site.parse(site), f"random {architecture}")
+
+
+def save_model_and_sae(folder: Path) -> None:
+    """`folder/model`, and `folder/saes` with a dictionary at resid_post.1: what commands are given."""
+    model = tiny_model()
+    model.hf.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    sae = random_sae(seed=1)
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.save_model(folder / "saes" / "resid_post.1")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from tiny import random_sae, tiny_model
+from tiny import save_model_and_sae
 
 from saepatch.cli.main import COMMANDS, main
 from saepatch.records.rows import read_rows
@@ -18,12 +18,7 @@ pytestmark = pytest.mark.whole
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
-    model = tiny_model()
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
-    sae = random_sae(seed=1)
-    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
-    sae.save_model(folder / "saes" / "resid_post.1")
+    save_model_and_sae(folder)
     pair = {"clean": "abc", "corrupted": "adc", "answer": "x", "counter": "y"}
     (folder / "pairs.jsonl").write_text(json.dumps(pair))
     (folder / "texts.txt").write_text("abc\nadc adc\n")

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import random_sae, tiny_model
+from tiny import save_model_and_sae
 
 from saepatch.cli.main import COMMANDS, main
 from saepatch.data.pairs import load_pairs
@@ -229,12 +229,7 @@ def test_forms(form, text):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzzed")
-    model = tiny_model()
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
-    sae = random_sae(seed=1)
-    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
-    sae.save_model(folder / "saes" / "resid_post.1")
+    save_model_and_sae(folder)
     pair = ROW | {"clean": "abc", "corrupted": "adc", "answer": "x", "counter": "y"}
     (folder / "pairs.jsonl").write_text(json.dumps(pair))
     arguments = ["--model", folder / "model", "--sae", folder / "saes", "--pairs", folder / "pairs.jsonl"]

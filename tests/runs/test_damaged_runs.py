@@ -6,7 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 from runs_of_training import documents, small
-from tiny import random_sae, tiny_model
+from tiny import save_model_and_sae, tiny_model
 
 from saepatch.cli.main import main
 from saepatch.errors import UserError
@@ -23,12 +23,7 @@ from training.loop.trainer import train_saes
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
-    model = tiny_model()
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
-    sae = random_sae(seed=1)
-    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
-    sae.save_model(folder / "saes" / "resid_post.1")
+    save_model_and_sae(folder)
     pairs = [{"clean": f"ab{c}", "corrupted": f"ad{c}", "answer": "x", "counter": "y"} for c in "cde"]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     assert main(command(folder, folder / "run")) == 0
