@@ -56,6 +56,8 @@ from .splicing.donors import Restore as Restore
 from .splicing.interventions import Ablate as Ablate
 from .splicing.interventions import AtLeast as AtLeast
 from .splicing.interventions import Clamp as Clamp
+from .splicing.interventions import Context as Context
+from .splicing.interventions import Needs as Needs
 from .splicing.interventions import Patch as Patch
 from .splicing.interventions import Steer as Steer
 from .splicing.splice import record_latents as record_latents
