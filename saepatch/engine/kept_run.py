@@ -10,7 +10,7 @@ logged.
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Ways = tuple[str, ...]
 WAYS: Ways = ("shortcuts", "cache", "blocks", "whole")  # fastest first; the last is always right
 ON_CACHE = ("shortcuts", "cache")  # these skip columns, too; "blocks" skips only the blocks before the site
-Checked = dict[tuple[Site, ...], tuple[str, bool, int]]
+Checked = dict[tuple[tuple[Site, ...], bool], tuple[str, bool, int]]
 # Edits of sites downstream of the one that a pass resumes from: functions of the site's value from column `first` on.
 Later = Mapping[Site, Edit]
 
@@ -56,9 +56,9 @@ class KeptRun:
             raise ValueError("resuming needs prompts that end in the last column: pad on the left")
         self.model, self.tokens = model, tokens
         self.values: dict[Site, Tensor] = {}
-        # By edited sites: the way that agrees with whole passes, whether it also does when few logits are unembedded,
-        # and up to how many tokens this was checked. Shared by the runs of one sweep and not kept longer, since models
-        # may change in place.
+        # By edited sites and whether few logits are asked for: the way that agrees with whole passes, whether it does
+        # when few logits are unembedded, and up to how many tokens this was checked. Shared by the runs of one sweep
+        # and not kept longer, since models may change in place.
         self.checked: Checked = {}
         self.written: Tensor | None = None  # the values that an ablation wrote into the component's units
         wanted = {*sites, *(entry(site) for site in sites)}
@@ -120,8 +120,8 @@ class KeptRun:
         `only` are the vocabulary ids whose logits are needed; None: all. `later` are edits of downstream sites.
         """
         later = later or {}
-        way, few = self._way((site, *later))
-        if few or only is None:
+        way, few = self._way((site, *later), only is not None)
+        if only is None or few:
             return self._go(way, site, rows, first, change, only, later)
         return self._go(way, site, rows, first, change, None, later)[:, only]
 
@@ -194,51 +194,64 @@ class KeptRun:
         column = edited.int().argmax(-1)
         return {m: at_edited(m, out[rows, first:], column) for m, out in self._kept[site].items()}
 
-    def _way(self, sites: tuple[Site, ...]) -> tuple[str, bool]:
-        """The fastest way that agrees with whole passes on one row; and whether it may unembed few logits."""
-        way, few, width = self.checked.get(sites, ("", True, 0))
+    def _way(self, sites: tuple[Site, ...], few: bool) -> tuple[str, bool]:
+        """The fastest way that agrees with whole passes on one row; and whether it may unembed few logits, if asked."""
+        way, may, width = self.checked.get((sites, few), ("", False, 0))
         if width < self.width:
+            probes = self._probes(sites)
             candidates = [way for way in WAYS if self._cache is not None or way not in ON_CACHE]
-            way, few = next(result for way in candidates if (result := self._verified(way, sites)) is not None)
-            self.checked[sites] = (way, few, self.width)
-        return way, few
+            verified = (self._verified(way, sites, probes, few) for way in candidates)
+            way, may = next(result for result in verified if result is not None)
+            self.checked[sites, few] = (way, may, self.width)
+        return way, may
 
-    def _verified(self, way: str, sites: Sequence[Site], again: bool = True) -> tuple[str, bool] | None:
-        if self._agrees(way, sites, None):
-            return way, self._agrees(way, sites, torch.tensor([self.logits.shape[-1] - 1, 0]))
+    def _verified(
+        self, way: str, sites: Sequence[Site], probes: "_Probes", few: bool, again: bool = True
+    ) -> tuple[str, bool] | None:
+        for only in (probes.few, None) if few else (None,):
+            if self._agrees(way, sites, probes, only):
+                return way, only is not None
         if again and way == WAYS[0] and forget_maps(self.model):  # the model may have changed since it was probed
-            return self._verified(way, sites, again=False)
+            return self._verified(way, sites, probes, few, again=False)
         return None
 
-    def _agrees(self, way: str, sites: Sequence[Site], only: Int[Tensor, "some"] | None) -> bool:
-        """Compare edits of a single position, in the middle and at the end, with whole passes."""
+    def _probes(self, sites: tuple[Site, ...]) -> "_Probes":
+        """Edits of a single position, in the middle and at the end, of the row with most padding, by whole passes."""
+        row = self.tokens.lengths.argmin().cpu().reshape(1)
+        generator = torch.Generator().manual_seed(0)
+        columns = sorted({self.width // 2, self.width - 1})
+        changes = [[self._noise(site, row, first, generator) for site in sites] for first in columns]
+        both = [
+            torch.cat([nn.functional.pad(change, (0, 0, first, 0)) for first, change in zip(columns, own, strict=True)])
+            for own in zip(*changes, strict=True)
+        ]
+        later = {site: _adding(noise) for site, noise in zip(sites[1:], both[1:], strict=True)}
+        whole = self._go(WAYS[-1], sites[0], row.expand(len(columns)), 0, both[0], None, later).float()
+        few = torch.tensor([self.logits.shape[-1] - 1, 0])
+        return _Probes(row, columns, changes, whole, self.logits[row].float(), few)
+
+    def _agrees(self, way: str, sites: Sequence[Site], probes: "_Probes", only: Int[Tensor, "some"] | None) -> bool:
+        """Compare the probes' edits with whole passes."""
         if way == WAYS[-1] and only is None:
             return True
-        worst, scale, moved = 0.0, 0.0, 0.0
-        row = self.tokens.lengths.argmin().cpu().reshape(1)  # the row with most padding
-        generator = torch.Generator().manual_seed(0)
-        site = sites[0]
-        for first in sorted({self.width // 2, self.width - 1}):
-            change, *others = (self._noise(edited, row, first, generator) for edited in sites)
+        resumed = []
+        for first, (change, *others) in zip(probes.columns, probes.changes, strict=True):
             later = {other: _adding(noise) for other, noise in zip(sites[1:], others, strict=True)}
-            whole = self._go(WAYS[-1], site, row, first, change, None, later).float()
-            before = self.logits[row].float()
             try:
-                resumed = self._go(way, site, row, first, change, only, later).float()
+                resumed.append(self._go(way, sites[0], probes.row, first, change, only, later).float())
             except Exception as error:  # families fail in many ways; whole passes always work
-                log.info("%s at %s: %s fails (%s), so the next way is used", self.model.name, site, way, error)
+                log.info("%s at %s: %s fails (%s), so the next way is used", self.model.name, sites[0], way, error)
                 return False
-            if only is not None:
-                whole, before = whole[:, only], before[:, only]
-            worst, scale = max(worst, float((resumed - whole).abs().max())), max(scale, float(whole.abs().max()))
-            moved = max(moved, float((whole - before).abs().max()))
+        whole, before = (x if only is None else x[:, only] for x in (probes.whole, probes.before))
+        worst, scale = float((torch.cat(resumed) - whole).abs().max()), float(whole.abs().max())
+        moved = float((whole - before).abs().max())
         exact = self.model.dtype == torch.float32
         if worst <= (1e-4 if exact else 5e-2) * scale and (worst <= 1e-6 * scale + 0.02 * moved or not exact):
             return True
         log.log(
             logging.INFO if way == WAYS[0] else logging.WARNING,  # only without a cache is the next way slow
             "%s at %s: resuming by %r%s differs from whole passes by %.1e, so the next way is used",
-            self.model.name, site, way, "" if only is None else " with few logits", worst,
+            self.model.name, sites[0], way, "" if only is None else " with few logits", worst,
         )  # fmt: skip
         return False
 
@@ -251,6 +264,17 @@ class KeptRun:
         noise = torch.randn(old.shape[-1], generator=generator).to(old)
         change[:, 0] = noise * old.std().clamp(min=1e-3)
         return change
+
+
+class _Probes(NamedTuple):
+    """Edits by which ways of resuming are checked: `changes[column][site]` of one row, and the logits they give."""
+
+    row: Int[Tensor, "1"]
+    columns: list[int]  # the first changed column of each edit
+    changes: list[list[Float[Tensor, "1 columns width"]]]
+    whole: Float[Tensor, "edits vocab"]  # by whole passes
+    before: Float[Tensor, "1 vocab"]  # unedited
+    few: Int[Tensor, "some"]
 
 
 class _Before(DynamicLayer):

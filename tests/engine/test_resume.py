@@ -50,7 +50,8 @@ def by_hand(model, site, tokens, changes):
 
 
 def force(run, site, way):
-    run.checked[(site,)] = (way, True, 10**6)
+    for few in (True, False):
+        run.checked[(site,), few] = (way, few, 10**6)
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def ways(monkeypatch):
     """Which way every edited pass took, and how many columns its run had."""
     taken, plain = [], KeptRun._way
 
-    def spy(run, sites):
-        way, few = plain(run, sites)
+    def spy(run, *asked):
+        way, few = plain(run, *asked)
         taken.append((way, run.width))
         return way, few
 
@@ -167,7 +168,7 @@ def test_longer_prompts_are_checked_again(monkeypatch):
     monkeypatch.setattr(KeptRun, "_agrees", lambda run, *rest: checked.append(run.width) or plain(run, *rest))
     patch_latents(model, dictionary, [PromptPair("ab", "ac", "x", "y"), PAIR, PAIR])
     assert set(checked) == {3, 18}
-    assert len(checked) == 4  # each length with all logits and with few, and not once a pair
+    assert len(checked) == 2  # each length once, and not once a pair
 
 
 def test_a_model_that_was_changed_in_place_is_probed_again():
