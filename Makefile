@@ -21,7 +21,7 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo picture docs test lint format types test-fast test-slow fuzz audit zoo bench crosscheck bench-generation bench-training organism \
+.PHONY: help setup demo picture docs test lint format types test-fast test-typed test-slow fuzz audit zoo bench crosscheck bench-generation bench-training organism \
 	constraints clean
 
 help:  ## this list
@@ -64,14 +64,18 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 test-fast: $(STAMP)  ## the default tests alone: CPU, offline
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not whole" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "whole and not slow" --jaxtyping-packages= $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-typed: $(STAMP)  ## the short tests, with the shapes and types of every annotated function checked
+	@# Shapes by jaxtyping, the rest by beartype (tests/checked_types.py).
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not whole" \
+		--jaxtyping-packages=saepatch,training,experiments,checked_types.check $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes, the organism's retraining among them
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 fuzz: $(STAMP)  ## hostile settings, files and texts, more than 20,000 of them (some minutes)
-	SAEPATCH_FUZZ=100 $(BIN)/python -m pytest tests/fuzz --jaxtyping-packages= $(PYTEST_ARGS)
+	SAEPATCH_FUZZ=100 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 audit: $(STAMP)  ## ruff's security rules, and known vulnerabilities of what constraints.txt pins (asks PyPI)
 	$(BIN)/ruff check --select S saepatch training experiments
