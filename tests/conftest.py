@@ -1,5 +1,6 @@
 """Settings of the whole test run."""
 
+import gc
 import os
 import signal
 
@@ -9,6 +10,8 @@ import torch
 from saepatch import organism
 
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring
+
+gc.set_threshold(20_000)  # what torch and transformers allocate stays, and looking through it again takes its time
 
 os.fsync = lambda handle: None  # no test cuts the power, and a slow disk would take longer than all the tests
 

@@ -21,7 +21,7 @@ from saepatch.report import Details, Link, read_page
 
 pytestmark = pytest.mark.whole
 
-PAIRS = 16
+PAIRS = 8
 
 
 @pytest.fixture(scope="module")

@@ -81,17 +81,18 @@ def draw(model, pair, sample, seed=0, sigma=3.0, tokens=3):
     return torch.from_numpy(sigma * spread * normal).float()
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize(
-    ("family", "site"),
+    ("family", "site", "direction"),
     [
-        *(("llama", f"{stream}.0") for stream in ("resid_pre", "resid_post", "attn_out", "mlp_out", "z")),
-        ("llama", "resid_post.2"),
-        ("gpt2", "resid_pre.1"),
-        ("gpt2", "z.1"),
-        ("gemma3_text", "resid_post.0"),  # scales its embeddings
-        ("phi", "attn_out.0"),  # MLP beside attention: both read the noised stream
-        ("opt", "resid_post.1"),
+        *(("llama", f"{stream}.0", "denoise") for stream in ("resid_pre", "resid_post", "attn_out", "mlp_out", "z")),
+        ("llama", "resid_post.2", "noise"),
+        ("gpt2", "resid_pre.1", "noise"),
+        ("gpt2", "z.1", "denoise"),
+        ("gemma3_text", "resid_post.0", "denoise"),  # scales its embeddings
+        ("gemma3_text", "resid_post.0", "noise"),
+        ("phi", "attn_out.0", "denoise"),  # MLP beside attention: both read the noised stream
+        ("phi", "attn_out.0", "noise"),
+        ("opt", "resid_post.1", "denoise"),
     ],
 )
 def test_noise_is_one_plain_forward_a_sample(family, site, direction):
@@ -310,8 +311,7 @@ def test_ablation_at_some_positions():
 REFERENCE = ["the cow ran", "one pig sat", "abcdefghijk"]
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("by_position", [True, False])
+@pytest.mark.parametrize(("by_position", "direction"), [(True, "denoise"), (False, "noise")])
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_mean_ablation(name, by_position, direction):
     """As zero ablation, with the mean over reference prompts in each unit's place."""
