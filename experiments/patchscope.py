@@ -228,7 +228,7 @@ def main(config: PatchscopeConfig) -> None:
     write_page(page, out / "report.html")
     summary: dict[str, Any] = {
         "verdict": finding,
-        "words": [[i.value, i.low, i.high] for i in control],
+        "words": [interval.as_list() for interval in control],
         "readings": [asdict(share) for share in shares],
         "versions": versions(),
     }

@@ -15,7 +15,6 @@ from saepatch.pages.maps import EditTable, draw_map, head_map, site_and_position
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import Row, write_rows
-from saepatch.records.statistics import Interval
 from saepatch.report import KEPT, Chart, Facts, HeatMap, Page, Section, Table, keep_page, write_figure, write_page
 from saepatch.runs.parts import EditKey
 
@@ -293,14 +292,14 @@ def summary(study: StudyResults) -> dict[str, Any]:
         "model": study.config.model,
         "site": str(study.best.site),
         "ce_recovered": {str(ranked.site): ranked.ce_recovered for ranked in study.sites},
-        "chosen_by": {str(ranked.site): _point(ranked.chosen_by) for ranked in study.sites},
+        "chosen_by": {str(ranked.site): ranked.chosen_by.as_list() for ranked in study.sites},
         "pairs": study.pairs,
         "pairs_of_maps": study.group,
         "clean": float(effects.clean.mean()),
         "corrupted": float(effects.corrupted.mean()),
         "clean_right": float((effects.clean > 0).mean()),
         **{
-            f"{d}_{name}": [[k, *_point(i)] for k, i in zip(study.curves[d].sizes, line, strict=True)]
+            f"{d}_{name}": [[k, *i.as_list()] for k, i in zip(study.curves[d].sizes, line, strict=True)]
             for d in PATCH_DIRECTIONS
             for c in [study.curves[d]]
             for name, line in (("top", c.top), ("random", c.random), ("matched", c.matched))
@@ -310,8 +309,8 @@ def summary(study: StudyResults) -> dict[str, Any]:
         "latents": [
             {
                 "latent": int(name),
-                "denoise": _point(d),
-                "noise": _point(n),
+                "denoise": d.as_list(),
+                "noise": n.as_list(),
                 "q_denoise": q,
                 "q_noise": r,
                 "differs": differs,
@@ -324,7 +323,7 @@ def summary(study: StudyResults) -> dict[str, Any]:
         ],
         "directions": {
             kind.name: {
-                d: {str(k): _point(kind.effects[d].of(i, seed)) for i, k in enumerate(kind.sizes)}
+                d: {str(k): kind.effects[d].of(i, seed).as_list() for i, k in enumerate(kind.sizes)}
                 for d in PATCH_DIRECTIONS
             }
             for kind in study.kinds
@@ -342,12 +341,8 @@ def _largest(study: StudyResults, effects: Both) -> list[dict[str, Any]]:
             "site": str(edit.site),
             "unit": describe(edit),
             "position": None if edit.position is None else study.columns[edit.position],
-            "denoise": _point(denoise),
-            "noise": None if noise is None else _point(noise),
+            "denoise": denoise.as_list(),
+            "noise": None if noise is None else noise.as_list(),
         }
         for edit, denoise, noise in largest(effects)
     ]
-
-
-def _point(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]

@@ -94,7 +94,7 @@ def acceptance(result: Result) -> dict[str, bool | None]:
 
 
 def triple(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval.value, interval.low, interval.high]
+    return None if interval is None else interval.as_list()
 
 
 def finite(value: float) -> float | None:

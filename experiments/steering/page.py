@@ -337,9 +337,9 @@ def _figures(steered: SteeringResult, config: SteeringConfig) -> dict[str, Any]:
         },
         "more_than_one_latent": {
             str(k): {
-                "norm": _list(steered.at_equal_norm(k, share)),
-                "divergence": _list(steered.at_equal_divergence(k, share)),
-                "own": _list(steered.at_chosen(k, share)),
+                "norm": steered.at_equal_norm(k, share).as_list(),
+                "divergence": steered.at_equal_divergence(k, share).as_list(),
+                "own": steered.at_chosen(k, share).as_list(),
             }
             for k in config.sizes[1:]
         },
@@ -351,8 +351,4 @@ def _figures(steered: SteeringResult, config: SteeringConfig) -> dict[str, Any]:
 def _numbers(point: Point) -> dict[str, Any]:
     values = [point.success, point.degenerate, point.perplexity, point.kl]
     values += [point.distinct(1), point.distinct(2), point.repetition]
-    return {"strength": point.norm} | {name: _list(value) for name, value in zip(METRICS, values, strict=True)}
-
-
-def _list(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
+    return {"strength": point.norm} | {name: value.as_list() for name, value in zip(METRICS, values, strict=True)}

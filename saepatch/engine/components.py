@@ -125,8 +125,25 @@ class LatentUnits:
         return Changes(row, pos, unit, lambda some: value[some, None] * rows[unit[some]])
 
 
+class _SiteValue:
+    """Base of components whose values have the site's width: by default, one unit that is the site's whole value."""
+
+    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        return x
+
+    def write(
+        self,
+        base: Float[Tensor, "batch pos width"],
+        values: Float[Tensor, "batch pos width"],
+        where: Bool[Tensor, "batch pos"],
+    ) -> Changes:
+        change = values - self.read(base)
+        row, pos = (where & change.ne(0).any(-1)).nonzero(as_tuple=True)
+        return Changes(row, pos, torch.zeros_like(row), lambda some: change[row[some], pos[some]])
+
+
 @dataclass(frozen=True)
-class ErrorTerm:
+class ErrorTerm(_SiteValue):
     """The error term of a dictionary as one unit."""
 
     dictionary: Dictionary
@@ -143,17 +160,9 @@ class ErrorTerm:
     def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         return self.dictionary.encode(x).error
 
-    def write(
-        self,
-        base: Float[Tensor, "batch pos width"],
-        values: Float[Tensor, "batch pos width"],
-        where: Bool[Tensor, "batch pos"],
-    ) -> Changes:
-        return _whole(values - self.dictionary.encode(base).error, where)
-
 
 @dataclass(frozen=True)
-class Stream:
+class Stream(_SiteValue):
     """The whole value of a site at a position as one unit. `resid_post` sites give the classic layer × position map."""
 
     site: Site
@@ -163,20 +172,9 @@ class Stream:
     def check(self, model: LanguageModel) -> None:
         model.layout.module(self.site)
 
-    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        return x
-
-    def write(
-        self,
-        base: Float[Tensor, "batch pos width"],
-        values: Float[Tensor, "batch pos width"],
-        where: Bool[Tensor, "batch pos"],
-    ) -> Changes:
-        return _whole(values - base, where)
-
 
 @dataclass(frozen=True)
-class Heads:
+class Heads(_SiteValue):
     """The attention heads of a layer as units: each head's output z, before the output projection."""
 
     layer: int
@@ -193,9 +191,6 @@ class Heads:
             raise UserError(
                 f"{self.units} heads at layer {self.layer}, but {model.name} has {model.n_heads}: name these"
             )
-
-    def read(self, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
-        return x
 
     def write(
         self,
@@ -265,11 +260,6 @@ class Directions:
         row, pos, unit = change.nonzero(as_tuple=True)
         value = change[row, pos, unit]
         return Changes(row, pos, unit, lambda some: value[some, None] * rows[unit[some]])
-
-
-def _whole(change: Float[Tensor, "batch pos width"], where: Bool[Tensor, "batch pos"]) -> Changes:
-    row, pos = (where & change.ne(0).any(-1)).nonzero(as_tuple=True)
-    return Changes(row, pos, torch.zeros_like(row), lambda some: change[row[some], pos[some]])
 
 
 def between(component: Component, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> Changes:

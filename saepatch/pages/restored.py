@@ -109,7 +109,7 @@ def page_of_folder(run: RunFolder) -> Page:
         edits = [{"condition": "restored", "draw": 0, "latents": facts["latents"]}]
         record = Record("restore", run.settings, facts["model"], facts["dictionaries"], {}, 0, 1, 1, edits)
         judged = [read_row(row) for row in rows]
-        provenance = next(whose for row, whose in judged if row.condition == "bare")
+        provenance = next(source for row, source in judged if row.condition == "bare")
         latents = {Site.parse(site): ids and tuple(ids) for site, ids in facts["latents"].items()}
         answers = Answers.of(config, record, grouped(judged), facts.get("fvu_of_model_and_donor"))
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:

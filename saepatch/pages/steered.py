@@ -37,12 +37,12 @@ def listen(session: Session, prompt: str, both: tuple[Written, Written], texts: 
     model = session.model
     site, latents = max(session.latents.items(), key=lambda pair: len(pair[1]))
     named = [
-        (f"{name}, read again by the bare model", asked + written.text)
-        for name, asked, written in zip(TITLES, session.asked, both)
+        (f"{name}, read again by the bare model", read + written.text)
+        for name, read, written in zip(TITLES, session.prompts, both)
     ]
-    before, after = (perplexity(model, [asked], [written.ids]) for asked, written in zip(session.asked, both))
-    read = read_texts(model, session.dictionaries[site], latents, named)
-    return SteeredAnswer(prompt, session.strength, (texts[0], texts[1]), (before, after), read)
+    before, after = (perplexity(model, [read], [written.ids]) for read, written in zip(session.prompts, both))
+    coloured = read_texts(model, session.dictionaries[site], latents, named)
+    return SteeredAnswer(prompt, session.strength, (texts[0], texts[1]), (before, after), coloured)
 
 
 def read_cards(session: Session) -> tuple[Card, ...]:

@@ -47,6 +47,10 @@ class Interval:
         """The fields as written to files; `reason` only where there is one."""
         return {name: value for name, value in vars(self).items() if name != "reason" or value}
 
+    def as_list(self) -> list[float]:
+        """[value, low, high], the short form in files."""
+        return [self.value, self.low, self.high]
+
 
 def bootstrap_mean(
     values: Float[np.ndarray, "examples"], level: float = 0.95, draws: int = 2000, seed: int = 0

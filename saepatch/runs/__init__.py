@@ -1,4 +1,4 @@
-"""Runs on the disk: what resumes them, their parts, merging, the catalogue of finished ones.
+"""Runs on disk: the resumable driver, parts, merging, the catalogue of finished runs.
 
 May import restoration and below.
 """

@@ -1,4 +1,4 @@
-"""Judged answers: their shares, their table, and what `saepatch restore` writes. Reading them needs no model."""
+"""Judged answers of `saepatch restore`: their shares, table and files. Reading them needs no model."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from saepatch.settings.restore import RestoreConfig
 log = logging.getLogger(__name__)
 
 ORDER = ("bare", "restored", "random", "matched", "donor")
-WILSON = "Intervals: 95 % Wilson score over prompts; of several random sets the mean for each prompt, for these sets."
+WILSON = "Intervals: 95 % Wilson score over prompts; several random sets are averaged per prompt, for these sets only."
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """One condition over one group of prompts ("": all): each outcome's share of prompts, and the refusal score."""
+    """Share of prompts with each outcome, and mean refusal score: one condition, one group of prompts ("": all)."""
 
     condition: str
     group: str
@@ -41,14 +41,14 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What came of a run of `saepatch restore`: its rows with their provenance, and shares by condition."""
+    """Results of a run of `saepatch restore`: rows with their provenance, and shares by condition."""
 
     config: RestoreConfig
     record: Record
     parts: Sequence["Part"]
     shares: Sequence[Share]
     fvu: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """By site, what the dictionary leaves unexplained of the model and of the donor; empty where they are one."""
+    """By site, the dictionary's FVU on the model and on the donor; empty where both are the same model."""
 
     @classmethod
     def of(
@@ -58,14 +58,14 @@ class Answers:
         parts: Sequence["Part"],
         fvu: Mapping[str, tuple[float, float]] | None = None,
     ) -> "Answers":
-        rows = [row for some, _ in parts for row in some]
+        rows = [row for part_rows, _ in parts for row in part_rows]
         groups = sorted({row.harmful for row in rows} - {""})
-        wanted = [("", list(rows)), *((group, [r for r in rows if r.harmful == group]) for group in groups)]
+        by_group = [("", list(rows)), *((group, [r for r in rows if r.harmful == group]) for group in groups)]
         shares = []
-        for group, some in wanted:
+        for group, group_rows in by_group:
             for condition in ORDER:
-                if mine := [row for row in some if row.condition == condition]:
-                    shares.append(_share(condition, group, mine, config.seed))
+                if own := [row for row in group_rows if row.condition == condition]:
+                    shares.append(_share(condition, group, own, config.seed))
         return cls(config, record, parts, shares, fvu or {})
 
     @property
@@ -73,28 +73,28 @@ class Answers:
         return [row for rows, _ in self.parts for row in rows]
 
     def share(self, condition: str, group: str = "") -> Share:
-        return next(one for one in self.shares if (one.condition, one.group) == (condition, group))
+        return next(share for share in self.shares if (share.condition, share.group) == (condition, group))
 
     def table(self) -> str:
-        """The outcomes as text."""
+        """Table of the outcomes as text."""
         kinds = {share.group for share in self.shares}
         shown = [share for kind in ("yes", "no", "") for share in self.shares if share.group == kind]
         rows = [
             [self.label(share), *(share.outcomes[name] for name in OUTCOMES), f"{share.score.value:.2f}"]
             for share in shown
-            if share.group or len(kinds) == 1  # of both kinds together none is the answer
+            if share.group or len(kinds) == 1  # shares over both kinds together answer no question
         ]
         lines = [text_table(["", *OUTCOMES, "refusal score"], rows)]
         return "\n".join([*lines, f"{self.shares[0].prompts} prompts. {WILSON}"])
 
-    def label(self, one: Share) -> str:
-        kind = {"": "", "yes": ", harmful", "no": ", harmless"}[one.group]
-        size = f" ({one.latents} latent{'s' * (one.latents > 1)})" if one.latents else ""
-        return f"{one.condition}{size}{kind}"
+    def label(self, share: Share) -> str:
+        kind = {"": "", "yes": ", harmful", "no": ", harmless"}[share.group]
+        size = f" ({share.latents} latent{'s' * (share.latents > 1)})" if share.latents else ""
+        return f"{share.condition}{size}{kind}"
 
     def summary(self) -> dict[str, Any]:
-        """As summary.json holds it."""
-        restored = next(given for given in self.record.edits or () if given["condition"] == "restored")
+        """Content of summary.json."""
+        restored = next(edit for edit in self.record.edits or () if edit["condition"] == "restored")
         return {
             "work": "restore",
             "settings": self.record.settings,
@@ -105,21 +105,21 @@ class Answers:
             "rows": len(self.rows),
             "conditions": [
                 {
-                    "condition": one.condition,
-                    "harmful": {"": None, "yes": True, "no": False}[one.group],
-                    "latents": one.latents,
-                    "prompts": one.prompts,
-                    **{name: [e.value, e.low, e.high] for name, e in one.outcomes.items()},
-                    "refusal_score": [one.score.value, one.score.low, one.score.high],
+                    "condition": share.condition,
+                    "harmful": {"": None, "yes": True, "no": False}[share.group],
+                    "latents": share.latents,
+                    "prompts": share.prompts,
+                    **{name: interval.as_list() for name, interval in share.outcomes.items()},
+                    "refusal_score": share.score.as_list(),
                 }
-                for one in self.shares
+                for share in self.shares
             ],
             "versions": versions(),
         }
 
 
 def _share(condition: str, group: str, rows: Sequence[AnswerRow], seed: int) -> Share:
-    """Draws of one condition are put together prompt by prompt."""
+    """The share of one condition; several draws are averaged prompt by prompt."""
     examples = list(dict.fromkeys(row.example for row in rows))
     place = {example: number for number, example in enumerate(examples)}
     count, scores = np.zeros(len(examples)), np.zeros(len(examples))
@@ -134,7 +134,7 @@ def _share(condition: str, group: str, rows: Sequence[AnswerRow], seed: int) -> 
         group,
         rows[0].latents,
         len(examples),
-        {name: wilson_share(some / count) for name, some in hits.items()},
+        {name: wilson_share(hit_counts / count) for name, hit_counts in hits.items()},
         bootstrap_mean(scores / count, seed=seed),
     )
 
@@ -150,7 +150,7 @@ def write_answers(answers: Answers, out: Path) -> None:
 
 
 def merge_answers(out: Path, records: Sequence[Record]) -> Answers:
-    """The same of a run whose parts are all there, without its model.
+    """Read the answers of a complete run and write its results; needs no model.
 
     Raises:
         UserError: its settings cannot be read.
@@ -161,17 +161,17 @@ def merge_answers(out: Path, records: Sequence[Record]) -> Answers:
     except TypeError as error:
         raise UserError(f"cannot read {path} ({error}): start one of the shards again, which writes it") from error
     answers = read_answers(config, records, read_judge(config.judge), judge_version(config.judge))
-    if not answers.fvu and (out / "summary.json").exists():  # of parts that did not say it
+    if not answers.fvu and (out / "summary.json").exists():  # parts of earlier versions lack it
         known = read_json(out / "summary.json").get("fvu_of_model_and_donor", {})
         answers = replace(answers, fvu={site: (mine, theirs) for site, (mine, theirs) in known.items()})
     write_answers(answers, out)
     return answers
 
 
-def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge, judged: str) -> Answers:
-    """What the parts of all shards hold; verdicts that another version of the judge gave are given anew.
+def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge, version: str) -> Answers:
+    """Read the parts of all shards; answers judged by another version of the judge are judged again.
 
-    `judged` is the judge's version; empty where it is quicker to judge again than to ask.
+    `version` is the judge's version (`judge_version`); empty: always judge again.
     """
     out, changed = Path(config.out), 0
     placed: list[tuple[int, AnswerRow, Provenance]] = []
@@ -182,27 +182,34 @@ def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge,
             about = read_about(file) or {}
             rows = [read_row(row) for row in read_rows(file)]
             fvu = fvu or {site: (mine, theirs) for site, (mine, theirs) in about.get("fvu", {}).items()}
-            if not judged or about.get("judge") != judged:
+            if not version or about.get("judge") != version:
                 before = [row.outcome for row, _ in rows]
-                rows = [(replace(r, outcome=judge(Answer(r.prompt, r.answer, r.score))), whose) for r, whose in rows]
+                rows = [
+                    (replace(r, outcome=judge(Answer(r.prompt, r.answer, r.score))), provenance)
+                    for r, provenance in rows
+                ]
                 changed += sum(outcome != row.outcome for outcome, (row, _) in zip(before, rows, strict=True))
-                if judged:  # a judge of one's own may cost something: it is asked once
-                    write_rows(grouped(rows), file, {**about, "judge": judged}, AnswerRow)
-            for row, whose in rows:
+                if version:  # a custom judge may be expensive: keep its verdicts
+                    write_rows(grouped(rows), file, {**about, "judge": version}, AnswerRow)
+            for row, provenance in rows:
                 number = numbers.setdefault(row.example, record.shard + record.shards * len(numbers))
-                placed.append((number if record.shards > 1 else 0, row, whose))
+                placed.append((number if record.shards > 1 else 0, row, provenance))
     if changed:
-        log.warning("the judge is another than when this run began: %d answers are judged otherwise now", changed)
-    ordered = [(row, whose) for _, row, whose in sorted(placed, key=lambda entry: entry[0])]
+        log.warning("the judge has changed since this run began: %d answers have another outcome now", changed)
+    ordered = [(row, provenance) for _, row, provenance in sorted(placed, key=lambda entry: entry[0])]
     return Answers.of(config, records[0], grouped(ordered), fvu)
 
 
+def _judged(row: AnswerRow, judge: Judge) -> AnswerRow:
+    return replace(row, outcome=judge(Answer(row.prompt, row.answer, row.score)))
+
+
 def read_row(row: Mapping[str, Any]) -> tuple[AnswerRow, Provenance]:
-    """A row of a file of answers."""
-    answer, whose = ({f.name: row[f.name] for f in fields(kind)} for kind in (AnswerRow, Provenance))
-    return AnswerRow(**answer), Provenance(**whose)
+    """An answer and its provenance from one row of a file."""
+    answer, provenance = ({f.name: row[f.name] for f in fields(kind)} for kind in (AnswerRow, Provenance))
+    return AnswerRow(**answer), Provenance(**provenance)
 
 
 def grouped(rows: Sequence[tuple[AnswerRow, Provenance]]) -> list[Part]:
-    """Rows in their order, neighbours of one provenance together."""
-    return [([row for row, _ in some], whose) for whose, some in groupby(rows, key=lambda row: row[1])]
+    """Rows in their order, consecutive rows of one provenance grouped."""
+    return [([row for row, _ in group], provenance) for provenance, group in groupby(rows, key=lambda row: row[1])]

@@ -1,4 +1,4 @@
-"""Folders that runs left: what ran there and what came of it, read from their JSON. Light: no model, no torch."""
+"""Run folders: the command that ran and its results, read from their JSON. Light: no model, no torch."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of a run holds.
+    """Read a JSON file of a run.
 
     Raises:
         UserError: it is missing or damaged.
@@ -37,7 +37,7 @@ DAMAGED = "it was damaged; run again or merge again"
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """What a run's files hold is used in the block: files that were changed are an error of theirs.
+    """Context for code that uses the content of a run's files: turns errors from damaged files into a UserError.
 
     Raises:
         UserError: a value is missing or of another kind than saepatch writes.
@@ -55,16 +55,16 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def _remedy(folder: Path) -> str:
-    """What to do where a folder holds no summary: of a run that was begun there, how it goes on."""
-    for record in _begun(folder):
+    """What to do about a folder without a summary: the command that resumes its run, if one was started."""
+    for record in _started(folder):
         with suppress(OSError, ValueError, KeyError, TypeError):
             work = json.loads(record.read_text(encoding="utf-8"))["work"]
-            return f"the run is not finished; go on with saepatch {work} --config {record.with_name('config.yaml')}"
+            return f"the run is not finished; resume it with saepatch {work} --config {record.with_name('config.yaml')}"
     return "give the folder of a finished run"
 
 
-def _begun(root: Path) -> list[Path]:
-    """Records of the runs that were ever begun at and below a folder."""
+def _started(root: Path) -> list[Path]:
+    """Records of all runs started in a folder or below it."""
     return sorted([*root.rglob("parts/shard-*/run.json"), *root.rglob("answers/**/run.json")])
 
 
@@ -81,12 +81,12 @@ class RunFolder:
 
     @property
     def work(self) -> str:
-        """What ran: a command or an experiment; empty where the summary is of something else."""
+        """The command or experiment that ran; empty for an unknown kind of summary."""
         return self.kind.name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the summary says of them, or `config.yaml` beside it."""
+        """Settings from the summary, or else from `config.yaml`."""
         own = self.summary.get("settings") or self.summary.get("config")
         if own is None and self.kind.name and (self.path / "config.yaml").exists():
             with suppress(UserError):
@@ -95,7 +95,7 @@ class RunFolder:
 
     @property
     def finished(self) -> str:
-        """When the summary was written, by this machine's clock."""
+        """When the summary was written, in local time."""
         written = (self.path / self.kind.file).stat().st_mtime
         return datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M")
 
@@ -114,7 +114,7 @@ class RunFolder:
 
     @property
     def count(self) -> int | None:
-        """Pairs or prompts; None where the summary does not say."""
+        """Number of pairs or prompts; None where the summary has none."""
         if "conditions" in self.summary:
             return max((row["prompts"] for row in self.summary["conditions"]), default=None)
         count = self.summary.get("pairs")
@@ -122,7 +122,7 @@ class RunFolder:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Of its dictionaries, by site."""
+        """Hashes of the run's dictionaries, by site."""
         return {site: each["hash"] for site, each in (self.summary.get("dictionaries") or {}).items()}
 
     @property
@@ -132,12 +132,12 @@ class RunFolder:
 
     @property
     def headline(self) -> str:
-        """What came of it, in a few words."""
+        """The main result in a few words."""
         return self.kind.headline(self.summary)
 
 
 def read_run(path: Path) -> RunFolder:
-    """The run in a folder.
+    """Read the finished run in a folder.
 
     Raises:
         UserError: it holds no summary that can be read.
@@ -150,31 +150,38 @@ def read_run(path: Path) -> RunFolder:
 
 
 def find_runs(root: Path) -> list[RunFolder]:
-    """All finished runs at and below a folder, by path; what cannot be read is left out.
+    """All finished runs in a folder and below it, sorted by path; unreadable ones are left out.
 
     Raises:
         UserError: there is no such folder.
     """
     if not root.is_dir():
-        raise UserError(f"there is no folder {str(root)!r}: give the one that runs are in")
+        raise UserError(f"there is no folder {str(root)!r}: give the folder that holds your runs")
     runs = []
     for folder in sorted({path.parent for name in SUMMARIES for path in root.rglob(name)}):
         with suppress(UserError), reading(folder):
             run = read_run(folder)
-            _ = (run.model, run.task, run.count, run.sites, run.headline, run.finished)  # all that a list shows
+            _ = (
+                run.model,
+                run.task,
+                run.count,
+                run.sites,
+                run.headline,
+                run.finished,
+            )  # so that an unreadable value shows here
             runs.append(run)
     return runs
 
 
 def unfinished(root: Path, runs: Sequence[RunFolder]) -> list[Path]:
-    """Folders of runs that have parts and no summary yet."""
+    """Folders of runs that were started but have no summary yet."""
     done = {run.path for run in runs}
-    begun = {next(f.parent for f in path.parents if f.name in ("parts", "answers")) for path in _begun(root)}
-    return sorted(begun - done)
+    started = {next(f.parent for f in path.parents if f.name in ("parts", "answers")) for path in _started(root)}
+    return sorted(started - done)
 
 
 def runs_table(root: Path) -> str:
-    """Runs below a folder as text: a line each."""
+    """Table of the runs in a folder, one line each."""
     runs = find_runs(root)
     head = ["run", "command", "model", "pairs", "sites", "finished", "headline"]
     rows = []
@@ -187,7 +194,7 @@ def runs_table(root: Path) -> str:
 
 
 def runs_facts(root: Path) -> dict[str, Any]:
-    """The same, for programs."""
+    """The runs in a folder as JSON values."""
     runs = find_runs(root)
     return {
         "runs": [
@@ -207,5 +214,5 @@ def runs_facts(root: Path) -> dict[str, Any]:
     }
 
 
-def _short(text: str, room: int = 28) -> str:
-    return text if len(text) <= room else text[: room - 1] + "…"
+def _short(text: str, width: int = 28) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,4 +1,4 @@
-"""Two runs of one kind side by side, from their summaries alone."""
+"""Two runs of one kind side by side, read from their summaries alone."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from saepatch.runs.kinds import name_of, prompt_kinds, show, show_figure, show_i
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Two runs side by side: what was set and what came out, a row of texts (name, in A, in B) each."""
+    """Settings and results of two runs side by side, in rows of (name, value in A, value in B)."""
 
     first: RunFolder
     second: RunFolder
     settings: tuple[tuple[str, str, str], ...]
-    """Those that differ, and the hashes of models and dictionaries that do."""
+    """Settings that differ, hashes of models and dictionaries among them."""
     figures: tuple[tuple[str, str, str], ...]
     edits: tuple[tuple[str, dict[str, Any] | None, dict[str, Any] | None], ...]
-    """Of edits on top of either run, by name: their entries in the summaries; None: not on top there."""
+    """Top edits of either run by name, with their entries in both summaries; None: not among that run's top edits."""
 
     def table(self) -> str:
-        """As text."""
+        """The comparison as text."""
         names = ["", str(self.first.path), str(self.second.path)]
-        edits = [(name, _effect(line, self.first, name), _effect(b, self.second, name)) for name, line, b in self.edits]
+        edits = [(name, _effect(a, self.first, name), _effect(b, self.second, name)) for name, a, b in self.edits]
         blocks: list[tuple[str, Sequence[tuple[str, str, str]]]]
         blocks = [("settings that differ", self.settings), ("figures", self.figures)]
         if self.first.work in ("patch", "attribute"):
@@ -37,7 +37,7 @@ class RunComparison:
         return "\n".join(lines).rstrip()
 
     def facts(self) -> dict[str, Any]:
-        """For programs."""
+        """The comparison as JSON values."""
         return {
             "runs": [str(self.first.path), str(self.second.path)],
             "settings": [list(row) for row in self.settings],
@@ -58,25 +58,25 @@ def _effect(line: dict[str, Any] | None, run: RunFolder, name: str) -> str:
 
 
 def compare_runs(first: RunFolder, second: RunFolder) -> RunComparison:
-    """Set two runs beside each other.
+    """Compare two runs of one kind.
 
     Raises:
-        UserError: they are of no known kind, or of two.
+        UserError: a run is of no known kind, or their kinds differ.
     """
     for run in (first, second):
         if not run.work:
             raise UserError(f"{run.path} holds no run of a known command or experiment: give two folders of such runs")
     if first.work != second.work:
         raise UserError(
-            f"{first.path} is of {first.work} and {second.path} of {second.work}: give two runs of the same command"
+            f"{first.path} is a run of {first.work}, {second.path} of {second.work}: give two runs of the same command"
         )
     settings = _rows(_described(first), _described(second))
-    others = {site for site, each in first.hashes.items() if second.hashes.get(site, each) != each}
-    tops = [_tops(run, others) for run in (first, second)]
+    differing_sites = {site for site, each in first.hashes.items() if second.hashes.get(site, each) != each}
+    tops = [_tops(run, differing_sites) for run in (first, second)]
     edits = [(name, tops[0].get(name), tops[1].get(name)) for name in dict.fromkeys([*tops[0], *tops[1]])]
-    if first.work == "restore":  # which latents, and shares in words
-        shown = [{**_latents(run, beside), **_outcomes(run)} for run, beside in ((first, second), (second, first))]
-        figures = _rows(*shown)
+    if first.work == "restore":  # also compares the restored latents
+        described = [{**_latents(run, other), **_outcomes(run)} for run, other in ((first, second), (second, first))]
+        figures = _rows(*described)
     else:
         figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (first, second)))
     differing = tuple(row for row in settings if row[1] != row[2])
@@ -88,10 +88,10 @@ def _rows(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
-    """How many latents of each site were restored, and how many of these in the other run, too; by name."""
+    """Number of latents restored at each site, and how many of them the other run restored too; by name."""
     rows: dict[str, str] = {}
     for site, ids in run.summary["latents"].items():
-        if run.hashes.get(site) != other.hashes.get(site):  # latent 3 is another latent there
+        if run.hashes.get(site) != other.hashes.get(site):  # other dictionaries: ids mean other latents
             rows[f"latents restored at {site}"] = "all" if ids is None else str(len(ids))
             continue
         theirs = other.summary["latents"].get(site, [])
@@ -101,7 +101,7 @@ def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
 
 
 def _outcomes(run: RunFolder) -> dict[str, str]:
-    """Shares of prompts by condition and kind of prompts, by name; the rest is compliance."""
+    """Shares of refused and degenerate answers by condition and kind of prompts (the remainder complied), by name."""
     rows: dict[str, str] = {}
     conditions = run.summary["conditions"]
     for row in [row for kind in prompt_kinds(conditions) for row in conditions if row["harmful"] == kind]:
@@ -113,7 +113,7 @@ def _outcomes(run: RunFolder) -> dict[str, str]:
 
 
 def _described(run: RunFolder) -> dict[str, str]:
-    """What decided a run's numbers, by name."""
+    """Settings and hashes that determine a run's numbers, by name."""
     described = {name: str(value) for name, value in run.settings.items() if name != "out"}
     if isinstance(model := run.summary.get("model"), dict):
         described["model's weights"] = model.get("hash", "")
@@ -123,12 +123,12 @@ def _described(run: RunFolder) -> dict[str, str]:
     return described
 
 
-def _tops(run: RunFolder, others: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Edits on top by name; at sites whose dictionary is another in the other run, latent 3 is another latent there."""
+def _tops(run: RunFolder, differing_sites: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Top edits by name. At sites where the two runs use different dictionaries, the name includes the hash."""
     if run.work not in ("patch", "attribute"):
         return {}
     tops = run.summary["top"] if run.work == "patch" else {d: each["top"] for d, each in run.summary["screens"].items()}
-    hashes = {site: f" of dictionary {each}" for site, each in run.hashes.items() if site in others}
+    hashes = {site: f" of dictionary {each}" for site, each in run.hashes.items() if site in differing_sites}
     return {
         f"{direction}: {name_of(line)}{hashes.get(line['site'], '')}": line
         for direction, top in tops.items()

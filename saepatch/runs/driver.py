@@ -1,8 +1,7 @@
-"""The one engine of long runs: parts written whole, a record of whose they are, a lock, and a way to resume.
+"""The driver of long runs: writes parts atomically, records which run they belong to, locks the folder, resumes.
 
-A run's folder holds one folder for each shard, and one process at a time works in it (`locked`). A kind of run says
-what it is and how one of its parts is run (`Work`); everything else is done here. The files are described in
-`saepatch.runs.parts`.
+A run's folder holds one folder per shard, in which one process works at a time (`locked`). A kind of run implements
+`Work`: its record, and how to run one part. `saepatch.runs.parts` describes the files.
 """
 
 import json
@@ -36,7 +35,7 @@ from saepatch.runs.parts import (
     refuse_other_command,
     shard_folder,
 )
-from saepatch.runs.progress import Check, Meter, said_once, stoppable
+from saepatch.runs.progress import Check, Meter, messages_once, stoppable
 from saepatch.settings.mixins import FREE
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
@@ -52,7 +51,7 @@ Config = TypeVar("Config", SweepConfig, RestoreConfig)
 
 @dataclass(frozen=True, eq=False)
 class PartContent:
-    """What a part's file holds: rows with their provenance, made as they are written, and what else merging needs."""
+    """Content of a part's file: rows with their provenance, produced while they are written, and facts for merging."""
 
     rows: Iterable[tuple[list[Row], Provenance]] | Iterable[tuple[list[AnswerRow], Provenance]]
     about: dict[str, Any]
@@ -60,12 +59,12 @@ class PartContent:
 
 
 Count = Callable[[int], None]
-"""Told how many edits or answers were just done; raises KeyboardInterrupt once the run is asked to stop."""
+"""Called with the number of edits or answers just finished; raises KeyboardInterrupt once the run should stop."""
 
 
 @runtime_checkable
 class Work(Protocol):
-    """A shard of a run, with the model and all else that running its parts takes."""
+    """A shard of a run, with the model and everything else needed to run its parts."""
 
     @property
     def record(self) -> Record: ...
@@ -73,12 +72,12 @@ class Work(Protocol):
     def place(self) -> "Place": ...
     @property
     def source(self) -> str:
-        """Where its prompts come from, in a word."""
+        """Short name of the prompts' source."""
         ...
 
     @property
     def unit(self) -> str:
-        """What is counted: edits or answers."""
+        """What progress counts: edits or answers."""
         ...
 
     def run_part(self, number: int, count: Count) -> PartContent: ...
@@ -89,7 +88,7 @@ SomeWork = TypeVar("SomeWork", bound=Work)
 
 @dataclass(frozen=True)
 class Place:
-    """The folder of one shard, and the records of all shards that have been started."""
+    """The folder of one shard, and the records of all shards started so far."""
 
     config: RunConfig
     out: Path
@@ -99,10 +98,10 @@ class Place:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Place":
-        """See that the folder can hold this run, as far as its settings say: before anything is loaded.
+        """Check, before anything is loaded, that the folder can hold a run with these settings.
 
         Raises:
-            UserError: it cannot be written, or holds another run.
+            UserError: the folder cannot be written, or holds another run.
         """
         shard, shards = read_shard(config.shard)
         out = Path(config.out)
@@ -118,44 +117,42 @@ class Place:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that decide what comes out."""
+        """The settings that determine the results."""
         return {name: redacted_values(value) for name, value in asdict(self.config).items() if name not in FREE}
 
     @property
     def edits(self) -> list[dict[str, Any]] | None:
-        """What the run patches or restores, as its first shard recorded it: a near tie may fall otherwise elsewhere."""
+        """Edits recorded by the first shard. Others reuse them, since near ties may rank differently elsewhere."""
         return self.records[0].edits if self.records else None
 
     def refuse_others(self, decides: dict[str, Any]) -> None:
-        """Raises UserError where a record there disagrees; settings it does not have yet stood at their defaults."""
+        """Raises UserError where an existing record differs; settings it predates count as their defaults."""
         defaults = {f.name: f.default for f in fields(self.config) if f.default is not MISSING and f.name not in FREE}
         for record in self.records:
             refuse_if_other(self.out, defaults | record.decides, decides)
 
     def agreed(self, here: Record) -> Record:
-        """The record to work under: what this shard wrote when it was started, else `here`.
+        """The record that this shard wrote when it was started, else `here` with the first shard's edits.
 
         Raises:
             UserError: the folder holds another run.
         """
         self.refuse_others(here.decides)
-        mine = [record for record in self.records if record.shard == self.shard]
-        if mine and mine[0].versions != here.versions:
-            log.warning(
-                "some libraries have other versions than when this shard was started: see %s/run.json", self.folder
-            )
-        return mine[0] if mine else replace(here, edits=self.edits)
+        own = [record for record in self.records if record.shard == self.shard]
+        if own and own[0].versions != here.versions:
+            log.warning("library versions have changed since this shard was started: see %s/run.json", self.folder)
+        return own[0] if own else replace(here, edits=self.edits)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard whose parts are all there."""
+    """A shard with all its parts written."""
 
     out: Path
     shard: int
     shards: int
     parts: int
-    count: int  # edits or answers, over all starts
+    count: int  # edits or answers, earlier starts included
 
 
 def drive(
@@ -163,14 +160,14 @@ def drive(
     prepare: Callable[[Config], SomeWork],
     conclude: Callable[[SomeWork, Tracker], None] | None = None,
 ) -> Finished:
-    """Run the parts of a shard that are not there yet.
+    """Run the missing parts of a shard.
 
-    `conclude` is called at the end of a run of one shard, while its tracker is still open.
+    `conclude` is called at the end of an unsharded run, while its tracker is still open.
 
     Raises:
-        UserError: settings that do not fit, a folder that holds another run, or one that another process works in.
-        KeyboardInterrupt: the run was stopped, by Ctrl-C or SIGTERM; what is written stays, and the message says how to
-            resume.
+        UserError: the settings are invalid, or the folder holds another run or is in use by another process.
+        KeyboardInterrupt: the run was stopped by Ctrl-C or SIGTERM. Finished parts stay; the message has the command to
+            resume it.
     """
     with stoppable() as check:
         torch.manual_seed(config.seed)
@@ -180,18 +177,18 @@ def drive(
                 return _run_parts(work, check, conclude)
             except KeyboardInterrupt:
                 record, folder = work.record, work.place.folder
-                again = f"saepatch {record.work} --config {shlex.quote(str(folder / 'config.yaml'))}"
+                resume = f"saepatch {record.work} --config {shlex.quote(str(folder / 'config.yaml'))}"
                 raise KeyboardInterrupt(
                     f"{record.parts - len(missing_parts(work))} of {record.parts} parts are written; "
-                    f"to go on from there: {again}"
+                    f"to resume: {resume}"
                 ) from None
 
 
 def missing_parts(work: Work) -> list[int]:
-    """Numbers of the parts that are not there yet, or that are damaged.
+    """Numbers of the parts that are missing or damaged.
 
     Raises:
-        UserError: a part is of another run.
+        UserError: a part belongs to another run.
     """
     missing = []
     for number in range(work.record.parts):
@@ -200,7 +197,7 @@ def missing_parts(work: Work) -> list[int]:
         if about is None:
             missing.append(number)
         elif about["run"] != work.record.key:
-            raise UserError(f"{path} is of another run: remove {work.place.folder}")
+            raise UserError(f"{path} belongs to another run: remove {work.place.folder}")
     return missing
 
 
@@ -212,7 +209,7 @@ def _run_parts(work: SomeWork, check: Check, conclude: Callable[[SomeWork, Track
     done = record.parts - len(missing)
     before = sum((read_about(part_file(folder, n)) or {}).get(work.unit, 0) for n in range(record.parts))
     if done and not config.quiet:
-        log.info("%d of %d parts are there already", done, record.parts)
+        log.info("resuming: %d of %d parts are done", done, record.parts)
     description = RunDescription(
         place.out if place.shards == 1 else folder,
         run=f"{config.command}-{work.source}",
@@ -225,8 +222,8 @@ def _run_parts(work: SomeWork, check: Check, conclude: Callable[[SomeWork, Track
     tracker = open_tracker(config.track, description, resume=done > 0)
     keep_run(folder, tracker.run_id)
     with tracker:
-        quieter = said_once("saepatch.engine.sweep", "saepatch.measure.screen")
-        with quieter, Meter(record.parts, done, before, config, tracker, work.unit) as meter:
+        without_repeats = messages_once("saepatch.engine.sweep", "saepatch.measure.screen")
+        with without_repeats, Meter(record.parts, done, before, config, tracker, work.unit) as meter:
             for number in missing:
                 _write_part(work, number, meter, check)
                 meter.part_done()
@@ -251,7 +248,7 @@ def _write_part(work: Work, number: int, meter: Meter, check: Check) -> None:
 
 
 def _write_record(work: Work) -> None:
-    """With the first part: settings that turn out not to work leave nothing that other settings run into."""
+    """Called with the first part: settings that fail before it leave no record to conflict with corrected ones."""
     path = work.place.folder / "run.json"
     if not path.exists():
         write_json(asdict(work.record), path)
@@ -259,13 +256,13 @@ def _write_record(work: Work) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Work in a folder that no other process works in, made if need be and removed again where nothing was written.
+    """Lock a folder against other processes. It is created if missing, and removed at the end if nothing was written.
 
-    The lock is the kernel's (flock), so that it ends with its process, however that ends; the file names the holder. On
-    a file system without such locks, what the file says counts: a process of this host that is gone holds nothing.
+    The lock is an flock, which the kernel releases when the process ends in any way; the file names the holder. On a
+    file system without flock, the lock counts as held while that process exists, or if it is on another host.
 
     Raises:
-        UserError: another process works there.
+        UserError: another process works in the folder.
     """
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     handle = _lock(output_folder(folder) / LOCK)
@@ -274,7 +271,7 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
-        for part in made:  # from the inside out, as far as they are empty
+        for part in made:  # innermost first; those that are not empty stay
             with suppress(OSError):
                 part.rmdir()
 
@@ -290,7 +287,7 @@ def _lock(path: Path) -> int:
             free = True
         except BlockingIOError:
             free = False
-        except OSError:  # no such locks here
+        except OSError:  # no flock on this file system
             free = not _alive(holder)
         if not free:
             os.close(handle)
@@ -301,7 +298,7 @@ def _lock(path: Path) -> int:
             current = False
         if current:
             break
-        os.close(handle)  # its holder removed the file in between: the lock is of a file that is no more
+        os.close(handle)  # the holder removed the file in between, so this lock is on a deleted file
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
     return handle
@@ -316,7 +313,7 @@ def _read_holder(text: str) -> tuple[int, str] | None:
 
 
 def _alive(text: str) -> bool:
-    """Whether the process that a lock names may still be there: of another host, nobody can say."""
+    """Whether the lock's holder may still be running; assumed so on another host."""
     holder = _read_holder(text)
     if holder is None:
         return False
@@ -337,5 +334,5 @@ def _refusal(path: Path, text: str) -> str:
     who = "another process" if holder is None else f"process {holder[0]} on {holder[1]}"
     return (
         f"{who} is working in {str(path.parent)!r}: wait for it or stop it, or give another --out or --shard "
-        f"(if it is gone for certain, remove {path})"
+        f"(if it is certainly gone, remove {path})"
     )

@@ -1,4 +1,4 @@
-"""What the settings of a sweep stand for: positions, latents, a metric, pairs, a model and what is patched in it."""
+"""Turn the settings of a sweep into values: positions, method, pairs, model, dictionaries, components, corruption."""
 
 import logging
 import os
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 
 
 def read_positions(text: str) -> Positions:
-    """`all`, `last`, `5`, `-1`, `3:7`, `1,4` or `at: Mary`.
+    """Parse positions: `all`, `last`, `5`, `-1`, `3:7`, `1,4` or `at: Mary`.
 
     Raises:
-        UserError: none of these.
+        UserError: the text is none of these.
     """
     text = text.strip()
     if text in NAMED:
@@ -70,35 +70,35 @@ def read_directions(direction: str) -> list[PatchDirection]:
 
 
 def read_shard(text: str, environment: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Which share of the pairs is this process', and of how many; `auto` asks torchrun, or a Slurm job array.
+    """Index of this process' shard and the number of shards; `auto` takes them from torchrun or a Slurm job array.
 
     Raises:
-        UserError: `auto`, and neither says.
+        UserError: `auto`, but neither torchrun nor a job array is running.
     """
     if text != "auto":
-        share = text.split("/")
-        return int(share[0]), int(share[1])
-    given = os.environ if environment is None else environment
-    if "RANK" in given and "WORLD_SIZE" in given:
-        return int(given["RANK"]), int(given["WORLD_SIZE"])
+        index, count = text.split("/")
+        return int(index), int(count)
+    variables = os.environ if environment is None else environment
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        return int(variables["RANK"]), int(variables["WORLD_SIZE"])
     try:
-        task, first, count = (int(given[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "MIN", "COUNT"))
+        task, first, tasks = (int(variables[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "MIN", "COUNT"))
     except KeyError as error:
         raise UserError(
             "shard auto: this is neither under torchrun (RANK, WORLD_SIZE) nor in a Slurm job array "
-            "(SLURM_ARRAY_TASK_ID, …_MIN, …_COUNT): say which shard, as in --shard 0/4"
+            "(SLURM_ARRAY_TASK_ID, …_MIN, …_COUNT): name the shard, as in --shard 0/4"
         ) from error
-    index = (task - first) // int(given.get("SLURM_ARRAY_TASK_STEP", 1))
-    if index >= count:
+    number = (task - first) // int(variables.get("SLURM_ARRAY_TASK_STEP", 1))
+    if number >= tasks:
         raise UserError(
-            f"shard auto: array task {task} is beyond {count} tasks from {first} on: give the array without gaps, "
-            f"as in --array=0-{count - 1}"
+            f"shard auto: array task {task} is out of range for {tasks} tasks from {first}: submit the array without "
+            f"gaps, as in --array=0-{tasks - 1}"
         )
-    return index, count
+    return number, tasks
 
 
 def read_pairs(config: SweepConfig) -> tuple[str, list[PromptPair]]:
-    """The task's name and all pairs, each under a name of its own."""
+    """The task's name, and all pairs under unique names."""
     if config.clean:
         answer, counter = config.answers.split("|")
         return "inline", [PromptPair(config.clean, config.corrupted or config.clean, answer, counter, "inline")]
@@ -109,11 +109,11 @@ def read_pairs(config: SweepConfig) -> tuple[str, list[PromptPair]]:
 
 
 def distinct_names(pairs: Sequence[PromptPair]) -> list[PromptPair]:
-    """The pairs, those whose names are not their own told apart by a number: rows know a pair by its name."""
+    """The pairs, with a number appended to names used more than once: rows identify a pair by its name."""
     uses = Counter(pair.example for pair in pairs)
     if all(uses[pair.example] == 1 for pair in pairs):
         return list(pairs)
-    log.warning("several pairs are called %r: their numbers are put behind such names", uses.most_common(1)[0][0])
+    log.warning("several pairs are named %r: repeated names get a number appended", uses.most_common(1)[0][0])
     return [
         pair if uses[pair.example] == 1 else replace(pair, example=f"{pair.example}#{number}")
         for number, pair in enumerate(pairs)
@@ -121,12 +121,12 @@ def distinct_names(pairs: Sequence[PromptPair]) -> list[PromptPair]:
 
 
 def pairs_hash(pairs: Sequence[PromptPair]) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of all texts and names."""
+    """First 16 hexadecimal digits of the SHA-256 of all pairs' texts and names."""
     return json_hash([[p.clean, p.corrupted, p.answer, p.counter, p.example] for p in pairs])
 
 
 def read_model(settings: ModelSettings, shard: str = "") -> LanguageModel:
-    """Load the model; under torchrun each process takes a GPU of its own."""
+    """Load the model; under torchrun each process uses its own GPU."""
     device = settings.device
     if device == "cuda" and shard == "auto" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -142,7 +142,7 @@ def read_model(settings: ModelSettings, shard: str = "") -> LanguageModel:
 
 
 def read_subject(config: SweepConfig) -> At | None:
-    """The text whose embeddings noise disturbs."""
+    """The text whose embeddings are corrupted with noise; None: no noise."""
     what, _, text = config.corruption.partition(":")
     return At(text.strip()) if what == "noise" else None
 
@@ -150,10 +150,10 @@ def read_subject(config: SweepConfig) -> At | None:
 def read_corruption(
     config: SweepConfig, model: LanguageModel, groups: Sequence[Sequence[Component]], pairs: Sequence[PromptPair]
 ) -> Corruption | None:
-    """What makes the corrupted runs; None: the corrupted prompts. Means are over the clean prompts of all pairs.
+    """The corruption, or None where corrupted runs read the corrupted prompts. Means are over all pairs' clean prompts.
 
     Raises:
-        UserError: several components, and an ablation, which is of the one that is patched.
+        UserError: an ablation with several components; it corrupts the one component that is patched.
     """
     if (subject := read_subject(config)) is not None:
         return GaussianNoise(subject, seed=config.seed)
@@ -161,15 +161,15 @@ def read_corruption(
         return None
     components = [component for group in groups for component in group]
     if len(components) > 1:
-        several = ", ".join(str(component.site) for component in components)
-        raise UserError(f"corruption {config.corruption} ablates what is patched: give one --site out of {several}")
+        sites = ", ".join(str(component.site) for component in components)
+        raise UserError(f"corruption {config.corruption} ablates the patched component: give one --site of {sites}")
     if config.corruption == "zero":
         return Zero()
     return Mean.over(model, components[0], model.tokenize([pair.clean for pair in pairs]), by_position=False)
 
 
 def base_prompt(config: SweepConfig, direction: PatchDirection) -> str:
-    """Which prompt of a pair the edits act in: `clean` or `corrupted`."""
+    """The prompt of a pair that edits are applied to: `clean` or `corrupted`."""
     return "corrupted" if direction == "denoise" and not config.corruption else "clean"
 
 
@@ -179,16 +179,16 @@ def check_pairs(
     pairs: Sequence[PromptPair],
     positions: Positions,
 ) -> None:
-    """See before hours of work that every pair can be run.
+    """Check, before hours of work, that every pair can be run.
 
     Raises:
-        UserError: one cannot; it is named.
+        UserError: a pair cannot; the message names it.
     """
     wanted = [where for where in (positions, read_subject(config)) if where is not None]
     for start in range(0, len(pairs), 64):
         batch = batch_pairs(model, pairs[start : start + 64], align=config.align)
         for row, pair in enumerate(batch.pairs):
-            for where in wanted:  # positions are read off the clean prompts
+            for where in wanted:  # positions refer to the clean prompts
                 try:
                     whole_prompt(model, batch.clean.rows([row])).select(where)
                 except UserError as error:
@@ -196,7 +196,7 @@ def check_pairs(
 
 
 def read_dictionaries(sae: str, sites: Sequence[Site], model: LanguageModel) -> list[Dictionary]:
-    """The dictionaries of the sites, or all there are, each checked against the model."""
+    """The dictionaries at the given sites (none: all in `sae`), each checked against the model."""
     if sites:
         dictionaries = [load_sae(sae, site, model.device) for site in sites]
     else:
@@ -211,7 +211,7 @@ def read_sites(text: str) -> list[Site]:
 
 
 def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Component]]:
-    """What is patched, in groups that share their runs: each dictionary's latents apart, all others together."""
+    """The components to patch, in groups swept together: each dictionary's latents separately, others all together."""
     if not isinstance(config, PatchConfig):
         return [
             [LatentUnits(dictionary) for dictionary in read_dictionaries(config.sae, read_sites(config.site), model)]
@@ -225,8 +225,8 @@ def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Comp
     heads = config.component == "head"
     stream = "z" if heads else "resid_post"
     sites = read_sites(config.site) or [Site(layer, stream) for layer in range(model.n_layers)]
-    if other := [site for site in sites if heads and site.stream != "z"]:
-        raise UserError(f"site {other[0]}: heads are at z.LAYER, as in --site z.{other[0].layer}")
+    if misplaced := [site for site in sites if heads and site.stream != "z"]:
+        raise UserError(f"site {misplaced[0]}: heads are at z.LAYER, as in --site z.{misplaced[0].layer}")
     components: list[Component] = [Heads(at.layer, model.n_heads) if heads else Stream(at) for at in sites]
     for component in components:
         component.check(model)
@@ -234,7 +234,7 @@ def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Comp
 
 
 def _latent_sites(config: PatchConfig) -> list[Site]:
-    """The sites that are named, with or without latents; none: all there are dictionaries for."""
+    """The sites named by `site` or `latents`; empty: every site with a dictionary."""
     sites, named = read_sites(config.site), list(LatentSet.parse(config.latents))
     if sites and named and set(sites) != set(named):
         raise UserError(

@@ -1,6 +1,6 @@
-"""Every kind of run in one table: how its summary is known, its headline, its figures. Light: no model, no torch.
+"""Table of the kinds of runs: how a summary is recognised, its headline, its figures. Light: no model, no torch.
 
-What a page says of a run is in `saepatch.pages`, by the names used here.
+`saepatch.pages` has the page of each kind, by the same names.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Summary = Mapping[str, Any]
-Figure = float | Sequence[float | None]  # an interval is three numbers: value, low, high
+Figure = float | Sequence[float | None]  # an interval is [value, low, high]
 Figures = dict[str, Figure]
 
 
@@ -17,11 +17,11 @@ class Kind:
     """One kind of run.
 
     Attributes:
-        name: As `saepatch runs` lists it: the command, or the experiment.
-        keys: What its summary holds, and no kind's before it in the table does.
-        headline: What came of a run, in a few words.
-        figures: The numbers that a run is known by, by name.
-        file: Where its summary is.
+        name: The command or experiment, as listed by `saepatch runs`.
+        keys: Keys that identify its summary; earlier kinds in the table take precedence.
+        headline: Returns the main result in a few words.
+        figures: Returns the main numbers by name.
+        file: Name of the summary's file.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Kind:
 
 
 def kind_of(summary: Summary) -> Kind:
-    """The kind of run that a summary is of; `UNKNOWN` where it is of none."""
+    """The kind of run that wrote a summary; `UNKNOWN` if none matches."""
     known = [kind for kind in KINDS if kind.name == summary.get("work") or all(key in summary for key in kind.keys)]
     kind = known[0] if known else UNKNOWN
-    task = summary.get("task")  # several experiments are of one form
+    task = summary.get("task")  # several experiments share this form
     return replace(kind, name=task) if kind is PAIRS and isinstance(task, str) else kind
 
 
@@ -43,7 +43,7 @@ def kind_of(summary: Summary) -> Kind:
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Figure]]:
-    """Numbers and intervals at any depth by their path, as in `setting_a/dense_direction`."""
+    """Numbers and intervals at any depth, by path, as in `setting_a/dense_direction`."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}{name}/")
@@ -52,12 +52,12 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def flat(figures: Figures) -> dict[str, float]:
-    """Figures for a tracker, which takes plain numbers: of an interval three, the ends under names of their own."""
-    found: dict[str, float] = {}
+    """Figures as plain numbers for a tracker: the bounds of an interval become NAME_low and NAME_high."""
+    values: dict[str, float] = {}
     for name, figure in figures.items():
-        named = zip(("", "_low", "_high"), figure if isinstance(figure, Sequence) else (figure,))
-        found |= {f"{name}{end}": value for end, value in named if value is not None and value == value}
-    return found
+        ends = zip(("", "_low", "_high"), figure if isinstance(figure, Sequence) else (figure,))
+        values |= {f"{name}{end}": value for end, value in ends if value is not None and value == value}
+    return values
 
 
 def _is_number(value: Any) -> bool:
@@ -72,9 +72,9 @@ def _is_interval(value: Any) -> bool:
 
 
 def _experiment(summary: Summary) -> Figures:
-    """All numbers, but for what they took and what they were made with."""
-    aside = ("config", "seconds", "seed", "settings", "versions")
-    return dict(numbers({name: value for name, value in summary.items() if name not in aside}))
+    """All numbers of a summary except settings, versions and times."""
+    omitted = ("config", "seconds", "seed", "settings", "versions")
+    return dict(numbers({name: value for name, value in summary.items() if name not in omitted}))
 
 
 def _sweep(summary: Summary) -> Figures:
@@ -102,7 +102,7 @@ def _attribute(summary: Summary) -> Figures:
 
 
 def _restore(summary: Summary) -> Figures:
-    """Each outcome's share of prompts by condition: `restored/refuse`, `harmful/bare/comply`."""
+    """Share of prompts with each outcome, by condition, as in `restored/refuse` and `harmful/bare/comply`."""
     conditions = summary["conditions"]
     figures: Figures = {"prompts": conditions[0]["prompts"], "rows": summary["rows"]}
     for row in conditions:
@@ -131,7 +131,7 @@ def _screen(screen: Mapping[str, Any]) -> str:
 
 
 def _restore_headline(summary: Summary) -> str:
-    """By kind of prompts: `harmful: 0 % refused, 85 % [77, 91] restored, 0 % random`."""
+    """For each kind of prompts, as in `harmful: 0 % refused, 85 % [77, 91] restored, 0 % random`."""
     parts = []
     for kind in prompt_kinds(summary["conditions"]):
         refused = {row["condition"]: row["refuse"] for row in summary["conditions"] if row["harmful"] == kind}
@@ -142,7 +142,7 @@ def _restore_headline(summary: Summary) -> str:
 
 
 def prompt_kinds(conditions: Sequence[Mapping[str, Any]]) -> list[bool | None]:
-    """Kinds of prompts, harmful ones first; None: nobody said which they are."""
+    """Kinds of prompts, harmful ones first; None: the prompts are not labelled."""
     kinds = {row["harmful"] for row in conditions}
     return [kind for kind in (True, False) if kind in kinds] or [None]
 
@@ -154,14 +154,14 @@ def _demo_headline(summary: Summary) -> str:
 
 
 def _verdict(summary: Summary) -> str:
-    """What an experiment's summary says of itself: its verdict, or the first of each of several."""
+    """The verdict in an experiment's summary; of several, the first sentence of each."""
     verdict = summary.get("headline", summary.get("verdict"))
     several = summary.get("verdicts")
     verdicts = [verdict] if isinstance(verdict, str) else list(several.values()) if isinstance(several, dict) else []
     if not isinstance(verdict, str):
         verdicts += [part["verdict"] for part in summary.values() if isinstance(part, dict) and "verdict" in part]
-    first = [one[0] if isinstance(one, list) and one else one for one in verdicts]
-    return " ".join(" ".join(one for one in first if isinstance(one, str)).split())
+    first = [each[0] if isinstance(each, list) and each else each for each in verdicts]
+    return " ".join(" ".join(sentence for sentence in first if isinstance(sentence, str)).split())
 
 
 def _benchmark_headline(summary: Summary) -> str:
@@ -181,14 +181,14 @@ def _sweep_headline(summary: Summary) -> str:
     return f"{len(summary['runs'])} runs finished"
 
 
-# How values are written
+# Formatting
 
 
 def name_of(line: Mapping[str, Any]) -> str:
-    """An edit of a summary in words: `resid_post.3 281 at 14`."""
+    """Name of an edit in a summary, as in `resid_post.3 281 at 14`."""
     component = "" if line["component"] == "latent" else line["component"]
-    what = " ".join(filter(None, (line["site"], component, line["latent"])))
-    return f"{what} at {line['position']}"
+    unit = " ".join(filter(None, (line["site"], component, line["latent"])))
+    return f"{unit} at {line['position']}"
 
 
 def show(value: float | None) -> str:

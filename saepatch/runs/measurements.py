@@ -1,8 +1,8 @@
-"""Named measurements of an experiment, kept as they come: a stopped one goes on from them when it is started again.
+"""Named measurements of an experiment, stored as they are made, so that a stopped experiment resumes from them.
 
-An experiment decides what to measure next from what it has measured, so its parts cannot be numbered beforehand, as
-those of `saepatch.runs.driver.drive` are: they have names. The file has one line of JSON each, after a first one with
-all that decides them.
+Which measurements an experiment needs depends on earlier ones, so they have names instead of numbers known beforehand,
+as the parts of `saepatch.runs.driver.drive` have. The file holds one line of JSON per measurement, after a first line
+with everything that determines their values.
 """
 
 import json
@@ -23,16 +23,16 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def measurements(path: Path, decides: Mapping[str, Any], key: str = "") -> Iterator["Measurements"]:
-    """The measurements in a file, whose folder is locked meanwhile.
+    """Open the measurements in a file; its folder is locked meanwhile.
 
     Args:
-        path: The file; made if need be.
-        decides: By name, what has to be the same for measurements to belong to one run.
-        key: What stands in the first line of files of earlier versions in place of all that.
+        path: The file; created if missing.
+        decides: Values, by name, that must agree for measurements to belong to one run.
+        key: Hash that files of earlier versions have in place of `decides`.
 
     Raises:
-        UserError: the file is of another run or damaged, or another process is at work in its folder.
-        KeyboardInterrupt: stopped, by Ctrl-C or SIGTERM; the message says how to resume.
+        UserError: the file belongs to another run or is damaged, or another process works in its folder.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; the message says how to resume.
     """
     with stoppable(), locked(path.parent):
         kept = Measurements(path, decides, key)
@@ -40,7 +40,7 @@ def measurements(path: Path, decides: Mapping[str, Any], key: str = "") -> Itera
             yield kept
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{len(kept.known)} measurements are kept; the same command goes on from there"
+                f"{len(kept.known)} measurements are stored; the same command resumes from them"
             ) from None
 
 
@@ -49,23 +49,23 @@ class Measurements:
 
     def __init__(self, path: Path, decides: Mapping[str, Any], key: str = "") -> None:
         self.known: dict[str, Any] = {}
-        self._path, beside = path, path.with_suffix(".json")  # where earlier versions kept what decides
+        self._path, beside = path, path.with_suffix(".json")  # `decides` in earlier versions
         self._decides: dict[str, Any] = json.loads(json.dumps(decides))
         lines = list(map(_parsed, path.read_text(encoding="utf-8").split("\n")[:-1])) if path.is_file() else []
-        if lines and lines[-1] is None:  # a kill cut it short
+        if lines and lines[-1] is None:  # truncated when the process was killed
             lines.pop()
         if None in lines:
-            raise UserError(f"{str(path)!r} is damaged: remove it, to measure anew")
-        there: dict[str, Any] = (
+            raise UserError(f"{str(path)!r} is damaged: remove it to measure again")
+        stored: dict[str, Any] = (
             json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else lines.pop(0) if lines else {}
         )
-        refuse_if_other(path.parent, there, {"key": key} if "key" in there else self._decides)
+        refuse_if_other(path.parent, stored, {"key": key} if "key" in stored else self._decides)
         for line in lines:
             name = line.pop("name" if "name" in line else "key")
             self.known[name] = line.get("value", line)
         if self.known:
-            log.info("%d measurements are there already", len(self.known))
-            self._rewrite()  # without a line that was cut short, in this version's form
+            log.info("resuming from %d measurements", len(self.known))
+            self._rewrite()  # in this version's format, without a truncated line
         beside.unlink(missing_ok=True)
 
     def _rewrite(self) -> None:
@@ -74,10 +74,10 @@ class Measurements:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What is known under the name; measured, and kept, if nothing is."""
+        """The stored measurement of this name; if there is none, call `measure` and store its result."""
         if name not in self.known:
             value = measure()
-            if not self.known:  # with the first one: settings that turn out not to work leave nothing behind
+            if not self.known:  # only now: settings that fail before the first measurement leave no file
                 self._rewrite()
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line({"name": name, "value": value}))
@@ -85,7 +85,7 @@ class Measurements:
         return self.known[name]
 
     def forget(self) -> None:
-        """Remove the file: the run is finished."""
+        """Remove the file once the run is finished."""
         self._path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""The parts of a run put together: one table of rows, one of pairs, and a summary with intervals. Needs no model."""
+"""Merge the parts of a run: one table of rows, one of pairs, and a summary with intervals. Needs no model."""
 
 import logging
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ from saepatch.runs.screens import Screens, read_screens
 log = logging.getLogger(__name__)
 
 SHOWN = ("random", "matched")  # controls
-TOP = 20  # edits of a direction in the summary
-DENSE = 2**27  # cells of pairs × edits that fit the tests of all edits together
+TOP = 20  # edits per direction in the summary
+DENSE = 2**27  # limit of pairs × edits that are tested together
 
 
 def merge_run(out: Path) -> "Summary | Screens | Answers":
-    """Write results.parquet, summary.json, config.yaml and (of patch and attribute) pairs.parquet of a complete run.
+    """Write results.parquet, summary.json, config.yaml and (for patch and attribute) pairs.parquet of a complete run.
 
     Raises:
-        UserError: there is no run, or it is not finished; what is missing is named.
+        UserError: there is no run, or it is not finished; the message names the missing parts.
     """
     records = complete(out)
     if records[0].work == "restore":
@@ -44,11 +44,11 @@ def merge_run(out: Path) -> "Summary | Screens | Answers":
     rows = _merge_rows(files, out)
     with atomic(out / "config.yaml") as temporary:
         temporary.write_bytes((first.folder(out) / "config.yaml").read_bytes())
-    for leftover in out.glob("parts/*/.part-*"):  # of processes that were killed while they wrote
+    for leftover in out.glob("parts/*/.part-*"):  # from processes killed while writing
         with suppress(OSError):
             leftover.unlink()
-    changes = read_changes(rows, pairs, _asked(first))
-    found = (read_screens if first.work == "attribute" else summarise)(first, pairs, changes, abouts)
+    changes = read_changes(rows, pairs, _requested(first))
+    result = (read_screens if first.work == "attribute" else summarise)(first, pairs, changes, abouts)
     facts = {
         "work": first.work,
         "settings": first.settings,
@@ -63,19 +63,19 @@ def merge_run(out: Path) -> "Summary | Screens | Answers":
         "rows_without_effect": int(np.isnan(rows["effect"].to_numpy()).sum()),
         "shards": first.shards,
     }
-    write_json(facts | found.facts() | {"versions": versions()}, out / "summary.json")
-    return found
+    write_json(facts | result.facts() | {"versions": versions()}, out / "summary.json")
+    return result
 
 
 def _merge_pairs(abouts: Sequence[dict[str, Any]], out: Path, min_gap: float) -> Pairs:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found: dict[int, tuple[str, float, float]] = {}
+    by_index: dict[int, tuple[str, float, float]] = {}
     for about in abouts:
         for index, example, clean, corrupted in about["pairs"]:
-            found.setdefault(index, (example, clean, corrupted))
-    examples, clean, corrupted = zip(*(found[index] for index in sorted(found)), strict=True)
+            by_index.setdefault(index, (example, clean, corrupted))
+    examples, clean, corrupted = zip(*(by_index[index] for index in sorted(by_index)), strict=True)
     table = pa.table({"example": examples, "clean": clean, "corrupted": corrupted})
     with atomic(out / "pairs.parquet") as temporary:
         pq.write_table(table, temporary)
@@ -83,7 +83,7 @@ def _merge_pairs(abouts: Sequence[dict[str, Any]], out: Path, min_gap: float) ->
 
 
 def _merge_rows(files: Sequence[Path], out: Path) -> Any:
-    """Copy the parts into one file, one at a time; returns the columns that a summary needs."""
+    """Copy the parts into one file, one at a time; returns the columns that the summary needs."""
     import pyarrow.parquet as pq
 
     path = out / "results.parquet"
@@ -99,12 +99,12 @@ def _part_table(file: Path, schema: Any) -> Any:
     """The rows of one part.
 
     Raises:
-        UserError: they cannot be read, or have other columns.
+        UserError: the file cannot be read, or has other columns.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    remedy = "remove it, and start its shard again, which writes it anew"
+    remedy = "remove it and run its shard again"
     try:
         table = pq.read_table(file).replace_schema_metadata(None)
     except (OSError, pa.ArrowException) as error:
@@ -120,10 +120,10 @@ class Line:
 
     key: EditKey
     effect: Interval
-    pairs: int  # where it changed something
+    pairs: int  # in which the edit changed something
     q: float
     controls: dict[str, Interval]
-    sets: int = 0  # that the controls of a role are means of
+    sets: int = 0  # number of control sets averaged for each role
 
     @property
     def what(self) -> str:
@@ -136,22 +136,22 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """What a run of `saepatch patch` found: its top edits, by direction, and what stands behind them."""
+    """Results of a run of `saepatch patch`: its top edits by direction, with the data for their table."""
 
     record: Record
     pairs: Pairs
     edits: int
     top: dict[str, list[Line]]
     curves: dict[str, list[Line]]
-    """Of sites where groups of several sizes were asked for, one of each size: all of them, on top or not."""
+    """All groups at sites where groups of several sizes were requested, one of each size, whether top edits or not."""
     no_q: dict[str, str]
-    """By direction why no edit can be flagged; empty where one can."""
+    """By direction: the reason why no edit can be flagged; empty where one can."""
 
     def facts(self) -> dict[str, Any]:
-        """As summary.json holds it."""
+        """The results as stored in summary.json."""
         top, curves = (
-            {direction: [line.facts() for line in lines] for direction, lines in some.items()}
-            for some in (self.top, self.curves)
+            {direction: [line.facts() for line in lines] for direction, lines in by_direction.items()}
+            for by_direction in (self.top, self.curves)
         )
         return {"edits": self.edits, "top": top, "curves": curves}
 
@@ -173,7 +173,7 @@ class Summary:
         )
         if np.isnan(self.pairs.mean_gap):
             gap = self.pairs.gap.mean()
-            lines.append(f"The two runs differ by {gap:.2g} on average: too little to divide by, so look at the pairs")
+            lines.append(f"The two runs differ by {gap:.2g} on average, too little to divide by: check the pairs")
         return "\n".join(lines)
 
 
@@ -199,7 +199,7 @@ def summarise(record: Record, pairs: Pairs, changes: RowChanges, abouts: Sequenc
 
 
 def _on_curves(keys: Sequence[EditKey]) -> list[int]:
-    """Places of the groups that were asked for at sites where each has another size, by site and size."""
+    """Indices of the requested groups at sites where all groups differ in size, by site and size."""
     sizes: dict[str, dict[int, list[int]]] = {}
     for place, key in enumerate(keys):
         if key.role == "given":
@@ -208,8 +208,8 @@ def _on_curves(keys: Sequence[EditKey]) -> list[int]:
     return [place for groups in curves for size in sorted(groups) for place in groups[size]]
 
 
-def _asked(record: Record) -> list[EditKey]:
-    """The latents that were asked for, as keys; each position alone has none where nothing ran."""
+def _requested(record: Record) -> list[EditKey]:
+    """Keys of the requested edits, which are reported even if they change nothing; none with `each_position`."""
     settings = record.settings
     if record.edits is None or settings["each_position"]:
         return []
@@ -223,23 +223,23 @@ def _asked(record: Record) -> list[EditKey]:
 
 
 def _q_values(changes: RowChanges, own: Sequence[int], rounding: float) -> Float[ndarray, "edits"]:
-    """False discovery rates of some edits, as `Effects.q_values` has them."""
+    """False discovery rates of some edits, as in `Effects.q_values`."""
     column = np.full(len(changes.keys), -1)
     column[list(own)] = np.arange(len(own))
     at = column[changes.key]
-    mine = at >= 0
-    twice = np.flatnonzero(changes.counts[list(own)] >= 2)  # no other is tested
+    own_rows = at >= 0
+    twice = np.flatnonzero(changes.counts[list(own)] >= 2)  # an edit that changes one pair cannot be tested
     q = np.full(len(own), np.nan)
     if changes.pairs * len(twice) > DENSE:
-        log.warning("%d edits of %d pairs are too many to test together: q is left out", len(twice), changes.pairs)
+        log.warning("%d edits × %d pairs are too many to test together: q is omitted", len(twice), changes.pairs)
         return q
     place = np.full(len(own), -1)
     place[twice] = np.arange(len(twice))
-    mine &= place[at] >= 0
-    cells = (changes.pair[mine], place[at[mine]])
+    own_rows &= place[at] >= 0
+    cells = (changes.pair[own_rows], place[at[own_rows]])
     values = np.zeros((changes.pairs, len(twice)))
     tested = np.zeros(values.shape, dtype=bool)
-    values[cells], tested[cells] = changes.change[mine], True
+    values[cells], tested[cells] = changes.change[own_rows], True
     values[np.abs(values) < rounding] = 0.0
     q[twice] = false_discovery(values, tested)
     return q
@@ -254,7 +254,7 @@ def _line(record: Record, changes: RowChanges, bootstrap: RatioBootstrap | None,
         return bootstrap.of(change)
 
     key = changes.keys[number]
-    controls, most = {}, 0
+    controls, n_sets = {}, 0
     for role in SHOWN:
         sets = [
             ",".join(map(str, edit["units"]))
@@ -264,5 +264,5 @@ def _line(record: Record, changes: RowChanges, bootstrap: RatioBootstrap | None,
         if sets:
             each = [changes.of(key._replace(role=role, latent=units)) for units in sets]
             controls[role] = ratio(np.mean(each, axis=0))
-            most = max(most, len(sets))
-    return Line(key, ratio(changes.of(key)), int(changes.counts[number]), q, controls, most)
+            n_sets = max(n_sets, len(sets))
+    return Line(key, ratio(changes.of(key)), int(changes.counts[number]), q, controls, n_sets)

@@ -1,9 +1,9 @@
-"""What a run leaves on the disk: records and parts, and their rows as numbers. Reading them needs no model.
+"""Files of a run: records and parts, and their rows as arrays. Reading them needs no model.
 
-A run's folder holds `parts/shard-I-of-N/`, one for each process that works on it, and nothing is written by two of
-them. A shard has every N-th pair; a part is a few of its pairs in one direction (and, of what is swept site by site, at
-one site), in one file that appears whole or not at all. `run.json` beside the parts says what decided the numbers:
-whoever adds to a run has to agree with it.
+A run's folder holds a folder `parts/shard-I-of-N/` per process, and no two processes write to the same one. A shard
+has every N-th pair. A part is a few of these pairs in one direction (and, in sweeps that go site by site, at one site),
+in one file that is written atomically. `run.json` beside the parts records everything that determines the numbers;
+later processes must agree with it.
 """
 
 import json
@@ -28,7 +28,7 @@ from saepatch.records.rows import read_about
 
 
 class EditKey(NamedTuple):
-    """What makes an edit, beside its pair, as rows have it."""
+    """The columns of a row that identify its edit, apart from the pair."""
 
     direction: str
     site: str
@@ -39,7 +39,7 @@ class EditKey(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """The units, with the kind of component unless they are latents."""
+        """The edited units; the kind of component is named unless they are latents."""
         return self.latent if self.component == "latent" else f"{self.component} {self.latent}".strip()
 
 
@@ -47,15 +47,15 @@ KEYS = EditKey._fields
 
 
 def deciding(work: str, settings: dict[str, Any], shards: int) -> dict[str, Any]:
-    """By name, what has to be the same for rows to belong to one run, as far as settings say."""
+    """The settings, by name, that must agree for rows to belong to one run."""
     return {"command": work, **settings, "shards": shards}
 
 
 @dataclass(frozen=True)
 class Record:
-    """What decides a run's numbers, and how it was cut: `run.json` of a shard."""
+    """Content of a shard's `run.json`: everything that determines the run's numbers, and how it is divided."""
 
-    work: str  # the command, patch or attribute
+    work: str  # the command: patch, attribute or restore
     settings: dict[str, Any]
     model: dict[str, str]
     dictionaries: dict[str, dict[str, str]]  # by site
@@ -63,14 +63,14 @@ class Record:
     shard: int
     shards: int
     parts: int
-    edits: list[dict[str, Any]] | None = None  # what was asked for and its controls; None: every unit, each alone
-    metric_source: str = ""  # hash of the file of a metric of one's own
+    edits: list[dict[str, Any]] | None = None  # the requested edits and their controls; None: every unit separately
+    metric_source: str = ""  # hash of the file of a custom metric
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command_line)
 
     @property
     def decides(self) -> dict[str, Any]:
-        """By name, what has to be the same for rows to belong to one run."""
+        """Settings and hashes, by name, that must agree for rows to belong to one run."""
         hashes = {f"dictionary {site}": each["hash"] for site, each in self.dictionaries.items()}
         hashes |= {"model's weights": self.model["hash"], "pairs' texts": self.pairs["hash"]}
         hashes |= {"metric's source": self.metric_source} if self.metric_source else {}
@@ -78,12 +78,12 @@ class Record:
 
     @property
     def key(self) -> str:
-        """A hash of it; every part carries it."""
+        """Hash of `decides`, stored in every part."""
         return json_hash(self.decides)
 
     @property
-    def asked(self) -> list[Edit] | None:
-        """The edits, a control set once for each group that it is beside."""
+    def requested(self) -> list[Edit] | None:
+        """The requested edits and their controls; a control set shared by several groups is repeated for each."""
         return None if self.edits is None else [read_edit(edit) for edit in self.edits]
 
     def folder(self, out: Path) -> Path:
@@ -97,30 +97,30 @@ class Record:
 
 
 def edit_facts(edit: Edit) -> dict[str, Any]:
-    """An edit as JSON; of kind, position and further parts only what is not the usual."""
+    """An edit as JSON values; kind, position and further parts only where they are not the default."""
     facts: dict[str, Any] = {"site": str(edit.site), "units": list(edit.units)}
     facts |= {"role": edit.role, "beside": list(edit.beside)}
-    unusual: dict[str, Any] = {"kind": edit.kind} if edit.kind != "latent" else {}
-    unusual |= {} if edit.position is None else {"position": edit.position}
-    unusual |= {"others": [asdict(part) | {"site": str(part.site)} for part in edit.others]} if edit.others else {}
-    return facts | unusual
+    optional: dict[str, Any] = {"kind": edit.kind} if edit.kind != "latent" else {}
+    optional |= {} if edit.position is None else {"position": edit.position}
+    optional |= {"others": [asdict(part) | {"site": str(part.site)} for part in edit.others]} if edit.others else {}
+    return facts | optional
 
 
-def read_edit(given: Mapping[str, Any]) -> Edit:
-    """The edit that `edit_facts` wrote."""
+def read_edit(facts: Mapping[str, Any]) -> Edit:
+    """The edit written by `edit_facts`."""
 
     def typed(part: Mapping[str, Any]) -> dict[str, Any]:
         as_tuples = {name: tuple(part[name]) for name in ("units", "beside")}
         return {**part, **as_tuples, "site": Site.parse(part["site"])}
 
-    return Edit(**{**typed(given), "others": tuple(EditPart(**typed(part)) for part in given.get("others", ()))})
+    return Edit(**{**typed(facts), "others": tuple(EditPart(**typed(part)) for part in facts.get("others", ()))})
 
 
-PARTS, ANSWERS = "parts", "answers"  # folders of parts: of patch and attribute, and of restore
+PARTS, ANSWERS = "parts", "answers"  # folders of parts: patch and attribute; restore
 
 
 def shard_folder(out: Path, shard: int, shards: int, work: str = "patch") -> Path:
-    """Where a shard's parts are; those of a `restore` that was not cut lie in `answers/` itself."""
+    """Folder of a shard's parts; an unsharded `restore` has them in `answers/` itself."""
     name = f"shard-{shard}-of-{shards}"
     if work == "restore":
         return out / ANSWERS if shards == 1 else out / ANSWERS / name
@@ -131,11 +131,11 @@ def part_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.parquet"
 
 
-RUN_ID = "tracked.json"  # what trackers call a run, so that a resumed one is the same
+RUN_ID = "tracked.json"  # the trackers' id of a run, which a resumed run continues
 
 
 def known_run(folder: Path) -> str | None:
-    """The trackers' id of the run that keeps it in this folder; None where there is none."""
+    """The trackers' run id stored in this folder; None if there is none."""
     try:
         return str(json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -143,111 +143,112 @@ def known_run(folder: Path) -> str | None:
 
 
 def keep_run(folder: Path, run_id: str | None) -> None:
-    """Keep it for the next start."""
+    """Store the trackers' run id for the next start."""
     if run_id is not None:
         write_json({"run_id": run_id}, folder / RUN_ID)
 
 
 def record_files(out: Path) -> list[Path]:
-    """`run.json` of every shard that was ever started."""
+    """`run.json` of every shard started so far."""
     return sorted([*out.glob(f"{PARTS}/shard-*/run.json"), *out.glob(f"{ANSWERS}/**/run.json")])
 
 
 def read_records(out: Path) -> list[Record]:
-    """Of every shard that was ever started, in order.
+    """Records of every shard started so far, in order.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: a record cannot be read.
     """
-    found = []
+    records = []
     for path in record_files(out):
         try:
-            found.append(_checked(Record(**parse_json(path.read_text(encoding="utf-8"), str(path)))))
+            records.append(_checked(Record(**parse_json(path.read_text(encoding="utf-8"), str(path)))))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"cannot read {path} ({error}): remove {path.parent} to work through its shard anew"
-            ) from error
-    return sorted(found, key=lambda record: (record.shards, record.shard))
+            raise UserError(f"cannot read {path} ({error}): remove {path.parent} to run its shard again") from error
+    return sorted(records, key=lambda record: (record.shards, record.shard))
 
 
 def _checked(record: Record) -> Record:
-    """Raises ValueError or a like error where a record's values are not what `asdict` wrote."""
+    """The record, once its values are checked; raises ValueError, TypeError or KeyError where they are invalid."""
     shard, shards, parts = (int(number) for number in (record.shard, record.shards, record.parts))
     if record.work not in ("patch", "attribute", "restore") or not (0 <= shard < shards and 0 <= parts < 10**9):
         raise ValueError(f"work is {record.work!r}, shard {shard} of {shards}, {parts} parts")
     if not all(isinstance(each, dict) for each in (record.settings, record.model, record.dictionaries, record.pairs)):
-        raise TypeError("settings, model, dictionaries or pairs are no mappings")
-    _ = (record.key, record.asked if record.work == "patch" else None, record.settings["seed"])
+        raise TypeError("settings, model, dictionaries or pairs is not a mapping")
+    _ = (record.key, record.requested if record.work == "patch" else None, record.settings["seed"])
     return record
 
 
-LEFT = ("results.parquet", "summary.json", "config.yaml", "metrics.jsonl", "checkpoints")  # by runs of any kind
+RUN_FILES = ("results.parquet", "summary.json", "config.yaml", "metrics.jsonl", "checkpoints")  # of any kind of run
 
 
-def refuse_other_command(out: Path, own: str, left: Sequence[str] = LEFT) -> None:
-    """See that another command's run is not written over, finished or not; `own` is what this command's runs leave.
-    Where that is missing, none of `left` may be there.
+def refuse_other_command(out: Path, own: str, files: Sequence[str] = RUN_FILES) -> None:
+    """Check that the folder holds no run of another command, finished or not, which this one would overwrite.
+
+    `own` is a file or folder that every run of this command has; where it is missing, none of `files` may exist.
 
     Raises:
-        UserError: it would be.
+        UserError: the folder holds another command's run.
     """
     others = any((out / name).is_dir() for name in (PARTS, ANSWERS) if name != own)
-    if others or (not (out / own).exists() and any((out / name).exists() for name in left)):
+    if others or (not (out / own).exists() and any((out / name).exists() for name in files)):
         raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
 
 
 def parts_name(work: str) -> str:
-    """What the folder of a command's parts is called."""
+    """Name of the folder of a command's parts."""
     return ANSWERS if work == "restore" else PARTS
 
 
 def refuse_if_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """See that a run in a folder is the one that is asked for, as far as both say what decides.
+    """Check that the run in a folder agrees with the requested one in every name that both have.
 
     Raises:
-        UserError: it is not.
+        UserError: they differ; the message names the differences.
     """
     differing = [name for name, value in here.items() if name in there and there[name] != value]
     if differing:
-        said = ", ".join(f"{name} ({there[name]!r} there, {here[name]!r} now)" for name in differing)
-        raise UserError(f"{str(out)!r} holds a run that differs in {said}: give another --out, or remove that folder")
+        differences = ", ".join(f"{name} ({there[name]!r} there, {here[name]!r} now)" for name in differing)
+        raise UserError(
+            f"{str(out)!r} holds a run that differs in {differences}: give another --out, or remove that folder"
+        )
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one file holds."""
+    """The work whose results go into one file."""
 
     number: int
     pairs: tuple[int, ...]  # indices into all pairs
-    components: int  # index of the group that is swept
+    components: int  # index of the group to sweep
     direction: PatchDirection
 
 
 def cut_parts(
     pairs: int, shard: int, shards: int, size: int, groups: int, directions: Sequence[PatchDirection]
 ) -> list[Part]:
-    """The parts of one shard, all of a few pairs before the next pairs."""
-    mine = list(range(pairs))[shard::shards]
-    chunks = [tuple(mine[start : start + size]) for start in range(0, len(mine), size)]
+    """The parts of one shard; all parts of some pairs come before those of the next pairs."""
+    own = list(range(pairs))[shard::shards]
+    chunks = [tuple(own[start : start + size]) for start in range(0, len(own), size)]
     cells = [(chunk, group, direction) for chunk in chunks for group in range(groups) for direction in directions]
     return [Part(number, *cell) for number, cell in enumerate(cells)]
 
 
 def complete(out: Path) -> list[Record]:
-    """The records of all shards, once every part of theirs is there.
+    """The records of all shards of a run whose parts are all written.
 
     Raises:
-        UserError: there is no run, it is not finished, or its shards are not of one run.
+        UserError: there is no run, it is not finished, or its shards belong to different runs.
     """
     records = read_records(out)
     if not records:
-        raise UserError(f"there is no run in {str(out)!r}: give the folder that was the --out of one")
+        raise UserError(f"there is no run in {str(out)!r}: give the --out of one")
     first = records[0]
     for record in records[1:]:
         refuse_if_other(out, first.decides, record.decides)
         if record.edits != first.edits:
             raise UserError(
-                f"shards {first.shard} and {record.shard} drew other controls, though all else agrees: remove "
+                f"shards {first.shard} and {record.shard} drew different controls, though all else agrees: remove "
                 f"{record.folder(out)} and run that shard again"
             )
     started = {record.shard: record for record in records}
@@ -257,8 +258,8 @@ def complete(out: Path) -> list[Record]:
             missing.append(f"shard {shard} was never started")
             config = first.folder(out) / "config.yaml"
             commands.append(f"saepatch {first.work} --config {config} --shard {shard}/{first.shards}")
-        elif lacking := _lacking(out, started[shard]):
-            missing.append(f"shard {shard} lacks part{_ranges(lacking)} of {started[shard].parts}")
+        elif numbers := _missing(out, started[shard]):
+            missing.append(f"shard {shard} lacks part{_ranges(numbers)} of {started[shard].parts}")
             commands.append(f"saepatch {first.work} --config {started[shard].folder(out) / 'config.yaml'}")
     if missing:
         more = f"; and so on for the other {len(commands) - 3}" if len(commands) > 3 else ""
@@ -269,13 +270,13 @@ def complete(out: Path) -> list[Record]:
     return records
 
 
-def _lacking(out: Path, record: Record) -> list[int]:
+def _missing(out: Path, record: Record) -> list[int]:
     folder = record.folder(out)
     return [n for n in range(record.parts) if (read_about(part_file(folder, n)) or {}).get("run") != record.key]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`s 3, 7-9` out of 3, 7, 8, 9; ` 3` out of 3."""
+    """Numbers as ranges after the word "part": `s 3, 7-9` for 3, 7, 8, 9; ` 3` for 3."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
@@ -292,7 +293,7 @@ def part_files(out: Path, records: Sequence[Record]) -> list[Path]:
 
 @dataclass(frozen=True, eq=False)
 class Pairs(PairGaps):
-    """The pairs of a run in their order, with the metric of their own two runs."""
+    """The pairs of a run, in order, with the metric of their clean and corrupted runs."""
 
     examples: tuple[str, ...]
     clean: Float[ndarray, "pairs"]
@@ -302,7 +303,7 @@ class Pairs(PairGaps):
 
 @dataclass(frozen=True, eq=False)
 class RowChanges:
-    """How far each edit moved the metric towards the source run, in its units: one entry a row of the results."""
+    """Change of the metric towards the source run by each edit, in the metric's units: one entry per result row."""
 
     keys: tuple[EditKey, ...]
     key: Int[ndarray, "rows"]
@@ -311,11 +312,11 @@ class RowChanges:
     pairs: int
 
     def of(self, key: EditKey) -> Float[ndarray, "pairs"]:
-        """Of one edit, over all pairs: 0 where there is no row, for there it changed nothing."""
+        """Changes by one edit over all pairs; 0 where there is no row, since the edit changed nothing there."""
         out = np.zeros(self.pairs)
         if key in self._numbers:
-            mine = self.key == self._numbers[key]
-            out[self.pair[mine]] = self.change[mine]
+            own = self.key == self._numbers[key]
+            out[self.pair[own]] = self.change[own]
         return out
 
     @cached_property
@@ -324,16 +325,18 @@ class RowChanges:
 
     @property
     def totals(self) -> Float[ndarray, "edits"]:
-        return np.bincount(self.key, self.change, minlength=len(self.keys)).astype(np.float64)  # of no rows: integers
+        return np.bincount(self.key, self.change, minlength=len(self.keys)).astype(
+            np.float64
+        )  # integers if there are no rows
 
     @property
     def counts(self) -> Int[ndarray, "edits"]:
-        """In how many pairs each edit changes something; what was asked for has rows in all of them."""
+        """Number of pairs in which each edit changes something; requested edits also have rows without a change."""
         return np.bincount(self.key, self.change != 0, minlength=len(self.keys)).astype(np.int64)
 
 
-def read_changes(rows: Any, pairs: Pairs, asked: Sequence[EditKey]) -> RowChanges:
-    """Number the edits of the rows, those that were asked for and ran nowhere among them.
+def read_changes(rows: Any, pairs: Pairs, requested: Sequence[EditKey]) -> RowChanges:
+    """Changes of the metric by edit; requested edits without any row are included.
 
     Raises:
         UserError: an edit of a pair has several rows.
@@ -342,25 +345,29 @@ def read_changes(rows: Any, pairs: Pairs, asked: Sequence[EditKey]) -> RowChange
     codes, texts = zip(*(_codes(rows[column]) for column in (*KEYS, "example")), strict=True)
     pair = np.array([place[example] for example in texts[-1]], dtype=np.int64)[codes[-1]]
     sizes = [max(1, len(known)) for known in texts[:-1]]
-    found, key = np.unique(np.ravel_multi_index(codes[:-1], sizes), return_inverse=True)
+    codes_of_keys, key = np.unique(np.ravel_multi_index(codes[:-1], sizes), return_inverse=True)
     if len(np.unique(key * len(pairs.examples) + pair)) < len(key):
-        raise UserError("an edit of a pair has several rows: these parts are not of one run; remove them and run again")
+        raise UserError(
+            "an edit of a pair has several rows, so these parts are not of one run: remove them and run again"
+        )
     columns = [
         [known[code] for code in column.tolist()]
-        for known, column in zip(texts[:-1], np.unravel_index(found, sizes), strict=True)
+        for known, column in zip(texts[:-1], np.unravel_index(codes_of_keys, sizes), strict=True)
     ]
-    keys = list(dict.fromkeys([*map(EditKey._make, zip(*columns, strict=True)), *asked]))
+    keys = list(dict.fromkeys([*map(EditKey._make, zip(*columns, strict=True)), *requested]))
     denoise = np.array([edit.direction == "denoise" for edit in keys], dtype=bool)[key]
     clean, corrupted, patched, effect = (
         rows[column].to_numpy() for column in ("clean", "corrupted", "patched", "effect")
     )
     change = towards_source(patched, clean, corrupted, denoise)
-    change = np.where(np.isnan(patched), effect * np.abs(clean - corrupted), change)  # sizes move the metric nowhere
+    change = np.where(
+        np.isnan(patched), effect * np.abs(clean - corrupted), change
+    )  # size estimates have no patched metric
     return RowChanges(tuple(keys), key, pair, change, len(pairs.examples))
 
 
 def _codes(column: Any) -> tuple[Int[ndarray, "rows"], list[str]]:
-    """A column of texts as numbers, and the texts that they stand for."""
+    """A column of texts as codes, and the text of each code."""
     whole = column.unify_dictionaries().combine_chunks()
     if not len(whole):
         return np.zeros(0, dtype=np.int64), []

@@ -1,4 +1,4 @@
-"""How far a long run is, and how it is asked to stop."""
+"""Progress of a long run, and requests to stop it."""
 
 import logging
 import signal
@@ -21,56 +21,56 @@ LOG_EVERY = 30.0  # seconds
 
 
 class Check:
-    """Raises KeyboardInterrupt once a signal asked for it: one that was swallowed on its way up is raised again."""
+    """Raises KeyboardInterrupt at every call after a stop signal, in case a library swallowed the first one."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.stop_requested = False
 
     def __call__(self) -> None:
-        if self.asked:
+        if self.stop_requested:
             raise KeyboardInterrupt
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.stop_requested = True
         raise KeyboardInterrupt
 
 
 @contextmanager
-def said_once(*loggers: str) -> Iterator[None]:
-    """What these loggers have said they do not say again, whatever numbers stand in it: parts are much alike."""
-    said: set[object] = set()
+def messages_once(*loggers: str) -> Iterator[None]:
+    """Let each message of these loggers pass once, whatever its arguments: every part would repeat it."""
+    logged: set[object] = set()
 
-    def first(record: logging.LogRecord) -> bool:
-        new = record.levelno > logging.WARNING or record.msg not in said
-        said.add(record.msg)
+    def is_new(record: logging.LogRecord) -> bool:
+        new = record.levelno > logging.WARNING or record.msg not in logged
+        logged.add(record.msg)
         return new
 
-    there = [logging.getLogger(name) for name in loggers]
-    for logger in there:
-        logger.addFilter(first)
+    filtered = [logging.getLogger(name) for name in loggers]
+    for logger in filtered:
+        logger.addFilter(is_new)
     try:
         yield
     finally:
-        for logger in there:
-            logger.removeFilter(first)
+        for logger in filtered:
+            logger.removeFilter(is_new)
 
 
 @contextmanager
 def stoppable() -> Iterator[Check]:
-    """SIGTERM (of a scheduler) stops like Ctrl-C, and leaves no half of anything. Only where there is a main thread."""
+    """Make SIGTERM (from a scheduler) stop the run as Ctrl-C does. Only in the main thread."""
     check = Check()
     try:
         with stop_signals(check.hear):
             yield check
     except Exception as error:
-        if check.asked:  # libraries turn an interrupt that comes in their midst into errors of their own
+        if check.stop_requested:  # a library may turn an interrupt into an error of its own
             raise KeyboardInterrupt from error
         raise
 
 
 @contextmanager
 def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM, unless they are ignored (SIGINT in the background); only in the main thread."""
+    """Handle SIGINT and SIGTERM unless they are ignored, as SIGINT is in background jobs. Only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -86,13 +86,13 @@ def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[N
 
 
 def shows_bar(config: SweepConfig | RestoreConfig) -> bool:
-    """Where nobody watches, each step of a bar would be one more line of a log file."""
+    """Whether to show a progress bar; by default only on a terminal, since in a log file each step is a new line."""
     wanted = config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
     return wanted and not (config.quiet or config.json)
 
 
 class Meter:
-    """How far a run is: a bar on a terminal, else a line in the log every half minute; and in the tracker."""
+    """Progress of a run: a bar on a terminal, or else a log line every half minute; logged to the tracker as well."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Meter:
         self.edits, self._unit = edits, unit
         self._parts, self._done, self._at_start = parts, done, (done, edits)
         self._tracker = tracker
-        self._start = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._lines = not (config.quiet or config.json) and not shows_bar(config)
         self._bar = tqdm(total=parts, initial=done, unit="part", disable=not shows_bar(config))
 
@@ -118,7 +118,7 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Edits a second since this process started."""
+        """Edits per second since this process started."""
         return (self.edits - self._at_start[1]) / max(time.monotonic() - self._start, 1e-9)
 
     def ran(self, edits: int) -> None:
@@ -126,8 +126,8 @@ class Meter:
         self._bar.set_postfix_str(f"{self.edits:,} {self._unit}, {self.rate:,.0f}/s", refresh=False)
         self._bar.update(0)
         now = time.monotonic()
-        if self._lines and now - self._said >= LOG_EVERY:
-            self._said = now
+        if self._lines and now - self._last_line >= LOG_EVERY:
+            self._last_line = now
             log.info("%s", self._line(now))
 
     def part_done(self) -> None:
@@ -138,8 +138,10 @@ class Meter:
 
     def _line(self, now: float) -> str:
         done = self._done - self._at_start[0]
-        left = f", about {_span((now - self._start) / done * (self._parts - self._done))} left" if done else ""
-        return f"{self._done} of {self._parts} parts, {self.edits:,} {self._unit}, {self.rate:,.0f} a second{left}"
+        remaining = f", about {_span((now - self._start) / done * (self._parts - self._done))} left" if done else ""
+        return (
+            f"{self._done} of {self._parts} parts, {self.edits:,} {self._unit}, {self.rate:,.0f} per second{remaining}"
+        )
 
 
 def _span(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`saepatch restore`: answers under restoration, part by part, and its parts put together."""
+"""`saepatch restore`: answers under restoration, part by part."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -42,16 +42,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RestorePlan(Restoration):
-    """Everything that working through the parts of a shard takes."""
+    """A shard of a run of `saepatch restore` with everything needed to run its parts."""
 
     config: RestoreConfig
     requests: Sequence[Request]  # of the shard
     judge: Judge
-    judged: str
-    """The judge's version; empty where it is quicker to judge again than to ask."""
+    judge_version: str
+    """See `saepatch.restoration.judges.judge_version`; empty: answers are always judged again."""
     refusal_ids: set[int]
     fvu: Mapping[str, tuple[float, float]]
-    """By site, what the dictionary leaves unexplained of the model and of the donor; empty where they are one."""
+    """By site, the dictionary's FVU on the model and on the donor; empty where both are the same model."""
     record: Record
     place: Place
     unit: str = "answers"
@@ -62,7 +62,7 @@ class RestorePlan(Restoration):
 
     @property
     def sets(self) -> list[Set]:
-        return [Set.read(given) for given in self.record.edits or ()]
+        return [Set.read(facts) for facts in self.record.edits or ()]
 
     def run_part(self, number: int, count: Count) -> PartContent:
         requests = self.requests[number * self.config.part : (number + 1) * self.config.part]
@@ -74,34 +74,34 @@ class RestorePlan(Restoration):
             count(len(rows))
             other = self.other if condition == "donor" else None
             parts.append((rows, own if other is None else replace(own, model=other.name, model_hash=other.fingerprint)))
-        return PartContent(parts, {"judge": self.judged, "fvu": dict(self.fvu)}, AnswerRow)
+        return PartContent(parts, {"judge": self.judge_version, "fvu": dict(self.fvu)}, AnswerRow)
 
     def donors(self) -> list[str] | None:
-        """What the donor reads before each answer; None where it reads nothing, but says means."""
+        """The donor's prompt for each request; None where the donor is a set of means and reads no prompts."""
         if self.means is not None:
             return None
         return [request.prompt if self.other else request.clean or "" for request in self.requests]
 
 
 def run_restore(config: RestoreConfig, conclude: Callable[[RestorePlan, Answers, Tracker], None]) -> Finished:
-    """Answer every prompt bare, restored and under every control; what is on the disk already is not run again.
+    """Answer every prompt bare, restored and under every control; parts that are already on disk are not run again.
 
-    `conclude` gets what came out of a run of one shard, to show it: files, a page, the tracker. See
+    `conclude` is called with the answers of an unsharded run, to write files and a page and to log to the tracker. See
     `saepatch.runs.driver.drive`.
     """
 
     def show(plan: RestorePlan, tracker: Tracker) -> None:
-        answers = read_answers(config, [plan.record], plan.judge, plan.judged)
+        answers = read_answers(config, [plan.record], plan.judge, plan.judge_version)
         conclude(plan, replace(answers, fvu=plan.fvu), tracker)
 
     return drive(config, prepare, show)
 
 
 def prepare(config: RestoreConfig) -> RestorePlan:
-    """Load what a run needs, see that all of it fits, and choose what is restored.
+    """Load everything a run needs, check that it fits together, and choose the latents to restore.
 
     Raises:
-        UserError: it does not fit, or the folder holds another run.
+        UserError: something does not fit, or the folder holds another run.
     """
     place = Place.of(config)
     judge = read_judge(config.judge)
@@ -113,7 +113,8 @@ def prepare(config: RestoreConfig) -> RestorePlan:
     if config.donor == "clean":
         need_clean(requests, config.prompts)
     latents = LatentSet.parse(config.latents)
-    sites = {one.site: one for one in read_dictionaries(config.sae, read_sites(config.site) or list(latents), model)}
+    dictionaries = read_dictionaries(config.sae, read_sites(config.site) or list(latents), model)
+    sites = {dictionary.site: dictionary for dictionary in dictionaries}
     refusal_ids = _refusal_ids(model, requests[0].prompt, config.refusals)
     template = (assistant_header(model) or 1) if config.template < 0 else config.template
     select = read_requests(config.select, model, config.chat, 0) if config.select else []
@@ -134,7 +135,7 @@ def prepare(config: RestoreConfig) -> RestorePlan:
         config=config,
         requests=requests[place.shard :: place.shards],
         judge=judge,
-        judged=judge_version(config.judge),
+        judge_version=judge_version(config.judge),
         refusal_ids=refusal_ids,
         fvu=fvu,
         record=record,
@@ -154,9 +155,9 @@ def _record(
     settings = dict(place.settings)
     if other is not None:
         settings["donor's weights"] = other.fingerprint
-    if select:  # means over them are taken again at every start
+    if select:  # their texts determine the means, which are not stored
         settings["select's texts"] = _hash(select)
-    mine = len(requests[place.shard :: place.shards])
+    count = len(requests[place.shard :: place.shards])
     return Record(
         config.command,
         settings,
@@ -165,20 +166,22 @@ def _record(
         {"count": len(requests), "hash": _hash(requests)},
         place.shard,
         place.shards,
-        -(-mine // config.part),
+        -(-count // config.part),
     )
 
 
 def _refusal_ids(model: LanguageModel, prompt: str, refusals: str) -> set[int]:
-    """First tokens of refusals, with a space before them and without: which one it is depends on the chat template."""
-    found: set[int] = set()
+    """First tokens of refusals, with and without a leading space, since chat templates differ in this."""
+    tokens: set[int] = set()
     for text in filter(None, map(str.strip, refusals.split("|"))):
         for opening in (text, f" {text}"):
-            with suppress(UserError):  # one that merges with the prompt's end is not how an answer begins
-                found |= first_tokens(model, prompt, [opening])
-    if not found:
-        raise UserError(f"refusals {refusals!r}: none starts on a token of its own after the prompts")
-    return found
+            with suppress(UserError):  # an opening that merges with the prompt's last token cannot begin an answer
+                tokens |= first_tokens(model, prompt, [opening])
+    if not tokens:
+        raise UserError(
+            f"refusals {refusals!r}: after the prompts, none begins with a token of its own: give other openings"
+        )
+    return tokens
 
 
 def _shared(
@@ -188,12 +191,12 @@ def _shared(
     sites: Mapping[Site, Dictionary],
     requests: Sequence[Request],
 ) -> dict[str, tuple[float, float]]:
-    """See that each dictionary fits both models, on the first prompts and the donor's answers to them."""
-    prompts = [one.prompt for one in requests[:MEASURED_ON]]
+    """Check that each dictionary fits both models, on the first prompts and the donor's answers to them."""
+    prompts = [request.prompt for request in requests[:MEASURED_ON]]
     texts = other.continue_ids(prompts, config.tokens)
     tokens = model.pad([[*model.encode(prompt), *text] for prompt, text in zip(prompts, texts, strict=True)])
-    both = {site: shared_quality(model, other, one, tokens, config.max_fvu) for site, one in sites.items()}
-    return {str(site): (mine.fvu, theirs.fvu) for site, (mine, theirs) in both.items()}
+    both = {site: shared_quality(model, other, sae, tokens, config.max_fvu) for site, sae in sites.items()}
+    return {str(site): (own.fvu, donors.fvu) for site, (own, donors) in both.items()}
 
 
 def _means(
@@ -205,24 +208,24 @@ def _means(
 ) -> CleanMeans:
     select = not_harmless(select, config.select)
     need_clean(select, config.select)
-    clean = [one.clean or "" for one in select]
+    clean = [request.clean or "" for request in select]
     return clean_means(model, sites, clean, template=template, max_new_tokens=config.tokens)
 
 
 @torch.no_grad()
 def _rows(plan: RestorePlan, requests: Sequence[Request], condition: str | Set) -> list[AnswerRow]:
-    """One part's answers under one condition; means answer nothing themselves."""
+    """One part's answers under one condition; none for a donor that is a set of means."""
     model, prompts, clean = plan.model, [r.prompt for r in requests], [r.clean or "" for r in requests]
-    inside: Any = nullcontext()
+    restoring: Any = nullcontext()
     draw, size = 0, 0
     if condition == "donor":
         if plan.means is not None:
             return []
         model, prompts = (plan.other, prompts) if plan.other else (model, clean)
     elif isinstance(condition, Set):
-        inside = plan.restored(condition.latents, plan.donor_of(clean), plan.config.error)
+        restoring = plan.restored(condition.latents, plan.donor_of(clean), plan.config.error)
         draw, size = condition.draw, condition.latents.size(plan.sites)
-    with inside:
+    with restoring:
         answered = Answered.by(model, prompts, plan.config.tokens, plan.refusal_ids)
     return [
         AnswerRow(

@@ -1,4 +1,4 @@
-"""Which latents a run of `saepatch restore` restores: given, ranked or all of them, and random sets beside them."""
+"""The latents that a run of `saepatch restore` restores (given, ranked or all), and their control sets."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ from saepatch.splicing.donors import CleanPrompts, OtherModel
 
 log = logging.getLogger(__name__)
 
-RANKED = 64  # latents of a ranking that are restored where nothing else is said
+RANKED = 64  # default number of latents restored from a ranking
 
 
 @dataclass(frozen=True)
 class Set:
-    """Latents that are restored together, by site (None: all); `draw` counts the controls of one kind."""
+    """Latents restored together, by site (None: all); `draw` numbers the control sets of one kind."""
 
     condition: str
     draw: int
@@ -34,8 +34,8 @@ class Set:
         return {"condition": self.condition, "draw": self.draw, "latents": self.latents.facts()}
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> "Set":
-        return cls(given["condition"], given["draw"], LatentSet.from_facts(given["latents"]))
+    def read(cls, facts: Mapping[str, Any]) -> "Set":
+        return cls(facts["condition"], facts["draw"], LatentSet.from_facts(facts["latents"]))
 
 
 def chosen_latents(
@@ -48,69 +48,72 @@ def chosen_latents(
     template: int,
     refusal_ids: set[int],
 ) -> LatentSet:
-    """What is restored: what is spelt out, the first of a ranking, or all."""
+    """The latents to restore: those given, the top of a ranking, or all."""
     if latents:
-        spelt = latents.at(list(sites))
-        if other_sites := [site for site in spelt if site not in sites]:
-            raise UserError(
-                f"latents of {other_sites[0]} are to be restored, but --site is {config.site!r}: leave it out"
-            )
-        spelt.check(sites)
-        return spelt
+        given = latents.at(list(sites))
+        if other_sites := [site for site in given if site not in sites]:
+            raise UserError(f"--latents names {other_sites[0]}, but --site is {config.site!r}: leave --site out")
+        given.check(sites)
+        return given
     if not select:
         return LatentSet.all_of(sites)
     wanted, select = config.k or RANKED, not_harmless(select, config.select)
     if other is None:
         need_clean(select, config.select)
-    donor = OtherModel(other, template) if other else CleanPrompts(tuple(o.clean or "" for o in select), template)
+    donor = (
+        OtherModel(other, template)
+        if other
+        else CleanPrompts(tuple(request.clean or "" for request in select), template)
+    )
     ranked = find_safety_latents(
         model,
         sites,
-        [one.prompt for one in select],
+        [request.prompt for request in select],
         donor,
         refusal_ids=refusal_ids if config.ranking == "attribution" else (),
-        max_fvu=None,  # both models were looked at when the run was prepared
+        max_fvu=None,  # checked already when the run was prepared
         max_new_tokens=config.tokens,
     )
     top = LatentSet.of(ranked.top(wanted, config.ranking))
     if not top:
         raise UserError(
             f"no latent has a score above 0 in the ranking {config.ranking!r} over {config.select!r}, so nothing would "
-            "be restored: rank on other prompts, by another --ranking, or give --latents"
+            "be restored: give other prompts as --select, another --ranking, or --latents"
         )
-    if (there := top.size(sites)) < wanted:
+    if (restored := top.size(sites)) < wanted:
         log.warning(
-            "%d latents are restored, not the %d of --k: no others have a score above 0 in the ranking %r", there,
+            "%d latents are restored, not the %d of --k: no others have a score above 0 in the ranking %r", restored,
             wanted, config.ranking,
         )  # fmt: skip
     return top
 
 
 def not_harmless(select: Sequence[Request], source: str) -> list[Request]:
-    """The requests that are not labelled harmless: on harmless ones the donor shows no behaviour to restore.
+    """The requests not labelled harmless: on harmless ones the donor shows no behaviour to restore.
 
     Raises:
-        UserError: all are.
+        UserError: all are labelled harmless.
     """
-    kept = [one for one in select if one.harmful != "no"]
+    kept = [request for request in select if request.harmful != "no"]
     if not kept:
-        raise UserError(f"all prompts of {source!r} are harmless: give some on which the donor does what is restored")
+        raise UserError(
+            f"all prompts of {source!r} are harmless: give prompts on which the donor shows the behaviour to restore"
+        )
     return kept
 
 
 def check_apart(select: Sequence[Request], requests: Sequence[Request], config: RestoreConfig) -> None:
-    """Raises UserError where latents would be ranked on prompts that they are measured on."""
-    shared = {one.prompt for one in select} & {one.prompt for one in requests}
+    """Raises UserError where latents would be ranked on prompts that are also answered."""
+    shared = {request.prompt for request in select} & {request.prompt for request in requests}
     if shared:
         raise UserError(
             f"{len(shared)} prompts of --select {config.select!r} are among those of --prompts {config.prompts!r}: "
-            "latents that are ranked (or means taken) on the prompts they are measured on look better than they are; "
-            "give others"
+            "latents ranked (or means taken) on the evaluation prompts look better than they are: give other prompts"
         )
 
 
 def need_clean(requests: Sequence[Request], source: str) -> None:
-    if lacking := [one.example for one in requests if one.clean is None]:
+    if lacking := [request.example for request in requests if request.clean is None]:
         raise UserError(
             f"prompt {lacking[0]} of {source!r} has no clean prompt for the donor to read: give each a clean one, "
             "or an aligned model as --donor"
@@ -124,12 +127,14 @@ def with_controls(
     chosen: LatentSet,
     requests: Sequence[Request],
 ) -> list[Set]:
-    """What is restored and, where it is not everything, sets with as many latents a site beside it."""
+    """The restored set and, unless it holds all latents of a site, control sets of the same size at each site."""
     sets = [Set("restored", 0, chosen)]
     some = {site: ids for site, ids in chosen.items() if ids is not None}
     if not config.controls or len(some) < len(chosen) or not some:
         return sets
-    tokens = model.tokenize([text for one in requests for text in (one.prompt, one.clean) if text is not None], "left")
+    tokens = model.tokenize(
+        [text for request in requests for text in (request.prompt, request.clean) if text is not None], "left"
+    )
     drawn = {}
     for site, ids in some.items():
         try:

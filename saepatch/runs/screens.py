@@ -1,7 +1,7 @@
-"""A screen on the disk: rows of `saepatch attribute` part by part, and the screen of all parts read out of them again.
+"""Screens on disk: rows of `saepatch attribute` part by part, and the screen of all parts read back from them.
 
-A node that was estimated has a row with role "single" and the method's name; one that was run exactly has another, with
-method "exact" and role "top" (of the largest estimates of its part) or "random" (drawn from all others of its part).
+Every node has a row with role "single" and the method's name. A node that was also run exactly has another, with method
+"exact" and role "top" (among the largest estimates of its part) or "random" (drawn from the others of its part).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,24 +22,24 @@ from saepatch.records.rows import Row
 from saepatch.runs.interpret import read_directions
 from saepatch.runs.parts import Pairs, Record, RowChanges
 
-AT_ONCE = 2**16  # rows that are made at a time
-TOP = 20  # edits of a direction in the summary
+AT_ONCE = 2**16  # rows produced at a time
+TOP = 20  # edits per direction in the summary
 
 
 def screen_rows(
     screen: Attribution, task: str, tokens: Sequence[Sequence[str]], corruption: str = ""
 ) -> Iterator[list[Row]]:
-    """The rows of a part, some of one site at a time: one for every node, then one for each that was run exactly."""
+    """The rows of a part in chunks of one site: one for every node, then one for each node that was run exactly."""
     for site in range(len(screen.sites)):
         rows = screen.rows_at(site, task, tokens)
-        while some := list(islice(rows, AT_ONCE)):
-            yield [replace(row, corruption=corruption) for row in some]
+        while chunk := list(islice(rows, AT_ONCE)):
+            yield [replace(row, corruption=corruption) for row in chunk]
 
 
 def screen_about(screen: Attribution) -> dict[str, Any]:
-    """What the rows of a part do not say."""
+    """Facts about a part that its rows do not hold."""
     about = {name: getattr(screen, name) for name in ("method", "positions", "sizes")} | {"nodes": len(screen)}
-    if screen.sizes:  # where rows have neither `patched` nor `effect`, in their order
+    if screen.sizes:  # scores of rows without `patched` and `effect`, in the order of the rows
         lost = np.flatnonzero(np.isnan(screen.normalised))
         about["lost"] = screen.score[lost[np.argsort(screen.site[lost], kind="stable")]].tolist()
     return about if screen.verified is None else about | {"others": screen.verified.others}
@@ -47,53 +47,53 @@ def screen_about(screen: Attribution) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Screens:
-    """What all parts found together: a screen of each direction, verified by what was run exactly in each part."""
+    """The screens of all parts together, one per direction, verified by the exact runs of each part."""
 
-    found: tuple[Attribution, ...]
-    nodes: dict[str, list[int]]  # of each part, by direction
+    by_direction: tuple[Attribution, ...]
+    nodes: dict[str, list[int]]  # number of nodes in each part, by direction
 
     def facts(self) -> dict[str, Any]:
-        """As summary.json holds it."""
-        return {"screens": {one.direction: _figures(one) | {"top": _top(one)} for one in self.found}}
+        """The screens as stored in summary.json."""
+        return {"screens": {screen.direction: _figures(screen) | {"top": _top(screen)} for screen in self.by_direction}}
 
     def table(self) -> str:
-        """The edits with the largest estimates, and what running some exactly showed, as text."""
-        return "\n".join(self._table(screen) for screen in self.found)
+        """The edits with the largest estimates, and their verification, as text."""
+        return "\n".join(self._table(screen) for screen in self.by_direction)
 
     def _table(self, screen: Attribution) -> str:
         try:
-            told = screen.summary()
-        except UserError as error:  # two runs that do not differ: nothing to rank by
+            text = screen.summary()
+        except UserError as error:  # clean and corrupted runs do not differ
             return f"{screen.direction}: {error}"
         nodes = self.nodes[screen.direction]
         if screen.verified is None or len(nodes) == 1:
-            return told
-        parts = f"{len(nodes)} parts, of {min(nodes)} to {max(nodes)} nodes"
+            return text
+        parts = f"{len(nodes)} parts of {min(nodes)} to {max(nodes)} nodes"
         return (
-            f"{told}\n(these are the largest of each of {parts}, and draws from each, taken together; what was missed "
-            "is the sum of bounds on each part)"
+            f"{text}\n(verified: the largest estimates and a random sample from each of {parts}; the bound on missed "
+            "nodes is the sum of the parts' bounds)"
         )
 
 
 def read_screens(record: Record, pairs: Pairs, changes: RowChanges, abouts: Sequence[dict[str, Any]]) -> Screens:
-    """The screen of all parts of a run; `abouts` say of each part what its rows do not."""
-    found: list[Attribution] = []
+    """The screens of all parts of a run; `abouts` has the facts of each part (`screen_about`)."""
+    by_direction: list[Attribution] = []
     nodes: dict[str, list[int]] = {}
     for direction in read_directions(record.settings["direction"]):
-        mine = [about for about in abouts if about["direction"] == direction]
-        found.append(_read_screen(record, pairs, changes, mine, direction))
-        nodes[direction] = [about["nodes"] for about in mine]
-    return Screens(tuple(found), nodes)
+        own = [about for about in abouts if about["direction"] == direction]
+        by_direction.append(_read_screen(record, pairs, changes, own, direction))
+        nodes[direction] = [about["nodes"] for about in own]
+    return Screens(tuple(by_direction), nodes)
 
 
 def _read_screen(
     record: Record, pairs: Pairs, changes: RowChanges, parts: Sequence[dict[str, Any]], direction: PatchDirection
 ) -> Attribution:
-    """The screen of one direction, out of rows that hold several."""
+    """The screen of one direction, from rows that hold both."""
     own = [n for n, key in enumerate(changes.keys) if key.direction == direction]
     sites = list(record.dictionaries)
-    place = np.zeros((len(changes.keys), 3), dtype=np.int64)  # of a node: site, unit, position
-    estimate = np.zeros(len(changes.keys), dtype=np.int64)  # the edit that a node was estimated as
+    place = np.zeros((len(changes.keys), 3), dtype=np.int64)  # site, unit, position of each key's node
+    estimate = np.zeros(len(changes.keys), dtype=np.int64)  # key of the node's estimate
     numbers = {changes.keys[n]: n for n in own}
     for n in own:
         key = changes.keys[n]
@@ -146,18 +146,18 @@ def _read_screen(
 
 
 def _figures(screen: Attribution) -> dict[str, float]:
-    """What running some exactly showed, in numbers."""
-    found: dict[str, float] = {"nodes": len(screen)}
+    """The figures of a screen's verification."""
+    figures: dict[str, float] = {"nodes": len(screen)}
     if (verified := screen.verified) is None:
-        return found
-    found |= {"verified_top": verified.largest, "verified_random": verified.sampled}
-    found |= {"pearson": verified.pearson(), "spearman": verified.spearman()}
+        return figures
+    figures |= {"verified_top": verified.largest, "verified_random": verified.sampled}
+    figures |= {"pearson": verified.pearson(), "spearman": verified.spearman()}
     if verified.sampled:
-        found |= {"pearson_random": verified.pearson(True), "spearman_random": verified.spearman(True)}
+        figures |= {"pearson_random": verified.pearson(True), "spearman_random": verified.spearman(True)}
     if verified.sampled and verified.largest:
         large, share, most = verified.missed()
-        found |= {"missed_in_sample": large, "missed_share_at_most": share, "missed_at_most": most}
-    return found
+        figures |= {"missed_in_sample": large, "missed_share_at_most": share, "missed_at_most": most}
+    return figures
 
 
 def _top(screen: Attribution) -> list[dict[str, Any]]:

@@ -19,12 +19,12 @@ from saepatch.steering.contrasts import corpus_maxima
 from saepatch.steering.streaming import Sampling, Written, side_by_side
 
 ACTS: dict[str, type[Steer] | type[Clamp] | type[AtLeast]] = {"add": Steer, "clamp": Clamp, "at-least": AtLeast}
-ENDED = {"loop": " […: it repeats itself]", "length": " […]", "context": " […: the model takes no more]"}
+ENDED = {"loop": " […: it repeats itself]", "length": " […]", "context": " […: the model's context is full]"}
 
 
 @dataclass(eq=False)
 class Session:
-    """A model, latents to act on, and (in a chat) what was said so far, once for each side."""
+    """A model, the latents to act on, and (in a chat) the turns so far: without and with the intervention."""
 
     model: LanguageModel
     dictionaries: dict[Site, Dictionary]
@@ -33,28 +33,29 @@ class Session:
     config: SteerConfig
     strength: float
     turns: tuple[list[dict[str, str]], list[dict[str, str]]] = field(default_factory=lambda: ([], []))
-    asked: tuple[str, str] = ("", "")
-    """What each side read before its last answer."""
+    prompts: tuple[str, str] = ("", "")
+    """The prompts of the last answers, without and with the intervention."""
 
     @property
     def chats(self) -> bool:
-        """Whether prompts are requests, put into the model's chat template."""
+        """Whether prompts are put into the model's chat template as requests."""
         chat = self.config.chat
         return bool(self.model.tokenizer.chat_template) and self.config.interactive if chat is None else chat
 
     def interventions(self) -> list[Intervention]:
-        """What the settings ask for, an intervention for each site."""
+        """The requested interventions, one for each site."""
         config, positions = self.config, read_positions(self.config.positions)
-        made: list[Intervention] = []
+        interventions: list[Intervention] = []
         for site, ids in self.latents.items():
             if config.act == "ablate":
-                made.append(Ablate(ids, positions=positions, site=site))
+                interventions.append(Ablate(ids, positions=positions, site=site))
             else:
-                made.append(ACTS[config.act](ids, self.strength, self.units[site], positions, site, config.decay))
-        return made
+                intervention = ACTS[config.act](ids, self.strength, self.units[site], positions, site, config.decay)
+                interventions.append(intervention)
+        return interventions
 
     def answer(self, prompt: str) -> Iterator[tuple[Written, Written]]:
-        """Both continuations as they grow, without and with the intervention; in a chat, both are remembered."""
+        """Yield both continuations as they grow, without and with the intervention; a chat remembers both."""
         prompts = (prompt, prompt)
         if self.chats:
             if not self.model.tokenizer.chat_template:
@@ -62,13 +63,13 @@ class Session:
             for turns in self.turns:
                 turns.append({"role": "user", "content": prompt})
             prompts = (self._rendered(self.turns[0]), self._rendered(self.turns[1]))
-        self.asked = prompts
+        self.prompts = prompts
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, self.config.seed)
         both = (Written(), Written())
         try:
             for both in side_by_side(self.model, self.dictionaries, self.interventions(), prompts, sampling):
                 yield both
-        except BaseException:  # a request without an answer is no part of a chat
+        except BaseException:  # a request without an answer does not enter the chat
             for turns in self.turns if self.chats else ():
                 turns.pop()
             raise
@@ -79,18 +80,18 @@ class Session:
         return self.model.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget the conversation so far."""
         for turns in self.turns:
             turns.clear()
 
     @property
     def title(self) -> str:
-        """What is done, in a few words."""
+        """The intervention in a few words."""
         where = ", ".join(f"{site}:{','.join(map(str, ids))}" for site, ids in self.latents.items())
         return f"{self.config.act} {where}" + ("" if self.config.act == "ablate" else f" × {self.strength:g}")
 
     def record(self, prompt: str, bare: Written, steered: Written) -> dict[str, Any]:
-        """One answer as JSON holds it."""
+        """One answer as JSON values."""
         return {
             "prompt": prompt,
             "before": bare.text,
@@ -112,15 +113,16 @@ class Session:
 
 
 def texts_of(both: tuple[Written, Written]) -> list[str]:
-    """Both texts, each with why it ended, where it did not end by itself."""
-    return [one.text + ENDED.get(one.ended, "") for one in both]
+    """Both texts, each marked with the reason it was cut off, if it was."""
+    return [written.text + ENDED.get(written.ended, "") for written in both]
 
 
 def open_session(config: SteerConfig) -> Session:
     """Load the model and the dictionaries, and measure the latents' largest activations.
 
     Raises:
-        UserError: one of them cannot be loaded, or they do not fit, or a latent never fires in the reference texts.
+        UserError: the model or a dictionary cannot be loaded, they do not fit together, or a latent never fires in the
+            reference texts.
     """
     latents = latents_of_sites(config.latent)
     read_positions(config.positions)
@@ -137,6 +139,6 @@ def open_session(config: SteerConfig) -> Session:
             if silent := [latent for latent, unit in zip(ids, units[site], strict=True) if not unit]:
                 raise UserError(
                     f"latent {silent[0]} of {site} never fires in the {len(texts)} reference texts, so there is no "
-                    "largest activation to measure its strength in: give other texts with --reference, or --unit 1"
+                    "largest activation to scale its strength by: give other texts with --reference, or --unit 1"
                 )
     return Session(model, dictionaries, latents, units, config, config.strength)

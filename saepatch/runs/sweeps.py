@@ -1,4 +1,4 @@
-"""`saepatch patch` and `attribute`: what one part of a sweep is. Its rows are merged by `saepatch.runs.merge`."""
+"""`saepatch patch` and `attribute`: the parts of a sweep. `saepatch.runs.merge` merges them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ from saepatch.tracking.open import Tracker
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Everything that working through the parts of a shard takes."""
+    """A shard of a sweep with everything needed to run its parts."""
 
     config: SweepConfig
     source: str
@@ -61,16 +61,16 @@ class Sweep:
         tokens = [self.model.token_texts(self.model.encode(prompt)) for prompt in prompts]
         measure = _estimate if isinstance(self.config, AttributeConfig) else _patch
         measured = measure(self, part, pairs, tokens, count)
-        own = zip(part.pairs, pairs, measured.clean.tolist(), measured.corrupted.tolist(), strict=True)
+        metrics = zip(part.pairs, pairs, measured.clean.tolist(), measured.corrupted.tolist(), strict=True)
         about = {
             "direction": part.direction,
-            "pairs": [[index, pair.example, clean, corrupted] for index, pair, clean, corrupted in own],
+            "pairs": [[index, pair.example, clean, corrupted] for index, pair, clean, corrupted in metrics],
         }
-        rows = ((some, self.record.provenance(some[0].site)) for some in measured.rows)
+        rows = ((chunk, self.record.provenance(chunk[0].site)) for chunk in measured.rows)
         return PartContent(rows, about | measured.about)
 
     def options(self, part: Part) -> dict[str, Any]:
-        """Options that exact and estimated effects share."""
+        """Options shared by exact and estimated effects."""
         config = self.config
         return {
             "positions": self.positions,
@@ -84,15 +84,15 @@ class Sweep:
 
 
 def run_sweep(config: SweepConfig, conclude: Callable[[Sweep, Tracker], None] | None = None) -> Finished:
-    """Run the parts of a shard that are not there yet; see `saepatch.runs.driver.drive`."""
+    """Run the missing parts of a shard; see `saepatch.runs.driver.drive`."""
     return drive(config, prepare, conclude)
 
 
 def prepare(config: SweepConfig) -> Sweep:
-    """Load what a run needs, and see that all of it fits and that the folder holds this run or none.
+    """Load everything a run needs, and check that it fits together and that the folder holds no other run.
 
     Raises:
-        UserError: it does not, or it holds another.
+        UserError: something does not fit, or the folder holds another run.
     """
     place = Place.of(config)
     metric, positions = read_metric(config.metric), read_positions(config.positions)
@@ -128,7 +128,7 @@ def prepare(config: SweepConfig) -> Sweep:
 def _edits(
     config: SweepConfig, model: LanguageModel, groups: Sequence[Sequence[Component]], pairs: Sequence[PromptPair]
 ) -> list[dict[str, Any]] | None:
-    """What to patch: the given latents and controls beside them; None: every unit, each alone."""
+    """The given latents and their controls; None: every unit separately."""
     if not isinstance(config, PatchConfig) or not (latents := LatentSet.parse(config.latents)):
         return None
     edits = []
@@ -136,18 +136,18 @@ def _edits(
     for (component,) in groups:
         assert isinstance(component, LatentUnits)
         site = component.site
-        wanted = [{site: ids} for ids in latents.groups(site) or ()]
-        edits += with_controls(model, [component.dictionary], pairs, wanted, config.controls, config.seed)
+        groups_there = [{site: ids} for ids in latents.groups(site) or ()]
+        edits += with_controls(model, [component.dictionary], pairs, groups_there, config.controls, config.seed)
     return [edit_facts(edit) for edit in edits]
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What working through a part gave: the pairs' own metrics, rows some at a time, what else merging has to know."""
+    """Results of a part: the metrics of the pairs' two runs, rows in chunks, and further facts for merging."""
 
     clean: Float[ndarray, "pairs"]
     corrupted: Float[ndarray, "pairs"]
-    rows: Iterable[list[Row]]  # each of one site
+    rows: Iterable[list[Row]]  # each chunk is of one site
     about: dict[str, Any]
 
 
@@ -156,15 +156,15 @@ def _patch(
 ) -> Measured:
     config, components = sweep.config, sweep.groups[part.components]
     assert isinstance(config, PatchConfig)
-    sites, asked = {component.site for component in components}, sweep.record.asked
-    if asked is not None:  # a control set that stands beside several groups is run once
-        mine = [edit for edit in asked if sites >= {part.site for part in edit.parts}]
-        asked = list({(edit.key, edit.role): edit for edit in mine}.values())
+    sites, edits = {component.site for component in components}, sweep.record.requested
+    if edits is not None:  # a control set shared by several groups is run once
+        there = [edit for edit in edits if sites >= {part.site for part in edit.parts}]
+        edits = list({(edit.key, edit.role): edit for edit in there}.values())
     effects = patch_components(
         sweep.model,
         components,
         pairs,
-        asked,
+        edits,
         each_position=config.each_position,
         progress=count,
         **sweep.options(part),
@@ -187,7 +187,7 @@ def _estimate(
         method=read_method(config),
         verify=config.verify,
         sample=config.sample,
-        seed=config.seed + part.pairs[0],  # each part draws its own sample
+        seed=config.seed + part.pairs[0],  # a different sample for each part
         **sweep.options(part),
     )
     count(len(screen) + (0 if screen.verified is None else len(screen.verified.index)))

@@ -118,7 +118,7 @@ def test_quiet_says_results_alone(place, patched, capsys):
     assert "Report: " in out
     assert err == ""
     assert main(["attribute", *map(str, given), "--out", str(place / "hush")]) == 0
-    assert "parts are there already" in capsys.readouterr().err  # and notes are back
+    assert "parts are done" in capsys.readouterr().err  # and notes are back
 
 
 def test_completion_of_a_shell(tmp_path):

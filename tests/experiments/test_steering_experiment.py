@@ -98,7 +98,7 @@ def test_measurements_of_an_earlier_version_are_known_by_their_key(tmp_path):
     path.write_text('{"key": "abc"}\n{"name": "a", "value": 1}\n')
     with pytest.raises(UserError, match="differs in key"), measurements(path, {"seed": 0}, "other"):
         pass
-    with pytest.raises(KeyboardInterrupt, match="2 measurements are kept; the same command goes on from there"):
+    with pytest.raises(KeyboardInterrupt, match="2 measurements are stored; the same command resumes from them"):
         with measurements(path, {"seed": 0}, "abc") as kept:
             assert kept.get("a", lambda: 1 / 0) == 1
             with pytest.raises(UserError, match="is working in"), measurements(path, {"seed": 0}):

@@ -267,7 +267,7 @@ def test_a_run_stands_where_its_reading_fails(place, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda out: (out / "summary.json").unlink(), "go on with saepatch patch --config"),
+        (lambda out: (out / "summary.json").unlink(), "resume it with saepatch patch --config"),
         (lambda out: shutil.rmtree(out), "give the folder of a finished run"),
         (lambda out: (out / "summary.json").write_text("{"), "is not JSON"),
         (lambda out: (out / "summary.json").write_text("{}"), "has no run of patch, attribute"),

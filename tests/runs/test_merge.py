@@ -163,7 +163,7 @@ def test_a_screen_is_read_back_as_it_was_written(direction, sizes):
     about = screen_about(screen) | {"direction": direction, "pairs": [[n, name] for n, name in enumerate(EXAMPLES)]}
     record = record_of(work="attribute", direction=direction)
     read = read_screens(record, pairs, read_changes(as_table(rows), pairs, []), [about])
-    (back,) = read.found
+    (back,) = read.by_direction
     place = {key: n for n, key in enumerate(zip(*(getattr(back, c) for c in ("pair", "site", "unit", "position"))))}
     order = [place[key] for key in zip(*(getattr(screen, c) for c in ("pair", "site", "unit", "position")))]
     assert len(back) == len(screen)

@@ -79,12 +79,12 @@ def test_a_judge_that_was_changed_judges_all_answers_again(place, tmp_path, monk
     rows = read_rows(tmp_path / "out" / "results.parquet")
     assert len(rows) == 3 * 5
     assert [row["outcome"] for row in rows] == ["comply" if len(row["answer"]) % 2 else "degenerate" for row in rows]
-    assert "6 answers are judged otherwise now" in caplog.text
+    assert "6 answers have another outcome now" in caplog.text
     shares = {c["condition"]: c for c in json.loads((tmp_path / "out" / "summary.json").read_text())["conditions"]}
     assert shares["bare"]["refuse"][0] == 0
     caplog.clear()
-    assert main(["restore", *flags]) == 0  # these verdicts are kept: nothing is judged otherwise again
-    assert "judged otherwise" not in caplog.text
+    assert main(["restore", *flags]) == 0  # these verdicts are kept: no outcome changes again
+    assert "another outcome" not in caplog.text
     kept = [read_about(file)["judge"] for file in sorted((tmp_path / "out" / "answers").glob("*.parquet"))]
     assert set(kept) == {judge_version("own_judge:decide")}
 

@@ -266,7 +266,7 @@ def test_a_run_is_not_mixed_with_another(place, tmp_path, capsys):
     (part := out / "parts/shard-0-of-1/part-00000.parquet").write_bytes(
         (tmp_path / "other/parts/shard-0-of-1/part-00000.parquet").read_bytes()
     )
-    assert "is of another run" in failed(capsys, *command)
+    assert "belongs to another run" in failed(capsys, *command)
     part.write_bytes(b"PAR1 and no more")  # damaged: worked through again
     assert main(["patch", *arguments(place, out, *options), "--batch_size", "2"]) == 0
     assert read_about(part)["pairs"][0][0] == 0
@@ -413,7 +413,7 @@ def test_merge_says_what_is_missing(place, tmp_path, capsys):
     record = out / "parts/shard-2-of-3/run.json"
     kept = record.read_text()
     record.write_text(kept.replace('"role": "matched"', '"role": "random"'))
-    assert "drew other controls" in failed(capsys, "merge", out)
+    assert "drew different controls" in failed(capsys, "merge", out)
     record.write_text(kept)
     assert main(["merge", str(out)]) == 0
     record.write_text("{")
@@ -448,7 +448,7 @@ def test_mistakes_come_before_the_work(place, tmp_path, capsys):
         (("--latents", "resid_post.1: 48"), "latent 48 is out of range"),
         (("--latents", "middle.1: 3"), "unknown stream 'middle'"),
         (("--corruption", "noise: cat"), "pair pairs-5: prompt 0 contains 'cat' as whole tokens 0 times"),
-        (("--corruption", "zero"), "zero ablates what is patched: give one --site out of resid_post.0, resid_post.1"),
+        (("--corruption", "zero"), "zero ablates the patched component: give one --site of resid_post.0, resid_post.1"),
         (("--latents", "48", "--site", "resid_post.1"), "latent 48 is out of range"),
         (("--site", "resid_post.2"), "has no dictionary for resid_post.2"),
         (("--site", "resid_post.1", "--component", "head"), "heads are at z.LAYER, as in --site z.1"),
@@ -631,7 +631,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_repeated(commands, place, tmp_p
         assert not (out / "results.parquet").exists()
     told = commands.log.read_text()[said:].splitlines()
     config = out / "parts/shard-0-of-1/config.yaml"
-    line = rf"interrupted: \d+ of {total} parts are written; to go on from there: saepatch {work} --config {config}"
+    line = rf"interrupted: \d+ of {total} parts are written; to resume: saepatch {work} --config {config}"
     assert len(told) == len(signals) - signals.count(signal.SIGKILL)
     assert all(re.fullmatch(line, one) for one in told)
     commands.start(work, "--config", config)
@@ -660,7 +660,7 @@ def test_two_processes_under_torchrun(place, tmp_path):
 def test_an_error_that_an_interrupt_caused_is_an_interrupt():
     """numpy, hit in the middle of a comparison, reports a TypeError."""
     with pytest.raises(KeyboardInterrupt), stoppable() as check:
-        check.asked = True
+        check.stop_requested = True
         raise TypeError("cannot compare")
     with pytest.raises(TypeError), stoppable():
         raise TypeError("a mistake of ours")
