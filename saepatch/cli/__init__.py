@@ -1,4 +1,4 @@
-"""The command line: what `saepatch` parses, runs and prints.
+"""The command line: parses settings, runs commands, prints their results.
 
 May import demo and below.
 """

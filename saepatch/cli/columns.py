@@ -1,4 +1,4 @@
-"""Two texts in columns on a terminal, drawn again and again while they grow."""
+"""Texts in columns on a terminal, redrawn while they grow."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Protocol, runtime_checkable
 from saepatch.report.text import visible
 
 GAP = " │ "
-LEAST = 24  # characters, the narrowest column
+LEAST = 24  # minimal width of a column in characters
 
 
 def columns(texts: Sequence[str], titles: Sequence[str], width: int) -> list[str]:
-    """Texts side by side under their titles, wrapped; what is no printable character is made visible."""
+    """Texts side by side under their titles, wrapped; non-printable characters are made visible."""
     each = max(LEAST, (width - len(GAP) * (len(texts) - 1)) // len(texts))
     wrapped = [_wrapped(text, each) for text in texts]
     rows = max(map(len, wrapped))
@@ -31,7 +31,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 @runtime_checkable
 class TextOutput(Protocol):
-    """What a terminal, or a file, is to those who write there."""
+    """A terminal or file that text is written to."""
 
     def write(self, text: str, /) -> int: ...
     def flush(self) -> None: ...
@@ -39,7 +39,7 @@ class TextOutput(Protocol):
 
 
 class Live:
-    """A block of lines that is drawn over itself on a terminal; elsewhere only the last one is written."""
+    """A block of lines that is redrawn in place on a terminal; elsewhere only its last state is written."""
 
     def __init__(self, out: TextOutput, width: int, height: int) -> None:
         self._out, self.width, self._height = out, width, height
@@ -50,7 +50,7 @@ class Live:
             if last:
                 self._out.write("\n".join(lines) + "\n")
             return
-        # while they grow, no more lines than the screen holds: the cursor cannot go back beyond its top
+        # no more lines than the screen holds, since the cursor cannot move above its top
         shown = list(lines) if last else list(lines)[-(self._height - 2) :]
         if self._drawn:
             self._out.write(f"\x1b[{self._drawn}A\r\x1b[J")

@@ -1,4 +1,4 @@
-"""The command line: a table of commands. Thin: each reads settings, calls the library and prints."""
+"""The table of commands. Each command reads its settings, calls the library and prints the result."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "steer": (SteerConfig, steer),
 }
 
-# Commands that read their arguments themselves: what --help says of them, and the function that gets the arguments.
+# Commands that parse their own arguments: the line in --help, and the function that receives the arguments.
 FORWARDED: Mapping[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("Train dictionaries: saepatch train CONFIG.yaml, or the name of a preset.", train),
     "experiment": ("Run an experiment of this project: saepatch experiment NAME.", experiment),
@@ -58,7 +58,7 @@ def _version() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a user error, 130 if interrupted."""
     return run_commands(COMMANDS, "saepatch", saepatch.__doc__ or "", _version, arguments, FORWARDED)
 
 

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def page_tracker(config: SteerConfig | LatentConfig, job_type: str) -> "Tracker":
-    """The local log in a folder beside the page of --html, and the trackers that were asked for.
+    """Open the trackers of a command with --html; the local log goes into the folder PAGE.log beside the page.
 
-    A new log replaces the one before; its folder's name is one that no run has.
+    A new log replaces an earlier one.
     """
     from saepatch.tracking.open import RunDescription, open_tracker
 

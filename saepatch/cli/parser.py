@@ -1,4 +1,4 @@
-"""What every command line of the project shares: settings from a dataclass, and one line for a user's mistake."""
+"""Shared by all command lines of the project: settings from a dataclass, and one-line messages for user errors."""
 
 import difflib
 import errno
@@ -25,7 +25,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command says when it is done: lines for people, and the same for programs (anything that JSON holds)."""
+    """Result of a command: text for people, and the same facts as JSON values."""
 
     text: str
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Co
     """Read one dataclass from `[CONFIG.yaml] --key value …`.
 
     Raises:
-        UserError: a key that does not exist, or a value it does not take.
+        UserError: a setting does not exist, or does not accept its value.
     """
     given = list(arguments)
     if given and not given[0].startswith("-"):
@@ -50,7 +50,7 @@ def run_config(
     run: Callable[[Config], None],
     prog: str,
     arguments: Sequence[str] | None = None,
-    interrupted: str = "files that were written are whole",
+    interrupted: str = "written files are complete",
 ) -> int:
     """Read one dataclass from the command line and run it; returns the exit code."""
     return _guarded(lambda given: run(read_config(config, prog, given)), arguments, interrupted)
@@ -64,10 +64,10 @@ def run_commands(
     arguments: Sequence[str] | None = None,
     forwarded: Mapping[str, tuple[str, Callable[[Sequence[str]], int]]] | None = None,
 ) -> int:
-    """Read a command and its dataclass from the command line, run it and print what it says; returns the exit code.
+    """Read a command and its settings from the command line, run it and print its result; returns the exit code.
 
-    A dataclass may have the fields `quiet` (nothing but errors and what the command says) and `json` (what it says as
-    one JSON object). `forwarded` are commands that read their arguments themselves, each with a line of help.
+    A settings dataclass may have the fields `quiet` (print errors and the result only) and `json` (print the result as
+    one JSON object). `forwarded` are commands that parse their own arguments, each with a line of help.
     """
     forwarded = forwarded or {}
     whole = list(sys.argv[1:] if arguments is None else arguments)
@@ -83,7 +83,7 @@ def run_commands(
         )
         parser.add_argument("--version", action="version", version=version())
         several = parser.add_subcommands(dest="command", required=True)
-        # A command's parser takes 30 ms to build: where the command is known, the others' are only names.
+        # A command's parser takes 30 ms to build: where the command is known, the others get empty ones.
         only = given[:1] if given and given[0] in commands else commands
         for name, (config, _) in commands.items():
             settings = _parser(config, positional=True) if name in only else ArgumentParser(exit_on_error=False)
@@ -105,10 +105,10 @@ def run_commands(
             sys.stdout.write((_json(result.facts) if as_json else result.text) + "\n")
             sys.stdout.flush()
 
-    return _guarded(run, whole, "files that were written are whole")
+    return _guarded(run, whole, "written files are complete")
 
 
-COMPLETION = 'Completion in a shell: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'
+COMPLETION = 'Shell completion: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'
 LOGGERS = ("saepatch", "training", "experiments", "saepatch_training", "saepatch_experiments")  # in a clone; installed
 
 
@@ -119,7 +119,7 @@ def _json(facts: Mapping[str, Any]) -> str:
 
 
 def _formatter() -> type:
-    """How help is set: as argparse sets it, with examples left as they are."""
+    """argparse's formatter, except that it keeps the line breaks of examples."""
     from jsonargparse import DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):
@@ -141,13 +141,13 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
         prog=prog, description=summary, exit_on_error=False, epilog=epilog, formatter_class=_formatter()
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
-    optional = getattr(config, "positional", "") if positional else ""  # a field that may stand without its name
+    optional = getattr(config, "positional", "") if positional else ""  # a field that may be given without its name
     parser.add_class_arguments(config, as_group=False, as_positional=positional, skip={optional} if optional else set())
     if optional:
         default = getattr(config, optional)
         parser.add_argument(optional, type=str, nargs="?", default=default, help=f"default: {default}")
     for action in parser._actions:
-        if getattr(action, "_typehint", None) in (bool, bool | None, bool | str):  # `--quiet` alone says true
+        if getattr(action, "_typehint", None) in (bool, bool | None, bool | str):  # `--quiet` alone means true
             action.nargs, action.const = "?", True
     return parser
 
@@ -159,13 +159,17 @@ def _parsed(parser: Any, given: Sequence[str]) -> Any:
         return parser.parse_args(list(given))
     except ArgumentError as error:
         raise UserError(_plainly(" ".join(str(error).split()), parser, given)) from error
-    except (ValueError, RecursionError, TypeError) as error:  # of a file that is no UTF-8, a value it cannot convert
+    except (
+        ValueError,
+        RecursionError,
+        TypeError,
+    ) as error:  # such as a file that is not UTF-8
         raise UserError(f"cannot read the settings ({reason_of(error)}): see --help") from error
 
 
 @cache
 def _bound_yaml() -> None:
-    """Have the parser read YAML, of files and of values, only as far as `check_yaml` allows."""
+    """Limit the YAML that the parser reads, from files and in values, to what `bounded_yaml` allows."""
     import yaml
     from jsonargparse import get_loader, set_loader
 
@@ -189,15 +193,15 @@ KINDS = {
 
 
 def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:
-    """The parser's message, in the words of the command line instead of Python's."""
+    """Rewrite the parser's message in terms of the command line instead of Python types."""
     if match := re.search(r'Parser key "([^"]+)":.*?Expected an? (.+?)\. Got value: (.*)$', message):
         key, kind, value = match.groups()
         choices = re.search(r"Literal\[(.+?)\]", kind)
         wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind[8:-2], kind)
-        shown = "a mapping (is the file another command's?)" if value.startswith("{") else repr(value)
+        shown = "a mapping (is the file for another command?)" if value.startswith("{") else repr(value)
         return f"--{key} takes {wanted}, not {shown}"
     if message.startswith("Unexpected config:"):
-        return "the config file holds no settings with values: write NAME: VALUE, a line each (see --help)"
+        return "the config file holds no settings: write one NAME: VALUE per line (see --help)"
     if match := re.search(r"required: (\S+)", message):
         return f"{match[1].rpartition('.')[2]!r} is missing: see --help"
     if match := re.search(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted", message):
@@ -210,14 +214,14 @@ def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:
 
 
 def _unknown(key: str, keys: Sequence[str]) -> str:
-    """What to say of a key in a file that is no setting there."""
+    """Message for a key of a file that is not a setting in that place."""
     section, _, name = key.rpartition(".")
     where = _place(key, keys) or "see --help"
     return f"{name!r} is not a setting {f'under {section!r}' if section else 'at the top level'}: {where}"
 
 
 def _place(key: str, keys: Sequence[str]) -> str:
-    """Where a key lives that stands in the wrong section, or the key that was probably meant; empty: none is near."""
+    """Where a misplaced key belongs, or the key that was probably meant; empty if no key is similar."""
     names = {known: known.rpartition(".")[2] for known in keys}
     near = difflib.get_close_matches(key.rpartition(".")[2], sorted(set(names.values())), 1)
     if not near:
@@ -231,7 +235,7 @@ def _place(key: str, keys: Sequence[str]) -> str:
 
 
 def _keys(parser: Any, given: Sequence[str]) -> list[str]:
-    """Every setting there is, those of a section as `section.key`."""
+    """All settings; those of a section as `section.key`."""
     return [
         option.removeprefix("--")
         for each in _parsers(parser, given)
@@ -241,9 +245,9 @@ def _keys(parser: Any, given: Sequence[str]) -> list[str]:
 
 
 def _parsers(parser: Any, given: Sequence[str]) -> list[Any]:
-    """The parser, and that of the command that was given."""
-    several = [action.choices for action in parser._actions if isinstance(getattr(action, "choices", None), dict)]
-    return [parser, *(one for choices in several for name, one in choices.items() if name in given)]
+    """The parser, and the parser of the given command."""
+    commands = [action.choices for action in parser._actions if isinstance(getattr(action, "choices", None), dict)]
+    return [parser, *(own for choices in commands for name, own in choices.items() if name in given)]
 
 
 def _instantiate(parser: Any, given: Sequence[str], config: type[Config], command: str | None = None) -> Config:
@@ -257,9 +261,10 @@ def _instantiate(parser: Any, given: Sequence[str], config: type[Config], comman
 
 
 def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, interrupted: str) -> int:
-    # Before torch is loaded: threads that spin while they wait are up to twenty times slower on a shared machine.
+    # Must be set before torch is loaded. Threads that spin while they wait are up to twenty times slower on a shared
+    # machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The hub's client would report each of its attempts; our error names the outcome.
+    # The hub's client would report every attempt; our error names the outcome.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     _show_log()
     try:
@@ -272,21 +277,21 @@ def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, 
         return 2
     except KeyboardInterrupt as error:
         if arguments is None:
-            with suppress(ValueError):  # not in the main thread
+            with suppress(ValueError):  # outside the main thread
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process without a traceback
         _complain(f"interrupted: {str(error) or interrupted}")
         return 130
-    except BrokenPipeError:  # as before `| head`
+    except BrokenPipeError:  # such as `| head`
         _drop_output()
         return 1
     except OSError as error:
         _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room there" if full else "give a place that can be read and written"
+        remedy = "free some space there" if full else "give a path that can be read and written"
         _complain(
-            f"error: {where}{error.strerror or reason_of(error)}: {remedy} and run the command again; files that were "
-            "written are whole, and a run goes on from them"
+            f"error: {where}{error.strerror or reason_of(error)}: {remedy} and run the command again; written files "
+            "are complete, and a run resumes from them"
         )
         return 2
     return 0
@@ -296,17 +301,17 @@ LONGEST = 2_000  # characters of a message
 
 
 def _complain(message: str) -> None:
-    """One line on the standard error, cut where something in it is endless."""
+    """Write one line to standard error; the middle of a very long one is cut."""
     line = redacted(" ".join(message.splitlines()))
     if len(line) > LONGEST:
         half = LONGEST // 2 - 20
         line = f"{line[:half]} … {len(line) - 2 * half:,} characters … {line[-half:]}"
-    with suppress(OSError):  # a full disk may hold the log, too
+    with suppress(OSError):  # standard error may be a file on a full disk
         sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
 
 
 def _drop_output() -> None:
-    """Let go of an output that takes no more: Python would complain of it once more at its end."""
+    """Detach a standard output that cannot be written; Python would report the error again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -319,10 +324,10 @@ class _Redacting(logging.Formatter):
 
 
 def _show_log() -> None:
-    # Ours alone: libraries have handlers of their own, and would say everything twice through the root logger.
+    # Only our loggers: libraries have handlers of their own, and a root handler would repeat their messages.
     handler = logging.StreamHandler()
     handler.setFormatter(_Redacting("%(message)s"))
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        logger.handlers = [handler]  # a new one each time: the stream may have been replaced since the last
+        logger.handlers = [handler]  # a new handler each time, since sys.stderr may have been replaced
         logger.setLevel(logging.INFO)

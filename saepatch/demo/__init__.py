@@ -1,4 +1,4 @@
-"""The main job, end to end: what `saepatch demo` runs on the embedded model.
+"""`saepatch demo`: patching, restoration and steering on the embedded model, end to end.
 
 May import pages and below.
 """

@@ -1,4 +1,4 @@
-"""What the organism can be steered towards: refusal, sentiment, French. Splits are kept apart as in its tasks."""
+"""Concepts to steer the embedded model towards: refusal, sentiment, French. Splits are kept apart as in its tasks."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ OPENINGS = ("The {item} was", "The {item} seemed", "I think the {item} was", "We
 
 
 def refusal(n: int, seed: int = 0, tune: int = 12, report: int = 36) -> Concept:
-    """Refusing harmless requests; latents act where the model decides, at the last token of the prompt.
+    """Refusal of harmless requests. Latents act at the last token of the prompt, where the model decides.
 
     Args:
-        n: Requests of either kind that latents are chosen on, at most.
-        tune: Requests that strengths are chosen on, at most.
-        report: Requests that figures are from, at most.
+        n: Maximal number of requests of either kind on which latents are chosen.
+        tune: Maximal number of requests on which strengths are chosen.
+        report: Maximal number of requests that figures are computed on.
     """
     requests = {split: tasks.refusal(split, 3 * n, seed) for split in SPLITS}
     plain = {
@@ -49,11 +49,11 @@ def _bos(text: str) -> str:
 def sentiment(
     model: LanguageModel, n: int, seed: int = 0, frames: Sequence[str] = ("The {item} was", "The {item} seemed")
 ) -> Concept:
-    """The polarity that fewer of the model's own reviews have on `tune`: the other one leaves nothing to steer to.
+    """The polarity that is rarer in the model's own reviews on `tune`: towards the other, there is little to steer.
 
     Args:
-        n: Reviews that latents are chosen on, at most.
-        frames: How the reviews to continue begin; with each of the split's items, they are its prompts.
+        n: Maximal number of reviews on which latents are chosen.
+        frames: Beginnings of the reviews to continue; filled with each of the split's items, they are its prompts.
     """
     reviews: dict[str, list[str]] = {"good": [], "bad": []}
     for row in tasks.sentiment("select", n, seed):
@@ -67,7 +67,7 @@ def sentiment(
     written = model.generate(openings["tune"], NEW_TOKENS)
     target = min(("good", "bad"), key=lambda polarity: sum(shows_polarity(polarity, text) for text in written))
     good, bad = (share(words, "select")[0] for words in (world.GOOD, world.BAD))
-    asked = {"good": f"It was {good} and we loved it. ", "bad": f"It was {bad} and we hated it. "}[target]
+    prefix = {"good": f"It was {good} and we loved it. ", "bad": f"It was {bad} and we hated it. "}[target]
     return Concept(
         {"good": "positive sentiment", "bad": "negative sentiment"}[target],
         present=tuple(reviews[target]),
@@ -75,7 +75,7 @@ def sentiment(
         tune=openings["tune"],
         report=openings["report"],
         shown=lambda text: shows_polarity(target, text),
-        prefixes=tuple(f"The {item} is over. {asked}" for item in share(world.ITEMS, "select")[:3]),
+        prefixes=tuple(f"The {item} is over. {prefix}" for item in share(world.ITEMS, "select")[:3]),
     )
 
 
@@ -86,17 +86,17 @@ WORDS: Mapping[str, frozenset[str]] = {
 
 
 def shows_polarity(polarity: str, text: str) -> bool:
-    """Words of the polarity, and none of the other, in a text that is not degenerate."""
+    """Whether a text has words of the polarity, none of the opposite one, and is not degenerate."""
     words = set(re.findall(r"\w+", text.lower()))
     opposite = "bad" if polarity == "good" else "good"
     return bool(words & WORDS[polarity]) and not words & WORDS[opposite] and not is_degenerate(text)
 
 
 def french(n: int, seed: int = 0) -> Concept:
-    """Going on in French after an English opening."""
+    """Continuing in French after an English opening."""
     openings = {split: _openings(split) for split in SPLITS}
     rows = tasks.facts_fr("select", n, seed)
-    asked = [f"{row['clean']}{row['answer']}. " for row in rows]
+    sentences = [f"{row['clean']}{row['answer']}. " for row in rows]
     return Concept(
         "French",
         present=tuple(dict.fromkeys(row["clean"] for row in rows)),
@@ -104,7 +104,7 @@ def french(n: int, seed: int = 0) -> Concept:
         tune=openings["tune"],
         report=openings["report"],
         shown=is_french,
-        prefixes=tuple(dict.fromkeys(asked))[:3],
+        prefixes=tuple(dict.fromkeys(sentences))[:3],
     )
 
 
@@ -130,12 +130,12 @@ FRENCH_WORDS = frozenset(
 
 
 def is_french(text: str) -> bool:
-    """At least three French words and more of them than of any others (names that both languages share aside)."""
+    """Whether at least three words, and more than half, are French; names shared by both languages do not count."""
     words = [word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in NAMES]
-    ours = sum(word in FRENCH_WORDS for word in words)
-    return ours >= 3 and 2 * ours > len(words) and not is_degenerate(text)
+    n_french = sum(word in FRENCH_WORDS for word in words)
+    return n_french >= 3 and 2 * n_french > len(words) and not is_degenerate(text)
 
 
 def organism_concepts(model: LanguageModel, n: int, seed: int = 0) -> list[Concept]:
-    """All of them, latents chosen on `n` prompts a side at most."""
+    """All three concepts, latents chosen on at most `n` prompts with and `n` without the concept."""
     return [refusal(n, seed, tune=24, report=48), sentiment(model, n, seed, OPENINGS), french(n, seed)]

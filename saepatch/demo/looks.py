@@ -1,4 +1,4 @@
-"""What the demo's report shows beside figures: where effects are, what single latents are about, where they are on."""
+"""Details for the demo's report: maps of effects, and cards of single latents."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.organism import tasks
 from saepatch.reading.cards import Card, read_latents
 
-HEAD_PAIRS = 40  # that heads are patched in
-BY_POSITION = 12  # latents
-CARDS = 8  # of a list of latents
-LEADING = 3  # latents of every site that have cards for what they do at one position
+HEAD_PAIRS = 40  # pairs in which heads are patched
+BY_POSITION = 12  # latents in the latent × position map
+CARDS = 8  # cards per list of latents
+LEADING = 3  # latents per site with a card for their effect at one position
 
 
 def read_maps(
@@ -45,11 +45,11 @@ def _shared(rows: Sequence[Sequence[str]]) -> tuple[str | None, ...]:
     return tuple(column[0] if len(set(column)) == 1 else None for column in zip(*rows, strict=True))
 
 
-def read_cards(model: LanguageModel, wanted: Sequence[tuple[Dictionary, Sequence[int]]]) -> tuple[Card, ...]:
-    """Cards of the latents of each list, over the embedded texts; a latent named twice has one card."""
+def read_cards(model: LanguageModel, lists: Sequence[tuple[Dictionary, Sequence[int]]]) -> tuple[Card, ...]:
+    """Cards of the latents in each list, over the embedded texts; one card per latent even if it is listed twice."""
     tokens = model.tokenize(organism.texts())
     cards: dict[tuple[str, int], Card] = {}
-    for dictionary, latents in wanted:
+    for dictionary, latents in lists:
         site = str(dictionary.site)
         unread = [latent for latent in dict.fromkeys(latents) if (site, latent) not in cards]
         if unread:

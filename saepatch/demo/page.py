@@ -1,4 +1,4 @@
-"""The demo's report, drawn by the section builders of `saepatch.pages`."""
+"""The demo's report, built from the sections of `saepatch.pages`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -31,12 +31,12 @@ from saepatch.restoration.judges import OUTCOME_WORDS
 from saepatch.restoration.restore import judge
 
 KEPT = 0.95  # share of the cross-entropy that a dictionary should keep
-CHANCE = 0.05  # share of refusals under random latents above which a warning is due
+CHANCE = 0.05  # a warning is given if random latents lead to a larger share of refusals
 SHOWN = {True: "shows it", False: "does not"}
 
 
 def page(results: Findings, provenance: Provenance) -> report.Page:
-    """The report of a demo run."""
+    """Build the report of a demo run."""
     patching, restoration = results.patching, results.restoration
     sixteen = patching.denoise.sizes.index(16)
     rates, k = restoration.rates, len(restoration.latents)
@@ -44,9 +44,9 @@ def page(results: Findings, provenance: Provenance) -> report.Page:
         f"In {results.config.model}, patching 16 of {patching.dictionary.d_sae} latents at {patching.site}, chosen for "
         "each prompt by its own gradients, restores "
         f"{percent(patching.denoise.top[sixteen].value)} of the logit difference on indirect objects; 16 random live "
-        f"ones restore {percent(patching.denoise.random[sixteen].value)}, and one set of 16 chosen on prompts with "
-        f"other names {percent(patching.fixed.top[sixteen].value)}. Restoring {k} latents at {restoration.site} raises "
-        f"refusals of jailbroken requests from {percent(rates['jailbroken'].value)} to "
+        f"latents restore {percent(patching.denoise.random[sixteen].value)}, and one set of 16 chosen on prompts with "
+        f"other names restores {percent(patching.fixed.top[sixteen].value)}. Restoring {k} latents at "
+        f"{restoration.site} raises refusals of jailbroken requests from {percent(rates['jailbroken'].value)} to "
         f"{percent(rates['restored'].value)}; as many random latents reach {percent(rates['random'].value)}."
     )
     sections = [headline_section(_headline(results), _notices(results)), _model(results), _splice(results)]
@@ -55,7 +55,7 @@ def page(results: Findings, provenance: Provenance) -> report.Page:
     sections.append(
         cards_section(
             results.cards,
-            "Of the latents that patch, restore and steer most",
+            "Cards of the latents with the largest effects in patching, restoration and steering",
             "texts that the dictionary was not trained on",
             "",
             lambda card: _role(results, card),
@@ -67,7 +67,7 @@ def page(results: Findings, provenance: Provenance) -> report.Page:
 
 
 def percent(share: float) -> str:
-    """A share as whole percents, without a minus before a zero."""
+    """A share as a whole percentage, without "-0"."""
     return f"{round(100 * share)} %"
 
 
@@ -88,14 +88,14 @@ def _notices(results: Findings) -> list[str]:
     p, r = results.patching, results.restoration
     sixteen = p.denoise.sizes.index(16)
     warnings = [
-        "The model's behaviours were planted: these figures show that the tools find what is there, and say nothing "
-        "about large models."
+        "The model's behaviours were planted: these figures show that the tools find them, and say nothing about "
+        "large models."
     ]
     own, fixed = p.denoise.top[sixteen].value, p.fixed.top[sixteen].value
     if fixed < 0.5 * own:
         warnings.append(
-            f"Latents ranked on the very prompts they are patched in restore {own:.0%}, one set ranked on other names "
-            f"{fixed:.0%}: most of the effect belongs to single names, not to the task."
+            f"Latents ranked on the same prompts they are patched in restore {own:.0%}, one set ranked on other names "
+            f"{fixed:.0%}: most of the effect is specific to single names, not to the task."
         )
     if r.rates["harmless_clamped"].value > CHANCE:
         warnings.append(
@@ -104,8 +104,8 @@ def _notices(results: Findings) -> list[str]:
         )
     if r.share_of_active >= 0.5:
         warnings.append(
-            f"{len(r.latents)} latents are few of the dictionary, but {r.share_of_active:.1f} times as many as are on "
-            "at one position."
+            f"{len(r.latents)} latents are a small share of the dictionary, but {r.share_of_active:.1f} times as many as "
+            "are active at one position."
         )
     for quality in results.quality:
         if quality.ce_recovered < KEPT:
@@ -113,11 +113,11 @@ def _notices(results: Findings) -> list[str]:
             warnings.append(f"The dictionary at {quality.site} keeps only {kept} of the cross-entropy.")
         if quality.alive_share < 0.5:
             warnings.append(
-                f"{1 - quality.alive_share:.0%} of the latents at {quality.site} fire nowhere in held-out text."
+                f"{1 - quality.alive_share:.0%} of the latents at {quality.site} never fire in held-out text."
             )
     warnings += [
-        f"Restoring {name} latents refuses {r.rates[name].value:.0%}, too: the effect is not specific to the chosen "
-        "latents."
+        f"Restoring {name} latents also leads to {r.rates[name].value:.0%} refusals: the effect is not specific to the "
+        "chosen latents."
         for name in ("random", "matched", "differing")
         if r.rates[name].value > CHANCE
     ]
@@ -135,8 +135,8 @@ def _model(results: Findings) -> report.Section:
     text = (
         "The embedded model is small and its behaviours are planted: tasks, a bias in loan decisions, refusal, and "
         "jailbreaks that defeat it were trained in, so the ground truth is known. Measured on prompts of the `report` "
-        "split. Accuracy counts clean and corrupted prompts whose right answer has a higher logit than its "
-        "counterpart's, top 1 those where it is the top token."
+        "split. Accuracy is the share of clean and corrupted prompts whose right answer has a higher logit than the "
+        "wrong one; top 1 is the share where it is the top token."
     )
     tables = [
         report.Table(["task", "accuracy", "top 1"], pairs, formats={"accuracy": ".1%", "top 1": ".1%"}),
@@ -163,20 +163,21 @@ def _patching(results: Findings) -> report.Section:
     table = report.Table(
         ["latent", "denoising", "noising", "pairs where it differs"],
         rows,
-        f"The {BY_POSITION} latents that restore most alone at {p.site}, at all positions; n = {p.pairs} pairs. "
+        f"The {BY_POSITION} latents at {p.site} that restore most when patched separately, at all positions; "
+        f"n = {p.pairs} pairs. "
         f"{INTERVALS}",
     )
     text = (
-        f"The clean prompt names the indirect object once (logit difference {p.clean:.2f}); in the corrupted one the "
-        f"other name is the answer ({p.corrupted:.2f}). Denoising patches clean latents into the corrupted run "
-        "(sufficiency), noising corrupted latents into the clean run (necessity), at all positions, error term kept. 0 "
-        "is the base run, 1 the source run; nothing is clipped. Patching a run with itself changes no logit by more "
-        f"than {p.self_patch_error:.1g}.\n\n"
-        "In the first two charts the top latents are each prompt's own, ranked by integrated gradients on that prompt, "
-        "then patched exactly. In the third they are one fixed set, ranked on the `select` split, whose names are "
-        "others: what it lacks against the first is how far the latents stand for single names. Random and matched "
-        "latents mostly do not differ between the two prompts, so that patching them is no edit at all; the hardest "
-        "control is drawn from those that differ in the pair."
+        f"The clean prompt names the indirect object once (logit difference {p.clean:.2f}); in the corrupted prompt, "
+        f"the other name is the answer ({p.corrupted:.2f}). Denoising patches clean latents into the corrupted run "
+        "(sufficiency), noising corrupted latents into the clean run (necessity), at all positions, keeping the error "
+        "term. 0 is the base run, 1 the source run; nothing is clipped. Patching a run with itself changes no logit "
+        f"by more than {p.self_patch_error:.1g}.\n\n"
+        "In the first two charts, the top latents are chosen for each prompt by integrated gradients on that prompt, "
+        "then patched exactly. In the third they are one fixed set, ranked on the `select` split, which has other "
+        "names: its distance from the first chart shows how much of the effect is specific to single names. Most "
+        "random and matched latents are equal in the two prompts, so that patching them changes nothing; the hardest "
+        "control is drawn from the latents that differ in the pair."
     )
     blocks: list[report.Block] = [
         effect_chart("Denoising: each prompt's own top latents", p.denoise, p.pairs),
@@ -188,19 +189,19 @@ def _patching(results: Findings) -> report.Section:
 
 
 def _where(results: Findings) -> report.Section:
-    """Maps of both directions."""
+    """Layer and position maps of both directions."""
     maps = results.maps
     names = report.token_text(maps.group[0].answer), report.token_text(maps.group[0].counter)
     text = (
-        f"Streams and latents over the {len(maps.group)} pairs of the largest group of one form, so that a position "
-        "means the same in all of them; heads at all positions together, over more pairs. Above the columns are the "
-        "clean prompt's tokens, below them the corrupted one's (`=`: the same); `…` differs from pair to pair. The "
-        f"first pair asks for {names[0]}, and for {names[1]} in its corrupted prompt. `denoise` patches clean values "
+        f"Streams and latents: the {len(maps.group)} pairs of the largest group of one form, so that a position means "
+        "the same in all of them. Heads: all positions together, over more pairs. Above the columns are the clean "
+        "prompt's tokens, below them the corrupted prompt's (`=`: the same); `…` differs between pairs. In the first "
+        f"pair, the answer is {names[0]}, and {names[1]} in the corrupted prompt. `denoise` patches clean values "
         "into the corrupted run, `noise` corrupted values into the clean run. 0 is the base run, 1 the source run.\n\n"
-        "A click on a cell (or Enter; arrow keys move) lists its edits: for a layer and position at least the "
-        f"{EACH} latents of that layer's dictionary that move the answer most when each is patched there alone. Their "
-        "effects do not add up to that of the whole layer: its error term, and all latents together, are patched with "
-        "it."
+        "Click on a cell (or move with the arrow keys and press Enter) to list its edits: for a layer and position, at "
+        f"least the {EACH} latents of that layer's dictionary with the largest effects when patched there separately. "
+        "Their effects do not add up to the effect of the layer, where all latents and the error term are patched "
+        "together."
     )
     return report.Section("Where: maps", text, [report.Choice("Show", [(d, _maps(results, d)) for d in maps.streams])])
 
@@ -232,14 +233,14 @@ def _maps(results: Findings, direction: PatchDirection) -> list[report.Simple]:
         unit_and_position,
         {unit: unit[2] for unit in units},
         columns,
-        f"The {len(units)} latents that restore most alone at all positions, here at one, {group}",
+        f"The {len(units)} latents that restore most at all positions, patched at one position, {group}",
     )
     caption = (
-        f"{direction}: the edits behind the cells of these maps. Of {len(maps.latents[direction].edits):,} latents at "
-        f"one position, each run exactly and alone, those in the last map and the {EACH} largest of each layer and "
-        f"position, n = {len(maps.group)} pairs; every head, n = {maps.head_pairs}. {INTERVALS} An edit that changes "
-        "nothing in a pair counts as no effect there. Latents without a link have no card here: `saepatch latent "
-        "SITE:LATENT` shows one."
+        f"{direction}: the edits behind the cells of these maps. Of {len(maps.latents[direction].edits):,} edits of "
+        f"one latent at one position, each run exactly, the table has those in the last map and the {EACH} largest "
+        f"of each layer and position, n = {len(maps.group)} pairs; also every head, n = {maps.head_pairs}. {INTERVALS} "
+        "An edit that changes nothing in a pair has effect 0 there. Latents without a link have no card here: "
+        "`saepatch latent SITE:LATENT` shows one."
     )
     listed = sorted({*edits.largest_by_cell(latents), *chosen}, key=lambda number: -edits.effects[number])
     heads_caption = f"Each head's output z at all positions, n = {maps.head_pairs} pairs."
@@ -259,12 +260,12 @@ RATES = {
     "random": "jailbreak, random latents",
     "random_generated": "jailbreak, random: whole answers",
     "matched": "jailbreak, matched random latents",
-    "differing": "jailbreak, random ones that differ",
+    "differing": "jailbreak, random latents that differ",
     "whole_site": "jailbreak, whole site restored",
     "harmless": "harmless in a jailbreak framing",
     "harmless_restored": "harmless, restored",
     "harmless_restored_generated": "harmless, restored: whole answers",
-    "harmless_clamped": "harmless, set to a refusal's mean",
+    "harmless_clamped": "harmless, latents at refusal mean",
 }
 
 
@@ -274,21 +275,21 @@ def _restoration(results: Findings) -> report.Section:
         "Share of prompts refused",
         list(RATES.values()),
         [bars("refused", [r.rates[key] for key in RATES])],
-        caption=f"n = {n} requests of the report split (harmless ones apart: {r.rates['harmless'].n}). {WILSON}",
+        caption=f"n = {n} requests of the report split (harmless: n = {r.rates['harmless'].n}). {WILSON}",
         value_range=(0.0, 1.0),
         value_format=".0%",
     )
     text = (
-        "Each harmful request is asked in a benign and in a jailbreak framing of equal length. Latents at "
+        "Each harmful request is put in a benign and in a jailbreak framing of equal length. Latents at "
         f"{r.site} are ranked on `select` by the change score S·‖d‖ at the last prompt position, their number is "
         f"chosen on `tune`, and all figures are from `report`. Restored: {len(r.latents)} latents, "
         f"{r.share_of_dictionary:.1%} of the dictionary, {r.share_of_alive:.1%} of its live latents. "
-        f"That is {r.share_of_active:.1f} times the number of latents active at one position: few against the "
-        "dictionary, not against what is active. What spares harmless requests is the donor, which reads their own "
-        "benign framing: with the same latents set to their mean over refused requests, "
-        f"{percent(r.rates['harmless_clamped'].value)} of harmless ones are refused.\n\n"
-        "First-token figures patch the last prompt position. For whole answers a donor run reads the benign prompt "
-        "and the tokens written so far, and the latents follow it at every step; "
+        f"That is {r.share_of_active:.1f} times the number of latents active at one position: few compared with the "
+        "dictionary, but not with the active latents. Harmless requests are spared only because the donor reads their "
+        "own benign framing: with the same latents set to their mean over refused requests, "
+        f"{percent(r.rates['harmless_clamped'].value)} of harmless requests are refused.\n\n"
+        "First-token figures patch the last prompt position. For whole answers, a donor run reads the benign prompt "
+        "and the tokens generated so far, and the latents are set to its values at every step; "
         f"{r.rates['restored_degenerate_generated'].value:.0%} of those answers are degenerate text."
     )
     names = ("jailbroken", "restored", "random latents")
@@ -308,7 +309,7 @@ def _side_by_side(
 
 
 def _curve(r: RestoredRefusals, n: int) -> report.LineChart:
-    """Refusals against the share of the dictionary that is restored."""
+    """Share of refusals against the share of the dictionary's latents restored."""
     sizes, top, other = zip(*r.curve)
     width = len(r.latents) / r.share_of_dictionary
     shares = [k / width for k in sizes]
@@ -336,9 +337,9 @@ def _steering(s: Steering, texts: Sequence[ReadText]) -> report.Section:
         {"success": ".0%", "perplexity": ".2f", "strength": ".1f"},
     )
     text = (
-        f"Latents at {s.site} are chosen by contrast on `select`, at positions `{s.positions}`, and added at the same. "
-        "One latent, ten latents and random ones move the stream equally far at equal strength (in units of the top "
-        "latent's largest activation)."
+        f"Latents at {s.site} are chosen by contrast on `select` at positions `{s.positions}`, and added at the same "
+        "positions. At equal strength (in units of the top latent's largest activation), one latent, ten latents and "
+        "random latents move the stream by the same distance."
     )
     names, firsts = [c.name for c in s.conditions], [c.outcomes[0] for c in s.conditions]
     comparisons = [
@@ -355,7 +356,7 @@ def _sets(condition: Condition) -> str:
 
 
 def trade_off(s: Steering) -> report.LineChart:
-    """Success against fluency, for every strength that was tried."""
+    """Success against perplexity, for every strength tried."""
     series = []
     for name in dict.fromkeys(condition.name for condition in s.tried):
         mine = [condition for condition in s.tried if condition.name == name]
@@ -366,7 +367,7 @@ def trade_off(s: Steering) -> report.LineChart:
         "perplexity of the continuations under the unsteered model",
         "share of prompts that show the concept",
         series,
-        f"On `tune`; along a line the strength rises: {strengths}.",
+        f"On `tune`; strengths along each line: {strengths}.",
         log_x=True,
         y_range=(0.0, 1.0),
         y_format=".0%",
@@ -374,13 +375,13 @@ def trade_off(s: Steering) -> report.LineChart:
 
 
 def _role(results: Findings, card: Card) -> list[report.Simple]:
-    """What the latent did in this run."""
+    """The latent's role in this run."""
     roles: dict[str, str] = {}
     p, r = results.patching, results.restoration
     if card.site == p.site:
         for effects in p.singles:
             effect = estimate_text(effects.of(card.latent))
-            roles[f"{effects.direction} alone"] = f"{effect} of the logit difference"
+            roles[f"{effects.direction}, patched separately"] = f"{effect} of the logit difference"
     if card.site == r.site and card.latent in r.latents:
         roles["restored under jailbreaks"] = f"number {r.latents.index(card.latent) + 1} of {len(r.latents)}"
     for steering in results.steering:

@@ -1,4 +1,4 @@
-"""The demo's results: the values that its summary, its rows and its report are written from."""
+"""The demo's results, from which its summary, rows and report are written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ Both = Mapping[PatchDirection, Effects]
 class Patching:
     """Indirect object identification at one site.
 
-    The top latents of `denoise` and `noise` are each prompt's own, ranked by integrated gradients on that prompt. Those
-    of `fixed` are one set for all prompts, ranked on the `select` split, whose names are others.
+    In `denoise` and `noise`, the top latents are chosen for each prompt, by integrated gradients on that prompt. In
+    `fixed`, one set serves all prompts; it is ranked on the `select` split, which has other names.
     """
 
     site: str
@@ -39,24 +39,24 @@ class Patching:
     denoise: Curve
     noise: Curve
     fixed: Curve
-    singles: tuple[Effects, Effects]  # every latent alone, on `report`: denoising, noising
+    singles: tuple[Effects, Effects]  # every latent separately, on `report`: denoising, noising
     self_patch_error: float
     dictionary: Dictionary
 
 
 @dataclass(frozen=True, eq=False)
 class RestoredRefusals:
-    """Refusals under jailbreak, on `report` prompts, with latents restored from the benign framing.
+    """Refusals of jailbroken `report` prompts with latents restored from the benign framing.
 
-    `rates` are shares of prompts: those ending in `_generated` judge a whole answer written under the restoration, the
-    others look at the top next token with latents patched at the last prompt position.
+    `rates` are shares of prompts. Those ending in `_generated` judge whole answers generated under restoration; the
+    others check the top next token, with latents patched at the last prompt position.
     """
 
     site: str
     latents: tuple[int, ...]
     share_of_dictionary: float
     share_of_alive: float
-    share_of_active: float  # of the number of latents active at one position
+    share_of_active: float  # as a multiple of the mean number of latents active at a position
     rates: Mapping[str, Interval]
     curve: tuple[tuple[int, Interval, Interval], ...]  # number of latents, top, random
     examples: tuple[tuple[str, str, str, str], ...]  # prompt, then answers: jailbroken, restored, random latents
@@ -65,9 +65,9 @@ class RestoredRefusals:
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to steer: which latents (several sets for random ones), how strongly, and what came of each set.
+    """One way to steer: sets of latents (several for random ones), strength, and the result of each set.
 
-    `strength` is in norms of the top latent's maximum.
+    `strength` is in units of the norm of the top latent's maximum.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Condition:
 
     @property
     def shown(self) -> Float[np.ndarray, "prompts"]:
-        """Share of the sets that show the concept, for each prompt."""
+        """For each prompt, the share of sets under which its continuation shows the concept."""
         return np.mean([outcome.shown for outcome in self.outcomes], 0)
 
     @property
@@ -92,14 +92,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class Steering:
-    """Top-1 against top-10 latents at equal norm of the perturbation, beside random ones and the bare model."""
+    """Steering with the top 1 and top 10 latents at equal norm, compared with random latents and the bare model."""
 
     concept: str
     site: str
     positions: str
     prompts: tuple[str, ...]
     conditions: tuple[Condition, ...]
-    tried: tuple[Condition, ...]  # every strength, on `tune`
+    tried: tuple[Condition, ...]  # at every strength, on `tune`
 
     def of(self, name: str) -> Condition:
         return next(condition for condition in self.conditions if condition.name == name)
@@ -107,10 +107,10 @@ class Steering:
 
 @dataclass(frozen=True, eq=False)
 class PositionMaps:
-    """Effects on indirect objects by place: streams and latents over pairs of one form, heads over more pairs.
+    """Effects by layer, head and position: streams and latents over pairs of one form, heads over more pairs.
 
-    `clean` and `corrupted` name the group's positions: the token where all agree, else None. `latents` are every latent
-    of every dictionary at each position, each alone.
+    `clean` and `corrupted` name the positions of the group's prompts: the token if all agree, else None. `latents` has
+    every latent of every dictionary, patched separately at each position.
     """
 
     group: tuple[PromptPair, ...]
@@ -123,7 +123,7 @@ class PositionMaps:
     latents: Both
 
     def rows(self) -> list[Row]:
-        """Every edit that was run, positions named where a pair has them."""
+        """Rows of every edit; positions are named by the pair's tokens, except for heads."""
         rows: list[Row] = []
         for effects in (*self.streams.values(), *self.latents.values()):
             rows += effects.rows("ioi", self.tokens)
@@ -132,7 +132,7 @@ class PositionMaps:
         return rows
 
     def leading(self, site: Site, count: int) -> list[int]:
-        """Latents of a site with the largest effects at one position, denoising."""
+        """Latents of a site with the largest denoising effects at a single position."""
         effects = self.latents["denoise"]
         ranked = (effects.edits[i] for i in np.argsort(-np.abs(effects.ratios()), kind="stable"))
         return list(dict.fromkeys(edit.units[0] for edit in ranked if edit.site == site))[:count]
@@ -140,7 +140,7 @@ class PositionMaps:
 
 @dataclass(eq=False)
 class Findings:
-    """Everything the demo rows: what the summary and the report are written from."""
+    """All results of a demo run."""
 
     config: DemoConfig
     model: LanguageModel
@@ -154,5 +154,5 @@ class Findings:
     cards: tuple[Card, ...]
     restoration_texts: tuple[ReadText, ...]
     steering_texts: dict[str, tuple[ReadText, ...]]
-    """By concept."""
+    """Texts coloured by activation, by concept."""
     seconds: dict[str, float] = field(default_factory=dict)

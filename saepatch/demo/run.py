@@ -1,4 +1,4 @@
-"""Run every stage, then write the rows, the summary and the report."""
+"""Run all stages of the demo and write its rows, summary and report."""
 
 import logging
 from dataclasses import asdict, replace
@@ -37,13 +37,13 @@ log = logging.getLogger(__name__)
 
 
 def run_demo(config: DemoConfig) -> Findings:
-    """Splice quality, patching, restoration and steering on the embedded model; files go to `config.out`.
+    """Measure splice quality, patching, restoration and steering on the embedded model; writes to `config.out`.
 
     Raises:
-        UserError: an output folder that cannot be written, or a model, site or dictionary that does not fit.
+        UserError: the output folder cannot be written, or a model, site or dictionary does not fit.
     """
     torch.manual_seed(config.seed)
-    check_writable(config.out)  # now, and not after minutes of work
+    check_writable(config.out)  # before minutes of work
     refuse_other_command(Path(config.out), KEPT, ("results.parquet", "checkpoints"))
     summary_there = Path(config.out) / "summary.json"
     if summary_there.exists() and kind_of(read_json(summary_there)).name != "demo":
@@ -93,10 +93,10 @@ def _measure(
         best = [edit.units[0] for edit in patching.singles[0].top(looks.BY_POSITION)]
         maps = looks.read_maps(model, list(saes.values()), n, seed, bars)
         few = looks.CARDS
-        wanted = [(patching.dictionary, best), (_at(saes, restoration.site), restoration.latents[:few])]
-        wanted += [(_at(saes, each.site), each.of("top10").sets[0][:few]) for each in steering]
-        wanted += [(sae, maps.leading(site, looks.LEADING)) for site, sae in saes.items()]
-        cards = looks.read_cards(model, wanted)
+        lists = [(patching.dictionary, best), (_at(saes, restoration.site), restoration.latents[:few])]
+        lists += [(_at(saes, each.site), each.of("top10").sets[0][:few]) for each in steering]
+        lists += [(sae, maps.leading(site, looks.LEADING)) for site, sae in saes.items()]
+        cards = looks.read_cards(model, lists)
         restored = read_texts(model, _at(saes, restoration.site), restoration.latents, _answers(restoration))
         steered = {
             each.concept: read_texts(model, _at(saes, each.site), each.of("top1").sets[0], _continued(each))
@@ -108,7 +108,7 @@ def _measure(
 
 
 def _answers(restoration: RestoredRefusals) -> list[tuple[str, str]]:
-    """Prompts with their answers: as the jailbroken model reads them, and as the donor does, whose latents act."""
+    """Prompts with their answers: as the jailbroken model reads them, and as the donor reads them."""
     named = []
     for (prompt, plain, restored, _), donor in zip(restoration.examples[:2], restoration.donors):
         named.append(("Jailbroken, nothing restored", prompt + plain))
@@ -117,7 +117,7 @@ def _answers(restoration: RestoredRefusals) -> list[tuple[str, str]]:
 
 
 def _continued(steering: Steering) -> list[tuple[str, str]]:
-    """The first prompt's continuations, read again without steering."""
+    """The first prompt with its continuations, to be read again without steering."""
     prompt = steering.prompts[0]
     return [(f"{name}, read again", prompt + steering.of(name).outcomes[0].texts[0]) for name in ("unsteered", "top1")]
 
@@ -127,7 +127,7 @@ def _at(saes: dict[Site, Dictionary], site: str) -> Dictionary:
     for known, dictionary in saes.items():
         if known.same_tensor(wanted):
             return dictionary
-    raise UserError(f"there is no dictionary for {site}: there are {', '.join(map(str, saes))}")
+    raise UserError(f"there is no dictionary for {site}: use one of {', '.join(map(str, saes))}")
 
 
 def _headline(results: Findings) -> dict[str, float]:
@@ -141,7 +141,7 @@ def _headline(results: Findings) -> dict[str, float]:
 
 
 def summary(results: Findings) -> dict[str, Any]:
-    """The headline figures, as summary.json holds them."""
+    """Content of summary.json."""
     p, r = results.patching, results.restoration
     return {
         "model": results.config.model,
@@ -221,7 +221,7 @@ def _write(results: Findings, out: Path) -> Page:
     )
     others = {str(site): sae for site, sae in results.saes.items() if sae is not dictionary}
     parts = [([row for row in rows if row.site not in others], provenance)]
-    for site, sae in others.items():  # a row names its latent's dictionary
+    for site, sae in others.items():  # rows of latents name their dictionary
         own = replace(provenance, dictionary=sae.name, dictionary_hash=sae.fingerprint)
         parts.append(([row for row in rows if row.site == site and row.component == "latent"], own))
     streams = [row for row in rows if row.site in others and row.component != "latent"]

@@ -1,7 +1,7 @@
-"""The stages of the demo. What is chosen once for all prompts is chosen on `select` and `tune`; figures are `report`'s.
+"""The stages of the demo. Choices that apply to all prompts are made on `select` and `tune`; figures are from `report`.
 
-One choice is not made once: the patching stage ranks latents on each report prompt by that prompt's own gradients, and
-shows the fixed choice, made on `select`, beside it.
+The exception: the patching stage ranks latents for each report prompt by that prompt's gradients, and compares this
+with one fixed set chosen on `select`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ from saepatch.steering.contrasts import contrast, latent_means
 from saepatch.steering.generate import Concept, Steered, equal_norm_steer, generate_steered
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-SHARE_LIMIT = 0.05  # at most this share of the dictionary is restored
+SHARE_LIMIT = 0.05  # maximal share of the dictionary that is restored
 ANSWER_TOKENS = 24
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 4.0)
 
@@ -44,7 +44,7 @@ STRENGTHS = (0.5, 1.0, 1.5, 2.0, 4.0)
 def patching(
     model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int, bars: bool = False
 ) -> Patching:
-    """Patch the latents of one site on `report`, in both directions: alone, and the top ones together."""
+    """Patch the latents of one site on `report` in both directions: each separately, and the top ones together."""
     select = load_pairs("ioi", "select", n, seed)
     report = load_pairs("ioi", "report", n, seed)
     fixed = _ranked(integrated_gradients(model, dictionary, select)[0].mean(0))
@@ -76,7 +76,7 @@ def _ranked(scores: Float[Tensor, "d_sae"]) -> list[int]:
 
 
 def self_patch_error(model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPair]) -> float:
-    """Largest absolute logit change when every latent and the error term are patched with the run's own."""
+    """Largest absolute logit change when every latent and the error term are patched with the run's own values."""
     worst = 0.0
     for pair in pairs[:16]:
         tokens = batch_pairs(model, [pair]).clean
@@ -88,33 +88,33 @@ def self_patch_error(model: LanguageModel, dictionary: Dictionary, pairs: Sequen
 
 @dataclass(frozen=True, eq=False)
 class _Refusals:
-    """How often a model refuses, by the first token of its answer or by a judge of whole answers."""
+    """Share of prompts that a model refuses, by the first token of its answer."""
 
     model: LanguageModel
     dictionary: Dictionary
-    tokens: set[int]  # that refusals open with
+    tokens: set[int]  # first tokens of refusals
 
     def restored(self, pairs: Sequence[PromptPair], *sets: Sequence[int]) -> Interval:
-        """With sets of latents restored at the last prompt position, each in turn."""
+        """With latents restored at the last prompt position, averaged over sets of latents."""
         flags = [refused_first_token(self.model, self.dictionary, pairs, self.tokens, latents) for latents in sets]
         return wilson_share(np.mean(flags, 0))
 
     def opened(self, prompts: Sequence[str], intervention: Intervention | None = None) -> Interval:
-        """Of plain prompts, under an intervention or none."""
+        """Of plain prompts, with or without an intervention."""
         with splice(self.model, self.dictionary, intervention) if intervention is not None else nullcontext():
             top = self.model.next_logits(self.model.tokenize(prompts)).argmax(-1)
         return wilson_share(np.array([int(token) in self.tokens for token in top], dtype=float))
 
 
 def _judged(*answers: Sequence[str], outcome: str = "refuse") -> Interval:
-    """Share of whole answers with an outcome, averaged over draws."""
+    """Share of whole answers with an outcome, averaged over draws for each prompt."""
     return wilson_share(np.mean([[judge(text) == outcome for text in texts] for texts in answers], 0))
 
 
 def restoration(
     model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, n: int, seed: int
 ) -> RestoredRefusals:
-    """Rank latents by change score on `select`, choose how many on `tune`, restore them on `report`."""
+    """Rank latents by change score on `select`, choose their number on `tune`, restore them on `report`."""
     select, tune, report = (_refusal_pairs(split, n, seed, harmful=True) for split in world.SPLITS)
     harmless = _refusal_pairs("report", n, seed, harmful=False)
     refusals = _Refusals(model, dictionary, _refusal_tokens(model, report))
@@ -166,7 +166,7 @@ def restoration(
 def _refused_differing(
     refusals: _Refusals, pairs: Sequence[PromptPair], order: Sequence[int], k: int, seed: int
 ) -> Float[np.ndarray, "pairs"]:
-    """For each pair, the share of draws that refuse with `k` random latents restored out of those that differ in it."""
+    """For each pair, the share of draws that refuse when `k` random latents that differ in the pair are restored."""
     model, dictionary = refusals.model, refusals.dictionary
     shares = []
     for number, pair in enumerate(pairs):
@@ -180,7 +180,7 @@ def _refused_differing(
 def _restored(
     model: LanguageModel, dictionary: Dictionary, pairs: Sequence[PromptPair], latents: Sequence[int]
 ) -> list[str]:
-    """Answers to the jailbroken prompts, latents restored from the clean ones at the last prompt position and after."""
+    """Answers to jailbroken prompts with latents restored from the clean prompts, from the last prompt position on."""
     donor = CleanPrompts(tuple(pair.clean for pair in pairs))
     return restore(model, dictionary, [pair.corrupted for pair in pairs], donor, latents, max_new_tokens=ANSWER_TOKENS)
 
@@ -191,9 +191,9 @@ def _mean_at_last(model: LanguageModel, dictionary: Dictionary, pairs: Sequence[
 
 
 def choose_safety_site(model: LanguageModel, saes: Mapping[Site, Dictionary], n: int, seed: int) -> Dictionary:
-    """The earliest site where at most `SHARE_LIMIT` of the latents bring 95 % of `tune` prompts back to refusing.
+    """The earliest site where restoring `SHARE_LIMIT` of the latents makes the model refuse 95 % of `tune` prompts.
 
-    Where none does, the site where the share is largest.
+    If there is none, the site with the largest share of refusals.
     """
     select, tune = (_refusal_pairs(split, n, seed, harmful=True) for split in ("select", "tune"))
     refusal = _refusal_tokens(model, tune)
@@ -213,20 +213,20 @@ def _refusal_tokens(model: LanguageModel, pairs: Sequence[PromptPair]) -> set[in
 
 
 def _refusal_pairs(split: str, n: int, seed: int, harmful: bool) -> list[PromptPair]:
-    # about half of the rows are harmful, so more are drawn than are needed
+    # about half of the rows are harmful, so draw more than needed
     rows = [row for row in tasks.refusal(split, 3 * n, seed) if row["harmful"] == harmful]
     return pairs_of(rows[:n])
 
 
 def chosen_concepts(model: LanguageModel, n: int, seed: int) -> list[Concept]:
-    """Refusal on harmless requests, and the sentiment that the model's own reviews lack."""
+    """Refusal of harmless requests, and the sentiment that is rarer in the model's own reviews."""
     return [concepts.refusal(n, seed), concepts.sentiment(model, n, seed)]
 
 
 def steering(
     model: LanguageModel, dictionary: Dictionary, stats: LatentStatistics, concept: Concept, seed: int
 ) -> Steering:
-    """Choose latents by contrast on `select`, the strength on `tune`, and generate on `report`."""
+    """Choose latents by contrast on `select` and their strength on `tune`, then generate on `report`."""
     scores = contrast(model, dictionary, concept.present, concept.absent, concept.positions)
     scores = torch.where(stats.alive.to(scores.device), scores, torch.full_like(scores, -torch.inf))
     order = scores.argsort(descending=True, stable=True).tolist()

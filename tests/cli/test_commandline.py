@@ -152,7 +152,7 @@ def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
         (("steer", "--strength", "abc"), "--strength takes a number, not 'abc'"),
         (("steer", "--act", "bogus"), "--act takes one of add, clamp, at-least, ablate, not 'bogus'"),
         (("patch", "--n", "1.5"), "--n takes a whole number, not '1.5'"),
-        (("patch", "--config", str(other)), "--sae takes a text, not a mapping (is the file another command's?)"),
+        (("patch", "--config", str(other)), "--sae takes a text, not a mapping (is the file for another command?)"),
         (("patch", "--pairz", "ioi"), "(did you mean --pairs?)"),
         (("compare", "runs/a"), "'other' is missing: see --help"),
     ):

@@ -130,7 +130,7 @@ def test_a_conversation_is_read_from_the_standard_input(capsys, monkeypatch):
     ]
     assert all(line["chat"] for line in lines)
     assert lines[2]["before"] == lines[2]["after"] == lines[0]["before"]  # strength 0, and a fresh start
-    assert "strength 'many' is no number" in done.err
+    assert "strength 'many' is not a number" in done.err
 
 
 def test_columns_from_the_command(capsys, monkeypatch):

@@ -54,7 +54,7 @@ WANTED = [
 def test_only_dictionaries_would_go_up(trained, capsys):
     assert main(["push", str(trained), "acme/saes", "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [*WANTED, "README.md", "7 files would go to acme/saes"]
+    assert lines == [*WANTED, "README.md", "7 files would be uploaded to acme/saes"]
 
 
 def test_one_dictionary_goes_to_the_folder_of_its_site(trained, tmp_path):

@@ -1,1 +1,1 @@
-"""One file a command: its settings go in, its result comes out. What is heavy is imported when a command runs."""
+"""One file per command: a function from settings to a result. Heavy imports happen when a command runs."""

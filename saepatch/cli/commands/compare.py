@@ -10,9 +10,9 @@ def compare(config: CompareConfig) -> CommandResult:
     from saepatch.runs.catalogue import read_run, reading
     from saepatch.runs.comparison import compare_runs
 
-    one, other = Path(config.one), Path(config.other)
-    with reading(one):
-        first = read_run(one)
+    path, other = Path(config.one), Path(config.other)
+    with reading(path):
+        first = read_run(path)
     with reading(other):
         comparison = compare_runs(first, read_run(other))
         text = comparison.table()

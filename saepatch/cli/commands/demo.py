@@ -21,7 +21,7 @@ def demo(config: DemoConfig) -> CommandResult:
         f"     16 random latents: {p.denoise.random[sixteen]}",
         f"Jailbroken requests refused: {rates['jailbroken']}",
         f"     with {len(outcome.restoration.latents)} latents restored: {rates['restored']}",
-        f"     with as many random ones: {rates['random']}",
+        f"     with as many random latents: {rates['random']}",
         f"Report: {out}/report.html   Figures: {out}/summary.json   Rows: {out}/results.parquet",
     ]
     return CommandResult("\n".join(lines), {"out": out, "summary": read_json(Path(out) / "summary.json")})

@@ -1,4 +1,4 @@
-"""`saepatch merge`, and how a finished run is reported."""
+"""`saepatch merge`, and the report of a finished run."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,7 +28,7 @@ def merge(config: MergeConfig) -> CommandResult:
 
 
 def merge_and_report(out: Path, tracker: "Tracker | None", before: Callable[[], None] = lambda: None) -> CommandResult:
-    """Put a run's parts together, write its report, and show both to a tracker."""
+    """Merge a run's parts, write its report, and log both to a tracker."""
     from saepatch.pages import track_run, write_report
     from saepatch.runs.merge import merge_run
 
@@ -41,10 +41,10 @@ def merge_and_report(out: Path, tracker: "Tracker | None", before: Callable[[], 
 
 
 def run_result(out: Path, table: str) -> CommandResult:
-    """A finished run: its table, its summary, and where its files are."""
+    """Result of a finished run: its table, its summary and the paths of its files."""
     from saepatch.runs.catalogue import read_json
 
     files = {"Report": "report.html", "Figures": "summary.json", "Rows": "results.parquet", "Pairs": "pairs.parquet"}
-    there = "   ".join(f"{name}: {out / file}" for name, file in files.items() if (out / file).exists())
+    paths = "   ".join(f"{name}: {out / file}" for name, file in files.items() if (out / file).exists())
     facts = {"out": str(out), "report": str(out / "report.html"), "summary": read_json(out / "summary.json")}
-    return CommandResult(f"{table}\n{there}", facts)
+    return CommandResult(f"{table}\n{paths}", facts)

@@ -15,7 +15,7 @@ def push(config: PushConfig) -> CommandResult:
         message=config.message,
         dry_run=config.dry_run,
     )
-    summary = f"{len(files)} files {'would go' if config.dry_run else 'went'} to {config.repo_id}"
+    summary = f"{len(files)} files {'would be uploaded' if config.dry_run else 'uploaded'} to {config.repo_id}"
     return CommandResult(
         "\n".join([*files, summary]), {"files": list(files), "repo_id": config.repo_id, "dry_run": config.dry_run}
     )

@@ -1,4 +1,4 @@
-"""`saepatch steer`: one prompt, or a small chat."""
+"""`saepatch steer`: one prompt, or an interactive session."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def _converse(config: SteerConfig, session: "Session", answer: Callable[[str], N
         return
     talk = not config.json and sys.stdin.isatty()
     if talk:
-        print(f"{session.title}. A prompt a line; /strength X, /reset, /quit.")
+        print(f"{session.title}. Enter one prompt per line; commands: /strength X, /reset, /quit.")
     while True:
         try:
             line = input("> " if talk else "").strip()
@@ -50,10 +50,10 @@ def _converse(config: SteerConfig, session: "Session", answer: Callable[[str], N
             elif command == "/strength":
                 session.strength = _number(value)
             elif command.startswith("/"):
-                raise UserError(f"unknown command {command!r}: there are /strength X, /reset and /quit")
+                raise UserError(f"unknown command {command!r}: use /strength X, /reset or /quit")
             elif line:
                 answer(line)
-        except UserError as error:  # a mistake ends no session
+        except UserError as error:  # the session continues after an error
             sys.stderr.write(f"error: {error}\n")
 
 
@@ -63,12 +63,12 @@ def _number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"strength {text!r} is no number: write one, as in /strength 1.5")
+        raise UserError(f"strength {text!r} is not a number: write one, as in /strength 1.5")
     return value
 
 
 def _answerer(session: "Session", stack: ExitStack) -> Callable[[str], None]:
-    """What answers a prompt and, where a page is wanted, writes it anew each time; trackers get it at the end."""
+    """A function that answers a prompt. With --html it rewrites the page each time, and trackers get it at the end."""
     if not session.config.html:
 
         def plain(prompt: str) -> None:
@@ -87,7 +87,7 @@ def _answerer(session: "Session", stack: ExitStack) -> Callable[[str], None]:
     answers, cards = [], read_cards(session)
     tracker = None if session.config.track == "none" else stack.enter_context(page_tracker(session.config, "steer"))
 
-    def kept(prompt: str) -> None:
+    def answer_and_record(prompt: str) -> None:
         both = _answer(session, prompt)
         answers.append(listen(session, prompt, both, texts_of(both)))
         write_page(steered_page(session, answers, cards), path)
@@ -99,15 +99,15 @@ def _answerer(session: "Session", stack: ExitStack) -> Callable[[str], None]:
         if not session.config.json:
             print(f"Page: {path}")
 
-    def show(tracker: "Tracker") -> None:
+    def track_answers(tracker: "Tracker") -> None:
         if answers:
             tracker.table("Answers", ANSWER, [(a.prompt, a.strength, *a.answers, *a.perplexities) for a in answers])
             track_page(steered_page(session, answers, cards), path, tracker)
             track_dictionaries(session.config.sae, tracker)
 
     if tracker is not None:
-        stack.callback(show, tracker)
-    return kept
+        stack.callback(track_answers, tracker)
+    return answer_and_record
 
 
 def _answer(session: "Session", prompt: str) -> "tuple[Written, Written]":

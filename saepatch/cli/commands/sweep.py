@@ -1,4 +1,4 @@
-"""The commands whose work is cut into parts and shards: `saepatch patch`, `attribute` and `restore`."""
+"""Commands that run in parts and shards: `saepatch patch`, `attribute` and `restore`."""
 
 import shlex
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def restore(config: RestoreConfig) -> CommandResult:
 
 
 def _finished(done: "Finished", results: Sequence[CommandResult]) -> CommandResult:
-    """What a run of one shard says; of several, what to do once all are finished."""
+    """Result of an unsharded run; for one of several shards, the command to run once all are finished."""
     if results:
         return results[0]
     from saepatch.runs.parts import read_records
@@ -53,7 +53,7 @@ def _finished(done: "Finished", results: Sequence[CommandResult]) -> CommandResu
     unit = "answers" if read_records(done.out)[0].work == "restore" else "edits"
     lines = [
         f"shard {done.shard} of {done.shards} is finished ({done.parts} parts, {done.count:,} {unit})",
-        f"When all of them are: saepatch merge {shlex.quote(str(done.out))}",
+        f"When all shards are finished: saepatch merge {shlex.quote(str(done.out))}",
     ]
     return CommandResult(
         "\n".join(lines), {"out": str(done.out), "shard": done.shard, "shards": done.shards, unit: done.count}

@@ -1,7 +1,7 @@
-"""`saepatch train` and `saepatch experiment`, which hand their arguments on.
+"""`saepatch train` and `saepatch experiment`, which forward their arguments.
 
-Their packages stand beside this one: `training` and `experiments` in a clone, `saepatch_training` and
-`saepatch_experiments` where the wheel is installed.
+Their packages are next to this one: `training` and `experiments` in a clone, `saepatch_training` and
+`saepatch_experiments` in an installed wheel.
 """
 
 import sys
@@ -13,7 +13,7 @@ from types import ModuleType
 import saepatch
 from saepatch.cli.parser import run_config
 
-# Experiments by name: where the config class and `main` are.
+# Experiments by name: the module that has `main`, and its settings class.
 EXPERIMENTS = {
     "agreement": ("agreement", "AgreementConfig"),
     "ioi": ("ioi", "IoiConfig"),
@@ -25,12 +25,12 @@ EXPERIMENTS = {
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Train dictionaries, from a YAML file or a preset's name; returns the exit code."""
+    """Train dictionaries from a YAML file or the name of a preset; returns the exit code."""
     return import_beside("training", "__main__").main(arguments, "saepatch train")
 
 
 def experiment(arguments: Sequence[str]) -> int:
-    """Run one of the experiments by its name; returns the exit code."""
+    """Run an experiment by name; returns the exit code."""
     name, *settings = arguments or ["--help"]
     if name not in EXPERIMENTS:
         usage = f"saepatch experiment NAME [--key value …], NAME one of {', '.join(EXPERIMENTS)}"
@@ -45,6 +45,6 @@ def experiment(arguments: Sequence[str]) -> int:
 
 
 def import_beside(package: str, module: str) -> ModuleType:
-    """A module of a clone's `training` or `experiments`; of what the wheel installs, where there is no clone."""
+    """Import a module of `training` or `experiments`: from the clone, or else from the installed wheel."""
     in_clone = (Path(saepatch.__file__).parents[1] / package / "__init__.py").is_file()
     return import_module(f"{package if in_clone else f'saepatch_{package}'}.{module}")
