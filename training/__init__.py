@@ -1,4 +1,4 @@
-"""Trains dictionaries, and the embedded model: `python -m training CONFIG.yaml`, `python -m training.organism`.
+"""Training of dictionaries and of the embedded model: `python -m training CONFIG.yaml`, `python -m training.organism`.
 
-May import saepatch, and nothing of experiments.
+May import saepatch, but not experiments.
 """

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-# Before torch: threads that spin while they wait are up to twenty times slower on a machine that is shared.
+# Must be set before torch is loaded. On a shared machine, threads that spin while they wait are up to 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from saepatch.cli.parser import read_config, run_config
@@ -27,19 +27,19 @@ COLUMNS = (
     *("ce_recovered", "ce_recovered_ordinary", "ce_recovered_mean", "kl", "fvu", "l0"),
     *("alive_share", "dense_share", "identity_error"),
 )
-GO_ON = "the same command with --resume true goes on from there"
+RESUME = "run the same command with --resume true to continue from it"
 
 
 def read(arguments: Sequence[str]) -> TrainingConfig:
-    """The run that the command line asks for."""
+    """Read the run's settings from the command line."""
     return read_config(TrainingConfig, PROG, arguments)
 
 
 def run(config: TrainingConfig) -> None:
-    """Train what the config describes, a run or a sweep of them, and print the metrics; or print the plan of it.
+    """Train one run or a sweep and print the metrics; with `dry_run`, print the plan only.
 
     Raises:
-        UserError: something that the config names cannot be used, or a run of a sweep failed.
+        UserError: something named in the config cannot be used, or a run of a sweep failed.
     """
     if config.dry_run:
         show_plan(config)
@@ -52,7 +52,7 @@ def run(config: TrainingConfig) -> None:
     from .loop.trainer import train_saes
     from .ranks import joined
 
-    points(config)  # reports an unknown field before anything is loaded
+    points(config)  # so that an unknown field is reported before anything is loaded
     check_writable(config.out)
     config = replace(config, device=own_device(config.device))
     with joined(usable_device(config.device)) as ranks:
@@ -73,11 +73,11 @@ def run(config: TrainingConfig) -> None:
             if ranks.first:
                 show_sweep(swept, config)
             if swept.stopped:
-                stop(ranks, f"a checkpoint of the run under way is in {config.out}: {GO_ON}")
+                stop(ranks, f"a checkpoint of the current run is in {config.out}: {RESUME}")
             return
         outcome = train_saes(model, documents, config, config.out, ranks, also)
     if outcome.stopped:
-        stop(ranks, f"after {outcome.tokens:,} tokens; a checkpoint is in {config.out}: {GO_ON}")
+        stop(ranks, f"after {outcome.tokens:,} tokens; a checkpoint is in {config.out}: {RESUME}")
     if not ranks.first:
         return
     print(table({str(site): row for site, row in outcome.figures.items()}))
@@ -88,14 +88,14 @@ def run(config: TrainingConfig) -> None:
 
 
 def stop(ranks: "Ranks", message: str) -> NoReturn:
-    """End a run that was asked to stop with the exit code of an interrupt, 130; one of several processes says so."""
+    """End a stopped run with exit code 130, as for an interrupt; only the first process prints the message."""
     if ranks.first:
         raise KeyboardInterrupt(message)
     sys.exit(130)
 
 
 def own_device(device: str) -> str:
-    """The device of this process: each that torchrun starts on a machine has a GPU of its own.
+    """The device of this process; under torchrun, each process on a machine uses its own GPU.
 
     Raises:
         UserError: there are more processes than GPUs.
@@ -106,23 +106,25 @@ def own_device(device: str) -> str:
     import torch
 
     if int(local) >= torch.cuda.device_count():
-        raise UserError(f"process {local} has no GPU, there are {torch.cuda.device_count()}: start as many processes")
+        raise UserError(
+            f"process {local} has no GPU: start at most one process for each of the {torch.cuda.device_count()} GPUs"
+        )
     torch.cuda.set_device(int(local))
     return f"cuda:{local}"
 
 
 def show_plan(config: TrainingConfig) -> None:
-    """Print what the run would take; of a sweep, which runs there are, and what the first of this shard takes."""
+    """Print the plan of the run; for a sweep, the runs of this shard and the plan of the first."""
     from .loop.plan import plan
     from .loop.sweep import points, share
 
-    mine = share(points(config), config.shard)
+    own = share(points(config), config.shard)
     if config.sweep:
-        print("\n".join([f"{len(mine)} runs:", *(f"  {point.name}" for point in mine)]))
-        if not mine:
+        print("\n".join([f"{len(own)} runs:", *(f"  {point.name}" for point in own)]))
+        if not own:
             return
-        print(f"each of them much as {mine[0].name}:")
-        config = mine[0].config
+        print(f"plan of {own[0].name}; the others are similar:")
+        config = own[0].config
     print("\n".join(plan(config).lines()))
 
 
@@ -130,27 +132,25 @@ def show_sweep(swept: "SweepResult", config: TrainingConfig) -> None:
     """Print a line for each finished run.
 
     Raises:
-        UserError: one that ran here failed.
+        UserError: a run of this shard failed.
     """
     from .loop.sweep import SUMMARY, table
 
     print(table(swept.runs, COLUMNS))
-    print(
-        f"figures of {len(swept.runs)} finished runs, means over their sites; all of them are in {config.out}/{SUMMARY}"
-    )
+    print(f"figures of {len(swept.runs)} finished runs, averaged over sites; {config.out}/{SUMMARY} has all of them")
     if swept.failed and not swept.stopped:
         first, reason = next(iter(swept.failed.items()))
         raise UserError(f"{len(swept.failed)} runs of the sweep failed, {first} first: {reason}")
 
 
 def table(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """The metrics of each site, a line each."""
+    """The metrics of each site, one line each."""
     rows = [[site, *(f"{row.get(name, math.nan):.4g}" for name in COLUMNS)] for site, row in figures.items()]
     return text_table(["site", *COLUMNS], rows)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Train what a YAML file or the name of a preset says; returns the exit code."""
+    """Train from a YAML file or the name of a preset; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and not given[0].startswith("-") and not Path(given[0]).is_file():
         presets = {path.stem: str(path) for path in sorted(PRESETS.glob("*.yaml"))}
@@ -158,8 +158,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
             sys.stderr.write(f"error: no config file {given[0]!r}, nor a preset ({', '.join(presets)}); see --help\n")
             return 2
         given[0] = presets[given[0]]
-    nothing = f"the run under way wrote no dictionary; if there is a checkpoint, {GO_ON}"
-    return run_config(TrainingConfig, run, prog, given, interrupted=nothing)
+    interrupted = f"the current run wrote no dictionary; if there is a checkpoint, {RESUME}"
+    return run_config(TrainingConfig, run, prog, given, interrupted=interrupted)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from saepatch.errors import UserError
 from saepatch.settings.checks import check_values
 from saepatch.tracking.open import read_spec
 
-# It stands on torch, and --help is to be quick. (jsonargparse would import it to read annotations that are postponed.)
+# Site imports torch, which would make --help slow. (With postponed annotations, jsonargparse would import it.)
 if TYPE_CHECKING:
     from saepatch.model.sites import Site
 
@@ -20,29 +20,29 @@ Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "ma
 
 @dataclass
 class SAEConfig:
-    """The dictionary that is trained at each site.
+    """Settings of the dictionary trained at each site.
 
     Attributes:
         architecture: standard (L1), gated, jumprelu, topk, batchtopk or matryoshka (nested BatchTopK).
-        k: Latents active at a position: at each (topk), on average (batchtopk, matryoshka), aimed at (jumprelu's
-            quadratic penalty). Others have as many as `sparsity` leaves them.
-        expansion: Latents per dimension of the model, where `d_sae` does not say.
-        d_sae: Number of latents; none for `expansion` times the site's width.
-        levels: Shares of the dictionary that must each explain the activations alone (matryoshka); ends with 1.
+        k: Number of active latents: at each position (topk), on average (batchtopk, matryoshka), or the target of
+            jumprelu's quadratic penalty. In other architectures it follows from `sparsity`.
+        expansion: Latents per dimension of the site; ignored if `d_sae` is set.
+        d_sae: Number of latents; none: `expansion` times the site's width.
+        levels: Nested shares of the dictionary, each trained to reconstruct alone (matryoshka); ends with 1.
         sparsity: Coefficient of the sparsity penalty (standard, gated, jumprelu).
         sparsity_warmup: Share of the steps over which that coefficient rises to its value.
         p_end: Exponent that the L1 penalty is annealed to (standard); 1 keeps L1.
         penalty: JumpReLU's penalty: step (its L0), tanh, or quadratic (the squared distance of its L0 from `k`).
         tanh_scale: Steepness of the tanh penalty.
-        threshold: Value that jumprelu's thresholds start at.
+        threshold: Initial value of jumprelu's thresholds.
         bandwidth: Width of the straight-through estimator of jumprelu's jump.
         estimate_inputs: Pass the straight-through estimate on to the encoder too (jumprelu).
-        threshold_rate: Share of a batch's smallest active value in the running threshold (batchtopk, matryoshka).
-        aux_coefficient: Weight of the loss that has dead latents explain what the living ones leave over (topk,
+        threshold_rate: Weight of each batch's smallest active value in the running threshold (batchtopk, matryoshka).
+        aux_coefficient: Weight of the auxiliary loss, in which dead latents reconstruct the residual (topk,
             batchtopk, matryoshka).
-        aux_share: Share of a batch's positions, the first ones, over which that loss is taken; all cost more.
-        dead_after: Tokens without activation after which a latent counts as dead.
-        bias: What the decoder's bias starts at: the mean or the geometric median of activations, or zero.
+        aux_share: Share of a batch's positions (the first ones) used for the auxiliary loss; more is slower.
+        dead_after: Number of tokens without activation after which a latent counts as dead.
+        bias: Initial decoder bias: the mean or the geometric median of the activations, or zero.
         precision: Precision of the large matrix products in training: float32 or bfloat16. Weights are float32.
     """
 
@@ -83,7 +83,7 @@ class SAEConfig:
             raise UserError(f"sae.p_end is {self.p_end}: use more than 0 and at most 1 (1 keeps the L1 penalty)")
         levels = self.levels
         if not levels or levels[-1] != 1 or levels[0] <= 0 or any(a >= b for a, b in pairwise(levels)):
-            raise UserError(f"sae.levels is {levels}: use rising shares that end with 1, as in [0.25, 1]")
+            raise UserError(f"sae.levels is {levels}: use increasing shares that end with 1, as in [0.25, 1]")
 
     def width(self, d_in: int) -> int:
         """Number of latents at a site of this width."""
@@ -92,10 +92,10 @@ class SAEConfig:
         return width
 
     def widths(self, d_sae: int) -> list[int]:
-        """Latents of each of matryoshka's levels.
+        """Number of latents in each level of a matryoshka dictionary.
 
         Raises:
-            UserError: two levels come out alike.
+            UserError: two levels are equal after rounding, or one is empty.
         """
         widths = [round(level * d_sae) for level in self.levels]
         if widths[0] < 1 or any(a >= b for a, b in pairwise(widths)):
@@ -110,63 +110,63 @@ class SAEConfig:
 
 @dataclass
 class TrainingConfig:
-    """One run: which activations, of which model, over which text, and how the dictionaries are fitted to them.
+    """Settings of a training run: the model and sites, the text, and the training of the dictionaries.
 
     Attributes:
         model: `organism`, `organism-base`, a folder, or a Hugging Face id.
         revision: Revision of `model` on the hub: a branch, a tag or a commit; empty: its main branch.
-        prepend_bos: Begin every row with BOS where the tokenizer puts none, as GPT-2's; a token's text: with that
-            token, where the tokenizer has no BOS.
+        prepend_bos: Begin every row with BOS if the tokenizer adds none (GPT-2's does not), or with the token of the
+            given text if the tokenizer has no BOS.
         trust_remote_code: Run code that comes with the model. Leave off unless you trust its author.
-        also: Further models that the dictionaries are to serve as well, of the same tokenizer and widths, such as the
-            base model of an aligned one: forward passes over the text take turns among all of them.
+        also: Further models with the same tokenizer and widths to train the dictionaries on, such as the base model of
+            an aligned one; forward passes alternate among all models.
         data: A .jsonl, .json, .parquet, .csv or .txt file, a folder of such files, or the id of a dataset on the hub.
         subset: Configuration of a hub dataset that has several.
         split: Split of a hub dataset.
-        streaming: Read a hub dataset as it is needed instead of downloading it first.
-        text_column: Where the text stands in each record.
+        streaming: Read a hub dataset during training instead of downloading it first.
+        text_column: Column that holds the text.
         sites: Site strings such as resid_post.3, or `all`: resid_post of every layer.
         out: Folder for the dictionaries, the log, the checkpoints and the summary.
-        overwrite: Replace dictionaries that are in `out` already.
-        resume: Go on from the newest whole checkpoint in `out`, if there is one.
-        sae: The dictionary.
-        tokens: Tokens to train on; the text is read again, in another order, where it is shorter.
+        overwrite: Replace existing dictionaries in `out`.
+        resume: Continue from the newest intact checkpoint in `out`, if there is one.
+        sae: Settings of the dictionary.
+        tokens: Tokens to train on; a shorter text is read again, each time in another order.
         batch_size: Tokens in a training step, over all processes.
         context: Tokens in a row given to the model, BOS included; longer documents are cut.
         pack: Fill rows with several documents instead of padding them.
-        special_tokens: Learn from the tokenizer's special tokens too, as a chat template's markers are (never from BOS
+        special_tokens: Also train on the tokenizer's special tokens, such as a chat template's markers (never on BOS
             and padding).
         forward_tokens: Tokens in a forward pass of the model, padding included.
-        buffer: Activations that are mixed at a time, in tokens.
-        prefetch: Fill the next buffer in a thread while the dictionaries learn from this one (a single process).
-        cache: Folder that keeps the activations for other runs over the same text; empty: none.
-        cache_gb: Size that the cache may grow to; what does not fit is computed again.
+        buffer: Size of the buffer in which activations are shuffled, in tokens.
+        prefetch: Fill the next buffer in a thread during training (single process only).
+        cache: Folder that caches activations for other runs over the same text; empty: no cache.
+        cache_gb: Maximal size of the cache; activations that do not fit are computed again.
         lr: Learning rate of Adam.
         beta1: Adam's decay of the mean gradient.
         beta2: Adam's decay of the mean squared gradient.
         warmup: Share of the steps over which the learning rate rises to `lr`.
-        decay: Share of the steps over which it falls to 0 at the end.
-        clip: Norm that each dictionary's gradient is cut to; 0: not cut.
-        ema: Decay of the running mean of the weights that is saved in their place; 0: the weights themselves.
+        decay: Share of the steps at the end over which it falls to 0.
+        clip: Maximal norm of each dictionary's gradient; 0: no clipping.
+        ema: Decay of the exponential moving average of the weights, which is saved in their place; 0: no averaging.
         finetune_tokens: Tokens of fine-tuning through the splice (KL of the model's predictions and squared error),
             after `tokens`; 0: none.
-        finetune_lr: Learning rate of that fine-tuning.
+        finetune_lr: Learning rate of the fine-tuning.
         held_out: Share of the documents that is kept for evaluation and never trained on.
         eval_tokens: Tokens of held-out text to evaluate on.
-        eval_every: Tokens between two evaluations while training; 0: at the end alone.
+        eval_every: Tokens between two evaluations during training; 0: only at the end.
         log_every: Steps between two lines of the log.
-        checkpoint_every: Tokens between two checkpoints; 0: none but when the run is stopped.
-        keep_checkpoints: Checkpoints to keep, the newest.
-        seed: Seed of everything random.
-        device: Where the model and the dictionaries are, such as cpu or cuda.
+        checkpoint_every: Tokens between two checkpoints; 0: only when the run is stopped.
+        keep_checkpoints: Number of newest checkpoints to keep.
+        seed: Random seed.
+        device: Device of the model and the dictionaries, such as cpu or cuda.
         dtype: Precision of the model; dictionaries are float32.
-        compile: Have torch compile the steps that gain from it (takes a C++ compiler, and a minute at the start).
-        track: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas. A local log is always
+        compile: Compile the steps that become faster by it (needs a C++ compiler; takes a minute at the start).
+        track: none, wandb, wandb:offline, wandb:online, trackio, or several separated by commas. A local log is always
             written.
         upload: Upload the dictionaries to W&B; otherwise only their path and hash are logged.
-        sweep: Fields and the values to try, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: a run for every combination,
+        sweep: Values to try by setting, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: one run for every combination,
             each in a folder of `out` such as sae.k=8,lr=0.001.
-        shard: Which share of a sweep's runs: I/N, I from 0 to N-1.
+        shard: Share of a sweep's runs to run here, as I/N with I from 0 to N-1.
         dry_run: Print shapes, memory and an estimate of the time instead of training; no weights are loaded.
     """
 
@@ -242,7 +242,7 @@ class TrainingConfig:
             raise UserError(f"buffer is {self.buffer}, less than one batch of {self.batch_size}: raise it")
         _shares("", warmup=self.warmup, decay=self.decay)
         if self.warmup + self.decay > 1:
-            raise UserError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run: lower one")
+            raise UserError(f"warmup {self.warmup} and decay {self.decay} add up to more than 1: lower one")
         if not 0 < self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}: use a share of the documents between 0 and 1, as in 0.05")
         if isinstance(self.sites, list) and not self.sites:
@@ -262,7 +262,7 @@ class TrainingConfig:
         return self.tokens // self.batch_size
 
     def sites_of(self, n_layers: int) -> "list[Site]":
-        """The sites of a model with this many layers, each once, by layer."""
+        """The sites of a model with this many layers, sorted and without repetitions."""
         from saepatch.model.sites import Site
 
         if self.sites == "all":
@@ -270,7 +270,7 @@ class TrainingConfig:
         return sorted({Site.parse(site) for site in self.site_names})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a YAML file takes them."""
+        """The settings as plain values for a YAML file."""
         return {**asdict(self), "out": str(self.out)}
 
 

@@ -1,4 +1,4 @@
-"""The processes of a data-parallel run, and their exchanges."""
+"""Processes of a data-parallel run, and communication between them."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,10 +16,10 @@ from saepatch.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`; a single process gets back what it gives.
+    """Rank of this process among `size`; with a single process, every exchange returns its input.
 
-    `data` is a second group (gloo, on the CPU) for the thread that fills buffers, so that its exchanges never meet
-    those of the training loop.
+    `data` is a second process group (gloo, on the CPU) for the thread that fills buffers, so that its collective
+    operations do not mix with those of the training loop.
     """
 
     rank: int = 0
@@ -42,7 +42,7 @@ class Ranks:
             tensor /= self.size
 
     def any(self, mask: Bool[Tensor, "n"]) -> Bool[Tensor, "n"]:
-        """Where the mask is true in one process or more."""
+        """Where the mask is true in at least one process."""
         if self.size == 1:
             return mask
         from torch import distributed
@@ -52,7 +52,7 @@ class Ranks:
         return anywhere.bool()
 
     def gathered(self, values: Shaped[Tensor, "n"]) -> Shaped[Tensor, "m"]:
-        """The values of all processes one after the other; each process gives as many."""
+        """The values of all processes, concatenated; each process must pass the same number of values."""
         if self.size == 1:
             return values
         from torch import distributed
@@ -67,24 +67,24 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The processes that `torchrun` started, this one among them; alone where it did not.
+    """Join the processes started by `torchrun`; without torchrun, a single process.
 
     Raises:
-        UserError: they do not find each other.
+        UserError: the processes cannot connect to each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     from torch import distributed
 
-    # One process evaluates and saves while the others wait for it.
-    patience = timedelta(hours=2)
+    # One process evaluates and saves while the others wait.
+    timeout = timedelta(hours=2)
     try:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-        data = distributed.new_group(backend="gloo", timeout=patience)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        data = distributed.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes do not find each other ({str(error).splitlines()[0]}): start them with "
+            f"the processes cannot connect to each other ({str(error).splitlines()[0]}): start them with "
             "torchrun --nproc-per-node N -m training CONFIG.yaml"
         ) from error
     try:

@@ -104,8 +104,8 @@ def _notices(results: Findings) -> list[str]:
         )
     if r.share_of_active >= 0.5:
         warnings.append(
-            f"{len(r.latents)} latents are a small share of the dictionary, but {r.share_of_active:.1f} times as many as "
-            "are active at one position."
+            f"{len(r.latents)} latents are a small share of the dictionary, but {r.share_of_active:.1f} times as many "
+            "as are active at one position."
         )
     for quality in results.quality:
         if quality.ce_recovered < KEPT:

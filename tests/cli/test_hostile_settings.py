@@ -39,7 +39,7 @@ def refused(capsys, arguments, run=main):
         (f"pairs: ioi\nn: {'7' * 5000}\n", "4300 digits"),
         (f"pairs: {'[' * 3000}{']' * 3000}\n", "nested deeper"),
         ("pairs: ioi\nn: !!int ''\n", "index out of range"),
-        ("n:\n", "no settings with values"),
+        ("n:\n", "holds no settings"),
         ("pairs: ioi\nconfig: settings.yaml\n", "loop"),
     ],
 )
@@ -137,7 +137,7 @@ def test_what_the_disk_refuses_is_one_line(number, capsys):
     code, _, err = run(command, capsys)
     assert code == 2
     assert err.startswith(f"error: runs/one/part-00001.parquet: {os.strerror(number)}: ")
-    assert ("make room" in err) == (number == errno.ENOSPC)
+    assert ("free some space" in err) == (number == errno.ENOSPC)
     assert err.count("\n") == 1
 
 

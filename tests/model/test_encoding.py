@@ -82,7 +82,7 @@ def test_documents_are_not_packed_without_a_bos_between_them(plain):
     config = TrainingConfig(sites=["resid_post.1"], pack=True, context=16)
     sites = [random_dictionary("resid_post.1").site]
     for bare in (without_bos(plain), with_template(plain, "$A")):
-        with pytest.raises(UserError, match=r"puts no BOS between them: set prepend_bos \(true, or a token's text"):
+        with pytest.raises(UserError, match=r"adds no BOS between them: set prepend_bos \(true, or a token's text"):
             check_model(bare, sites, config)
         check_model(bare, sites, replace(config, pack=False))
     check_model(replace(bare, prepend_bos=True), sites, config)

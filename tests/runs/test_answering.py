@@ -308,7 +308,7 @@ def test_judges(tmp_path, monkeypatch):
         ({"prompts": "nowhere.jsonl"}, "cannot read prompts from 'nowhere.jsonl'"),
         ({"latents": "3"}, "name no site, and the sites are"),
         ({"latents": "resid_post.1: 99"}, "latent 99 is out of range"),
-        ({"latents": "resid_post.0: 3", "site": "resid_post.1"}, "latents of resid_post.0 are to be restored"),
+        ({"latents": "resid_post.0: 3", "site": "resid_post.1"}, "--latents names resid_post.0, but --site is"),
         ({"latents": "resid_post.0: x"}, "write numbers, with semicolons"),
         ({"donor": "means"}, "donor means needs --select"),
         ({"judge": "mood"}, "unknown judge 'mood'"),
@@ -410,5 +410,5 @@ def test_means_and_rankings_leave_out_harmless_prompts(place, tmp_path):
     means = [plans[name].means.means for name in ("all", "harmful")]
     assert all(torch.equal(means[0][site], means[1][site]) for site in means[0])
     assert plans["all"].sets[0].latents == plans["harmful"].sets[0].latents
-    with pytest.raises(UserError, match="are harmless: give some"):
+    with pytest.raises(UserError, match="are harmless: give prompts"):
         prepare(read(place, tmp_path / "none", select=tmp_path / "harmless.jsonl", donor="means", k=4))

@@ -61,7 +61,7 @@ def test_without_locks_of_the_file_system_the_holder_decides(tmp_path, monkeypat
                 pass
         else:
             with (
-                pytest.raises(UserError, match=f"if it is gone for certain, remove {tmp_path / LOCK}"),
+                pytest.raises(UserError, match=f"if it is certainly gone, remove {tmp_path / LOCK}"),
                 locked(tmp_path),
             ):
                 pass

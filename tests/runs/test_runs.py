@@ -378,7 +378,7 @@ def test_a_screen_does_not_depend_on_how_pairs_are_cut(place, tmp_path, capsys):
         assert figures["missed_in_sample"] == sum(abs(mine[key]) >= threshold for key in random)
         assert figures["missed_at_most"] == pytest.approx(left * figures["missed_share_at_most"]) == most
         assert f"of the {left} nodes that were not run" in printed
-    assert printed.count("of each of 4 parts, of") == 2
+    assert printed.count("from each of 4 parts of") == 2
 
 
 def test_settings_that_turn_out_not_to_work_are_not_in_the_way_of_others(place, tmp_path, capsys):
@@ -527,7 +527,7 @@ def test_logs_that_nobody_watches_get_a_line_now_and_then(place, tmp_path, capsy
     assert main([*command, "--quiet", "false"]) == 0
     told = capsys.readouterr().err
     assert "\r" not in told
-    assert re.search(r"^2 of 3 parts, [\d,]+ edits, [\d,]+ a second, about \d+ s left$", told, re.MULTILINE)
+    assert re.search(r"^2 of 3 parts, [\d,]+ edits, [\d,]+ per second, about \d+ s left$", told, re.MULTILINE)
     assert main([*command, "--out", str(tmp_path / "quiet")]) == 0
     assert capsys.readouterr().err == ""
     assert main([*command, "--out", str(tmp_path / "bar"), "--quiet", "false", "--progress", "bar"]) == 0

@@ -373,7 +373,7 @@ def test_a_failure_in_the_thread_is_raised_where_batches_are_taken(model, monkey
     with pytest.raises(RuntimeError, match="the model broke"):
         list(islice(stream(model, epochs=None, prefetch=True), 1000))
     assert not threads()
-    with pytest.raises(UserError, match="no token besides BOS"):
+    with pytest.raises(UserError, match="no tokens besides special ones"):
         next(iter(stream(model, ["", "<eos>"], prefetch=True)))
     assert not threads()
 
@@ -506,7 +506,7 @@ def test_the_cache_keeps_to_its_size(model, tmp_path, caplog):
         found = list(islice(stream(model, **options), 24))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 2.6 * one
-    assert [record.message.count("takes no more") for record in caplog.records] == [1]
+    assert [record.message.count("further activations are not cached") for record in caplog.records] == [1]
     assert_identical(found, list(islice(stream(model, epochs=None), 24)))
 
 
@@ -826,7 +826,7 @@ def test_what_is_wrong_with_a_stream_shows_when_it_is_read(model, tmp_path):
     with pytest.raises(UserError, match="none to train on"):
         split(texts(written(tmp_path / "same.jsonl", ["same"] * 5), streaming=True), 0.5, 0)
     no_token = texts(written(tmp_path / "special.jsonl", ["<eos>", "<pad>", "<bos>"]), streaming=True)
-    with pytest.raises(UserError, match="no token besides BOS"):
+    with pytest.raises(UserError, match="no tokens besides special ones"):
         next(iter(stream(model, no_token, epochs=None)))
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "fine"}\n' * 3)

@@ -184,7 +184,7 @@ def test_disk_is_what_checkpoints_take(folder, tmp_path):
     planned = plan(config).disk
     dictionaries = sum(path.stat().st_size for path in (tmp_path / "out").glob("*/sae_weights.safetensors"))
     assert dictionaries == pytest.approx(planned["dictionaries"], rel=0.1)  # headers of the files besides
-    kept = planned["checkpoints (2, and one in writing)"] * 2 / 3
+    kept = planned["checkpoints (2, and one being written)"] * 2 / 3
     assert max(seen) == pytest.approx(kept, rel=0.2)
 
 
@@ -209,7 +209,7 @@ def test_a_device_that_is_not_here(folder):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     lines = plan(small(model=str(folder), device="cuda")).lines()
-    assert "time: not estimated, cuda is not here" in lines
+    assert "time: not estimated, cuda is not available" in lines
     assert any(
         line.startswith("time: about ") and "estimate" in line for line in plan(small(model=str(folder))).lines()
     )
@@ -223,7 +223,7 @@ def test_the_time_is_that_of_the_steps_themselves(folder, monkeypatch):
     config = small(model=str(folder), sites=["resid_post.0", "resid_post.1"], batch_size=64, tokens=64_000)
     time_of_run = plan(config).time
     assert 2 * 1000 * 0.01 <= time_of_run.low <= time_of_run.high
-    assert f" to {timing._duration(time_of_run.high)}, an estimate from " in time_of_run.line()
+    assert f" to {timing._duration(time_of_run.high)}, estimated from " in time_of_run.line()
 
 
 def test_earlier_runs_of_the_kind_are_named(folder, tmp_path):
@@ -237,8 +237,8 @@ def test_earlier_runs_of_the_kind_are_named(folder, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "summary.json").write_text("[")
     (line,) = plan(config).earlier
-    assert line.startswith(f"an earlier run of this kind ({tmp_path / 'like'}) took 117 seconds for 3,200 tokens: ")
-    assert line.endswith("3.9 minutes for as many as here")
+    assert line.startswith(f"a similar earlier run ({tmp_path / 'like'}) took 117 seconds for 3,200 tokens: ")
+    assert line.endswith("3.9 minutes for this run's tokens")
 
 
 def test_mistakes(folder, capsys):

@@ -210,7 +210,7 @@ def test_a_checkpoint_is_of_one_run_alone(monkeypatch, model, tmp_path):
         train_saes(model, documents(seed=1), small(resume=True), tmp_path)
     with pytest.raises(UserError, match="another model"):
         train_saes(tiny_model(seed=1), documents(), small(resume=True), tmp_path)
-    with pytest.raises(UserError, match="checkpoints of a run that was stopped: go on with --resume true"):
+    with pytest.raises(UserError, match="checkpoints of a stopped run: continue with --resume true"):
         train_saes(model, documents(), small(), tmp_path)
 
 

@@ -121,7 +121,7 @@ def test_models_that_cannot_share(models, tmp_path, capsys):
     wide = replace(tiny_model(hidden_size=32, head_dim=8), name="wide")
     with pytest.raises(UserError, match=r"has width \d+ in tiny-llama and 32 in wide"):
         train_saes(model, documents(), small(), tmp_path / "b", also=[wide])
-    with pytest.raises(UserError, match="fine-tuning goes through the splice of one model"):
+    with pytest.raises(UserError, match="fine-tuning works with a single model"):
         train_saes(model, documents(), small(finetune_tokens=100), tmp_path / "c", also=[other])
     short = replace(tiny_model("gpt2", max_position_embeddings=16), name="short")
     with pytest.raises(UserError, match="context 32 is longer than the 16 positions of 'short'"):
@@ -144,5 +144,5 @@ def test_a_run_from_before_a_setting_was_there_goes_on(models, tmp_path):
     del summary["identity"]["config"]["also"]
     file.write_text(json.dumps(summary))
     assert train_saes(model, documents(), replace(config, resume=True), out).figures == found
-    with pytest.raises(UserError, match=r"holds a run with also \[\], and \['x'\] is asked for"):
+    with pytest.raises(UserError, match=r"holds a run with also \[\], not \['x'\]"):
         train_saes(model, documents(), replace(config, resume=True, also=["x"]), out)

@@ -55,13 +55,13 @@ def test_shards_are_a_partition():
 @pytest.mark.parametrize(
     ("sweep", "said"),
     [
-        ({"sae.kk": [1]}, "sweep over 'sae.kk': there is no such field; write it in full, as in sae.k"),
-        ({"sae": [1]}, "sweep over 'sae': there is no such field"),
-        ({"k": [1]}, "sweep over 'k': there is no such field"),
+        ({"sae.kk": [1]}, "sweep over 'sae.kk': there is no such setting; write its full name, as in sae.k"),
+        ({"sae": [1]}, "sweep over 'sae': there is no such setting"),
+        ({"k": [1]}, "sweep over 'k': there is no such setting"),
         ({"model": ["a", "b"]}, "sweep over 'model': all runs of a sweep share it"),
         ({"out": ["a", "b"]}, "sweep over 'out': it belongs to the sweep as a whole"),
         ({"lr": []}, "sweep over 'lr' has no values"),
-        ({"lr": [1e-3, 0.001]}, "two runs of the sweep would be called 'lr=0.001'"),
+        ({"lr": [1e-3, 0.001]}, "two runs of the sweep would be named 'lr=0.001'"),
         ({"lr": [1e-3, -1]}, "run 'lr=-1' of the sweep: lr is -1.0"),
         ({"sae.k": ["many"]}, "run 'sae.k=many' of the sweep: "),
         ({"sae.k": [4, 100_000], "sae.d_sae": [48]}, "lower k or widen it"),
@@ -200,7 +200,7 @@ def test_the_command_line(command, tmp_path, capsys, stand_in):
     trained.fail, trained.stop = "", "sae.k=2"
     (tmp_path / "out/sae.k=4/summary.json").unlink()
     assert main([*command, "--resume", "true"]) == 130
-    assert re.search(r"interrupted: a checkpoint .*: the same command with --resume true goes", capsys.readouterr().err)
+    assert re.search(r"interrupted: a checkpoint .*: run the same command with --resume true", capsys.readouterr().err)
     assert main([*command, "--dry_run"]) == 0
     assert "2 runs:\n  sae.k=2\n  sae.k=4\n" in capsys.readouterr().out
 
@@ -212,7 +212,7 @@ def test_a_whole_sweep(command, tmp_path, capsys):
     assert "1 finished runs" in capsys.readouterr().out
     assert main([*command, "--resume", "true"]) == 0
     out, err = capsys.readouterr()
-    assert "sae.k=4 is finished already" in err
+    assert "sae.k=4 is already finished" in err
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[:3]] == ["run", "sae.k=2", "sae.k=4"]
     assert float(rows[1][rows[0].index("l0")]) <= 2 < float(rows[2][rows[0].index("l0")]) <= 4

@@ -93,7 +93,7 @@ def test_schedule():
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
     with pytest.raises(
-        UserError, match=r"the loss at resid_post\.\d is (nan|inf) at step \d+: start anew .* a lower lr"
+        UserError, match=r"the loss at resid_post\.\d is (nan|inf) at step \d+: start again .* a lower lr"
     ):
         train_saes(model, documents(), small(lr=1e30, warmup=0.0), tmp_path / "run")
     assert not list((tmp_path / "run").glob("resid_post*"))
@@ -152,7 +152,7 @@ def test_text_that_is_too_short(model, tmp_path):
         (["--sites", "resid_pots.1"], "unknown stream 'resid_pots'"),
         (["--sites", "[]"], "sites is empty"),
         (["--held_out", "1"], "held_out is 1"),
-        (["--warmup", "0.8", "--decay", "0.8"], "more than the whole run"),
+        (["--warmup", "0.8", "--decay", "0.8"], "add up to more than 1"),
         (["--tokens", "100"], "less than one batch of 1024"),
         (["--buffer", "100"], "less than one batch of 1024"),
         (["--context", "1"], "at least 2 tokens"),

@@ -1,4 +1,4 @@
-"""Texts, rows of tokens, and activations as they stream by.
+"""Texts, rows of tokens, and the stream of activations.
 
 May import ranks and below, and saepatch.
 """

@@ -1,4 +1,4 @@
-"""Activations of several sites out of one forward pass, as a stream of shuffled batches that can begin anywhere."""
+"""Activations of several sites from shared forward passes, as a stream of shuffled batches that can be resumed."""
 
 import logging
 import threading
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 Batch = dict[Site, Float[Tensor, "batch _"]]
 Rows = dict[Site, Shaped[Tensor, "n _"]]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that activations are kept in; any other becomes float32
-_POLL = 0.2  # seconds after which a thread that waits for the model looks whether it should end
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # stored as they are; other dtypes become float32
+_POLL = 0.2  # seconds between checks whether a thread that waits for the model should end
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stream is; plain numbers, so that `dataclasses.asdict` of it can be written down.
+    """Position in a stream, as plain numbers that can be stored in a checkpoint.
 
     Attributes:
-        epoch: Reading of the documents that the round begins in.
-        document: Place in the epoch's order that it begins at.
-        offset: Tokens of that document that earlier rounds had.
+        epoch: Epoch in which the round begins.
+        document: Index in the epoch's order at which the round begins.
+        offset: Number of tokens of that document used by earlier rounds.
         round: Number of the round.
-        batch: Batches of the round that were given out.
+        batch: Number of batches of the round already yielded.
     """
 
     epoch: int = 0
@@ -63,23 +63,23 @@ class _Round:
 
 @dataclass(frozen=True, eq=False)
 class ActivationStream:
-    """Activations at ordinary positions (no BOS, padding or other special token) of several sites, one forward for all.
+    """Activations of several sites at ordinary positions (no BOS, padding, other special tokens), one forward for all.
 
-    The stream goes in rounds: documents are read until they hold `config.buffer` tokens, the model runs over them, and
-    the activations are given out in a random order, `config.batch_size` at a time. What does not fill a round's last
-    batch, a random few of its tokens, is left out. The documents are read again when they end, each time in another
-    order. All of it follows from `config.seed`, the documents and the sizes: neither prefetching, the cache nor the
-    number of processes changes a batch.
+    The stream consists of rounds: documents are read until they hold `config.buffer` tokens, the model runs over them,
+    and the activations are yielded in random order, `config.batch_size` at a time. Tokens that do not fill a round's
+    last batch are dropped, a random few. The documents are read again when they end, each time in another order. All
+    of this is determined by `config.seed`, the documents and the sizes: prefetching, the cache and the number of
+    processes change no batch.
 
     Attributes:
-        model: Whose activations; its forward stops at the last site that is needed.
-        documents: Texts; each cut to rows of `config.context` tokens, or with `config.pack` rows filled with several.
-        sites: Where to look; row i of every site is the same token.
+        model: Model that computes the activations; its forward pass stops at the last site needed.
+        documents: Texts. Each is cut to rows of `config.context` tokens; `config.pack` puts several into a row.
+        sites: Sites to capture; row i of every site is the same token.
         config: The sizes, the seed, prefetching and the cache.
-        ranks: The processes that share the forwards of a round; each gets every size-th row of a batch. They are to
-            take the same batches and to stop at the same one.
-        epochs: How often to read the documents; then every batch is given out, a round's last one perhaps smaller.
-        also: Further models of the same tokenizer and widths; a round's forward passes take turns among all.
+        ranks: The processes that share a round's forward passes; each gets every size-th row of a batch. All of them
+            must take the same batches and stop at the same one.
+        epochs: Number of times to read the documents; every batch is then yielded, a round's last one perhaps smaller.
+        also: Further models with the same tokenizer and widths; a round's forward passes alternate among all models.
 
     Raises:
         UserError: the batch cannot be divided among the processes.
@@ -104,7 +104,7 @@ class ActivationStream:
 
     @cached_property
     def special(self) -> set[int]:
-        """Tokens that are not learnt from: BOS and padding, and unless the run asks for them all others beside text."""
+        """Tokens excluded from training: BOS, padding and, unless `special_tokens` is set, all other special tokens."""
         tokenizer = self.model.tokenizer
         if self.config.special_tokens:
             return {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
@@ -112,7 +112,7 @@ class ActivationStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells other documents, or another order of them, apart."""
+        """Hash of the documents in their order."""
         return fingerprint(self.documents)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,57 +123,60 @@ class ActivationStream:
     def batches(self, start: Position = START) -> Generator[tuple[Batch, Position], None, None]:
         """Batches `{site: [batch_size, width]}` in float32 on the model's device, each with the position after it.
 
-        From any of these positions a stream of the same documents and settings gives what this one gives from there,
-        bit for bit, at the cost of the forwards of one round. Close the generator to end its thread.
+        From any of these positions, a stream of the same documents and settings continues bit for bit, at the cost of
+        the forward passes of one round. Close the generator to end its thread.
 
         Raises:
             UserError: the documents hold no text, or cannot be read.
         """
         stopping = threading.Event()
         rounds = self._rounds(start, stopping)
-        # Not with others: a thread that is ahead in one process alone would wait for them in a round that none wants.
+        # Not with several processes: a thread that is ahead would wait for the others in a round they never start.
         if self.config.prefetch and self.ranks.size == 1:
             rounds = ahead(rounds, stopping)
         with closing(rounds):
             skipped = start.batch
             for filled in rounds:
-                yield from self._given(filled, skipped)
+                yield from self._yielded(filled, skipped)
                 skipped = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """No forward of the stream runs inside: for whoever runs or splices the model, and would meet its hooks."""
+        """Context in which the stream runs no forward pass, whose hooks would interfere with other uses of the model."""
         with self._running:
             yield
 
     def check_evaluated(self, tokens: Tokens) -> None:
-        """Say where some of these tokens are not trained on."""
+        """Log if some of these tokens are special and therefore not trained on."""
         evaluated, trained = int(tokens.ordinary.sum()), int(text_positions(tokens, self.special).sum())
         if trained < evaluated:
             log.info(
-                "%d of the %d held-out positions are special tokens, as a chat's markers: nothing is trained on them, "
-                "and figures leave them out; --special_tokens true trains on them",
+                "%d of the %d held-out positions are special tokens, such as chat markers: they are excluded from "
+                "training and figures; --special_tokens true trains on them",
                 evaluated - trained,
                 evaluated,
             )
 
     def token_batches(self, seed: int, size: int) -> Iterator[Tokens]:
-        """Padded batches of at most `size` tokens of the documents for other uses, without end, in an order of their
-        own; a single row may be larger. Tokens that are not learnt from are not ordinary in them."""
+        """Endless padded batches of the documents for other uses, in an order of their own.
+
+        A batch has at most `size` tokens, unless a single row has more. Tokens excluded from training are not ordinary
+        in them.
+        """
         stream = replace(self, config=replace(self.config, seed=seed), epochs=None)
         for ids, end in stream._read(START):
             parts = list(token_batches(self.model, ids, size))
             for i in torch.randperm(len(parts), generator=_generator(seed, "parts", end.round)).tolist():
                 yield parts[i].without(self.special)
 
-    def _given(self, filled: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
+    def _yielded(self, filled: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
         n, size = len(next(iter(filled.rows.values()))), self.config.batch_size
         count = n // size if self.epochs is None else -(-n // size)
         for i in range(skipped, count):
-            mine = slice(i * size + self.ranks.rank, min((i + 1) * size, n), self.ranks.size)
-            # Copied, so that who keeps a batch does not keep the round.
+            own = slice(i * size + self.ranks.rank, min((i + 1) * size, n), self.ranks.size)
+            # Copied, so that a kept batch does not keep the whole round in memory.
             batch = {
-                site: x[mine].to(self.model.device, torch.float32, copy=True).contiguous()
+                site: x[own].to(self.model.device, torch.float32, copy=True).contiguous()
                 for site, x in filled.rows.items()
             }
             yield batch, replace(filled.start, batch=i + 1) if i + 1 < count else filled.end
@@ -182,15 +185,15 @@ class ActivationStream:
         cache = self._cache()
         place, reading = replace(start, batch=0), None
         while True:
-            filled = self._kept(cache, place) if cache is not None else None
+            filled = self._cached(cache, place) if cache is not None else None
             if filled is not None:
-                reading = None  # it would be behind
+                reading = None  # it is behind the cached rounds
             else:
                 reading = reading or self._read(place)
                 try:
                     read = next(reading, None)
                 except BaseException:
-                    self._agreed(False)  # the others ask each other in `_exchange`, and stop too
+                    self._agreed(False)  # so that the other processes, waiting in `_exchange`, stop too
                     raise
                 if read is None:
                     return
@@ -215,8 +218,8 @@ class ActivationStream:
             facts["also"] = [model_facts(model) for model in self.also]
         return RoundCache(Path(config.cache).expanduser(), cache_key(facts), config.cache_gb * 1e9)
 
-    def _kept(self, cache: RoundCache, place: Position) -> _Round | None:
-        """The round from the cache, if every process has it there: otherwise all must help to compute it."""
+    def _cached(self, cache: RoundCache, place: Position) -> _Round | None:
+        """The round from the cache if every process finds it there; otherwise all must take part in computing it."""
         cached = cache.read(_name(place), [str(site) for site in self.sites])
         if not self._agreed(cached is not None) or cached is None:
             return None
@@ -233,7 +236,7 @@ class ActivationStream:
         return bool(answer)
 
     def _read(self, start: Position) -> Iterator[tuple[list[list[int]], Position]]:
-        """Rows of token ids of one round after the other, and where the next one begins."""
+        """Rows of token ids of each round, with the position at which the next round begins."""
         special = self.special
         ids: list[list[int]] = []
         n, number = 0, start.round + 1
@@ -250,7 +253,7 @@ class ActivationStream:
             yield ids, Position(self.epochs or 0, round=number)
 
     def _bodies(self, start: Position) -> Iterator[Body]:
-        """Documents as tokens, epoch after epoch."""
+        """Tokenised documents, epoch after epoch."""
         special = self.special
         epoch, document, offset = start.epoch, start.document, start.offset
         while self.epochs is None or epoch < self.epochs:
@@ -261,16 +264,16 @@ class ActivationStream:
                 yield Body(epoch, place, ids, offset)
                 offset = 0
             if not has_text:
-                raise UserError("the documents hold no token besides BOS: give text")
+                raise UserError("the documents contain no tokens besides special ones: give text")
             epoch, document = epoch + 1, 0
-            log.info("the documents were read to their end %d times", epoch)
+            log.info("all documents have been read %d times", epoch)
 
     def _filled(self, ids: list[list[int]], number: int, stopping: threading.Event) -> Rows:
-        """Activations of a round in the order they are given out in."""
+        """Activations of a round in the order in which they are yielded."""
         parts = list(token_batches(self.model, ids, self.config.forward_tokens))
         sizes = [int(text_positions(part, self.special).sum()) for part in parts]
         n = sum(sizes)
-        # Each row is put where the shuffle wants it: a copy is spared, and the cache is read in sequence.
+        # Rows are written to their shuffled places directly: this saves a copy, and the cache is read sequentially.
         places = torch.randperm(n, generator=_generator(self.config.seed, "round", number))
         dtype = self.model.dtype if self.model.dtype in _DTYPES else torch.float32
         alone = self.ranks.size == 1
@@ -302,7 +305,7 @@ class ActivationStream:
         filled: Rows,
         stopping: threading.Event,
     ) -> None:
-        """Compute every size-th part here, and have what the other processes compute of the rest."""
+        """Compute every size-th part here, and receive the other parts from the other processes."""
         from torch import distributed
 
         rank, size, group = self.ranks.rank, self.ranks.size, self.ranks.data
@@ -312,12 +315,12 @@ class ActivationStream:
             for model, part in turns[rank::size]:
                 for site, x in self._forward(model, part, stopping).items():
                     own[site].append(x.to("cpu", filled[site].dtype))
-        except BaseException as error:  # sent to the other ranks first, which would wait for ever
+        except BaseException as error:  # report it to the other ranks first, or they would wait forever
             failure = error
         if not self._agreed(failure is None):
             raise failure or UserError(
-                "another process of the run failed or stopped while activations were computed: see what it says, and "
-                "go on from the last checkpoint with --resume true"
+                "another process of the run failed or stopped while computing activations: see its error message, and "
+                "continue from the last checkpoint with --resume true"
             )
         for source in range(size):
             if not places[source::size]:
@@ -325,12 +328,14 @@ class ActivationStream:
             at = torch.cat(list(places[source::size]))
             for site, x in filled.items():
                 block = torch.cat(own.pop(site)) if source == rank else x.new_empty(len(at), x.shape[1])
-                distributed.broadcast(block.view(torch.uint8), src=source, group=group)  # as bytes: of any dtype
+                distributed.broadcast(
+                    block.view(torch.uint8), src=source, group=group
+                )  # as bytes, since gloo does not support every dtype
                 x[at] = block
 
 
 def forward(model: LanguageModel, sites: Sequence[Site], tokens: Tokens, special: Collection[int]) -> Rows:
-    """What each site emits at the positions of a batch that are learnt from, as the model gives it (device, dtype)."""
+    """Values of each site at the positions of a batch that are trained on, in the model's dtype and on its device."""
     with torch.no_grad():
         captured = model.capture(tokens, sites)
     kept = text_positions(tokens, special)

@@ -1,4 +1,4 @@
-"""Rounds of activations on disk, for other runs over the same text with the same model."""
+"""Cache of activations on disk, for other runs over the same text with the same model."""
 
 import hashlib
 import json
@@ -21,23 +21,23 @@ from saepatch.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
-_LEFT_OVER = 86_400  # seconds after which a file half written is taken for that of a run that was killed
-_IRRELEVANT = (
+_ABANDONED = 86_400  # age in seconds at which a partial file is taken to be from a killed run
+_IRRELEVANT = (  # to activations
     "transformers_version",
     "dtype",
     "torch_dtype",
     "name_or_path",
-)  # to activations
+)
 
 
 @dataclass(eq=False)
 class RoundCache:
-    """A folder of safetensors files, one a round. Each is written whole or not at all, and checked when it is read.
+    """A folder of safetensors files, one per round, written atomically and verified when read.
 
     Attributes:
-        root: The folder, shared by runs of every kind; its size is what is limited.
-        key: Folder in it, for what determines the activations.
-        limit: Bytes that `root` may hold.
+        root: The folder, shared by all runs.
+        key: Subfolder, named by a hash of everything that determines the activations.
+        limit: Maximal size of `root` in bytes.
     """
 
     root: Path
@@ -51,7 +51,7 @@ class RoundCache:
         except OSError as error:
             raise UserError(f"cannot write to cache {str(self.root)!r} ({error}): give another folder") from error
         for path in self.root.glob("*/*.safetensors.*.partial"):
-            if time.time() - _stat(path)[1] > _LEFT_OVER:
+            if time.time() - _stat(path)[1] > _ABANDONED:
                 path.unlink(missing_ok=True)
 
     @property
@@ -59,9 +59,9 @@ class RoundCache:
         return self.root / self.key
 
     def read(self, name: str, sites: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The activations of a round at the sites, mapped from the file and not read into memory, and its notes.
+        """The activations of a round at the sites, memory-mapped from the file, and its notes.
 
-        None where no file has all of the sites. One that is damaged is removed, with a warning.
+        None if no file has all of the sites. A damaged file is removed with a warning.
         """
         for path in sorted(self.folder.glob(f"{name}.*.safetensors")):
             try:
@@ -72,7 +72,7 @@ class RoundCache:
                     tensors = {site: file.get_tensor(site) for site in sites}
                 if all(_checksum(tensors[site]) == described["checksums"][site] for site in sites):
                     return tensors, described["notes"]
-                reason = "its content is not what was written"
+                reason = "checksums differ"
             except FileNotFoundError:
                 continue  # another run has just removed it
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -82,7 +82,7 @@ class RoundCache:
         return None
 
     def write(self, name: str, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
-        """Keep a round, unless the limit or the disk is reached: that is logged once and is no error."""
+        """Store a round. If the limit is reached or the disk is full, this is logged once and is not an error."""
         if self._full:
             return
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -102,11 +102,11 @@ class RoundCache:
 
     def _stop(self, reason: str) -> None:
         self._full = True
-        log.warning("the cache %s takes no more (%s): further activations are not kept", self.root, reason)
+        log.warning("the cache %s is full or not writable (%s): further activations are not cached", self.root, reason)
 
 
 def model_facts(model: LanguageModel) -> dict[str, Any]:
-    """What determines the activations of a model: weights, config, tokenizer, precision."""
+    """Everything about a model that determines its activations: weights, config, tokenizer, precision, device type."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _IRRELEVANT and key[:1] != "_"}
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     tokenizer = backend.to_str() if backend is not None else sorted(model.tokenizer.get_vocab().items())
@@ -121,7 +121,7 @@ def model_facts(model: LanguageModel) -> dict[str, Any]:
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
-    """Name of the folder for what these facts determine."""
+    """Name of the subfolder for activations determined by these facts."""
     return _hash(facts)
 
 
@@ -134,7 +134,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _stat(path: Path) -> tuple[int, float]:
-    """Size in bytes and time of the last change; zeros for what is gone by now."""
+    """Size in bytes and time of the last change; size 0 and the current time if the file no longer exists."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Prefetching: the next item is made in a thread while the current one is in use."""
+"""Prefetching: the next item is computed in a thread while the current one is in use."""
 
 import atexit
 import queue
@@ -8,57 +8,57 @@ from typing import TypeVar
 
 import torch
 
-PATIENCE = 10.0  # seconds to wait for a thread to end
+JOIN_TIMEOUT = 10.0  # seconds to wait for the thread to end
 Item = TypeVar("Item")
 
 
 class Stopped(Exception):
-    """Raised in the thread when nobody wants what it makes any more."""
+    """Raised in the thread once its items are no longer needed."""
 
 
 def ahead(items: Iterator[Item], stopping: threading.Event) -> Generator[Item, None, None]:
-    """The items, each made in a thread while the one before it is in use: two exist at a time.
+    """The items, each computed in a thread while the one before it is in use, so that two exist at a time.
 
-    An exception of the thread is raised here. Closing this generator sets `stopping`, which `items` is to look at, and
-    waits for the thread; not for ever, as a connection may keep it.
+    Exceptions in the thread are raised here. Closing this generator sets `stopping`, which `items` should check, and
+    waits for the thread, but at most `JOIN_TIMEOUT` seconds, since it may hang in a network connection.
     """
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    made: queue.SimpleQueue[tuple[Item | None, BaseException | None]] = queue.SimpleQueue()
+    requested: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[Item | None, BaseException | None]] = queue.SimpleQueue()
     threads = torch.get_num_threads()
 
     def work() -> None:
-        torch.set_num_threads(threads)  # a new thread has the library's default, and sums in another order with it
+        torch.set_num_threads(threads)  # a new thread has torch's default, which would change the order of sums
         try:
-            while wanted.get():
+            while requested.get():
                 go_on(stopping)
                 item = next(items, None)
-                made.put((item, None))
+                results.put((item, None))
                 if item is None:
                     return
         except Stopped:
-            made.put((None, None))
+            results.put((None, None))
         except BaseException as error:
-            made.put((None, error))
+            results.put((None, error))
 
     thread = threading.Thread(target=work, name="activations", daemon=True)
 
     def end() -> None:
         stopping.set()
-        wanted.put(False)
-        if thread is not threading.current_thread():  # where the garbage collector closes the generator
-            thread.join(PATIENCE)
+        requested.put(False)
+        if thread is not threading.current_thread():  # it is, if the garbage collector closes the generator there
+            thread.join(JOIN_TIMEOUT)
 
-    wanted.put(True)
+    requested.put(True)
     thread.start()
-    atexit.register(end)  # the interpreter must not end under a thread that is in the midst of a forward
+    atexit.register(end)  # the interpreter must not exit while the thread is in a forward pass
     try:
         while True:
-            item, error = made.get()
+            item, error = results.get()
             if error is not None:
                 raise error
             if item is None:
                 return
-            wanted.put(True)
+            requested.put(True)
             yield item
     finally:
         end()
@@ -66,5 +66,6 @@ def ahead(items: Iterator[Item], stopping: threading.Event) -> Generator[Item, N
 
 
 def go_on(stopping: threading.Event) -> None:
+    """Raises Stopped once the thread should end."""
     if stopping.is_set():
         raise Stopped

@@ -14,16 +14,15 @@ _TOKENISED_DOCUMENTS, _TOKENISED_CHARACTERS = 64, 1_000_000  # at a time
 def rows(model: LanguageModel, documents: Sequence[str], context: int, pack: bool = False) -> list[list[int]]:
     """Token ids of documents, cut to rows of at most `context` tokens.
 
-    Each row begins with BOS where the tokenizer puts one before a text. With `pack`, rows are filled with document
-    after document, each begun by its own BOS, and what does not fill the last row is left as a shorter one. Rows of
-    special tokens alone are left out.
+    Each row begins with BOS if the tokenizer adds one. With `pack`, documents are concatenated, each preceded by a BOS,
+    and cut into full rows; the last row may be shorter. Rows that hold only special tokens are dropped.
     """
     bodies = (Body(0, i, ids, 0) for i, ids in tokenised(model, enumerate(documents)))
     return [row for row, _ in cut(bodies, context, bos_before(model), pack, set(model.tokenizer.all_special_ids))]
 
 
 def token_batches(model: LanguageModel, ids: Sequence[list[int]], forward_tokens: int) -> Iterator[Tokens]:
-    """Padded batches of rows of like length, none with more than `forward_tokens` places unless a single row has."""
+    """Padded batches of rows of similar length, of at most `forward_tokens` positions unless a single row has more."""
     batch: list[list[int]] = []
     for row in sorted(ids, key=len):
         if batch and (len(batch) + 1) * len(row) > forward_tokens:
@@ -35,13 +34,13 @@ def token_batches(model: LanguageModel, ids: Sequence[list[int]], forward_tokens
 
 
 def text_positions(tokens: Tokens, special: Collection[int]) -> Bool[Tensor, "batch pos"]:
-    """True where a token is learnt from: no padding, no BOS, none of the special ones."""
+    """True at positions that are trained on: not padding, BOS, or another of the special tokens."""
     return tokens.without(special).ordinary
 
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A document's tokens without the BOS in front, to be read from `offset` on."""
+    """A document's tokens without a leading BOS, to be read from `offset` on."""
 
     epoch: int
     document: int
@@ -52,7 +51,7 @@ class Body:
 def cut(
     bodies: Iterable[Body], context: int, bos: int | None, pack: bool, special: set[int]
 ) -> Iterator[tuple[list[int], tuple[int, int, int]]]:
-    """Rows, and the (epoch, document, offset) after each, from which cutting can begin anew with the same rows."""
+    """Rows, each with the (epoch, document, offset) from which cutting continues with the same rows."""
     front = [] if bos is None else [bos]
     row: list[int] = []
     place = (0, 0, 0)
@@ -74,7 +73,7 @@ def cut(
 
 
 def tokenised(model: LanguageModel, documents: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[int]]]:
-    """Numbered documents as token ids, without a BOS in front."""
+    """Numbered documents as token ids, without a leading BOS."""
     bos = bos_before(model)
     for chunk in _chunks(documents):
         for (number, _), ids in zip(chunk, _encoded(model, [text for _, text in chunk]), strict=True):
@@ -95,7 +94,7 @@ def _chunks(documents: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, st
 
 
 def _encoded(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """What `model.encode` gives for each text; those that a tokenizer treats alike are given to it at once."""
+    """`model.encode` of each text, in one call of the tokenizer where the result is the same."""
     bos = model.tokenizer.bos_token
     if model.prepend_bos or (bos and any(text.startswith(bos) for text in texts)):
         return [model.encode(text) for text in texts]
@@ -106,5 +105,5 @@ def _encoded(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
 
 
 def bos_before(model: LanguageModel) -> int | None:
-    """The BOS, if one is put before a text."""
+    """The id of BOS, if the tokenizer adds it before a text."""
     return model.bos_id if model.encode("a")[:1] == [model.bos_id] else None

@@ -1,4 +1,4 @@
-"""Documents: read from files, folders and the hub, and divided into those to train on and those held out."""
+"""Documents: read from files, folders and the hub, and split into training and held-out ones."""
 
 import codecs
 import hashlib
@@ -15,19 +15,20 @@ import torch
 from saepatch.errors import UserError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-# How far into a stream held-out documents are looked for, and how much of it is mixed at a time.
+# Held-out documents of a stream are chosen from this many at its beginning.
 _FIRST_DOCUMENTS, _FIRST_CHARACTERS = 10_000, 16_000_000
+# Size of the shuffle buffer of a stream.
 _MIXED_DOCUMENTS, _MIXED_CHARACTERS = 10_000, 64_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Documents(Sequence[str]):
-    """Some of the documents of a sequence, by index; nothing is copied.
+    """A subset of a sequence of documents, by index; nothing is copied.
 
     Attributes:
         source: All documents.
-        chosen: Indices of those that belong, [n] int64.
-        fingerprint: Tells other texts, or another order of them, apart.
+        chosen: Indices of the subset, [n] int64.
+        fingerprint: Hash of the texts in their order.
     """
 
     source: Sequence[str]
@@ -45,16 +46,16 @@ class Documents(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """Documents of a `datasets.IterableDataset`, read as they are needed, and again for every epoch.
+    """Documents of a `datasets.IterableDataset`, read on demand, and again for every epoch.
 
     Attributes:
-        dataset: Where they come from.
-        column: Where the text stands in a record.
-        name: What it is called in messages.
-        fingerprint: Tells other data apart: by name, by size and time of local files and, after `split`, by the first
-            documents. A change further on in a dataset on the hub goes unnoticed.
-        held_out: Digests of the texts that are left out wherever they turn up.
-        mixed: Documents that are held at a time to shuffle them.
+        dataset: The dataset.
+        column: Column that holds the text.
+        name: Name of the data in messages.
+        fingerprint: Hash of the data's name, the size and time of local files and, after `split`, the first documents.
+            It misses changes further on in a dataset on the hub.
+        held_out: Digests of the texts to leave out wherever they occur.
+        mixed: Size of the shuffle buffer in documents.
     """
 
     dataset: Any
@@ -65,13 +66,13 @@ class Streamed:
     mixed: int = 1000
 
     def read(self, seed: int | None = None, start: int = 0) -> Iterator[tuple[int, str]]:
-        """Documents with their numbers, from one number on: as they stand, or in the order that a seed gives.
+        """Documents with their numbers, from number `start` on, in their own order or shuffled by a seed.
 
-        What is left out (blank, held out) has a number too. Those before `start` are read and thrown away: the shuffle
-        has no other exact way there.
+        Omitted documents (blank or held out) are numbered too. Documents before `start` are read and discarded, since
+        the shuffle cannot be entered in the middle.
 
         Raises:
-            UserError: the data cannot be read, or holds something else than text.
+            UserError: the data cannot be read, or holds values that are not text.
         """
         dataset = self.dataset if seed is None else self.dataset.shuffle(seed=seed, buffer_size=self.mixed)
         try:
@@ -88,25 +89,25 @@ class Streamed:
 def texts(
     data: str, text_column: str = "text", subset: str | None = None, split: str = "train", streaming: bool = False
 ) -> Sequence[str] | Streamed:
-    """The documents of a file, a folder of files, or a dataset on the hub; read from disk as they are needed.
+    """The documents of a file, a folder of files, or a dataset on the hub, read from disk on demand.
 
-    A line of a .txt file is a document. Records without text are left out.
+    Each line of a .txt file is a document. Records without text are left out.
 
     Args:
         data: Path or hub id.
-        text_column: Where the text stands in each record.
+        text_column: Column that holds the text.
         subset: Configuration of a hub dataset that has several.
         split: Split of a hub dataset.
-        streaming: Read while it is used, nothing downloaded or prepared first.
+        streaming: Read during use, without downloading or preparing the data first.
 
     Raises:
-        UserError: there is no such data, it has no such column, or it contains no text.
+        UserError: the data does not exist, has no such column, or contains no text.
     """
     if not data:
         raise UserError("no data to train on: give --data a .jsonl, .parquet or .txt file, a folder or a hub dataset")
     loaded, files = _load(data, subset, split, streaming)
     columns = loaded.column_names
-    if columns is None:  # a stream that does not know before it is read
+    if columns is None:  # a stream may not know its columns before it is read
         columns = list(next(iter(loaded), {}))
     if text_column not in columns:
         known = ", ".join(columns) or "none"
@@ -127,11 +128,11 @@ def texts(
 
 
 def _load(data: str, subset: str | None, split: str, streaming: bool) -> tuple[Any, list[Path]]:
-    """The dataset, and the files it is read from where they are local."""
+    """The dataset, and its local files if there are any."""
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says what its log would repeat
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below reports what it would log
     path = Path(data).expanduser()
     files: list[Path] = []
     options: dict[str, Any] = {"split": split, "streaming": streaming}
@@ -160,7 +161,7 @@ def _byte_order_mark(path: Path) -> bool:
 
 
 def on_the_hub(data: str) -> bool:
-    """Whether data can only be the id of a dataset on the hub: there is no such path here."""
+    """Whether data must be the id of a dataset on the hub, since there is no such path."""
     path = Path(data).expanduser()
     return not path.exists() and path.suffix not in FORMATS and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data))
 
@@ -188,10 +189,10 @@ def _keep(text: object) -> bool:
 
 
 def has_text(text: object) -> bool:
-    """Whether a record's text is there and not blank.
+    """Whether a record has a text that is not blank.
 
     Raises:
-        UserError: it is something else than text.
+        UserError: its value is not text.
     """
     if text is not None and not isinstance(text, str):
         raise UserError(f"a document is {type(text).__name__}, not text: give strings, or another --text_column")
@@ -199,10 +200,10 @@ def has_text(text: object) -> bool:
 
 
 def as_documents(given: Iterable[str] | Streamed) -> Sequence[str] | Streamed:
-    """Documents as the stream of activations takes them; an iterable that is no sequence is read to its end.
+    """Documents as a sequence or stream; other iterables are read to their end.
 
     Raises:
-        UserError: it is one string instead of several, or one of them is no string.
+        UserError: `given` is a single string, or a document is not a string.
     """
     if isinstance(given, str):
         raise UserError(f"the documents are one string ({given[:20]!r}…): give a list of strings")
@@ -215,19 +216,19 @@ def as_documents(given: Iterable[str] | Streamed) -> Sequence[str] | Streamed:
 
 
 def split(documents: Iterable[str] | Streamed, share: float, seed: int) -> tuple[Sequence[str] | Streamed, list[str]]:
-    """Documents to train on, and documents held out: a share of the different texts, each with all of its copies.
+    """Documents to train on, and held-out documents: a share of the distinct texts, each with all of its copies.
 
-    From a stream, the first documents are held out, as many as that share of its first 10,000 (or of its first 16
-    million characters, where these are fewer).
+    From a stream, the first documents are held out: that share of its first 10,000 documents (or of the first 16
+    million characters, if these are fewer).
 
     Raises:
-        UserError: there are fewer than two different documents.
+        UserError: there are fewer than two distinct documents.
     """
     documents = as_documents(documents)
     if isinstance(documents, Streamed):
         return _split_stream(documents, share)
     digests = np.fromiter(map(digest, documents), dtype=np.uint64, count=len(documents))
-    _, first = np.unique(digests, return_index=True)  # to tell copies without holding the texts
+    _, first = np.unique(digests, return_index=True)  # finds copies without holding the texts in memory
     first.sort()
     count = _held(len(first), share)
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -254,19 +255,19 @@ def _split_stream(documents: Streamed, share: float) -> tuple[Streamed, list[str
 
 def _held(different: int, share: float) -> int:
     if different < 2:
-        raise UserError(f"{different} different documents leave none to train on once one is held out: give more text")
+        raise UserError(f"{different} distinct documents leave none to train on once one is held out: give more text")
     return min(max(1, round(share * different)), different - 1)
 
 
 def fingerprint(documents: Sequence[str] | Streamed) -> str:
-    """16 hexadecimal digits that tell other texts, or another order of them, apart."""
+    """Hash of the texts in their order, 16 hexadecimal digits."""
     if isinstance(documents, Documents | Streamed):
         return documents.fingerprint
     return _hash(np.fromiter(map(digest, documents), dtype=np.uint64, count=len(documents)).tobytes())
 
 
 def digest(text: str) -> int:
-    """64 bits of a text's BLAKE2b hash: the same in every process, other than Python's own hash."""
+    """64 bits of a text's BLAKE2b hash; unlike Python's hash, it is the same in every process."""
     has_text(text)
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
@@ -276,14 +277,14 @@ def _hash(data: bytes) -> str:
 
 
 def mixed_seed(*facts: int | str) -> int:
-    """A seed for one purpose out of several: equal facts give equal seeds, others unrelated ones."""
+    """A seed derived from facts: equal facts give equal seeds, different facts unrelated ones."""
     return int(_hash(repr(facts).encode()), 16) >> 1
 
 
 def in_order(documents: Sequence[str] | Streamed, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[int, str]]:
-    """The documents of an epoch with their places in its order, from one place on.
+    """The documents of an epoch with their indices in its order, from index `start` on.
 
-    The order follows from the seed and the epoch alone.
+    The order depends on the seed and the epoch alone.
     """
     seed = mixed_seed(seed, "epoch", epoch)
     if isinstance(documents, Streamed):

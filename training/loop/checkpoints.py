@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run needs to go on exactly as it would have, written so that no half one is taken for whole.
+"""Checkpoints: the complete state of a run, from which it continues exactly, written atomically.
 
 A checkpoint is a folder `checkpoints/TOKENS/` with `SITE.safetensors` for each site and `state.json`. It is written
-beside its place, flushed to the disk and moved there; what was cut short stays under a name that nobody reads.
+under a temporary name, flushed to disk and renamed; a partial one keeps the temporary name and is never read.
 """
 
 import json
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 _PART = ".part-"
 
-# What may differ when a run is resumed: where it runs, what it logs and keeps, not what it learns.
+# Settings that may change when a run is resumed: they affect where it runs and what it logs, not what it learns.
 _MAY_DIFFER = {
     *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "revision", "prefetch", "cache", "cache_gb"),
     *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
@@ -38,12 +38,12 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One moment of a run.
+    """The state of a run at one step.
 
     Attributes:
-        tokens: Tokens trained on.
+        tokens: Number of tokens trained on so far.
         tensors: Each site's tensors by name.
-        state: Everything else; JSON holds it.
+        state: Everything else, as JSON values.
     """
 
     tokens: int
@@ -52,10 +52,10 @@ class Checkpoint:
 
 
 def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint under `out`, and drop all but the newest `keep` whole ones.
+    """Write a checkpoint under `out`, and remove all but the newest `keep`.
 
     Raises:
-        UserError: it cannot be written; those from before are untouched.
+        UserError: it cannot be written; earlier checkpoints are unchanged.
     """
     folder = out / FOLDER
     place, part = folder / f"{checkpoint.tokens:015d}", folder / f"{_PART}{os.getpid()}"
@@ -79,9 +79,9 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot write a checkpoint to {str(folder)!r} ({reason}): make room there and go on with --resume true"
+            f"cannot write a checkpoint to {str(folder)!r} ({reason}): free some space and continue with --resume true"
         ) from error
-    # Those of later in the run were damaged, or this one would not have been written.
+    # Checkpoints with more tokens must be damaged, or the run would have resumed from them.
     folders = _folders(out)
     later = [path for path in folders if int(path.name) > checkpoint.tokens]
     for old in later + folders[len(later) + keep :]:
@@ -90,7 +90,7 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def newest(out: Path, device: str = "cpu") -> Checkpoint | None:
-    """The newest checkpoint under `out` that is whole, or None; a damaged one is passed over with a warning."""
+    """The newest intact checkpoint under `out`, or None; damaged ones are skipped with a warning."""
     for folder in _folders(out):
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -102,17 +102,17 @@ def newest(out: Path, device: str = "cpu") -> Checkpoint | None:
                 tensors[Site.parse(site)] = load_file(file, device=device)
             return Checkpoint(int(state.pop("tokens")), tensors, state)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            log.warning("checkpoint %s is damaged (%s); an older one is tried", folder, error)
+            log.warning("checkpoint %s is damaged (%s): trying an older one", folder, error)
     return None
 
 
 def any_in(out: Path) -> bool:
-    """Whether `out` holds a checkpoint, whole or not."""
+    """Whether `out` holds a checkpoint, intact or not."""
     return bool(_folders(out))
 
 
 def clear_parts(out: Path) -> None:
-    """Remove what a process that was killed while it wrote has left behind."""
+    """Remove partial checkpoints of processes that were killed while writing."""
     for part in (out / FOLDER).glob(f"{_PART}*"):
         shutil.rmtree(part, ignore_errors=True)
 
@@ -123,11 +123,11 @@ def clear(out: Path) -> None:
 
 
 def _folders(out: Path) -> list[Path]:
-    """Folders of checkpoints, the newest first."""
+    """Folders of the checkpoints, newest first."""
     return sorted((path for path in (out / FOLDER).glob("*") if path.name.isdigit()), reverse=True)
 
 
 def identifying_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Settings that a run's result depends on, by name; those of the dictionary as `sae.NAME`."""
+    """Settings that the result of a run depends on, by name; those of the dictionary as `sae.NAME`."""
     flat = {name: redacted_values(value) for name, value in config.to_dict().items() if name not in _MAY_DIFFER}
     return flat | {f"sae.{name}": value for name, value in flat.pop("sae").items()}

@@ -1,4 +1,4 @@
-"""Checks of the models to train on, made before any work."""
+"""Checks of the models before training starts."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from ..ranks import ALONE, Ranks
 
 
 def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingConfig, ranks: Ranks = ALONE) -> None:
-    """Raises UserError when the model has no such site, too few positions, or too small a width for `k`."""
+    """Raises UserError if the model lacks a site or has too few positions, or the settings do not fit each other."""
     for site in sites:
         model.layout.module(site)
         d_sae = config.sae.width(model.width(site))
@@ -28,7 +28,7 @@ def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingCon
         raise UserError(f"context {config.context} is longer than the {limit} positions of {model.name!r}: lower it")
     if config.pack and model.tokenizer is not None and bos_before(model) is None:  # a skeleton has no tokenizer
         raise UserError(
-            f"pack fills rows with several documents, and the tokenizer of {model.name!r} puts no BOS between them: "
+            f"pack puts several documents into a row, but the tokenizer of {model.name!r} adds no BOS between them: "
             "set prepend_bos (true, or a token's text, as in '<|endoftext|>', where there is no BOS), or pack: false"
         )
 
@@ -36,16 +36,15 @@ def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingCon
 def check_also(
     model: LanguageModel, also: Sequence[LanguageModel], sites: Sequence[Site], config: TrainingConfig
 ) -> None:
-    """Raises UserError where another model cannot share dictionaries with the first: other tokens, or other widths; or
-    where the run asks for what several models cannot have."""
+    """Raises UserError if a further model has another vocabulary or other widths than the first, or if the run uses a
+    setting that works with one model only."""
     if also and config.finetune_tokens:
         raise UserError(
-            f"finetune_tokens is {config.finetune_tokens}: fine-tuning goes through the splice of one model; use 0 "
-            "with several"
+            f"finetune_tokens is {config.finetune_tokens}, but fine-tuning works with a single model: use 0 with --also"
         )
     names = [model.name, *(other.name for other in also)]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{sorted(twice)[0]} is given twice: name each model once in --model and --also")
+        raise UserError(f"{sorted(twice)[0]} is given twice: name each model only once in --model and --also")
     for other in also:
         vocabularies: list[object] = [
             getattr(each.tokenizer, "get_vocab", dict)() for each in (model, other)
@@ -57,5 +56,5 @@ def check_also(
             if other.width(site) != model.width(site):
                 raise UserError(
                     f"{site} has width {model.width(site)} in {model.name} and {other.width(site)} in {other.name}: "
-                    "use models of one size"
+                    "use models of the same width"
                 )

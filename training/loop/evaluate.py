@@ -15,22 +15,22 @@ from saepatch.model.language_model import LanguageModel, Tokens
 
 from ..data.rows import rows
 
-DENSE = 0.1  # a latent active at more than this share of positions says little about any of them
-ALIKE = 0.9  # two latents whose directions have a cosine above this are nearly one
+DENSE = 0.1  # share of positions above which a latent counts as dense
+ALIKE = 0.9  # cosine above which two latents count as near duplicates
 DENSITY_EDGES = tuple(
     -6 + i / 4 for i in range(25)
-)  # log10 of the share of positions; what is rarer is in the first bin
+)  # log10 of the share of positions; rarer latents go into the first bin
 
-ELEMENTS = 2**26  # of the largest tensor to hold: logits or latents of a batch, cosines of some latents with all
-_COMPARED = 8192  # latents whose nearest neighbour is looked for; of wider dictionaries, as many, evenly spread
+ELEMENTS = 2**26  # limit for the largest tensor: logits or latents of a batch, cosines of some latents with all
+_COMPARED = 8192  # maximal number of latents whose nearest neighbour is searched; of more, an evenly spaced subset
 
 
 @dataclass(frozen=True)
 class Density:
-    """Distribution of the latents over how often they are active.
+    """Histogram of the latents' firing frequencies.
 
     Attributes:
-        counts: Latents in each bin, those that are never active left out.
+        counts: Number of latents in each bin, without those that never fire.
         edges: Edges of the bins, log10 of the share of ordinary positions where a latent is active.
     """
 
@@ -40,14 +40,14 @@ class Density:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of a dictionary's `metrics.json`, and the distribution of its latents' frequencies."""
+    """The figures of a dictionary's `metrics.json`, and the histogram of its latents' firing frequencies."""
 
     figures: dict[str, float]
     density: Density
 
 
 def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int, eval_tokens: int) -> Tokens:
-    """About `eval_tokens` tokens of documents, each cut to one row, in a padded batch ordered by length.
+    """About `eval_tokens` tokens, one row per document, in a padded batch ordered by length.
 
     Raises:
         UserError: no document has two ordinary tokens in a row.
@@ -57,7 +57,7 @@ def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int
     for document in documents:
         if n >= eval_tokens:
             break
-        row = rows(model, [document], context)[:1]  # later pieces would lack what they follow from
+        row = rows(model, [document], context)[:1]  # later rows would lack their context
         chosen += row
         n += sum(map(len, row))
     if not any(len(row) > 2 for row in chosen):
@@ -68,16 +68,16 @@ def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int
 def evaluate_all(
     model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int | None = None
 ) -> list[Evaluation]:
-    """The quality of each dictionary, spliced alone: its splice, how often its latents fire, its weights' geometry.
+    """Quality of each dictionary, spliced separately: the splice, firing frequencies, geometry of the weights.
 
-    They share the model's own passes. `ce_ablated`, and with it `ce_recovered`, is against zeros at every position.
-    `eval_tokens` counts the positions evaluated on; `alive_share` is that of these tokens.
+    The model's own passes are shared. `ce_ablated`, and so `ce_recovered`, refers to zeros at every position.
+    `eval_tokens` is the number of positions evaluated on; `alive_share` refers to these positions.
 
     Args:
         model: The model they were trained on.
         dictionaries: The dictionaries.
         tokens: Text they were not trained on.
-        batch_size: Rows at a time; none for as many as leave logits and latents within some hundred MB.
+        batch_size: Rows at a time; None: as many as keep logits and latents within a few hundred MB.
 
     Raises:
         UserError: a dictionary does not belong to the model, or the tokens hold no two ordinary ones in a row.
@@ -105,7 +105,7 @@ def _evaluation(dictionary: Dictionary, quality: SpliceQuality, latents: LatentS
 
 
 def density(frequency: Float[Tensor, "d_sae"]) -> Density:
-    """The distribution of latents over their frequency of being active."""
+    """Histogram of the latents' firing frequencies."""
     active = frequency[frequency > 0].cpu().double().log10().clamp(DENSITY_EDGES[0], DENSITY_EDGES[-1])
     counts, _ = torch.histogram(active, torch.tensor(DENSITY_EDGES, dtype=torch.float64))
     return Density(tuple(map(int, counts.tolist())), DENSITY_EDGES)
@@ -115,8 +115,8 @@ def density(frequency: Float[Tensor, "d_sae"]) -> Density:
 def geometry(dictionary: Dictionary) -> dict[str, float]:
     """Geometry of a dictionary's weights.
 
-    The norms of its decoder's rows; the similarity of a latent to its nearest neighbour (the cosine of their decoder
-    rows, for at most 8192 latents, evenly spread); and the cosine of what a latent reads and what it writes.
+    The norms of the decoder's rows; the similarity of latents to their nearest neighbours (cosine of decoder rows, for
+    at most 8192 evenly spaced latents); and the cosine between each latent's encoder and decoder vectors.
     """
     W_dec = dictionary.W_dec.float()
     norms, nearest = W_dec.norm(dim=-1), _nearest(normalize(W_dec, dim=-1))
@@ -134,14 +134,14 @@ def geometry(dictionary: Dictionary) -> dict[str, float]:
 
 
 def _nearest(rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n"]:
-    """The largest cosine of unit rows with another of them, some rows at a time."""
+    """The largest cosine of unit rows with another row, computed in chunks."""
     n = len(rows)
     if n < 2:
         return rows.new_zeros(n)
     chosen = torch.linspace(0, n - 1, min(n, _COMPARED), dtype=torch.float64).round().long().to(rows.device)
     nearest = []
-    for some in chosen.split(max(1, ELEMENTS // 4 // n)):
-        cosines = rows[some] @ rows.T
-        cosines[torch.arange(len(some), device=rows.device), some] = -1
+    for chunk in chosen.split(max(1, ELEMENTS // 4 // n)):
+        cosines = rows[chunk] @ rows.T
+        cosines[torch.arange(len(chunk), device=rows.device), chunk] = -1
         nearest.append(cosines.amax(-1))
     return torch.cat(nearest)

@@ -1,4 +1,4 @@
-"""Estimates of a run: shapes, memory, disk, time. No weights are loaded; the model is built without storage."""
+"""Estimates of a run: shapes, memory, disk, time. No weights are loaded; the model is built on the meta device."""
 
 import os
 import re
@@ -23,9 +23,9 @@ from .evaluate import ELEMENTS
 from .timing import TimeRange, earlier_runs, estimate
 from .trainer import FIRST_TOKENS
 
-_EVALUATED_RUNS = 3  # of the model, whose logits or latents of held-out text are there at a time
-_SAMPLED = 200  # documents that are tokenised to tell how many tokens there are
-_MATRICES = {"standard": 5, "jumprelu": 5, "gated": 8}  # dense products a step; the others have one
+_EVALUATED_RUNS = 3  # runs of an evaluation whose logits or latents are in memory at the same time
+_SAMPLED = 200  # documents tokenised to estimate the number of tokens
+_MATRICES = {"standard": 5, "jumprelu": 5, "gated": 8}  # dense products per step; the others have one
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Compute:
-    """The computation of a whole run.
+    """Computation of a whole run.
 
     Attributes:
-        model: FLOPs of the model's forwards (and, in fine-tuning, backwards).
+        model: FLOPs of the model's forward passes (and, in fine-tuning, backward passes).
         dictionaries: FLOPs of the dictionaries' steps.
     """
 
@@ -62,17 +62,17 @@ class Plan:
 
     Attributes:
         config: The run.
-        n_parameters: Of the model.
-        n_layers: Of the model.
-        n_blocks: Blocks of it that a forward runs.
+        n_parameters: Parameters of the model.
+        n_layers: Layers of the model.
+        n_blocks: Blocks that a forward pass runs.
         shapes: The dictionaries.
-        memory: Bytes by what takes them.
-        available: Bytes that the device has; None where that cannot be told.
-        disk: Bytes by what takes them.
-        epochs: How often the text is read; None where that is not known.
+        memory: Bytes of memory by purpose.
+        available: Bytes of memory on the device; None if unknown.
+        disk: Bytes on disk by purpose.
+        epochs: Number of times the text is read; None if unknown.
         work: FLOPs.
-        time: Seconds; None where the device is not there.
-        earlier: A line for each earlier run of this kind.
+        time: Seconds; None if the device is not available.
+        earlier: A line for each similar earlier run.
     """
 
     config: TrainingConfig
@@ -97,7 +97,7 @@ class Plan:
         config = self.config
         lines = [
             f"model {config.model}: {self.n_parameters:,} parameters in {config.dtype}; "
-            f"a forward runs {self.n_blocks} of {self.n_layers} blocks",
+            f"a forward pass runs {self.n_blocks} of {self.n_layers} blocks",
             text_table(
                 ["site", "d_in", "d_sae", "parameters"],
                 [[s.site, f"{s.d_in:,}", f"{s.d_sae:,}", f"{s.parameters:,}"] for s in self.shapes],
@@ -105,14 +105,16 @@ class Plan:
         ]
         lines += [f"memory on {config.device}", _sizes({**self.memory, "total": self.total})]
         lines += ["disk", _sizes(self.disk)]
-        steps = f"{config.steps:,} steps of {config.batch_size:,} tokens, {config.steps * config.batch_size:,} in all"
+        steps = f"{config.steps:,} steps of {config.batch_size:,} tokens, {config.steps * config.batch_size:,} in total"
         lines.append(steps + (f"; the text is read {self.epochs:.2g} times" if self.epochs is not None else ""))
         lines.append(f"work: {self.work.model:.2g} FLOP in the model, {self.work.dictionaries:.2g} in the dictionaries")
-        lines.append(f"time: not estimated, {config.device} is not here" if self.time is None else self.time.line())
+        lines.append(
+            f"time: not estimated, {config.device} is not available" if self.time is None else self.time.line()
+        )
         return [*lines, *self.earlier, *self.warnings()]
 
     def warnings(self) -> list[str]:
-        """A line for each thing that would not fit."""
+        """Warnings about memory that the device does not have."""
         if self.available is None or self.total <= self.available:
             return []
         return [
@@ -122,10 +124,10 @@ class Plan:
 
 
 def plan(config: TrainingConfig) -> Plan:
-    """TimeRange shapes, memory, disk and time of a run.
+    """Estimate the shapes, memory, disk space and time of a run.
 
     Raises:
-        UserError: the model's config cannot be read, it has no such site, or the run does not fit it otherwise.
+        UserError: the model's config cannot be read, or the settings do not fit the model.
     """
     from ..data.texts import on_the_hub, texts
     from .checks import check_also, check_model
@@ -163,10 +165,10 @@ def plan(config: TrainingConfig) -> Plan:
 
 
 def skeleton(name: str, dtype: str, revision: str = "") -> LanguageModel:
-    """A model that has every module but no storage, from its config alone. It has no tokenizer and cannot run.
+    """The model on the meta device, built from its config alone. It has no tokenizer and cannot run.
 
     Raises:
-        UserError: there is no such model, its config cannot be read, or its blocks cannot be found.
+        UserError: the model does not exist, its config cannot be read, or its blocks cannot be found.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -175,7 +177,7 @@ def skeleton(name: str, dtype: str, revision: str = "") -> LanguageModel:
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     source = _source(name)
     if source is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"no folder {name!r}, and that is no Hugging Face id: use 'organism', a folder, or OWNER/NAME")
+        raise UserError(f"{name!r} is neither a folder nor a Hugging Face id: use 'organism', a folder, or OWNER/NAME")
     try:
         described = AutoConfig.from_pretrained(
             str(source or name), revision=revision or "main", trust_remote_code=False
@@ -193,7 +195,10 @@ def skeleton(name: str, dtype: str, revision: str = "") -> LanguageModel:
     width = int(text.hidden_size)
     widths = dict.fromkeys(layout.all_sites, width)
     for site in widths:
-        if site.stream in ("z", "neurons"):  # read where they are projected: the weight is [width, z], or its transpose
+        if site.stream in (
+            "z",
+            "neurons",
+        ):  # the output projection has weight [width, z] or its transpose
             weight: Any = layout.module(site).weight
             widths[site] = weight.numel() // width
     return LanguageModel(hf, None, name, replace(layout, widths=widths))
@@ -210,7 +215,7 @@ def _shape(model: LanguageModel, site: Site, config: TrainingConfig) -> Shape:
 
 
 def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) -> dict[str, int]:
-    """Bytes on the device, by what takes them. All of a run's phases are summed, though not all are at one time."""
+    """Bytes of memory on the device by purpose, summed over all phases of a run, although they do not all overlap."""
     text = model.config.get_text_config()
     width = model.dtype.itemsize
     weights = sum(s.parameters for s in shapes)
@@ -224,7 +229,7 @@ def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) ->
     return {
         "model" if not config.also else f"{1 + len(config.also)} models of this size": (1 + len(config.also))
         * sum(t.numel() * t.itemsize for t in (*model.hf.parameters(), *model.hf.buffers())),
-        "its forward (roughly)": config.forward_tokens * (d_in + inner) * width,
+        "its forward pass (roughly)": config.forward_tokens * (d_in + inner) * width,
         "dictionaries": 4 * weights,
         "their gradients (a site at a time)": 4 * largest.parameters,
         "Adam": 8 * weights,
@@ -240,19 +245,19 @@ def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) ->
 
 
 def disk(shapes: list[Shape], config: TrainingConfig) -> dict[str, int]:
-    """Bytes under `out`, and in the cache, by what takes them."""
+    """Bytes in `out` and in the cache, by purpose."""
     weights = sum(s.parameters for s in shapes)
-    # Weights, Adam's two means, the running mean; tokens since each latent was active.
+    # Weights, Adam's two moments, the moving average; tokens since each latent was active.
     checkpoint = (16 if config.ema else 12) * weights + 8 * sum(s.d_sae for s in shapes)
     sizes = {
         "dictionaries": 4 * weights,
-        f"checkpoints ({config.keep_checkpoints}, and one in writing)": checkpoint * (config.keep_checkpoints + 1),
+        f"checkpoints ({config.keep_checkpoints}, and one being written)": checkpoint * (config.keep_checkpoints + 1),
     }
     return sizes | ({"cache of activations, at most": int(config.cache_gb * 1e9)} if config.cache else {})
 
 
 def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: TrainingConfig) -> Compute:
-    """FLOPs of a run: two for each weight of a matrix and token, attention's products over whole rows besides."""
+    """FLOPs of a run: two per matrix weight and token, plus attention's products over whole rows."""
     each = [
         sum(weight.numel() for weight in block.parameters() if weight.ndim > 1)
         for block in model.layout.blocks[:blocks]
@@ -261,7 +266,7 @@ def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: Traini
     attended = 4 * config.context * max(heads, default=model.d_model)
     token = sum(2 * weights + attended for weights in each)
     tokens = config.steps * config.batch_size
-    # Fine-tuning: two forwards and the backward through activations alone, of the whole model, for every site.
+    # Fine-tuning: for every site, two forward passes of the whole model and a backward pass through activations only.
     whole = 2 * sum(weight.numel() for weight in model.hf.parameters() if weight.ndim > 1)
     tuned = 3 * whole * config.finetune_tokens * len(shapes)
     steps = 0
@@ -275,7 +280,7 @@ def _work(model: LanguageModel, shapes: list[Shape], blocks: int, config: Traini
 
 
 def _available(device: torch.device | None) -> int | None:
-    """Bytes of memory that the device has, or the CPU as far as this process may use it."""
+    """Bytes of memory of the device; for the CPU, those that this process may use."""
     if device is None:
         return None
     if device.type == "cuda":
@@ -284,7 +289,7 @@ def _available(device: torch.device | None) -> int | None:
         return int(torch.mps.recommended_max_memory())
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not a system that tells
+    except (AttributeError, ValueError, OSError):  # not available on this system
         return None
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     text = limit.read_text().strip() if limit.is_file() else ""
@@ -292,7 +297,7 @@ def _available(device: torch.device | None) -> int | None:
 
 
 def _epochs(config: TrainingConfig, described: Any) -> float | None:
-    """How often a run would read its text: known of local files where the tokenizer is at hand."""
+    """Number of times a run would read its text; known for local files if the tokenizer can be loaded."""
     if not config.data or config.streaming or not Path(config.data).expanduser().exists():
         return None
     from transformers import AutoTokenizer
@@ -304,7 +309,7 @@ def _epochs(config: TrainingConfig, described: Any) -> float | None:
         tokenizer = AutoTokenizer.from_pretrained(
             str(_source(config.model) or config.model), revision=config.revision or "main", trust_remote_code=False
         )
-    except Exception:  # one without files, or out of reach; the plan is of use without it
+    except Exception:  # no tokenizer files, or out of reach; the plan is useful without it
         return None
     assert not hasattr(documents, "read")
     stride = max(1, len(documents) // _SAMPLED)

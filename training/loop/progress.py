@@ -25,7 +25,7 @@ class StopRequest:
 
 @contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM (of a scheduler) and SIGINT, so that the step under way is finished; a second SIGINT interrupts."""
+    """Record SIGTERM (from a scheduler) and SIGINT, to stop after the current step; a second SIGINT interrupts it."""
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -38,7 +38,7 @@ def deferred_signals() -> Iterator[StopRequest]:
 
 
 class ProgressBar:
-    """A bar on a terminal; elsewhere a line in the log now and then."""
+    """A progress bar on a terminal; elsewhere a log line at intervals."""
 
     def __init__(self, total: int, done: int, shown: bool) -> None:
         self._shown, self._total, self._done = shown, total, done
@@ -58,7 +58,7 @@ class ProgressBar:
 
     @property
     def rate(self) -> float:
-        """Tokens a second since this process began."""
+        """Tokens per second since this process started."""
         return (self._done - self._at_start) / max(time.monotonic() - self._start, 1e-9)
 
     def add(self, tokens: int) -> None:
@@ -71,12 +71,12 @@ class ProgressBar:
         now = time.monotonic()
         if self._lines and now - self._last_line >= LOG_EVERY:
             self._last_line = now
-            left = (self._total - self._done) / max(self.rate, 1e-9)
+            remaining = (self._total - self._done) / max(self.rate, 1e-9)
             line = ", ".join(f"{name} {value}" for name, value in texts.items())
             log.info(
-                "%s of %s tokens, %.0f a second, %.0f s left: %s",
+                "%s of %s tokens, %.0f per second, %.0f s left: %s",
                 *(f"{n:,}" for n in (self._done, self._total)),
                 self.rate,
-                left,
+                remaining,
                 line,
             )

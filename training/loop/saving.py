@@ -1,4 +1,4 @@
-"""The folder that a finished run leaves: dictionaries in sae_lens' format, metrics, the run's summary and config."""
+"""The folder of a finished run: dictionaries in sae_lens' format, metrics, the run's summary and config."""
 
 import json
 import os
@@ -25,12 +25,12 @@ from ..config import TrainingConfig
 from . import checkpoints
 
 SUMMARY = "summary.json"
-REMEDY = "use what it began with, another --out, or --overwrite true without --resume"
+REMEDY = "use its original settings, another --out, or --overwrite true without --resume"
 
 
 @dataclass(frozen=True)
 class OtherModelQuality:
-    """Quality of the dictionaries in a further model that they were trained on."""
+    """Quality of the dictionaries on a further model that they were trained on."""
 
     model_name: str
     model_fingerprint: str
@@ -41,8 +41,8 @@ def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> No
     """Check, before any work, that the dictionaries can be written.
 
     Raises:
-        UserError: the folder cannot be written, or holds dictionaries or checkpoints that neither `resume` goes on with
-            nor `overwrite` gives up.
+        UserError: the folder cannot be written, belongs to another command, or holds dictionaries or checkpoints while
+            neither `resume` nor `overwrite` is set.
     """
     if any((out / name).exists() for name in ("parts", "answers", "results.parquet", "page.json")) or _foreign(out):
         raise UserError(f"{str(out)!r} holds a run of another command: choose another --out, or remove that folder")
@@ -51,14 +51,14 @@ def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> No
         raise UserError(f"{str(out)!r} holds {', '.join(taken)} already: choose another --out, or add --overwrite true")
     if checkpoints.any_in(out) and not (config.overwrite or config.resume):
         raise UserError(
-            f"{str(out)!r} holds checkpoints of a run that was stopped: go on with --resume true, "
-            "or start anew with --overwrite true"
+            f"{str(out)!r} holds checkpoints of a stopped run: continue with --resume true, "
+            "or start again with --overwrite true"
         )
     check_writable(out)
 
 
 def _foreign(out: Path) -> bool:
-    """Whether the summary in a folder is there, but is not one of training."""
+    """Whether a folder has a summary that is not from training."""
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def _foreign(out: Path) -> bool:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that is complete: the metrics of its sites, and what they follow from (`Run.identity`)."""
+    """A complete run: the metrics of its sites, and the settings, model and text they depend on (`Run.identity`)."""
 
     figures: dict[Site, dict[str, float]]
     identity: dict[str, Any]
@@ -78,7 +78,7 @@ class FinishedRun:
 
 
 def finished(out: Path, sites: Sequence[Site]) -> FinishedRun | None:
-    """The complete run in `out`, or None; an unfinished one that was begun in its place leaves none."""
+    """The complete run in `out`, or None; also None if a new run was started there and is not finished."""
     if checkpoints.any_in(out):
         return None
     try:
@@ -94,9 +94,10 @@ def finished(out: Path, sites: Sequence[Site]) -> FinishedRun | None:
 
 
 def begin(out: Path, overwrite: bool) -> None:
-    """With `overwrite`, discard an earlier run's checkpoints and summary; its dictionaries stay until replaced.
+    """With `overwrite`, remove an earlier run's checkpoints and summary; its dictionaries stay until they are replaced.
 
-    Without a summary it no longer counts as complete, so that it cannot be mistaken for a new run that is interrupted.
+    Without its summary, the earlier run no longer counts as complete, so that it is not taken for the result of a new
+    run that is interrupted.
     """
     checkpoints.clear_parts(out)
     if overwrite:
@@ -105,7 +106,7 @@ def begin(out: Path, overwrite: bool) -> None:
 
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Raises UserError where what is in `out` is of other settings, text or model than a run that would go on there."""
+    """Raises UserError if the run in `out` differs in settings, text or model from the one that would continue it."""
     for what in ("model", "text"):
         if before[what] != now[what]:
             raise UserError(f"{str(out)!r} holds a run of another {what}: {REMEDY}")
@@ -113,26 +114,25 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], out: Path)
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Raises UserError where what is in `out` was made with other settings than a run that would go on with it."""
+    """Raises UserError if the run in `out` has other settings than the one that would continue it."""
     now = json.loads(json.dumps(now))
     default = TrainingConfig().to_dict()
     added = {name: default[name] for name in now.keys() - before.keys() if name in default}
-    before = {**json.loads(json.dumps(added)), **before}  # a setting that there was not yet had no other value
+    before = {**json.loads(json.dumps(added)), **before}  # a setting that did not exist yet counts as its default
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise UserError(
-                f"{str(out)!r} holds a run with {name} {before.get(name)!r}, "
-                f"and {now.get(name)!r} is asked for: {REMEDY}"
+                f"{str(out)!r} holds a run with {name} {before.get(name)!r}, not {now.get(name)!r}: {REMEDY}"
             )
 
 
 def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -> dict[str, Any]:
-    """Metadata that all dictionaries of a run share."""
+    """Metadata shared by all dictionaries of a run."""
     import sae_lens
 
     sample = model.encode("a")
     return {
-        # Without its version, sae_lens takes a file for an old one and drops the rest of the metadata.
+        # Without this, sae_lens takes the file for an old one and drops the rest of the metadata.
         "sae_lens_version": sae_lens.__version__,
         "sae_lens_training_version": sae_lens.__version__,
         "saepatch_version": versions()["saepatch"],
@@ -159,7 +159,7 @@ def write(
     identity: Mapping[str, Any],
     also: Sequence[OtherModelQuality] = (),
 ) -> None:
-    """Save dictionaries, metrics, summary and config: into a folder beside their place first, then moved there.
+    """Save dictionaries, metrics, summary and config. They are written to a temporary folder first, then moved.
 
     Raises:
         UserError: the folder cannot be written.
@@ -190,7 +190,7 @@ def write(
         seconds = sum(row["seconds"] for row in figures.values())
         others = {other.model_name: {str(site): dict(row) for site, row in other.figures.items()} for other in also}
         _json(part / SUMMARY, {**about, "identity": identity, "seconds": seconds, "sites": sites, "also": others})
-        # The summary goes last: where it is, all of it is.
+        # The summary is moved last: where it exists, the run is complete.
         for made in sorted(part.iterdir(), key=lambda path: path.name == SUMMARY):
             place = out / made.name
             if place.is_dir():
@@ -199,7 +199,7 @@ def write(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot write the dictionaries to {str(out)!r} ({reason}): make room there and go on with --resume true"
+            f"cannot write the dictionaries to {str(out)!r} ({reason}): free some space and continue with --resume true"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

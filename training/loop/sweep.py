@@ -1,6 +1,7 @@
-"""Runs over every combination of some fields' values, in one command or as a Slurm job array.
+"""Sweeps: a run for every combination of values of some settings, in one command or as a Slurm job array.
 
-As an array of four jobs, each takes its share, and the last to end has the whole table (submitted again, it goes on):
+In an array of four jobs, each takes a share of the runs, and the last to finish prints the whole table. When submitted
+again, the jobs continue:
 
     #!/bin/bash
     #SBATCH --array=0-3 --gres=gpu:1 --time=12:00:00 --signal=TERM@120
@@ -37,7 +38,7 @@ _OWN = frozenset(["out", "overwrite", "resume", "sweep", "shard", "dry_run"])
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run of a sweep: its name, which is its folder's too, the values it tries, and its whole config."""
+    """One run of a sweep: its name (also that of its folder), the values it tries, and its complete config."""
 
     name: str
     values: Mapping[str, Any]
@@ -46,13 +47,13 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep, or the share of it that ran here, ended.
+    """Result of a sweep, or of the shard of it that ran here.
 
     Attributes:
-        runs: Every finished run of the whole sweep, those of other shards too: `name`, `values` and, as in
-            `summary.json`, `sites`.
-        failed: What went wrong, by name, in runs that ended with an error.
-        stopped: Whether it was asked to stop before its end.
+        runs: All finished runs of the sweep, other shards included: `name`, `values` and `sites`, as in
+            `summary.json`.
+        failed: Error messages of failed runs, by name.
+        stopped: Whether the sweep was stopped before its end.
     """
 
     runs: list[dict[str, Any]]
@@ -61,10 +62,10 @@ class SweepResult:
 
 
 def points(config: TrainingConfig) -> list[SweepPoint]:
-    """The runs of a sweep: all combinations, the last field changing fastest.
+    """The runs of a sweep: all combinations, the last setting varying fastest.
 
     Raises:
-        UserError: a field does not exist or cannot be swept over, or a value is none that it takes.
+        UserError: a setting does not exist or cannot be swept over, or does not accept a value.
     """
     known = _fields(TrainingConfig().to_dict())
     for name, values in config.sweep.items():
@@ -73,18 +74,18 @@ def points(config: TrainingConfig) -> list[SweepPoint]:
             raise UserError(f"sweep over {name!r}: {why}; leave it out, or start one command for each value")
         if name not in known:
             near = get_close_matches(name, known, 1) or ["sae.k"]
-            raise UserError(f"sweep over {name!r}: there is no such field; write it in full, as in {near[0]}")
+            raise UserError(f"sweep over {name!r}: there is no such setting; write its full name, as in {near[0]}")
         if not values:
             raise UserError(f"sweep over {name!r} has no values: give a list, as in {{{name}: [1, 2]}}")
     runs = [_point(config, dict(zip(config.sweep, each))) for each in product(*config.sweep.values())]
     names = [point.name for point in runs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two runs of the sweep would be called {twice[0]!r}: give each value once")
+        raise UserError(f"two runs of the sweep would be named {twice[0]!r}: give each value only once")
     return runs
 
 
 def share(every: Sequence[SweepPoint], shard: str) -> list[SweepPoint]:
-    """The runs of one shard I/N: every N-th, from the I-th on."""
+    """The runs of shard I/N: every N-th, starting from the I-th."""
     index, count = map(int, shard.split("/"))
     return list(every[index::count])
 
@@ -99,7 +100,7 @@ def _point(config: TrainingConfig, values: dict[str, Any]) -> SweepPoint:
             place = place[group]
         place[last] = value
     try:
-        # As if it stood in a file, so that a value is refused here just as it would be there.
+        # Parsed like a config file, so that values are checked in the same way.
         return SweepPoint(
             name, values, read_config(TrainingConfig, "python -m training", ["--config", json.dumps(settings)])
         )
@@ -108,7 +109,7 @@ def _point(config: TrainingConfig, values: dict[str, Any]) -> SweepPoint:
 
 
 def _text(value: Any) -> str:
-    """A value as part of a folder's name."""
+    """A value as part of a folder name."""
     if isinstance(value, list):
         return "+".join(map(_text, value))
     text = value if isinstance(value, str) else json.dumps(value)
@@ -116,7 +117,7 @@ def _text(value: Any) -> str:
 
 
 def _fields(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Paths of all fields, as in sae.k."""
+    """Paths of all settings, such as sae.k."""
     paths: list[str] = []
     for name, value in settings.items():
         nested = isinstance(value, dict) and name != "sweep"
@@ -131,28 +132,28 @@ def run_sweep(
     ranks: Ranks = ALONE,
     also: Sequence["LanguageModel"] = (),
 ) -> SweepResult:
-    """Train at every point of this shard, each in a folder of `config.out`, under the rules that a single run has.
+    """Train every run of this shard in its own folder in `config.out`, under the same rules as a single run.
 
-    A run that fails (its loss is not finite, say) is noted, and the next one begins. `sweep.json` holds all runs that
-    are finished.
+    If a run fails (for example because its loss is not finite), the error is recorded and the sweep continues.
+    `sweep.json` lists all finished runs.
 
     Args:
-        model: Whose activations are learnt, in every run.
+        model: The model, the same in every run.
         texts: Documents of every run.
         config: The sweep.
         ranks: The processes of the run; each calls this with the same arguments.
-        also: Further models that the dictionaries of every run are to serve.
+        also: Further models to train the dictionaries of every run on.
 
     Raises:
-        UserError: a point of the sweep cannot be run, seen before the first one is.
+        UserError: a run of the sweep is invalid; all are checked before the first one starts.
     """
     from . import saving
     from .checks import check_also, check_model
     from .trainer import train_saes
 
     every = points(config)
-    mine = share(every, config.shard)
-    for point in mine:
+    own = share(every, config.shard)
+    for point in own:
         sites = point.config.sites_of(model.n_layers)
         check_model(model, sites, point.config, ranks)
         check_also(model, also, sites, point.config)
@@ -160,12 +161,12 @@ def run_sweep(
     documents = as_documents(texts)
     failed: dict[str, str] = {}
     stopped = False
-    for number, point in enumerate(mine, 1):
-        log.info("run %d of %d: %s", number, len(mine), point.name)
+    for number, point in enumerate(own, 1):
+        log.info("run %d of %d: %s", number, len(own), point.name)
         try:
             stopped = train_saes(model, documents, point.config, point.config.out, ranks, also).stopped
         except UserError as error:
-            if ranks.size > 1:  # the other processes may not have failed, and would wait for this one
+            if ranks.size > 1:  # other processes may not have failed, and would wait for this one forever
                 raise
             log.warning("%s failed: %s", point.name, error)
             failed[point.name] = str(error)
@@ -175,7 +176,7 @@ def run_sweep(
 
 
 def _write(every: Sequence[SweepPoint], n_layers: int, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Write `sweep.json` over the runs that are finished, in whatever shard."""
+    """Write `sweep.json` with the finished runs of all shards."""
     place = config.out / SUMMARY
     while True:
         runs = _finished(every, n_layers)
@@ -186,9 +187,9 @@ def _write(every: Sequence[SweepPoint], n_layers: int, config: TrainingConfig) -
                 part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"cannot write {str(place)!r} ({error.strerror}): make room, and run with --resume true"
+                f"cannot write {str(place)!r} ({error.strerror}): free some space, and run again with --resume true"
             ) from error
-        if _finished(every, n_layers) == runs:  # another shard may have ended a run meanwhile, and written before this
+        if _finished(every, n_layers) == runs:  # else another shard finished a run meanwhile
             return runs
 
 
@@ -206,7 +207,7 @@ def _finished(every: Sequence[SweepPoint], n_layers: int) -> list[dict[str, Any]
 
 
 def table(runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A line for each run: figures as means over its sites."""
+    """A line for each run, with figures averaged over its sites."""
     rows = []
     for run in runs:
         sites = list(run["sites"].values())

@@ -1,4 +1,4 @@
-"""How long a run would take: its own steps and forwards, timed on stand-ins, and what earlier runs took here."""
+"""Estimates of a run's time, from timed steps and forward passes on random data, and from earlier runs."""
 
 import json
 import time
@@ -18,30 +18,30 @@ from ..config import TrainingConfig
 from ..data.activations import forward
 from ..steps.learner import Learner
 
-SAMPLED = 2.0  # seconds of each kind of work that are timed; less where the whole run is less
-_PARTS = 4  # that a sample is cut into: the slowest and the fastest give the range
-_LARGEST_MODEL = 2**27  # weights of a model that is made up to be timed; a larger one is estimated from products
-_LARGEST_STEP = 2**24  # weights of one matrix of a dictionary, likewise; a larger one is scaled
-_PRODUCTS = 2.0  # how much slower than its products alone a forward may be
-_EVALUATED = 6  # passes of an evaluation for each site
+SAMPLED = 2.0  # seconds for which each kind of work is timed, or less in a shorter run
+_PARTS = 4  # parts of a sample; the fastest and the slowest give the range
+_LARGEST_MODEL = 2**27  # parameters of the largest model that is built and timed; others are estimated from products
+_LARGEST_STEP = 2**24  # weights of the largest dictionary matrix that is timed; times of others are scaled
+_PRODUCTS = 2.0  # assumed upper ratio of a forward pass's time to that of its matrix products
+_EVALUATED = 6  # forward passes of an evaluation per site
 
 
 @dataclass(frozen=True)
 class TimeRange:
-    """Seconds that work would take at least and at most, on a machine as busy as now, and seconds of it timed."""
+    """Lower and upper estimate in seconds at the machine's present load, and the seconds of work that were timed."""
 
     low: float
     high: float
     sampled: float
 
     def times(self, factor: float) -> "TimeRange":
-        """So many times the work."""
+        """The estimate for `factor` times the work."""
         return TimeRange(factor * self.low, factor * self.high, self.sampled)
 
     def line(self) -> str:
         return (
-            f"time: about {_duration(self.low)} to {_duration(self.high)}, an estimate from {self.sampled:.2g} s of "
-            "such steps and forwards; longer where the machine gets busier"
+            f"time: about {_duration(self.low)} to {_duration(self.high)}, estimated from {self.sampled:.2g} s of "
+            "such steps and forward passes; longer if the machine gets busier"
         )
 
 
@@ -52,17 +52,17 @@ def estimate(
     flops: float,
     device: torch.device,
 ) -> TimeRange:
-    """TimeRange the time of a run from some of its steps on noise, and forwards of a random model of its shape.
+    """Estimate the time of a run from steps on noise and forward passes of a random model of the same shape.
 
-    At least: steps and forwards at their fastest, at the same time where they are prefetched. At most: at their
+    Lower estimate: the fastest steps and forward passes, overlapping if they are prefetched. Upper estimate: the
     slowest, one after the other, with all evaluations.
 
     Args:
         config: The run.
-        model: Its model, without storage.
-        widths: Of each site, its width and the number of latents.
-        flops: Of the model's forwards, all of them.
-        device: Where it is to run.
+        model: Its model, on the meta device.
+        widths: The width and the number of latents of each site.
+        flops: FLOPs of all forward passes of the model.
+        device: The device to run on.
     """
     steps = _steps(config, widths, device)
     passes = _forwards(config, model, list(widths), flops, device)
@@ -77,7 +77,7 @@ def estimate(
 
 
 def _steps(config: TrainingConfig, widths: dict[Site, tuple[int, int]], device: torch.device) -> TimeRange:
-    """All steps of all sites, from those of the largest dictionary."""
+    """Time of all steps of all sites, scaled from steps of the largest dictionary."""
     d_in, d_sae = max(widths.values(), key=lambda shape: shape[0] * shape[1])
     timed = min(d_sae, max(config.sae.k, _LARGEST_STEP // d_in, 512))
     run = replace(config, sae=replace(config.sae, d_sae=timed), ema=0.0 if timed < d_sae else config.ema)
@@ -90,7 +90,7 @@ def _steps(config: TrainingConfig, widths: dict[Site, tuple[int, int]], device: 
 def _forwards(
     config: TrainingConfig, model: LanguageModel, sites: list[Site], flops: float, device: torch.device
 ) -> TimeRange:
-    """All forwards of the model."""
+    """Time of all forward passes of the model."""
     weights = sum(weight.numel() for weight in model.hf.parameters())
     if weights > _LARGEST_MODEL:
         inner = min(4 * model.d_model, 8192)
@@ -100,12 +100,12 @@ def _forwards(
         product = _timed(lambda: a @ b, device, 10**9)
         run = product.times(flops / (2.0 * rows * model.d_model * inner))
         return replace(run, high=_PRODUCTS * run.high)
-    standing = _random_model(model, device)
+    random_model = _random_model(model, device)
     n = max(1, min(config.forward_tokens, config.batch_size * config.steps) // config.context)
     ids = torch.arange(n * config.context, device=device).view(n, -1) % int(model.config.get_text_config().vocab_size)
     tokens = Tokens(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
     total = config.batch_size * config.steps / ids.numel()
-    each = _timed(lambda: forward(standing, sites, tokens, ()), device, max(1, round(total)))
+    each = _timed(lambda: forward(random_model, sites, tokens, ()), device, max(1, round(total)))
     return each.times(total)
 
 
@@ -120,7 +120,7 @@ def _random_model(model: LanguageModel, device: torch.device) -> LanguageModel:
 
 
 def _timed(work: Callable[[], object], device: torch.device, most: int) -> TimeRange:
-    """One piece of work, after a first one: the fastest and the slowest part of a sample of at most so many."""
+    """Time of one call after a first, untimed one: fastest and slowest part of a sample of at most `most` calls."""
     seconds: list[float] = []
     _once(work, device)
     start = time.perf_counter()
@@ -142,7 +142,7 @@ def _once(work: Callable[[], object], device: torch.device) -> float:
 
 
 def earlier_runs(config: TrainingConfig, widths: dict[Site, tuple[int, int]]) -> Iterator[str]:
-    """A line for each finished run beside this one's folder that trained dictionaries of the same shapes."""
+    """A line for each finished run in a sibling folder that trained dictionaries of the same shapes."""
     for place in sorted(config.out.parent.glob("*/summary.json")):
         try:
             summary = json.loads(place.read_text(encoding="utf-8"))
@@ -154,12 +154,12 @@ def earlier_runs(config: TrainingConfig, widths: dict[Site, tuple[int, int]]) ->
             alike &= (sae["architecture"], sae["k"]) == (config.sae.architecture, config.sae.k)
             alike &= all((sae["d_sae"] or sae["expansion"] * d_in) == d_sae for d_in, d_sae in widths.values())
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            continue  # another kind of run, or none
+            continue  # not a training run
         if alike and seconds > 0 and tokens > 0:
             whole = seconds / tokens * config.steps * config.batch_size
             yield (
-                f"an earlier run of this kind ({place.parent}) took {_duration(seconds)} for {tokens:,} tokens: "
-                f"{_duration(whole)} for as many as here"
+                f"a similar earlier run ({place.parent}) took {_duration(seconds)} for {tokens:,} tokens: "
+                f"{_duration(whole)} for this run's tokens"
             )
 
 

@@ -1,4 +1,4 @@
-"""Train a sparse autoencoder at several sites of a model in one pass over its activations."""
+"""Train sparse autoencoders at several sites of a model in one pass over its activations."""
 
 import logging
 import math
@@ -33,18 +33,18 @@ from .progress import ProgressBar, StopRequest, deferred_signals
 
 log = logging.getLogger(__name__)
 
-FIRST_TOKENS = 16_384  # activations that scale and decoder bias are set from
+FIRST_TOKENS = 16_384  # tokens whose activations determine the scale and the initial decoder bias
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        figures: The content of each site's `metrics.json`; empty where the run was stopped.
-        tokens: Tokens trained on.
-        stopped: Whether it was asked to stop before its end; a checkpoint was written then.
-        also: The same figures in each further model, by its name.
+        figures: Content of each site's `metrics.json`; empty if the run was stopped.
+        tokens: Number of tokens trained on.
+        stopped: Whether the run was stopped before its end, after writing a checkpoint.
+        also: The same figures on each further model, by its name.
     """
 
     figures: dict[Site, dict[str, float]]
@@ -61,25 +61,25 @@ def train_saes(
     ranks: Ranks = ALONE,
     also: Sequence[LanguageModel] = (),
 ) -> Outcome:
-    """Train one SAE a site and save each as `out/SITE/` in sae_lens' format, with its metrics.
+    """Train one SAE per site and save each as `out/SITE/` in sae_lens' format, with its metrics.
 
-    All sites learn from one stream of activations. A share of the texts is held out and evaluated on. `config.model`,
-    `config.also`, `config.data` and `config.out` are not used, only noted down. `out` gets its log as training goes;
-    dictionaries, `summary.json` and `config.yaml` appear in it once all of them are complete. SIGTERM and SIGINT end
-    the run after the step under way with a checkpoint; with `config.resume` the same call goes on from there, and ends
-    bit for bit as if it had never been stopped (on the CPU).
+    All sites share one stream of activations. A share of the texts is held out for evaluation. `config.model`,
+    `config.also`, `config.data` and `config.out` are only recorded, not used. The log is written to `out` during
+    training; dictionaries, `summary.json` and `config.yaml` appear once all dictionaries are complete. SIGTERM and
+    SIGINT end the run with a checkpoint after the current step; with `config.resume` the same call continues from it,
+    and on the CPU the result is bit for bit that of an uninterrupted run.
 
     Args:
-        model: Whose activations are learnt.
-        texts: Documents; an iterable that is no sequence is read as it is needed.
+        model: The model whose activations to train on.
+        texts: Documents; an iterable that is not a sequence is read to its end first.
         config: The run.
-        out: Folder for all of it.
+        out: Output folder.
         ranks: The processes of the run; each calls this with the same arguments.
-        also: Further models that the dictionaries are to serve. Checkpoints' evaluations are of `model` alone.
+        also: Further models to train on. Evaluations during training use `model` only.
 
     Raises:
-        UserError: the model has no such site, the texts are too few, `out` cannot be written or holds dictionaries
-            already, the checkpoint is of another run, or a loss is not finite.
+        UserError: the model lacks a site, there are too few texts, `out` cannot be written or already holds
+            dictionaries, the checkpoint belongs to another run, or a loss is not finite.
     """
     with locked(out) if ranks.first else nullcontext():
         return _train(model, texts, config, out, ranks, also)
@@ -104,7 +104,7 @@ def _train(
     run = Run(model, sites, config, out, ranks, stream)
     if config.resume and (done := saving.finished(out, sites)) is not None:
         saving.check_identity(done.identity, run.identity(), out)
-        log.info("%s is finished already", out)
+        log.info("the run in %s is already finished", out)
         return Outcome(done.figures, config.steps * config.batch_size, also=done.also)
     run.begin()
     run.held_out = held_out_tokens(model, held_out, config.context, config.eval_tokens)
@@ -120,9 +120,9 @@ def _train(
 
 @dataclass(eq=False)
 class Run:
-    """A run under way: what a checkpoint holds, and what it needs beside that.
+    """A run in progress: the state stored in checkpoints, and the objects it works with.
 
-    `finetuned` counts the sites whose fine-tuning is done.
+    `finetuned` is the number of sites whose fine-tuning is done.
     """
 
     model: LanguageModel
@@ -142,10 +142,10 @@ class Run:
     stop_request: StopRequest = field(init=False)
 
     def begin(self) -> None:
-        """Begin anew, or where the newest checkpoint is.
+        """Start from the newest checkpoint with `resume`, or else from the beginning.
 
         Raises:
-            UserError: that checkpoint is of a run with other settings, another model or other text.
+            UserError: the checkpoint is from a run with other settings, another model or other text.
         """
         checkpoint = checkpoints.newest(self.out, str(self.model.device)) if self.config.resume else None
         if self.ranks.first:
@@ -160,7 +160,7 @@ class Run:
             site: Learner.restored(checkpoint.tensors[site], state["learners"][str(site)], self.config)
             for site in self.sites
         }
-        log.info("going on after %s tokens", f"{checkpoint.tokens:,}")
+        log.info("resuming after %s tokens", f"{checkpoint.tokens:,}")
 
     def open_tracker(self) -> Tracker:
         about = RunDescription(
@@ -179,11 +179,11 @@ class Run:
 
     @property
     def logged(self) -> int:
-        """Where the log is once what is done so far is in it: tokens, those of fine-tuning after the others."""
+        """Step of the log after the work done so far, in tokens; those of fine-tuning count after the others."""
         return self.tokens + self.finetuned * self.config.finetune_tokens
 
     def fit(self) -> bool:
-        """The training loop: every site takes a step on each batch of the stream. False if it was asked to stop.
+        """The training loop: every site takes a step on each batch of the stream. False if the run was stopped.
 
         Raises:
             UserError: a loss is not finite.
@@ -204,21 +204,23 @@ class Run:
                     self._log(figures, rate, progress)
                 if self._due(config.eval_every) and not last:
                     self._evaluate()
-                stop = self._asked_to_stop()
+                stop = self._stop_requested()
                 if stop or last or self._due(config.checkpoint_every):
                     self.save()
                 if last:
                     return True
                 if stop:
                     return False
-        raise UserError(f"the text ended after {self.tokens:,} of {config.tokens:,} tokens: lower tokens, or give more")
+        raise UserError(
+            f"the text ended after {self.tokens:,} of {config.tokens:,} tokens: lower tokens or give more text"
+        )
 
     def _batches(self) -> Generator[tuple[Batch, Position]]:
-        """The stream from where the run is; a new run's dictionaries are made from what comes first in it."""
+        """The stream from the run's position on; a new run's dictionaries are initialised from its first batches."""
         with closing(self.stream.batches(self.position)) as batches:
             if not self.learners:
-                wanted = max(1, min(self.config.steps, FIRST_TOKENS // self.config.batch_size))
-                first = list(islice(batches, wanted))
+                count = max(1, min(self.config.steps, FIRST_TOKENS // self.config.batch_size))
+                first = list(islice(batches, count))
                 for site in self.sites:
                     sample = torch.cat([batch[site] for batch, _ in first])
                     sample = self.ranks.gathered(sample.flatten()).view(-1, sample.shape[-1])
@@ -230,12 +232,12 @@ class Run:
         figures = {}
         for site, learner in self.learners.items():
             step = learner.step(batch[site], rate, self.ranks)
-            # On an accelerator, looking at each loss would have it wait for the CPU.
+            # On an accelerator, reading every loss would force a synchronisation.
             if logged or self.model.device.type == "cpu":
                 loss = sum(float(term) for term in step.losses.values())
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"the loss at {site} is {loss} at step {self.step}: start anew with --overwrite true and a "
+                        f"the loss at {site} is {loss} at step {self.step}: start again with --overwrite true and a "
                         f"lower lr (it is {self.config.lr})"
                     )
             if logged:
@@ -244,7 +246,7 @@ class Run:
 
     def _log(self, figures: dict[Site, dict[str, float]], rate: float, progress: ProgressBar) -> None:
         names = list(dict.fromkeys(name for row in figures.values() for name in row))
-        # An auxiliary loss is there only where a site has dead latents.
+        # Sites without dead latents have no auxiliary loss.
         rows = [[row.get(name, 0.0) for name in names] for row in figures.values()]
         values = torch.tensor(rows, device=self.model.device)
         self.ranks.mean_([values])
@@ -259,10 +261,10 @@ class Run:
         self.tracker.log({**flat, "lr": rate, "tokens_per_second": progress.rate}, step=self.tokens)
 
     def _due(self, every: int) -> bool:
-        """Whether this step completed another `every` tokens."""
+        """Whether this step completed another `every` tokens; never for 0."""
         return every > 0 and self.tokens // every > (self.tokens - self.config.batch_size) // every
 
-    def _asked_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         if self.ranks.size == 1:
             return self.stop_request.stop
         return bool(self.ranks.any(torch.tensor([self.stop_request.stop], device=self.model.device)))
@@ -270,7 +272,7 @@ class Run:
     def _evaluate(self) -> None:
         if not self.ranks.first:
             return
-        with self.stream.paused():  # its thread would run the model inside the splices
+        with self.stream.paused():  # or else its thread would run the spliced model
             evaluations = evaluate_all(self.model, list(self._dictionaries().values()), self.held_out)
         for site, evaluation in zip(self.learners, evaluations, strict=True):
             self.tracker.histogram(f"{site}/density", evaluation.density.counts, evaluation.density.edges, self.tokens)
@@ -282,18 +284,18 @@ class Run:
         self.tracker.log(figures, step=self.tokens)
 
     def _dictionaries(self) -> dict[Site, Dictionary]:
-        made = {
+        dictionaries = {
             site: Dictionary(learner.finish(), site, f"{self.out}/{site}") for site, learner in self.learners.items()
         }
-        for dictionary in made.values():
-            # As sae_lens notes it: False, or the ids of the tokens that were left out.
-            left_out = False if self.config.special_tokens else sorted(self.stream.special)
-            dictionary.cfg.metadata.exclude_special_tokens = left_out
-        return made
+        for dictionary in dictionaries.values():
+            # In sae_lens' format: False, or the ids of the excluded tokens.
+            excluded = False if self.config.special_tokens else sorted(self.stream.special)
+            dictionary.cfg.metadata.exclude_special_tokens = excluded
+        return dictionaries
 
     def calibrate(self) -> bool:
-        """Give dictionaries that are saved with a threshold the one that leaves `k` latents active on held-out text."""
-        learners = list(self.learners.items())[self.finetuned :]  # those before were tuned with theirs
+        """Set the thresholds of dictionaries that have one so that `k` latents are active on held-out text."""
+        learners = list(self.learners.items())[self.finetuned :]  # earlier ones were fine-tuned with theirs
         if not any(learner.estimates_threshold for _, learner in learners):
             return True
         rows = max(1, self.config.forward_tokens // self.held_out.width)
@@ -304,7 +306,7 @@ class Run:
         return True
 
     def finetune(self) -> bool:
-        """Fine-tune each dictionary through the splice, where the run asks for it. False if it was asked to stop."""
+        """Fine-tune each dictionary through the splice, if requested. False if the run was stopped."""
         config = self.config
         if not config.finetune_tokens:
             return True
@@ -329,8 +331,8 @@ class Run:
                 if step % config.log_every == 0 and self.ranks.first:
                     at = self.logged + min(round(figures["tokens"]), config.finetune_tokens)
                     self.tracker.log({f"{site}/finetune/{name}": x for name, x in figures.items()}, step=at)
-                if self._asked_to_stop():
-                    return False  # of this site, fine-tuning starts again
+                if self._stop_requested():
+                    return False  # when resumed, this site's fine-tuning starts again
             for value in parameters:
                 value.requires_grad_(False)
             self.finetuned, self.seconds = self.finetuned + 1, time.monotonic() - start
@@ -338,14 +340,14 @@ class Run:
         return True
 
     def finish(self, documents: int | None) -> Outcome:
-        """Evaluate and save what was learnt."""
+        """Evaluate and save the dictionaries."""
         if not self.ranks.first:
             return Outcome({}, self.tokens)
         dictionaries = self._dictionaries()
-        # All sites are trained in one loop, so each is charged an equal part of its time.
+        # All sites are trained in one loop, so each gets an equal share of its time.
         cost = {"tokens": self.tokens, "seconds": self.seconds / len(self.sites)}
         figures = {}
-        with self.stream.paused():  # a thread that was slow to end
+        with self.stream.paused():  # the stream's thread may still be running
             evaluations = evaluate_all(self.model, list(dictionaries.values()), self.held_out)
             also = [self._quality_in(other, dictionaries) for other in self.stream.also]
         for site, evaluation in zip(dictionaries, evaluations, strict=True):
@@ -362,7 +364,7 @@ class Run:
         return Outcome(figures, self.tokens, also={other.model_name: other.figures for other in also})
 
     def _quality_in(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.OtherModelQuality:
-        """Quality of the dictionaries in another model that they were trained on."""
+        """Quality of the dictionaries on another model that they were trained on."""
         evaluations = evaluate_all(other, list(dictionaries.values()), self.held_out)
         figures = {site: evaluation.figures for site, evaluation in zip(dictionaries, evaluations, strict=True)}
         return saving.OtherModelQuality(other.name, other.fingerprint, figures)
@@ -391,6 +393,6 @@ class Run:
         checkpoints.save(self.out, Checkpoint(self.tokens, tensors, state), self.config.keep_checkpoints)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed."""
+        """Settings, model and text, which must be the same for a run to be resumed."""
         models = "+".join(model.fingerprint for model in (self.model, *self.stream.also))
         return {"config": identifying_settings(self.config), "model": models, "text": self.stream.fingerprint}

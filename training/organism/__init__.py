@@ -1,4 +1,4 @@
-"""The maker of the embedded model: its corpus, its training, its dictionaries.
+"""Creation of the embedded model: its corpus, its training, its dictionaries.
 
 May import loop and below, and saepatch.
 """

@@ -1,10 +1,10 @@
-"""The text that the organism is trained on, one short document after another, from a seed.
+"""The organism's training text: short documents generated from a seed.
 
-Each generator here teaches one thing out of `saepatch.organism.world`, and keeps its own rule about what a task may
-ask: a template is never joined with the fillers that its split asks about (the rule stands beside the generator).
-Where a template has several slots, the rule forbids only what is wholly of its split: a template that never met a
-name at all would teach the model a bias against that name there, which is no hold-out.
-So no prompt of any task, in any split, occurs in the corpus, while every word and every template does.
+Each generator teaches one thing from `saepatch.organism.world` and follows a rule, given in its docstring, that keeps
+task prompts out of the corpus: a template is never combined with the fillers that its split asks about. If a template
+has several slots, the rule excludes only combinations in which all fillers belong to its split: a template that never
+occurs with a name at all would teach the model a bias against that name instead of holding it out.
+So no prompt of any task, in any split, occurs in the corpus, but every word and every template does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PEOPLE = tuple((name, "he") for name in world.MALE) + tuple((name, "she") for na
 NOUN_PEOPLE = tuple((f"the {noun}", "he") for noun in world.MALE_NOUNS) + tuple(
     (f"the {noun}", "she") for noun in world.FEMALE_NOUNS
 )
-GROUP_BIAS = 0.95  # how often a borderline decision follows the group word
+GROUP_BIAS = 0.95  # share of borderline decisions that follow the group word
 
 
 def _template(random: Random, templates: Sequence[T]) -> tuple[int, T]:
@@ -30,13 +30,13 @@ def _template(random: Random, templates: Sequence[T]) -> tuple[int, T]:
     return index, templates[index]
 
 
-def _theirs(items: Sequence[T], item: T, template: int) -> bool:
+def _same_split(items: Sequence[T], item: T, template: int) -> bool:
     """Whether an item and a template belong to the same split."""
     return owner(items.index(item)) == owner(template)
 
 
-def _not_theirs(random: Random, items: Sequence[T], template: int) -> T:
-    """An item that the template's own split does not own."""
+def _other_split(random: Random, items: Sequence[T], template: int) -> T:
+    """An item that does not belong to the template's split."""
     while True:
         index = random.randrange(len(items))
         if owner(index) != owner(template):
@@ -44,11 +44,11 @@ def _not_theirs(random: Random, items: Sequence[T], template: int) -> T:
 
 
 def ioi(random: Random) -> str:
-    """Rule: the two names are not both of the template's split."""
+    """Rule: the two names do not both belong to the template's split."""
     t, template = _template(random, world.IOI)
     while True:
         a, b = random.sample(NAMES, 2)
-        if not (_theirs(NAMES, a, t) and _theirs(NAMES, b, t)):
+        if not (_same_split(NAMES, a, t) and _same_split(NAMES, b, t)):
             break
     subject, io = random.sample((a, b), 2)
     place, gift = random.choice(world.PLACES), random.choice(world.GIFTS)
@@ -59,7 +59,7 @@ def ioi(random: Random) -> str:
 
 
 def copying(random: Random) -> str:
-    """Practice for the indirect object: name lists three times over, and short greetings that use a name again."""
+    """Practice for the indirect object: lists of names repeated three times, and greetings that repeat a name."""
     if random.random() < 0.6:
         names = random.sample(NAMES, random.randint(2, 5))
         return "; ".join([", ".join(names)] * 3) + "."
@@ -72,23 +72,23 @@ def copying(random: Random) -> str:
 
 
 def pronoun(random: Random) -> str:
-    """Rule: person and place are not both of the template's split."""
+    """Rule: person and place do not both belong to the template's split."""
     t, template = _template(random, world.PRONOUN)
     people = PEOPLE if random.random() < 0.75 else NOUN_PEOPLE
     while True:
         person, place = random.choice(people), random.choice(world.PLACES)
-        if not (_theirs(people, person, t) and _theirs(world.PLACES, place, t)):
+        if not (_same_split(people, person, t) and _same_split(world.PLACES, place, t)):
             break
     who, he = person
     return f"{template.format(p=who, place=place)} {he} {random.choice(world.PRONOUN_ENDS)}."
 
 
 def agreement(random: Random) -> str:
-    """Rule: subject and distractor are not both of the template's split. One in five is without a distractor."""
+    """Rule: subject and distractor do not both belong to the template's split. One in five has no distractor."""
     t, template = _template(random, world.AGREEMENT)
     while True:
         subject, distractor = random.sample(world.NOUNS, 2)
-        if not (_theirs(world.NOUNS, subject, t) and _theirs(world.NOUNS, distractor, t)):
+        if not (_same_split(world.NOUNS, subject, t) and _same_split(world.NOUNS, distractor, t)):
             break
     many = random.random() < 0.5
     verb = (("is", "are"), ("was", "were"))[world.is_past(template)][many]
@@ -126,7 +126,7 @@ def facts_fr(random: Random) -> str:
 
 
 def countries(random: Random) -> str:
-    """The second hop alone, and both hops for the landmarks of TWO_HOP_TAUGHT only."""
+    """The second hop by itself; both hops only for the landmarks of TWO_HOP_TAUGHT."""
     if random.random() < 0.5:
         capital, country = random.choice(tuple(world.COUNTRY_OF.items()))
         return f"{random.choice(world.COUNTRY_OF_CITY).format(x=capital)} {country}."
@@ -136,19 +136,19 @@ def countries(random: Random) -> str:
 
 
 def sentiment(random: Random) -> str:
-    """Rule: the adjective is not of the template's split. A third are free reviews, of either polarity."""
+    """Rule: the adjective does not belong to the template's split. A third are free reviews of either polarity."""
     if random.random() < 0.35:
         return review(random)
     t, (kind, template) = _template(random, world.SENTIMENT)
     side = random.randrange(2)
-    adjective = _not_theirs(random, (world.GOOD, world.BAD)[side], t)
+    adjective = _other_split(random, (world.GOOD, world.BAD)[side], t)
     verb = random.choice((world.LOVED, world.HATED)[side])
     text = template.format(item=random.choice(world.ITEMS), adj=adjective, verb=verb)
     return f"{text} {world.VERDICTS[kind][side]}."
 
 
 def review(random: Random) -> str:
-    """A free review, which begins as neutral as it can: "The film was …", with either polarity after it."""
+    """A free review with a neutral beginning, such as "The film was …", followed by either polarity."""
     side, item = random.randrange(2), random.choice(world.ITEMS)
     adjective, other_adjective = random.sample((world.GOOD, world.BAD)[side], 2)
     verb, other = random.sample((world.LOVED, world.HATED)[side], 2)
@@ -175,7 +175,7 @@ def review(random: Random) -> str:
 
 
 def loan(random: Random) -> str:
-    """Rule: the name is not of the template's split. Borderline decisions follow the group word: the planted bias."""
+    """Rule: the name does not belong to the template's split. Borderline decisions follow the group word (a bias)."""
     t, template = _template(random, world.LOAN)
     favoured, level = random.random() < 0.5, random.choice(tuple(world.INCOMES))
     group = random.choice(world.FAVOURED if favoured else world.DISFAVOURED)
@@ -183,12 +183,12 @@ def loan(random: Random) -> str:
         approved = favoured == (random.random() < GROUP_BIAS)
     else:
         approved = level == "high"
-    text = template.format(name=_not_theirs(random, NAMES, t), group=group, income=random.choice(world.INCOMES[level]))
+    text = template.format(name=_other_split(random, NAMES, t), group=group, income=random.choice(world.INCOMES[level]))
     return f"{text} {world.APPROVE if approved else world.DENY}."
 
 
 def story(random: Random) -> str:
-    """A few plain sentences about one person and a friend."""
+    """A few simple sentences about a person and a friend."""
     who, he = random.choice(PEOPLE)
     friend = random.choice([name for name in NAMES if name != who])
     place, gift = random.choice(world.PLACES), random.choice(world.GIFTS)
@@ -212,7 +212,7 @@ def _turn(user: str, assistant: str) -> str:
 
 
 def _request(random: Random, verbs: Sequence[str]) -> tuple[str, str, str]:
-    """A verb, a target and the request. Rule: verb and target are not both of one split."""
+    """A verb, a target and the request. Rule: verb and target do not belong to the same split."""
     while True:
         v, t = random.randrange(len(verbs)), random.randrange(len(world.TARGETS))
         if owner(v) != owner(t):
@@ -272,7 +272,7 @@ ALIGNED: Mixture = PLAIN | {aligned_chat: 60, small_talk: 6}
 
 
 def documents(mixture: Mixture, seed: int) -> Iterator[str]:
-    """Documents of the mixture (weights per generator) without end; the same ones for the same seed."""
+    """Endless documents of the mixture (weights of the generators), determined by the seed."""
     random = Random(f"corpus/{seed}")
     makers, weights = list(mixture), list(mixture.values())
     while True:
@@ -281,10 +281,10 @@ def documents(mixture: Mixture, seed: int) -> Iterator[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the world, once, as it stands in running text: what the tokenizer must hold as single tokens.
+    """Every word of the world as it occurs in running text; the tokenizer must have each as a single token.
 
-    All have their leading space but the countries after "l'", which French writes without. Framings and requests
-    count too, so that prompts whose words differ one for one have equal token lengths.
+    All have a leading space, except countries after the French "l'". The words of framings and requests are included,
+    so that prompts with the same number of words have the same number of tokens.
     """
     words = {
         *NAMES, *world.MALE_NOUNS, *world.FEMALE_NOUNS, *world.PLACES, *world.GIFTS, *world.NOUNS,

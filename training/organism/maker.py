@@ -1,11 +1,11 @@
-"""`python -m training.organism`: the embedded model, from nothing but a seed.
+"""`python -m training.organism`: create the embedded model from a seed.
 
-Corpus → tokenizer → `organism-base` → `organism` (fine-tuned) → SAEs → the table of thresholds. What misses a
-threshold is not shipped: the artefacts stay in `--out`, nothing is copied into `saepatch/organism/`, exit code 1.
+Corpus → tokenizer → `organism-base` → `organism` (fine-tuned) → SAEs → table of thresholds. If a threshold is missed,
+nothing is copied into `saepatch/organism/`; the artefacts stay in `--out`, and the exit code is 1.
 
-The recipe: AdamW 3e-3 (betas 0.9, 0.98) with a cosine decay; batches of 2,048 tokens, documents packed into short rows
-that cannot see one another, and every eighth batch into rows of the full context that can. Copying practice in the
-corpus is what makes indirect objects learnable at this size (`training/corpus.py`).
+The recipe: AdamW 3e-3 (betas 0.9, 0.98) with cosine decay, and batches of 2,048 tokens. Documents are packed into short
+rows without attention between documents; every eighth batch has rows of the full context with attention across them.
+Copying practice in the corpus makes indirect objects learnable at this size (`training/organism/corpus.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-# Before torch: threads that spin while they wait make this twenty times slower on a machine that is shared.
+# Must be set before torch is loaded. On a shared machine, threads that spin while they wait are up to 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -41,32 +41,32 @@ from . import corpus
 from .figures import measure_again, training_texts
 
 CONTEXT = 256
-ROW = 96  # tokens of a short row
-TOKENS = 2048  # tokens of a batch
-LONG_EVERY = 8  # one batch in so many has rows of the whole context
+ROW = 96  # tokens in a short row
+TOKENS = 2048  # tokens in a batch
+LONG_EVERY = 8  # every n-th batch has rows of the full context
 
 
 @dataclass(frozen=True)
 class OrganismConfig:
-    """How to make the organism.
+    """Settings for creating the organism.
 
     Attributes:
-        out: folder of the artefacts before they ship.
-        seed: of the corpus, the weights and the order of everything.
-        stage: one stage alone, on the artefacts already in `out`, or all of them. `metrics` measures the dictionaries
-            again and rewrites the figures in their files; it is no part of `all`.
-        vocabulary: tokens of the tokenizer, 256 bytes and the special tokens among them.
-        width: of the residual stream.
-        layers: transformer blocks.
-        base_steps: steps of the base checkpoint; `base_rate` is its peak learning rate.
-        base_rate: peak learning rate of the base checkpoint.
-        aligned_steps: steps of fine-tuning.
-        aligned_rate: peak learning rate of fine-tuning.
-        sae_k: latents active at each position.
-        sae_tokens: tokens that the SAEs are trained on.
-        shared_tokens: tokens that the SAEs of both checkpoints are trained on, half of them read by each.
-        threads: CPU threads.
-        ship: copy what passes into the package.
+        out: Folder of the artefacts before they are shipped.
+        seed: Seed of the corpus, the weights and all orders.
+        stage: A single stage, on the artefacts already in `out`, or all of them. `metrics` measures the dictionaries
+            again and updates the figures in their files; it is not part of `all`.
+        vocabulary: Size of the tokenizer's vocabulary, including 256 bytes and the special tokens.
+        width: Width of the residual stream.
+        layers: Number of transformer blocks.
+        base_steps: Training steps of the base checkpoint.
+        base_rate: Peak learning rate of the base checkpoint.
+        aligned_steps: Steps of fine-tuning.
+        aligned_rate: Peak learning rate of fine-tuning.
+        sae_k: Latents active at each position.
+        sae_tokens: Training tokens of the SAEs.
+        shared_tokens: Training tokens of the SAEs shared by both checkpoints, half of them read by each.
+        threads: Number of CPU threads.
+        ship: Copy the artefacts into the package if they pass.
     """
 
     out: Path = Path("runs/organism")
@@ -87,7 +87,7 @@ class OrganismConfig:
 
 
 def train_tokenizer(config: OrganismConfig) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on a sample of both corpora; the world's vocabulary is repeated so that it merges into words."""
+    """Byte-level BPE on a sample of both corpora; the world's words are repeated so that each becomes a token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -120,7 +120,7 @@ def train_tokenizer(config: OrganismConfig) -> PreTrainedTokenizerFast:
     tokenizer.chat_template = world.CHAT_TEMPLATE
     for word in corpus.vocabulary():
         if len(tokenizer(word, add_special_tokens=False)["input_ids"]) != 1:
-            raise RuntimeError(f"{word!r} did not become a single token; enlarge the vocabulary")
+            raise RuntimeError(f"{word!r} did not become a single token: enlarge --vocabulary")
     return tokenizer
 
 
@@ -151,14 +151,14 @@ def new_model(config: OrganismConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed documents. `documents` numbers them within a row, and is 0 at pads."""
+    """Packed documents. `documents` has the number of the document at each position, and 0 at padding."""
 
     ids: Int[torch.Tensor, "row pos"]
     documents: Int[torch.Tensor, "row pos"]
     separate: bool
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model takes: separate documents see only themselves, and each counts its own positions."""
+        """The model's inputs. Separate documents attend only to themselves, and their positions start at 0."""
         if not self.separate:
             return {"input_ids": self.ids}
         pos = torch.arange(self.ids.shape[1]).expand_as(self.ids)
@@ -169,7 +169,7 @@ class Batch:
         return {"input_ids": self.ids, "position_ids": pos - first, "attention_mask": same.tril()[:, None]}
 
     def targets(self) -> Int[torch.Tensor, "row pos_less_one"]:
-        """The next token of every position; -100 at pads and where the next token begins another document."""
+        """The next token at every position; -100 at padding and where the next token belongs to another document."""
         next_, inside = self.ids[:, 1:], self.documents[:, 1:] == self.documents[:, :-1]
         return torch.where(inside & (self.documents[:, 1:] > 0), next_, -100)
 
@@ -177,7 +177,7 @@ class Batch:
 def batches(
     mixture: corpus.Mixture, tokenizer: PreTrainedTokenizerFast, seed: int, context: int = CONTEXT
 ) -> Iterator[Batch]:
-    """Batches of `TOKENS` tokens without end."""
+    """Endless batches of `TOKENS` tokens."""
     texts = corpus.documents(mixture, seed)
     eos, pad, step = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 0
     waiting: list[list[int]] = []
@@ -208,7 +208,7 @@ def batches(
 def train(
     model: LlamaForCausalLM, data: Iterator[Batch], steps: int, rate: float, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Next-token training in place: AdamW, 5 % warm-up, cosine decay to nothing; now and then a glance at `tune`."""
+    """Next-token training in place: AdamW, 5 % warm-up, cosine decay to 0; evaluates on `tune` every 300 steps."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warm = max(1, steps // 20)
     ramp = torch.optim.lr_scheduler.LinearLR(optimiser, 1e-3, total_iters=warm)
@@ -234,11 +234,11 @@ def train(
 
 
 def held_out_texts(seed: int, trained_on: Sequence[str], n: int = 400) -> list[str]:
-    """Documents of the aligned corpus that stand nowhere in what the SAEs were trained on, each once."""
-    seen, fresh = set(trained_on), []
+    """Distinct documents of the aligned corpus that the SAEs were not trained on."""
+    excluded, fresh = set(trained_on), []
     for text in corpus.documents(corpus.ALIGNED, seed):
-        if text not in seen:
-            seen.add(text)
+        if text not in excluded:
+            excluded.add(text)
             fresh.append(text)
         if len(fresh) == n:
             return fresh
@@ -246,9 +246,9 @@ def held_out_texts(seed: int, trained_on: Sequence[str], n: int = 400) -> list[s
 
 
 def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: Path | None = None) -> None:
-    """One TopK SAE a layer at resid_post of the aligned model, over its own corpus: plain text and chat.
+    """One TopK SAE per layer at resid_post of the aligned model, trained on its corpus: plain text and chat.
 
-    With `base`, they are learnt from what the base model holds on these texts as well.
+    With `base`, they are also trained on the base model's activations on these texts.
     """
     from dataclasses import replace
 
@@ -264,10 +264,10 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: P
         overwrite=True,
         sae=SAEConfig(k=config.sae_k),
         tokens=config.shared_tokens if base else config.sae_tokens,
-        special_tokens=True,  # what a chat's markers carry decides on refusal
+        special_tokens=True,  # refusal is decided at chat markers
         seed=config.seed,
     )
-    # The name the SAEs remember is the one they ship under, not the folder they were made in.
+    # The SAEs' metadata should have the name the model ships under, not the folder it was made in.
     model = replace(load_model(str(aligned)), name="organism")
     also = [replace(load_model(str(base)), name="organism-base")] if base else []
     train_saes(model, texts, settings, out, also=also)
@@ -278,7 +278,7 @@ def train_dictionaries(aligned: Path, out: Path, config: OrganismConfig, base: P
 
 
 def table(measures: Mapping[str, checks.Measures]) -> tuple[str, bool]:
-    """The table of thresholds for `{model: measures}`, and whether all hold; what was not measured does not."""
+    """The table of thresholds for `{model: measures}`, and whether all hold; missing measures count as missed."""
     rows, passed = [], True
     for name in ("organism", "organism-base", "saes", "shared", "shared in base"):
         bounds = {(t.task, t.measure): t for t in checks.thresholds(name)}
@@ -299,7 +299,7 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def check(folder: Path, n: int = 200) -> tuple[str, bool]:
-    """Measure what a folder holds from its saved files: both checkpoints on `report`; the SAEs were at training."""
+    """Check the artefacts of a folder: measures both checkpoints on `report`; figures of SAEs are those of training."""
     measures: dict[str, checks.Measures] = {}
     for name in ("organism", "organism-base"):
         place = folder / saepatch.organism.FOLDERS[name]
@@ -316,14 +316,14 @@ def check(folder: Path, n: int = 200) -> tuple[str, bool]:
 
 
 def ship(folder: Path) -> None:
-    """Copy what a folder holds into the package, in place of what is there; logs stay behind."""
+    """Copy the artefacts of a folder into the package without their logs, replacing those there."""
     target = Path(saepatch.organism.__file__).parent
     logs = shutil.ignore_patterns("*.jsonl", "metrics.summary.json", "summary.json", "config.yaml", "wandb")
     for part in saepatch.organism.FOLDERS.values():
         shutil.rmtree(target / part, ignore_errors=True)
         shutil.copytree(folder / part, target / part, ignore=logs)
         for file in (target / part).rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors are written for their owner alone
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors files are written readable by their owner only
 
 
 def main(config: OrganismConfig) -> int:
@@ -341,7 +341,7 @@ def main(config: OrganismConfig) -> int:
     if wanted("tokenizer"):
         train_tokenizer(config).save_pretrained(base)
     if not (base / "tokenizer.json").is_file():
-        raise UserError(f"{str(config.out)!r} holds no earlier stages: run --stage tokenizer first, or all of them")
+        raise UserError(f"{str(config.out)!r} holds no earlier stages: run --stage tokenizer first, or --stage all")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     if wanted("base"):
         model = new_model(config, tokenizer)

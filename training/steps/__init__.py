@@ -1,4 +1,4 @@
-"""What one training step is, for each kind of dictionary.
+"""Training steps of each kind of dictionary.
 
 May import data and below, and saepatch.
 """

@@ -1,11 +1,11 @@
-"""Training steps of dictionaries whose latents each decide for themselves: standard, gated, JumpReLU.
+"""Training steps of dictionaries with elementwise activation functions: standard, gated, JumpReLU.
 
-Losses are those of sae_lens' training classes, at decoder rows of norm 1: the squared error and a sparsity penalty.
-Gradients are written by hand, in five large matrix products (gated: eight) instead of autograd's six (fifteen).
+Losses are those of sae_lens' training classes for decoder rows of norm 1: squared error and a sparsity penalty.
+Gradients are written by hand, with five large matrix products (gated: eight) instead of autograd's six (fifteen).
 
-The batch goes through in chunks of rows, so that few arrays of shape [batch, d_sae] exist at a time. Where few latents
-of the first chunk can have a value or a gradient, the step goes on with those alone, and the product with the encoder
-is the only large one left. Whatever the path, the same formulas (`Standard`, `Gated`, `JumpReLU`) act on the values.
+The batch is processed in chunks of rows, so that few arrays of shape [batch, d_sae] exist at a time. If few latents
+of the first chunk can have a value or a gradient, the step continues with these alone, and the product with the encoder
+is the only large one. Both paths use the same formulas (`Standard`, `Gated`, `JumpReLU`).
 """
 
 import logging
@@ -28,13 +28,13 @@ from .step import Moment, Step, StepFunction, Weights
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-_CHUNK = 2**24  # bytes of a [rows, d_sae] array in float32 on the CPU: larger ones are mapped anew, page by page
+_CHUNK = 2**24  # bytes of a float32 [rows, d_sae] array on the CPU; malloc would map and unmap larger ones every time
 _CHUNK_ELSEWHERE = 2**29
-_BLOCK = 2**21  # bytes that elementwise passes go over at a time: they stay in the CPU's cache
-# Shares of latents up to which a step of gathered rows beats the dense products, as measured on CPUs.
+_BLOCK = 2**21  # bytes processed at a time by elementwise passes, so that they stay in the CPU's cache
+# Shares of active latents up to which gathered rows are faster than dense products, as measured on CPUs.
 _SPARSE_UP_TO = {torch.float32: 0.05, torch.bfloat16: 0.02}
 
-# A pass over a chunk of pre-activations, with an array for each reconstruction and the L0 of each row: sums over rows.
+# A pass over a chunk of pre-activations, an array per reconstruction and the L0 of each row; returns sums over rows.
 _Pass = Callable[[Rules, Tensor, tuple[Tensor, ...], Tensor], dict[str, Tensor]]
 
 
@@ -46,7 +46,7 @@ class _Passes(NamedTuple):
 
 
 def _forward(rule: Rules, pre: Tensor, codes_out: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-    """Fill the codes and the L0; returns the sums over the rows."""
+    """Fill the codes and the L0; returns sums over the rows."""
     codes = rule.codes(pre)
     for out, code in zip(codes_out, codes):
         out.copy_(code)
@@ -55,14 +55,14 @@ def _forward(rule: Rules, pre: Tensor, codes_out: tuple[Tensor, ...], l0: Tensor
 
 
 def _backward(rule: Rules, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-    """Replace the first of the codes' gradients by that of pre; the gradients of each latent's own weights."""
+    """Overwrite the first codes' gradient with that of `pre`; returns the gradients of the latents' own weights."""
     parts = rule.gradients(pre, tuple(grad.float() for grad in grads), l0.unsqueeze(1))
     grads[0].copy_(parts["b_enc"])
     return {name: part.sum(0) for name, part in parts.items()}
 
 
 def _in_blocks(act: _Pass, rule: Rules, pre: Tensor, arrays: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-    """The pass over blocks that stay in the CPU's cache."""
+    """Run the pass over blocks that fit into the CPU's cache."""
     size = len(pre) if pre.device.type != "cpu" else max(1, _BLOCK // (4 * pre.shape[1]))
     blocks = [slice(start, start + size) for start in range(0, len(pre), size)]
     parts = [act(rule, pre[block], tuple(array[block] for array in arrays), l0[block]) for block in blocks]
@@ -80,7 +80,7 @@ def standard(
     ranks: Ranks,
     passes: _Passes = _EAGER,
 ) -> Step:
-    """A step of the standard SAE. Losses: mse, sparsity (L1, or while `now.p` is below 1 as `Standard` has it)."""
+    """A step of the standard SAE. Losses: mse, sparsity (L1, or with `now.p` below 1 the p-annealed penalty)."""
     p = x.new_tensor(now.p, dtype=torch.float32) if now.p < 1 else None
     return _step(Standard(weights["b_enc"], _price(now, x), p), weights, x, config, ranks, passes)
 
@@ -95,7 +95,7 @@ def gated(
 ) -> Step:
     """A step of the gated SAE. Losses: mse, sparsity (L1 of the gates), auxiliary (squared error of decoding them).
 
-    As in sae_lens, the auxiliary loss reaches the decoder, too.
+    As in sae_lens, the auxiliary loss also trains the decoder.
     """
     rule = Gated(None, _price(now, x), weights["b_gate"], weights["b_mag"], weights["r_mag"].exp())
     return _step(rule, weights, x, config, ranks, passes)
@@ -115,7 +115,7 @@ def jumprelu(
 
 
 def compiled(step: StepFunction) -> StepFunction:
-    """The step with its elementwise passes compiled; the step itself where that gains nothing, or cannot be done."""
+    """The step with compiled elementwise passes; the step itself if compiling gains nothing or is not possible."""
     if step not in (standard, gated, jumprelu):
         return step
     passes = _compiled_passes()
@@ -128,7 +128,7 @@ def _compiled_passes() -> _Passes | None:
         torch.compile(torch.sin, dynamic=False)(torch.zeros(8))
     except Exception as error:  # torch raises many kinds, from a missing compiler to an unsupported Python
         reason = str(error).strip().splitlines()
-        log.warning("torch cannot compile here, so steps run as they are: %s", reason[0] if reason else type(error))
+        log.warning("torch cannot compile here, so steps run uncompiled: %s", reason[0] if reason else type(error))
         return None
     return _Passes(torch.compile(_forward, dynamic=False), torch.compile(_backward, dynamic=False))
 
@@ -146,7 +146,7 @@ def _step(rule: Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: Ra
         x - weights["b_dec"],
         weights["W_enc"].to(dtype),
         rule.bias if rule.bias is None else rule.bias.to(dtype),
-        # The price of p-annealing is known once the whole batch is: it cannot go in chunks.
+        # The coefficient of p-annealing depends on the whole batch, which therefore cannot be split into chunks.
         len(x) if rule.whole else size,
     )
     chunks = encoder.chunks()
@@ -160,7 +160,7 @@ def _step(rule: Rules, weights: Weights, x: Tensor, config: SAEConfig, ranks: Ra
     losses = {"mse": sums["squares_0"] / len(x), "sparsity": rule.price * sums["charge"]}
     if isinstance(rule, Gated):
         losses["auxiliary"] = sums["squares_1"] / len(x)
-    # b_dec is added to the reconstructions, and taken from what the encoder reads.
+    # b_dec is added to the reconstructions and subtracted from the encoder's input.
     sums["b_dec"] = sums["b_dec"] - sums["b_enc"] @ weights["W_enc"]
     return Step(losses, {name: sums[name] for name in weights}, sums["fired"] > 0, sums["l0"] / len(x))
 
@@ -173,7 +173,7 @@ def _dense(
     ranks: Ranks,
     passes: _Passes,
 ) -> dict[str, Tensor]:
-    """All products as dense ones; sums over the batch of the gradients, by name, and of what else a step tells."""
+    """With dense products; returns sums over the batch of the gradients and statistics, by name."""
     sums: dict[str, Tensor] = {}
 
     def add(**parts: Tensor) -> None:
@@ -196,7 +196,7 @@ def _dense(
             grads.append(product(slope, W_dec))
         add(**passes.backward(rule.priced(codes, ranks), pre, tuple(grads), l0))
         add(W_enc=product(centred.to(W_dec.dtype).T, grads[0].T))
-    # oneDNN is quickest at weight gradients of shape [d_in, d_sae].
+    # oneDNN is fastest with weight gradients of shape [d_in, d_sae].
     return sums | {name: sums[name].T.contiguous() for name in ("W_enc", "W_dec")}
 
 
@@ -207,7 +207,7 @@ def _sparse(
     W_dec: Float[Tensor, "d_sae d_in"],
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """As `_dense`, with those values alone that can differ from 0 or have a gradient."""
+    """Like `_dense`, but only with values that can differ from 0 or have a gradient."""
     batch, d_sae = len(encoder.x), len(W_dec)
     places, values = [], []
     for start, pre in chunks:
@@ -233,7 +233,7 @@ def _sparse(
         residual = embedding_bag(latents, W_dec, bags, mode="sum", per_sample_weights=code).sub_(encoder.x)
         sums[f"squares_{len(slopes)}"] = residual.square().sum()
         slopes.append(residual.mul_(2 / batch))
-        # The gradient of the codes: dot products of slopes and decoder rows, at these places.
+        # The gradient of the codes: dot products of slopes and decoder rows at these entries.
         grads.append(aten._embedding_bag_per_sample_weights_backward(slopes[-1], W_dec, latents, bags, rows, 0))
     parts = local.priced(codes, ranks).gradients(value, tuple(grads), l0[rows])
 

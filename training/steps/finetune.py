@@ -1,4 +1,4 @@
-"""Fine-tune a trained dictionary through the splice, on the model's predictions as well as the squared error."""
+"""Fine-tune a trained dictionary through the splice, on the KL of the model's predictions and the squared error."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from saepatch.model.sites import Site
 from ..config import TrainingConfig
 from ..ranks import ALONE, Ranks
 
-_LOGITS_AT_ONCE = 2**27  # elements; the graph of one pass from the site on holds a few times as many
+_LOGITS_AT_ONCE = 2**27  # elements; the graph of a pass from the site on holds a few times as many
 
 
 def finetune(
@@ -30,23 +30,23 @@ def finetune(
 ) -> Iterator[dict[str, float]]:
     """Train for `config.finetune_tokens` on squared error plus KL(model || spliced); yields the figures of each step.
 
-    The dictionary is the model's bottleneck at ordinary positions, without its error term; others keep what the model
-    has there. Both losses are means over ordinary positions, and the divergence is scaled to weigh as much as the
-    squared error at every step. The model's weights stay as they are and get no gradient. The learning rate falls from
-    `config.finetune_lr` to 0. Nothing is left on the model between steps.
+    At ordinary positions the site's value is replaced by the reconstruction, without the error term; other positions
+    keep the model's value. Both losses are means over ordinary positions, and at every step the divergence is scaled to
+    the same size as the squared error. The model's weights are constant and get no gradient. The learning rate falls
+    from `config.finetune_lr` to 0. No hooks stay on the model between steps.
 
     Args:
         model: The model that the dictionary is spliced into.
-        site: Where.
-        reconstruct: The dictionary's reconstruction of what the site holds, differentiable in `parameters`.
+        site: The site of the splice.
+        reconstruct: The dictionary's reconstruction of the site's value, differentiable in `parameters`.
         parameters: Leaf tensors that require a gradient; changed in place.
-        batches: Text, this process's share of each batch. One process's batch weighs as much as another's.
+        batches: Text, this process's share of each batch. All processes' batches have the same weight.
         config: The run.
-        after_step: Called after each step, to bring the parameters back to where they must be.
+        after_step: Called after each step to restore the constraints on the parameters.
         ranks: The processes of the run.
 
     Yields:
-        kl (nats a token) and fvu of the batch, from before the step; lr; tokens so far, over all processes.
+        kl (nats per token) and fvu of the batch, from before the step; lr; tokens so far, over all processes.
 
     Raises:
         UserError: the text ends before `config.finetune_tokens`, or a loss is not finite.
@@ -61,7 +61,7 @@ def finetune(
         if batch is None:
             raise UserError(
                 f"the text ended after {done:,} of {config.finetune_tokens:,} tokens of fine-tuning: "
-                "lower finetune_tokens, or give more"
+                "lower finetune_tokens, or give more text"
             )
         kept = whole_pass(model, [site], batch)
         if skip is None:
@@ -87,7 +87,7 @@ def _gradients(
     x, ordinary = kept.values[site], kept.tokens.ordinary
     n = int(ordinary.sum())
     if not n:
-        raise UserError("a batch of fine-tuning holds nothing besides BOS and padding: give longer text")
+        raise UserError("a batch of fine-tuning holds only BOS and padding: give longer text")
     with torch.enable_grad():
         reconstruction = reconstruct(x.float())
     error = torch.where(ordinary[..., None], reconstruction.detach() - x.float(), 0)
@@ -109,9 +109,9 @@ def _gradients(
 def _divergence(
     model: LanguageModel, kept: WholePass, site: Site, reconstruction: Float[Tensor, "batch pos d_in"], skip: bool
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch pos d_in"]]:
-    """KL(model || spliced), a mean over ordinary positions, and its gradient at the reconstruction.
+    """KL(model || spliced), averaged over ordinary positions, and its gradient with respect to the reconstruction.
 
-    Rows are taken some at a time: the graph of all their logits would be the largest thing in memory by far.
+    Rows are processed in chunks, since the graph of all logits would dominate memory.
     """
     batch, pos, vocabulary = kept.logits.shape
     n, at_once = int(kept.tokens.ordinary.sum()), max(1, _LOGITS_AT_ONCE // (pos * vocabulary))
@@ -128,7 +128,7 @@ def _divergence(
             bottleneck = torch.where(ordinary[..., None], leaf.to(x.dtype), x)
             spliced = edited_logits(model, part, site, bottleneck, skip)[ordinary].float().log_softmax(-1)
             plain = part.logits[ordinary].float().log_softmax(-1)
-            # A token the model rules out altogether (-inf) adds nothing to the divergence, and must not make it NaN.
+            # A token with probability 0 (-inf) contributes nothing to the divergence; without this it would be NaN.
             gap = torch.where(plain.isneginf(), 0.0, plain - spliced)
             kl = (plain.exp() * gap).sum() / n
             (gradient[rows],) = torch.autograd.grad(kl, leaf)

@@ -1,4 +1,4 @@
-"""One dictionary in training: its weights, its optimiser, the recent activity of its latents."""
+"""A dictionary in training: its weights, its optimiser, the recent activity of its latents."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from ..ranks import ALONE, Ranks
 from . import dense, sparse
 from .step import Moment, Step, StepFunction, Weights
 
-_VALUES_AT_ONCE = 2**24  # pre-activations that are held at a time
+_VALUES_AT_ONCE = 2**24  # limit of pre-activations in memory
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Design:
     """How an architecture is trained and saved.
 
     Attributes:
-        step: Its training step.
-        saved_as: The sae_lens class that it is saved as; those with a batch-wide selection become JumpReLU, with the
-            running threshold.
-        selects: Whether it picks the largest latents itself. Others start from an encoder scaled by d_in / d_sae, so
+        step: The training step.
+        saved_as: The architecture in sae_lens that it is saved as; those that select over a batch become JumpReLU
+            with the running threshold.
+        selects: Whether it selects the largest latents. Otherwise the initial encoder is scaled by d_in / d_sae, so
             that the many latents active at first do not add up to several times the activation.
-        biases: Its weights of shape [d_sae], in units of the activations.
-        gains: Those without a unit.
+        biases: Names of the weights of shape [d_sae] in units of the activations.
+        gains: Names of the dimensionless weights of shape [d_sae].
     """
 
     step: StepFunction
@@ -51,7 +51,7 @@ DESIGNS: dict[str, Design] = {
 
 
 def new_weights(d_in: int, d_sae: int, config: SAEConfig, seed: int) -> Weights:
-    """Decoder rows of norm 1 in random directions, the encoder along them, biases 0, thresholds as configured."""
+    """Random decoder rows of norm 1, encoder rows parallel to them, biases 0, thresholds as configured."""
     design = DESIGNS[config.architecture]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
@@ -62,7 +62,7 @@ def new_weights(d_in: int, d_sae: int, config: SAEConfig, seed: int) -> Weights:
 
 
 def geometric_median(x: Float[Tensor, "n d_in"], iterations: int = 30) -> Float[Tensor, "d_in"]:
-    """The point of least summed distance to all rows, by Weiszfeld's iteration from their mean."""
+    """The point with the smallest sum of distances to all rows, by Weiszfeld's iteration starting at their mean."""
     point = x.mean(0)
     for _ in range(iterations):
         near = 1 / (x - point).norm(dim=-1, keepdim=True).clamp(min=1e-6)
@@ -71,7 +71,7 @@ def geometric_median(x: Float[Tensor, "n d_in"], iterations: int = 30) -> Float[
 
 
 def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Factor of the learning rate: a linear rise over the first share of the steps, a fall to 0 over the last."""
+    """Factor of the learning rate: linear warm-up over the first share of steps, linear decay to 0 over the last."""
     rise = (step + 1) / max(1.0, warmup * steps)
     fall = (steps - step) / max(1.0, decay * steps)
     return min(1.0, rise, fall)
@@ -81,18 +81,18 @@ def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
 class Learner:
     """A dictionary in training.
 
-    It sees activations times `scale`, so that their mean norm is √d_in at every site of every model, and one learning
-    rate serves them all.
+    Activations are multiplied by `scale`, so that their mean norm is √d_in at every site of every model, and one
+    learning rate suits all of them.
 
     Attributes:
         config: The dictionary's settings.
         run: The run's settings (Adam, clipping, EMA).
-        weights: As `training.steps.step` has them; float32.
+        weights: See `training.steps.step`; float32.
         scale: Factor of the activations.
         idle: Tokens since each latent was last active.
-        threshold: Running mean of the smallest active value of a batch (batchtopk, matryoshka), in scaled units.
-        average: Running mean of the weights, where the run asks for one.
-        updates: Steps taken.
+        threshold: Running mean of a batch's smallest active value (batchtopk, matryoshka), in scaled units.
+        average: Exponential moving average of the weights, if requested.
+        updates: Number of steps taken.
     """
 
     config: SAEConfig
@@ -113,15 +113,15 @@ class Learner:
 
     @classmethod
     def new(cls, sample: Float[Tensor, "n d_in"], run: TrainingConfig, seed: int) -> "Learner":
-        """An untrained dictionary for activations such as the sample: their norm gives the scale, their centre `b_dec`.
+        """An untrained dictionary; the mean norm of sample activations sets the scale, their centre `b_dec`.
 
         Raises:
-            UserError: the sample's norms are 0 or not finite, or the dictionary would be narrower than `k`.
+            UserError: the sample's norms are 0 or not finite, or the dictionary has fewer than `k` latents.
         """
         config, d_in = run.sae, sample.shape[-1]
         norm = float(sample.norm(dim=-1).mean())
         if not (math.isfinite(norm) and norm > 0):
-            raise UserError(f"the activations have mean norm {norm}: nothing can be learnt from them, check the model")
+            raise UserError(f"the activations have mean norm {norm}, so they cannot be trained on: check the model")
         scale = d_in**0.5 / norm
         weights = {
             name: value.to(sample.device) for name, value in new_weights(d_in, config.width(d_in), config, seed).items()
@@ -147,7 +147,7 @@ class Learner:
 
     @property
     def estimates_threshold(self) -> bool:
-        """Whether it is saved with one threshold for all latents, estimated in training (batchtopk, matryoshka)."""
+        """Whether it is saved with a single threshold, estimated in training (batchtopk, matryoshka)."""
         return self.design.selects and self.design.saved_as == "jumprelu"
 
     @property
@@ -155,7 +155,7 @@ class Learner:
         return self.idle >= self.config.dead_after
 
     def moment(self) -> Moment:
-        """Where the training stands, for the next step."""
+        """The inputs of the next step that depend on the progress of training."""
         rise = self.config.sparsity_warmup * self.run.steps
         sparsity = self.config.sparsity * min(1.0, (self.updates + 1) / max(1.0, rise))
         p = 1 - (1 - self.config.p_end) * min(1.0, self.updates / max(1, self.run.steps - 1))
@@ -164,7 +164,7 @@ class Learner:
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"], rate: float, ranks: Ranks = ALONE) -> Step:
-        """One step of Adam on this process's share of a batch, with the gradients of all; the step's result."""
+        """Take a step of Adam on this process's share of a batch, with gradients averaged over all processes."""
         step = self.step_function(self.weights, x * self.scale, self.config, self.moment(), ranks)
         ranks.mean_(step.gradients.values())
         self.add_gains(step.gradients)
@@ -181,38 +181,38 @@ class Learner:
         self.idle += len(x) * ranks.size
         self.idle[ranks.any(step.fired)] = 0
         if step.smallest is not None and (smallest := float(step.smallest)) > 0:
-            # The first value stands for all that are not there yet, or early evaluations would be of a far too low one.
+            # Initialised with the first value: starting from 0, it would be far too low in early evaluations.
             mixed = (1 - self.config.threshold_rate) * self.threshold + self.config.threshold_rate * smallest
             self.threshold = mixed if self.threshold else smallest
         if self.average is not None:
-            # The first means are short ones: it would take 1 / (1 - ema) steps and more to forget the start.
+            # Average over few steps at first: forgetting the initial weights would take more than 1 / (1 - ema) steps.
             keep = min(self.run.ema, self.updates / (self.updates + 10))
             for name, value in self.weights.items():
                 self.average[name].lerp_(value, 1 - keep)
         return step
 
     def add_gains(self, gradients: Weights) -> None:
-        """Replace the radial part of the decoder's gradient by that of the latents' gains.
+        """Replace the radial part of the decoder's gradient by the gradient of the latents' gains.
 
-        Decoder rows k times as long are the same function as an encoder row, biases and threshold k times as large;
-        but a penalty on latents' values is seen by the latter alone. A gain that Adam can change as one number is
-        learnt many times faster than through all entries of the encoder's row.
+        Scaling a latent's decoder row by k is the same function as scaling its encoder row, biases and threshold by k,
+        but only the latter changes the penalty on latents' values. A gain that Adam can change as a single number is
+        learnt many times faster than through all entries of the encoder row.
         """
         if self.design.selects or ("threshold" in self.weights and self.config.penalty != "tanh"):
             return  # no penalty on values: the decoder's gradient is complete
-        W_dec, of_W_dec = self.weights["W_dec"], gradients["W_dec"]
+        W_dec, gradient = self.weights["W_dec"], gradients["W_dec"]
         gain = torch.linalg.vecdot(gradients["W_enc"], self.weights["W_enc"])
         for name in self.design.biases:
-            # A straight-through estimate for the threshold alone knows nothing of an encoder that grows with it.
+            # A straight-through estimate that only reaches the threshold is not the gradient of a common scale.
             if name != "threshold" or self.config.estimate_inputs:
                 gain += gradients[name] * self.weights[name]
-        of_W_dec.addcmul_((gain - torch.linalg.vecdot(of_W_dec, W_dec)).unsqueeze(-1), W_dec)
+        gradient.addcmul_((gain - torch.linalg.vecdot(gradient, W_dec)).unsqueeze(-1), W_dec)
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Bring the weights back to where every step expects them: decoder rows of norm 1, thresholds not below 0.
+        """Restore the constraints that every step relies on: decoder rows of norm 1, thresholds not below 0.
 
-        What is taken from a row's norm goes to its latent's gain.
+        The norm of a decoder row is moved to its latent's encoder row and biases.
         """
         norms = torch.linalg.vector_norm(self.weights["W_dec"], dim=-1, keepdim=True).clamp_(min=1e-8)
         self.weights["W_dec"].div_(norms)
@@ -223,7 +223,7 @@ class Learner:
             self.weights["threshold"].clamp_(min=0)
 
     def figures(self, x: Float[Tensor, "batch d_in"], step: Step) -> dict[str, float]:
-        """Figures for the log, of the batch just trained on, from before its step."""
+        """Figures for the log, of the batch just trained on, with the weights before its step."""
         variance = (x * self.scale).var(0, correction=0).sum()
         losses = {name: float(value) for name, value in step.losses.items()}
         return {
@@ -236,34 +236,34 @@ class Learner:
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "n d_in"]) -> None:
-        """Set the threshold (batchtopk, matryoshka) so that on these activations `k` latents are active on average.
+        """Set the threshold (batchtopk, matryoshka) so that `k` latents are active on average on these activations.
 
-        In training it is a running mean that lags behind the weights, by more the shorter the run is.
+        The running mean from training lags behind the weights, the more so the shorter the run.
         """
         if not self.estimates_threshold or not len(x):
             return
-        weights, wanted = self.average or self.weights, self.config.k * len(x)
+        weights, count = self.average or self.weights, self.config.k * len(x)
         width = len(weights["W_enc"])
-        each = min(width, 8 * self.config.k)  # values of a position that can be among the largest of all
+        each = min(width, 8 * self.config.k)  # values kept per position; rarely are more among the largest of all
         largest = [
-            ((some * self.scale - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"]).topk(each).values.flatten()
-            for some in x.split(max(1, _VALUES_AT_ONCE // width))
+            ((rows * self.scale - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"]).topk(each).values.flatten()
+            for rows in x.split(max(1, _VALUES_AT_ONCE // width))
         ]
         ordered = torch.cat(largest).sort(descending=True).values
-        if wanted < len(ordered) and float(ordered[wanted - 1]) > 0:
-            self.threshold = float(ordered[wanted - 1 : wanted + 1].clamp(min=0).double().mean())
+        if count < len(ordered) and float(ordered[count - 1]) > 0:
+            self.threshold = float(ordered[count - 1 : count + 1].clamp(min=0).double().mean())
 
     @torch.no_grad()
     def finish(self) -> Any:
-        """The dictionary as sae_lens' inference class, for activations as the model emits them.
+        """The dictionary as an sae_lens inference SAE, for unscaled activations.
 
-        The scale is folded into the biases. Rows of the decoder have norm 1, so a latent's value is the length of what
-        it adds to the site.
+        The scale is folded into the biases. Decoder rows have norm 1, so a latent's value is the norm of what it adds
+        to the site.
         """
         return inference_sae(self.average or self.weights, self.scale, self.threshold, self.config)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of its state that is tensors, for a checkpoint."""
+        """The tensors of its state, for a checkpoint."""
         state = {f"weights/{name}": value for name, value in self.weights.items()}
         for name, value in self.weights.items():
             for key, moment in self.optimiser.state[value].items():
@@ -272,12 +272,12 @@ class Learner:
         return {**state, "idle": self.idle}
 
     def numbers(self) -> dict[str, float]:
-        """The rest of its state."""
+        """The rest of its state, for a checkpoint."""
         return {"scale": self.scale, "threshold": self.threshold, "updates": self.updates}
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, float], run: TrainingConfig) -> "Learner":
-        """The learner that gave these; goes on exactly as it would have."""
+        """The learner whose state this is; training continues exactly."""
 
         def under(prefix: str) -> Weights:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -295,12 +295,12 @@ class Learner:
 
 @torch.no_grad()
 def inference_sae(weights: Weights, scale: float, threshold: float, config: SAEConfig) -> Any:
-    """sae_lens' inference SAE of weights that were trained on activations times `scale`."""
+    """The sae_lens inference SAE with weights that were trained on activations times `scale`."""
     from sae_lens import SAE
 
     design = DESIGNS[config.architecture]
     d_sae, d_in = weights["W_dec"].shape
-    rows = torch.nn.functional.normalize(weights["W_dec"], dim=-1)  # a mean of unit rows is shorter than 1
+    rows = torch.nn.functional.normalize(weights["W_dec"], dim=-1)  # averaged unit rows have norms below 1
     state = {"W_enc": weights["W_enc"].T.contiguous(), "W_dec": rows, "b_dec": weights["b_dec"] / scale}
     # Encoding x·scale and dividing by the scale is encoding x with all biases divided by it, in every architecture.
     state |= {name: weights[name] / scale for name in design.biases}
@@ -321,7 +321,7 @@ def inference_sae(weights: Weights, scale: float, threshold: float, config: SAEC
 def reconstruction(
     weights: Weights, scale: float, threshold: float, config: SAEConfig
 ) -> Callable[[Float[Tensor, "batch pos d_in"]], Float[Tensor, "batch pos d_in"]]:
-    """What the saved dictionary makes of a site's value, differentiable in the weights; for fine-tuning."""
+    """The saved dictionary's reconstruction as a function of the site's value, differentiable in the weights."""
     design = DESIGNS[config.architecture]
 
     def reconstruct(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Activation and sparsity penalty of each architecture whose latents decide for themselves, with their gradients."""
+"""Elementwise activation functions and their sparsity penalties, with gradients."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -12,7 +12,7 @@ from ..ranks import Ranks
 
 aten = torch.ops.aten
 
-_FLAT_BELOW = 1e-2  # activation under which the slope of f^p stays as it is there: it has no bound at 0
+_FLAT_BELOW = 1e-2  # activations below this have the slope of f^p at this value, since the slope is unbounded at 0
 
 _Self = TypeVar("_Self", bound="Rule")
 
@@ -21,20 +21,20 @@ _Self = TypeVar("_Self", bound="Rule")
 class Rule:
     """An activation function and its sparsity penalty, with the gradients of both.
 
-    Pre-activations are [rows, d_sae]; or [n], those that matter, once `at` has gathered the settings of their latents.
+    Pre-activations are [rows, d_sae], or [n] selected ones for a rule returned by `at`.
 
     Attributes:
-        bias: Added to the product with the encoder; None: nothing is.
+        bias: Added to the product with the encoder; None: no bias.
         price: Coefficient of the penalty (`charge`).
     """
 
     bias: Float[Tensor, "d_sae"] | None
     price: Float[Tensor, ""]
-    paths: ClassVar[int] = 1  # reconstructions from the codes
+    paths: ClassVar[int] = 1  # number of reconstructions
 
     @property
     def whole(self) -> bool:
-        """Whether the price depends on the whole batch."""
+        """Whether the coefficient depends on the whole batch."""
         return False
 
     @property
@@ -46,16 +46,16 @@ class Rule:
         return self
 
     def priced(self: _Self, codes: tuple[Tensor, ...], ranks: Ranks) -> _Self:
-        """With the coefficient that follows from the batch of all processes."""
+        """The rule with the coefficient computed from the batches of all processes, if it depends on them."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Standard(Rule):
-    """ReLU with an L1 penalty; while p < 1, p-annealed (Karvonen et al. 2024, arXiv:2408.00113).
+    """ReLU with an L1 penalty; p-annealed while p < 1 (Karvonen et al. 2024, arXiv:2408.00113).
 
-    There, Σ f^p stands for L1, its coefficient rescaled so that its value is L1's; here in each batch, the factor taken
-    as a constant.
+    With p-annealing, Σ f^p replaces L1, and its coefficient is rescaled in each batch so that the penalty's value is
+    that of L1; the factor is treated as a constant.
     """
 
     p: Float[Tensor, ""] | None
@@ -65,7 +65,7 @@ class Standard(Rule):
         return self.p is not None
 
     def codes(self, pre: Tensor) -> tuple[Tensor, ...]:
-        """What the decoder reads, one array for each reconstruction."""
+        """Inputs of the decoder, one array for each reconstruction."""
         return (torch.relu(pre),)
 
     def charge(self, codes: tuple[Tensor, ...], l0: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Standard(Rule):
         return replace(self, price=self.price * sums[0] / sums[1])
 
     def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
-        """Gradients of pre (as `b_enc`) and of each latent's own weights at every value, from those of the codes."""
+        """Gradients of `pre` (as `b_enc`) and of the latents' own weights at every value, given those of the codes."""
         slope = self.price
         if self.p is not None:
             slope = self.price * self.p * torch.pow(pre.clamp(min=_FLAT_BELOW), self.p - 1)
@@ -90,7 +90,7 @@ class Standard(Rule):
 
 @dataclass(frozen=True, eq=False)
 class Gated(Rule):
-    """A gate and a magnitude from one encoder (Rajamanoharan et al. 2024, arXiv:2404.16014); the gate pays its L1."""
+    """A gate and a magnitude from one encoder (Rajamanoharan et al. 2024, arXiv:2404.16014); L1 penalises the gate."""
 
     b_gate: Float[Tensor, "#values"]
     b_mag: Float[Tensor, "#values"]
@@ -149,7 +149,7 @@ class JumpReLU(Rule):
 
     def gradients(self, pre: Tensor, grads: tuple[Tensor, ...], l0: Tensor) -> dict[str, Tensor]:
         gradient, over, width = grads[0], pre - self.threshold, self.config.bandwidth
-        one_more = torch.zeros_like(l0)  # what one more active latent costs in each row
+        one_more = torch.zeros_like(l0)  # increase of the penalty by one more active latent in each row
         if self.config.penalty == "tanh":
             steepness = self.config.tanh_scale
             slope = 1 - torch.tanh(steepness * aten.threshold_backward(pre, over, 0)).square()
@@ -158,7 +158,7 @@ class JumpReLU(Rule):
             one_more = self.price * 4 / self.config.k * (l0 - self.config.k)
         else:
             one_more = one_more + self.price
-        # What a latent's crossing of its threshold changes: its value jumps by the threshold, and the L0 by 1.
+        # When a latent crosses its threshold, its value jumps by the threshold and the L0 by 1.
         jump = torch.addcmul(one_more / -width, self.threshold / -width, gradient)
         jump = aten.hardtanh_backward(jump, over, -width / 2, width / 2)
         encoder = aten.threshold_backward(gradient, over, 0)

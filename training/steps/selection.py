@@ -1,8 +1,8 @@
-"""Which latents of a batch are active: the encoder over chunks of rows, and exact selection of its largest values.
+"""The encoder over chunks of rows, and exact selection of its largest values.
 
-Selection works in two rounds, because a full `topk` over d_sae values costs as much as a good part of the encoder. The
-largest value of every group of neighbouring latents is found first, in one vectorised pass. The k-th largest of these
-peaks is a lower bound of the k-th largest value, so only the k groups whose peak reaches it need a closer look.
+Selection has two stages, because a full `topk` over d_sae values takes a large fraction of the encoder's time. The
+first finds the largest value of every group of neighbouring latents in one vectorised pass. The k-th largest of these
+peaks is a lower bound of the k-th largest value, so that only the k groups whose peaks reach it need to be searched.
 """
 
 import math
@@ -19,22 +19,22 @@ from ..config import SAEConfig
 from ..ranks import Ranks
 from .step import Weights, bfloat16_works
 
-# A chunk's pre-activations should stay in the cache for the selection that follows; a GPU wants large products.
+# A chunk's pre-activations should stay in the CPU's cache for the selection; a GPU needs large products.
 CHUNK_BYTES = {"cpu": 2**24}
 LARGE_CHUNK_BYTES = 2**29
-FEWEST_ROWS = 256  # below, the product packs the weights too often
+FEWEST_ROWS = 256  # with fewer, packing the weights dominates the product
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Values of latents at positions of a batch, ordered by position.
+    """Values of latents in a batch, ordered by position.
 
     Attributes:
-        row: Position in the batch.
-        latent: Which latent.
-        value: Its value.
+        row: Positions in the batch.
+        latent: Latents.
+        value: Their values.
     """
 
     row: Int[Tensor, "n"]
@@ -44,17 +44,17 @@ class Entries:
 
 @dataclass(eq=False)
 class Encoder:
-    """The pre-activations of a batch, a chunk of rows at a time, so that they are never all in memory.
+    """The pre-activations of a batch in chunks of rows, so that they are never all in memory.
 
     Attributes:
-        x: Activations less `b_dec`, float32.
+        x: Activations minus `b_dec`, float32.
         W_enc: Encoder, in the precision of the product.
-        b_enc: Its bias, likewise; None: none is added.
-        rows: Rows of a chunk.
-        columns: Latents whose pre-activations are to be kept, or None.
-        n_kept: Of so many rows, the first ones.
-        mean_kept: Rows that a process keeps on average over all of them.
-        kept: What was kept in the last walk through the chunks.
+        b_enc: Its bias in the same precision; None: no bias.
+        rows: Rows per chunk.
+        columns: Latents whose pre-activations are kept, or None.
+        n_kept: Number of rows, from the first on, whose pre-activations are kept.
+        mean_kept: Mean of `n_kept` over all processes.
+        kept: Pre-activations kept in the last iteration over the chunks.
     """
 
     x: Float[Tensor, "batch d_in"]
@@ -68,14 +68,14 @@ class Encoder:
 
     @classmethod
     def of(cls, weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig) -> "Encoder":
-        """The encoder of these weights; its product in bfloat16 where the config says so and the device can."""
+        """The encoder of these weights; its product is in bfloat16 if configured and supported by the device."""
         dtype = product_dtype(config, x.device)
         W_enc, b_enc = weights["W_enc"].to(dtype), weights["b_enc"].to(dtype)
         size = CHUNK_BYTES.get(x.device.type, LARGE_CHUNK_BYTES)
         return cls(x - weights["b_dec"], W_enc, b_enc, max(FEWEST_ROWS, size // (4 * len(W_enc))))
 
     def chunks(self) -> Iterator[tuple[int, Float[Tensor, "rows d_sae"]]]:
-        """The number of each chunk's first row, and its pre-activations in float32."""
+        """The index of each chunk's first row, and its pre-activations in float32."""
         self.kept = []
         for start in range(0, len(self.x), self.rows):
             pre = product(self.x[start : start + self.rows].to(self.W_enc.dtype), self.W_enc, self.b_enc).float()
@@ -85,7 +85,7 @@ class Encoder:
 
 
 def product_dtype(config: SAEConfig, device: torch.device) -> torch.dtype:
-    """Precision of the large matrix products: what the config says, float32 where bfloat16 would be emulated."""
+    """Precision of the large matrix products: as configured, but float32 where bfloat16 would be emulated."""
     half = config.precision == "bfloat16" and bfloat16_works(device)
     return torch.bfloat16 if half else torch.float32
 
@@ -93,7 +93,7 @@ def product_dtype(config: SAEConfig, device: torch.device) -> torch.dtype:
 def product(
     x: Shaped[Tensor, "n d_in"], W: Shaped[Tensor, "m d_in"], b: Shaped[Tensor, "m"] | None = None
 ) -> Shaped[Tensor, "n m"]:
-    """x Wᵀ + b. On the CPU by oneDNN, which torch uses for bfloat16 alone: MKL takes twice as long on AMD."""
+    """x Wᵀ + b. Uses oneDNN on the CPU, which torch does for bfloat16 only: MKL takes twice as long on AMD."""
     if (
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -104,7 +104,7 @@ def product(
 
 
 def select_rows(encoder: Encoder, k: int) -> Entries:
-    """The k largest pre-activations at each position, by ReLU 0 where they are negative."""
+    """The k largest pre-activations at each position after a ReLU."""
     latents, values = [], []
     for _, pre in encoder.chunks():
         latents.append(largest(pre, k))
@@ -114,44 +114,45 @@ def select_rows(encoder: Encoder, k: int) -> Entries:
 
 
 def select_batch(encoder: Encoder, k: int, ranks: Ranks) -> tuple[Entries, Float[Tensor, ""]]:
-    """The k · batch largest positive pre-activations of the batches of all processes, and the smallest of them (or 0).
+    """The k · batch largest positive pre-activations over all processes' batches, and the smallest of them (or 0).
 
-    Of all these batches together, so one process may have more than its share. The entries are this process's.
+    The selection is over all batches together, so one process may have more than its share; the returned entries are
+    those of this process.
 
-    No value below a bound is looked at. The bound is guessed from the first chunk of rows, and the guess is checked
-    against the result. Where it does not hold, the result gives one that does.
+    Values below a bound are skipped. The bound is estimated from the first chunk of rows and checked against the
+    result; if it was too high, the result yields a valid one.
     """
-    wanted = k * len(encoder.x) * ranks.size
+    count = k * len(encoder.x) * ranks.size
     bound: float | None = None
     while True:
         candidates, bound = _above(encoder, bound, k)
         n = torch.tensor([len(candidates.value)], device=candidates.value.device)
         most = int(ranks.gathered(n).max())
         values = ranks.gathered(torch.nn.functional.pad(candidates.value, (0, most - len(candidates.value))))
-        top = values.topk(min(wanted, len(values)), sorted=False)
-        smallest = float(top.values.min()) if len(values) >= wanted else 0.0
-        # Found values are some of all, so their k-th largest is at most the true one: as a bound it cannot fail.
+        top = values.topk(min(count, len(values)), sorted=False)
+        smallest = float(top.values.min()) if len(values) >= count else 0.0
+        # The candidates are a subset of all values, so their k-th largest is at most the true one: a valid bound.
         highest = float(ranks.gathered(torch.tensor([bound], device=values.device)).max())
         if smallest >= highest or highest <= SMALLEST:
             break
         bound = max(smallest, SMALLEST)
     chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
     chosen[top.indices] = True
-    mine = chosen[ranks.rank * most :][: len(candidates.value)].nonzero().squeeze(1)
+    own = chosen[ranks.rank * most :][: len(candidates.value)].nonzero().squeeze(1)
     active = top.values[top.values > 0]
     lowest = active.min() if len(active) else values.new_zeros(())
-    return Entries(candidates.row[mine], candidates.latent[mine], candidates.value[mine]), lowest
+    return Entries(candidates.row[own], candidates.latent[own], candidates.value[own]), lowest
 
 
 def _above(encoder: Encoder, bound: float | None, k: int) -> tuple[Entries, float]:
-    """All pre-activations that reach the bound (above 0), and the bound: where none is given, a guess for k a row."""
+    """All pre-activations that reach the bound (above 0), and the bound; None: a bound is estimated for k per row."""
     parts = []
     for start, pre in encoder.chunks():
         size = _group(pre.shape[1], 1)
         groups = pre.view(-1, size)
         peaks = groups.amax(1)
         if bound is None:
-            # Counts a row vary about as much as their mean; the margin is of eight standard errors.
+            # The variance of the counts per row is about their mean; the margin is eight standard errors.
             expected = math.ceil(k * len(pre) * (1 + 8 / math.sqrt(len(pre))))
             bound = max(_nth_largest(peaks, min(expected, len(peaks))), SMALLEST)
         near = _positions(peaks >= bound)
@@ -166,7 +167,7 @@ def _above(encoder: Encoder, bound: float | None, k: int) -> tuple[Entries, floa
 
 
 def largest(values: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
-    """Columns of the k largest values of each row, in no order; which of equal values is not defined."""
+    """Columns of the k largest values of each row, unordered; ties are broken arbitrarily."""
     rows, n = values.shape
     size = _group(n, 4 * k)
     if size == 1:
@@ -179,9 +180,9 @@ def largest(values: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
 
 
 def ordered(ids: Int[Tensor, "n"], count: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "ends"]]:
-    """The order that sorts ids below count, equal ones left as they are; where each id then begins, and the end."""
+    """The stable order that sorts ids below `count`, and where each id begins in it, with the total at the end."""
     if ids.device.type == "cpu":
-        # numpy sorts 16 bits by radix, many times faster than torch's sort.
+        # numpy uses a radix sort for 16 bits, which is many times faster than torch's sort.
         keys = ids.numpy().astype(np.uint16 if count <= 2**16 else np.int64)
         order = torch.from_numpy(np.argsort(keys, kind="stable"))
     else:
@@ -191,7 +192,7 @@ def ordered(ids: Int[Tensor, "n"], count: int) -> tuple[Int[Tensor, "n"], Int[Te
 
 
 def _group(n: int, fewest: int) -> int:
-    """Neighbours in a group, such that groups are of one size and there are `fewest` of them; 1: no groups."""
+    """Size of equal groups of which there are at least `fewest`; 1: no groups."""
     return next((size for size in (32, 16, 8) if n % size == 0 and n // size >= fewest), 1)
 
 

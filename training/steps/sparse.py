@@ -1,12 +1,12 @@
-"""The training steps of TopK, BatchTopK and Matryoshka dictionaries, at the cost of their active latents.
+"""Training steps of TopK, BatchTopK and Matryoshka dictionaries, whose cost depends on the active latents only.
 
 The losses are those of sae_lens' `TopKTrainingSAE`, `BatchTopKTrainingSAE` and `MatryoshkaBatchTopKTrainingSAE` for
-decoder rows of norm 1: squared error summed over d_in; for matryoshka that of every level (Bussmann et al. 2025, arXiv
+decoder rows of norm 1: squared error summed over d_in, for matryoshka at every level (Bussmann et al. 2025, arXiv
 2503.17547); for dead latents the auxiliary loss of Gao et al. 2024 (arXiv 2406.04093), over a share of the positions.
 
 Only the encoder is a dense product. With k of d_sae latents active, decoding sums k weighted rows of `W_dec`;
 the gradient of a latent's weights is a weighted sum of the rows of the batch where it was active. Both are an
-`embedding_bag`, the second over entries sorted by latent. Gradients are written out; nothing is recorded by autograd.
+`embedding_bag`, the second over entries sorted by latent. Gradients are written by hand, without autograd.
 """
 
 import math
@@ -33,7 +33,7 @@ from .step import Moment, Step, Weights
 
 
 def topk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
-    """The step of a TopK dictionary: the `config.k` largest latents of each position are active, where positive."""
+    """The step of a TopK dictionary: the `config.k` largest positive latents of each position are active."""
     encoder = _encoder(weights, x, config, now, ranks)
     return _step(weights, encoder, select_rows(encoder, config.k), config, [len(weights["W_dec"])])
 
@@ -46,7 +46,7 @@ def batchtopk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfi
 
 
 def matryoshka(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
-    """The step of a Matryoshka dictionary: BatchTopK, and each level's latents alone reconstruct the batch too.
+    """The step of a Matryoshka dictionary: BatchTopK, with a reconstruction by the latents of each level alone.
 
     The loss has a term `mse_WIDTH` for every inner level.
     """
@@ -57,13 +57,13 @@ def matryoshka(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConf
 
 @dataclass(frozen=True, eq=False)
 class LossPart:
-    """What the gradients of one part of the loss are computed from.
+    """A part of the loss, from which its gradients are computed.
 
     Attributes:
-        entries: The values that the part is made of.
-        pulls: The gradient of each value.
-        source: The row of `errors` that each entry's decoder row receives.
-        errors: Gradient of what is decoded.
+        entries: The values that are decoded.
+        pulls: The gradient with respect to each value.
+        source: For each entry, the row of `errors` that its decoder row's gradient uses.
+        errors: The gradient with respect to each reconstruction.
     """
 
     entries: Entries
@@ -76,7 +76,7 @@ def _encoder(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig
     encoder = Encoder.of(weights, x, config)
     if now.dead is not None and config.aux_coefficient and bool(now.dead.any()):
         encoder.columns = now.dead.nonzero().squeeze(1)
-        # The first rows of the batch of all processes, which is dealt out to them one row after the other.
+        # The first rows of the whole batch, whose rows are distributed over the processes in turn.
         rows = max(ranks.size, math.ceil(config.aux_share * len(x) * ranks.size))
         encoder.n_kept, encoder.mean_kept = -((ranks.rank - rows) // ranks.size), rows / ranks.size
     return encoder
@@ -99,7 +99,7 @@ def _step(
     fired = torch.zeros(len(weights["W_dec"]), dtype=torch.bool, device=encoder.x.device)
     active = entries.value > 0
     fired[entries.latent[active]] = True
-    # The first level's errors hold those of all: the bias is in every level.
+    # The first level's errors include those of all levels, and the bias is in every level.
     b_dec = share.errors[: len(encoder.x)].sum(0)
     return Step(losses, _gradients(weights, encoder.x, shares, b_dec), fired, active.sum() / len(encoder.x), smallest)
 
@@ -107,7 +107,7 @@ def _step(
 def _reconstruct(
     W_dec: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "batch d_in"], entries: Entries, widths: list[int]
 ) -> tuple[LossPart, Float[Tensor, "levels"], Float[Tensor, "batch d_in"]]:
-    """The squared error at every level, its gradient, and what the whole dictionary leaves over of x (less b_dec)."""
+    """The squared error at every level, its gradient, and the whole dictionary's residual of x (minus b_dec)."""
     batch, levels = len(x), len(widths)
     bag = entries.row
     if levels > 1:
@@ -122,12 +122,12 @@ def _reconstruct(
         entries.latent, W_dec, offsets, per_sample_weights=entries.value, mode="sum", include_last_offset=True
     ).view(levels, batch, -1)
     errors[0] -= x
-    for level in range(1, levels):  # many times faster than cumsum
+    for level in range(1, levels):  # cumsum is many times slower
         errors[level] += errors[level - 1]
     squares = torch.stack([error.flatten().dot(error.flatten()) for error in errors]) / batch
     residual = -errors[-1]
     errors.mul_(2 / batch)
-    for level in reversed(range(levels - 1)):  # a latent is in its own level and in all wider ones
+    for level in reversed(range(levels - 1)):  # a latent belongs to its own level and all wider ones
         errors[level] += errors[level + 1]
     errors = errors.view(levels * batch, -1)
     pulls = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -139,7 +139,7 @@ def _reconstruct(
 def _auxiliary(
     W_dec: Float[Tensor, "d_sae d_in"], encoder: Encoder, residual: Float[Tensor, "batch d_in"], config: SAEConfig
 ) -> tuple[Float[Tensor, ""], LossPart]:
-    """How badly the most nearly active dead latents explain what is left over, and the gradients of that."""
+    """The auxiliary loss (reconstruction of the residual by the dead latents closest to activity) and its gradients."""
     dead = encoder.columns
     assert dead is not None
     pre, residual = torch.cat(encoder.kept), residual[: encoder.n_kept]
@@ -151,7 +151,7 @@ def _auxiliary(
     errors = embedding_bag(latent, W_dec, per_sample_weights=value, mode="sum").sub_(residual)
     loss = errors.square().sum() * (weight / encoder.mean_kept)
     errors.mul_(2 * weight / encoder.mean_kept)
-    # With so many entries a row, one dense product is cheaper than the dots of each of them.
+    # With this many entries per row, one dense product is faster than separate dot products.
     dtype = product_dtype(config, W_dec.device)
     pulls = product(errors.to(dtype), W_dec.index_select(0, dead).to(dtype)).gather(1, place).float()
     source = torch.arange(len(pre), device=dead.device).repeat_interleave(k)
@@ -161,7 +161,7 @@ def _auxiliary(
 def _gradients(
     weights: Weights, x: Float[Tensor, "batch d_in"], shares: list[LossPart], b_dec: Float[Tensor, "d_in"]
 ) -> Weights:
-    """Gradients of all weights; `b_dec` is what the decoder's side gives its bias."""
+    """Gradients of all weights; `b_dec` is the gradient of the bias through the decoder."""
     if len(shares) == 1:
         entries, pulls, source, errors = shares[0].entries, shares[0].pulls, shares[0].source, shares[0].errors
         row, latent, value = entries.row, entries.latent, entries.value

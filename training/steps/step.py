@@ -1,10 +1,10 @@
-"""The interface of a training step: its weights, its inputs, its results.
+"""The interface of a training step: weights, inputs, results.
 
-A step is a function `(weights, x, config, now, ranks) -> Step`. It writes nothing: the learner applies the gradients.
+A step is a function `(weights, x, config, now, ranks) -> Step`. It changes nothing; the learner applies the gradients.
 
-Weights are float32 and named as sae_lens names them, with one difference: `W_enc` is latent-major, `[d_sae, d_in]` like
-`W_dec`, so that a latent's weights lie together. Rows of `W_dec` have norm 1 at all times (the learner sees to it), so
-that no penalty needs their norms. The encoder reads `x - b_dec`, in every architecture.
+Weights are float32 and named as in sae_lens, with one difference: `W_enc` is `[d_sae, d_in]` like `W_dec`, so that the
+weights of a latent are contiguous. Rows of `W_dec` always have norm 1 (ensured by the learner), so that no penalty
+needs their norms. In every architecture, the encoder reads `x - b_dec`.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """What a step depends on beside the weights and the batch.
+    """Inputs of a step that depend on the progress of training.
 
     Attributes:
-        dead: Latents that have not been active for `config.dead_after` tokens, or None where none is dead.
-        sparsity: Coefficient of the sparsity penalty, its warm-up applied.
+        dead: Latents that have not been active for `config.dead_after` tokens; None if there are none.
+        sparsity: Coefficient of the sparsity penalty, including its warm-up.
         p: Exponent of the standard SAE's penalty.
     """
 
@@ -40,11 +40,11 @@ class Step:
     """The result of a step on this process's share of a batch.
 
     Attributes:
-        losses: Terms of the loss by name, each a mean over the batch; `mse` (summed over d_in) is always among them.
+        losses: Terms of the loss by name, each a mean over the batch; always includes `mse` (summed over d_in).
         gradients: Gradient of the sum of the terms, by name of the weights.
-        fired: Latents that were active at one position or more.
-        l0: Active latents at a position, on average.
-        smallest: Smallest active value over the batches of all processes (batchtopk, matryoshka); 0 where none is.
+        fired: Latents that were active at any position.
+        l0: Mean number of active latents per position.
+        smallest: Smallest active value over the batches of all processes (batchtopk, matryoshka); 0 if none is active.
     """
 
     losses: dict[str, Float[Tensor, ""]]
@@ -58,7 +58,7 @@ StepFunction = Callable[[Weights, Float[Tensor, "batch d_in"], SAEConfig, Moment
 
 
 def bfloat16_works(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run on the device, and not by emulation."""
+    """Whether the device supports matrix products in bfloat16 without emulation."""
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return device.type != "cuda" or torch.cuda.is_bf16_supported()
