@@ -261,7 +261,7 @@ def _instantiate(parser: Any, given: Sequence[str], config: type[Config], comman
 
 
 def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, interrupted: str) -> int:
-    # Must be set before torch is loaded. Threads that spin while they wait are up to 20 times slower on a shared machine
+    # Must be set before torch is loaded: threads that spin while they wait are far slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The hub's client would report every attempt; our error names the outcome.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -142,7 +142,7 @@ class ActivationStream:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context in which the stream runs no forward pass, whose hooks would interfere with other uses of the model."""
+        """Context in which the stream runs no forward pass: its hooks would disturb other uses of the model."""
         with self._running:
             yield
 
