@@ -15,13 +15,14 @@ from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.reading.cards import Card, read_latents
 from saepatch.records.documents import load_yaml
 from saepatch.records.files import write_json
-from saepatch.runs.catalogue import read_json, read_run
+from saepatch.runs.catalogue import RunFolder, read_json
 from saepatch.runs.sweeps import Sweep, prepare
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Config = TypeVar("Config")
 
 READING = "reading.json"
 LATENTS = 24  # latents with a card
@@ -142,18 +143,24 @@ def _agreeing(known: Sequence[str | None], tokens: Sequence[str]) -> list[str | 
     return [token if i < len(tokens) and token == tokens[i] else None for i, token in enumerate(padded)]
 
 
-def read_again(out: Path) -> None:
-    """Load a finished run's model and dictionaries again, from its config.yaml, and write `reading.json`.
+def read_sweep_again(run: RunFolder) -> None:
+    """Load the model and dictionaries of a finished run of patch or attribute again and write `reading.json`.
 
     Raises:
-        UserError: there is no finished run, or its model, dictionaries or pairs no longer exist.
+        UserError: the run's model, dictionaries or pairs no longer exist, or have changed.
     """
-    run = read_run(out)
-    kinds: dict[str, type[SweepConfig]] = {"patch": PatchConfig, "attribute": AttributeConfig}
-    if run.work not in kinds:
-        raise UserError(f"{str(out)!r} holds no run of patch or attribute: give the folder of one")
+    kind: type[SweepConfig] = PatchConfig if run.work == "patch" else AttributeConfig
+    write_reading(prepare(stored_settings(kind, run.path, run.path)), run.path)
+
+
+def stored_settings(kind: type[Config], folder: Path, out: Path) -> Config:
+    """Settings of a run from `config.yaml` in a folder, with `out` in place of the original output folder.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    path = folder / "config.yaml"
     try:
-        config = kinds[run.work](**load_yaml(out / "config.yaml") | {"out": str(out)})
+        return kind(**load_yaml(path) | {"out": str(out)})
     except TypeError as error:
-        raise UserError(f"cannot read {out / 'config.yaml'} ({error}): give the folder of a finished run") from error
-    write_reading(prepare(config), out)
+        raise UserError(f"cannot read {path} ({error}): give the folder of a finished run") from error

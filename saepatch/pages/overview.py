@@ -1,6 +1,7 @@
 """The first part of a run's page: headline figures, warnings, splice quality, provenance."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from saepatch.pages.cards import dead_latents
@@ -155,14 +156,16 @@ def too_few(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count > 1)}: too few to generalise to others."
 
 
+def needs_reading(out: Path | str) -> str:
+    """The warning about a page without the contents that need the model."""
+    return f"Tokens and latent cards are missing: they need the model. `saepatch report {out} --read` adds them."
+
+
 def _of_latents(run: RunData) -> list[str]:
     notices = dead_latents(run.cards, "Patching them changes nothing.") + controls_reach(run)[:5]
     notices += splice_notices((run.reading or {}).get("splice", ()))
     if run.reading is None:
-        notices.append(
-            f"Tokens and latent cards are missing: they need the model. `saepatch report {run.folder.path} --read "
-            "true` adds them."
-        )
+        notices.append(needs_reading(run.folder.path))
     return notices
 
 

@@ -10,8 +10,16 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.pages.cards import FEW_PROMPTS, cards_section, coloured, dead_latents
 from saepatch.pages.charts import bars, cell, estimate_text
-from saepatch.pages.gather import TEXTS, if_possible, read_dictionaries
-from saepatch.pages.overview import FEW, dictionary_facts, headline_section, splice_notices, splice_section, too_few
+from saepatch.pages.gather import TEXTS, read_dictionaries
+from saepatch.pages.overview import (
+    FEW,
+    dictionary_facts,
+    headline_section,
+    needs_reading,
+    splice_notices,
+    splice_section,
+    too_few,
+)
 from saepatch.reading.cards import Card, ReadText, read_texts
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import read_rows
@@ -52,26 +60,13 @@ def illustrate(
     prompts: Sequence[str],
     donors: Sequence[str] | None,
 ) -> Illustrations:
-    """Describe the restored latents while the model is loaded; a failure is logged and does not fail the run.
+    """Describe the restored latents while the model is loaded.
 
     Args:
         other: The donor, where it is another model.
         prompts: The prompts of the answers.
         donors: The donor's prompt for each answer; None where there is no donor run.
     """
-    donor = None if donors is None else (other or model, donors)
-    read = lambda: _illustrate(model, donor, dictionaries, latents, answers, prompts)  # noqa: E731
-    return if_possible(read, Illustrations(latents))
-
-
-def _illustrate(
-    model: LanguageModel,
-    donor: tuple[LanguageModel, Sequence[str]] | None,
-    dictionaries: Sequence[Dictionary],
-    latents: Chosen,
-    answers: Answers,
-    prompts: Sequence[str],
-) -> Illustrations:
     acting = [(dictionary, ids) for dictionary in dictionaries if (ids := latents.get(dictionary.site))]
     room, described = CARDS, dict[str, Sequence[int]]()
     for dictionary, ids in acting:
@@ -89,9 +84,9 @@ def _illustrate(
         for place in [n for n, (bare, restored) in enumerate(both) if bare.outcome != restored.outcome][:COLOURED]:
             bare, restored = both[place]
             texts += read_texts(model, dictionary, ids, [(f"{bare.example}, bare", prompts[place] + bare.answer)])
-            if donor is not None:
+            if donors is not None:
                 name = f"{bare.example}, restored values: the donor on its own prompt and the answer"
-                texts += read_texts(donor[0], dictionary, ids, [(name, donor[1][place] + restored.answer)])
+                texts += read_texts(other or model, dictionary, ids, [(name, donors[place] + restored.answer)])
     return Illustrations(latents, splice, cards, texts)
 
 
@@ -105,7 +100,8 @@ def page_of_folder(run: RunFolder) -> Page:
     known = {field.name for field in fields(RestoreConfig)}
     try:
         rows = read_rows(run.path / "results.parquet")
-        config = RestoreConfig(**{name: value for name, value in run.settings.items() if name in known})
+        known_settings = {name: value for name, value in run.settings.items() if name in known}
+        config = RestoreConfig(**known_settings | {"out": str(run.path)})
         edits = [{"condition": "restored", "draw": 0, "latents": facts["latents"]}]
         record = Record("restore", run.settings, facts["model"], facts["dictionaries"], {}, 0, 1, 1, edits)
         judged = [read_row(row) for row in rows]
@@ -173,7 +169,7 @@ def notices(answers: Answers, illustrations: Illustrations) -> list[str]:
         warnings.append(
             "There are no random controls: this run does not show whether other latents would have the same effect."
         )
-    warnings += splice_notices(illustrations.splice)
+    warnings += splice_notices(illustrations.splice) if illustrations.splice else [needs_reading(answers.config.out)]
     return warnings + dead_latents(
         illustrations.cards, "Restoring them has an effect only where they are active in the donor."
     )

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from saepatch.errors import UserError
+from saepatch.pages.answered import read_answers_again
 from saepatch.pages.cards import cards_section
 from saepatch.pages.curves import groups, verified
+from saepatch.pages.gather import read_sweep_again
 from saepatch.pages.overview import facts, lead, overview
 from saepatch.pages.restored import page_of_folder
 from saepatch.pages.run_data import RunData, read_run_data
@@ -81,3 +83,23 @@ def _swept(folder: RunFolder) -> Page:
 
 
 PAGES: Mapping[str, Callable[[RunFolder], Page]] = {"patch": _swept, "attribute": _swept, "restore": page_of_folder}
+READERS: Mapping[str, Callable[[RunFolder], None]] = {
+    "patch": read_sweep_again,
+    "attribute": read_sweep_again,
+    "restore": read_answers_again,
+}
+
+
+def read_again(out: Path) -> None:
+    """Load a finished run's model and dictionaries again, and store what its page needs of them: tokens and cards.
+
+    Raises:
+        UserError: there is no finished run, its kind needs no second reading, or its inputs no longer exist.
+    """
+    run = read_run(out)
+    if run.work not in READERS:
+        raise UserError(
+            f"{str(out)!r} holds a run of {run.work or 'no known command'}: --read loads the model of a run of "
+            f"{', '.join(READERS)} again; leave it out for any other, whose page is complete"
+        )
+    READERS[run.work](run)

@@ -161,7 +161,7 @@ def read_run_data(out: Path) -> RunData:
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{out / READING} is of another version of saepatch ({error}): write it again with saepatch report "
-            f"{out} --read true"
+            f"{out} --read"
         ) from error
     return RunData(run, pairs, changes, provenance, reading, cards)
 

@@ -11,11 +11,12 @@ import numpy as np
 
 from saepatch.errors import UserError
 from saepatch.records.documents import load_yaml
-from saepatch.records.files import write_json, write_yaml
+from saepatch.records.files import plain, write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.records.tables import text_table
+from saepatch.report import KEPT
 from saepatch.restoration.judges import OUTCOMES, Answer, Judge, judge_version, read_judge
 from saepatch.runs.catalogue import read_json
 from saepatch.runs.parts import Record, part_files
@@ -164,8 +165,14 @@ def merge_answers(out: Path, records: Sequence[Record]) -> Answers:
     if not answers.fvu and (out / "summary.json").exists():  # parts of earlier versions lack it
         known = read_json(out / "summary.json").get("fvu_of_model_and_donor", {})
         answers = replace(answers, fvu={site: (mine, theirs) for site, (mine, theirs) in known.items()})
+    if (out / "summary.json").exists() and read_json(out / "summary.json").get("conditions") != _conditions(answers):
+        (out / KEPT).unlink(missing_ok=True)  # the stored page has other figures
     write_answers(answers, out)
     return answers
+
+
+def _conditions(answers: Answers) -> Any:
+    return plain(answers.summary()["conditions"])
 
 
 def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge, version: str) -> Answers:

@@ -18,4 +18,4 @@ class ReportConfig(Output):
     run: str
     """Folder of the run."""
     read: bool = False
-    """First run the model over the prompts again to describe the top latents, which a sharded run has not done."""
+    """First load the model again to add tokens and latent cards, which the report of a sharded run lacks."""

@@ -103,8 +103,17 @@ def test_shards_of_a_restoration_are_the_whole(place, tmp_path, capsys):
             assert one.pop(name) == pytest.approx(other.pop(name), abs=1e-4)
         assert one == other
     assert whole == cut
-    assert "Results" in (tmp_path / "cut/report.html").read_text()
-    assert main(["report", str(tmp_path / "cut")]) == 0
+    assert f"saepatch report {tmp_path / 'cut'} --read" in (tmp_path / "cut/report.html").read_text()
+    assert main(["report", str(tmp_path / "cut"), "--read"]) == 0
+    pages = [json.loads((tmp_path / name / "page.json").read_text())["sections"] for name in ("whole", "cut")]
+    assert pages[0][-1] == pages[1][-1]  # cards
+    assert [section["title"] for section in pages[0]] == [section["title"] for section in pages[1]]
+    assert "they need the model" not in (tmp_path / "cut/report.html").read_text()
+    summary = json.loads((tmp_path / "cut/summary.json").read_text())
+    summary["conditions"][0]["refuse"][0] = 0.123  # as of another judge
+    (tmp_path / "cut/summary.json").write_text(json.dumps(summary))
+    assert main(["merge", str(tmp_path / "cut")]) == 0
+    assert not (tmp_path / "cut/page.json").exists()  # its figures may be others
     assert main(["compare", str(tmp_path / "whole"), str(tmp_path / "cut")]) == 0
     assert "restored, harmful: refused" in capsys.readouterr().out
     assert main(["restore", *flags]) == 2

@@ -12,7 +12,7 @@ def report(config: ReportConfig) -> CommandResult:
 
     out = Path(config.run)
     if config.read:
-        from saepatch.pages.gather import read_again
+        from saepatch.pages.run import read_again
 
         read_again(out)
     with reading(out):
