@@ -100,7 +100,7 @@ def _notices(results: Findings) -> list[str]:
     if r.rates["harmless_clamped"].value > CHANCE:
         warnings.append(
             f"Setting the {len(r.latents)} latents to their mean over refused requests makes the model refuse "
-            f"{r.rates['harmless_clamped'].value:.0%} of harmless ones: they carry the refusal, not what is harmful."
+            f"{r.rates['harmless_clamped'].value:.0%} of harmless requests: they represent refusal, not harmfulness."
         )
     if r.share_of_active >= 0.5:
         warnings.append(
@@ -359,8 +359,8 @@ def trade_off(s: Steering) -> report.LineChart:
     """Success against perplexity, for every strength tried."""
     series = []
     for name in dict.fromkeys(condition.name for condition in s.tried):
-        mine = [condition for condition in s.tried if condition.name == name]
-        series.append(report.Series(name, [c.perplexity for c in mine], [c.success for c in mine]))
+        own = [condition for condition in s.tried if condition.name == name]
+        series.append(report.Series(name, [c.perplexity for c in own], [c.success for c in own]))
     strengths = ", ".join(number(c.strength) for c in s.tried if c.name == s.tried[0].name)
     return report.LineChart(
         "Success against perplexity",

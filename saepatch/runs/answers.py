@@ -160,11 +160,11 @@ def merge_answers(out: Path, records: Sequence[Record]) -> Answers:
     try:
         config = RestoreConfig(**load_yaml(path) | {"out": str(out), "shard": "0/1"})
     except TypeError as error:
-        raise UserError(f"cannot read {path} ({error}): start one of the shards again, which writes it") from error
+        raise UserError(f"cannot read {path} ({error}): start one of the shards again, which rewrites it") from error
     answers = read_answers(config, records, read_judge(config.judge), judge_version(config.judge))
     if not answers.fvu and (out / "summary.json").exists():  # parts of earlier versions lack it
         known = read_json(out / "summary.json").get("fvu_of_model_and_donor", {})
-        answers = replace(answers, fvu={site: (mine, theirs) for site, (mine, theirs) in known.items()})
+        answers = replace(answers, fvu={site: (own, donors) for site, (own, donors) in known.items()})
     if (out / "summary.json").exists() and read_json(out / "summary.json").get("conditions") != _conditions(answers):
         (out / KEPT).unlink(missing_ok=True)  # the stored page has other figures
     write_answers(answers, out)
@@ -188,7 +188,7 @@ def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge,
         for file in part_files(out, [record]):
             about = read_about(file) or {}
             rows = [read_row(row) for row in read_rows(file)]
-            fvu = fvu or {site: (mine, theirs) for site, (mine, theirs) in about.get("fvu", {}).items()}
+            fvu = fvu or {site: (own, donors) for site, (own, donors) in about.get("fvu", {}).items()}
             if not version or about.get("judge") != version:
                 before = [row.outcome for row, _ in rows]
                 rows = [

@@ -94,8 +94,8 @@ def _latents(run: RunFolder, other: RunFolder) -> dict[str, str]:
         if run.hashes.get(site) != other.hashes.get(site):  # other dictionaries: ids mean other latents
             rows[f"latents restored at {site}"] = "all" if ids is None else str(len(ids))
             continue
-        theirs = other.summary["latents"].get(site, [])
-        both = len(ids or ()) if theirs is None else len(set(ids or ()) & set(theirs))
+        other_ids = other.summary["latents"].get(site, [])
+        both = len(ids or ()) if other_ids is None else len(set(ids or ()) & set(other_ids))
         rows[f"latents restored at {site}"] = "all" if ids is None else f"{len(ids)}, {both} of them in both"
     return rows
 

@@ -143,8 +143,8 @@ def read_model(settings: ModelSettings, shard: str = "") -> LanguageModel:
 
 def read_subject(config: SweepConfig) -> At | None:
     """The text whose embeddings are corrupted with noise; None: no noise."""
-    what, _, text = config.corruption.partition(":")
-    return At(text.strip()) if what == "noise" else None
+    kind, _, text = config.corruption.partition(":")
+    return At(text.strip()) if kind == "noise" else None
 
 
 def read_corruption(

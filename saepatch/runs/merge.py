@@ -126,7 +126,7 @@ class Line:
     sets: int = 0  # number of control sets averaged for each role
 
     @property
-    def what(self) -> str:
+    def name(self) -> str:
         return f"{self.key.site} {self.key.unit}".strip()
 
     def facts(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Summary:
             rows = []
             for line in top[:k]:
                 cells = [line.effect, *(line.controls.get(role, "") for role in roles)]
-                rows.append([line.what, line.key.position, *cells, line.pairs, q_text(line.q)])
+                rows.append([line.name, line.key.position, *cells, line.pairs, q_text(line.q)])
             lines.append(effects_table(direction, roles, rows))
             if any(not line.pairs for line in top[:k]):
                 lines.append(NOTHING)

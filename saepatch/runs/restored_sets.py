@@ -115,7 +115,7 @@ def check_apart(select: Sequence[Request], requests: Sequence[Request], config: 
 def need_clean(requests: Sequence[Request], source: str) -> None:
     if lacking := [request.example for request in requests if request.clean is None]:
         raise UserError(
-            f"prompt {lacking[0]} of {source!r} has no clean prompt for the donor to read: give each a clean one, "
+            f"prompt {lacking[0]} of {source!r} has no clean prompt for the donor to read: give every prompt one, "
             "or an aligned model as --donor"
         )
 
@@ -129,14 +129,14 @@ def with_controls(
 ) -> list[Set]:
     """The restored set and, unless it holds all latents of a site, control sets of the same size at each site."""
     sets = [Set("restored", 0, chosen)]
-    some = {site: ids for site, ids in chosen.items() if ids is not None}
-    if not config.controls or len(some) < len(chosen) or not some:
+    restricted = {site: ids for site, ids in chosen.items() if ids is not None}
+    if not config.controls or len(restricted) < len(chosen) or not restricted:
         return sets
     tokens = model.tokenize(
         [text for request in requests for text in (request.prompt, request.clean) if text is not None], "left"
     )
     drawn = {}
-    for site, ids in some.items():
+    for site, ids in restricted.items():
         try:
             statistics = latent_statistics(model, sites[site], tokens)
             drawn[site] = control_sets(ids, len(ids), statistics, config.seed, config.controls)

@@ -158,8 +158,8 @@ def _patch(
     assert isinstance(config, PatchConfig)
     sites, edits = {component.site for component in components}, sweep.record.requested
     if edits is not None:  # a control set shared by several groups is run once
-        there = [edit for edit in edits if sites >= {part.site for part in edit.parts}]
-        edits = list({(edit.key, edit.role): edit for edit in there}.values())
+        own = [edit for edit in edits if sites >= {part.site for part in edit.parts}]
+        edits = list({(edit.key, edit.role): edit for edit in own}.values())
     effects = patch_components(
         sweep.model,
         components,

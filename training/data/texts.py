@@ -170,8 +170,8 @@ def _files(path: Path) -> tuple[str, list[Path]]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in FORMATS and p.is_file())
     kinds = {FORMATS.get(p.suffix) for p in files}
     if len(kinds) != 1 or None in kinds:
-        what = "no file" if not files else "files of several kinds" if len(kinds) > 1 else "a kind of file"
-        raise UserError(f"data {str(path)!r} is or holds {what} that cannot be read: use one of {', '.join(FORMATS)}")
+        problem = "no file" if not files else "files of several kinds" if len(kinds) > 1 else "a kind of file"
+        raise UserError(f"data {str(path)!r} is or holds {problem} that cannot be read: use {', '.join(FORMATS)}")
     return str(kinds.pop()), files
 
 

@@ -107,9 +107,9 @@ def begin(out: Path, overwrite: bool) -> None:
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raises UserError if the run in `out` differs in settings, text or model from the one that would continue it."""
-    for what in ("model", "text"):
-        if before[what] != now[what]:
-            raise UserError(f"{str(out)!r} holds a run of another {what}: {REMEDY}")
+    for name in ("model", "text"):
+        if before[name] != now[name]:
+            raise UserError(f"{str(out)!r} holds a run of another {name}: {REMEDY}")
     check_settings(before["config"], now["config"], out)
 
 
