@@ -39,9 +39,7 @@ class Interval:
         return cls(value, math.nan, math.nan, n, reason)  # always the same NaN object, so that equal intervals are ==
 
     def __str__(self) -> str:
-        if self.reason:
-            return f"{self.value:.3f} ({self.reason})"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} " + (f"({self.reason})" if self.reason else f"[{self.low:.3f}, {self.high:.3f}]")
 
     def facts(self) -> dict[str, float | int | str]:
         """The fields as written to files; `reason` only where there is one."""
