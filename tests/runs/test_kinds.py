@@ -69,7 +69,7 @@ def test_runs_of_two_kinds_or_of_none_are_not_compared(tmp_path, capsys):
     one = write(tmp_path / "one", "safety", EXPERIMENTS["safety"][0])
     other = write(tmp_path / "other", "steering", EXPERIMENTS["steering"][0])
     assert main(["compare", str(one), str(other)]) == 2
-    assert "is of safety and" in capsys.readouterr().err
+    assert "is a run of safety, " in capsys.readouterr().err
     unknown = write(tmp_path / "unknown", "", {"anything": 1})
     assert main(["compare", str(unknown), str(unknown)]) == 2
     assert "holds no run of a known command or experiment" in capsys.readouterr().err
