@@ -249,7 +249,7 @@ def test_mistakes(folder, capsys):
         assert err.count("\n") == 1
         return err
 
-    assert "no folder './nowhere'" in failed("--model", "./nowhere")
+    assert "'./nowhere' is neither a folder nor a Hugging Face id" in failed("--model", "./nowhere")
     assert "the model has 3 layers" in failed("--model", str(folder), "--sites", "[resid_post.7]", "--context", "16")
     assert "unknown dtype 'int3'" in failed("--model", str(folder), "--dtype", "int3")
     assert "longer than the 64 positions" in failed("--model", str(folder), "--context", "65")
