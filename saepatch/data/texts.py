@@ -1,10 +1,18 @@
-"""Texts to measure on, from a file or the embedded model's own."""
+"""Texts to measure on, from a file or the embedded model's own, and their tokens in batches of bounded size."""
 
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from saepatch import organism
 from saepatch.data.files import TABLES, FileRow, read_rows
 from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel, Tokens
+
+log = logging.getLogger(__name__)
+
+CONTEXT = 1024  # tokens of a row; longer documents are cut
+CELLS = 2**27  # numbers held for one batch
 
 
 def load_texts(spec: str, column: str = "text") -> list[str]:
@@ -32,3 +40,66 @@ def _text(row: FileRow, column: str) -> str:
             f"{row.where}, has no text in a column {column!r}: rename the column, or give one text per line"
         )
     return text
+
+
+def text_rows(model: LanguageModel, texts: Iterable[str], context: int = CONTEXT) -> Iterator[list[int]]:
+    """Token ids of texts, in rows of at most `context` tokens or the model's own limit; longer texts take several rows.
+
+    Every row of a text begins with the BOS if the text does. Texts without a token besides BOS are left out.
+
+    Raises:
+        UserError: `context` leaves no room for a token besides BOS.
+    """
+    limit = min(context, model.context or context)
+    if limit < 2:
+        raise UserError(f"a context of {limit} tokens holds no token besides BOS: use at least 2")
+    said = False
+    for text in texts:
+        ids = model.encode(text)
+        start = ids[:1] if ids[:1] == [model.bos_id] else []
+        body, step = ids[len(start) :], limit - len(start)
+        if len(body) > step and not said:
+            log.info("texts of more than %d tokens are read in rows of that length", limit)
+            said = True
+        for first in range(0, len(body), step):
+            yield [*start, *body[first : first + step]]
+
+
+def token_batches(
+    model: LanguageModel, texts: Tokens | Iterable[str], size: int = 32, width: int = 1, context: int = CONTEXT
+) -> Iterator[Tokens]:
+    """Batches of at most `size` rows, fewer where `width` numbers a token would take too much memory.
+
+    Args:
+        texts: Tokens, whose columns that are padding in a whole batch are dropped; or texts, as by `text_rows`.
+        width: Numbers that the caller holds for each token, such as the size of the vocabulary for logits.
+
+    Raises:
+        UserError: the batch size is no positive number.
+    """
+    if size < 1:
+        raise UserError(f"batch size {size}: use at least 1")
+    budget = CELLS // width
+    if isinstance(texts, Tokens):
+        yield from _trimmed(texts, min(size, max(1, budget // texts.width)))
+        return
+    if isinstance(texts, str):
+        raise UserError(f"the texts are one string, {texts[:40]!r}: give a list of texts, or model.tokenize(texts)")
+    rows: list[list[int]] = []
+    longest = 0
+    for ids in text_rows(model, texts, context):
+        if rows and (len(rows) == size or (len(rows) + 1) * max(longest, len(ids)) > budget):
+            yield model.pad(rows)
+            rows, longest = [], 0
+        rows.append(ids)
+        longest = max(longest, len(ids))
+    if rows:
+        yield model.pad(rows)
+
+
+def _trimmed(tokens: Tokens, size: int) -> Iterator[Tokens]:
+    for batch in tokens.batches(size):
+        used = batch.attention_mask.any(0).nonzero().flatten()
+        if len(used):
+            columns = slice(int(used[0]), int(used[-1]) + 1)
+            yield Tokens(batch.input_ids[:, columns], batch.attention_mask[:, columns], batch.ordinary[:, columns])

@@ -1,6 +1,6 @@
 """Splice quality of a dictionary, and statistics of its latents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from saepatch.data.texts import token_batches
 from saepatch.dictionaries.checks import warn_of_threshold
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
@@ -94,10 +95,13 @@ class LatentStatistics:
         return self.frequency > 0
 
 
-def splice_quality(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int = 32) -> SpliceQuality:
+def splice_quality(
+    model: LanguageModel, dictionary: Dictionary, tokens: Tokens | Sequence[str], batch_size: int = 32
+) -> SpliceQuality:
     """Measure what is lost when a site is replaced by its reconstruction.
 
-    Two passes over the tokens in batches; memory: the logits of one batch under at most three runs.
+    Two passes over the tokens, or over texts in rows of at most 1,024 tokens, in batches of at most `batch_size` rows;
+    memory: the logits of one batch under at most three runs, which bounds the batch for large vocabularies.
 
     Raises:
         UserError: the dictionary does not fit the model, or no ordinary token follows another.
@@ -109,7 +113,7 @@ def splice_quality(model: LanguageModel, dictionary: Dictionary, tokens: Tokens,
 
 
 def splice_qualities(
-    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int = 32
+    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens | Sequence[str], batch_size: int = 32
 ) -> list[tuple[SpliceQuality, LatentStatistics]]:
     """`splice_quality` and `latent_statistics` of several dictionaries, each spliced separately.
 
@@ -121,8 +125,9 @@ def splice_qualities(
     for dictionary in dictionaries:
         dictionary.check(model)
     means = _means(model, dictionaries, tokens, batch_size)
+    width = max(model.vocabulary, *(dictionary.d_sae for dictionary in dictionaries))
     measures = [_Measure(model, each, mean) for each, mean in zip(dictionaries, means, strict=True)]
-    for batch in _batches(tokens, batch_size):
+    for batch in token_batches(model, tokens, batch_size, width):
         kept = whole_pass(model, [d.site for d in dictionaries], batch)
         for measure in measures:
             measure.add(kept)
@@ -130,18 +135,18 @@ def splice_qualities(
 
 
 def latent_statistics(
-    model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int = 32
+    model: LanguageModel, dictionary: Dictionary, tokens: Tokens | Sequence[str], batch_size: int = 32
 ) -> LatentStatistics:
     """Frequency, mean and maximum of every latent over the ordinary positions of the tokens.
 
-    One pass in batches, which stops at the dictionary's site.
+    One pass over the tokens, or over texts in rows of at most 1,024 tokens, which stops at the dictionary's site.
 
     Raises:
         UserError: the dictionary does not fit the model, or there is no ordinary position.
     """
     dictionary.check(model)
     sums, site = _SiteSums.of(dictionary), dictionary.site
-    for batch in _batches(tokens, batch_size):
+    for batch in token_batches(model, tokens, batch_size, dictionary.d_sae):
         x = model.capture(batch, [site])[site]
         check_finite(model, site, x, batch)
         sums.add(dictionary.encode(x), x, dictionary.known(model, batch))
@@ -206,11 +211,11 @@ def _accurate(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _means(
-    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens, batch_size: int
+    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens | Sequence[str], batch_size: int
 ) -> list[Float[Tensor, "d_model"]]:
     """Mean of each dictionary's site over the ordinary positions it was trained on; one pass, up to the last site."""
     sums, counts = [torch.zeros(()) for _ in dictionaries], [0 for _ in dictionaries]
-    for batch in _batches(tokens, batch_size):
+    for batch in token_batches(model, tokens, batch_size, model.d_model):
         values = model.capture(batch, {d.site for d in dictionaries})
         for number, dictionary in enumerate(dictionaries):
             check_finite(model, dictionary.site, values[dictionary.site], batch)
@@ -301,17 +306,3 @@ class _Measure:
 def _recovered(ce: dict[str, float], ablation: str) -> float:
     lost = ce[ablation] - ce["model"]
     return (ce[ablation] - ce["spliced"]) / lost if abs(lost) > 1e-9 else float("nan")
-
-
-def _batches(tokens: Tokens, size: int) -> Iterator[Tokens]:
-    """Batches without columns that are padding in all rows."""
-    if not hasattr(tokens, "batches"):
-        raise UserError(f"tokens are a {type(tokens).__name__}: give model.tokenize(texts)")
-    if size < 1:
-        raise UserError(f"batch size {size}: use at least 1")
-    for batch in tokens.batches(size):
-        used = batch.attention_mask.any(0).nonzero().flatten()
-        if not len(used):
-            continue
-        columns = slice(int(used[0]), int(used[-1]) + 1)
-        yield Tokens(batch.input_ids[:, columns], batch.attention_mask[:, columns], batch.ordinary[:, columns])

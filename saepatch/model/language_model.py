@@ -136,7 +136,7 @@ class LanguageModel:
         if not texts:
             raise UserError("there are no prompts: give at least one")
         ids = [self.encode(text) for text in texts]
-        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        context = self.context
         for text, row in zip(texts, ids, strict=True):
             if not any(token != self.bos_id for token in row):
                 raise UserError(f"empty prompt {text!r}: a prompt needs at least one token besides BOS")
@@ -145,6 +145,16 @@ class LanguageModel:
                     f"prompt of {len(row)} tokens is longer than the context of {context}: shorten {text[:40]!r}…"
                 )
         return self.pad(ids, side)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model's configuration names."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """The largest number of positions that the model's configuration names, if it names one."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
     def pad_id(self) -> int:
@@ -170,8 +180,7 @@ class LanguageModel:
 
     def probe(self) -> Tokens:
         """A row of arbitrary tokens for probing the model."""
-        vocabulary = int(self.config.get_text_config().vocab_size)
-        ids = (torch.arange(6, device=self.device) * 7 + 11).unsqueeze(0) % vocabulary
+        ids = (torch.arange(6, device=self.device) * 7 + 11).unsqueeze(0) % self.vocabulary
         return Tokens(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
 
     @property

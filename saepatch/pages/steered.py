@@ -50,11 +50,11 @@ def read_cards(session: Session) -> tuple[Card, ...]:
     config = session.config
     if not config.reference and not is_checkpoint(config.model):
         return ()
-    tokens = session.model.tokenize(load_texts(config.reference or "organism"))
+    texts = load_texts(config.reference or "organism")
     return tuple(
         card
         for site, latents in session.latents.items()
-        for card in read_latents(session.model, session.dictionaries[site], latents, tokens)
+        for card in read_latents(session.model, session.dictionaries[site], latents, texts)
     )
 
 

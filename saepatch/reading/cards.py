@@ -6,14 +6,14 @@ made from files alone.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saepatch.data.texts import token_batches
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
@@ -102,7 +102,8 @@ def read_latents(
 
     Args:
         latents: Ids; the cards are in their order.
-        texts: Texts to search for examples, tokenised or not (may be a generator); BOS and padding are left out.
+        texts: Texts to search for examples, tokenised or not (may be a generator); BOS and padding are left out. Long
+            texts are read in rows of at most 1,024 tokens, each counted as a text.
         examples: Number of examples per card, largest activation first.
         top: Number of promoted and suppressed tokens, and of neighbours, per card.
         batch_size: Texts per pass; reduced where the dictionary's activations would take too much memory.
@@ -112,7 +113,7 @@ def read_latents(
     """
     dictionary.check(model)
     dictionary.check_ids(tuple(latents))
-    activity = _activity(model, dictionary, latents, _batches(model, texts, batch_size), examples)
+    activity = _activity(model, dictionary, latents, token_batches(model, texts, batch_size, model.d_model), examples)
     cards = []
     for start in range(0, len(latents), PART):
         some = latents[start : start + PART]
@@ -120,15 +121,6 @@ def read_latents(
         for place, latent in enumerate(some):
             cards.append(_card(model, dictionary, latent, activity, start + place, lens, place, near[place]))
     return cards
-
-
-def _batches(model: LanguageModel, texts: Tokens | Iterable[str], size: int) -> Iterator[Tokens]:
-    if isinstance(texts, Tokens):
-        yield from texts.batches(size)
-        return
-    stream = iter(texts)
-    while some := list(islice(stream, size)):
-        yield model.tokenize(some)
 
 
 @torch.no_grad()

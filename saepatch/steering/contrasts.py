@@ -6,12 +6,12 @@ promote their own tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saepatch.data.texts import CONTEXT, token_batches
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics
@@ -284,12 +284,12 @@ def corpus_maxima(
     texts: Iterable[str],
     latents: Sequence[int] | None = None,
     batch_size: int = 32,
-    max_tokens: int = 512,
+    max_tokens: int = CONTEXT,
 ) -> Float[Tensor, "latents"]:
     """Largest activation (a_max) of some or all latents over a corpus, in one pass that streams batches.
 
-    Texts are truncated to `max_tokens` tokens (or the model's context); BOS and padding do not count. 0 for a latent
-    that never fires.
+    Long texts are read in rows of at most `max_tokens` tokens; BOS and padding do not count. 0 for a latent that never
+    fires.
 
     Raises:
         UserError: there is no text, or a latent is unknown.
@@ -297,11 +297,9 @@ def corpus_maxima(
     dictionary.check(model)
     dictionary.check_ids(tuple(latents or ()))
     few = None if latents is None else dictionary.alone(latents)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens
     maxima: Tensor | None = None
-    stream = (ids[: min(max_tokens, context)] for ids in map(model.encode, texts) if ids)
-    while batch := list(islice(stream, batch_size)):
-        tokens = model.pad(batch)
+    width = dictionary.d_sae if few is None else len(latents or ())
+    for tokens in token_batches(model, texts, batch_size, max(width, model.d_model), max_tokens):
         x = model.capture(tokens, [dictionary.site])[dictionary.site]
         acts = (few or dictionary).activations(x)[0]
         if latents is not None and few is None:

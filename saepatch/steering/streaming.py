@@ -60,10 +60,7 @@ def stream(
     """
     sampling = sampling or Sampling()
     tokens, cache, read = model.tokenize([prompt]), model.new_cache(), 0
-    stops, context = (
-        end_tokens(model.hf, model.tokenizer),
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-    )
+    stops, context = end_tokens(model.hf, model.tokenizer), model.context
     generator = torch.Generator().manual_seed(sampling.seed)
     ids: list[int] = []
     while True:

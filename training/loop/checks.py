@@ -23,7 +23,7 @@ def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingCon
             f"batch_size {config.batch_size} cannot be divided among {ranks.size} processes: "
             f"use a multiple, as in {-(-config.batch_size // ranks.size) * ranks.size}"
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = model.context
     if limit is not None and config.context > limit:
         raise UserError(f"context {config.context} is longer than the {limit} positions of {model.name!r}: lower it")
     if config.pack and model.tokenizer is not None and bos_before(model) is None:  # a skeleton has no tokenizer
