@@ -1,5 +1,14 @@
 # The public names, each written here once: `__init__.py` reads this file at run time, type checkers read it as it is.
 
+from .circuits.backward import gim as gim
+from .circuits.backward import relp as relp
+from .circuits.edge_list import Edges as Edges
+from .circuits.edges import EdgeOptions as EdgeOptions
+from .circuits.edges import Linear as Linear
+from .circuits.edges import edges as edges
+from .circuits.nodes import Edge as Edge
+from .circuits.nodes import Node as Node
+from .circuits.nodes import Paths as Paths
 from .data.batches import batch_pairs as batch_pairs
 from .data.batches import resampled as resampled
 from .data.pairs import PromptPair as PromptPair

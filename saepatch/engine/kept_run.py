@@ -125,6 +125,14 @@ class KeptRun:
             return self._go(way, site, rows, first, change, only, later)
         return self._go(way, site, rows, first, change, None, later)[:, only]
 
+    def way(self, site: Site) -> str:
+        """The fastest way of resuming from a site that agrees with whole passes: one of `WAYS`."""
+        return self._way((site,))[0]
+
+    def cache_before(self, rows: Int[Tensor, "edits"], first: int) -> Cache:
+        """The keys and values of some rows before column `first`, for passes that start there."""
+        return cache_before([self._cache], rows, first)
+
     @torch.no_grad()
     def _go(
         self,
@@ -144,7 +152,7 @@ class KeptRun:
         edited = {site: (old + change).to(old.dtype)}
         if entry(site) != site:
             edited[entry(site)] = self.values[entry(site)][rows, first:]
-        cache = Cache(layers=[_Before(kept, rows, first) for kept in self._cache.layers]) if first else None
+        cache = self.cache_before(rows, first) if first else None
         with ExitStack() as stack:
             if way != "whole":
                 stack.enter_context(skip_blocks(model.layout, site.enters))
@@ -302,6 +310,15 @@ class _Before(DynamicLayer):
     def _with(self, before: Tensor, new: Tensor) -> Tensor:
         mine = before[self._rows[:1]].expand(len(new), -1, -1, -1) if self._same_row else before[self._rows]
         return torch.cat([mine, new], -2)
+
+
+def cache_before(caches: Sequence[Cache], rows: Int[Tensor, "edits"], first: int) -> Cache:
+    """A cache of the columns before `first`, each layer's from the first of the caches that holds it."""
+    layers: list[Any] = []
+    for number in range(max(len(cache.layers) for cache in caches)):
+        held: list[Any] = [cache.layers[number] for cache in caches if number < len(cache.layers)]
+        layers.append(_Before(next(layer for layer in held if layer.is_initialized), rows, first))
+    return Cache(layers=layers)
 
 
 def entry(site: Site) -> Site:

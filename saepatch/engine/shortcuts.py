@@ -39,11 +39,15 @@ class Maps:
 
 
 def quick_activations(blocks: Iterable[nn.Module]) -> dict[nn.Module, Forward]:
-    """Fused kernels for activations implemented as separate operations (GPT-2's, ten times slower)."""
+    """Fused kernels for activations implemented as separate operations (GPT-2's, ten times slower).
+
+    Activations whose forward is replaced already, as by a modified backward pass, are left alone.
+    """
     from transformers.activations import NewGELUActivation
 
     quick = partial(nn.functional.gelu, approximate="tanh")
-    return {m: quick for block in blocks for m in block.modules() if isinstance(m, NewGELUActivation)}
+    slow = (m for block in blocks for m in block.modules() if isinstance(m, NewGELUActivation))
+    return {m: quick for m in slow if "forward" not in vars(m)}
 
 
 def at_last(module: nn.Module, wide: bool) -> Forward:

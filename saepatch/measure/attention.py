@@ -29,6 +29,7 @@ from saepatch.engine.gradients import Readout
 from saepatch.engine.metrics import metric_name
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.engine.plan import column_of
+from saepatch.engine.softmax import LEAST, additive_mask, attention_scores, refuse_unusual, repeated_heads
 from saepatch.errors import UserError
 from saepatch.measure.screen import Attribution
 from saepatch.model.hooks import attention_replaced, graph_through, is_spliced
@@ -37,7 +38,6 @@ from saepatch.model.sites import Site
 from saepatch.splicing.splice import choose_positions
 
 PARTS = ("query", "key", "value")
-LEAST = -1e38  # a score with probability 0 after softmax
 
 
 def attribute_attention(
@@ -187,23 +187,6 @@ class _Seen:
         return {"query": self.query, "key": self.key, "value": self.value}[what]
 
 
-def _scores(
-    query: Float[Tensor, "batch heads pos width"],
-    key: Float[Tensor, "batch kv pos width"],
-    bias: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> Float[Tensor, "batch heads pos pos"]:
-    scores = query @ _repeated(key, query.shape[1]).transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores if bias is None else scores + bias.to(scores.dtype)
-
-
-def _repeated(x: Float[Tensor, "batch kv pos _"], heads: int) -> Float[Tensor, "batch heads pos _"]:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
 class _Attention:
     """Softmax attention as computed by transformers' own functions, recording each layer's inputs."""
 
@@ -226,22 +209,18 @@ class _Attention:
         **options: Any,
     ) -> tuple[Tensor, None]:
         layer = self.layers.get(module, -1)
-        unsupported = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
-        sinks = hasattr(module, "sinks")
-        if unsupported or sinks or layer in self.seen or layer < 0:
-            what = unsupported[0] if unsupported else "attention sinks" if sinks else "several attentions per block"
-            raise UserError(f"{type(module).__name__} computes attention with {what}: patch heads' outputs instead")
+        refuse_unusual(module, options)
+        if layer in self.seen or layer < 0:
+            raise UserError(
+                f"{type(module).__name__} computes attention with several attentions per block: patch heads' outputs "
+                "instead"
+            )
         if self.edit is not None:
             query, key, value = (self.edit(layer, what, x) for what, x in zip(PARTS, (query, key, value), strict=True))
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        bias = attention_mask
-        if bias is None and getattr(module, "is_causal", True):
-            past = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-            bias = torch.zeros_like(past, dtype=torch.float32).masked_fill_(~past, LEAST)
-        elif bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill_(~bias, LEAST)
-        scores = _scores(query, key, bias, scaling, softcap)
-        z = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ _repeated(value, query.shape[1])
+        bias = additive_mask(module, query, key, attention_mask)
+        scores = attention_scores(query, key, bias, scaling, softcap)
+        z = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ repeated_heads(value, query.shape[1])
         self.seen[layer] = _Seen(query, key, value, z, bias, scaling, softcap)
         return z.transpose(1, 2).contiguous(), None
 
@@ -324,7 +303,7 @@ def _query_fix(
     """`Σ_j (p'_j − p_j) v_j · g` for each query position, with p' the probabilities under the patched query."""
     key, along = _precise(base.key), _along(base, gradient)
     old, new = (
-        _scores(_precise(q), key, base.bias, base.scaling, base.softcap).clamp(min=LEAST).softmax(-1)
+        attention_scores(_precise(q), key, base.bias, base.scaling, base.softcap).clamp(min=LEAST).softmax(-1)
         for q in (base.query, source.query)
     )
     return ((new - old) * along).sum(-1)
@@ -332,7 +311,7 @@ def _query_fix(
 
 def _along(base: _Seen, gradient: Float[Tensor, "batch heads pos vwidth"]) -> Float[Tensor, "batch heads pos pos"]:
     """Derivative of the metric by the attention weight of query t (rows) on key j (columns): `v_j · g_t`."""
-    return _precise(gradient) @ _repeated(_precise(base.value), gradient.shape[1]).transpose(-1, -2)
+    return _precise(gradient) @ repeated_heads(_precise(base.value), gradient.shape[1]).transpose(-1, -2)
 
 
 def _key_fix(
@@ -346,7 +325,7 @@ def _key_fix(
     """
     query, along = _precise(base.query), _along(base, gradient)
     old, new = (
-        _scores(query, _precise(key), base.bias, base.scaling, base.softcap).clamp(min=LEAST)
+        attention_scores(query, _precise(key), base.bias, base.scaling, base.softcap).clamp(min=LEAST)
         for key in (base.key, source.key)
     )
     largest, top = old.max(-1, keepdim=True)

@@ -104,9 +104,9 @@ class Verification:
         most, left = int(_most(large, drawn, others, chance).sum()), self.others - self.sampled
         return int(is_large.sum()), most / left if left else 0.0, float(most)
 
-    def summary(self) -> str:
+    def summary(self, what: str = "nodes") -> str:
         """Text on what was run exactly and how well the estimates agree."""
-        text = f"run exactly: the {self.largest} nodes with the largest estimates"
+        text = f"run exactly: the {self.largest} {what} with the largest estimates"
         text += f", and {self.sampled} drawn at random from the other {self.others}; agreement of "
         text += f"{'estimated sizes' if self.sizes else 'estimates'} with exact effects: "
         text += f"Pearson {self.pearson():.3f}, Spearman {self.spearman():.3f}"
@@ -116,14 +116,14 @@ class Verification:
         if not self.largest:
             return text
         ranks = sorted({max(1, self.largest // 5), self.largest})
-        return "\n".join([text, *(self._bound(k) for k in ranks)])
+        return "\n".join([text, *(self._bound(k, what) for k in ranks)])
 
-    def _bound(self, k: int) -> str:
+    def _bound(self, k: int, what: str) -> str:
         large, share, most = self.missed(k)
         which = "the smallest" if k == self.largest else f"number {k}"
         return (
             f"missed: {large} of the {self.sampled} drawn are as large as {which} of these {self.largest} by exact "
-            f"effect ({self.threshold(k):.3g}); of the {self.others - self.sampled} nodes that were not run, at most "
+            f"effect ({self.threshold(k):.3g}); of the {self.others - self.sampled} {what} that were not run, at most "
             f"{int(most)} are ({share:.2%}, 95 % confidence)"
         )
 

@@ -1,4 +1,4 @@
 """Choosing latents for steering, generating steered text, and measuring its fluency.
 
-May import measure and below.
+May import circuits and below.
 """

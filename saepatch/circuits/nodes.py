@@ -1,0 +1,188 @@
+"""Nodes of a circuit: units at sites whose nodes together make up the site's whole value, and the logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import (
+    Changes,
+    Component,
+    ErrorTerm,
+    Heads,
+    LatentUnits,
+    Patchable,
+    Stream,
+    as_components,
+)
+from saepatch.engine.kept_run import KeptRun
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+
+LOGITS = "logits"
+RESIDUAL = ("resid_pre", "resid_post")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A unit at one position of a prompt, or (None) at all of its positions.
+
+    `kind` is that of a component's units ("latent", "error", "head", "stream"), or "logits": the target, which has no
+    site. Positions are indices into a prompt's own tokens, from 0.
+    """
+
+    site: Site | None
+    unit: int = 0
+    position: int | None = None
+    kind: str = "latent"
+
+    def __str__(self) -> str:
+        if self.site is None:
+            return LOGITS
+        unit = "" if self.kind in ("error", "stream") else f" {self.unit}"
+        return f"{self.site} {self.kind}{unit}" + ("" if self.position is None else f" at {self.position}")
+
+    @property
+    def order(self) -> tuple[int, int, int, int, str]:
+        """Sort key: by order in the forward pass, position, unit; the logits come last."""
+        first = (1_000_000_000, 0) if self.site is None else self.site.order
+        return (*first, -1 if self.position is None else self.position, self.unit, self.kind)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The part of the effect of `up` that reaches `down` directly."""
+
+    up: Node
+    down: Node
+
+    def __post_init__(self) -> None:
+        """Raises UserError where `up` cannot act on `down`: at the same or a later site, or at a later position."""
+        up, down = self.up, self.down
+        if up.site is None or (down.site is not None and not up.site.order < down.site.order):
+            raise UserError(f"no edge from {up} to {down}: an edge leads to a later site")
+        if None not in (up.position, down.position) and up.position > down.position:  # type: ignore[operator]
+            raise UserError(f"no edge from {up} to {down}: later positions do not act on earlier ones")
+
+    def __str__(self) -> str:
+        return f"{self.up} → {self.down}"
+
+
+@dataclass(frozen=True, eq=False)
+class NodeSite:
+    """A site, and the components whose units are its nodes: together they make up its whole value."""
+
+    site: Site
+    components: tuple[Component, ...]
+
+    @property
+    def cuts(self) -> bool:
+        """Whether nothing passes the site but through its nodes: it is the residual stream."""
+        return self.site.stream in RESIDUAL
+
+
+def node_sites(model: LanguageModel, patchables: Patchable | Sequence[Patchable]) -> list[NodeSite]:
+    """Sites with nodes, in the order of the forward pass.
+
+    A dictionary stands for its latents and its error term, `Heads` for all heads of a layer, `Stream` for a whole
+    site: an MLP's output at `mlp_out`, the token embeddings at `resid_pre.0`.
+
+    Raises:
+        UserError: a component does not fit the model, is only a part of its site, or shares a tensor with another.
+    """
+    given = list(patchables) if isinstance(patchables, Sequence) else [patchables]
+    listed: list[Component] = []
+    for item in given:
+        if isinstance(item, Dictionary):
+            if item.normalises:
+                raise UserError(
+                    f"dictionary {item.name} normalises its input, so its latents and error term do not make up "
+                    f"{item.site}: use one that does not normalise"
+                )
+            listed += [LatentUnits(item), ErrorTerm(item)]
+        elif isinstance(item, Heads | Stream):
+            listed.append(item)
+        else:
+            raise UserError(
+                f"{type(item).__name__} at {item.site} is only a part of its site: give dictionaries, Heads or Stream"
+            )
+    by_site: dict[Site, list[Component]] = {}
+    for component in as_components(model, listed):
+        by_site.setdefault(component.site, []).append(component)
+    sites = sorted((NodeSite(site, tuple(parts)) for site, parts in by_site.items()), key=lambda some: some.site.order)
+    for number, one in enumerate(sites):
+        for other in sites[:number]:
+            if one.site.same_tensor(other.site):
+                raise UserError(f"{other.site} and {one.site} are one tensor: give nodes of one of them")
+        if len({type(part) for part in one.components} & {LatentUnits, Heads, Stream}) > 1:
+            raise UserError(f"{one.site} has nodes of several kinds that overlap: give one of them")
+    return sites
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which parts of the model lie open between two nodes, beside the residual stream; nodes never do.
+
+    What is closed keeps its value of the base run: `attention=False` holds the output of every attention layer between
+    the nodes, `mlp=False` that of every MLP.
+    """
+
+    attention: bool = True
+    mlp: bool = True
+
+    @property
+    def name(self) -> str:
+        through = [name for name, is_open in (("attention", self.attention), ("MLPs", self.mlp)) if is_open]
+        return " and ".join(["the residual stream", *through]) if len(through) < 2 else "all parts"
+
+    def closed(self, model: LanguageModel, nodes: Sequence[NodeSite]) -> list[Site]:
+        """Sites that are held wherever they lie between two nodes.
+
+        What is a function of nodes within its own layer (the attention output where heads are nodes) is left to them.
+
+        Raises:
+            UserError: the model does not offer a site that is to be held.
+        """
+        own = {node.site for node in nodes}
+        closed = []
+        for is_open, stream, inner in ((self.attention, "attn_out", "z"), (self.mlp, "mlp_out", "neurons")):
+            if is_open:
+                continue
+            for layer in range(model.n_layers):
+                site = Site(layer, stream)
+                model.layout.module(site)
+                if site not in own and Site(layer, inner) not in own:
+                    closed.append(site)
+        return closed
+
+
+def between(closed: Sequence[Site], nodes: Sequence[NodeSite], up: Site, down: Site | None) -> list[Site]:
+    """The sites between two nodes that are held at the base run: closed ones, and those of other nodes."""
+    others = [*closed, *(node.site for node in nodes)]
+    return [site for site in others if up.order < site.order and (down is None or site.order < down.order)]
+
+
+def upstream(nodes: Sequence[NodeSite], down: Site | None) -> list[NodeSite]:
+    """The sites whose nodes may have edges to a site: those from the last one on that all else has to pass through."""
+    before = [node for node in nodes if down is None or node.site.order < down.order]
+    cut = max((number for number, node in enumerate(before) if node.cuts), default=0)
+    return before[cut:]
+
+
+def changes_at(node: NodeSite, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> list[Changes]:
+    """The differences between the runs of each of a site's components, at positions in `where`.
+
+    Differences after identical tokens are rounding, and are left out.
+    """
+    x, other = base.values[node.site], source.values[node.site]
+    alike = (base.tokens.input_ids == source.tokens.input_ids) & (
+        base.tokens.attention_mask == source.tokens.attention_mask
+    )
+    rounding = 8 * torch.finfo(x.dtype).eps * x.abs().amax(-1)
+    same = alike.cumprod(-1).bool() & ((other - x).abs().amax(-1) <= rounding)
+    where = where & ~same
+    return [component.write(x, component.read(other), where) for component in node.components]

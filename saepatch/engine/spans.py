@@ -1,0 +1,190 @@
+"""Passes that start at one site of a kept run and end at a later one: its value there, or a graph of it.
+
+Both skip the blocks before the first site and, where a cache allows it, the columns before the first one that matters.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from saepatch.engine.gradients import Readout
+from saepatch.engine.kept_run import ON_CACHE, WAYS, KeptRun, cache_before, entry
+from saepatch.engine.metrics import metric_name
+from saepatch.errors import UserError
+from saepatch.model.hooks import Edit, SpliceError, edit_sites, skip_blocks
+from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.sites import Site
+
+log = logging.getLogger(__name__)
+
+
+class _ReachedSite(Exception):
+    """Raised at the site where a pass may end."""
+
+
+def run_to(
+    model: LanguageModel,
+    tokens: Tokens,
+    edits: Mapping[Site, Edit],
+    target: Site,
+    start: int = 0,
+    cache: Any = None,
+    skip: int = 0,
+) -> Float[Tensor, "batch columns width"]:
+    """The value of a site in a pass with edits, from column `start` on; later blocks do not run.
+
+    Raises:
+        SpliceError: the pass did not run through the target or an edited site.
+    """
+    reached: list[Tensor] = []
+    fired: set[Site] = set()
+
+    def noted(site: Site, edit: Edit) -> Edit:
+        def run(x: Tensor) -> Tensor:
+            fired.add(site)
+            return edit(x)
+
+        return run
+
+    def stop(x: Tensor) -> Tensor:
+        reached.append(x)
+        raise _ReachedSite
+
+    hooks = {site: noted(site, edit) for site, edit in edits.items()} | {target: stop}
+    try:
+        with skip_blocks(model.layout, skip), edit_sites(model.layout, hooks):
+            model.call(tokens, start, last=True, cache=cache)
+    except _ReachedSite:
+        pass
+    if missed := [str(site) for site in (*edits, target) if site not in fired and not (site == target and reached)]:
+        raise SpliceError(f"a pass to {target} did not run through {', '.join(missed)}: check the model's blocks")
+    return reached[0]
+
+
+@torch.no_grad()
+def reach(
+    base: KeptRun,
+    site: Site,
+    rows: Int[Tensor, "edits"],
+    first: int,
+    change: Float[Tensor, "edits columns width"],
+    target: Site,
+    held: Collection[Site] = (),
+) -> Float[Tensor, "edits columns out"]:
+    """The value of a later site, from column `first` on, in rows of the base run with `change` added to a site.
+
+    `held` are sites between the two that keep their values of the base run.
+    """
+    way, columns = base.way(site), change.shape[1]
+    start = first if way in ON_CACHE else 0
+    change = nn.functional.pad(change, (0, 0, first - start, 0))
+    old = base.values[site][rows, start:]
+    values = {other: base.values[other][rows, start:] for other in held}
+    if entry(site) != site:
+        values[entry(site)] = base.values[entry(site)][rows, start:]
+    values[site] = (old + change).to(old.dtype)
+    out = run_to(
+        base.model,
+        base.tokens.rows(rows),
+        {place: _set_to(value) for place, value in values.items()},
+        target,
+        start,
+        base.cache_before(rows, start) if start else None,
+        0 if way == WAYS[-1] else site.enters,
+    )
+    return out.to(base.model.device)[:, -columns:]
+
+
+class SpanGraph:
+    """A later site's value as a function of earlier sites of a base run, in one autograd graph.
+
+    `leaves` are the values of the earlier sites. Each is a leaf of the graph: what reaches one of them from an earlier
+    one is cut off, as are the sites in `held`, which keep their values of the base run. `whole` is the target's value.
+    """
+
+    def __init__(self, base: KeptRun, leaves: Mapping[Site, Tensor], target: Site, held: Collection[Site] = ()) -> None:
+        self.base, self.target = base, target
+        self.leaves = {site: x.detach().requires_grad_() for site, x in leaves.items()}
+        first = min(leaves, key=lambda site: site.order)
+        way = base.way(first)
+        self._skip = 0 if way == WAYS[-1] else first.enters
+        self._fixed = {site: base.values[site] for site in held}
+        if entry(first) not in leaves:
+            self._fixed[entry(first)] = base.values[entry(first)]
+        self._cache: Cache | None = DynamicCache() if way in ON_CACHE else None
+        self._all = torch.arange(len(base.tokens), device=base.model.device)
+        self._checked = False
+        self.whole = self._run(base.tokens, slice(None), self._cache)
+
+    def column(self, p: int) -> Float[Tensor, "batch 1 width"]:
+        """The target's value in column `p`; later blocks' queries and MLPs run at this column alone, where possible."""
+        whole = self.whole[:, p : p + 1]
+        if self._cache is None:
+            return whole
+        cache = cache_before([self._cache, self.base.cache_before(self._all, p)], self._all, p) if p else None
+        alone = self._run(self.base.tokens.columns(p + 1), slice(p, p + 1), cache)
+        if not _close(alone.detach(), whole.detach()) or not (self._checked or self._same_gradients(alone, whole)):
+            log.warning("%s: passes from a cache differ from whole passes, which are used", self.base.model.name)
+            self._cache = None
+            return whole
+        self._checked = True
+        return alone
+
+    def _same_gradients(self, alone: Tensor, whole: Tensor) -> bool:
+        noise = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0)).to(whole)
+        leaves = list(self.leaves.values())
+        ours, expected = (
+            torch.autograd.grad(x, leaves, noise, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for x in (alone, whole)
+        )
+        return all(_close(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
+
+    def _run(self, tokens: Tokens, columns: slice, cache: Any) -> Float[Tensor, "batch columns width"]:
+        edits = {site: _set_to(x[:, columns]) for site, x in (self._fixed | self.leaves).items()}
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no batched backward pass
+            start = columns.start or 0
+            return run_to(self.base.model, tokens, edits, self.target, start, cache, self._skip)
+
+
+def direct_gradients(
+    base: KeptRun, leaves: Mapping[Site, Tensor], held: Collection[Site], readout: Readout
+) -> dict[Site, Float[Tensor, "batch pos _"]]:
+    """Gradients of a metric at sites of a base run, each site's later ones among `leaves` and `held` being fixed."""
+    at = {site: x.detach().requires_grad_() for site, x in leaves.items()}
+    first = min(at, key=lambda site: site.order)
+    fixed = {site: base.values[site] for site in held}
+    if entry(first) not in at:
+        fixed[entry(first)] = base.values[entry(first)]
+    edits = {site: _set_to(x) for site, x in (fixed | at).items()}
+    skip = 0 if base.way(first) == WAYS[-1] else first.enters
+    with torch.enable_grad(), readout.running(base.model):
+        with skip_blocks(base.model.layout, skip), edit_sites(base.model.layout, edits):
+            metric = readout(base.model.call(base.tokens, last=True)[:, -1])
+        if not metric.requires_grad:
+            raise UserError(f"{metric_name(readout.metric)} has no gradient: use a smooth metric, or patch exactly")
+        return dict(
+            zip(
+                at,
+                torch.autograd.grad(metric.sum(), list(at.values()), allow_unused=True, materialize_grads=True),
+                strict=True,
+            )
+        )
+
+
+def _set_to(value: Tensor) -> Edit:
+    return lambda x: value.to(x.device)
+
+
+def _close(ours: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    return bool((ours - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))

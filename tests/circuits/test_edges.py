@@ -1,0 +1,358 @@
+"""Edges against the literal definitions: loops of automatic differentiation and plain hooks, written here."""
+
+from contextlib import ExitStack
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_dictionary, tiny_model
+
+import saepatch as sp
+from saepatch.circuits.backward import gim, relp
+from saepatch.circuits.nodes import Edge, Node, node_sites
+from saepatch.circuits.paths import path_patches
+from saepatch.engine.components import Heads, Stream
+from saepatch.engine.metrics import log_probability
+from saepatch.errors import UserError
+from saepatch.model.sites import READ_AT_INPUT, Site
+
+pytestmark = pytest.mark.whole
+
+PAIR = sp.PromptPair("cat", "dot", "x", "y", "a")
+UP, DOWN = Site(0), Site(1)
+ALL = sp.SweepOptions(metric=log_probability)
+
+
+@cache
+def model(family="llama"):
+    return tiny_model(family)
+
+
+@cache
+def dictionaries(up="topk", down="jumprelu"):
+    return [random_dictionary("resid_post.0", up, seed=1), random_dictionary("resid_post.1", down, seed=2)]
+
+
+def hooked(model, site, edit):
+    module = model.layout.module(site)
+
+    def on_output(_module, _args, output):
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    def on_input(_module, args, kwargs):
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    if site.stream in READ_AT_INPUT:
+        return module.register_forward_pre_hook(on_input, with_kwargs=True)
+    return module.register_forward_hook(on_output)
+
+
+def forward(model, text, edits):
+    """Next-token logits of a whole pass under hooks."""
+    with ExitStack() as stack:
+        for site, edit in edits.items():
+            stack.callback(hooked(model, site, edit).remove)
+        return model.hf(input_ids=torch.tensor([model.encode(text)])).logits[0, -1].double()
+
+
+def values(model, text, sites):
+    seen = {}
+    forward(model, text, {site: lambda x, site=site: seen.setdefault(site, x.detach().clone()) for site in sites})
+    return seen
+
+
+def answer(model):
+    return model.encode("x")[-1]
+
+
+def written(kind, dictionary, x, unit, heads=4):
+    """What a node adds to its site where the site's value is x, as a differentiable function."""
+    if kind == "latent":
+        return dictionary.sae.encode(x)[..., unit, None] * dictionary.rows[unit]
+    if kind == "error":
+        return x - dictionary.sae.decode(dictionary.sae.encode(x))
+    if kind == "head":
+        mask = torch.zeros(heads, x.shape[-1] // heads)
+        mask[unit] = 1
+        return x * mask.flatten()
+    return x
+
+
+def gradient_at(model, text, site):
+    """Gradient of the answer's log-probability at a site of the unedited run."""
+    leaf = []
+
+    def record(x):
+        leaf.append(x.detach().requires_grad_())
+        return leaf[0]
+
+    logp = forward(model, text, {site: record}).log_softmax(-1)[answer(model)]
+    return torch.autograd.grad(logp, leaf[0])[0]
+
+
+def by_loop(model, edge, dictionary_of, held=(), text=PAIR.corrupted, other=PAIR.clean):
+    """One estimate: a whole pass with a graph from the upstream site on, and one backward pass from one node."""
+    up, down = edge.up, edge.down
+    here, there = values(model, text, [up.site, *held]), values(model, other, [up.site])
+    leaf, reached = here[up.site].clone().requires_grad_(), {}
+    edits = {site: lambda x, site=site: here[site] for site in held} | {up.site: lambda _: leaf}
+    if down.site is None:
+        worth = forward(model, text, edits).log_softmax(-1)[answer(model)]
+    else:
+        forward(model, text, edits | {down.site: lambda x: reached.setdefault("x", x)})
+        g = gradient_at(model, text, down.site)[0, down.position]
+        new = written(down.kind, dictionary_of.get(down.site), reached["x"][:, down.position], down.unit)
+        worth = (g * new).sum()
+    jacobian = torch.autograd.grad(worth, leaf)[0][0, up.position]
+    old, new = (
+        written(up.kind, dictionary_of.get(up.site), run[up.site][:, up.position], up.unit) for run in (here, there)
+    )
+    return float((jacobian * (new - old)[0]).sum())
+
+
+@torch.no_grad()
+def by_hooks(model, edge, dictionary_of, held=(), text=PAIR.corrupted, other=PAIR.clean):
+    """One exact path patch: three runs under plain hooks."""
+    up, down = edge.up, edge.down
+    sites = [up.site, *held, *([] if down.site is None else [down.site])]
+    here, there = values(model, text, sites), values(model, other, [up.site])
+
+    def at(site, node, run, before):
+        x = before.clone()
+        new, old = (written(node.kind, dictionary_of.get(site), r[:, node.position], node.unit) for r in (run, before))
+        x[:, node.position] += new - old
+        return x
+
+    patched = at(up.site, up, there[up.site], here[up.site])
+    edits = {site: lambda x, site=site: here[site] for site in held} | {up.site: lambda _: patched}
+    base = forward(model, text, {}).log_softmax(-1)[answer(model)]
+    if down.site is None:
+        return float(forward(model, text, edits).log_softmax(-1)[answer(model)] - base)
+    reached = {}
+    forward(model, text, edits | {down.site: lambda x: reached.setdefault("x", x)})
+    final = at(down.site, down, reached["x"], here[down.site])
+    return float(forward(model, text, {down.site: lambda _: final}).log_softmax(-1)[answer(model)] - base)
+
+
+def compared(model, patchables, how, held_of, expected, n=12, **options):
+    """Some edges: our estimates (or exact values) and the literal ones."""
+    result = sp.edges(model, patchables, [PAIR], how, ALL, **options)
+    known = {d.site: d for d in patchables if hasattr(d, "sae")}
+    drawn = np.random.default_rng(0).permutation(len(result))[:n].tolist()
+    chosen = [(result.edge(i), float(result.score[i])) for i in drawn]
+    return result, [(score, expected(model, edge, known, held_of(edge))) for edge, score in chosen]
+
+
+def agree(both, tolerance=1e-3):
+    ours, expected = np.array(both).T
+    np.testing.assert_allclose(ours, expected, atol=tolerance * np.abs(expected).max(), rtol=tolerance)
+
+
+NONE = sp.EdgeOptions(verify=0, sample=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_estimates_are_those_of_a_loop(family):
+    """Residual latents and errors, through attention, MLPs and post-norms; no edge is missing."""
+    patchables = dictionaries()
+    result, both = compared(model(family), patchables, NONE, lambda e: (), by_loop)
+    agree(both)
+    kinds = {(result.parts[up][1], result.parts[down][1]) for up, down in np.unique(result.names[[1, 4]], axis=1).T}
+    assert kinds == {(up, down) for up in ("latent", "error") for down in ("latent", "error", "logits")}
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "topk"])
+def test_every_encoder_is_differentiated(architecture):
+    agree(compared(model(), dictionaries("standard", architecture), NONE, lambda e: (), by_loop)[1])
+
+
+def test_an_unknown_encoder_is_differentiated_automatically(monkeypatch):
+    monkeypatch.setattr("saepatch.circuits.jacobians.SLOPES", set())
+    agree(compared(model(), dictionaries(), NONE, lambda e: (), by_loop)[1])
+
+
+def mixed():
+    return [Heads(0, 4), Stream(Site(1, "mlp_out")), random_dictionary("resid_post.2", "topk", seed=3)]
+
+
+def held_between(edge):
+    """Of the mixed nodes, those between two others."""
+    order = (10**9, 0) if edge.down.site is None else edge.down.site.order
+    sites = [Site(0, "z"), Site(1, "mlp_out"), Site(2)]
+    return [site for site in sites if edge.up.site.order < site.order < order]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_heads_mlps_and_latents_with_nodes_between_held(family):
+    """Nodes between two others are held; no edge passes a residual stream that has nodes."""
+    result, both = compared(model(family), mixed(), NONE, held_between, by_loop)
+    agree(both)
+    sites = {(str(result.parts[u][0]), str(result.parts[d][0])) for u, d in np.unique(result.names[[1, 4]], axis=1).T}
+    assert sites == {
+        ("z.0", "mlp_out.1"),
+        ("z.0", "resid_post.2"),
+        ("mlp_out.1", "resid_post.2"),
+        ("resid_post.2", "None"),
+    }
+
+
+@pytest.mark.parametrize("paths", [sp.Paths(mlp=False), sp.Paths(attention=False), sp.Paths(False, False)])
+def test_closed_paths_are_held(paths):
+    closed = [Site(1, s) for s, is_open in (("attn_out", paths.attention), ("mlp_out", paths.mlp)) if not is_open]
+    after = [Site(2, s.stream) for s in closed]
+
+    def held(edge):
+        return after if edge.down.site is None else closed
+
+    how = sp.EdgeOptions(paths=paths, verify=0, sample=0)
+    agree(compared(model(), dictionaries(), how, held, by_loop)[1])
+    how = sp.EdgeOptions(paths=paths, verify=8, sample=8)
+    exact_agrees(model(), dictionaries(), how, held)
+
+
+def exact_agrees(model, patchables, how, held_of, **options):
+    result = sp.edges(model, patchables, [PAIR], how, ALL, **options)
+    known = {d.site: d for d in patchables if hasattr(d, "sae")}
+    texts = {} if options.get("direction") != "noise" else {"text": PAIR.clean, "other": PAIR.corrupted}
+    sign = 1 if not texts else -1
+    expected = [sign * by_hooks(model, edge, known, held_of(edge), **texts) for _, edge in result.checked]
+    agree(list(zip(result.verified.exact, expected, strict=True)))
+    return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_exact_path_patches_are_those_of_plain_hooks(family):
+    result = exact_agrees(model(family), dictionaries(), sp.EdgeOptions(verify=12, sample=12), lambda e: ())
+    assert result.verified.others == result.total - 12
+    assert len(set(result.checked)) == 24
+
+
+def test_exact_path_patches_among_heads_mlps_and_latents_noising():
+    exact_agrees(model(), mixed(), sp.EdgeOptions(verify=10, sample=10), held_between, direction="noise")
+
+
+def test_integrated_edges_sum_to_what_setting_the_site_does():
+    """All edges into one node: its mean gradient times its change when the whole upstream site is set."""
+    up, down = dictionaries("standard", "standard")
+    result = sp.edges(model(), [up, down], [PAIR], sp.EdgeOptions(sp.Linear(steps=8), verify=0, sample=0), ALL)
+    screen = sp.attribute(model(), down, [PAIR], sp.IntegratedGradients(8), options=ALL)
+    there, reached = values(model(), PAIR.clean, [UP, DOWN]), {}
+    forward(model(), PAIR.corrupted, {UP: lambda x: there[UP], DOWN: lambda x: reached.setdefault("x", x.detach())})
+    here = values(model(), PAIR.corrupted, [DOWN])
+    before, after, source = (down.activations(x)[0][0, -1] for x in (here[DOWN], reached["x"], there[DOWN]))
+    last, both = len(model().encode(PAIR.clean)) - 1, []
+    for latent in (source - before).abs().argsort(descending=True)[:12].tolist():
+        node = (screen.position == last) & (screen.unit == latent)
+        into = (result.names[4] == 2) & (result.names[5] == latent) & (result.names[6] == last)
+        slope = float(screen.score[node][0]) / float(source[latent] - before[latent])
+        expected = slope * float(after[latent] - before[latent])
+        both.append((result.score[into].sum(), expected))
+    agree(both, 0.05)
+
+
+def test_relevance_is_conserved():
+    """In a Llama without biases, RelP's gradient times a site's value is the logit; edges use the same gradients."""
+    m, embedded, answered = model(), Site(0, "resid_pre"), answer(model())
+    here, there = (values(m, text, [embedded])[embedded] for text in (PAIR.corrupted, PAIR.clean))
+    with relp(m):
+        leaf, reached = here.clone().requires_grad_(), {}
+        edits = {embedded: lambda _: leaf, Site(2): lambda x: reached.setdefault("x", x)}
+        logit = forward(m, PAIR.corrupted, edits)[answered]
+        gradient = torch.autograd.grad(logit, leaf, retain_graph=True)[0]
+        end = reached["x"].detach().requires_grad_()
+        logp = forward(m, PAIR.corrupted, {Site(2): lambda _: end}).log_softmax(-1)[answered]
+        g = torch.autograd.grad(logp, end)[0][0, -1]
+        jacobian = torch.autograd.grad((reached["x"][0, -1] * g).sum(), leaf)[0][0]
+    assert float((gradient * here).sum()) == pytest.approx(float(logit.detach()), rel=1e-3)
+    how = sp.EdgeOptions(sp.Linear(backward=relp), verify=0, sample=0)
+    result = sp.edges(m, [Stream(embedded), Stream(Site(2))], [PAIR], how, ALL)
+    assert min(result.acted.values()) > 0
+    into_last = [i for i in range(len(result)) if result.names[6, i] == 3 and result.names[4, i] == 1]
+    expected = (jacobian * (there - here)[0]).sum(-1).tolist()
+    agree([(float(result.score[i]), expected[result.edge(i).up.position]) for i in into_last])
+
+
+def test_gim_is_what_it_says():
+    """The modified backward pass of a block, against one written out by hand."""
+    m = model()
+    block, x = m.layout.blocks[0], values(m, PAIR.clean, [Site(0, "resid_pre")])[Site(0, "resid_pre")]
+    with gim(m) as counts:
+        leaf = x.clone().requires_grad_()
+        seen = {}
+        forward(
+            m,
+            PAIR.clean,
+            {Site(0, "resid_pre"): lambda _: leaf, Site(0, "attn_out"): lambda y: seen.setdefault("y", y)},
+        )
+        weights = torch.randn(seen["y"].shape, generator=torch.Generator().manual_seed(3))
+        ours = torch.autograd.grad((seen["y"] * weights).sum(), leaf)[0]
+    assert counts["attention"] == 3
+    assert counts["norm"] >= 7
+    norm, attn, n = block.input_layernorm, block.self_attn, x.shape[1]
+    gain = norm.weight * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    leaf = x.clone().requires_grad_()
+    h = leaf * gain.detach()
+    q, k, v = (proj(h).view(1, n, -1, 4).transpose(1, 2) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = apply_rotary_pos_emb(q, k, *m.hf.model.rotary_emb(x, torch.arange(n)[None]))
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    mask = torch.full((n, n), float("-inf")).triu(1)
+    p = (q @ k.mT / 2 + mask).softmax(-1).detach()
+    # each of the four backward passes by its own rule: v × 1/2, then scores at temperature 2, then q, k × 1/4
+    dz = (weights @ attn.o_proj.weight).view(1, n, 4, 4).transpose(1, 2)
+    warm = ((q @ k.mT / 2 + mask) / 2).softmax(-1).detach()
+    dp = dz @ v.detach().mT
+    ds = warm * (dp - (warm * dp).sum(-1, keepdim=True)) / 2
+    pairs = [(v, p.mT @ dz * 0.5), (q, ds @ k.detach() * 0.25), (k, ds.mT @ q.detach() * 0.25)]
+    expected = torch.autograd.grad(sum((t * d.detach()).sum() for t, d in pairs), leaf)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_modification_that_acts_on_nothing_is_refused():
+    with pytest.raises(UserError, match="GIM acted on no"), gim(model()):
+        pass
+
+
+def test_what_cannot_be_an_edge_is_refused():
+    here, later = Node(UP, 3, 2), Node(DOWN, 3, 2)
+    for edge in [(here, Node(UP, 4, 2)), (later, here), (Node(UP, 3, 4), later), (Node(None, kind="logits"), later)]:
+        with pytest.raises(UserError, match="no edge"):
+            Edge(*edge)
+    with pytest.raises(UserError, match="one tensor"):
+        node_sites(model(), [dictionaries()[0], Stream(Site(1, "resid_pre"))])
+    with pytest.raises(UserError, match="only a part"):
+        node_sites(model(), [sp.Directions(UP, torch.eye(16)[:2], "two")])
+    nodes = node_sites(model(), dictionaries())
+    with pytest.raises(UserError, match="no position"):
+        path_patches(model(), nodes, [PAIR], [(0, Edge(Node(UP, 3), later))], sp.Paths(), ALL)
+    with pytest.raises(UserError, match="equal length"):
+        sp.edges(model(), dictionaries(), [PAIR], options=ALL, align="right")
+
+
+def test_little_is_kept_and_the_rest_is_bounded():
+    whole = sp.edges(model(), dictionaries(), [PAIR], NONE, ALL)
+    few = sp.edges(model(), dictionaries(), [PAIR], sp.EdgeOptions(keep=30, verify=0, sample=0), ALL)
+    sizes = np.sort(np.abs(whole.score))[::-1]
+    assert len(few) == 30
+    np.testing.assert_allclose(np.sort(np.abs(few.score))[::-1], sizes[:30], rtol=1e-4)
+    assert few.dropped[0] == pytest.approx(sizes[30], rel=1e-4)
+    assert few.total == whole.total
+
+
+def test_batches_and_pairs_do_not_mix():
+    """Pairs of several lengths in batches: each pair's edges are those it has alone."""
+    other = sp.PromptPair("the rat", "the bat", "y", "x", "b")
+    third = sp.PromptPair("b cat u", "b dog u", "x", "y", "c")
+    together = sp.edges(model(), dictionaries(), [PAIR, other, third], NONE, ALL)
+    for number, pair in enumerate([PAIR, other, third]):
+        alone = sp.edges(model(), dictionaries(), [pair], NONE, ALL)
+        mine = {together.edge(i): together.score[i] for i in np.flatnonzero(together.pair == number)}
+        theirs = {alone.edge(i): alone.score[i] for i in range(len(alone))}
+        scale = np.abs(alone.score).max()
+        assert all(mine.get(e, 0) == pytest.approx(s, abs=1e-4 * scale) for e, s in theirs.items())
+        assert all(e in theirs or abs(s) < 1e-4 * scale for e, s in mine.items())
+    assert "no other one above" in together.summary()
