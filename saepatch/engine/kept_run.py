@@ -127,7 +127,7 @@ class KeptRun:
 
     def way(self, site: Site) -> str:
         """The fastest way of resuming from a site that agrees with whole passes: one of `WAYS`."""
-        return self._way((site,))[0]
+        return self._way((site,), False)[0]
 
     def cache_before(self, rows: Int[Tensor, "edits"], first: int) -> Cache:
         """The keys and values of some rows before column `first`, for passes that start there."""
