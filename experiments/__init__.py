@@ -1,4 +1,4 @@
-"""Experiments: one question a file, each a command that leaves rows, a summary and a page.
+"""Experiments: each is a command that answers one question and writes rows, a summary and a report.
 
-May import saepatch, and of training only the benchmarks its steps.
+They may import saepatch. Only the benchmarks may import training, whose steps they time.
 """

@@ -3,8 +3,8 @@
     python -m experiments.agreement --model organism --sae organism --out runs/agreement
     python -m experiments.agreement --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --device cuda
 
-"The key near the cabinets" → " is", "The keys near the cabinets" → " are": the verb agrees with the subject, whatever
-the noun before it. With the embedded model the pairs are its own `agreement` task.
+"The key near the cabinets" → " is", "The keys near the cabinets" → " are": the verb agrees with the subject, not with
+the noun next to it. The embedded model is given the pairs of its own `agreement` task.
 """
 
 import sys
@@ -19,7 +19,7 @@ from saepatch.data.pairs import PromptPair
 from .pairs.question import FramedPair, Question, StudyConfig, half_of
 from .pairs.study import run
 
-# Every other noun is of the report split.
+# The report split has every other noun.
 NOUNS = (
     "key", "cabinet", "car", "book", "boy", "girl", "dog", "cat", "table", "chair", "doctor", "teacher", "house",
     "tree", "picture", "window", "phone", "bottle", "farmer", "lawyer", "truck", "bird", "letter", "box",
@@ -33,14 +33,14 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class AgreementConfig(StudyConfig):
-    """Patch the latents that carry the subject's number, in both directions, beside other directions."""
+    """Find the latents that carry the subject's number, by patching, and compare them with other directions."""
 
     out: str = "runs/agreement"
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
 def agreement_pairs(split: str, seed: int) -> Iterator[FramedPair]:
-    """Singular/plural pairs, half of them clean in the plural; splits share no noun."""
+    """Pairs of a singular and a plural subject, the plural clean in half of them; splits share no noun."""
     half = half_of(split)
     nouns = list(permutations(NOUNS[half], 2))
     cells = list(product(TEMPLATES[split], nouns, (False, True), (False, True)))
@@ -59,10 +59,10 @@ def plural(noun: str) -> str:
 
 QUESTION = Question(
     task="agreement",
-    title="One or many? Latents for the number of the subject",
+    title="Singular or plural? Latents for the number of the subject",
     prompts=(
-        "The verb has to agree with the subject, across another noun of either number. In the corrupted prompt the "
-        "subject's number is the other one."
+        "The verb must agree with the subject, across a second noun in the singular or plural. The corrupted prompt "
+        "has the subject in the other number."
     ),
     difference="the logit difference between the verb's two forms",
     candidates=agreement_pairs,

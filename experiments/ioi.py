@@ -4,7 +4,7 @@
     python -m experiments.ioi --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --device cuda
 
 "When Mary and John went to the store, John gave a drink to" → " Mary"; in the corrupted prompt Mary gives, and John is
-the answer. With the embedded model the pairs are its own `ioi` task.
+the answer. The embedded model is given the pairs of its own `ioi` task.
 """
 
 import sys
@@ -19,8 +19,8 @@ from saepatch.data.pairs import PromptPair
 from .pairs.question import FramedPair, Question, StudyConfig, half_of
 from .pairs.study import run
 
-# After Wang et al. 2022 (https://arxiv.org/abs/2211.00593). Of names, places and objects every other one is of the
-# report split; all are single tokens to GPT-2.
+# After Wang et al. 2022 (https://arxiv.org/abs/2211.00593). The report split has every other name, place and object;
+# each is a single token of GPT-2's tokenizer.
 NAMES = (
     "Mary", "John", "Tom", "James", "Anna", "Mark", "Sarah", "Paul", "Emily", "Jack", "Laura", "Kevin", "Amy", "David",
     "Lisa", "Peter", "Rachel", "Michael", "Kate", "Daniel", "Alice", "Andrew", "Jane", "George",
@@ -43,14 +43,14 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class IoiConfig(StudyConfig):
-    """Patch the latents that name the indirect object, in both directions, beside other directions."""
+    """Find the latents that name the indirect object, by patching, and compare them with other directions."""
 
     out: str = "runs/ioi"
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
 def ioi_pairs(split: str, seed: int) -> Iterator[FramedPair]:
-    """ABBA and BABA pairs; splits share no template, name, place or object."""
+    """Pairs in the orders ABBA and BABA; splits share no template, name, place or object."""
     half = half_of(split)
     names = list(permutations(NAMES[half], 2))
     cells = list(product(TEMPLATES[split], names, PLACES[half], OBJECTS[half], ("ABBA", "BABA")))
@@ -66,8 +66,8 @@ QUESTION = Question(
     task="ioi",
     title="Who gets it? Latents for the indirect object",
     prompts=(
-        "Two people meet and one gives something to the other: the answer is the one who was named once. In the "
-        "corrupted prompt the giver's name is the other one's, and so is the answer."
+        "Two people meet and one gives something to the other; the answer is the one who was named only once. In the "
+        "corrupted prompt the other person gives, which swaps the answer."
     ),
     difference="the logit difference between the two names",
     candidates=ioi_pairs,

@@ -18,7 +18,7 @@ TITLES = (
     "Denoising: each prompt's own top latents",
     "Layer × position: denoise",
     "Refusals against the share of latents restored",
-    "Latents of ",  # whichever site the run patched
+    "Latents of ",  # followed by the patched site
 )
 
 

@@ -3,8 +3,8 @@
     python -m experiments.pronouns --model organism --sae organism --out runs/pronouns
     python -m experiments.pronouns --model MODEL --sae FOLDER_OR_RELEASE --out runs/pronouns
 
-Pairs of prompts differ in "girl named Lily" against "boy named Tim"; the answer is " She" or " He". With the embedded
-model the pairs are its own `pronoun` task.
+One prompt of a pair says "girl named Lily", the other "boy named Tim"; the answer is " She" or " He". The embedded
+model is given the pairs of its own `pronoun` task.
 """
 
 import sys
@@ -19,8 +19,8 @@ from saepatch.data.pairs import PromptPair
 from .pairs.question import FramedPair, Question, StudyConfig, half_of
 from .pairs.study import run
 
-# Every other name is of the report split. Each half has names of one and of two tokens to many a small tokenizer, so
-# that enough girls and boys make prompts of equal length.
+# The report split has every other name. In many small tokenizers each half has names of one token and names of two, so
+# that enough pairs of a girl and a boy make prompts of equal length.
 GIRLS = ("Lily", "Mia", "Sue", "Amy", "Mary", "Sally", "Lucy", "Jane", "Molly", "Ella", "Sarah", "Lola")
 BOYS = ("Tim", "Max", "Bob", "Leo", "Mike", "Tommy", "Jack", "Joe", "Billy", "Andy", "Pete", "Fred")
 TEMPLATES = {
@@ -39,20 +39,20 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class PronounsConfig(StudyConfig):
-    """Patch the latents that carry a character's gender, in both directions, beside other directions."""
+    """Find the latents that carry a character's gender, by patching, and compare them with other directions."""
 
     out: str = "runs/pronouns"
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
 
 
 def story_pairs(split: str, seed: int) -> Iterator[FramedPair]:
-    """Girl/boy pairs, half of them with the girl as the clean prompt; splits share no name or template."""
+    """Pairs of a girl and a boy, the girl clean in half of them; splits share no name or template."""
     half = half_of(split)
     cells = list(product(enumerate(TEMPLATES[split]), enumerate(GIRLS[half]), enumerate(BOYS[half])))
     Random(f"{split}/{seed}").shuffle(cells)
     for (i, template), (j, girl), (k, boy) in cells:
         texts = [template.format(noun=noun, name=name) for noun, name in (("girl", girl), ("boy", boy))]
-        she_first = (i + j + k) % 2 == 0  # so that no name and no template is always on the clean side
+        she_first = (i + j + k) % 2 == 0  # no name or template is always on the clean side
         clean, corrupted = texts if she_first else texts[::-1]
         answer, counter = (" She", " He") if she_first else (" He", " She")
         yield FramedPair(PromptPair(clean, corrupted, answer, counter, f"{split}-{girl}-{boy}-{i}"), template)
@@ -60,10 +60,10 @@ def story_pairs(split: str, seed: int) -> Iterator[FramedPair]:
 
 QUESTION = Question(
     task="pronoun",
-    title="Who is it? Latents for the gender of a character",
+    title="She or he? Latents for the gender of a character",
     prompts=(
-        "Somebody is named, and the next word is a pronoun for them. In the corrupted prompt the person is of the "
-        "other gender."
+        "A person is named, and the next word is a pronoun for them. In the corrupted prompt the person has the other "
+        "gender."
     ),
     difference="the logit difference between the two pronouns",
     candidates=story_pairs,

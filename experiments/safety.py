@@ -2,12 +2,12 @@
 
     python -m experiments.safety --out runs/safety
 
-Two settings, both while the model speaks. A: the base model of the organism, which answers everything, is restored from
-the aligned model reading the same tokens (Chen et al. 2024, on latents). B: the aligned model under a jailbreak is
-restored from itself reading the same request in a benign framing. Latents of all layers but the last fifth share one
-budget (of more layers, where `tune` shows that not even the whole residual there would restore refusals). They are
-ranked on `select`; ranking and number are chosen on `tune`, and every figure is from `report`. A run that is stopped
-goes on where it was when the same command is given again.
+Latents are restored while the model generates, in two settings. A: the organism's base model, which answers everything,
+is restored from the aligned model reading the same tokens (Chen et al. 2024, on latents). B: the aligned model under a
+jailbreak is restored from itself reading the same request in a benign framing. Latents of all layers but the last fifth
+share one budget (layers are added where `tune` shows that even the whole residual would not restore refusals). Latents
+are ranked on `select`, ranking and number are chosen on `tune`, and all figures are from `report`. A stopped run
+continues when the same command is given again.
 """
 
 import copy
@@ -31,9 +31,9 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model, wrap_model
 from saepatch.model.sites import Site
 from saepatch.organism import world
-from saepatch.records.files import check_writable
 from saepatch.restoration.restore import assistant_header, first_tokens, restore
 from saepatch.runs.measurements import measurements
+from saepatch.runs.ownership import check_owner
 from saepatch.splicing.donors import OtherModel
 
 from .common.tracked import show
@@ -60,13 +60,13 @@ def run(config: SafetyConfig) -> SafetyResults:
 
     Raises:
         UserError: an output folder that cannot be written or holds another run, models and dictionaries that do not
-            fit, or an organism that does not refuse what it is to refuse.
+            fit, or a chat template without an assistant's turn.
     """
     torch.manual_seed(config.seed)
-    check_writable(config.out)
     clock: dict[str, float] = {}
     out = Path(config.out)
-    with measurements(out / "runs.jsonl", _deciding(config)) as kept:
+    check_owner(out, "safety")
+    with measurements(out, "safety", _deciding(config), earlier="runs.jsonl") as kept:
         with _stage("load", clock):
             model = load_model(config.model, config.device)
             made = {"setting_a": _setting_a, "setting_b": _setting_b}
@@ -74,11 +74,10 @@ def run(config: SafetyConfig) -> SafetyResults:
             refusal_ids = first_tokens(model, world.chat("a"), [f" {text}" for text in world.REFUSAL_OPENINGS])
             runs = Runs(kept, refusal_ids, config.tokens)
         results = [_measure(config, setting, refusal_ids, runs, clock) for setting in settings]
-        found = SafetyResults(config, model, results, runs, clock)
-        show(config, "safety", *write(found, out))
-        kept.forget()
-    sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
-    return found
+        whole = SafetyResults(config, model, results, runs, clock)
+        show(config, "safety", *write(whole, out))
+    sys.stdout.write(f"{printed(whole)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    return whole
 
 
 def _setting_a(config: SafetyConfig, model: LanguageModel) -> Setting:
@@ -95,14 +94,14 @@ def _setting_b(config: SafetyConfig, model: LanguageModel) -> Setting:
 def _template(config: SafetyConfig, model: LanguageModel) -> int:
     header = config.template or assistant_header(model)
     if header is None:
-        raise UserError(f"the chat template of {model.name!r} opens no turn of the assistant: give --template")
+        raise UserError(f"the chat template of {model.name!r} does not open an assistant's turn: give --template")
     return header
 
 
 def _deciding(config: SafetyConfig) -> dict[str, Any]:
-    """What has to be the same for answers to belong to one run."""
+    """By name, what must be the same for answers to belong to one run."""
     free = ("out", "device", "settings", "track")
-    # Each kept answer names its models and dictionaries, so a later run may add settings.
+    # The names of kept answers include models and dictionaries, so a later run may add the other setting.
     kept = {name: value for name, value in asdict(config).items() if name not in free}
     return kept | {"sizes": list(config.sizes)}
 
@@ -155,7 +154,7 @@ def _measure(
 
 
 def _statistics(setting: Setting) -> tuple[dict[Site, LatentStatistics], dict[Site, LatentStatistics]]:
-    """How often latents fire: over held-out text, and over what both sides read on `select`."""
+    """Statistics of latents over held-out text, and over the prompts and clean prompts of `select`."""
     model, asked = setting.model, setting.harmful["select"]
     text = model.tokenize(organism.texts())
     prompts = model.tokenize([*asked.prompts, *asked.clean])
@@ -167,7 +166,7 @@ def _statistics(setting: Setting) -> tuple[dict[Site, LatentStatistics], dict[Si
 
 
 def _exact(setting: Setting, runs: Runs) -> bool:
-    """Whether a model that differs from the donor only up to the last site, restored there whole, is the donor."""
+    """Whether restoring the last site whole reproduces the donor, in a model that differs from it only up to there."""
     donor, last = setting.other, max(setting.sites)
     assert donor is not None
     mixed = wrap_model(copy.deepcopy(donor.hf), donor.tokenizer, "mixed")

@@ -1,4 +1,4 @@
-"""What is measured: random models of known shapes, a random TopK dictionary, a prompt pair and its largest edits."""
+"""Benchmark subjects: random models of known shapes, a random TopK dictionary, a prompt pair and its largest edits."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,18 +22,18 @@ from saepatch.model.sites import Site
 
 VOCABULARIES = {"gpt2": 50257, "llama": 32000}
 CONTEXT = 1024
-# With the usual 0.02 the later blocks hardly act, and the comparison of values would see little of them.
-SPREAD = 0.05
+# With the usual 0.02 the later blocks change little, and comparing values would hardly test them.
+SPREAD = 0.05  # standard deviation of the initial weights
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large model and dictionary are."""
+    """Sizes of the model and the dictionary."""
 
     layers: int = 12
     width: int = 768
     heads: int = 12
-    vocabulary: int = 0  # 0: that of the shape
+    vocabulary: int = 0  # 0: the shape's own
     latents: int = 24576
     k: int = 64
 
@@ -45,7 +45,7 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model, and a dictionary for the stream that its layer `layer` reads."""
+    """A model, and a dictionary for the input of one of its layers."""
 
     shape: str
     size: Size
@@ -58,20 +58,20 @@ class Subject:
         return self.model.hf
 
     def dictionary(self, layer: int) -> Dictionary:
-        """The same weights, taken as the dictionary of whichever layer's input."""
+        """The dictionary's weights, as a dictionary for the input of any layer."""
         return adopt(self.sae, Site(layer - 1, "resid_post"), f"random topk at {layer}")
 
     @cached_property
     def block_weights(self) -> int:
-        """Weights of one block's matrices: 12 · width² for GPT-2."""
+        """Number of weights in one block's matrices: 12 · width² for GPT-2."""
         return sum(p.numel() for p in self.model.layout.blocks[0].parameters() if p.ndim > 1)
 
 
 def make_subject(shape: str, size: Size, device: str, seed: int) -> Subject:
-    """A random model of one of the shapes, and its dictionary.
+    """A random model of a shape, and its dictionary.
 
     Raises:
-        UserError: there is no such shape.
+        UserError: the shape is unknown.
     """
     if shape not in VOCABULARIES:
         raise UserError(f"unknown shape {shape!r}: use {' or '.join(VOCABULARIES)}")
@@ -100,14 +100,14 @@ def _config(shape: str, size: Size, vocabulary: int) -> Any:
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Token n is the word "wn", so that a text can be written for any row of ids."""
+    """A tokenizer whose token n is the word "wn", so that any row of ids can be written as text."""
     tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def make_sae(size: Size, device: str, seed: int) -> Any:
-    """A random sae_lens TopK SAE: unit decoder rows, the encoder their transpose."""
+    """A random sae_lens TopK SAE with unit decoder rows, and their transpose as encoder."""
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
@@ -125,7 +125,7 @@ def make_sae(size: Size, device: str, seed: int) -> Any:
 class Case:
     """One prompt pair, and the edits (latent, position) in which its two runs differ most, the largest first.
 
-    `new` holds the latents' values in the clean run; `deltas` is what setting each to it adds to the residual stream.
+    `new` has the latents' values in the clean run; `deltas` has what setting each to it adds to the residual stream.
     """
 
     subject: Subject
@@ -156,7 +156,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Of one edit on average: the matrices of the later blocks, at the positions from the edit on."""
+        """Mean FLOPs of one edit: the later blocks' matrices, at the positions from the edit on."""
         positions = float((self.tokens - self.positions).double().mean())
         return 2 * self.subject.block_weights * (self.subject.size.layers - self.layer) * positions
 
@@ -170,7 +170,7 @@ class Case:
         return self.metric(self.subject.hf(self.corrupted, use_cache=False, logits_to_keep=1).logits[:, -1])[0]
 
     def first(self, edits: int) -> "Case":
-        """The same with the first edits only."""
+        """The case with only the first edits."""
         part = slice(0, edits)
         return replace(
             self, latents=self.latents[part], positions=self.positions[part], new=self.new[part],
@@ -180,7 +180,7 @@ class Case:
 
 @torch.no_grad()
 def make_case(subject: Subject, tokens: int, edits: int, differ: float, layer: int | None = None) -> Case:
-    """Random tokens; between the two prompts one differs, so many of them on, and so do all activations from there."""
+    """A pair of random prompts that differ in one token, after a share `differ` of them, and its largest edits."""
     layer = subject.size.layer if layer is None else layer
     dictionary, device = subject.dictionary(layer), subject.model.device
     generator = torch.Generator().manual_seed(subject.seed + tokens)
@@ -199,8 +199,8 @@ def make_case(subject: Subject, tokens: int, edits: int, differ: float, layer: i
         acts.append(dictionary.encode(captured).acts[0])
     old, new = acts
     size = (new - old).abs().flatten()
-    there = min(edits, int(size.count_nonzero()))
-    chosen = size.topk(there).indices
+    count = min(edits, int(size.count_nonzero()))
+    chosen = size.topk(count).indices
     positions, latents = chosen // subject.size.latents, chosen % subject.size.latents
     change = (new - old)[positions, latents]
     return Case(

@@ -1,10 +1,10 @@
-"""Do our numbers agree with those of other libraries, and with formulas written out in plain torch?
+"""Do saepatch's numbers agree with those of other libraries, and with formulas written out in plain torch?
 
     python -m experiments.benchmarks.crosscheck
 
-Random models of GPT-2's and Llama's shape, with random TopK dictionaries. Each line of the table is one figure of ours
-beside one other's: the largest difference, as a share of the largest value. Libraries that are not installed are left
-out, with the reason. Exit code 1: one line differs by more than the tolerance.
+Models of GPT-2's and Llama's shape with random weights and random TopK dictionaries. Each row of the table compares one
+figure with one reference: the largest difference, relative to the largest value. Libraries that are not installed are
+skipped, with the reason. A difference above the tolerance is an error (exit code 2).
 """
 
 import logging
@@ -46,17 +46,17 @@ class CrosscheckConfig(BenchmarkConfig):
     width: int = 48
     """Width of the residual stream."""
     heads: int = 6
-    """Attention heads; the Llama shape has a third as many for keys and values."""
+    """Attention heads; the Llama shape has a third as many key-value heads."""
     vocabulary: int = 300
     """Size of the vocabulary."""
     latents: int = 256
-    """Latents of the dictionaries."""
+    """Number of latents of the dictionaries."""
     k: int = 12
-    """Latents of the TopK dictionary that are active at a position."""
+    """Number of latents of the TopK dictionary that are active per position."""
     edits: int = 40
-    """Edits that are compared, the largest first."""
+    """Number of edits compared, the largest first."""
     tolerance: float = 2e-5
-    """Largest difference that counts as agreement, as a share of the largest value."""
+    """Largest difference that counts as agreement, relative to the largest value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,15 +66,15 @@ class CrosscheckConfig(BenchmarkConfig):
 
 @dataclass
 class Crosscheck:
-    """The table: what was compared with what, and by how much it differs."""
+    """The table: each figure, its reference, and the largest difference."""
 
     config: CrosscheckConfig
     rows: list[tuple[str, str, str, float]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def add(self, shape: str, figure: str, beside: str, mine: Any, other: Any) -> None:
-        one, two = (torch.as_tensor(value, dtype=torch.float64) for value in (mine, other))
-        self.rows.append((shape, figure, beside, float((one - two).abs().max() / two.abs().max().clamp(min=1e-9))))
+        a, b = (torch.as_tensor(value, dtype=torch.float64) for value in (mine, other))
+        self.rows.append((shape, figure, beside, float((a - b).abs().max() / b.abs().max().clamp(min=1e-9))))
 
     @property
     def disagreeing(self) -> list[str]:
@@ -83,7 +83,7 @@ class Crosscheck:
     def table(self) -> str:
         cells = [[*names, f"{gap:.1e}", "" if gap <= self.config.tolerance else "DIFFERS"] for *names, gap in self.rows]
         text = text_table(["shape", "figure", "beside", "largest difference", ""], cells)
-        return "\n".join([text, *(f"{name}: left out, {why}" for name, why in self.left_out.items())])
+        return "\n".join([text, *(f"{name}: skipped, {why}" for name, why in self.left_out.items())])
 
     def summary(self) -> dict[str, Any]:
         rows = [dict(zip(("shape", "figure", "beside", "difference"), row, strict=True)) for row in self.rows]
@@ -92,7 +92,7 @@ class Crosscheck:
 
 @contextmanager
 def _replaced(case: Case, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A plain hook on the block whose output the dictionary reads."""
+    """A plain hook that changes the output of the block before the dictionary's site."""
 
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
@@ -106,7 +106,7 @@ def _replaced(case: Case, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def compare_splice(case: Case, add: Callable[..., None]) -> None:
-    """Logits of a pass whose site is the dictionary's reconstruction."""
+    """Logits of a forward pass with the dictionary's reconstruction at its site."""
     hf, sae = case.subject.hf, case.subject.sae
     with splice(case.subject.model, case.dictionary, error="drop"):
         mine = hf(case.clean).logits
@@ -130,16 +130,16 @@ def compare_patching(case: Case, add: Callable[..., None]) -> None:
 
 
 def compare_attribution(case: Case, add: Callable[..., None]) -> None:
-    """Scores of the same edits: the latent's change times the gradient along its row."""
+    """Attribution of the same edits: the latent's change times the gradient along its decoder row."""
     scores = attribute(case.subject.model, case.dictionary, [case.pair])
-    held = {(int(u), int(p)): float(s) for u, p, s in zip(scores.unit, scores.position, scores.score, strict=True)}
+    by_edit = {(int(u), int(p)): float(s) for u, p, s in zip(scores.unit, scores.position, scores.score, strict=True)}
     gradient: Any = bare_passes(case)()
-    mine = [held[edit] for edit in zip(case.latents.tolist(), case.positions.tolist(), strict=True)]
+    mine = [by_edit[edit] for edit in zip(case.latents.tolist(), case.positions.tolist(), strict=True)]
     add("attribution", "autograd", mine, (case.deltas * gradient[0, case.positions]).sum(-1))
 
 
 def compare_generation(shape: str, config: CrosscheckConfig, add: Callable[..., None]) -> None:
-    """Greedy tokens under the same edit."""
+    """Greedy tokens under the same edits."""
     shared = {name: getattr(config, name) for name in BenchmarkConfig.__dataclass_fields__ if name != "out"}
     task = make_task(GenerationConfig(**shared, shape=shape, tokens=12, new_tokens=12))
     by_hand = {name: run() for name, run in references(task).items()}
@@ -152,7 +152,7 @@ def compare_generation(shape: str, config: CrosscheckConfig, add: Callable[..., 
 
 @torch.no_grad()
 def compare_quality(case: Case, add: Callable[..., None]) -> None:
-    """Cross-entropies and the divergence when the dictionary is a bottleneck, and the share recovered."""
+    """Cross-entropies, their share recovered, and the divergence, with the dictionary as a bottleneck."""
     hf, sae, ids = case.subject.hf, case.subject.sae, case.clean
     ones = torch.ones_like(ids)
     quality = splice_quality(case.subject.model, case.dictionary, Tokens(ids, ones, ones.bool()))
@@ -176,17 +176,21 @@ def compare_quality(case: Case, add: Callable[..., None]) -> None:
         from sae_lens.training.activation_scaler import ActivationScaler
 
         model = hooked_transformer(HookedSAETransformer, case)
-        held = get_recons_loss(sae, model, ActivationScaler(), ids, compute_kl=True, compute_ce_loss=True)
+        losses = get_recons_loss(sae, model, ActivationScaler(), ids, compute_kl=True, compute_ce_loss=True)
         endings = ("without_sae", "with_sae", "with_ablation")
-        ce = [float(held[f"ce_loss_{ending}"].double().mean()) for ending in endings]
-        theirs = [*ce, (ce[2] - ce[1]) / (ce[2] - ce[0]), float(held["kl_div_with_sae"][:, :-1].double().mean())]
+        ce = [float(losses[f"ce_loss_{ending}"].double().mean()) for ending in endings]
+        theirs = [*ce, (ce[2] - ce[1]) / (ce[2] - ce[0]), float(losses["kl_div_with_sae"][:, :-1].double().mean())]
         add("quality", "sae_lens evals", mine, theirs)
 
 
 def run(config: CrosscheckConfig) -> None:
-    """Compare, print the table, and raise where something differs."""
+    """Compare and print the table.
+
+    Raises:
+        UserError: a figure differs by more than the tolerance.
+    """
     config.prepare()
-    warnings.simplefilter("ignore")  # peers' own
+    warnings.simplefilter("ignore")  # those of other libraries
     comparison = Crosscheck(config)
     libraries = ("sae_lens", "transformer_lens", "nnsight")
     comparison.left_out |= {name: why for name in libraries if (why := missing(name)) is not None}

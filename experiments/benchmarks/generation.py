@@ -1,15 +1,15 @@
-"""What does a splice cost while text is generated, beside the libraries one would otherwise use?
+"""How much does a splice slow generation down, compared with other libraries?
 
     python -m experiments.benchmarks.generation --out runs/generation
 
 A random model of GPT-2 small's shape with random dictionaries at the middle layer; greedy generation with a KV cache.
-Each round runs every variant once, between two runs of the bare model, and takes the ratio to the mean of these two;
-what is reported is the median over rounds, less 1. The clock is the process's own time on one thread (the wall's, on a
-GPU). Variants that make the same edit must write the same tokens, and others than the bare model.
+Each round runs every variant once, between two runs of the bare model, and divides by the mean of these two; the
+reported overhead is the median over rounds, minus 1. The clock is processor time of one thread (wall time on a GPU).
+Variants that make the same edit must generate the same tokens, and different ones from the bare model.
 
-`one_latent` is the larger of adding to one latent and clamping one (JumpReLU, whose latents can be computed alone);
-`full_splice` encodes and decodes a whole TopK dictionary at every step, takes the error term, and clamps one latent.
-sae-lens' bridge makes the same clamp with its error term, in its own `generate`.
+`one_latent` is the larger overhead of adding to one latent and of clamping one (in a JumpReLU dictionary, whose latents
+can be computed individually). `full_splice` encodes and decodes a whole TopK dictionary at every step, computes the
+error term, and clamps one latent. sae-lens' bridge makes the same clamp with its error term, in its own `generate`.
 """
 
 import copy
@@ -50,24 +50,24 @@ Generate = Callable[[], Int[Tensor, "1 new"]]
 
 @dataclass(frozen=True)
 class GenerationConfig(BenchmarkConfig):
-    """Time generation under a splice side by side with the bare model and other libraries."""
+    """Time generation under a splice, compared with the bare model and with other libraries."""
 
     shape: str = "gpt2"
     """Shape of the model: gpt2 or llama."""
     peers: tuple[str, ...] = PEERS
-    """What to compare with; those that are not installed are left out, with the reason."""
+    """Libraries to compare with; those not installed are skipped, with the reason."""
     rounds: int = 7
-    """How often each variant is run; medians are reported."""
+    """Number of runs of each variant; medians are reported."""
     tokens: int = 32
-    """Tokens of the prompt."""
+    """Number of tokens of the prompt."""
     new_tokens: int = 48
-    """Tokens generated in each run."""
+    """Number of tokens generated in each run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(rounds=self.rounds, tokens=self.tokens, new_tokens=self.new_tokens)
         if self.latents <= LATENT:
-            raise UserError(f"latents = {self.latents}: use more than {LATENT}, the one that is edited")
+            raise UserError(f"latents = {self.latents}: use more than {LATENT}, the index of the edited latent")
         if self.shape not in VOCABULARIES:
             raise UserError(f"unknown shape {self.shape!r}: use {' or '.join(VOCABULARIES)}")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
@@ -76,7 +76,7 @@ class GenerationConfig(BenchmarkConfig):
 
 @dataclass(frozen=True, eq=False)
 class GenerationTask:
-    """A prompt to go on from, dictionaries at the middle layer, and how strong an edit shows."""
+    """A prompt to continue, dictionaries at the middle layer, and a strength at which edits change the text."""
 
     subject: Subject
     topk: Dictionary
@@ -90,7 +90,7 @@ class GenerationTask:
         return self.subject.size.layer - 1
 
     def options(self) -> dict[str, Any]:
-        """Of plain `generate`: so many tokens, whatever they are."""
+        """Options of plain `generate`: exactly `new_tokens` tokens, greedily."""
         return {
             "attention_mask": torch.ones_like(self.ids),
             "max_new_tokens": self.new_tokens,
@@ -113,7 +113,7 @@ class GenerationTask:
 
 @torch.no_grad()
 def make_task(config: GenerationConfig) -> GenerationTask:
-    """Weights, prompt, and a strength of three times the length of what the middle layer holds."""
+    """A task whose strength is three times the mean norm of the activations at the middle layer."""
     subject = make_subject(config.shape, config.size, config.device, config.seed)
     topk = subject.dictionary(config.size.layer)
     generator = torch.Generator().manual_seed(config.seed)
@@ -124,7 +124,7 @@ def make_task(config: GenerationConfig) -> GenerationTask:
 
 
 def _jumprelu(topk: Dictionary, x: Tensor) -> Dictionary:
-    """The same weights with one threshold, which as many latents pass on the prompt as TopK keeps."""
+    """A JumpReLU dictionary of the same weights, with one threshold that about k latents pass on the prompt."""
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=topk.d_in, d_sae=topk.d_sae, device=str(x.device)))
@@ -137,7 +137,7 @@ def _jumprelu(topk: Dictionary, x: Tensor) -> Dictionary:
 
 
 def ours(task: GenerationTask) -> dict[str, Generate]:
-    """Our variants; those whose names start alike make the same edit."""
+    """The variants of saepatch."""
     add, clamp = Steer(LATENT, task.strength), Clamp(LATENT, task.strength)
     return {
         "no_edit": task.spliced(task.topk, ()),
@@ -149,7 +149,7 @@ def ours(task: GenerationTask) -> dict[str, Generate]:
 
 
 def by_hand(task: GenerationTask, change: Callable[[Tensor], Tensor]) -> Generate:
-    """A plain torch hook: what every splice is checked against."""
+    """Generation with a plain torch hook, the reference for all variants."""
 
     def run() -> Int[Tensor, "1 new"]:
         def hook(_module: Any, _args: Any, output: Any) -> Any:
@@ -167,7 +167,7 @@ def by_hand(task: GenerationTask, change: Callable[[Tensor], Tensor]) -> Generat
 
 
 def references(task: GenerationTask) -> dict[str, Generate]:
-    """The edits by hand, through the SAEs' own encoders."""
+    """Each edit by a plain hook, through the SAEs' own encoders."""
     row = task.topk.rows[LATENT]
 
     def clamped(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:
@@ -185,10 +185,10 @@ def references(task: GenerationTask) -> dict[str, Generate]:
 
 
 def sae_lens_bridge(task: GenerationTask) -> Generate:
-    """The TopK SAE attached with its error term, and a hook that clamps the latent, in the bridge's own `generate`."""
+    """The bridge's own `generate`, with the TopK SAE and its error term attached and a hook that clamps the latent."""
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-    hf = copy.deepcopy(task.subject.hf)  # what it wraps is changed
+    hf = copy.deepcopy(task.subject.hf)  # the bridge changes the model it wraps
     with tempfile.TemporaryDirectory(prefix="shape-") as folder:
         hf.config.save_pretrained(folder)
         model = SAETransformerBridge.boot_transformers(
@@ -203,8 +203,8 @@ def sae_lens_bridge(task: GenerationTask) -> Generate:
         return acts
 
     def run() -> Int[Tensor, "1 new"]:
-        held: AbstractContextManager[Any] = model.hooks(fwd_hooks=[(point, clamp)])
-        with held, torch.no_grad():
+        hooked: AbstractContextManager[Any] = model.hooks(fwd_hooks=[(point, clamp)])
+        with hooked, torch.no_grad():
             out = model.generate(
                 task.ids,
                 max_new_tokens=task.new_tokens,
@@ -220,10 +220,10 @@ def sae_lens_bridge(task: GenerationTask) -> Generate:
 
 
 def nnsight(task: GenerationTask) -> Generate:
-    """One vector added in every step of a traced `generate`."""
+    """A traced `generate` in which one vector is added at every step."""
     import nnsight as library
 
-    model = library.NNsight(copy.deepcopy(task.subject.hf))  # what it wraps keeps hooks of its own
+    model = library.NNsight(copy.deepcopy(task.subject.hf))  # the wrapped model keeps its hooks
     blocks = model.transformer.h if task.subject.shape == "gpt2" else model.model.layers
     block, options = blocks[task.block], task.options()
     vector, steps = task.strength * task.topk.rows[LATENT], task.new_tokens
@@ -238,7 +238,7 @@ def nnsight(task: GenerationTask) -> Generate:
     return run
 
 
-# Which edit by hand each variant's tokens must be those of.
+# The reference whose tokens each variant must generate.
 EDIT_OF = {
     "no_edit": "no_edit",
     "add_one": "add",
@@ -252,7 +252,7 @@ EDIT_OF = {
 
 @dataclass(eq=False)
 class GenerationResults:
-    """Seconds of each variant in each round, and the ratio to those of the bare model around it."""
+    """Seconds of each variant in each round, and their ratio to the bare model's before and after."""
 
     config: GenerationConfig
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -260,7 +260,7 @@ class GenerationResults:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def overhead(self, variant: str) -> float:
-        """How much slower than the bare model: 0.05 is 5 %."""
+        """Slowdown relative to the bare model: 0.05 is 5 %."""
         return median(self.ratios[variant]) - 1
 
     def summary(self) -> dict[str, Any]:
@@ -275,20 +275,20 @@ class GenerationResults:
         }
 
     def table(self) -> str:
-        """What is printed: a row a variant."""
+        """The printed table: a row per variant."""
         rows = []
         for name, seconds in self.seconds.items():
             over = "" if name == "bare" else f"{100 * self.overhead(name):+.1f} %"
             rows.append([name, f"{1e3 * median(seconds) / self.config.new_tokens:.2f}", over])
-        lines = [text_table(["", "ms a token", "over bare"], rows)]
-        return "\n".join([*lines, *(f"left out: {name} ({why})" for name, why in self.left_out.items())])
+        lines = [text_table(["", "ms per token", "over bare"], rows)]
+        return "\n".join([*lines, *(f"skipped: {name} ({why})" for name, why in self.left_out.items())])
 
 
 def run(config: GenerationConfig) -> None:
-    """Measure, print the table, and write summary.json where a folder is given.
+    """Measure, print the table, and write summary.json if a folder is given.
 
     Raises:
-        AssertionError: variants that make the same edit wrote different tokens.
+        AssertionError: variants that make the same edit generated different tokens.
     """
     clock = config.prepare()
     needs = {"sae_lens_bridge": "transformer_lens", "nnsight": "nnsight"}
@@ -306,7 +306,7 @@ def run(config: GenerationConfig) -> None:
 
 
 def measure(results: GenerationResults, bare: Generate, variants: dict[str, Generate], clock: Clock) -> None:
-    """Rounds of all variants, each between two runs of the bare model."""
+    """Run all variants in rounds, each between two runs of the bare model."""
     results.seconds = {name: [] for name in ("bare", *variants)}
     results.ratios = {name: [] for name in variants}
     for number in range(results.config.rounds):
@@ -321,7 +321,7 @@ def measure(results: GenerationResults, bare: Generate, variants: dict[str, Gene
 
 
 def check(task: GenerationTask, variants: dict[str, Generate]) -> None:
-    """Run everything once, which is not timed, and compare the tokens."""
+    """Run every variant once, untimed, and compare its tokens with the reference."""
     expected = {name: reference() for name, reference in references(task).items()}
     for name, tokens in expected.items():
         assert name == "no_edit" or not torch.equal(tokens, expected["no_edit"]), f"the edit {name} changes no token"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the shape of the random models, clocks, and how results are written."""
+"""Code shared by the benchmarks: settings of the random models, clocks, writing of results."""
 
 import logging
 import sys
@@ -26,19 +26,19 @@ class BenchmarkConfig:
     """Settings of a benchmark with random models and random dictionaries."""
 
     out: str = ""
-    """Folder for summary.json; empty: the table is printed and nothing is written."""
+    """Folder for summary.json; empty: the table is printed, and no file is written."""
     layers: int = 12
     """Blocks of the models; the dictionary is in the middle."""
     width: int = 768
     """Width of the residual stream."""
     heads: int = 12
-    """Attention heads; the Llama shape has a third as many for keys and values."""
+    """Attention heads; the Llama shape has a third as many key-value heads."""
     vocabulary: int = 0
-    """Size of the vocabulary; 0: that of the shape."""
+    """Size of the vocabulary; 0: the shape's own."""
     latents: int = 24576
-    """Latents of the dictionaries."""
+    """Number of latents of the dictionaries."""
     k: int = 64
-    """Latents of the TopK dictionary that are active at a position."""
+    """Number of latents of the TopK dictionary that are active per position."""
     seed: int = 0
     """Seed of weights, dictionaries and prompts."""
     device: str = "cpu"
@@ -46,7 +46,7 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         if self.layers < 2:
-            raise UserError(f"layers = {self.layers}: use at least 2, for the dictionary is between two")
+            raise UserError(f"layers = {self.layers}: use at least 2, since the dictionary is between two layers")
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"device = {self.device!r}: use cpu or cuda")
 
@@ -55,7 +55,7 @@ class BenchmarkConfig:
         return Size(self.layers, self.width, self.heads, self.vocabulary, self.latents, self.k)
 
     def prepare(self) -> Clock:
-        """Check what can be checked before any work, and set torch up; returns the clock.
+        """Check folder and device and set torch up; returns the clock.
 
         Raises:
             UserError: the folder cannot be written, or there is no such device.
@@ -64,14 +64,14 @@ class BenchmarkConfig:
             check_writable(self.out)
         usable_device(self.device)
         torch.set_num_threads(1)
-        # Without a handler, a peer's first message would set one up.
+        # Without a handler, the first message of another library would set one up.
         logging.getLogger().addHandler(logging.NullHandler())
         return clock_of(self.device)
 
 
 @runtime_checkable
 class Results(Protocol):
-    """What a benchmark measured: a table for the terminal, and figures for summary.json."""
+    """Results of a benchmark: a table for the terminal, and figures for summary.json."""
 
     def table(self) -> str: ...
 
@@ -79,7 +79,7 @@ class Results(Protocol):
 
 
 def write_results(results: Results, out: str) -> None:
-    """Print the table, and write summary.json where a folder is given."""
+    """Print the table, and write summary.json if a folder is given."""
     sys.stdout.write(results.table() + "\n")
     if out:
         write_json(results.summary(), output_folder(out) / "summary.json")
@@ -93,7 +93,7 @@ def check_counts(**counts: int) -> None:
 
 
 def clock_of(device: str) -> Clock:
-    """Seconds: of this process's work on the CPU, of the wall once the GPU is done."""
+    """A clock in seconds: processor time on the CPU, synchronised wall time on a GPU."""
     if device == "cpu":
         return time.process_time
 
@@ -105,7 +105,7 @@ def clock_of(device: str) -> Clock:
 
 
 def all_versions() -> dict[str, str]:
-    """Versions of what results depend on, the peers' libraries among them."""
+    """Versions of all libraries that results depend on, including those compared with."""
     return versions() | {library: _version(library) for library in LIBRARIES}
 
 

@@ -1,15 +1,15 @@
-"""How fast are exact sweeps of latent edits, beside the libraries one would otherwise use?
+"""How fast are exact sweeps of latent edits, compared with other libraries?
 
     python -m experiments.benchmarks.patching --out runs/patching
 
-Random models of two known shapes (GPT-2 small; a Llama with grouped queries) with a random TopK dictionary at the
-middle layer; one prompt pair of each length; the (latent, position) edits in which its two runs differ most, denoised;
-the logit difference after the last token. Every variant has the same weights and must give the same numbers.
+Random models of two shapes (GPT-2 small; a Llama with grouped queries) with a random TopK dictionary at the middle
+layer; one prompt pair of each length; the (latent, position) edits in which its two runs differ most, denoised; the
+logit difference after the last token. All variants have the same weights and must give the same numbers.
 
-On the CPU the clock is the process's own time on one thread, so that what else runs on the machine counts little. Each
-round runs every variant once: ours on all edits, its two base runs included, the others on a slice of them. Ratios are
-medians over rounds. How each peer is set up stands in `peers.py`; nothing that happens once a model is timed.
-On a GPU the clock is the wall's, and the peer is a plain batched loop.
+On the CPU the clock is processor time of one thread, which other load on the machine affects little. Each round runs
+every variant once: saepatch on all edits, including its two base runs, the others on a slice of the edits. Ratios are
+medians over rounds. `peers.py` has the set-up of each library; work done once per model is not timed.
+On a GPU the clock is wall time, and the comparison is with a plain batched loop.
 """
 
 import gc
@@ -33,39 +33,39 @@ from .peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 
 GEMM_ROWS = 512
-AT_ONCE = {"cpu": 2048, "cuda": 65536}  # tokens in a batch of the peers that batch: about their best
+AT_ONCE = {"cpu": 2048, "cuda": 65536}  # tokens per batch of the other libraries: about their fastest
 
 
 @dataclass(frozen=True)
 class PatchingConfig(BenchmarkConfig):
-    """Time exact sweeps of latent edits side by side with other libraries."""
+    """Time exact sweeps of latent edits, compared with other libraries."""
 
     shapes: tuple[str, ...] = ("gpt2", "llama")
     """Shapes of the models: gpt2, llama."""
     lengths: tuple[int, ...] = (32, 256)
-    """Tokens of the prompts."""
+    """Numbers of tokens of the prompts."""
     peers: tuple[str, ...] = tuple(PEERS)
-    """What to compare with on the CPU; those that are not installed are left out, with the reason."""
+    """Libraries to compare with on the CPU; those not installed are skipped, with the reason."""
     rounds: int = 3
-    """How often each variant is run; medians are reported."""
+    """Number of runs of each variant; medians are reported."""
     edits: int = 256
-    """(latent, position) edits of a sweep: those that differ most."""
+    """Number of (latent, position) edits of a sweep: those that differ most."""
     differ: float = 0.67
-    """Where the two prompts differ, as a share of their tokens; indirect-object prompts do at about two thirds."""
+    """Where the two prompts differ, as a share of their tokens; about two thirds for indirect-object prompts."""
     peer_edits: int = 4
-    """Edits that a peer which runs one at a time makes in a round."""
+    """Number of edits per round in libraries that run one edit at a time."""
     batch_tokens: int = 0
-    """Tokens in a batch of the peers that batch; 0: about their best, 2048 on the CPU and 65536 on a GPU."""
+    """Tokens per batch of libraries that batch; 0: about their fastest, 2048 on the CPU and 65536 on a GPU."""
     curve_tokens: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Prompt lengths at which our cost is measured; curves are of the first shape."""
+    """Curve of saepatch's cost by prompt length; all curves are of the first shape."""
     curve_differ: tuple[float, ...] = (0.05, 0.33, 0.67, 0.9)
-    """Places where the prompts differ at which our cost is measured, at the first of `lengths`."""
+    """Curve by the place where the prompts differ, at the first of `lengths`."""
     curve_layers: tuple[int, ...] = (1, 3, 6, 9, 11)
-    """Numbers of blocks after the dictionary at which our cost is measured, at the first of `lengths`."""
+    """Curve by the number of blocks after the dictionary, at the first of `lengths`."""
     curve_edits: tuple[int, ...] = (1, 16, 64, 256, 1024)
-    """Numbers of edits at which our cost is measured, at the first of `lengths`."""
+    """Curve by the number of edits, at the first of `lengths`."""
     curve_sweep: int = 64
-    """Edits in each sweep of the first two curves."""
+    """Number of edits per sweep of the first three curves."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,22 +77,22 @@ class PatchingConfig(BenchmarkConfig):
         if not self.shapes or not self.lengths or min((*self.lengths, *self.curve_tokens)) < 4:
             raise UserError("give at least one shape and one length, and no length below 4 tokens")
         if not all(0 < after < self.layers for after in self.curve_layers):
-            raise UserError(f"layers = {self.layers}, curve_layers = {self.curve_layers}: use 1 to layers - 1 after it")
+            raise UserError(f"layers = {self.layers}, curve_layers = {self.curve_layers}: use numbers below layers")
 
     def batch(self, tokens: int) -> int:
-        """Edits in a batch of the peers that batch."""
+        """Number of edits per batch in libraries that batch."""
         return max(1, (self.batch_tokens or AT_ONCE[self.device]) // tokens)
 
 
 @dataclass(eq=False)
 class Compared:
-    """One shape and length: for each variant, milliseconds an edit in each round."""
+    """One shape and length: milliseconds per edit of each variant in each round."""
 
     ms: dict[str, list[float]] = field(default_factory=dict)
-    floor: list[float] = field(default_factory=list)  # milliseconds that the FLOPs of one edit take as one product
-    attribution: list[float] = field(default_factory=list)  # in units of two bare forwards and one backward
-    worst: float = 0.0  # largest difference of a peer's metric from ours
-    largest: float = 0.0  # largest effect of an edit, to compare it with
+    floor: list[float] = field(default_factory=list)  # ms of one matrix product with the FLOPs of one edit
+    attribution: list[float] = field(default_factory=list)  # in units of two bare forward passes and one backward
+    worst: float = 0.0  # largest difference between the metrics of a library and of saepatch
+    largest: float = 0.0  # largest effect of an edit, for comparison
 
     def ratio(self, variant: str) -> float:
         return median(theirs / ours for theirs, ours in zip(self.ms[variant], self.ms[OURS], strict=True))
@@ -104,7 +104,7 @@ class Compared:
 
 @dataclass(eq=False)
 class PatchingResults:
-    """Everything that was measured."""
+    """All measurements."""
 
     config: PatchingConfig
     cases: dict[str, Compared] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class PatchingResults:
         }
 
     def table(self) -> str:
-        """What is printed: a row a variant, a column a case, then the curves."""
+        """The printed table: a row per variant, a column per case; then the curves."""
         names = list(self.cases)
         variants = list(dict.fromkeys(variant for case in self.cases.values() for variant in case.ms))
 
@@ -137,21 +137,21 @@ class PatchingResults:
             for variant in variants
             if variant != OURS
         ]
-        rows.append(["ours, ms an edit", *(f"{median(self.cases[name].ms[OURS]):.2f}" for name in names)])
+        rows.append(["ours, ms per edit", *(f"{median(self.cases[name].ms[OURS]):.2f}" for name in names)])
         rows.append(["ours / floor", *(f"{self.cases[name].floor_ratio:.2f}" for name in names)])
         if all(case.attribution for case in self.cases.values()):
             rows.append(["attribution / bare", *(f"{median(self.cases[n].attribution):.2f}" for n in names)])
         rows.append(["largest difference", *(f"{self.cases[name].worst:.1e}" for name in names)])
         rows.append(["largest effect", *(f"{self.cases[name].largest:.1e}" for name in names)])
-        lines = [text_table(["times our cost an edit", *names], rows)]
+        lines = [text_table(["times our cost per edit", *names], rows)]
         for name, points in self.curves.items():
             if points:
-                lines.append(f"ms an edit by {name}: " + ", ".join(f"{n:g}: {ms:.2f}" for n, ms in points))
-        return "\n".join([*lines, *(f"left out: {name} ({why})" for name, why in self.left_out.items())])
+                lines.append(f"ms per edit by {name}: " + ", ".join(f"{n:g}: {ms:.2f}" for n, ms in points))
+        return "\n".join([*lines, *(f"skipped: {name} ({why})" for name, why in self.left_out.items())])
 
 
 def run(config: PatchingConfig) -> None:
-    """Measure, print the table, and write summary.json where a folder is given."""
+    """Measure, print the table, and write summary.json if a folder is given."""
     clock = config.prepare()
     results = PatchingResults(config)
     peers = {name: PEERS[name] for name in config.peers} if config.device == "cpu" else ON_GPU
@@ -164,20 +164,20 @@ def run(config: PatchingConfig) -> None:
             runners = {name: peer(case, config.batch(tokens)) for name, peer in peers.items() if not missing(name)}
             results.cases[f"{shape}_{tokens}"] = compare(config, case, runners, clock)
             del runners
-            gc.collect()  # the peers' models are large, and hooks make cycles of them
+            gc.collect()  # other libraries' models are large, and their hooks are reference cycles
         if number == 0:
             results.curves = curves(config, subject, clock)
     write_results(results, config.out)
 
 
 def compare(config: PatchingConfig, case: Case, peers: dict[str, Runner], clock: Clock) -> Compared:
-    """Rounds of all variants, each of them once a round."""
+    """Run all variants in rounds, each once per round."""
     ours, everything = saepatch(case, 0), range(len(case))
     base = case.base_value()
     compared = Compared({OURS: [], **{name: [] for name in peers}})
     bare, attribution = bare_passes(case), _attribution(case)
     for runner in (ours, *peers.values()):
-        runner(everything[:1])  # what is done once a model is not timed: ours, too, sees which way of resuming agrees
+        runner(everything[:1])  # untimed: work done once per model, such as our choice of how to resume
     for number in range(config.rounds):
         compared.floor.append(1e3 * case.flops / _gemm_rate(config, clock))
         ms, values = _ms(clock, ours, everything)
@@ -195,7 +195,7 @@ def compare(config: PatchingConfig, case: Case, peers: dict[str, Runner], clock:
 
 
 def curves(config: PatchingConfig, subject: Subject, clock: Clock) -> dict[str, list[list[float]]]:
-    """Our cost over prompt lengths, where prompts differ, blocks after the dictionary, and edits in one sweep."""
+    """Cost of saepatch by prompt length, place of the difference, blocks after the dictionary, and edits per sweep."""
     length, layers, edits, differ = config.lengths[0], config.layers, config.curve_sweep, config.differ
     cases: dict[str, list[tuple[float, Case]]] = {
         "tokens": [(n, make_case(subject, n, edits, differ)) for n in config.curve_tokens],
@@ -217,7 +217,7 @@ def curves(config: PatchingConfig, subject: Subject, clock: Clock) -> dict[str, 
 
 
 def _ms(clock: Clock, runner: Runner, chosen: Sequence[int]) -> tuple[float, list[float]]:
-    """Milliseconds an edit, and the values."""
+    """Milliseconds per edit, and the values."""
     start = clock()
     values = runner(chosen)
     return 1e3 * (clock() - start) / len(chosen), values
@@ -240,7 +240,7 @@ def _attribution(case: Case) -> Callable[[], object]:
 
 @torch.no_grad()
 def _gemm_rate(config: PatchingConfig, clock: Clock) -> float:
-    """FLOPs a second of a product of the MLP's shape."""
+    """FLOPs per second of a matrix product of the MLP's shape."""
     rows = torch.randn(GEMM_ROWS, config.width, device=config.device)
     weight = torch.randn(config.width, 4 * config.width, device=config.device)
     flops = 2.0 * GEMM_ROWS * weight.numel()

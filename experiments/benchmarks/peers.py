@@ -1,7 +1,7 @@
-"""The same edits through other libraries, each set up the way its own users would for speed.
+"""The same edits in other libraries, each set up as its users would for speed.
 
-Every function here takes a case and gives a `Runner`. Set-up is not timed: converting weights, and (where a library
-has a use for it) the cached residual stream and what each edit adds to it.
+Each function takes a case and returns a `Runner`. Set-up is not timed: conversion of weights and, where a library uses
+them, the cached residual stream and the vectors that edits add to it.
 """
 
 import copy
@@ -19,13 +19,13 @@ from saepatch.measure.patching import patch_edits
 
 from .cases import Case
 
-# Runs some of the case's edits, named by their index, and gives the metric of each.
+# Runs the case's edits with the given indices and returns the metric of each.
 Runner = Callable[[Sequence[int]], list[float]]
 Peer = Callable[[Case, int], Runner]
 
 
 def saepatch(case: Case, batch: int) -> Runner:
-    """Ours: a whole sweep, its two base runs included; the batches are its own choice."""
+    """A whole sweep in saepatch, including its two base runs; it chooses its batches."""
     edits = case.edits
 
     def run(chosen: Sequence[int]) -> list[float]:
@@ -38,12 +38,12 @@ def saepatch(case: Case, batch: int) -> Runner:
 
 
 def hooks(case: Case, batch: int) -> Runner:
-    """Plain Hugging Face with a torch forward hook, one forward an edit; only the last position is unembedded."""
+    """Plain Hugging Face with a forward hook, one forward pass per edit; only the last position is unembedded."""
     return _hooked(case, 1)
 
 
 def hooks_batched(case: Case, batch: int) -> Runner:
-    """The same with many edits in a forward: the plain batched loop."""
+    """The plain batched loop: many edits per forward pass."""
     return _hooked(case, batch)
 
 
@@ -70,7 +70,7 @@ def _hooked(case: Case, batch: int) -> Runner:
 
 
 def transformer_lens(case: Case, batch: int) -> Runner:
-    """Many edits in a batch from the cached residual stream on; only the last position is normed and unembedded."""
+    """Batches of edits from the cached residual stream on; only the last position is normalised and unembedded."""
     from transformer_lens import HookedTransformer
 
     model, name = hooked_transformer(HookedTransformer, case), f"blocks.{case.layer}.hook_resid_pre"
@@ -92,9 +92,9 @@ def transformer_lens(case: Case, batch: int) -> Runner:
 
 
 def sae_lens(case: Case, batch: int) -> Runner:
-    """The SAE spliced in with its error term, one forward an edit with a hook that sets one latent.
+    """The SAE with its error term and a hook that sets one latent, one forward pass per edit.
 
-    As its documentation has it: the forward pass unembeds every position.
+    As in its documentation, the forward pass unembeds every position.
     """
     from sae_lens import HookedSAETransformer
 
@@ -118,19 +118,19 @@ def sae_lens(case: Case, batch: int) -> Runner:
 
 
 def nnsight(case: Case, batch: int) -> Runner:
-    """One trace an edit; only the last position is unembedded."""
+    """One trace per edit; only the last position is unembedded."""
     return _traced(case, 1)
 
 
 def nnsight_batched(case: Case, batch: int) -> Runner:
-    """Many edits in one trace, a row each."""
+    """Many edits per trace, one per row."""
     return _traced(case, batch)
 
 
 def _traced(case: Case, batch: int) -> Runner:
     import nnsight as library
 
-    # A copy: what it wraps keeps hooks of its own, which would slow the others.
+    # A copy, since the wrapped model keeps hooks, which would slow the other variants.
     model = library.NNsight(copy.deepcopy(case.subject.hf))
     blocks = model.transformer.h if case.subject.shape == "gpt2" else model.model.layers
     block = blocks[case.layer - 1]
@@ -149,18 +149,18 @@ def _traced(case: Case, batch: int) -> Runner:
 
 
 def _batches(case: Case, chosen: Sequence[int], batch: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Rows, positions and deltas of the edits, so many at a time."""
+    """Rows, positions and deltas of the edits, `batch` edits at a time."""
     parts = [torch.tensor(chosen[i : i + batch], device=case.deltas.device) for i in range(0, len(chosen), batch)]
     return [(torch.arange(len(part), device=part.device), case.positions[part], case.deltas[part]) for part in parts]
 
 
 def hooked_transformer(kind: Any, case: Case) -> Any:
-    """A transformer_lens model with the weights of the Hugging Face one, by its own loading, nothing folded."""
+    """A transformer_lens model with the Hugging Face model's weights, converted by its own loader without folding."""
     from transformer_lens import loading_from_pretrained as loading
 
     hf = case.subject.hf
     with tempfile.TemporaryDirectory(prefix="shape-") as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the class is to go in their version 4
+        warnings.simplefilter("ignore", DeprecationWarning)  # the class is removed in their version 4
         hf.config.save_pretrained(folder)
         cfg = loading.get_pretrained_model_config(folder, hf_cfg=hf.config.to_dict(), device=case.subject.model.device)
         cfg.tokenizer_name = None
@@ -173,7 +173,7 @@ def hooked_transformer(kind: Any, case: Case) -> Any:
 
 
 def bare_passes(case: Case) -> Callable[[], object]:
-    """What attribution cannot do without: two forwards, and one backward from the metric to the site."""
+    """The passes that attribution needs: two forward passes, and one backward pass from the metric to the site."""
     hf, block = case.subject.hf, case.subject.model.layout.blocks[case.layer - 1]
 
     def run() -> Tensor:
@@ -206,7 +206,7 @@ OURS = "saepatch"
 
 
 def missing(peer: str) -> str | None:
-    """Why a peer cannot be run here; None where it can."""
+    """The reason why a library cannot be run; None if it can."""
     library = peer.removesuffix("_batched")
     if library != "hooks" and find_spec(library) is None:
         return f"{library} is not installed"

@@ -1,6 +1,6 @@
-"""Two ways to train the same dictionary on the same activations: ours, and sae_lens' own trainer.
+"""Two trainers of the same dictionary on the same activations: ours, and sae_lens'.
 
-Both start from their own weights, as their users' do, unless `start` gives them the same ones.
+Each starts from its own initial weights, as in normal use, unless `start` replaces them.
 """
 
 import resource
@@ -26,20 +26,20 @@ from training.steps.step import Weights
 OURS, SAE_LENS = "ours", "sae_lens"
 DEAD_AFTER = 1000  # steps without activation, as in sae_lens' trainer
 MATRYOSHKA_LEVELS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-_SAMPLE = 4096  # rows that our side sets its scale and bias from
+_SAMPLE = 4096  # rows from which our trainer sets its scale and bias
 _THEIR_NAMES = {"matryoshka": "matryoshka_batchtopk"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Settings of a training run, the same for both sides.
+    """Settings of a training run, the same for both trainers.
 
     Attributes:
         steps: Length of the schedules.
-        sparsity: Coefficient of the penalty (standard, gated: L1; jumprelu: L0); it rises over `sparsity_warmup`.
+        sparsity: Coefficient of the penalty (standard, gated: L1; jumprelu: L0), after a warm-up of `sparsity_warmup`.
         warmup: Share of the steps over which the learning rate rises.
-        decay: Share of the steps over which it falls to 0 at the end.
-        precision: Of our large products; sae_lens' are float32, as its trainer's default is.
+        decay: Share of the steps, at the end, over which it falls to 0.
+        precision: Precision of our large products; sae_lens uses float32, its trainer's default.
         compile: Whether our step is compiled.
     """
 
@@ -60,7 +60,7 @@ class Task:
 
     @property
     def widths(self) -> list[int]:
-        """Latents of matryoshka's levels."""
+        """Number of latents of each level of matryoshka."""
         return [round(level * self.d_sae) for level in MATRYOSHKA_LEVELS]
 
 
@@ -68,8 +68,8 @@ class Side(ABC):
     """A trainer with its dictionary.
 
     Args:
-        task: What to train.
-        sample: Activations such as it will be trained on.
+        task: Settings of the run.
+        sample: Activations of the training distribution.
     """
 
     @abstractmethod
@@ -77,27 +77,27 @@ class Side(ABC):
 
     @abstractmethod
     def step(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """A whole training step."""
+        """Take a whole training step."""
 
     @abstractmethod
     def start(self, weights: Weights) -> None:
-        """Replace the weights; named and laid out as `training.steps.step` has them, rows of `W_dec` of norm 1."""
+        """Replace the weights, with names and layout of `training.steps.step` and rows of `W_dec` of norm 1."""
 
     @abstractmethod
     def kill(self, latents: Tensor) -> None:
-        """Have these latents count as dead."""
+        """Mark these latents as dead."""
 
     @abstractmethod
     def loss(self, x: Float[Tensor, "batch d_in"]) -> float:
-        """The squared error of a batch under the rule of training, summed over d_in; takes no step."""
+        """Squared error of a batch, encoded as in training, summed over d_in; takes no step."""
 
     @abstractmethod
     def dictionary(self) -> Any:
-        """The inference dictionary that is saved, for the activations that were trained on."""
+        """The inference dictionary, as saved."""
 
 
 class Ours(Side):
-    """This project's `Learner`, on activations as they come."""
+    """This project's `Learner`."""
 
     def __init__(self, task: Task, sample: Float[Tensor, "n d_in"]) -> None:
         sae = SAEConfig(
@@ -160,7 +160,7 @@ class SaeLens(Side):
             total_training_samples=task.steps * task.batch,
             train_batch_size_samples=task.batch,
             lr=task.lr,
-            lr_end=task.lr if task.decay else 0.0,  # its None asserts; a constant rate does not look at it
+            lr_end=task.lr if task.decay else 0.0,  # None fails an assertion; unused at a constant rate
             lr_warm_up_steps=round(task.warmup * task.steps),
             lr_decay_steps=round(task.decay * task.steps),
             dead_feature_window=DEAD_AFTER,
@@ -198,7 +198,7 @@ SIDES: dict[str, type[Side]] = {OURS: Ours, SAE_LENS: SaeLens}
 
 
 def _options(task: Task) -> dict[str, Any]:
-    """What sae_lens' config takes for the architecture."""
+    """Options of sae_lens' config for the architecture."""
     warm_up = round(task.sparsity_warmup * task.steps)
     if task.architecture in ("standard", "gated"):
         return {"l1_coefficient": task.sparsity, "l1_warm_up_steps": warm_up}
@@ -208,20 +208,20 @@ def _options(task: Task) -> dict[str, Any]:
 
 
 def _nothing() -> Iterator[Tensor]:
-    """What the trainer's own loop would read; it is not run here."""
+    """The data for the trainer's own loop, which is not used."""
     return iter(())
 
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """Activations with a structure to find: each the sum of some of many directions, plus noise.
+    """Activations with planted structure: each is a sum of a few out of many directions, plus noise.
 
-    Their mean norm is √d_in. A seed gives the same rows every time.
+    Their mean norm is √d_in.
 
     Attributes:
         directions: Unit vectors.
-        active: Of these, how many a row sums up.
-        noise: Standard deviation of the noise, as a share of the structure's.
+        active: Number of directions summed in each row.
+        noise: Standard deviation of the noise, relative to that of the structure.
     """
 
     directions: Float[Tensor, "features d_in"]
@@ -235,7 +235,7 @@ class Planted:
         return cls(torch.nn.functional.normalize(directions, dim=-1), active)
 
     def rows(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
-        """So many activations; no other seed gives any of them."""
+        """`n` activations, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
         features, d_in = self.directions.shape
         chosen = torch.rand(n, features, generator=generator).topk(self.active, sorted=False).indices
@@ -249,11 +249,11 @@ class Planted:
 def quality(
     dictionary: Any, x: Float[Tensor, "n d_in"], directions: Float[Tensor, "features d_in"]
 ) -> dict[str, float]:
-    """Of an inference dictionary on rows that sum up these directions.
+    """Quality of an inference dictionary on rows that are sums of the directions.
 
     Returns:
         fvu: Fraction of variance unexplained.
-        l0: Active latents a row.
+        l0: Mean number of active latents per row.
         mmcs: Mean over the directions of the largest cosine with a decoder row (mean max cosine similarity).
     """
     acts = dictionary.encode(x)
@@ -271,23 +271,23 @@ def fit(
     task: Task,
     rows: Callable[[int], Float[Tensor, "batch d_in"]],
 ) -> Side:
-    """A side trained on the batches of steps 0, 1, ..."""
-    made = side(task, rows(0))
+    """A trainer after all steps, where step i is on the batch `rows(i)`."""
+    trainer = side(task, rows(0))
     for step in range(task.steps):
-        made.step(rows(step))
-    return made
+        trainer.step(rows(step))
+    return trainer
 
 
 def start_weights(task: Task) -> Weights:
-    """Weights as ours begin: where a latent decides for itself, about half of all are active."""
+    """Our initial weights, with which about half of all latents of standard, gated and jumprelu are active."""
     config = SAEConfig(architecture=task.architecture, k=task.k, d_sae=task.d_sae)
     return new_weights(task.d_in, task.d_sae, config, task.seed)
 
 
 def settled_weights(task: Task, x: Float[Tensor, "batch d_in"]) -> Weights:
-    """Weights at which `k` latents of standard, gated or jumprelu are active in a row of x, on average."""
+    """Weights with which `k` latents of standard, gated or jumprelu are active per row of x, on average."""
     weights = start_weights(task)
-    weights["W_enc"] = weights["W_dec"].clone()  # about the gain that it learns
+    weights["W_enc"] = weights["W_dec"].clone()  # about the gain that training reaches
     pre = (x @ weights["W_enc"].T).flatten()
     bound = float(pre.topk(task.k * len(x), sorted=False).values.min())
     for name in ("b_enc", "b_gate", "b_mag"):
@@ -299,7 +299,7 @@ def settled_weights(task: Task, x: Float[Tensor, "batch d_in"]) -> Weights:
 
 
 def peak_mb(side: str, task: Task, threads: int) -> float:
-    """Largest resident memory of training, above that before the dictionary is made; in a process of its own, in MB."""
+    """Peak resident memory of training in a process of its own, minus that before the dictionary is made, in MB."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(_peak_mb, side, task, threads).result()
 
@@ -308,7 +308,7 @@ def _peak_mb(side: str, task: Task, threads: int) -> float:
     torch.set_num_threads(threads)
     small = Task(task.architecture, d_in=16, d_sae=64, k=4, batch=32, precision=task.precision)
     x = Planted.of(small.d_in, small.k, 0).rows(small.batch, 0)
-    SIDES[side](small, x).step(x)  # what is loaded and set up once
+    SIDES[side](small, x).step(x)  # load libraries and set up, before measuring
     x = torch.randn(task.batch, task.d_in, generator=torch.Generator().manual_seed(task.seed))
     before = _resident_bytes("VmRSS")
     made = SIDES[side](task, x)
@@ -318,9 +318,9 @@ def _peak_mb(side: str, task: Task, threads: int) -> float:
 
 
 def _resident_bytes(field: str) -> int:
-    """Resident memory now (VmRSS) or at its largest (VmHWM); where there is no /proc, both are the largest."""
+    """Current (VmRSS) or peak (VmHWM) resident memory; without /proc, both are the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # ru_maxrss of a spawned process would begin with its parent's.
+    # not ru_maxrss, which in a spawned process starts at its parent's value
     return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))

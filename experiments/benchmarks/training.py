@@ -1,21 +1,21 @@
-"""How fast does a dictionary train, beside sae_lens' own trainer, and is it as good after as many tokens?
+"""How fast is training compared with sae_lens' trainer, and are dictionaries as good after as many tokens?
 
     python -m experiments.benchmarks.training --out runs/training
 
-**Speed.** A whole step without the data: ours is `training.steps.learner.Learner.step`, theirs `SAETrainer.step` with
-its defaults (float32, no autocast). Both have the same weights and the same activations, sums of planted directions
-with noise. In each round all variants run one after the other, a few steps each; a variant's ratio in a round is that
-of the medians, and the figure is the median over rounds. The clock is the process's own time, so that what else runs on
-the machine counts little; the wall's is beside it. Variants with `settled` have weights at which `k` latents are active
-at a position, as they are once the penalty has done its work; without, standard, gated and jumprelu are at their start,
-where half of all latents are active. Of `dead` ones, half the dictionary is dead and learns by the auxiliary loss.
+**Speed.** A whole step without data loading: `training.steps.learner.Learner.step` against `SAETrainer.step` with its
+defaults (float32, no autocast). Both have the same weights and the same activations, sums of planted directions with
+noise. In each round all variants run in turn, a few steps each; a variant's ratio in a round is the ratio of medians,
+and the figure is the median over rounds. The clock is processor time, which other load on the machine affects little;
+wall time is reported too. In `settled` variants, `k` latents are active per position, as late in training; otherwise
+standard, gated and jumprelu have their initial weights, with which half of all latents are active. In `dead` variants,
+half the dictionary is dead and learns from the auxiliary loss.
 
-**Quality.** Both train from their own initial weights on the same rows at the same rate; what they save is evaluated on
-held-out rows. Where a penalty decides how many latents are active, ours is set so that as many are as in theirs (within
-2 %, in at most 6 runs): the error of dictionaries with more active latents is lower for that alone.
+**Quality.** Both train from their own initial weights on the same rows at the same rate; the saved dictionaries are
+evaluated on held-out rows. Where a penalty determines the number of active latents, our penalty is tuned to match
+theirs (within 2 %, in at most 6 runs), since more active latents alone lower the error.
 
-**Memory.** Largest resident memory of a process of its own above that before its dictionary is made: weights,
-gradients, Adam's moments, and what a step needs.
+**Memory.** Peak resident memory of a process of its own, minus that before its dictionary is made: weights, gradients,
+Adam's moments and temporaries of a step.
 """
 
 import logging
@@ -57,14 +57,14 @@ from .training_settings import VARIANTS, TrainingBenchmark, Variant
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 
-POOL = 4  # batches that the timed steps go through
+POOL = 4  # number of batches that the timed steps cycle through
 HELD_OUT = 8192
 PENALISED = ("standard", "gated", "jumprelu")  # others have `k` active latents
 
 
 @dataclass(eq=False)
 class Times:
-    """Milliseconds of a step in each round: the process's time, and the wall's."""
+    """Milliseconds per step in each round: processor time and wall time."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
@@ -72,18 +72,18 @@ class Times:
 
 @dataclass(eq=False)
 class Speed:
-    """Times of our variants by name, and of sae_lens' steps by what they are compared with."""
+    """Times of our variants by name, and of sae_lens' steps by variant."""
 
     ours: dict[str, Times]
     theirs: dict[Variant, Times]
 
     def ratios(self, name: str, clock: Literal["cpu", "wall"] = "cpu") -> list[float]:
-        """How many times as long sae_lens takes, in each round."""
+        """Time of sae_lens relative to ours, in each round."""
         theirs = self.theirs[VARIANTS[name].peer]
         return [b / a for a, b in zip(getattr(self.ours[name], clock), getattr(theirs, clock), strict=True)]
 
     def auxiliary(self) -> dict[str, float]:
-        """What half a dead dictionary adds to a step, as a share of the step with none dead."""
+        """Time that half a dictionary of dead latents adds to a step, relative to a step without dead latents."""
         dead, alive = "topk_dead_fp32", "topk_fp32"
         if not {dead, alive} <= set(self.ours):
             return {}
@@ -98,7 +98,7 @@ class Speed:
 
 
 def time_steps(config: TrainingBenchmark) -> Speed:
-    """Rounds of all variants and of the steps they are compared with, one after the other."""
+    """Run all variants, and the steps that they are compared with, in rounds."""
     planted = Planted.of(config.d_in, config.k, config.seed)
     pool = [planted.rows(config.batch, seed) for seed in range(POOL)]
     groups: dict[Variant, dict[str, Side]] = {}
@@ -110,7 +110,7 @@ def time_steps(config: TrainingBenchmark) -> Speed:
     speed = Speed({name: Times() for name in config.variants}, {peer: Times() for peer in groups})
     for sides in groups.values():
         for side in sides.values():
-            side.step(pool[0])  # the optimiser's state, and what libraries set up once
+            side.step(pool[0])  # allocate optimiser state and set up libraries, untimed
     for number in range(config.rounds):
         log.info("round %d of %d", number + 1, config.rounds)
         for peer, sides in groups.items():
@@ -123,16 +123,16 @@ def time_steps(config: TrainingBenchmark) -> Speed:
 
 
 def prepared(config: TrainingBenchmark, side: str, variant: Variant, x: Float[Tensor, "batch d_in"]) -> Side:
-    """A side in the state that the variant is timed in."""
+    """A trainer in the state in which the variant is timed."""
     task = config.timed_task(variant)
-    made = SIDES[side](task, x)
+    trainer = SIDES[side](task, x)
     weights = settled_weights(task, x) if variant.state == "settled" else start_weights(task)
     if variant.state == "dead":
         dead = torch.randperm(task.d_sae, generator=torch.Generator().manual_seed(task.seed))[: task.d_sae // 2]
-        weights["b_enc"][dead] = -float((x @ weights["W_enc"].T).max())  # or they would come back to life at once
-        made.kill(dead)
-    made.start(weights)
-    return made
+        weights["b_enc"][dead] = -float((x @ weights["W_enc"].T).max())  # so that they stay dead
+        trainer.kill(dead)
+    trainer.start(weights)
+    return trainer
 
 
 def _ms(side: Side, x: Tensor) -> tuple[float, float]:
@@ -141,11 +141,11 @@ def _ms(side: Side, x: Tensor) -> tuple[float, float]:
     return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
 
 
-Figures = dict[str, dict[str, float]]  # by side: fvu, l0, mmcs
+Figures = dict[str, dict[str, float]]  # by trainer: fvu, l0, mmcs
 
 
 def compare_quality(config: TrainingBenchmark, rate: float) -> dict[str, Figures]:
-    """For each variant, figures on held-out rows of what each side saves."""
+    """For each variant, figures of both saved dictionaries on held-out rows."""
     planted = Planted.of(config.quality_d_in, config.quality_k, config.seed)
     held_out = planted.rows(HELD_OUT, seed=-1)
     known: dict[tuple[str, Task], dict[str, float]] = {}
@@ -171,9 +171,9 @@ def compare_quality(config: TrainingBenchmark, rate: float) -> dict[str, Figures
 
 
 def at_l0(l0: float, figures: Callable[[float], dict[str, float]], runs: int = 6) -> dict[str, float]:
-    """Figures at the penalty at which so many latents are active, or as near to that as so many runs come.
+    """Figures at the penalty that gives a target L0, or the closest of at most `runs` runs.
 
-    L0 falls about as a power of the penalty: the secant method on logarithms.
+    L0 is about a power of the penalty, so the secant method is applied to logarithms.
     """
     penalty, measured = 1.0, figures(1.0)
     tried = [(penalty, measured)]
@@ -192,7 +192,7 @@ def at_l0(l0: float, figures: Callable[[float], dict[str, float]], runs: int = 6
 
 
 def measure_memory(config: TrainingBenchmark) -> dict[str, dict[str, float]]:
-    """For each variant, the peak of each side in MB."""
+    """For each variant, the peak memory of each trainer in MB."""
     known: dict[tuple[str, Variant], float] = {}
 
     def peak(side: str, variant: Variant) -> float:
@@ -210,13 +210,13 @@ def measure_memory(config: TrainingBenchmark) -> dict[str, dict[str, float]]:
 
 @dataclass(eq=False)
 class TrainingResults:
-    """Everything that was measured."""
+    """All measurements."""
 
     config: TrainingBenchmark
     speed: Speed
     quality: dict[float, dict[str, Figures]]  # by learning rate
     memory: dict[str, dict[str, float]]
-    load: list[float]  # of the machine, at the beginning and the end
+    load: list[float]  # load average of the machine, at the beginning and the end
 
     def summary(self) -> dict[str, Any]:
         speed, last = self.speed, self.quality[max(self.quality)] if self.quality else {}
@@ -245,7 +245,7 @@ class TrainingResults:
         return {OURS: median(self.speed.ours[name].cpu), SAE_LENS: median(theirs.cpu)}
 
     def table(self) -> str:
-        """What is printed: a row a variant."""
+        """The printed tables: a row per variant."""
         summary = self.summary()
         head = ("times sae_lens", "lowest", "highest", "wall", "ms", "theirs", "MB", "theirs")
         rows = []
@@ -265,14 +265,12 @@ class TrainingResults:
             heads = [word for figure in what for word in (figure, "theirs")]
             lines.append(text_table([f"learning rate {rate:g}", *heads], rows))
         if shares := summary["auxiliary"]:
-            lines.append(
-                f"half a dead dictionary adds {shares[OURS]:.0%} to our step, {shares[SAE_LENS]:.0%} to theirs"
-            )
+            lines.append(f"half a dictionary of dead latents: {shares[OURS]:.0%} longer, theirs {shares[SAE_LENS]:.0%}")
         return "\n".join([*lines, f"load of the machine: {self.load[0]:.1f} before, {self.load[-1]:.1f} after"])
 
 
 def run(given: TrainingBenchmark) -> None:
-    """Measure, print the table, and write summary.json where a folder is given."""
+    """Measure, print the table, and write summary.json if a folder is given."""
     if given.out:
         check_writable(given.out)
     if find_spec("sae_lens") is None:

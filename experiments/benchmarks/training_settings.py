@@ -1,4 +1,4 @@
-"""What the benchmark of training measures, and on which shapes."""
+"""Settings of the training benchmark: variants and shapes."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,12 +9,12 @@ from training.config import Architecture
 from .measuring import check_counts
 from .trainers import Task
 
-HOLD = 1e-5  # learning rate of the timed steps: weights stay where they were put
+HOLD = 1e-5  # learning rate of the timed steps, so low that weights stay close to their initial values
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of our steps, and the state it is timed in."""
+    """One training step of ours, and the state of the dictionary in which it is timed."""
 
     architecture: Architecture
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -22,7 +22,7 @@ class Variant:
 
     @property
     def peer(self) -> "Variant":
-        """The step of sae_lens that it is compared with."""
+        """The variant of sae_lens' step to compare with."""
         return replace(self, precision="float32")
 
 
@@ -46,44 +46,44 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class TrainingBenchmark:
-    """Time steps of training side by side with sae_lens, and compare what comes of as many tokens."""
+    """Time training steps against sae_lens, and compare the dictionaries after as many tokens."""
 
     out: str = ""
-    """Folder for summary.json; empty: the table is printed and nothing is written."""
+    """Folder for summary.json; empty: the table is printed, and no file is written."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """What to measure."""
+    """Variants to measure."""
     rounds: int = 5
-    """How often all variants are timed; medians are reported."""
+    """Number of rounds in which all variants are timed; medians are reported."""
     steps: int = 3
-    """Steps of each variant in a round."""
+    """Steps of each variant per round."""
     threads: int = 1
-    """Threads of torch. With more than one, look at the wall's ratios: the process's time is that of all of them."""
+    """Threads of torch. With more than one, use the wall-time ratios: processor time is summed over threads."""
     d_in: int = 512
     """Width of the timed activations."""
     d_sae: int = 8192
     """Latents of the timed dictionaries."""
     batch: int = 2048
-    """Rows of a timed step."""
+    """Rows per timed step."""
     k: int = 32
-    """Active latents; as many directions are in each row of the activations."""
+    """Number of active latents, and of directions summed in each row of the activations."""
     quality_rates: tuple[float, ...] = (3e-3,)
-    """Learning rates at which quality is compared; `fvu` is that of the last. Empty: no comparison."""
+    """Learning rates at which quality is compared; `fvu` is that of the largest. Empty: no comparison."""
     quality_steps: int = 1500
-    """Steps of those runs."""
+    """Steps of the quality runs."""
     quality_d_in: int = 64
-    """Width of their activations."""
+    """Width of the activations in quality runs."""
     quality_d_sae: int = 512
-    """Latents of their dictionaries."""
+    """Latents of the dictionaries in quality runs."""
     quality_batch: int = 512
-    """Rows of their steps."""
+    """Rows per step in quality runs."""
     quality_k: int = 8
-    """Active latents in them."""
+    """Number of active latents in quality runs."""
     memory: bool = True
-    """Measure memory, too: a process for each variant and side."""
+    """Also measure memory, in a process of its own for each variant and trainer."""
     compile: bool = False
-    """Have torch compile those of our steps that gain from it."""
+    """Let torch compile those of our steps that gain from it."""
     quick: bool = False
-    """Tiny shapes: whether it runs, in seconds; no figure of it means anything."""
+    """Tiny shapes, to test in seconds that the benchmark runs; its figures mean nothing."""
     seed: int = 0
     """Seed of the data and of the weights."""
 
@@ -92,14 +92,14 @@ class TrainingBenchmark:
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise UserError(f"unknown variant {unknown[0]!r}: use {', '.join(VARIANTS)}")
         if not self.variants:
-            raise UserError("no variants: name at least one")
+            raise UserError("no variants: give at least one")
 
     @property
     def chosen(self) -> dict[str, Variant]:
         return {name: VARIANTS[name] for name in self.variants}
 
     def shaped(self) -> "TrainingBenchmark":
-        """With the tiny shapes, where these are asked for."""
+        """The settings, with tiny shapes if `quick` is set."""
         if not self.quick:
             return self
         return replace(

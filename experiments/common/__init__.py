@@ -1,1 +1,1 @@
-"""What experiments of every kind share."""
+"""Code shared by all experiments: kept results, tracking."""

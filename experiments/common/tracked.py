@@ -1,4 +1,4 @@
-"""What a finished experiment shows to trackers: its figures, its page's tables and charts, its dictionaries."""
+"""Logging of a finished experiment to trackers: figures, the report's tables and charts, dictionaries."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from saepatch.tracking.open import RunDescription, open_tracker
 
 @runtime_checkable
 class TrackedSettings(Protocol):
-    """What is read of an experiment's settings."""
+    """The settings of an experiment that logging needs."""
 
     @property
     def out(self) -> str: ...
@@ -24,13 +24,13 @@ class TrackedSettings(Protocol):
 
 
 def show(config: TrackedSettings, run: str, page: Page, summary: Mapping[str, Any]) -> None:
-    """Write the local log and, if the run asks for them, to trackers. The group is the folder that the run is in.
+    """Write the local log, and log to the trackers that the settings name.
 
     Args:
-        config: The run, whose folder holds `report.html` already.
-        run: What the run is called.
-        page: That page.
-        summary: Figures, nested as you like: numbers, and intervals as [value, low, high].
+        config: The experiment's settings; its folder already holds `report.html`.
+        run: The run's name.
+        page: The report.
+        summary: Figures at any depth: numbers, and intervals as [value, low, high].
     """
     out = Path(config.out)
     about = RunDescription(out, run=run, config=asdict(cast(Any, config)), job_type="experiment")

@@ -1,4 +1,4 @@
-"""The results of an experiment, their tables, and the sentences that follow from them."""
+"""The results of an experiment on pairs, their tables, and the conclusions drawn from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from .stages import CHOOSE_BY, DENSE, Agreement, Both, DirectionKind, RankedSite
 
 NAMES: Mapping[PatchDirection, str] = {"denoise": "denoising", "noise": "noising"}
 NO_HEADS = "No map of attention heads: the family of {model} does not offer the heads' outputs (stream `z`)."
-TABLED = (1, 4, 16)  # numbers of directions that tables compare, where they were run
-CELLS = 5  # largest cells of a map that are printed
+TABLED = (1, 4, 16)  # numbers of directions compared in tables, where they were run
+CELLS = 5  # number of a map's largest cells that are printed
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,8 @@ class StudyResults:
     question: Question
     config: StudyConfig
     model: LanguageModel
-    columns: Sequence[str]  # labels of the positions of the map's group
-    group: int  # pairs in it
+    columns: Sequence[str]  # labels of the positions of the maps, whose pairs have one form
+    group: int  # number of pairs of the maps
     examples: Sequence[PromptPair]  # the first report pairs
     tokens: Sequence[Sequence[str]]  # of each report pair's clean prompt
     group_tokens: Sequence[Sequence[str]]
@@ -37,8 +37,8 @@ class StudyResults:
     heads: Both | None
     sites: Sequence[RankedSite]
     best: RankedSite
-    latents: Both  # the first ones by position
-    tops: Both  # the first ones at all positions, with controls
+    latents: Both  # the first latents by position
+    tops: Both  # the first latents at all positions, with controls
     curves: Mapping[PatchDirection, Curve]
     agreements: Sequence[Agreement]
     kinds: Sequence[DirectionKind]
@@ -50,7 +50,7 @@ class StudyResults:
 
     @property
     def compared(self) -> list[int]:
-        """Sizes that tables show."""
+        """The sizes shown in tables."""
         sizes = self.kinds[0].sizes
         return [k for k in TABLED if k in sizes] or list(sizes[:1])
 
@@ -59,44 +59,47 @@ class StudyResults:
 
 
 def unsure(effects: Effects, model: str) -> str:
-    """What to say where the model does not tell the two prompts of a pair apart; empty where it does."""
+    """A warning where the model does not distinguish a pair's two prompts; empty where it does."""
     gap = bootstrap_mean(effects.gap)
     if gap.low > 0:
         return ""
     if gap.reason:
         return (
-            f"Whether {model} tells the clean prompts from the corrupted ones cannot be said from these pairs (their "
-            f"difference in {effects.metric}: {gap}): give more."
+            f"These pairs do not show whether {model} distinguishes clean from corrupted prompts (difference in "
+            f"{effects.metric}: {gap}): use more pairs."
         )
     return (
-        f"{model} does not tell the clean prompts from the corrupted ones (their difference in {effects.metric} is "
-        f"{gap}), so shares of that difference mean nothing: ask another model."
+        f"{model} does not distinguish clean from corrupted prompts (difference in {effects.metric}: {gap}), so shares "
+        "of that difference mean nothing: use another model."
     )
 
 
 def verdict(kinds: Sequence[DirectionKind], k: int, direction: PatchDirection = "denoise", seed: int = 0) -> str:
-    """Which kind moves the metric most with `k` directions, and whether that is beyond chance; latents come first."""
+    """Which kind moves the metric most with `k` directions, and whether the difference is significant.
+
+    Latents are the first of `kinds`.
+    """
     values = {kind: value for kind in kinds if (value := kind.at(k, direction, seed)) is not None}
     latents, *others = values
     count = "one direction" if k == 1 else f"{k} directions"
     if not others:
-        return f"With {count} there is nothing to compare latents with."
+        return f"With {count}, there are no other directions to compare latents with."
     rival = max(others, key=lambda kind: values[kind].value)
     ahead, behind = (latents, rival) if values[latents].value >= values[rival].value else (rival, latents)
     gap = ahead.beyond(behind, k, direction, seed)
     if not gap.low > 0:
         return (
-            f"With {count}, {ahead} and {behind} cannot be told apart: {values[ahead]} and {values[behind]}, "
+            f"With {count}, {ahead} and {behind} do not differ significantly: {values[ahead]} and {values[behind]}, "
             f"difference {gap}."
         )
     return (
-        f"With {count}, most is {DONE[direction]} by {ahead}: {values[ahead]}, against {values[behind]} for {behind}"
+        f"With {count}, {ahead} {DONE[direction]} most: {values[ahead]}, against {values[behind]} for {behind}"
         f"{', the best of the others' if behind is rival and len(others) > 1 else ''} (difference {gap})."
     )
 
 
 def against_dense(kinds: Sequence[DirectionKind], seed: int = 0) -> str:
-    """How many latents do what the one dense direction does; empty where there is none."""
+    """How many latents restore as much as the difference of means; empty where there is no such direction."""
     latents, dense = kinds[0], next((kind for kind in kinds if kind.name == DENSE), None)
     mark = None if dense is None else dense.at(1, seed=seed)
     if mark is None:
@@ -105,19 +108,19 @@ def against_dense(kinds: Sequence[DirectionKind], seed: int = 0) -> str:
     enough = [k for k, value in values.items() if value.value >= mark.value]
     most = max(values)
     if not enough:
-        many = f"no number of latents that was tried restores as much; {most} of them restore {values[most]}"
+        many = f"no number of latents tried restores as much ({most} restore {values[most]})"
     elif enough[0] == 1:
-        many = f"one latent restores as much, {values[1]}"
+        many = f"one latent restores as much ({values[1]})"
     else:
-        many = f"it takes {enough[0]} latents to restore as much, {values[enough[0]]}"
-    return f"The one direction between the means restores {mark}; {many}."
+        many = f"it takes {enough[0]} latents to restore as much ({values[enough[0]]})"
+    return f"The difference of means, a single direction, restores {mark}; {many}."
 
 
 # Tables
 
 
 def largest(effects: Both, k: int = CELLS) -> list[tuple[Edit, Interval, Interval | None]]:
-    """The edits that restore most, with their effects in both directions."""
+    """The edits that restore most, with their effects by direction."""
     if not effects:
         return []
     denoise, noise = effects["denoise"], effects["noise"]
@@ -126,17 +129,17 @@ def largest(effects: Both, k: int = CELLS) -> list[tuple[Edit, Interval, Interva
 
 
 def printed(study: StudyResults) -> str:
-    """The run as tables of text."""
+    """The results as text tables."""
     seed, denoise = study.config.seed, study.tops["denoise"]
     cells = [(f"{e.site} at {study.columns[e.position or 0]}", d, n) for e, d, n in largest(study.streams)]
     heads = [(f"layer {e.site.layer}, head {describe(e)}", d, n) for e, d, n in largest(study.heads or {})]
     sites = [
         (
-            f"{ranked.site}{' *' if ranked is study.best else ''}",
-            ranked.chosen_by,
-            *(ranked.report[d] for d in PATCH_DIRECTIONS),
+            f"{candidate.site}{' *' if candidate is study.best else ''}",
+            candidate.ranked.chosen_by,
+            *(candidate.ranked.report[d] for d in PATCH_DIRECTIONS),
         )
-        for ranked in study.sites
+        for candidate in study.sites
     ]
     latents = [(name, *values, f"{q:.2g}", f"{r:.2g}") for name, *values, q, r, _ in latent_rows(study)]
     kinds = [
@@ -152,7 +155,7 @@ def printed(study: StudyResults) -> str:
             text_table(["attention heads", *PATCH_DIRECTIONS], heads)
             if heads
             else NO_HEADS.format(model=study.model.name),
-            text_table([f"site (*: chosen), first {CHOOSE_BY} latents", "other half: denoise", *REPORTED], sites),
+            text_table([f"site (*: chosen), first {CHOOSE_BY} latents", "select: denoise", *REPORTED], sites),
             text_table([f"latents of {study.best.site}", *by_size[:4], "q denoise", "q noise"], latents),
             text_table(["first latents together", *by_size], curve_rows(study)),
             text_table(
@@ -165,14 +168,14 @@ def printed(study: StudyResults) -> str:
 
 
 def verdicts(study: StudyResults, direction: PatchDirection = "denoise") -> list[str]:
-    """What the comparison of directions comes to, in words."""
+    """Conclusions of the comparison of directions."""
     seed = study.config.seed
     words = [verdict(study.kinds, k, direction, seed) for k in study.compared]
     return [*words, *filter(None, [against_dense(study.kinds, seed)] if direction == "denoise" else [])]
 
 
 def latent_rows(study: StudyResults) -> list[tuple[Any, ...]]:
-    """The first latents: effect with controls, the other direction, q values, and the pairs where they differ."""
+    """A row per latent: denoising with its controls, noising, q values, and in how many pairs the latent differs."""
     denoise, noise = study.tops["denoise"], study.tops["noise"]
     q, r = denoise.q_values(), noise.q_values()
     rows = []
@@ -191,13 +194,13 @@ def curve_rows(study: StudyResults) -> list[tuple[Any, ...]]:
     return list(zip(study.curves["denoise"].sizes, *lines, strict=True))
 
 
-DONE: Mapping[PatchDirection, str] = {"denoise": "restored", "noise": "undone"}
+DONE: Mapping[PatchDirection, str] = {"denoise": "restored", "noise": "removed"}
 REPORTED = ("report: denoise", "report: noise")
-AGREEMENT = ("method", "Pearson", "Spearman", "Pearson of sizes", "Spearman of sizes")
+AGREEMENT = ("method", "Pearson", "Spearman", "Pearson of sizes", "Spearman of sizes")  # keys of summary.json, too
 
 
 def agreement_rows(study: StudyResults) -> list[tuple[str, ...]]:
-    """Each method's correlations, and the bound on what it missed, as texts."""
+    """Each method's correlations, and the bound on the nodes that it missed, as text."""
     return [
         (
             agreement.attribution.method,

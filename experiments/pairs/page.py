@@ -1,4 +1,4 @@
-"""The report of an experiment and the files beside it."""
+"""The report of an experiment on pairs, and its other files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ from .stages import CHOOSE_BY, DENSE, Both
 
 
 def write(study: StudyResults, out: Path) -> Page:
-    """Write the rows, the settings, the figures, the report and the summary; returns the report."""
+    """Write rows, settings, figures, report and summary; returns the report."""
     sae, model = study.best.dictionary, study.model
     provenance = Provenance(model.name, model.fingerprint, sae.name, sae.fingerprint, study.config.seed)
     write_rows([(rows(study), provenance)], out / "results.parquet")
@@ -39,13 +39,15 @@ def write(study: StudyResults, out: Path) -> Page:
 
 
 def rows(study: StudyResults) -> list[Row]:
-    """Every exact effect; of attribution, the nodes that were checked, each method's estimate beside the exact one."""
+    """Rows of all exact effects, and of attribution's verified nodes: exact effect and each method's estimate."""
     task = study.question.task
     maps = [study.streams[d] for d in PATCH_DIRECTIONS] + [study.latents[d] for d in PATCH_DIRECTIONS]
     alone = [study.tops[d] for d in PATCH_DIRECTIONS]
     alone += [] if study.heads is None else [study.heads[d] for d in PATCH_DIRECTIONS]
     alone += [effects for d in PATCH_DIRECTIONS for effects in study.curves[d].effects]
-    alone += [kind.effects[d] for kind in study.kinds[1:] for d in PATCH_DIRECTIONS]  # latents are those of the curves
+    alone += [
+        kind.effects[d] for kind in study.kinds[1:] for d in PATCH_DIRECTIONS
+    ]  # the first are latents, as in the curves
     made = [row for effects in maps for row in effects.rows(task, study.group_tokens)]
     made += [row for effects in alone for row in effects.rows(task)]
     for agreement in study.agreements:
@@ -54,7 +56,7 @@ def rows(study: StudyResults) -> list[Row]:
 
 
 def _checked(attribution: Attribution) -> Attribution:
-    """The nodes that were run exactly alone: all others of a large dictionary would be millions of rows."""
+    """Only the nodes that were run exactly: all nodes of a large dictionary would be millions of rows."""
     verified = attribution.verified
     assert verified is not None
     columns = {
@@ -64,15 +66,15 @@ def _checked(attribution: Attribution) -> Attribution:
 
 
 def _by_position(title: str, effects: Effects, units: bool, study: StudyResults, caption: str) -> HeatMap:
-    """Sites, or single units of one site, against position; effects over the pairs of one form."""
+    """A map of sites, or of single units of one site, by position, over the pairs of one form."""
     edits = EditTable.of(effects)
     positions = sorted({edit.position for edit in effects.edits if edit.position is not None})
     place: Callable[[EditKey], tuple[Any, int]] = unit_and_position if units else site_and_position
     names = {place(key)[0]: key.latent if units else key.site for key in edits.keys}
     columns = {position: study.columns[position] for position in positions}
     caption = (
-        f"{caption}, n = {study.group} report pairs of one form. Positions before the first change have no effect "
-        "and are left out. Tokens in brackets differ from pair to pair, and are the first pair's, clean/corrupted. 0: "
+        f"{caption}, n = {study.group} report pairs of one form. Positions before the first difference have no effect "
+        "and are left out. Tokens in brackets vary by pair; those of the first pair are shown, clean/corrupted. 0: "
         "base run, 1: source run."
     )
     numbers = [number for number, changed in enumerate(edits.changed) if changed]
@@ -80,7 +82,7 @@ def _by_position(title: str, effects: Effects, units: bool, study: StudyResults,
 
 
 def charts(study: StudyResults) -> dict[str, Chart]:
-    """Every figure, by the name of its file."""
+    """All figures by file name."""
     site, heads, names = study.best.site, study.heads, {d: NAMES[d].capitalize() for d in PATCH_DIRECTIONS}
     drawn: dict[str, Chart] = {}
     for d in PATCH_DIRECTIONS:
@@ -102,9 +104,9 @@ def charts(study: StudyResults) -> dict[str, Chart]:
         "Attribution against exact effects",
         signed or [agreement.attribution for agreement in study.agreements],
         study.tokens,
-        f"One point a node (a latent or an error term, at one position of one pair): for each method the "
+        f"One point per node (a latent or an error term, at one position of one pair): for each method the "
         f"{study.config.verify} with the largest estimates and {study.config.sample} drawn at random from the others. "
-        "GradDrop gives sizes without a sign, so it stands in the table alone.",
+        "GradDrop estimates magnitudes without a sign, so only the table shows it.",
     )
     drawn["baselines"] = size_chart(
         f"Latents and other directions at {site}",
@@ -113,7 +115,7 @@ def charts(study: StudyResults) -> dict[str, Chart]:
             band(kind.name, kind.sizes, [kind.effects["denoise"].of(i) for i in range(len(kind.sizes))])
             for kind in study.kinds
         ],
-        f"Denoising, n = {study.pairs} report pairs; one set for all of them, ranked on select. {INTERVALS}",
+        f"Denoising, n = {study.pairs} report pairs; one set for all pairs, ranked on select. {INTERVALS}",
     )
     return drawn
 
@@ -138,7 +140,7 @@ def _lead(study: StudyResults) -> str:
     words = verdict(study.kinds, study.compared[-1], seed=study.config.seed)
     return (
         f"At {study.best.site} of {study.config.model}, chosen on other prompts, {k} latents restore "
-        f"{curve.top[place]} of {study.question.difference}; {k} random live ones restore {curve.random[place]}. "
+        f"{curve.top[place]} of {study.question.difference}; {k} random live latents restore {curve.random[place]}. "
         f"{words}"
     )
 
@@ -149,8 +151,8 @@ def _prompts(study: StudyResults) -> Section:
         f"{study.question.prompts} Over {study.pairs} report pairs {study.question.difference} is "
         f"{effects.clean.mean():.2f} in the clean run and {effects.corrupted.mean():.2f} in the corrupted one; the "
         f"right answer is ahead in {(effects.clean > 0).mean():.0%} of clean and {(effects.corrupted < 0).mean():.0%} "
-        "of corrupted prompts. Everything is ranked and chosen on `select`; names, templates and objects of `report` "
-        "are others."
+        "of corrupted prompts. All rankings and choices are made on `select`; `report` has other names, templates and "
+        "objects."
     )
     table = Table(
         ["run", "prompt", "answer"],
@@ -169,9 +171,9 @@ def _prompts(study: StudyResults) -> Section:
 def _where(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
     names = [name for name in drawn if name.startswith("layer_")]
     text = (
-        "Denoising patches the clean run into the corrupted one (what is sufficient?), noising the other way round "
-        "(what is necessary?). Whole layers at one position, and single attention heads at all of them, say where the "
-        "difference between the two prompts is carried."
+        "Denoising patches clean values into the corrupted run (what is sufficient?), noising patches corrupted values "
+        "into the clean run (what is necessary?). Whole layers at one position, and single attention heads at all "
+        "positions, show where the difference between the two prompts is carried."
     )
     if study.heads is None:
         text += "\n\n" + NO_HEADS.format(model=study.model.name)
@@ -180,25 +182,25 @@ def _where(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
 
 def _site(study: StudyResults) -> Section:
     table = Table(
-        ["site", "CE recovered", "other half: denoise", "report: denoise", "report: noise"],
+        ["site", "CE recovered", "select: denoise", "report: denoise", "report: noise"],
         [
             (
-                f"{ranked.site}{' *' if ranked is study.best else ''}",
-                ranked.ce_recovered,
-                cell(ranked.chosen_by),
-                *(cell(ranked.report[d]) for d in PATCH_DIRECTIONS),
+                f"{candidate.site}{' *' if candidate is study.best else ''}",
+                candidate.ranked.ce_recovered,
+                cell(candidate.ranked.chosen_by),
+                *(cell(candidate.ranked.report[d]) for d in PATCH_DIRECTIONS),
             )
-            for ranked in study.sites
+            for candidate in study.sites
         ],
-        f"The first {CHOOSE_BY} latents of each site's ranking, patched together at all positions; * is chosen. CE "
-        "recovered: share of the cross-entropy lost by zeroing the site at every position that the reconstruction "
-        f"keeps. {INTERVALS}",
+        f"The first {CHOOSE_BY} latents of each site's ranking, patched together at all positions; * marks the chosen "
+        "site; select: the half that was not ranked on. CE recovered: share of the loss from zeroing the site at every "
+        f"position that the reconstruction avoids. {INTERVALS}",
         {"CE recovered": ".4f"},
     )
     text = (
-        "At every site that has a dictionary each latent is patched alone on one half of the `select` pairs, and the "
-        f"latents are ranked by what they restore. The site whose first {CHOOSE_BY} together restore most on the other "
-        "half is looked at below: on the pairs they were ranked on, latents look better than they are."
+        "At every site with a dictionary, each latent is patched alone on one half of the `select` pairs, and latents "
+        f"are ranked by how much they restore. The site whose first {CHOOSE_BY} latents together restore most on the "
+        "other half is chosen: on the pairs used for ranking, the first latents look better than they are."
     )
     return Section("The site", text, [table])
 
@@ -211,15 +213,15 @@ def _latents(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
             (int(name), cell(denoise), q, *(None if c is None else c.value for c in controls), cell(noise))
             for name, denoise, *controls, noise, q, _, _ in latents
         ],
-        f"The first {len(latents)} latents of the ranking on select, in order of their effect on report, each "
-        f"alone at all positions; n = {study.pairs} report pairs. Controls of denoising: means over single random live "
-        "latents, and over ones that fire as often and write as much. q: false discovery rate of denoising among these "
-        f"latents. {INTERVALS}",
+        f"The first {len(latents)} latents of the ranking on select, in order of their effect on report, each patched "
+        f"alone at all positions; n = {study.pairs} report pairs. Controls of denoising: means over single latents, "
+        "random live ones or ones matched in firing frequency and size. q: false discovery rate of denoising over "
+        f"these latents. {INTERVALS}",
         {"latent": "d", "q": ".2g"} | dict.fromkeys(("denoising", "random", "matched", "noising"), ".3f"),
     )
     text = (
-        "All are ranked on `select`, so nothing here has been chosen on the prompts it is measured on. Error terms are "
-        "kept; nothing is clipped."
+        "Latents are ranked on `select` and measured on `report`, so there is no selection bias. Error terms are kept; "
+        "nothing is clipped."
     )
     blocks = [drawn[name] for name in drawn if name.startswith("latent_")]
     return Section("Latents at the chosen site", text, [*blocks, table, *(drawn[d] for d in PATCH_DIRECTIONS)])
@@ -230,7 +232,8 @@ def _attribution(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
     table = Table(
         list(AGREEMENT),
         [(agreement.attribution.method, *agreement.correlations) for agreement in study.agreements],
-        f"All methods on the same {count} nodes: those that any had checked. Sizes: |estimate| against |exact|.",
+        f"All methods on the same {count} nodes: those that were verified for any method. Sizes: |estimate| against "
+        "|exact|.",
         dict.fromkeys(AGREEMENT[1:], ".3f"),
     )
     text = (
@@ -239,7 +242,7 @@ def _attribution(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
         "pairs. Denoising, in units of the metric."
     )
     rank = study.agreements[0].bound[0]
-    heads = [f"effect of its no. {rank}", "as large in the draw", "not run", "as large, at most"]
+    heads = [f"effect of its no. {rank}", "as large in the sample", "not run", "as large, at most"]
     missed = Table(
         ["method", *heads],
         [
@@ -251,9 +254,9 @@ def _attribution(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
             for agreement in study.agreements
             if agreement.attribution.verified is not None
         ],
-        f"What each method can have missed: of the nodes that were not run, how many at most have an exact effect as "
-        f"large as number {rank} of its {study.config.verify} largest estimates (95 % confidence, from the random draw "
-        f"of {study.config.sample}).",
+        f"Upper bound on what each method missed: the number of nodes, of those not run, with an exact effect as large "
+        f"as number {rank} of its {study.config.verify} largest estimates (95 % confidence, from the random sample of "
+        f"{study.config.sample}).",
         {heads[3]: ",.0f"},
     )
     return Section("Attribution against exact", text, [table, drawn["attribution"], missed])
@@ -273,12 +276,12 @@ def _directions(study: StudyResults, drawn: Mapping[str, Chart]) -> Section:
     sae = study.best.dictionary
     text = (
         "The same experiment with other directions of the same site: its single dimensions, the principal components "
-        f"of its values on the prompts of that half of `select`, and the {DENSE} (one direction). Units of each kind "
-        "are ranked there by their own exact effect, then the first k are patched together. Two things to weigh: "
-        "principal components and means are taken from prompts of this very task, the dictionary was trained without "
-        f"them; and it offers {sae.d_sae} latents to choose from, the site {sae.d_in} dimensions. All latents, the "
-        f"error term kept, restore {study.curves['denoise'].every}; all dimensions are the site itself. Differences "
-        "are paired by prompt.\n\n"
+        f"of its values on the half of `select` used for ranking, and the {DENSE} (one direction). Units of each kind "
+        "are ranked on that half by their own exact effect, then the first k are patched together. Two caveats: "
+        "principal components and means are fitted to prompts of this task, while the dictionary was trained without "
+        f"them; and there are {sae.d_sae} latents to choose from, but {sae.d_in} dimensions. All latents together, "
+        f"with the error term kept, restore {study.curves['denoise'].every}; all dimensions together are the site "
+        "itself. Differences are paired by prompt.\n\n"
         f"Denoising. {' '.join(verdicts(study))}\n\nNoising. {' '.join(verdicts(study, 'noise'))}"
     )
     return Section("Latents against other directions", text, [drawn["baselines"], *tables])
@@ -291,8 +294,8 @@ def summary(study: StudyResults) -> dict[str, Any]:
         "task": study.question.task,
         "model": study.config.model,
         "site": str(study.best.site),
-        "ce_recovered": {str(ranked.site): ranked.ce_recovered for ranked in study.sites},
-        "chosen_by": {str(ranked.site): ranked.chosen_by.as_list() for ranked in study.sites},
+        "ce_recovered": {str(candidate.site): candidate.ranked.ce_recovered for candidate in study.sites},
+        "chosen_by": {str(candidate.site): candidate.ranked.chosen_by.as_list() for candidate in study.sites},
         "pairs": study.pairs,
         "pairs_of_maps": study.group,
         "clean": float(effects.clean.mean()),
@@ -335,7 +338,7 @@ def summary(study: StudyResults) -> dict[str, Any]:
 
 
 def _largest(study: StudyResults, effects: Both) -> list[dict[str, Any]]:
-    """The largest cells of a map."""
+    """The largest cells of a map, as summary.json holds them."""
     return [
         {
             "site": str(edit.site),

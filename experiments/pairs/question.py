@@ -1,4 +1,4 @@
-"""A question about pairs of prompts: its settings, and prompts that fit a model's tokenizer."""
+"""A question about pairs of prompts: settings, and pairs that fit a model's tokenizer."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -14,28 +14,29 @@ from saepatch.tracking.open import read_spec
 
 log = logging.getLogger(__name__)
 
-TRIES = 4000  # prompt pairs that are built for a tokenizer before giving up on more
-LEAST = 2  # pairs a split, for an interval
+TRIES = 4000  # largest number of candidate pairs tried for a tokenizer
+LEAST = 2  # pairs per split
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Settings of an experiment."""
+    """Settings of an experiment on pairs."""
 
     model: str = "organism"
     """Model: organism, a folder, or a Hugging Face id."""
     sae: str = "organism"
-    """Dictionaries: organism, a folder (of one, or of one sub-folder a site) or RELEASE/SAE_ID, several with commas."""
+    """Dictionaries, separated by commas: organism, a folder (one dictionary, or a sub-folder per site) or
+    RELEASE/SAE_ID."""
     out: str = "runs/study"
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
     pairs: int = 100
-    """Prompt pairs a split, at most."""
+    """Maximum number of prompt pairs per split."""
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Numbers of latents, or of other directions, that are patched together."""
     verify: int = 150
-    """Nodes with the largest estimates that each attribution method has checked exactly."""
+    """Number of nodes with the largest estimates of each attribution method that are run exactly."""
     sample: int = 150
-    """Nodes drawn at random from the others that are checked as well."""
+    """Number of further nodes, drawn at random, that are run exactly."""
     seed: int = 0
     """Seed of the pairs, controls and bootstrap draws."""
     device: str = "cpu"
@@ -43,15 +44,15 @@ class StudyConfig:
     dtype: str = "float32"
     """Precision of the model: float32, bfloat16 or float16."""
     track: str = "none"
-    """Besides the local log: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas."""
+    """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
     prepend_bos: bool | None = None
-    """Put a BOS in front of texts whose tokenizer adds none; unset: where the dictionaries were trained so."""
+    """Prepend a BOS where the tokenizer adds none; unset: if a dictionary was trained that way."""
 
     def __post_init__(self) -> None:
         if self.pairs < LEAST:
             raise UserError(f"pairs = {self.pairs} is too few for an interval: use at least {LEAST}")
         if not self.sizes or min(self.sizes) < 1 or sorted(set(self.sizes)) != list(self.sizes):
-            raise UserError(f"sizes = {list(self.sizes)}: give rising numbers from 1, as in --sizes [1,4,16]")
+            raise UserError(f"sizes = {list(self.sizes)}: give increasing numbers from 1, as in --sizes [1,4,16]")
         if min(self.verify, self.sample) < 2:
             raise UserError(f"verify = {self.verify}, sample = {self.sample}: use at least 2 of each")
         read_spec(self.track)
@@ -59,7 +60,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class FramedPair:
-    """A pair and what it was made from: pairs of one frame say alike things in a like order."""
+    """A pair and its frame, the pattern that it was made from: pairs of one frame have the same structure."""
 
     pair: PromptPair
     frame: str
@@ -67,16 +68,16 @@ class FramedPair:
 
 @dataclass(frozen=True)
 class Question:
-    """What an experiment asks.
+    """The question that an experiment asks.
 
     Attributes:
-        task: Name of the task of the embedded model, and of the rows.
+        task: Name of the embedded model's task, also written in the rows.
         title: The report's title.
-        prompts: A sentence on the prompts.
-        difference: What the metric is the difference of, as in "the logit difference between She and He".
-        candidates: Prompts for any other model, in the order they are tried in: (split, seed).
-        kinds: Columns of the embedded task that, with the template, make a frame.
-        first: Answers on one side of a two-sided task; None where answers differ from pair to pair.
+        prompts: Description of the prompts.
+        difference: Name of the metric in text, as in "the logit difference between She and He".
+        candidates: Function of (split, seed) that yields pairs for other models, in the order in which they are tried.
+        kinds: Columns of the embedded task that make up the frame, together with the template.
+        first: Answers of one of the two classes; None where answers vary by pair.
     """
 
     task: str
@@ -89,15 +90,15 @@ class Question:
 
 
 def half_of(split: str) -> slice:
-    """Every other word of a list is of the `report` split, the rest of the others."""
+    """The slice of a list of words that a split uses: the second, fourth, … for `report`, the rest for `select`."""
     return slice(0, None, 2) if split == "select" else slice(1, None, 2)
 
 
 def fitting(model: LanguageModel, candidates: Iterable[FramedPair], n: int) -> list[FramedPair]:
-    """The first `n` pairs whose two prompts have equally many tokens, and whose answers are single ones.
+    """The first `n` pairs whose prompts have the same number of tokens and whose answers are one token each.
 
     Raises:
-        UserError: fewer than `LEAST` of the candidates are.
+        UserError: fewer than `LEAST` of the candidates fit.
     """
     fit: dict[tuple[str, str], FramedPair] = {}
     for framed in islice(candidates, TRIES):
@@ -110,8 +111,8 @@ def fitting(model: LanguageModel, candidates: Iterable[FramedPair], n: int) -> l
             break
     if len(fit) < LEAST:
         raise UserError(
-            f"only {len(fit)} prompt pairs fit the tokenizer of {model.name}: the prompts of a pair need equally "
-            "many tokens and its answers one token each, and this tokenizer splits too many words: use another model"
+            f"only {len(fit)} prompt pairs fit the tokenizer of {model.name}, which splits too many words (a pair's "
+            "prompts need the same number of tokens, its answers one token each): use another model"
         )
     if len(fit) < n:
         log.info("%d pairs fit the tokenizer of %s, not %d", len(fit), model.name, n)
@@ -119,7 +120,7 @@ def fitting(model: LanguageModel, candidates: Iterable[FramedPair], n: int) -> l
 
 
 def embedded(question: Question, split: str, n: int, seed: int) -> list[FramedPair]:
-    """The embedded model's own task."""
+    """Pairs of the embedded model's own task."""
     rows = list(tasks.task(question.task, split, n, seed))
     frames = [" ".join([row["template"], *(row[kind] for kind in question.kinds)]) for row in rows]
     return [FramedPair(pair, frame) for pair, frame in zip(pairs_of(rows), frames, strict=True)]

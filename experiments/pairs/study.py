@@ -1,14 +1,16 @@
-"""What the experiments share: a question about pairs of prompts, asked of any model and its dictionaries.
+"""The experiments on pairs of prompts: one question, asked of any model and its dictionaries.
 
 Latents are ranked on one half of the `select` split, the site is chosen on the other half, and every figure comes from
-`report`, whose names, templates and objects are others. On a large model the sweeps over all latents and all dimensions
-are long: use `--device cuda`, or fewer pairs.
+`report`, which shares no names, templates or objects with `select`. On a large model the sweeps over all latents and
+all dimensions take long: use `--device cuda`, or fewer pairs.
 """
 
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, replace
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +19,25 @@ from saepatch.data.forms import largest_group
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
+from saepatch.engine.components import PatchDirection
 from saepatch.errors import UserError
-from saepatch.measure.quality import latent_statistics
+from saepatch.measure.attribution import Attribution
+from saepatch.measure.curves import Curve
+from saepatch.measure.effects import Effects
+from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
 from saepatch.pages import track_page
 from saepatch.records.clock import stage
-from saepatch.records.files import check_writable, output_folder
+from saepatch.records.provenance import json_hash, versions
 from saepatch.report import token_text
+from saepatch.runs.measurements import measurements
+from saepatch.runs.ownership import check_owner
 from saepatch.tracking.open import RunDescription, open_tracker
 
+from ..common.kept import KeptResults
 from . import stages
 from .findings import StudyResults, printed, unsure
 from .page import write
@@ -38,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def position_labels(model: LanguageModel, pairs: Sequence[PromptPair]) -> list[str]:
-    """Each position of a group: its number and its token where all agree; else the first pair's, in brackets."""
+    """Label of each position: its number and token; where tokens differ by pair, the first pair's in brackets."""
     rows = [model.encode(text) for pair in pairs for text in (pair.clean, pair.corrupted)]
     labels = []
     for position, column in enumerate(zip(*rows, strict=True)):
@@ -49,7 +58,7 @@ def position_labels(model: LanguageModel, pairs: Sequence[PromptPair]) -> list[s
 
 
 def load(config: StudyConfig) -> tuple[LanguageModel, dict[Site, Dictionary]]:
-    """The model and every dictionary, checked against each other."""
+    """Load the model and all dictionaries, and check them against each other."""
     saes: dict[Site, Dictionary] = {}
     for spec in config.sae.split(","):
         for site, dictionary in load_saes(spec.strip(), config.device).items():
@@ -73,14 +82,16 @@ def _trained_with_bos(dictionary: Dictionary) -> bool:
 def run(question: Question, config: StudyConfig) -> StudyResults:
     """Answer the question for the model; files go to `config.out`, and tables to the terminal.
 
+    Every result is kept in the folder as it is measured, and the same command continues from there.
+
     Raises:
-        UserError: an output folder that cannot be written, a model and dictionaries that do not fit, too few pairs, or
-            a model that does not tell the clean prompts from the corrupted ones.
+        UserError: an output folder that cannot be written or holds another run, a model and dictionaries that do not
+            fit, too few pairs, or a model that does not tell the clean prompts from the corrupted ones.
     """
     torch.manual_seed(config.seed)
-    check_writable(config.out)  # now, and not after minutes of work
-    clock: dict[str, float] = {}
-    with stage("load", clock, log):
+    out, seconds = Path(config.out), dict[str, float]()
+    check_owner(out, question.task)
+    with stage("load", seconds, log):
         model, saes = load(config)
         own = is_checkpoint(config.model)
         select, report = (
@@ -90,13 +101,28 @@ def run(question: Question, config: StudyConfig) -> StudyResults:
             for split in ("select", "report")
         )
     settings = replace(config, prepend_bos=model.prepend_bos)
-    results = _measure(question, settings, model, list(saes.values()), select, report, clock)
-    out = output_folder(config.out)
-    about = RunDescription(out, run=question.task, config=asdict(settings), job_type="experiment")
-    with open_tracker(config.track, about) as tracker:
-        track_page(write(results, out), out / "report.html", tracker)
+    decides = _deciding(settings, model, list(saes.values()), [*select, *report])
+    with measurements(out, question.task, decides) as kept:
+        results = _measure(question, settings, model, list(saes.values()), select, report, KeptResults(kept, seconds))
+        about = RunDescription(out, run=question.task, config=asdict(settings), job_type="experiment")
+        with open_tracker(config.track, about) as tracker:
+            track_page(write(results, out), out / "report.html", tracker)
     sys.stdout.write(f"{printed(results)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return results
+
+
+def _deciding(
+    config: StudyConfig, model: LanguageModel, saes: Sequence[Dictionary], framed: Sequence[FramedPair]
+) -> dict[str, Any]:
+    """By name, what must be the same for results to belong to one run."""
+    free = ("out", "device", "track")
+    return {
+        "settings": {name: value for name, value in asdict(config).items() if name not in free},
+        "model's weights": model.fingerprint,
+        "dictionaries": {str(dictionary.site): dictionary.fingerprint for dictionary in saes},
+        "pairs' texts": json_hash([[*astuple(each.pair), each.frame] for each in framed]),
+        "versions": versions(),
+    }
 
 
 def _measure(
@@ -106,28 +132,29 @@ def _measure(
     saes: Sequence[Dictionary],
     framed_select: Sequence[FramedPair],
     framed_report: Sequence[FramedPair],
-    clock: dict[str, float],
+    kept: KeptResults,
 ) -> StudyResults:
     select, report = ([framed.pair for framed in some] for some in (framed_select, framed_report))
     group, seed = largest_group(model, report, [framed.frame for framed in framed_report]), config.seed
-    with stage("maps", clock, log):
-        streams = stages.stream_effects(model, group)
-        heads = stages.head_effects(model, report)
-    with stage("sites", clock, log):
-        sites = stages.rank_sites(model, saes, select, report, max(config.sizes), seed)
-        best = stages.best_site(sites)
-    with stage("latents", clock, log):
-        latents = stages.by_position(model, best, group)
-        tops = stages.patch_tops(model, best, report, seed)
-        if warning := unsure(tops["denoise"], model.name):
-            log.warning(warning)
-        prompts = model.tokenize([text for pair in select for text in (pair.clean, pair.corrupted)])
-        statistics = latent_statistics(model, best.dictionary, prompts)
-        curves = stages.curves(model, best, report, config.sizes, statistics, seed)
-    with stage("attribution", clock, log):
-        agreements = stages.screen(model, best.dictionary, report, config.verify, config.sample, seed)
-    with stage("other directions", clock, log):
-        kinds = stages.compare_directions(model, best, select, report, config.sizes, question.first)
+
+    def effects(name: str, measure: Callable[[PatchDirection], Effects]) -> stages.Both:
+        return stages.both(lambda d: kept.get(f"{name}/{d}", Effects, partial(measure, d)))
+
+    streams = effects("maps/streams", partial(stages.stream_effects, model, group))
+    heads = effects("maps/heads", partial(stages.head_effects, model, report)) if stages.has_heads(model) else None
+    sites = _ranked_sites(config, model, saes, (select, report), kept)
+    best = stages.best_site(sites)
+    latents = effects("latents/by position", partial(stages.by_position, model, best, group))
+    tops = effects("latents/alone", partial(stages.patch_tops, model, best, report, seed))
+    if warning := unsure(tops["denoise"], model.name):
+        log.warning(warning)
+    curves = _curves(config, model, best, (select, report), kept)
+    agreements = _agreements(config, model, best, report, kept)
+    compared = stages.DirectionComparison(model, best, select, report, config.sizes, question.first)
+    kinds = [
+        kept.get(f"other directions/{name}", stages.DirectionKind, partial(compared.measure, name))
+        for name in compared.kinds
+    ]
     return StudyResults(
         question=question,
         config=config,
@@ -145,11 +172,55 @@ def _measure(
         tops=tops,
         curves=curves,
         agreements=agreements,
-        kinds=kinds,
-        seconds=clock,
+        kinds=[kind for kind in kinds if kind.sizes],
+        seconds=kept.seconds,
     )
 
 
+Splits = tuple[Sequence[PromptPair], Sequence[PromptPair]]  # select, report
+
+
+def _ranked_sites(
+    config: StudyConfig, model: LanguageModel, saes: Sequence[Dictionary], splits: Splits, kept: KeptResults
+) -> list[stages.RankedSite]:
+    ranked = []
+    for dictionary in saes:
+        rank = partial(stages.rank_site, model, dictionary, *splits, max(config.sizes), config.seed)
+        ranking = kept.get(f"sites/{dictionary.site}", stages.SiteRanking, rank)
+        ranked.append(stages.RankedSite(dictionary, ranking))
+    return ranked
+
+
+def _curves(
+    config: StudyConfig, model: LanguageModel, best: stages.RankedSite, splits: Splits, kept: KeptResults
+) -> dict[PatchDirection, Curve]:
+    select, report = splits
+
+    @cache
+    def statistics() -> LatentStatistics:
+        prompts = model.tokenize([text for pair in select for text in (pair.clean, pair.corrupted)])
+        return latent_statistics(model, best.dictionary, prompts)
+
+    def curve(direction: PatchDirection) -> Curve:
+        return stages.curve(model, best, report, config.sizes, statistics(), config.seed, direction)
+
+    return stages.both(lambda d: kept.get(f"latents/together/{d}", Curve, partial(curve, d)))
+
+
+def _agreements(
+    config: StudyConfig,
+    model: LanguageModel,
+    best: stages.RankedSite,
+    report: Sequence[PromptPair],
+    kept: KeptResults,
+) -> list[stages.Agreement]:
+    attributions = []
+    for number, method in enumerate(stages.METHODS):
+        estimate = partial(stages.attribute_by, model, best.dictionary, report, config, number)
+        attributions.append(kept.get(f"attribution/{method.name}", Attribution, estimate))
+    return stages.agreements(attributions)
+
+
 def _tokens(model: LanguageModel, pairs: Sequence[PromptPair]) -> list[list[str]]:
-    """The texts of each clean prompt's tokens."""
+    """The text of each token of each clean prompt."""
     return [model.token_texts(model.encode(pair.clean)) for pair in pairs]

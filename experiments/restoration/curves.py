@@ -1,4 +1,4 @@
-"""Refusals against the number of restored latents, with every control beside them, and what a share is enough."""
+"""Refusals by number of restored latents, with controls, and the smallest share of latents that is enough."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,21 +23,21 @@ from .settings import PairedPrompts, Setting
 
 log = logging.getLogger("experiments.safety")
 
-ENOUGH = 0.9  # share of the donor's refusals that counts as recovered
-SHARE_LIMIT = 0.05  # of the dictionary: the original claim is about so many neurons
+ENOUGH = 0.9  # share of the gap in refusals between bare model and donor that counts as recovered
+SHARE_LIMIT = 0.05  # largest share of the dictionary: the original claim is about 5 % of neurons
 BOOTSTRAP = 2000  # draws
 RANKINGS: tuple[Ranking, ...] = ("change", "signed", "attribution")
 Statistics = Mapping[Site, LatentStatistics]
 
 
 def share_of(runs: Sequence[Answered]) -> Interval:
-    """Prompts refused, with the Wilson interval over prompts; of several draws their mean for each prompt."""
+    """Share of prompts refused, with its Wilson interval; of several draws, their mean for each prompt."""
     return wilson_share(np.mean([one.refused for one in runs], axis=0))
 
 
 @dataclass(frozen=True, eq=False)
 class RefusalPoint:
-    """One number of latents (or neurons). Intervals are shares of prompts that are refused."""
+    """Results for one number of latents (or neurons). Intervals are of shares of prompts refused."""
 
     latents: int
     top: Answered
@@ -61,7 +61,7 @@ class RefusalPoint:
         matched: Sequence[Answered] = (),
         later: Sequence[Answered] = (),
     ) -> "RefusalPoint":
-        """From the answers with these latents, and with each draw of their controls; none where there are no draws."""
+        """Results from the answers with these latents, and with each draw of the controls that there are."""
         return cls(
             latents,
             top,
@@ -78,7 +78,7 @@ class RefusalPoint:
 
 @dataclass(frozen=True, eq=False)
 class RefusalCurve:
-    """Points by rising numbers of latents out of `total`, of which `alive` live and `active` fire at a token."""
+    """Points by increasing number of latents, out of `total`, of which `alive` are live and `active` fire per token."""
 
     points: tuple[RefusalPoint, ...]
     total: int
@@ -88,9 +88,9 @@ class RefusalCurve:
     donor: Answered
 
     def share_for(self, enough: float = ENOUGH, seed: int = 0) -> Interval:
-        """The smallest share of the dictionary, of those tried, that recovers enough; infinite where none does.
+        """The smallest share of the dictionary tried that recovers enough; infinite where none does.
 
-        The interval is over prompts: the same question asked of bootstrap samples of them.
+        The interval is a bootstrap over prompts.
         """
         top = np.array([point.top.refused for point in self.points], dtype=float)
         low, high = (one.refused.astype(float) for one in (self.bare, self.donor))
@@ -109,17 +109,17 @@ class RefusalCurve:
 
 
 def within(sizes: Sequence[int], total: int) -> list[int]:
-    """The numbers that are at most the limit's share of all."""
+    """The sizes that are at most `SHARE_LIMIT` of the total."""
     return [k for k in sizes if k <= SHARE_LIMIT * total] or [sizes[0]]
 
 
 @dataclass(frozen=True)
 class ChosenLatents:
-    """What was chosen on `tune`: the ranking, and how many of its first latents."""
+    """The choice made on `tune`: a ranking, and the number of its first latents."""
 
     ranking: Ranking
     latents: int
-    refused: Interval  # there, with these
+    refused: Interval  # on `tune`, with these latents
 
 
 def rank(
@@ -130,7 +130,10 @@ def rank(
     max_fvu: float | None = 0.5,
     dictionaries: Dictionaries | None = None,
 ) -> SafetyLatents:
-    """Contrast the setting's run with its donor's, over the donor's own answers; `dictionaries` replace its own."""
+    """Rank latents by contrast between the setting's run and its donor's, over the donor's own answers.
+
+    `dictionaries` are used in place of the setting's.
+    """
     donor = setting.donor(asked)
     assert isinstance(donor, (CleanPrompts, OtherModel))
     options = AnswerOptions(max_new_tokens=runs.tokens, batch_size=len(asked), max_fvu=max_fvu)
@@ -141,7 +144,7 @@ def rank(
 def choose(
     setting: Setting, ranked: SafetyLatents, asked: PairedPrompts, sizes: Sequence[int], runs: Runs, name: str = "tune"
 ) -> ChosenLatents:
-    """The ranking that has most refused over all numbers within the limit, then the fewest latents that are enough."""
+    """The ranking with most refusals over all sizes within the limit, and the fewest of its latents that are enough."""
     runs_of = runs.bare(setting, asked, name=f"{name}: bare"), runs.donor(setting, asked, name=f"{name}: donor")
     bare, donor = (float(one.refused.mean()) for one in runs_of)
     sizes = within(sizes, setting.d_total)
@@ -149,7 +152,7 @@ def choose(
     for by in RANKINGS:
         found[by] = [runs.restored(setting, asked, Restored(f"{name}: by {by}", ranked.top(k, by))) for k in sizes]
 
-    def merit(by: Ranking) -> tuple[float, float]:  # where none is refused, how near it comes
+    def merit(by: Ranking) -> tuple[float, float]:  # ties, as where none is refused, are broken by refusal score
         return float(np.mean([a.refused.mean() for a in found[by]])), float(np.mean([a.scores for a in found[by]]))
 
     best = max(RANKINGS, key=merit)
@@ -169,17 +172,16 @@ def measure(
     draws: int,
     seed: int,
 ) -> RefusalCurve:
-    """The curve on `report`, every control at every number of latents.
+    """The curve on `report`, with all controls at each number of latents.
 
-    `statistics` are over text (which latents live), and over the prompts that latents were ranked on: there the matched
-    controls fire as often, and write as much, as those that they stand beside.
+    `statistics` are over text, for live latents, and over the prompts used for ranking, for matched controls.
     """
     asked, harmless = setting.harmful["report"], setting.harmless["report"]
     points: list[RefusalPoint] = []
     for k in sizes:
         top = ranked.top(k, by)
         size = sum(map(len, top.values()))
-        if points and size == points[-1].latents:  # the ranking has no more
+        if points and size == points[-1].latents:  # the ranking is exhausted
             break
         later = _window(ranked.top(2 * k, by), top)
         random, matched = _controls(top, statistics, draws, seed)
@@ -203,7 +205,7 @@ def measure(
 
 
 def _window(twice: Latents, top: Latents) -> dict[Site, tuple[int, ...]]:
-    """What comes right after the first ones."""
+    """The latents of `twice` that are not in `top`: the next ranks."""
     left = {site: tuple(i for i in ids if i not in set(top.get(site, ()))) for site, ids in twice.items()}
     return {site: ids for site, ids in left.items() if ids}
 
@@ -212,7 +214,7 @@ Sets = list[dict[Site, tuple[int, ...]]]
 
 
 def _controls(top: Latents, statistics: tuple[Statistics, Statistics], draws: int, seed: int) -> tuple[Sets, Sets]:
-    """Sets with as many latents at each site, random and matched; none where there are too few others."""
+    """Random and matched sets with as many latents at each site; empty where there are too few other latents."""
     made: list[Sets] = []
     for number, stats in enumerate(statistics):
         try:
@@ -225,10 +227,10 @@ def _controls(top: Latents, statistics: tuple[Statistics, Statistics], draws: in
 
 
 def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed: int) -> RefusalCurve | None:
-    """The same with raw MLP units of all layers, ranked by change score as in the original; None where there are none.
+    """The curve of MLP neurons of all layers, ranked by change score as in Chen et al. 2024; None without neurons.
 
-    Their random controls have as many units in each layer, none of them among the chosen: so there are none where
-    half of a layer or more is restored.
+    Random controls have as many other neurons in each layer, so there are none where half of a layer or more is
+    restored.
     """
     sites = [Site(layer, "neurons") for layer in range(setting.model.n_layers)]
     try:
@@ -263,7 +265,7 @@ def _rank_units(setting: Setting, units: Dictionaries, runs: Runs) -> SafetyLate
 
 
 def dense(setting: Setting, runs: Runs) -> Answered:
-    """At each site the donor's coordinate along one direction: the mean difference to the donor, on `select`."""
+    """Answers with one coordinate restored per site: that along the mean difference to the donor, on `select`."""
     units = {site: units_of(setting.model, site) for site in setting.sites}
     means = _rank_units(setting, units, runs).signed
     directions = {

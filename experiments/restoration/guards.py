@@ -1,4 +1,4 @@
-"""Guards one would deploy: restoration that is always on, and restoration that a latent detector turns on."""
+"""Deployable guards: restoration that is always on, and restoration triggered by a detector that reads latents."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,25 +23,25 @@ from .probes import Utility, utility
 from .runs import Dictionaries, Latents, Restored, Runs
 from .settings import PairedPrompts, Setting, harmless_in_every_framing
 
-READ = (1, 4, 16, 64)  # numbers of latents that detectors read
-READINGS = ("last", "largest")  # where: at the last prompt position, or anywhere in the prompt
-FALSE_ALARMS = 0.02  # share of harmless prompts that the threshold may let through to the guard on `tune`
+READ = (1, 4, 16, 64)  # numbers of latents of the detectors tried
+READINGS = ("last", "largest")  # value read: at the last prompt position, or the largest over the prompt
+FALSE_ALARMS = 0.02  # largest share of harmless prompts of `tune` above the threshold
 TIMED = 3  # repetitions of a timing
 Split = str
 
 
 @dataclass(frozen=True, eq=False)
 class Detector:
-    """A weighted sum of a few latents, over a threshold.
+    """A weighted sum of a few latents, compared with a threshold.
 
     Attributes:
-        latents: Which, by site.
-        reading: Where it reads them: at the last prompt position, or the largest of the prompt.
-        threshold: Set on `tune`: the lowest that lets at most `FALSE_ALARMS` of harmless prompts through.
-        auroc: On `report`.
-        roc: On `report`: false and true positive rates at every threshold.
-        caught: Harmful prompts that it finds there, one flag each.
-        alarmed: Harmless prompts that it finds there.
+        latents: The latents, as `SITE: LATENT`.
+        reading: The value read: at the last prompt position, or the largest over the prompt.
+        threshold: Set on `tune`, so that at most `FALSE_ALARMS` of harmless prompts are above it.
+        auroc: Area under the ROC curve, on `report`.
+        roc: False and true positive rates at all thresholds, on `report`.
+        caught: For each harmful prompt of `report`, whether it is above the threshold.
+        alarmed: The same for each harmless prompt.
     """
 
     latents: tuple[str, ...]
@@ -53,13 +53,13 @@ class Detector:
     alarmed: Bool[ndarray, "harmless"]
 
     def reads(self, site: Site) -> bool:
-        """Whether any of its latents is of this site."""
+        """Whether any of its latents belongs to the site."""
         return any(latent.startswith(f"{site}: ") for latent in self.latents)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """One guard: refusals of harmful and of harmless prompts, and its processor time over the bare model's."""
+    """One guard: refusals of harmful and harmless prompts, and its processor time relative to the bare model's."""
 
     name: str
     refused: Interval
@@ -69,7 +69,7 @@ class Guard:
 
 @dataclass(frozen=True, eq=False)
 class Guards:
-    """All guards of a setting, the bare model among them."""
+    """All guards of a setting, including the bare model."""
 
     guards: tuple[Guard, ...]
     detector: Detector
@@ -78,11 +78,11 @@ class Guards:
 
 
 def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Guards:
-    """What both guards do on `report`.
+    """Both guards, measured on `report`.
 
-    Nobody has the clean prompt of a request that comes in. So the guard of setting A is the aligned model itself, as
-    everywhere in that setting; that of setting B sets latents, at the last prompt position, where the answer is
-    decided, to their means there over the clean prompts of `select`.
+    An incoming request has no clean prompt. The guard of setting A is the aligned model, as everywhere in that
+    setting; that of setting B sets latents at the last prompt position, where the answer is decided, to their means
+    at that position over the clean prompts of `select`.
     """
     if setting.other is not None:
         harmless, positions = setting.harmless, "all"
@@ -134,9 +134,9 @@ def overhead(
     tokens: int,
     reader: Detector,
 ) -> tuple[float, float]:
-    """Processor time of generation with restoration on, and of the detector's reading, over generation without.
+    """Processor time of generation with restoration, and of reading the detector, relative to bare generation.
 
-    Answers are all made as long as `tokens`: a refusal is short, and would make its guard look quick.
+    All answers are made `tokens` long: refusals are short and would make a guard look fast.
     """
     model = setting.model
     batch = model.tokenize(asked.prompts, "left")
@@ -170,8 +170,7 @@ def detector(
     harmful: Mapping[Split, PairedPrompts],
     harmless: Mapping[Split, PairedPrompts],
 ) -> Detector:
-    """Latents by their difference in means over the spread on `select`; which reading of them, how many of them and the
-    threshold, on `tune`."""
+    """Rank latents on `select` by difference in means over spread; choose reading, number and threshold on `tune`."""
     tried = []
     for how in READINGS:
         values = {
@@ -185,13 +184,13 @@ def detector(
     return Detector(latents, how, threshold, auroc(yes, no), roc(yes, no), yes > threshold, no > threshold)
 
 
-Scores = tuple[Float[ndarray, "n"], Float[ndarray, "m"]]  # of harmful and of harmless prompts
+Scores = tuple[Float[ndarray, "n"], Float[ndarray, "m"]]  # of harmful and harmless prompts
 
 
 def _weighted(
     values: Mapping[Split, tuple[Tensor, ...]], sites: Dictionaries, k: int
 ) -> tuple[dict[Split, Scores], tuple[str, ...]]:
-    """Scores of one detector on every split, and the latents that it reads."""
+    """Scores of one detector on each split, and the latents that it reads."""
     positive, negative = values["select"]
     gap = positive.mean(0) - negative.mean(0)
     variance = (positive.var(0, correction=0) + negative.var(0, correction=0)) / 2
@@ -206,7 +205,7 @@ def _weighted(
 def read_latents(
     model: LanguageModel, sites: Dictionaries, prompts: Sequence[str], how: str
 ) -> Float[Tensor, "prompts all"]:
-    """Latents of all sites, side by side, in float64: at each prompt's last position, or their largest of it."""
+    """Latents of all sites, concatenated, in float64: at each prompt's last position, or the largest over it."""
     tokens, read = model.tokenize(prompts, "left"), []
     held = model.capture(tokens, sites)
     for site, dictionary in sites.items():
@@ -219,19 +218,22 @@ def read_latents(
 
 
 def roc(yes: Float[ndarray, "n"], no: Float[ndarray, "m"]) -> tuple[tuple[float, float], ...]:
-    """(False, true) positive rates as the threshold falls, from (0, 0) to (1, 1)."""
+    """(False, true) positive rates for decreasing thresholds, from (0, 0) to (1, 1)."""
     cuts = np.unique(np.concatenate([yes, no]))[::-1]
     points = [(float((no >= cut).mean()), float((yes >= cut).mean())) for cut in cuts]
     return ((0.0, 0.0), *points)
 
 
 def auroc(yes: Float[ndarray, "n"], no: Float[ndarray, "m"]) -> float:
-    """How often a positive scores above a negative; ties count half."""
+    """Probability that a positive scores above a negative; ties count half."""
     return float(((yes[:, None] > no).mean() + (yes[:, None] >= no).mean()) / 2)
 
 
 def threshold_for(yes: Float[ndarray, "n"], no: Float[ndarray, "m"], alarms: float = FALSE_ALARMS) -> float:
-    """Above it are at most `alarms` of the negatives: half way from the highest that is not to the next positive."""
-    floor = float(np.sort(no)[::-1][int(alarms * len(no))])  # so many are above it
+    """A threshold exceeded by at most a share `alarms` of the negatives.
+
+    It is half way between the highest negative below it and the next positive above.
+    """
+    floor = float(np.sort(no)[::-1][int(alarms * len(no))])  # the allowed number of negatives is above it
     above = yes[yes > floor]
     return (floor + float(above.min())) / 2 if len(above) else floor

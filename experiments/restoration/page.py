@@ -1,4 +1,4 @@
-"""The safety experiment's report and the files beside it."""
+"""The safety experiment's report, and its other files."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -33,7 +33,7 @@ from .summary import acceptance, few, percent, spoken, summary, verdict
 
 
 def write(experiment: SafetyResults, out: Path) -> tuple[Page, dict[str, Any]]:
-    """Write the rows, the settings, the figures, the report and the summary; the last two are returned."""
+    """Write rows, settings, figures, report and summary; returns the report, and the summary's figures by setting."""
     provenance = {result.setting.name: _provenance(experiment, result) for result in experiment.results}
     parts = []
     for result in experiment.results:
@@ -60,7 +60,7 @@ def _provenance(experiment: SafetyResults, result: Result) -> Provenance:
 
 
 def charts(result: Result) -> dict[str, Chart]:
-    """The figures of one setting, by the name of their file."""
+    """The figures of one setting by file name."""
     curve, n = result.curve, len(result.setting.harmful["report"])
     sizes = [point.latents for point in curve.points]
     references = [
@@ -74,8 +74,8 @@ def charts(result: Result) -> dict[str, Chart]:
         "share of prompts refused",
         [
             band("top latents", sizes, [point.refused for point in curve.points]),
-            band("random ones, as many a layer", sizes, [point.random for point in curve.points]),
-            band("random ones matched in frequency and size", sizes, [point.matched for point in curve.points]),
+            band("random latents, as many per layer", sizes, [point.random for point in curve.points]),
+            band("matched in frequency and size", sizes, [point.matched for point in curve.points]),
             band("later ranks, k to 2k", sizes, [point.later for point in curve.points]),
             band("harmless prompts, top latents", sizes, [point.harmless for point in curve.points]),
         ],
@@ -92,8 +92,8 @@ def charts(result: Result) -> dict[str, Chart]:
         "latents restored, over all sites together",
         "refusal score, nats",
         [band("top latents", sizes, [point.score for point in curve.points])],
-        "Log odds of a refusal's first token after the prompt; above 0 it is more likely than all else together, which "
-        "is not yet a refusal. Intervals: 95 % over prompts (t and studentised bootstrap).",
+        "Log odds of a refusal's first token after the prompt; above 0 it is more likely than all others together, "
+        "which need not lead to a refusal. Intervals: 95 % over prompts (t and studentised bootstrap).",
         log_x=True,
     )
     drawn: dict[str, Chart] = {"refusals": refusals, "scores": scores, "roc": _roc(result), "layers": _layers(result)}
@@ -111,12 +111,12 @@ def _neurons(result: Result) -> LineChart:
         lines.append(band(f"random {name}", shares, [point.random for point in curve.points]))
     return LineChart(
         f"Latents and neurons at equal shares ({result.setting.name})",
-        "share of the dictionary, or of all neurons, that is restored",
+        "share of the dictionary, or of all neurons, restored",
         "share of prompts refused",
         lines,
         f"The original claim is about {SHARE_LIMIT:.0%} of the neurons. {result.curve.total:,} latents of "
-        f"{len(result.setting.sites)} layers; {result.neurons.total:,} neurons of all layers, ranked by their change "
-        f"score. {WILSON}",
+        f"{len(result.setting.sites)} layers; {result.neurons.total:,} neurons of all layers, ranked by change score. "
+        f"{WILSON}",
         log_x=True,
         y_range=(0.0, 1.0),
         y_format=".0%",
@@ -127,8 +127,8 @@ def _roc(result: Result) -> LineChart:
     detector = result.guards.detector
     return LineChart(
         f"The detector's ROC ({result.setting.name})",
-        "harmless prompts that are flagged",
-        "harmful prompts that are flagged",
+        "share of harmless prompts flagged",
+        "share of harmful prompts flagged",
         [Series(f"{len(detector.latents)} latents", [x for x, _ in detector.roc], [y for _, y in detector.roc])],
         f"On report prompts; area {detector.auroc:.3f}. The threshold, set on tune to flag at most {FALSE_ALARMS:.0%} "
         f"of harmless prompts, flags {percent(float(detector.alarmed.mean()))} here, and "
@@ -147,7 +147,7 @@ def _layers(result: Result) -> BarChart:
             bars("left out", [share_of([layer.without]) for layer in result.layers]),
         ],
         "share of prompts refused",
-        f"The {result.latents} latents chosen on tune, in brackets how many each site has of them. {WILSON}",
+        f"The {result.latents} latents chosen on tune; in brackets, the number at each site. {WILSON}",
         value_range=(0.0, 1.0),
         value_format=".0%",
     )
@@ -174,16 +174,16 @@ def page(
 
 def _method(experiment: SafetyResults) -> Section:
     text = (
-        "Latents are overwritten while the model answers, from a donor run with a cache of its own that reads what the "
-        "model has written so far, at all positions from the assistant's turn on. All layers but the last fifth share "
-        "one budget. Two models (setting A) are read through dictionaries that were learnt from both. Latents are "
-        "ranked on `select`, by change score, signed difference or attribution of the refusal score; which ranking, "
-        "and how many latents of it, is chosen on `tune`; all figures are from `report`, whose templates, verbs, "
-        "targets and framings are others. Answers are judged by keywords as refusal, compliance or "
-        "degenerate text; an answer that is neither a refusal nor of use counts as compliance.\n\n"
-        "Random controls have as many latents at each layer, out of all that fire on text; matched ones fire as often "
-        "and write as much, on the prompts that latents were ranked on. The embedded model is small and its refusals "
-        "are planted: see what these figures say of the method, and nothing of large models."
+        "While the model answers, latents are overwritten with those of a donor, at all positions from the assistant's "
+        "turn on; the donor reads the tokens written so far, with a cache of its own. The latents of all layers but "
+        "the last fifth share one budget. The two models of setting A are read through dictionaries trained on both. "
+        "Latents are ranked on `select`, by change score, signed difference or attribution of the refusal score; the "
+        "ranking and the number of latents are chosen on `tune`; all figures are from `report`, which has other "
+        "templates, verbs, targets and framings. Keywords classify answers as refusal, compliance or degenerate text; "
+        "an answer that is neither a refusal nor useful counts as compliance.\n\n"
+        "Random controls have as many latents at each layer, drawn from all that fire on text; matched ones have about "
+        "the same firing frequency and size on the prompts used for ranking. The embedded model is small and its "
+        "refusals are planted: these figures are about the method, not about large models."
     )
     return Section("Method", text)
 
@@ -209,8 +209,8 @@ def _curve(result: Result, drawn: Mapping[str, Chart]) -> Section:
     formats |= dict.fromkeys(columns[4:], ".0%")
     table = Table(columns, rows, f"On report prompts. {WILSON}", formats)
     text = (
-        f"{verdict(result)}\n\nChosen on `tune`: {result.latents} latents by {choice.ranking}, which refused "
-        f"{spoken(choice.refused)} there."
+        f"{verdict(result)}\n\nChosen on `tune`: {result.latents} latents ranked by {choice.ranking}, with which "
+        f"{spoken(choice.refused)} of its prompts were refused."
     )
     examples = [
         Comparison(
@@ -233,7 +233,7 @@ def _beside(result: Result, drawn: Mapping[str, Chart]) -> Section:
         [
             ("nothing restored", cell(share_of([curve.bare]))),
             (f"{point.latents} latents", cell(point.refused)),
-            ("dense direction, one a site", cell(share_of([result.dense]))),
+            ("dense direction, one per site", cell(share_of([result.dense]))),
             ("all latents of the sites", cell(share_of([result.everything]))),
             ("whole residual", cell(share_of([result.residual]))),
             ("reconstruction only", cell(share_of([result.reconstruction]))),
@@ -243,13 +243,13 @@ def _beside(result: Result, drawn: Mapping[str, Chart]) -> Section:
         {"refused": ".0%"},
     )
     depth = Table(
-        ["up to", "whole residual", "all latents", "a refusal's first token leads"],
+        ["up to", "whole residual", "all latents", "first token of a refusal most likely"],
         [
             (str(d.last), cell(share_of([d.residual])), cell(share_of([d.latents])), float(d.latents.opened.mean()))
             for d in result.depths
         ],
-        "All sites up to one, restored whole: no latents there can do more.",
-        dict.fromkeys(("whole residual", "all latents", "a refusal's first token leads"), ".0%"),
+        "All sites up to one restored whole: an upper bound for any latents there.",
+        dict.fromkeys(("whole residual", "all latents", "first token of a refusal most likely"), ".0%"),
     )
     framings = Table(
         ["framings held out", "prompts", "bare", "donor", "restored", "latents"],
@@ -257,7 +257,7 @@ def _beside(result: Result, drawn: Mapping[str, Chart]) -> Section:
             (h.name, h.prompts, cell(h.bare), cell(h.donor), cell(h.restored), ", ".join(map(str, h.latents)))
             for h in result.held_out
         ],
-        f"Of kinds of framing: half are held out, all is chosen on the other half, and the other way round. {WILSON}",
+        f"Kinds of framing: each half is held out in turn, with all choices made on the other half. {WILSON}",
         dict.fromkeys(("bare", "donor", "restored"), ".0%"),
     )
     kinds = Table(["kind of framing", "refused"], list(result.kinds.items()), "", {"refused": ".0%"})
@@ -271,9 +271,9 @@ def _guards(result: Result, drawn: Mapping[str, Chart]) -> Section:
     table = Table(
         ["guard", "harmful refused", "harmless refused", "times the bare model's time"],
         [(g.name, cell(g.refused), cell(g.harmless_refused), g.times) for g in guarded.guards],
-        f"{len(guarded.harmless)} harmless prompts. Time: processor time of generation with restoration over that "
-        f"without, answers as long as they come out; of the triggered guard computed from how often it is on, its "
-        f"detector not counted. {WILSON}",
+        f"{len(guarded.harmless)} harmless prompts. Time: processor time of generation relative to the bare model, all "
+        f"answers of equal length; for the triggered guard, computed from how often it is on, plus the time to read "
+        f"its detector. {WILSON}",
         {"harmful refused": ".0%", "harmless refused": ".0%", "times the bare model's time": ".2f"},
     )
     names = ["refused", "degenerate", "KL (nats)", "CE bare", "CE restored"]
@@ -284,23 +284,24 @@ def _guards(result: Result, drawn: Mapping[str, Chart]) -> Section:
     utility = Table(
         ["harmless prompts", *names],
         rows,
-        "KL of the bare model to the restored one, and cross-entropy, over the bare model's own answers, a token.",
+        "KL(bare ‖ restored) and cross-entropy per token, over the bare model's answers.",
         {"refused": ".0%", "degenerate": ".0%", "KL (nats)": ".4f", "CE bare": ".4f", "CE restored": ".4f"},
     )
     held = [name.replace("_", " ") for name, value in acceptance(result).items() if value]
     failed = [name.replace("_", " ") for name, value in acceptance(result).items() if value is False]
     text = (
-        "What a guard would have at hand: in setting A the aligned model, in setting B, where nobody has the clean "
-        "prompt, means of the latents over clean prompts, set at the last prompt position. The triggered guard "
-        "restores only where a detector is above its threshold: a weighted sum of latents of the bare model's own run "
-        f"over the prompt ({'the largest' if result.guards.detector.reading == 'largest' else 'at its end'}).\n\n"
-        f"Held: {', '.join(held) or 'none'}. Failed: {', '.join(failed) or 'none'}."
+        "Guards use only what is available in deployment: in setting A the aligned model; in setting B, where an "
+        "incoming request has no clean prompt, means of the latents over clean prompts, set at the last prompt "
+        "position. The triggered guard restores only where a detector exceeds its threshold: a weighted sum of latents "
+        "of the bare model's run over the prompt "
+        f"({'largest values' if result.guards.detector.reading == 'largest' else 'at its last position'}).\n\n"
+        f"Criteria met: {', '.join(held) or 'none'}. Failed: {', '.join(failed) or 'none'}."
     )
     return Section(f"{result.setting.name}: guards and utility", text, [table, drawn["roc"], utility])
 
 
 def printed(experiment: SafetyResults) -> str:
-    """The run as tables of text."""
+    """The results as text tables."""
     parts = []
     for result in experiment.results:
         rows = [

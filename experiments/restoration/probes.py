@@ -1,4 +1,4 @@
-"""Beside the curve: the ceiling by depth, what each layer matters, framings that nothing was chosen on, utility."""
+"""Results beside the curve: upper bounds by depth, importance of layers, held-out framings, utility."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from .settings import PairedPrompts, Setting
 
 @dataclass(frozen=True, eq=False)
 class Depth:
-    """Everything restored at all sites up to one: the whole residual (a ceiling for any latents there), all latents."""
+    """Answers with everything restored up to a site: the whole residual, which bounds any latents, and all latents."""
 
     last: Site
     residual: Answered
@@ -27,9 +27,9 @@ class Depth:
 
 
 def extended(setting: Setting, runs: Runs) -> Setting:
-    """The setting with as many layers more as it takes for the whole residual to restore refusals on `tune`.
+    """The setting, with layers added until the whole residual at the last of them restores refusals on `tune`.
 
-    What the whole residual cannot do, no latents of its site can. Where it never does, the sites stay as they are.
+    No latents of a site can do more than its whole residual. If no layer is enough, the sites stay as they are.
     """
     asked = setting.harmful["tune"]
     bare, donor = (
@@ -46,11 +46,11 @@ def extended(setting: Setting, runs: Runs) -> Setting:
 
 
 def depths(setting: Setting, runs: Runs) -> list[Depth]:
-    """The ceiling by depth, past the sites that are spliced otherwise."""
+    """Upper bounds by depth, at all sites with dictionaries, not only those of the setting."""
     asked, found = setting.harmful["report"], []
     for last in setting.every:
         sites = {site: dictionary for site, dictionary in setting.every.items() if site <= last}
-        only = {last: sites[last]}  # what it holds has the last word over all before
+        only = {last: sites[last]}  # it overwrites all that earlier sites change
         residual = runs.restored(setting, asked, Restored(f"full residual at {last}", None, only, error=True))
         found.append(
             Depth(last, residual, runs.restored(setting, asked, Restored(f"all latents to {last}", None, sites)))
@@ -60,7 +60,7 @@ def depths(setting: Setting, runs: Runs) -> list[Depth]:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What one site's share of the chosen latents does: alone, and by being left out."""
+    """Answers with only the chosen latents of one site restored, and with all but those."""
 
     site: Site
     latents: int
@@ -86,7 +86,7 @@ def layers(setting: Setting, top: Latents, runs: Runs) -> list[Layer]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Framings of another kind than all that latents and their number were chosen on."""
+    """Results on framings of other kinds than those that latents and their number were chosen on."""
 
     name: str
     prompts: int
@@ -97,7 +97,7 @@ class HeldOut:
 
 
 def held_out(setting: Setting, top: Latents, sizes: Sequence[int], refusal_ids: set[int], runs: Runs) -> list[HeldOut]:
-    """The prompts that the setting holds out; and each half of the kinds, everything chosen on the other half."""
+    """Results on the setting's held-out prompts, and on each half of the kinds with all choices made on the other."""
     found = []
     for name, asked in setting.held_out.items():
         runs_of = (
@@ -134,7 +134,7 @@ def _pooled(parts: Sequence[np.ndarray]) -> Interval:
 
 @dataclass(frozen=True)
 class Utility:
-    """What restoration costs on harmless prompts, measured on the bare model's own answers, in nats a token."""
+    """The cost of restoration on harmless prompts; divergences are over the bare model's answers, in nats per token."""
 
     refused_bare: Interval
     refused: Interval
@@ -145,7 +145,7 @@ class Utility:
 
     @property
     def rise(self) -> float:
-        """Harmless refusals that restoration adds."""
+        """Increase in the share of harmless prompts refused."""
         return self.refused.value - self.refused_bare.value
 
 
@@ -158,7 +158,7 @@ def utility(
     donor: Donor | None = None,
     positions: str = "all",
 ) -> Utility:
-    """Refusals of harmless prompts, KL(bare ‖ restored) and the cross-entropy of the bare answers."""
+    """Refusals of harmless prompts, KL(bare ‖ restored), and the cross-entropy of the bare model's answers."""
     bare = runs.bare(setting, asked, harmful=False, name=f"{name}: bare")
     restored = runs.restored(
         setting, asked, Restored(f"{name}: restored", top, harmful=False, donor=donor, positions=positions)
@@ -188,7 +188,7 @@ def utility(
 
 
 def by_kind(setting: Setting, found: Answered) -> Mapping[str, float]:
-    """Refusals by the framing's kind: where restoration does not reach."""
+    """Share of prompts refused by kind of framing."""
     kinds = setting.harmful["report"].kinds
     return {
         kind: float(np.mean([flag for flag, one in zip(found.refused, kinds, strict=True) if one == kind]))

@@ -20,7 +20,7 @@ SETTINGS = ("setting_a", "setting_b")
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    """Restore latents from a donor while the model answers, in two settings, with every control beside them."""
+    """Restore latents from a donor while the model answers, in two settings, with controls."""
 
     out: str = "runs/safety"
     """Folder for summary.json, report.html, results.parquet, config.yaml and the figures."""
@@ -29,38 +29,38 @@ class SafetyConfig:
     base: str = "organism-base"
     """Its base model, for setting A."""
     sae: str = "organism"
-    """Dictionaries of the aligned model, for setting B: the embedded ones, or a folder with one sub-folder a site."""
+    """Dictionaries of the aligned model, for setting B: the embedded ones, or a folder with one sub-folder per site."""
     shared_sae: str = "organism-shared"
-    """Dictionaries of both models, for setting A, as `python -m training --model ALIGNED --also [BASE]` makes them:
-    those of one model miss much of what only the other holds."""
+    """Dictionaries trained on both models, for setting A, as by `python -m training --model ALIGNED --also [BASE]`:
+    those of one model reconstruct the other poorly."""
     settings: tuple[str, ...] = SETTINGS
     """Settings to measure: setting_a, setting_b."""
     prompts: int = 100
-    """Harmful requests, and as many harmless ones, of each split."""
+    """Number of harmful requests per split, and of harmless ones."""
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     """Numbers of latents that are restored together, over all sites."""
     draws: int = 5
-    """Random sets of latents, and as many matched ones, beside each number."""
+    """Number of random sets of latents, and of matched sets, for each size."""
     tokens: int = 16
-    """Tokens of an answer, at most."""
+    """Maximum number of tokens of an answer."""
     template: int = 0
-    """Tokens at the end of prompts that are restored, beside those that are generated; 0: from the assistant's turn on,
-    as the chat template opens it."""
+    """Number of tokens at the end of prompts that are restored, beside the generated ones; 0: from the assistant's turn
+    on, as the chat template opens it."""
     max_fvu: float = 0.5
-    """What a dictionary may leave unexplained of either model (fraction of variance) in setting A."""
+    """Largest fraction of variance unexplained that a dictionary may have on either model in setting A."""
     seed: int = 0
     """Seed of prompts, controls and bootstrap draws."""
     device: str = "cpu"
     """Where to run: cpu, cuda or mps."""
     track: str = "none"
-    """Besides the local log: none, wandb, wandb:offline, wandb:online, trackio, or several, separated by commas."""
+    """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
 
     def __post_init__(self) -> None:
         read_spec(self.track)
         if self.prompts < 4:
             raise UserError(f"prompts = {self.prompts} is too few for an interval: use at least 4")
         if not self.sizes or min(self.sizes) < 1 or sorted(set(self.sizes)) != list(self.sizes):
-            raise UserError(f"sizes = {list(self.sizes)}: give rising numbers from 1, as in --sizes [1,4,16]")
+            raise UserError(f"sizes = {list(self.sizes)}: give increasing numbers from 1, as in --sizes [1,4,16]")
         if self.draws < 1 or self.tokens < 4 or self.template < 0:
             raise UserError(
                 f"draws = {self.draws}, tokens = {self.tokens}, template = {self.template}: use at least 1, 4 and 0"
@@ -71,16 +71,16 @@ class SafetyConfig:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """All that was found in one setting; everything is from `report`, but for the choice, which is from `tune`."""
+    """All results of one setting, from `report`; the choice is from `tune`."""
 
     setting: Setting
     choice: ChosenLatents
-    latents: int  # that were chosen
+    latents: int  # number of latents chosen
     curve: RefusalCurve
     neurons: RefusalCurve | None
     dense: Answered
     residual: Answered
-    everything: Answered  # all latents of the sites
+    everything: Answered  # all latents of all sites restored
     reconstruction: Answered
     depths: list[Depth]
     layers: list[Layer]
@@ -89,7 +89,7 @@ class Result:
     utility: Utility
     guards: Guards
     quality: dict[Site, tuple[SpliceQuality, SpliceQuality]]
-    exact: bool | None  # setting A: the donor's tokens come back where the models differ only up to the site
+    exact: bool | None  # setting A: restoring whole sites gives the donor's tokens (see `safety._exact`)
     examples: tuple[Answered, ...]  # bare, restored, all latents restored, donor
 
 

@@ -1,4 +1,4 @@
-"""Answers under restoration, each run made once: an experiment that was stopped goes on from those that are kept."""
+"""Answers under restoration. Each run is made once and kept, so that a stopped experiment can be resumed."""
 
 import hashlib
 import json
@@ -21,21 +21,24 @@ from .settings import PairedPrompts, Setting
 
 log = logging.getLogger("experiments.safety")
 
-LOGGED_EVERY = 50  # runs between two lines in the log
+LOGGED_EVERY = 50  # runs between log messages
 Latents = Mapping[Site, tuple[int, ...]]
 Dictionaries = Mapping[Site, Dictionary]
 
 
 @dataclass(frozen=True, eq=False)
 class Restored:
-    """What a run restores, under the name its rows have.
+    """What a run restores.
 
     Attributes:
-        latents: None: all, at all sites.
-        dictionaries: None: those of the setting's sites.
-        harmful: Whether the prompts are.
-        donor: None: the setting's.
-        draw: Number of a random set.
+        name: The condition, as in the rows.
+        latents: Latents by site; None: all, at all sites.
+        dictionaries: Dictionaries by site; None: those of the setting's sites.
+        harmful: Whether the prompts are harmful.
+        error: Whether the error term is restored too.
+        donor: None: the setting's donor.
+        draw: Number of the random set.
+        positions: Positions that are restored.
     """
 
     name: str
@@ -50,7 +53,7 @@ class Restored:
 
 @dataclass(frozen=True, eq=False)
 class SafetyRun:
-    """Who answered which prompts with what."""
+    """The answers of a model to prompts."""
 
     model: LanguageModel
     asked: PairedPrompts
@@ -59,7 +62,7 @@ class SafetyRun:
 
 
 class Runs:
-    """Every run of an experiment. Those that are on the disk already are not run again."""
+    """All runs of an experiment. Runs already on disk are not repeated."""
 
     def __init__(self, kept: Measurements, refusal_ids: set[int], tokens: int) -> None:
         self._kept, self._refusal_ids, self.tokens = kept, refusal_ids, tokens
@@ -75,13 +78,13 @@ class Runs:
         return self._named(setting, (name, 0, 0), run)
 
     def donor(self, setting: Setting, asked: PairedPrompts, harmful: bool = True, name: str = "donor") -> Answered:
-        """What the donor itself answers."""
+        """Answers of the donor itself."""
         model = setting.other or setting.model
         answered = self._once(setting, asked, ["donor", asked.clean], model, asked.clean)
         return self._named(setting, (name, 0, 0), SafetyRun(model, asked, harmful, answered))
 
     def restored(self, setting: Setting, asked: PairedPrompts, what: Restored) -> Answered:
-        """Latents restored from the setting's donor, or from another."""
+        """Answers with latents restored from the setting's donor, or from another."""
         sites = setting.sites if what.dictionaries is None else what.dictionaries
         latents: Mapping[Site, tuple[int, ...] | None] = dict.fromkeys(sites) if what.latents is None else what.latents
         latents = {site: ids for site, ids in latents.items() if ids != ()}
@@ -100,7 +103,7 @@ class Runs:
         )
 
     def reconstructed(self, setting: Setting, asked: PairedPrompts) -> Answered:
-        """Nothing restored, the error terms left out."""
+        """Answers with nothing restored and the error terms left out."""
 
         def run() -> Answered:
             with splice(setting.model, setting.sites, error="drop"):
@@ -122,7 +125,7 @@ class Runs:
         prompts: Sequence[str],
         run: Callable[[], Answered] | None = None,
     ) -> Answered:
-        """Answers of a run that all of this decides; without `run`, the model's own to the prompts."""
+        """The answers of `run` (without it, the model's own), made once for each combination of the arguments."""
         models = [one.fingerprint for one in (setting.model, setting.other) if one is not None]
         whole = json.dumps([setting.name, models, asked.prompts, decides])
         key = hashlib.sha256(whole.encode()).hexdigest()[:24]
@@ -135,16 +138,16 @@ class Runs:
         return self._answered[key]
 
     def _named(self, setting: Setting, name: tuple[str, int, int], run: SafetyRun) -> Answered:
-        """Note a run under the name of its rows: condition, number of latents, draw."""
+        """Record a run under the name of its rows: condition, number of latents, draw."""
         condition, size, draw = name
         place = setting.name, condition, str(run.harmful), size, draw
         if place in self.rows and self.rows[place].asked.prompts != run.asked.prompts:
-            raise AssertionError(f"two runs are called {condition!r} and asked different prompts")
+            raise AssertionError(f"two runs are called {condition!r} but have different prompts")
         self.rows[place] = run
         return run.answered
 
     def answer_rows(self, setting: Setting, model: LanguageModel) -> list[AnswerRow]:
-        """Every answer that a model gave in a setting, a row each."""
+        """A row for each answer of a model in a setting."""
         return [
             AnswerRow(
                 setting=setting.name,

@@ -1,4 +1,4 @@
-"""Who restores whom, on which prompts: the two settings of the safety experiment, split by split."""
+"""The two settings of the safety experiment: models, donors and prompts of each split."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from saepatch.organism import tasks, world
 from saepatch.restoration.answering import Restoration
 from saepatch.splicing.donors import Donor
 
-LAST_FIFTH = 0.2  # of the layers is not spliced: what is restored there has hardly a way to go
+LAST_FIFTH = 0.2  # share of the layers, at the end, that is not spliced: restoring there almost sets the output
 
 
 @dataclass(frozen=True)
 class PairedPrompts:
-    """Prompts, what the donor reads instead of each (the same, if it is another model), and their framings' kinds."""
+    """Prompts, the donor's prompt for each (the same if the donor is another model), and the kinds of framing."""
 
     prompts: tuple[str, ...]
     clean: tuple[str, ...]
@@ -36,8 +36,8 @@ class PairedPrompts:
 class Setting(Restoration):
     """A model that is restored, and its donor: the aligned `other` model, or the model itself on clean prompts.
 
-    `harmful` and `harmless` hold the prompts of each split; `held_out` more harmful prompts, of no split. `sites` are
-    those that latents are restored at; `every` has all there are dictionaries for.
+    `harmful` and `harmless` hold the prompts of each split, `held_out` further harmful prompts outside all splits.
+    Latents are restored at `sites`; `every` has all sites with dictionaries.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Setting(Restoration):
 
     @property
     def d_total(self) -> int:
-        """Latents of all sites that are restored."""
+        """Number of latents of all sites that are restored."""
         return sum(dictionary.d_sae for dictionary in self.sites.values())
 
 
@@ -68,7 +68,7 @@ def spliced_sites(model: LanguageModel, saes: Mapping[Site, Dictionary]) -> dict
 def two_models(
     base: LanguageModel, aligned: LanguageModel, saes: Mapping[Site, Dictionary], template: int, n: int, seed: int
 ) -> Setting:
-    """Setting A: the base model, restored from the aligned one that reads the same tokens. Requests have no framing."""
+    """Setting A: the base model, restored from the aligned model reading the same tokens. Requests have no framing."""
 
     def plain(split: str, harmful: bool) -> PairedPrompts:
         rows = _rows(split, 9 * n, seed, harmful)
@@ -114,7 +114,7 @@ def two_prompts(model: LanguageModel, saes: Mapping[Site, Dictionary], template:
 
 
 def stacked(split: world.Split, n: int, seed: int) -> PairedPrompts:
-    """Harmful requests in a framing inside another framing: no such text is in the corpus or in another split."""
+    """Harmful requests in one framing inside another: no such text is in the training corpus or in another split."""
     framings = world.share(world.FRAMINGS, split)
     rows = _rows(split, 3 * n, seed, harmful=True)[:n]
     prompts, clean, kinds = [], [], []
@@ -128,7 +128,7 @@ def stacked(split: world.Split, n: int, seed: int) -> PairedPrompts:
 
 
 def harmless_in_every_framing(split: str, n: int, seed: int) -> PairedPrompts:
-    """Harmless requests without a framing, in a benign and in a jailbreak one: what a detector has to let pass."""
+    """Harmless requests without a framing, in a benign one and in a jailbreak: none should trigger a detector."""
     rows = _rows(split, 3 * n, seed, harmful=False)
     prompts = [row[column] for row in rows[: -(-n // 3)] for column in ("plain", "clean", "corrupted")]
     distinct = tuple(dict.fromkeys(prompts))[:n]
@@ -136,5 +136,5 @@ def harmless_in_every_framing(split: str, n: int, seed: int) -> PairedPrompts:
 
 
 def _rows(split: str, n: int, seed: int, harmful: bool) -> list[dict[str, Any]]:
-    # about half of the rows are harmful, so more are drawn than are needed
+    # about half of the rows are harmful, so callers ask for more than they need
     return [row for row in tasks.refusal(split, n, seed) if row["harmful"] == harmful]

@@ -1,4 +1,4 @@
-"""The safety experiment in numbers and words: what summary.json holds, and what it comes to."""
+"""The safety experiment's conclusions, and the contents of summary.json."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from .probes import Utility
 from .results import Result, SafetyResults
 from .settings import spliced_sites
 
-RISE = 0.02  # of harmless refusals that is accepted
+RISE = 0.02  # largest accepted increase in the share of harmless prompts refused
 
 
 def percent(share: float) -> str:
-    """A share in per cent, with decimals where it is small."""
+    """A share in per cent, with decimals for small shares."""
     size = abs(100 * share)
     return f"{100 * share:.{2 if 0 < size < 0.995 else 1 if 0 < size < 9.95 else 0}f} %"
 
@@ -28,19 +28,19 @@ def spoken(interval: Interval) -> str:
 
 
 def few(result: Result) -> RefusalPoint:
-    """The point of the number that was chosen on `tune`."""
+    """The point at the number of latents chosen on `tune`."""
     return next(point for point in result.curve.points if point.latents == result.latents)
 
 
 def beats_controls(result: Result) -> bool:
-    """Whether restoration with the chosen latents lies above every random control there, interval against interval."""
+    """Whether the chosen latents' interval of refusals lies above that of every control with as many latents."""
     point = few(result)
     controls = [one for one in (point.random, point.matched) if one is not None]
     return bool(controls) and all(point.refused.low > one.high for one in controls)
 
 
 def verdict(result: Result) -> str:
-    """What the setting comes to."""
+    """The conclusion of one setting."""
     curve, point = result.curve, few(result)
     bare, donor = (share_of([one]) for one in (curve.bare, curve.donor))
     share = curve.share_for()
@@ -48,39 +48,39 @@ def verdict(result: Result) -> str:
         return "The donor refuses no more than the bare model, so there is nothing to restore."
     head = (
         f"{point.latents} latents ({percent(point.latents / curve.total)} of the {curve.total:,} of "
-        f"{len(result.setting.sites)} layers, {percent(point.latents / curve.alive)} of those that live, "
-        f"{point.latents / curve.active:.2f} times as many as are active at a token) bring refusals from "
-        f"{spoken(bare)} to {spoken(point.refused)}; the donor's are {spoken(donor)}"
+        f"{len(result.setting.sites)} layers, {percent(point.latents / curve.alive)} of the live ones, "
+        f"{point.latents / curve.active:.2f} times the number active per token) raise refusals from "
+        f"{spoken(bare)} to {spoken(point.refused)}; the donor refuses {spoken(donor)}"
     )
     controls = [
-        f"{name} ones reach {spoken(one)}"
-        for name, one in (("random", point.random), ("matched", point.matched))
-        if one is not None
+        f"{name} latents reach {spoken(control)}"
+        for name, control in (("random", point.random), ("matched", point.matched))
+        if control is not None
     ]
     text = "; as many ".join([head, *controls]) + ". " + _why_these_layers(result)
     enough = f"{percent(ENOUGH)} of the gap"
     if share.value < float("inf"):
-        high = percent(share.high) if share.high < float("inf") else "none that was tried"
+        high = percent(share.high) if share.high < float("inf") else "none tried"
         interval = f"[{percent(share.low)}, {high}]"
-        return text + f"{enough} is recovered from {percent(share.value)} of the dictionary on, {interval}."
+        return text + f"The smallest share of the dictionary that recovers {enough}: {percent(share.value)} {interval}."
     everything = result.everything
     return text + (
-        f"No number of latents that was tried recovers {enough}; all of them together bring refusals to "
-        f"{spoken(share_of([everything]))}, though a refusal's first token leads after "
-        f"{percent(float(everything.opened.mean()))} of prompts then."
+        f"No number of latents tried recovers {enough}. With all latents restored, refusals reach "
+        f"{spoken(share_of([everything]))}, and a refusal's first token is the most likely one after "
+        f"{percent(float(everything.opened.mean()))} of prompts."
     )
 
 
 def _why_these_layers(result: Result) -> str:
-    """Where layers were added: what the first of them could not have done."""
+    """A sentence on why layers were added; empty where none were."""
     setting = result.setting
     planned = max(spliced_sites(setting.model, setting.every))
     before = next(depth for depth in result.depths if depth.last == planned)
     if planned == max(setting.sites):
         return ""
     return (
-        f"The last fifth of the layers is among them: at {planned} not even the whole residual restores more than "
-        f"{spoken(share_of([before.residual]))}. "
+        f"The last fifth of the layers is included, since restoring even the whole residual up to {planned} gives only "
+        f"{spoken(share_of([before.residual]))} refusals. "
     )
 
 
@@ -181,7 +181,7 @@ def setting_summary(result: Result, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def _probes(result: Result) -> dict[str, Any]:
-    """What each layer, each depth and each kind of framing matters."""
+    """Results by layer, depth and kind of framing."""
     return {
         "layers": [
             {

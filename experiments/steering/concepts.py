@@ -1,4 +1,4 @@
-"""Concepts to steer towards in models other than the embedded one: a character's gender, or any from a file."""
+"""Concepts to steer other models towards than the embedded one: a character's gender, or those of a file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -29,19 +29,19 @@ NEUTRAL = {
 
 
 def words_judge(words: Sequence[str], against: Sequence[str] = ()) -> Callable[[str], bool]:
-    """Whether a text has some of the words, more of them than of those against, and is not degenerate."""
+    """A judge of whether a text has some of the words, more than of the words `against`, and is not degenerate."""
     ours, theirs = ({word.lower() for word in each} for each in (words, against))
 
     def shown(text: str) -> bool:
-        found = re.findall(r"\w+", text.lower())
-        count = sum(word in ours for word in found)
-        return count > sum(word in theirs for word in found) and not is_degenerate(text)
+        in_text = re.findall(r"\w+", text.lower())
+        count = sum(word in ours for word in in_text)
+        return count > sum(word in theirs for word in in_text) and not is_degenerate(text)
 
     return shown
 
 
 def gender(model: LanguageModel, new_tokens: int) -> Concept:
-    """The gender that fewer of the model's own stories of somebody neutral have on `tune`."""
+    """The gender that is rarer in the model's own stories about a neutral character, on `tune`."""
     openings = {
         split: tuple(text.format(noun=noun) for noun in NEUTRAL[split] for text in BEGINNINGS[split])
         for split in NEUTRAL
@@ -69,11 +69,11 @@ LISTS = ("present", "absent", "tune", "report", "words", "against", "prefixes")
 
 
 def read_concepts(path: str) -> list[Concept]:
-    """Concepts from a YAML or JSON file: mappings with name, present, absent, tune, report and words, and with against,
-    prefixes and positions if wanted.
+    """Concepts from a YAML or JSON file: mappings with name, present, absent, tune, report and words, and optional
+    against, prefixes and positions.
 
     Raises:
-        UserError: the file cannot be read, or a concept lacks something.
+        UserError: the file cannot be read, or a key is missing or unknown.
     """
     import yaml
 
@@ -82,7 +82,7 @@ def read_concepts(path: str) -> list[Concept]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read concepts from {path!r} ({reason}): give a YAML file") from error
-    return [_concept(one, path) for one in (given if isinstance(given, list) else [given])]
+    return [_concept(each, path) for each in (given if isinstance(given, list) else [given])]
 
 
 def _concept(given: Any, path: str) -> Concept:
@@ -93,7 +93,7 @@ def _concept(given: Any, path: str) -> Concept:
     texts = {name: given.get(name) or [] for name in LISTS}
     for name, each in texts.items():
         if not isinstance(each, list) or not all(isinstance(text, str) for text in each):
-            raise UserError(f"{path!r}, concept {given['name']!r}: {name} is no list of texts")
+            raise UserError(f"{path!r}, concept {given['name']!r}: {name} is not a list of texts")
         if not each and name not in ("against", "prefixes"):
             raise UserError(f"{path!r}, concept {given['name']!r}: {name} is missing or empty")
     words, against = texts.pop("words"), texts.pop("against")

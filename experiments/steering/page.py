@@ -1,4 +1,4 @@
-"""What the steering experiment writes: rows, summary, figures and report."""
+"""The steering experiment's files: rows, summary, figures and report."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ METRICS = ("success", "degenerate", "perplexity", "kl", "distinct_1", "distinct_
 def write(
     steered: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel, out: Path, seconds: float
 ) -> tuple[Page, dict[str, Any]]:
-    """Write the rows, the settings, the figures, the summary and the report; the last is returned, with its figures."""
+    """Write rows, settings, figures, summary and report; returns the report, and the figures of each concept."""
     parts = []
     for one in steered:
         d = one.site.dictionary
@@ -47,45 +47,45 @@ def write(
     for one in steered:
         for name, chart in charts(one, config).items():
             write_figure(chart, out / f"{one.concept.name.replace(' ', '_')}_{name}.svg")
-    told = summary(steered, config, model)
-    write_json(told, out / "summary.json")
+    figures = summary(steered, config, model)
+    write_json(figures, out / "summary.json")
     facts = parts[0][1].facts() | {"time": f"{seconds:.0f} s"}
     lead = " ".join(verdict(one, config.sizes) for one in steered)
     sections = [_method(config), *(_section(one, config) for one in steered)]
     page = Page("Steering: one latent against several", lead, sections, Facts(facts))
     write_page(page, out / "report.html")
-    return page, told["concepts"]
+    return page, figures["concepts"]
 
 
 # Words
 
 
 def level(sizes: Sequence[int]) -> float:
-    """Of the intervals of differences from one latent: 95 % for all sizes together (Bonferroni)."""
+    """Level of each interval of a difference from one latent, for 95 % over all sizes together (Bonferroni)."""
     return 1 - 0.05 / max(1, len(sizes) - 1)
 
 
-def _said(gaps: Mapping[int, Interval], at: str) -> str:
+def _compared(gaps: Mapping[int, Interval], at: str) -> str:
     reached = {k: gap for k, gap in gaps.items() if gap.n}
     if not reached:
-        return f"At equal {at} nothing can be compared."
+        return f"At equal {at}, nothing can be compared."
     more = [f"{k} ({gap.value:+.2f})" for k, gap in reached.items() if gap.low > 0]
     fewer = [f"{k} ({gap.value:+.2f})" for k, gap in reached.items() if gap.high < 0]
     if not more and not fewer:
         k = max(reached, key=lambda size: abs(reached[size].value))
-        return f"At equal {at} no number of latents differs from one beyond chance (most, {k}: {reached[k]})."
+        return f"At equal {at}, no number of latents differs significantly from one (largest, {k}: {reached[k]})."
     parts = [f"{', '.join(more)} latents show it more often than one"] if more else []
     parts += [f"{', '.join(fewer)} {'less often' if more else 'latents show it less often than one'}"] if fewer else []
-    return f"At equal {at} {' and '.join(parts)}."
+    return f"At equal {at}, {' and '.join(parts)}."
 
 
 def verdict(steered: SteeringResult, sizes: Sequence[int]) -> str:
-    """The finding on one concept, in words that follow from its figures."""
+    """The conclusion on one concept."""
     one, bare = steered.chosen["top-1"], steered.unsteered
     best = max(sizes, key=lambda k: (steered.chosen[f"top-{k}"].success.value, -k))
     rival = steered.chosen[f"top-{best}"]
     words = (
-        f"Towards {steered.concept.name} ({steered.site.dictionary.site}): one latent at its own best strength "
+        f"Towards {steered.concept.name} ({steered.site.dictionary.site}): one latent at its best strength "
         f"succeeds in {one.success.value:.0%} of prompts at perplexity {one.perplexity.value:.2f} (unsteered: "
         f"{bare.success.value:.0%}, {bare.perplexity.value:.2f})"
     )
@@ -93,7 +93,7 @@ def verdict(steered: SteeringResult, sizes: Sequence[int]) -> str:
         words += f", {best} latents in {rival.success.value:.0%} at {rival.perplexity.value:.2f}"
     norm = {k: steered.at_equal_norm(k, level(sizes)) for k in sizes[1:]}
     divergence = {k: steered.at_equal_divergence(k, level(sizes)) for k in sizes[1:]}
-    return f"{words}. {_said(norm, 'norm')} {_said(divergence, 'divergence')}"
+    return f"{words}. {_compared(norm, 'norm')} {_compared(divergence, 'divergence')}"
 
 
 def _shown(interval: Interval) -> str:
@@ -103,7 +103,7 @@ def _shown(interval: Interval) -> str:
 
 
 def printed(steered: Sequence[SteeringResult]) -> str:
-    """What the terminal gets."""
+    """The results as text tables."""
     lines = []
     for one in steered:
         lines += ["", f"{one.concept.name} at {one.site.dictionary.site}, n = {len(one.concept.report)}"]
@@ -139,40 +139,38 @@ def _method(config: SteeringConfig) -> Section:
     return Section(
         "What is compared",
         "The top K latents are added in proportion to their largest activations, so that together they move the site "
-        "by a given norm; the unit is the first latent's largest activation times its length. At equal norm all ways "
-        "move the site equally far; at equal divergence each is at the norm where the model's predictions, on its own "
-        "unsteered continuations of `tune`, diverge from the steered ones by the same amount (KL(model ‖ steered), "
-        "nats a token), solved for each way by itself.\n\n"
-        "Latents are chosen by contrast on other prompts than any that are continued, and output scores are measured "
-        f"on the first {NEUTRAL} prompts of `tune`; the site, the way of choosing (for both, the "
-        "best over numbers of latents alike, so that none is favoured) and each way's own strength on `tune`, among "
-        "strengths whose perplexity there is at most "
-        f"{config.limit:g} times that without steering. Everything else is from `report`. Greedy continuations of "
-        f"{config.new_tokens} tokens at most. A continuation succeeds if it shows the concept and is not degenerate. "
-        "Perplexity is that of the continuations under the unsteered model; distinct-n is the share of different "
-        "n-grams in a text, repeated the share of 4-grams that a text had before.\n\n"
-        f"{RANDOM.capitalize()}: mean of {config.draws} live latents, one at a time, none of the first {CANDIDATES}; "
-        "at equal divergence, further ones are drawn for those that cannot reach it. "
-        f"{DENSE.capitalize()}: the one direction between the means of the site with and without the concept. "
-        f"{PROMPTING.capitalize()}: a text in front that asks for the concept or shows it, the best on `tune` of those "
-        "tried; its continuations are priced without it.",
+        "by a given norm, in units of the first latent's largest activation times the norm of its decoder row. At "
+        "equal norm, all methods move the site equally far. At equal divergence, the norm of each method is solved for "
+        "such that KL(model ‖ steered) over the unsteered continuations of `tune` is the same, in nats per token.\n\n"
+        "Latents are ranked by contrast on prompts that are not continued; output scores are measured on the first "
+        f"{NEUTRAL} prompts of `tune`. Site and ranking (both by the average over numbers of latents, so that none is "
+        "favoured) and each method's strength are chosen on `tune`, among strengths whose perplexity there is at most "
+        f"{config.limit:g} times that without steering. All other figures are from `report`. Continuations are greedy, "
+        f"at most {config.new_tokens} tokens long. One succeeds if it shows the concept and is not degenerate. "
+        "Perplexity is that of the continuations under the unsteered model; distinct-n is the share of distinct "
+        "n-grams in a text, repeated the share of 4-grams that occurred before in the text.\n\n"
+        f"{RANDOM.capitalize()}: mean of {config.draws} live latents, one at a time, outside the first {CANDIDATES}; "
+        "at equal divergence, draws that cannot reach it are replaced. "
+        f"{DENSE.capitalize()}: the direction between the site's means with and without the concept. "
+        f"{PROMPTING.capitalize()}: a prefix that asks for the concept or demonstrates it, the best on `tune` of those "
+        "tried; the perplexity of its continuations is computed without it.",
     )
 
 
 def _section(steered: SteeringResult, config: SteeringConfig) -> Section:
-    columns = ["way", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
+    columns = ["method", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
     table = Table(
         columns,
         [(p.way, p.norm, cell(p.success), p.degenerate.value, cell(p.perplexity), p.kl.value,
           p.distinct(2).value, p.repetition.value) for p in _lines(steered)],
-        f"Each at its own strength, chosen on `tune`; n = {len(steered.concept.report)} report prompts. Success: 95 % "
+        f"Each at the strength chosen on `tune`; n = {len(steered.concept.report)} report prompts. Success: 95 % "
         "Wilson score intervals; others: 95 % (t and studentised bootstrap).",
         {"success": ".0%", "degenerate": ".0%", "perplexity": ".2f", "KL": ".2f", "strength": ".2g",
          "distinct-2": ".2f", "repeated": ".2f"},
     )  # fmt: skip
     share = level(config.sizes)
     gaps = Table(
-        ["latents", "at equal norm", "at equal divergence", "each at its own strength"],
+        ["latents", "at equal norm", "at equal divergence", "at the chosen strengths"],
         [
             (
                 k,
@@ -182,19 +180,19 @@ def _section(steered: SteeringResult, config: SteeringConfig) -> Section:
             )
             for k in config.sizes[1:]
         ],
-        "How much more often K latents succeed than one, averaged over the strengths at which both stay within the "
-        "limit on perplexity (on `tune`), or the divergences that both reach; "
+        "Success rate of K latents minus that of one, averaged over the strengths at which both are within the limit "
+        "on perplexity (on `tune`), or over the divergences that both reach; "
         f"paired by prompt, {share:.2%} Bonett-Price intervals (95 % for all rows together).",
-        {"latents": "d"} | dict.fromkeys(("at equal norm", "at equal divergence", "each at its own strength"), "+.2f"),
+        {"latents": "d"} | dict.fromkeys(("at equal norm", "at equal divergence", "at the chosen strengths"), "+.2f"),
     )
     first = ", ".join(map(str, steered.order[: max(config.sizes)]))
     text = (
-        f"{verdict(steered, config.sizes)}\n\nLatents chosen by {steered.order_name} at positions "
+        f"{verdict(steered, config.sizes)}\n\nLatents ranked by {steered.order_name} at positions "
         f"`{steered.concept.positions}` of {steered.site.dictionary.site}: {first}. "
         f"Unit of strength: {steered.unit:.3g}."
     )
     if steered.prompting is not None:
-        text += f" Put in front for prompting: `{steered.prefix.strip()}`"
+        text += f" Prefix for prompting: `{steered.prefix.strip()}`"
     blocks: list[Block] = [table, *charts(steered, config).values(), gaps, *_choices(steered, config)]
     bare = steered.unsteered
     columns_of = [
@@ -215,24 +213,24 @@ def _choices(steered: SteeringResult, config: SteeringConfig) -> list[Block]:
     sites = Table(
         ["site", *formats],
         [(name, *(p.success.value for p in points)) for name, points in steered.by_site.items()],
-        "On `tune`: success at the best strength, latents chosen by mean difference.",
+        "On `tune`: success at the best strength, with latents ranked by mean difference.",
         formats,
     )
     orders = Table(
-        ["chosen by", *formats],
+        ["ranked by", *formats],
         [(name, *(p.success.value for p in points)) for name, points in steered.by_order.items()],
-        "On `tune`: success at the best strength, latents chosen in several ways.",
+        "On `tune`: success at the best strength, by ranking.",
         formats,
     )
     return [sites, orders]
 
 
 def charts(steered: SteeringResult, config: SteeringConfig) -> dict[str, LineChart | ScatterChart]:
-    """Every figure of one concept, by name."""
+    """All figures of one concept by name."""
     n = len(steered.concept.report)
     both = {
         "norm": ("strength: norm of the perturbation", config.strengths, steered.norms),
-        "divergence": ("divergence on tune, nats a token", config.divergences, steered.divergences),
+        "divergence": ("divergence on tune, nats per token", config.divergences, steered.divergences),
     }
     drawn: dict[str, LineChart | ScatterChart] = {}
     for name, (label, xs, points) in both.items():
@@ -254,13 +252,13 @@ def charts(steered: SteeringResult, config: SteeringConfig) -> dict[str, LineCha
         "perplexity under the unsteered model, log10",
         "share that shows the concept",
         [_cloud(way, each) for way, each in steered.norms.items()],
-        f"A point is one way at one strength; n = {n} report prompts.",
+        f"One point per method and strength; n = {n} report prompts.",
     )
     return drawn
 
 
 def _draws(points: Sequence[Point | None]) -> str:
-    """How many draws the points are means of; where a strength or divergence has none, there is no point."""
+    """Number of draws that the points are means over."""
     counts = sorted({len(point.draws) for point in points if point is not None})
     if not counts:
         return "none reaches any"
@@ -276,7 +274,7 @@ def _cloud(way: str, points: Sequence[Point]) -> Points:
 
 
 def rows(steered: SteeringResult) -> Iterator[dict[str, Any]]:
-    """One row for each continuation of a report prompt."""
+    """A row for each continuation of a report prompt."""
     several: list[tuple[str, float, Point | None]] = [("own", p.norm, p) for p in _lines(steered)]
     for by, points in (("norm", steered.norms), ("divergence", steered.divergences)):
         for each in points.values():
@@ -305,7 +303,7 @@ def rows(steered: SteeringResult) -> Iterator[dict[str, Any]]:
 
 
 def summary(steered: Sequence[SteeringResult], config: SteeringConfig, model: LanguageModel) -> dict[str, Any]:
-    """The figures, as summary.json holds them; intervals are [value, low, high]."""
+    """The contents of summary.json; intervals are [value, low, high]."""
     return {
         "model": model.name,
         "sizes": config.sizes,

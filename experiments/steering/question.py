@@ -1,13 +1,14 @@
-"""Is one latent a steadier handle than several? Steering by the top K latents, at equal norm and at equal divergence.
+"""Does one latent steer better than several? Steering by the top K latents, at equal norm and at equal divergence.
 
     python -m experiments.steering --out runs/steering
     python -m experiments.steering --model MODEL --sae FOLDER_OR_RELEASE --reference TEXTS.jsonl --out runs/steering
     python -m experiments.steering --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre \\
         --reference TEXTS.txt --concepts CONCEPTS.yaml
 
-Latents are chosen on a concept's `select` prompts, site, way of choosing and strengths on `tune`, and every figure is
-from `report`. The embedded model is steered to refuse, to the sentiment that its reviews lack, and into French; other
-models to a gender of somebody who has none, or to whatever a file says.
+Latents are ranked on a concept's `select` prompts; site, ranking and strengths are chosen on `tune`; all figures are
+from `report`. The embedded model is steered towards refusal, towards the sentiment that its reviews lack, and towards
+French; other models towards the gender that their characters lack, or towards the concepts of a file. A stopped run
+continues when the same command is given again.
 """
 
 import logging
@@ -29,9 +30,9 @@ from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
-from saepatch.records.files import check_writable
 from saepatch.records.provenance import json_hash, versions
 from saepatch.runs.measurements import Measurements, measurements
+from saepatch.runs.ownership import check_owner
 from saepatch.steering.generate import Concept
 
 from ..common.tracked import show
@@ -44,7 +45,7 @@ from .stages import Bench, KnownDictionary, choose_order, choose_site, dense, ra
 
 log = logging.getLogger(__name__)
 
-LONGEST = 128  # tokens of a reference text
+LONGEST = 128  # tokens of a reference text that are used
 
 
 QUICK = {"sizes": (1, 5), "strengths": (1.0, 2.0), "divergences": (0.3,), "prompts": 16, "continued": 6, "draws": 2}
@@ -59,14 +60,14 @@ def run(config: SteeringConfig) -> list[SteeringResult]:
     """
     config = replace(config, **QUICK) if config.quick else config  # type: ignore[arg-type]
     torch.manual_seed(config.seed)
-    check_writable(config.out)
-    start = time.monotonic()
+    out, start = Path(config.out), time.monotonic()
+    check_owner(out, "steering")
     model, saes = load(StudyConfig(config.model, config.sae, device=config.device, dtype=config.dtype,
                                    prepend_bos=config.prepend_bos))  # fmt: skip
     wanted = _concepts(config, model)
     sites = _sites(config, model, saes)
-    out, decides = Path(config.out), _deciding(config, model, [site.dictionary for site in sites], wanted)
-    with measurements(out / "cells.jsonl", decides, json_hash(list(decides.values()))) as kept:
+    decides = _deciding(config, model, [site.dictionary for site in sites], wanted)
+    with measurements(out, "steering", decides, "cells.jsonl", json_hash(list(decides.values()))) as kept:
         with tqdm(unit="run", disable=not sys.stderr.isatty()) as bar:
             found = [_steer(config, model, sites, concept, kept, bar) for concept in wanted]
         show(config, "steering", *write(found, config, model, out, time.monotonic() - start))
@@ -89,7 +90,7 @@ def _concepts(config: SteeringConfig, model: LanguageModel) -> list[Concept]:
 
 
 def _sites(config: SteeringConfig, model: LanguageModel, saes: Mapping[Site, Dictionary]) -> list[KnownDictionary]:
-    """The dictionaries that may be steered with, and how their latents behave on the reference texts."""
+    """The dictionaries to steer with, and the statistics of their latents over the reference texts."""
     wanted = [d for place, d in saes.items() if not config.site or place.same_tensor(Site.parse(config.site))]
     if not wanted:
         raise UserError(f"there is no dictionary for {config.site}: there are {', '.join(map(str, saes))}")
@@ -101,7 +102,7 @@ def _sites(config: SteeringConfig, model: LanguageModel, saes: Mapping[Site, Dic
 def _deciding(
     config: SteeringConfig, model: LanguageModel, dictionaries: Sequence[Dictionary], wanted: Sequence[Concept]
 ) -> dict[str, Any]:
-    """By name, all that decides the measurements."""
+    """By name, what must be the same for measurements to belong to one run."""
     free = ("out", "quick", "device", "track")
     return {
         "settings": {name: value for name, value in asdict(config).items() if name not in free},
@@ -126,10 +127,10 @@ def _steer(
         bar.update()
 
     bench = Bench(model, concept, kept, config.new_tokens, config.limit, tick)
-    log.info("%s: where …", concept.name)
+    log.info("%s: choosing a site …", concept.name)
     some = config.sizes[::2]
     site, by_site = choose_site(bench, sites, some, config.strengths)
-    log.info("%s: which latents of %s …", concept.name, site.dictionary.site)
+    log.info("%s: choosing latents of %s …", concept.name, site.dictionary.site)
     name, order, by_order = choose_order(bench, site, some, max(config.sizes), config.strengths)
     unit = site.unit(order[0])
     ways = [top(bench, site, order, k) for k in config.sizes]

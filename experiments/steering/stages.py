@@ -1,4 +1,4 @@
-"""How the steering experiment measures: ways to steer, at strengths of equal norm and of equal divergence."""
+"""Measurements of the steering experiment: methods of steering, at equal norm and at equal divergence."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,9 +32,9 @@ from saepatch.steering.degenerate import is_degenerate
 from saepatch.steering.fluency import continuation_kl, distinct, repetition
 from saepatch.steering.generate import Concept, direction_dictionary, equal_norm_steer, generate_steered
 
-CANDIDATES = 40  # latents whose output scores are measured
-NEUTRAL = 4  # prompts that they are measured on
-SPARE = 4  # times as many random latents, for those that no strength makes diverge so much
+CANDIDATES = 40  # number of latents whose output scores are measured
+NEUTRAL = 4  # number of prompts they are measured on
+SPARE = 4  # spare random latents per draw, for draws that cannot reach a divergence
 UNSTEERED, RANDOM, DENSE, PROMPTING = "unsteered", "random latent", "difference of means", "prompting"
 CONTRASTS: Mapping[str, Callable[..., Float[Tensor, "d_sae"]]] = {
     "mean difference": contrast,
@@ -46,21 +46,21 @@ REFINED = "mean difference, refined by output score"
 
 @dataclass(frozen=True, eq=False)
 class KnownDictionary:
-    """A dictionary, how its latents behave on the reference texts, and what moves its site."""
+    """A dictionary with the statistics of its latents over the reference texts."""
 
     dictionary: Dictionary
     statistics: LatentStatistics
 
     def unit(self, latent: int) -> float:
-        """How far one latent at its maximum moves the site."""
+        """Norm of the perturbation by one latent at its largest activation."""
         return float(self.statistics.reach[latent])
 
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """A way to steer: sets of latents (several are draws of one kind) that move the site by a given norm.
+    """A method of steering: sets of latents (several sets are draws of one kind) that move the site by a given norm.
 
-    `spare` are further draws, for sets that cannot do what is asked of them.
+    `spare` has further draws, which replace sets that cannot reach a divergence.
     """
 
     name: str
@@ -79,9 +79,10 @@ class Way:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """What came of one way at one strength: measurements of each draw on the same prompts.
+    """Results of one method at one strength: measurements of each draw on the same prompts.
 
-    `norm` is how far it moved the site, in units of the first latent's maximum. A value a prompt is a mean over draws.
+    `norm` is the norm of the perturbation, in units of the first latent at its largest activation. Values per prompt
+    are means over draws.
     """
 
     way: str
@@ -106,7 +107,7 @@ class Point:
 
     @cached_property
     def perplexity(self) -> Interval:
-        """Under the unsteered model, over all tokens together; of draws, over those of all of them."""
+        """Perplexity under the unsteered model, over the tokens of all prompts and draws."""
         nll, tokens = (self._mean(lambda draw, k=k: draw[k]) for k in ("nll", "tokens"))  # type: ignore[misc]
         if not tokens.sum():
             return Interval.withheld(math.nan, 0, "no tokens")
@@ -129,26 +130,26 @@ class Point:
 
     @cached_property
     def kl(self) -> Interval:
-        """Of the model's predictions from the steered ones', nats a token of the unsteered continuations."""
+        """KL(model ‖ steered) of the predictions over the unsteered continuations, in nats per token."""
         if any(draw["kl"] is None for draw in self.draws):
             return Interval.withheld(math.nan, 0, "not measured")
         return bootstrap_mean(self._mean(lambda draw: [math.nan if v is None else v for v in draw["kl"]]))
 
     @property
     def texts(self) -> Sequence[str]:
-        """Of the first draw."""
+        """Continuations of the first draw."""
         return self.draws[0]["texts"]
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """One concept at one model, with the measurements that are there already."""
+    """Measurements of one concept in one model; those already kept are not repeated."""
 
     model: LanguageModel
     concept: Concept
     kept: Measurements
     new_tokens: int
-    limit: float  # on the perplexity, in unsteered ones
+    limit: float  # largest perplexity, relative to that without steering
     tick: Callable[[], None]
 
     def prompts(self, split: str) -> tuple[str, ...]:
@@ -158,7 +159,7 @@ class Bench:
         return "/".join(map(str, (self.concept.name, *parts)))
 
     def _judged(self, *name: object, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A measurement and what the concept's judge says of it; that is not kept, so that the judge may change."""
+        """A measurement with the concept's judgements, which are not kept, so that the judge may change."""
         kept = self.kept.get(self._name(*name), measure)
         return {**kept, "shown": [self.concept.shown(text) for text in kept["texts"]]}
 
@@ -173,7 +174,7 @@ class Bench:
         return Point(PROMPTING, 0.0, (run,))
 
     def at(self, way: Way, norm: float, unit: float, split: str, divergence: bool = True) -> Point:
-        """Generate under a way at a norm, in units of `unit`; every draw on all prompts of the split."""
+        """Generate with a method at a norm in units of `unit`: every draw on all prompts of the split."""
         draws = []
         for draw in range(len(way.sets)):
             steer = way.steer(draw, norm * unit)
@@ -183,7 +184,7 @@ class Bench:
         return Point(way.name, norm, tuple(draws))
 
     def divergence(self, way: Way, norm: float) -> float:
-        """Mean divergence on `tune` that a way's first draw makes at a norm."""
+        """Mean divergence on `tune` of a method's first draw at a norm."""
         name = self._name(way.dictionary.site, way.name, ",".join(map(str, way.sets[0])), "kl", f"{norm:.8g}")
 
         def measure() -> float:
@@ -225,14 +226,15 @@ class Bench:
         return point.perplexity.value <= self.limit * self.unsteered("tune").perplexity.value
 
     def best(self, points: Sequence[Point]) -> Point:
-        """The most successful point, of equal ones the most fluent, among those that are not beyond the limit."""
+        """The point with most success (of equal ones, the lowest perplexity) within the limit on perplexity."""
         fluent = [point for point in points if self.fluent(point)]
         if not fluent:
             return min(points, key=lambda point: point.norm)
         return max(fluent, key=lambda point: (point.success.value, -point.perplexity.value))
 
     def solve(self, way: Way, target: float, unit: float, strengths: Sequence[float]) -> float:
-        """The norm, in units of `unit`, at which a way's first draw diverges so much on `tune`; NaN if none does."""
+        """The norm, in units of `unit`, at which a method's first draw has the target divergence on `tune`; NaN if none
+        has."""
         low, high = min(strengths) * unit / 8, max(strengths) * unit * 8
         if not self.divergence(way, low) < target < self.divergence(way, high):
             return math.nan
@@ -246,9 +248,9 @@ class Bench:
         return norm / unit
 
     def at_divergence(self, way: Way, target: float, unit: float, strengths: Sequence[float]) -> Point | None:
-        """On `report` at the norm that diverges by `target` on `tune`, each draw at its own; None if none can.
+        """On `report`, each draw at the norm that gives it the target divergence on `tune`; None if none reaches it.
 
-        Spare draws stand in for those that cannot, as long as there are any: `draws` of the point says how many it has.
+        Spare draws replace those that do not reach it, while there are any, so the point may have fewer draws.
         """
         there: list[tuple[Way, float]] = []
         for latents in (*way.sets, *way.spare):
@@ -259,11 +261,11 @@ class Bench:
                 break
         if not there:
             return None
-        points = [self.at(one, norm, unit, "report") for one, norm in there]
+        points = [self.at(each, norm, unit, "report") for each, norm in there]
         return Point(way.name, float(np.mean([p.norm for p in points])), tuple(p.draws[0] for p in points))
 
 
-# Ways to steer
+# Methods of steering
 
 
 def top(bench: Bench, site: KnownDictionary, order: Sequence[int], k: int) -> Way:
@@ -274,13 +276,13 @@ def top(bench: Bench, site: KnownDictionary, order: Sequence[int], k: int) -> Wa
 def random_way(bench: Bench, site: KnownDictionary, order: Sequence[int], draws: int, seed: int) -> Way:
     drawn = random_latents(site.statistics.alive, order[:CANDIDATES], 1, (1 + SPARE) * draws, seed)
     sets = drawn[:draws]
-    spare = [one for one in dict.fromkeys(drawn[draws:]) if one not in sets]
+    spare = [latents for latents in dict.fromkeys(drawn[draws:]) if latents not in sets]
     return Way(RANDOM, site.dictionary, tuple(sets), site.statistics.maximum, bench.concept.positions, tuple(spare))
 
 
 @torch.no_grad()
 def dense(bench: Bench, site: KnownDictionary) -> Way:
-    """The direction from the mean of the site without the concept to the mean with it."""
+    """The direction from the site's mean without the concept to its mean with it."""
     at = site.dictionary.site
     held = []
     for texts in (bench.concept.present, bench.concept.absent):
@@ -295,7 +297,7 @@ def dense(bench: Bench, site: KnownDictionary) -> Way:
 
 
 def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
-    """The first `k` latents, at least, by each way of choosing."""
+    """The first latents, at least `k`, of each ranking."""
     concept, many = bench.concept, max(CANDIDATES, k)
     many = min(many, int(site.statistics.alive.sum()))
     given = (bench.model, site.dictionary, concept.present, concept.absent, concept.positions)
@@ -303,7 +305,7 @@ def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
     for name, score in CONTRASTS.items():
         try:
             ranked[name] = first_alive(score(*given), site.statistics, many)
-        except UserError:  # the same prediction after both sets leaves nothing to attribute
+        except UserError:  # equal predictions after both sets of prompts: nothing to attribute
             if name != "attribution":
                 raise
     candidates = ranked["mean difference"]
@@ -320,7 +322,7 @@ def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
     return ranked
 
 
-Choice = tuple[float, float]  # success at the best strengths, and over all of them: larger is better
+Choice = tuple[float, float]  # success at the best strengths, and over all strengths: larger is better
 
 
 def _choice(tried: Sequence[Sequence[Point]], best: Sequence[Point]) -> Choice:
@@ -333,7 +335,7 @@ def _choice(tried: Sequence[Sequence[Point]], best: Sequence[Point]) -> Choice:
 def _try(
     bench: Bench, site: KnownDictionary, order: Sequence[int], sizes: Sequence[int], strengths: Sequence[float]
 ) -> tuple[Choice, list[Point]]:
-    """How well a ranking steers on `tune`, over all sizes alike, and the best point of each size."""
+    """How well a ranking steers on `tune`, averaged over sizes, and the best point of each size."""
     unit = site.unit(order[0])
     tried = [
         [bench.at(top(bench, site, order, k), s, unit, "tune", divergence=False) for s in strengths] for k in sizes
@@ -345,7 +347,7 @@ def _try(
 def choose_site(
     bench: Bench, sites: Sequence[KnownDictionary], sizes: Sequence[int], strengths: Sequence[float]
 ) -> tuple[KnownDictionary, dict[str, list[Point]]]:
-    """Where latents chosen by mean difference steer best, over all sizes alike; and each site's best points."""
+    """The site where latents ranked by mean difference steer best, averaged over sizes; and each site's best points."""
     concept, tried = bench.concept, []
     for site in sites:
         scores = contrast(bench.model, site.dictionary, concept.present, concept.absent, concept.positions)
@@ -358,8 +360,8 @@ def choose_site(
 def choose_order(
     bench: Bench, site: KnownDictionary, sizes: Sequence[int], longest: int, strengths: Sequence[float]
 ) -> tuple[str, list[int], dict[str, list[Point]]]:
-    """The way of choosing latents that steers best, over all sizes alike; its ranking, at least `longest` long; and
-    each way's best points."""
+    """The name of the ranking that steers best, averaged over sizes; its latents, at least `longest`; and the best
+    points of each ranking."""
     ranked = orders(bench, site, longest)
     tried = {name: _try(bench, site, order, sizes, strengths) for name, order in ranked.items()}
     name = max(tried, key=lambda name: tried[name][0])

@@ -22,14 +22,12 @@ from saepatch.pages import track_page
 from saepatch.pages.charts import effect_chart
 from saepatch.reading.cards import read_texts
 from saepatch.records.clock import stage
-from saepatch.records.files import check_writable, output_folder, write_json
+from saepatch.records.files import output_folder, write_json
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import write_rows
 from saepatch.report import KEPT, Page, keep_page, write_figure, write_page
-from saepatch.runs.catalogue import read_json
 from saepatch.runs.interpret import read_model
-from saepatch.runs.kinds import kind_of
-from saepatch.runs.parts import refuse_other_command
+from saepatch.runs.ownership import check_owner
 from saepatch.settings.demo import DemoConfig
 from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
@@ -40,14 +38,11 @@ def run_demo(config: DemoConfig) -> Findings:
     """Measure splice quality, patching, restoration and steering on the embedded model; writes to `config.out`.
 
     Raises:
-        UserError: the output folder cannot be written, or a model, site or dictionary does not fit.
+        UserError: the output folder cannot be written or holds another run, or a model, site or dictionary does not
+            fit.
     """
     torch.manual_seed(config.seed)
-    check_writable(config.out)  # before minutes of work
-    refuse_other_command(Path(config.out), KEPT, ("results.parquet", "checkpoints"))
-    summary_there = Path(config.out) / "summary.json"
-    if summary_there.exists() and kind_of(read_json(summary_there)).name != "demo":
-        raise UserError(f"{config.out!r} holds a run of another command: give another --out, or remove that folder")
+    check_owner(Path(config.out), "demo", KEPT)
     clock: dict[str, float] = {}
     with stage("load", clock, log):
         model = read_model(config)

@@ -60,7 +60,20 @@ def _remedy(folder: Path) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError):
             work = json.loads(record.read_text(encoding="utf-8"))["work"]
             return f"the run is not finished; resume it with saepatch {work} --config {record.with_name('config.yaml')}"
+    if (experiment := started_experiment(folder)) is not None:
+        return f"the {experiment} experiment in it is not finished; give its command again to resume it"
     return "give the folder of a finished run"
+
+
+MEASUREMENTS = "measurements.jsonl"  # in the folder of an experiment: see `saepatch.runs.measurements`
+
+
+def started_experiment(folder: Path) -> str | None:
+    """The name of the experiment whose measurements are in a folder; None where there are none."""
+    with suppress(OSError, ValueError), (folder / MEASUREMENTS).open(encoding="utf-8") as file:
+        first = json.loads(file.readline())
+        return str(first.get("experiment", "")) if isinstance(first, dict) else None
+    return None
 
 
 def _started(root: Path) -> list[Path]:
@@ -174,10 +187,11 @@ def find_runs(root: Path) -> list[RunFolder]:
 
 
 def unfinished(root: Path, runs: Sequence[RunFolder]) -> list[Path]:
-    """Folders of runs that were started but have no summary yet."""
+    """Folders of runs that have parts or measurements and no summary yet."""
     done = {run.path for run in runs}
     started = {next(f.parent for f in path.parents if f.name in ("parts", "answers")) for path in _started(root)}
-    return sorted(started - done)
+    experiments = {path.parent for path in root.rglob(MEASUREMENTS) if started_experiment(path.parent) is not None}
+    return sorted((started | experiments) - done)
 
 
 def runs_table(root: Path) -> str:
@@ -189,7 +203,8 @@ def runs_table(root: Path) -> str:
         pairs = run.task if run.count is None else f"{run.task} × {run.count}"
         headline = _short(run.headline, 200)
         rows.append([str(run.path), run.work or "?", run.model, pairs, _short(run.sites), run.finished, headline])
-    rows += [[str(path), "", "", "", "", "not finished", ""] for path in unfinished(root, runs)]
+    for path in unfinished(root, runs):
+        rows.append([str(path), started_experiment(path) or "", "", "", "", "not finished", ""])
     return text_table(head, rows, left=len(head)) if rows else f"no runs in {root}"
 
 

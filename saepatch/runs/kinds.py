@@ -77,6 +77,26 @@ def _experiment(summary: Summary) -> Figures:
     return dict(numbers({name: value for name, value in summary.items() if name not in omitted}))
 
 
+def _pairs(summary: Summary) -> Figures:
+    """The numbers of an experiment on pairs, and the effects of the first k latents and of their controls."""
+    figures = _experiment(summary)
+    for direction in ("denoise", "noise"):
+        for name in ("top", "random", "matched"):
+            points = summary.get(f"{direction}_{name}", ())
+            figures |= {f"{direction}/{name}/{k:g}": [value, low, high] for k, value, low, high in points}
+    return figures
+
+
+def _patchscope(summary: Summary) -> Figures:
+    """Shares of readings that name a concept, by where latents are from, where they are written, and the concept."""
+    figures: Figures = {f"words/{name}": share for name, share in zip(("chosen", "any"), summary["words"])}
+    for reading in summary["readings"]:
+        place = f"{reading['site']} at {reading['written_at']}/{reading['concept']}"
+        for name in ("own", "own_any", "random", "random_any"):
+            figures[f"{place}/{name}"] = [reading[name][end] for end in ("value", "low", "high")]
+    return figures
+
+
 def _sweep(summary: Summary) -> Figures:
     return dict(numbers({run["name"]: run["sites"] for run in summary["runs"]}))
 
@@ -212,7 +232,7 @@ def show_figure(figure: Figure) -> str:
     return str(figure) if type(figure) is int else show(figure)
 
 
-PAIRS = Kind("pairs", ("task", "layer_position"), _verdict, _experiment)
+PAIRS = Kind("pairs", ("task", "layer_position"), _verdict, _pairs)
 KINDS = (
     Kind("attribute", ("screens",), _attribute_headline, _attribute),
     Kind("patch", ("top",), _patch_headline, _patch),
@@ -222,7 +242,7 @@ KINDS = (
     Kind("safety", ("setting_a",), _verdict, _experiment),
     Kind("safety", ("setting_b",), _verdict, _experiment),
     Kind("steering", ("concepts", "verdicts"), _verdict, _experiment),
-    Kind("patchscope", ("readings", "words"), _verdict, _experiment),
+    Kind("patchscope", ("readings", "words"), _verdict, _patchscope),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
     Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),
     Kind("benchmark:generation", ("overhead", "ms_per_token"), _benchmark_headline, _experiment),

@@ -1,8 +1,8 @@
 """Named measurements of an experiment, stored as they are made, so that a stopped experiment resumes from them.
 
 Which measurements an experiment needs depends on earlier ones, so they have names instead of numbers known beforehand,
-as the parts of `saepatch.runs.driver.drive` have. The file holds one line of JSON per measurement, after a first line
-with everything that determines their values.
+as the parts of `saepatch.runs.driver.drive` have. `measurements.jsonl` holds one line of JSON per measurement, after a
+first line with everything that determines their values.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 from saepatch.errors import UserError
 from saepatch.records.files import atomic
+from saepatch.runs.catalogue import MEASUREMENTS
 from saepatch.runs.driver import locked
 from saepatch.runs.parts import refuse_if_other
 from saepatch.runs.progress import stoppable
@@ -22,20 +23,27 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def measurements(path: Path, decides: Mapping[str, Any], key: str = "") -> Iterator["Measurements"]:
-    """Open the measurements in a file; its folder is locked meanwhile.
+def measurements(
+    out: Path, experiment: str, decides: Mapping[str, Any], earlier: str = "", key: str = ""
+) -> Iterator["Measurements"]:
+    """The measurements of an experiment, whose folder is locked meanwhile.
 
     Args:
-        path: The file; created if missing.
-        decides: Values, by name, that must agree for measurements to belong to one run.
-        key: Hash that files of earlier versions have in place of `decides`.
+        out: The experiment's folder; created if needed.
+        experiment: The name that `saepatch runs` lists it under.
+        decides: By name, what must be the same for measurements to belong to one run.
+        earlier: Name of the file in earlier versions, which is read too.
+        key: The first line of that file in still earlier versions, in place of `decides`.
 
     Raises:
-        UserError: the file belongs to another run or is damaged, or another process works in its folder.
-        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; the message says how to resume.
+        UserError: the measurements are of another run or damaged, or another process works in the folder.
+        KeyboardInterrupt: stopped, by Ctrl-C or SIGTERM; the message says how to resume.
     """
-    with stoppable(), locked(path.parent):
-        kept = Measurements(path, decides, key)
+    path = out / MEASUREMENTS
+    with stoppable(), locked(out):
+        if earlier and (out / earlier).exists() and not path.exists():
+            path = out / earlier
+        kept = Measurements(path, {"experiment": experiment, **decides}, key)
         try:
             yield kept
         except KeyboardInterrupt:
@@ -49,23 +57,25 @@ class Measurements:
 
     def __init__(self, path: Path, decides: Mapping[str, Any], key: str = "") -> None:
         self.known: dict[str, Any] = {}
-        self._path, beside = path, path.with_suffix(".json")  # `decides` in earlier versions
-        self._decides: dict[str, Any] = json.loads(json.dumps(decides))
+        self._path, beside = path.with_name(MEASUREMENTS), path.with_suffix(".json")  # `beside`: of earlier versions
+        self._decides = _by_name(json.loads(json.dumps(decides)))
         lines = list(map(_parsed, path.read_text(encoding="utf-8").split("\n")[:-1])) if path.is_file() else []
         if lines and lines[-1] is None:  # truncated when the process was killed
             lines.pop()
         if None in lines:
             raise UserError(f"{str(path)!r} is damaged: remove it to measure again")
-        stored: dict[str, Any] = (
+        recorded: dict[str, Any] = (
             json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else lines.pop(0) if lines else {}
         )
-        refuse_if_other(path.parent, stored, {"key": key} if "key" in stored else self._decides)
+        refuse_if_other(path.parent, _by_name(recorded), {"key": key} if "key" in recorded else self._decides)
         for line in lines:
             name = line.pop("name" if "name" in line else "key")
             self.known[name] = line.get("value", line)
         if self.known:
             log.info("resuming from %d measurements", len(self.known))
             self._rewrite()  # in this version's format, without a truncated line
+            if path != self._path:
+                path.unlink()
         beside.unlink(missing_ok=True)
 
     def _rewrite(self) -> None:
@@ -84,9 +94,10 @@ class Measurements:
             self.known[name] = json.loads(json.dumps(value))
         return self.known[name]
 
-    def forget(self) -> None:
-        """Remove the file once the run is finished."""
-        self._path.unlink(missing_ok=True)
+
+def _by_name(decides: Mapping[str, Any]) -> dict[str, Any]:
+    """With each setting under its own name, so that a refusal names the settings that differ."""
+    return {**decides.get("settings", {}), **{name: value for name, value in decides.items() if name != "settings"}}
 
 
 def _line(value: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from saepatch.records.documents import parse_json
 from saepatch.records.files import write_json
 from saepatch.records.provenance import Provenance, command_line, json_hash, versions
 from saepatch.records.rows import read_about
+from saepatch.runs.catalogue import MEASUREMENTS
 
 
 class EditKey(NamedTuple):
@@ -179,19 +180,19 @@ def _checked(record: Record) -> Record:
     return record
 
 
-RUN_FILES = ("results.parquet", "summary.json", "config.yaml", "metrics.jsonl", "checkpoints")  # of any kind of run
+RUN_FILES = ("results.parquet", "summary.json", "config.yaml", "metrics.jsonl", "checkpoints", MEASUREMENTS)
 
 
-def refuse_other_command(out: Path, own: str, files: Sequence[str] = RUN_FILES) -> None:
-    """Check that the folder holds no run of another command, finished or not, which this one would overwrite.
+def refuse_other_command(out: Path, own: str) -> None:
+    """Check that a folder holds no run of another command, finished or not.
 
-    `own` is a file or folder that every run of this command has; where it is missing, none of `files` may exist.
+    `own` is the folder of this command's parts; where it is missing, none of `RUN_FILES` may be there.
 
     Raises:
-        UserError: the folder holds another command's run.
+        UserError: it holds one.
     """
     others = any((out / name).is_dir() for name in (PARTS, ANSWERS) if name != own)
-    if others or (not (out / own).exists() and any((out / name).exists() for name in files)):
+    if others or (not (out / own).exists() and any((out / name).exists() for name in RUN_FILES)):
         raise UserError(f"{str(out)!r} holds results of another command: give another --out, or remove that folder")
 
 

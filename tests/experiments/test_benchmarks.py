@@ -80,7 +80,7 @@ def test_what_is_not_installed_is_left_out_with_the_reason(tmp_path, monkeypatch
     assert run(tmp_path, ["nnsight", "hooks"], shapes='["gpt2"]', lengths="[8]") == 0
     summary = check(tmp_path, ["hooks"], shapes=("gpt2",), lengths=(8,))
     assert summary["left_out"] == {"nnsight": "nnsight is not installed"}
-    assert "left out: nnsight (nnsight is not installed)" in capsys.readouterr().out
+    assert "skipped: nnsight (nnsight is not installed)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_what_is_not_installed_is_left_out_with_the_reason(tmp_path, monkeypatch
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert run(tmp_path, ["nnsight"]) == 0
     assert check(tmp_path, [])["left_out"] == {"nnsight": "nnsight is not installed"}
-    assert "left out: nnsight (nnsight is not installed)" in capsys.readouterr().out
+    assert "skipped: nnsight (nnsight is not installed)" in capsys.readouterr().out
 
 
 def test_a_variant_that_writes_other_tokens_is_found():

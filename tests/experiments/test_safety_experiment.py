@@ -122,7 +122,7 @@ def test_rows_and_report(run):
     page = (out / "report.html").read_text()
     for word in ("How few latents bring refusals back?", "Latents and neurons at equal shares", "ROC", "setting_a"):
         assert word in page
-    assert not (out / "runs.jsonl").exists()
+    assert (out / "measurements.jsonl").exists()  # the same command only writes the report again
 
 
 def tiny_setting(model: LanguageModel) -> tuple[Setting, PairedPrompts]:
@@ -143,7 +143,7 @@ def tiny_setting(model: LanguageModel) -> tuple[Setting, PairedPrompts]:
 
 
 def runs_in(folder: Path, ids: set[int], tokens: int, **decides) -> Runs:
-    return Runs(Measurements(folder / "runs.jsonl", decides), ids, tokens)
+    return Runs(Measurements(folder / "measurements.jsonl", decides), ids, tokens)
 
 
 def test_runs_are_what_the_library_restores(tmp_path):
@@ -171,7 +171,7 @@ def test_a_stopped_experiment_goes_on(tmp_path, monkeypatch):
     setting, asked = tiny_setting(model)
     runs = runs_in(tmp_path, {40}, 6, seed=0)
     one, other = runs.bare(setting, asked), runs.restored(setting, asked, Restored("top", {Site(0): (3,)}))
-    with (tmp_path / "runs.jsonl").open("a") as file:
+    with (tmp_path / "measurements.jsonl").open("a") as file:
         file.write('{"key": "cut sho')
     answered = []
     monkeypatch.setattr(LanguageModel, "generate", lambda self, *a, **k: answered.append(a) or ["x", "y"])
@@ -184,8 +184,6 @@ def test_a_stopped_experiment_goes_on(tmp_path, monkeypatch):
     assert len(runs_in(tmp_path, {40}, 6, seed=0)._kept.known) == 4
     with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\)"):
         runs_in(tmp_path, {40}, 6, seed=1)
-    again._kept.forget()
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_experiment_that_an_earlier_version_stopped_goes_on(tmp_path):
@@ -194,10 +192,10 @@ def test_an_experiment_that_an_earlier_version_stopped_goes_on(tmp_path):
     (tmp_path / "runs.jsonl").write_text('{"key": "k", "texts": ["x"], "scores": [0.5]}\n{"key": "cut')
     with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\)"):
         Measurements(tmp_path / "runs.jsonl", {"seed": 1})
-    for _ in range(2):  # the second time from a file of this version
-        kept = Measurements(tmp_path / "runs.jsonl", {"seed": 0})
+    for name in ("runs.jsonl", "measurements.jsonl"):  # the second time from a file of this version
+        kept = Measurements(tmp_path / name, {"seed": 0})
         assert kept.get("k", lambda: 1 / 0) == {"texts": ["x"], "scores": [0.5]}
-        assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]
+        assert [path.name for path in tmp_path.iterdir()] == ["measurements.jsonl"]
 
 
 def answered(flags):
@@ -273,7 +271,7 @@ def test_the_prompts():
     ("changes", "message"),
     [
         ({"prompts": "3"}, "prompts = 3 is too few"),
-        ({"sizes": "[4,2]"}, "give rising numbers from 1"),
+        ({"sizes": "[4,2]"}, "give increasing numbers from 1"),
         ({"settings": '["setting_c"]'}, "use setting_a, setting_b or both"),
         ({"draws": "0"}, "draws = 0"),
         ({"model": "nowhere-at/all/x"}, "nowhere-at"),

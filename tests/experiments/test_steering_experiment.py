@@ -65,55 +65,69 @@ def test_equal_norm_and_equal_divergence_are_equal(finished):
     for concept in ("refusal", "French"):
         norms = {r["norm"] for r in rows if r["concept"] == concept and r["compared_by"] == "norm"}
         assert len({round(norm, 4) for norm in norms}) == 2  # one for each strength, whatever the way
-    lines = [json.loads(line) for line in (finished / "cells.jsonl").read_text().splitlines()[1:]]
+    lines = [json.loads(line) for line in (finished / "measurements.jsonl").read_text().splitlines()[1:]]
     solved = [line["value"] for line in lines if "/kl/" in line["name"]]
     assert any(abs(np.log(value / 0.05)) < 0.05 for value in solved)
 
 
 @pytest.mark.slow
 def test_the_same_command_measures_nothing_twice(finished, capsys):
-    before = (finished / "cells.jsonl").read_text()
+    before = (finished / "measurements.jsonl").read_text()
     summary = (finished / "summary.json").read_text()
     cut = before[: 2 * len(before) // 3]  # as a kill leaves it, in the middle of a line
-    (finished / "cells.jsonl").write_text(cut)
+    (finished / "measurements.jsonl").write_text(cut)
     assert run("--out", str(finished)) == 0
     assert (finished / "summary.json").read_text() == summary
-    assert (finished / "cells.jsonl").read_text() == before
+    assert (finished / "measurements.jsonl").read_text() == before
     assert run("--out", str(finished), "--seed", "1") == 2
-    assert "holds a run that differs in settings" in capsys.readouterr().err
+    assert "holds a run that differs in seed (0 there, 1 now)" in capsys.readouterr().err
 
 
 def test_cells_refuse_a_damaged_file(tmp_path):
-    cells = Measurements(tmp_path / "c.jsonl", {"seed": 0})
+    cells = Measurements(tmp_path / "measurements.jsonl", {"seed": 0})
     assert cells.get("a", lambda: [1, 2]) == [1, 2]
     assert cells.get("a", lambda: 1 / 0) == [1, 2]
-    lines = (tmp_path / "c.jsonl").read_text()
-    (tmp_path / "c.jsonl").write_text(lines.replace('{"name', "{name") + '{"name": "b", "value": 1}\n')
+    lines = (tmp_path / "measurements.jsonl").read_text()
+    (tmp_path / "measurements.jsonl").write_text(lines.replace('{"name', "{name") + '{"name": "b", "value": 1}\n')
     with pytest.raises(UserError, match="damaged"):
-        Measurements(tmp_path / "c.jsonl", {"seed": 0})
+        Measurements(tmp_path / "measurements.jsonl", {"seed": 0})
 
 
 def test_measurements_of_an_earlier_version_are_known_by_their_key(tmp_path):
-    path = tmp_path / "cells.jsonl"
-    path.write_text('{"key": "abc"}\n{"name": "a", "value": 1}\n')
-    with pytest.raises(UserError, match="differs in key"), measurements(path, {"seed": 0}, "other"):
+    (tmp_path / "cells.jsonl").write_text('{"key": "abc"}\n{"name": "a", "value": 1}\n')
+
+    def resumed(decides, key=""):
+        return measurements(tmp_path, "steering", decides, "cells.jsonl", key)
+
+    with pytest.raises(UserError, match="differs in key"), resumed({"seed": 0}, "other"):
         pass
     with pytest.raises(KeyboardInterrupt, match="2 measurements are stored; the same command resumes from them"):
-        with measurements(path, {"seed": 0}, "abc") as kept:
+        with resumed({"seed": 0}, "abc") as kept:
             assert kept.get("a", lambda: 1 / 0) == 1
-            with pytest.raises(UserError, match="is working in"), measurements(path, {"seed": 0}):
+            with pytest.raises(UserError, match="is working in"), resumed({"seed": 0}):
                 pass
             kept.get("b", lambda: 2)
             raise KeyboardInterrupt
-    with measurements(path, {"seed": 0}) as kept:
+    assert [path.name for path in tmp_path.iterdir()] == ["measurements.jsonl"]
+    with resumed({"seed": 0}) as kept:
         assert kept.known == {"a": 1, "b": 2}
+    with pytest.raises(UserError, match=r"differs in experiment \('steering' there, 'safety' now\)"):
+        with measurements(tmp_path, "safety", {}):
+            pass
+
+
+def test_settings_in_a_file_of_an_earlier_version_still_decide(tmp_path):
+    (tmp_path / "cells.jsonl").write_text('{"settings": {"seed": 0}, "versions": {}}\n{"name": "a", "value": 1}\n')
+    with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\)"):
+        with measurements(tmp_path, "steering", {"settings": {"seed": 1}, "versions": {}}, "cells.jsonl"):
+            pass
 
 
 def test_mistakes(capsys, tmp_path):
     for given, said in (
-        (["--sizes", "[2,1]"], "rising numbers"),
+        (["--sizes", "[2,1]"], "increasing numbers"),
         (["--sizes", "[5,10]"], "begin with 1"),
-        (["--model", "gpt2", "--sae", "x"], "Give --reference FILE"),
+        (["--model", "gpt2", "--sae", "x"], "give --reference FILE"),
         (["--concepts", str(tmp_path / "none.yaml")], "cannot read concepts"),
         (["--site", "resid_post.99"], "no dictionary for resid_post.99"),
     ):
@@ -145,7 +159,7 @@ def test_a_concept_of_a_file_that_lacks_something(tmp_path):
         ("- present: [a]", "mapping with a name"),
         ("- {name: n, present: [a], absent: [b], tune: [c], report: [d]}", "words is missing"),
         ("- {name: n, presents: [a]}", "unknown key 'presents'"),
-        ("- {name: n, present: a}", "no list of texts"),
+        ("- {name: n, present: a}", "not a list of texts"),
         ("- [", "cannot read"),
     ):
         path.write_text(text)
@@ -159,11 +173,12 @@ def point(shown, norm=1.0):
     return Point("w", norm, (draw,))
 
 
-def test_further_random_latents_stand_in_for_those_that_cannot_reach_a_divergence(monkeypatch):
+def test_further_random_latents_stand_in_for_those_that_cannot_reach_a_divergence(monkeypatch, tmp_path):
     model, dictionary = tiny_model(), random_dictionary()
     statistics = latent_statistics(model, dictionary, model.tokenize(["the cat sat", "birds fly high up", "xyz"]))
     site = KnownDictionary(dictionary, statistics)
-    bench = Bench(model, replace(french(12), name="c"), None, 4, 20.0, lambda: None)
+    kept = Measurements(tmp_path / "measurements.jsonl", {})
+    bench = Bench(model, replace(french(12), name="c"), kept, 4, 20.0, lambda: None)
     way = random_way(bench, site, [], 5, 0)
     assert list(way.sets) == random_latents(statistics.alive, [], 1, 5, 0)
     assert not set(way.sets) & set(way.spare)
@@ -209,11 +224,11 @@ def test_words_follow_from_numbers():
     garbled = replace(found, fluent={"top-1": [True, True], "top-2": [False, True]})
     assert garbled.at_equal_norm(2, 0.95).value == 0  # at the first strength one of them writes no text
     words = steering_page.verdict(found, (1, 2))
-    assert "one latent at its own best strength succeeds in 100% of prompts" in words
-    assert "At equal norm 2 (+0.50) latents show it more often than one." in words
-    assert "At equal divergence nothing can be compared." in words
+    assert "one latent at its best strength succeeds in 100% of prompts" in words
+    assert "At equal norm, 2 (+0.50) latents show it more often than one." in words
+    assert "At equal divergence, nothing can be compared." in words
     worse = replace(found, norms={"top-1": ways["top-2"], "top-2": ways["top-1"]})
-    assert "At equal norm 2 (-0.50) latents show it less often than one." in steering_page.verdict(worse, (1, 2))
+    assert "At equal norm, 2 (-0.50) latents show it less often than one." in steering_page.verdict(worse, (1, 2))
 
 
 def test_judges_and_splits_of_the_organisms_concepts():

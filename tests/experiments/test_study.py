@@ -15,8 +15,9 @@ from experiments import agreement, ioi, pronouns
 from experiments.pairs import stages, study
 from experiments.pairs.findings import against_dense, unsure, verdict
 from experiments.pairs.question import Question, embedded, fitting
-from experiments.pairs.stages import DirectionKind
+from experiments.pairs.stages import DirectionKind, RankedSite
 from saepatch import organism
+from saepatch.cli.main import main
 from saepatch.cli.parser import run_config
 from saepatch.data.batches import batch_pairs
 from saepatch.data.forms import largest_group
@@ -202,42 +203,99 @@ def test_agreement_on_a_family_that_offers_no_heads(tmp_path, monkeypatch, capsy
     assert "No map of attention heads: the family of organism" in capsys.readouterr().out
     # one dense direction does more than one latent here: the number of the subject is one direction
     assert found["directions"]["difference of means"]["denoise"]["1"][0] > 0.4
-    assert found["verdicts"]["denoise"][0].startswith("With one direction, most is restored by the difference of means")
+    assert found["verdicts"]["denoise"][0].startswith("With one direction, the difference of means restored most")
     assert {k: v for k, v, *_ in found["denoise_top"]}[16] > 0.7
     assert all(value < 0.1 for _, value, *_ in found["denoise_random"])
     latents = found["latents"]
     assert [one["denoise"][0] for one in latents] == sorted((one["denoise"][0] for one in latents), reverse=True)
 
 
-def test_a_hugging_face_folder_with_several_dictionaries(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def in_folders(tmp_path_factory):
+    """A random model and two dictionaries on the disk, as arguments."""
+    place = tmp_path_factory.mktemp("folders")
     tokenizer = word_tokenizer()
     model = tiny_model("gpt2", vocab_size=len(tokenizer), seed=3)
-    model.hf.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model.hf.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
     folders = []
     for layer in (1, 2):
         sae = random_sae("jumprelu", seed=layer)
         sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_pre"
         sae.cfg.metadata.prepend_bos = True
-        folders.append(tmp_path / f"sae{layer}")
+        folders.append(str(place / f"sae{layer}"))
         sae.save_model(folders[-1])
-    given = ["--model", str(tmp_path / "model"), "--sae", ",".join(map(str, folders))]
-    assert run(agreement, agreement.AgreementConfig, tmp_path / "out", *given) == 0
-    found = check(tmp_path / "out", agreement.QUESTION, 10, heads=True)
-    assert set(found["ce_recovered"]) == {"resid_pre.1", "resid_pre.2"}
+    return ["--model", str(place / "model"), "--sae", ",".join(folders)]
+
+
+def test_a_hugging_face_folder_with_several_dictionaries(tmp_path, capsys, in_folders):
+    assert run(agreement, agreement.AgreementConfig, tmp_path / "out", *in_folders) == 0
+    summary = check(tmp_path / "out", agreement.QUESTION, 10, heads=True)
+    assert set(summary["ce_recovered"]) == {"resid_pre.1", "resid_pre.2"}
     assert "prepend_bos: true" in (tmp_path / "out" / "config.yaml").read_text()  # as the dictionaries were trained
-    said = capsys.readouterr()
-    assert "does not tell the clean prompts from the corrupted ones" in said.out  # the model is random
-    assert run(agreement, agreement.AgreementConfig, tmp_path / "x", *given[:3], f"{folders[0]},{folders[0]}") == 2
+    assert "does not distinguish clean from corrupted prompts" in capsys.readouterr().out  # the model is random
+    *given, folders = in_folders
+    first = folders.split(",")[0]
+    assert run(agreement, agreement.AgreementConfig, tmp_path / "x", *given, f"{first},{first}") == 2
     assert "two dictionaries for resid_pre.1" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # test_kept_results.py and test_patchscope.py have the mechanism
+def test_a_stopped_experiment_continues_from_its_stages(tmp_path, monkeypatch, capsys, in_folders):
+    computed = []
+    for name in ("patch_streams", "patch_heads", "patch_latents", "effect_curve", "attribute", "patch_components"):
+        original = getattr(stages, name)
+
+        def counted(*given, name=name, original=original, **options):
+            computed.append(name)
+            return original(*given, **options)
+
+        monkeypatch.setattr(stages, name, counted)
+
+    def started(folder, *more):
+        computed.clear()
+        given = [*in_folders, "--pairs", "4", "--sizes", "[1,4]", *more]
+        return run(agreement, agreement.AgreementConfig, tmp_path / folder, *given)
+
+    assert started("whole") == 0
+    every = len(computed)
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "mean_difference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert started("stopped") == 130
+    assert "measurements are stored; the same command resumes from them" in capsys.readouterr().err
+    assert (
+        main(
+            ["patch", "--pairs", "ioi", "--out", str(tmp_path / "stopped"), "--site", "resid_post.3", "--latents", "1"]
+        )
+        == 2
+    )
+    assert "holds results of another command" in capsys.readouterr().err
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("whole" in line and "agreement" in line and "do not differ significantly" in line for line in lines)
+    assert any("stopped" in line and "agreement" in line and "not finished" in line for line in lines)
+    assert started("stopped", "--seed", "1") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "holds a run that differs in seed (0 there, 1 now)" in line
+    assert started("stopped") == 0
+    assert set(computed) == {"patch_components"}  # the one kind of directions that was missing
+    assert 0 < len(computed) < every / 4
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "stopped")]
+    assert summaries[0] == summaries[1]
+    tables = [repr(read_rows(tmp_path / name / "results.parquet")) for name in ("whole", "stopped")]
+    assert tables[0] == tables[1]
+    assert started("stopped") == 0
+    assert not computed
+    assert main(["compare", str(tmp_path / "whole"), str(tmp_path / "stopped")]) == 0
+    assert "denoise/top/4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--pairs", "1"], "too few for an interval"),
-        (["--sizes", "[4,1]"], "give rising numbers"),
-        (["--sizes", "[0]"], "give rising numbers"),
+        (["--sizes", "[4,1]"], "give increasing numbers"),
+        (["--sizes", "[0]"], "give increasing numbers"),
         (["--verify", "0"], "use at least 2"),
         (["--sae", "nowhere"], "unknown dictionary 'nowhere'"),
         (["--model", "no/such/model"], "'no/such/model' is neither a folder nor"),
@@ -277,19 +335,19 @@ def test_the_words_follow_from_the_numbers():
     wide = [1.6, 0.0, 1.7, 0.1, 1.5, 0.2]
     shown = {value: str(bootstrap_mean(np.array(values))) for value, values in ((0.8, high), (0.2, low))}
     assert verdict(kinds(latents=high, residual_dimensions=low, principal_components=low), 1).startswith(
-        f"With one direction, most is restored by latents: {shown[0.8]}, against {shown[0.2]} for "
+        f"With one direction, latents restored most: {shown[0.8]}, against {shown[0.2]} for "
         "residual dimensions, the best of the others (difference 0.600"
     )
     assert verdict(kinds(latents=low, residual_dimensions=low, difference_of_means=high), 1).startswith(
-        f"With one direction, most is restored by the difference of means: {shown[0.8]}, against {shown[0.2]}"
+        f"With one direction, the difference of means restored most: {shown[0.8]}, against {shown[0.2]}"
     )
-    assert "latents and residual dimensions cannot be told apart" in verdict(
+    assert "latents and residual dimensions do not differ significantly" in verdict(
         kinds(latents=wide, residual_dimensions=high), 1
     )
-    assert "nothing to compare" in verdict(kinds(latents=low), 1)
+    assert "no other directions to compare" in verdict(kinds(latents=low), 1)
     assert "it takes" not in against_dense(kinds(latents=high, difference_of_means=low))
     assert "one latent restores as much" in against_dense(kinds(latents=high, difference_of_means=low))
-    assert "no number of latents that was tried" in against_dense(kinds(latents=low, difference_of_means=high))
+    assert "no number of latents tried" in against_dense(kinds(latents=low, difference_of_means=high))
     assert against_dense(kinds(latents=low)) == ""
 
 
@@ -306,10 +364,10 @@ def test_a_model_that_cannot_do_the_task_is_said():
     (kind,) = kinds(latents=[0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
     clear = replace(kind.effects["denoise"], clean=np.array([1.0, 1.2, 0.9, 1.1, 1.3, 0.8]))
     assert unsure(clear, "m") == ""
-    assert "m does not tell" in unsure(replace(clear, clean=np.array([1.0, -1.0, 0.9, -0.9, 0.8, -0.8])), "m")
+    assert "m does not distinguish" in unsure(replace(clear, clean=np.array([1.0, -1.0, 0.9, -0.9, 0.8, -0.8])), "m")
     (pair,) = kinds(latents=[0.0, 1.0])
     few = replace(pair.effects["denoise"], clean=np.array([1.5, 1.2]))
-    assert "cannot be said from these pairs" in unsure(few, "m")
+    assert "These pairs do not show whether m" in unsure(few, "m")
 
 
 def test_a_site_where_nothing_has_happened_yet_has_no_dense_direction():
@@ -339,12 +397,13 @@ def test_a_site_is_chosen_on_pairs_that_nothing_was_ranked_on(monkeypatch):
 
     monkeypatch.setattr(stages, "patch_latents", ranking)
     monkeypatch.setattr(stages, "patch_components", choosing)
-    (ranked,) = stages.rank_sites(model, [dictionary], select, report, 4, 0)
+    ranked = RankedSite(dictionary, stages.rank_site(model, dictionary, select, report, 4, 0))
     names = [pair.example for pair in select]
     assert used["ranked"] == [names[:2]]
     assert names[2:] in used["chosen"]
     assert not any(set(some) & set(names[:2]) for some in used["chosen"])
     used["chosen"].clear()
-    stages.compare_directions(model, ranked, select, report, (1,), None)
+    compared = stages.DirectionComparison(model, ranked, select, report, (1,), None)
+    assert [kind for kind in compared.kinds if compared.measure(kind).sizes] == list(compared.kinds)
     assert names[:2] in used["chosen"]  # single dimensions and components are ranked where latents are
     assert not any(set(some) == set(names) for some in used["chosen"])

@@ -1,5 +1,6 @@
 """Reading a latent by writing it into an explanation prompt."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from tiny import random_dictionary, tiny_model
 
 from experiments import patchscope as experiment
+from experiments.common.kept import KeptResults
+from saepatch.cli.main import main
+from saepatch.cli.parser import run_config
 from saepatch.dictionaries.loading import load_sae
 from saepatch.engine.components import Directions
 from saepatch.errors import UserError
@@ -17,6 +21,7 @@ from saepatch.model.sites import Site
 from saepatch.reading import patchscope
 from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.records.statistics import Interval
+from saepatch.runs.measurements import measurements
 from saepatch.steering.generate import direction_dictionary
 
 pytestmark = pytest.mark.whole
@@ -99,29 +104,67 @@ def test_the_verdict_sets_shares_at_the_same_scale_side_by_side():
     low, high, other = (Interval(value, value - 0.1, value + 0.1, 10) for value in (0.2, 0.9, 0.3))
     one = experiment.NamedShares("resid_post.1", "resid_post.1", "refusal", low, high, low, other)
     said = experiment.verdict([one], (low, high))
-    assert "named in 20% of readings at the scale that is chosen (90% at any scale)" in said
-    assert "but not at that scale" in said
+    assert "named in 20% of readings at the chosen scale (90% at any scale)" in said
+    assert "but not at the chosen scale" in said
     assert "20% of readings, random 20%; at any scale 90% and 30%" in said
-    assert "can be read through." in experiment.verdict([one], (high, high))
+    assert "so the prompts work." in experiment.verdict([one], (high, high))
     assert "Even a word's own embedding" in experiment.verdict([one], (low, low))
 
 
 @pytest.mark.slow
-def test_the_organism_reads_words_and_not_its_latents():
+def test_the_organism_reads_words_and_not_its_latents(tmp_path):
     model = load_model("organism")
     site = Site.parse("resid_post.1")
     config = experiment.PatchscopeConfig(latents=1, random=2)
-    found = experiment.measure(config, model, {site: load_sae("organism", site)})
+    with measurements(tmp_path, "patchscope", {}) as kept:
+        found, words = experiment.measure(config, model, {site: load_sae("organism", site)}, KeptResults(kept, {}))
     assert [(one.written_at, one.concept) for one in found] == [
         (at, concept) for at in ("resid_pre.0", "resid_post.1") for concept in ("refusal", "positive sentiment")
     ]
     assert all((one.own.n, one.random.n) == (7, 14) for one in found)
     assert all(one.own.value <= one.own_any.value for one in found)
-    best, at_any = experiment.words_named(model)
-    assert at_any.value >= 0.9  # the control: through these prompts a word's embedding can be read
+    assert words[1].value >= 0.9  # the control: in these prompts, a word's embedding is read as the word
     share = Interval(0.9, 0.8, 1.0, 7)
     known = [replace(one, own=share) for one in found if one.concept == "refusal"]
-    words = (best, at_any)
-    assert "Refusal: named beyond chance (resid_post.1 written at resid_pre.0" in experiment.verdict(known, words)
+    conclusion = experiment.verdict(known, words)
+    assert "Refusal: named significantly more often than by random latents (resid_post.1 written at" in conclusion
     nothing = [replace(one, own=one.random) for one in found]
-    assert "Refusal: named at no site" in experiment.verdict(nothing, words)
+    assert "Refusal: at no site named more often" in experiment.verdict(nothing, words)
+
+
+def test_a_stopped_experiment_continues_from_its_readings(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "PROMPTS", experiment.PROMPTS[:1])
+    monkeypatch.setattr(experiment, "QUESTIONS", ())
+    words = experiment.WordShares(Interval(0.5, 0.4, 0.6, 9), Interval.withheld(1.0, 9, "all"))
+    monkeypatch.setattr(experiment, "words_named", lambda model: words)
+    sae = load_sae("organism", "resid_post.3")
+    monkeypatch.setattr(experiment, "load_saes", lambda *_: {sae.site: sae})
+    named, read_at = experiment.named, []
+
+    def counted(model, dictionary, latents, at, lexicons):
+        read_at.append(str(at))
+        if len(read_at) == stop_at:
+            raise KeyboardInterrupt
+        return named(model, dictionary, latents, at, lexicons)
+
+    monkeypatch.setattr(experiment, "named", counted)
+
+    def started(folder, *more):
+        read_at.clear()
+        given = ["--latents", "1", "--random", "1", "--out", str(tmp_path / folder), *more]
+        return run_config(experiment.PatchscopeConfig, experiment.main, "patchscope", given)
+
+    stop_at = 0
+    assert started("whole") == 0
+    assert read_at == ["resid_pre.0"] * 3 + ["resid_post.3"] * 3
+    stop_at = 5
+    assert started("stopped") == 130
+    stop_at = 0
+    assert started("stopped", "--seed", "1") == 2
+    assert "holds a run that differs in seed (0 there, 1 now)" in capsys.readouterr().err
+    assert started("stopped") == 0
+    assert read_at == ["resid_post.3"] * 3
+    whole, stopped = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "stopped"))
+    assert whole == stopped
+    assert main(["compare", str(tmp_path / "whole"), str(tmp_path / "stopped")]) == 0
+    assert "resid_post.3 at resid_pre.0/refusal/own" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from saepatch.records.figures import renamed_figures
 from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
 from saepatch.records.secrets import redacted, redacted_values
+from saepatch.runs.catalogue import MEASUREMENTS
 from saepatch.runs.kinds import kind_of
 
 from ..config import TrainingConfig
@@ -44,7 +45,9 @@ def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> No
         UserError: the folder cannot be written, belongs to another command, or holds dictionaries or checkpoints while
             neither `resume` nor `overwrite` is set.
     """
-    if any((out / name).exists() for name in ("parts", "answers", "results.parquet", "page.json")) or _foreign(out):
+    if any(
+        (out / name).exists() for name in ("parts", "answers", "results.parquet", "page.json", MEASUREMENTS)
+    ) or _foreign(out):
         raise UserError(f"{str(out)!r} holds a run of another command: choose another --out, or remove that folder")
     taken = [str(site) for site in sites if (out / str(site)).exists()]
     if taken and not (config.overwrite or config.resume):

@@ -1,0 +1,86 @@
+"""Results of an experiment's stages, kept as they are measured and read back as the values that they were."""
+
+import base64
+import logging
+import math
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from saepatch.runs.measurements import Measurements
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+ARRAY = {"dtype", "shape", "zlib"}  # the keys of an array
+
+
+class KeptResults:
+    """Results by name, as in `maps/streams/denoise`: those of an earlier start are not computed again.
+
+    `seconds` is the time that each stage (the first part of a name) took, over all starts.
+    """
+
+    def __init__(self, kept: Measurements, seconds: dict[str, float]) -> None:
+        self._kept, self.seconds = kept, seconds
+
+    def get(self, name: str, kind: type[Result], measure: Callable[[], Result]) -> Result:
+        """The result of this name, measured if there is none yet; `kind` is its dataclass."""
+        stage = name.split("/")[0]
+        if stage not in self.seconds:
+            log.info("%s …", stage)
+
+        def measured() -> dict[str, Any]:
+            start = time.monotonic()
+            result = measure()
+            return {"seconds": time.monotonic() - start, "result": to_json(result)}
+
+        value = self._kept.get(name, measured)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + value["seconds"], 2)
+        return from_json(kind, value["result"])
+
+
+def to_json(value: Any) -> Any:
+    """A value of dataclasses, mappings, sequences and arrays as JSON; arrays are compressed without loss."""
+    if is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, np.ndarray):
+        data = base64.b64encode(zlib.compress(np.ascontiguousarray(value).tobytes(), 1)).decode()
+        return {"dtype": str(value.dtype), "shape": list(value.shape), "zlib": data}
+    if isinstance(value, Mapping):
+        return {name: to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """The value of a type that `to_json` wrote."""
+    if isinstance(value, dict) and value.keys() == ARRAY:
+        data = zlib.decompress(base64.b64decode(value["zlib"]))
+        return np.frombuffer(data, dtype=value["dtype"]).reshape(value["shape"]).copy()
+    if is_dataclass(kind) and isinstance(kind, type):
+        types = _types(kind)
+        return kind(**{name: from_json(types[name], item) for name, item in value.items()})
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else from_json(next(one for one in arguments if one is not type(None)), value)
+    if isinstance(value, dict):
+        return {name: from_json(arguments[1], item) for name, item in value.items()}
+    if origin is tuple:
+        items = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return tuple(from_json(item_kind, item) for item_kind, item in zip(items, value, strict=True))
+    if isinstance(value, list):
+        return [from_json(arguments[0], item) for item in value]
+    return math.nan if isinstance(value, float) and math.isnan(value) else value  # one NaN, so that intervals are equal
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
