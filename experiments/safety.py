@@ -112,7 +112,7 @@ def _measure(
     sizes, seed, name = list(config.sizes), config.seed, setting.name
     with _stage(f"{name}: ranking", clock):
         setting = extended(setting, runs)
-        asked = setting.harmful["report"]
+        requests = setting.harmful["report"]
         ranked = rank(setting, setting.harmful["select"], refusal_ids, runs, config.max_fvu)
         choice = choose(setting, ranked, setting.harmful["tune"], sizes, runs)
         top = ranked.top(choice.latents, choice.ranking)
@@ -121,16 +121,16 @@ def _measure(
     with _stage(f"{name}: baselines", clock):
         units = neurons(setting, sizes, runs, config.draws, seed)
         direction = dense(setting, runs)
-        residual = runs.restored(setting, asked, Restored("full residual", None, error=True))
-        everything = runs.restored(setting, asked, Restored("all latents", None))
-        reconstruction = runs.reconstructed(setting, asked)
+        residual = runs.restored(setting, requests, Restored("full residual", None, error=True))
+        everything = runs.restored(setting, requests, Restored("all latents", None))
+        reconstruction = runs.reconstructed(setting, requests)
     with _stage(f"{name}: layers and framings", clock):
         by_depth, by_layer = depths(setting, runs), layers(setting, top, runs)
         others = held_out(setting, top, sizes, refusal_ids, runs)
     with _stage(f"{name}: utility and guards", clock):
         cost = utility(setting, setting.harmless["report"], top, "utility", runs)
         guarded = guards(setting, top, runs, config.prompts, seed)
-    restored = runs.restored(setting, asked, Restored("top", top))
+    restored = runs.restored(setting, requests, Restored("top", top))
     return Result(
         setting=setting,
         choice=choice,
@@ -155,11 +155,11 @@ def _measure(
 
 def _statistics(setting: Setting) -> tuple[dict[Site, LatentStatistics], dict[Site, LatentStatistics]]:
     """Statistics of latents over held-out text, and over the prompts and clean prompts of `select`."""
-    model, asked = setting.model, setting.harmful["select"]
+    model, requests = setting.model, setting.harmful["select"]
     text = model.tokenize(organism.texts())
-    prompts = model.tokenize([*asked.prompts, *asked.clean])
+    prompts = model.tokenize([*requests.prompts, *requests.clean])
     over_text, over_prompts = (
-        {site: latent_statistics(model, one, tokens) for site, one in setting.sites.items()}
+        {site: latent_statistics(model, dictionary, tokens) for site, dictionary in setting.sites.items()}
         for tokens in (text, prompts)
     )
     return over_text, over_prompts

@@ -70,7 +70,7 @@ def from_json(kind: Any, value: Any) -> Any:
         return kind(**{name: from_json(types[name], item) for name, item in value.items()})
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return None if value is None else from_json(next(one for one in arguments if one is not type(None)), value)
+        return None if value is None else from_json(next(each for each in arguments if each is not type(None)), value)
     if isinstance(value, dict):
         return {name: from_json(arguments[1], item) for name, item in value.items()}
     if origin is tuple:

@@ -32,7 +32,7 @@ Statistics = Mapping[Site, LatentStatistics]
 
 def share_of(runs: Sequence[Answered]) -> Interval:
     """Share of prompts refused, with its Wilson interval; of several draws, their mean for each prompt."""
-    return wilson_share(np.mean([one.refused for one in runs], axis=0))
+    return wilson_share(np.mean([answered.refused for answered in runs], axis=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class RefusalCurve:
         The interval is a bootstrap over prompts.
         """
         top = np.array([point.top.refused for point in self.points], dtype=float)
-        low, high = (one.refused.astype(float) for one in (self.bare, self.donor))
+        low, high = (answered.refused.astype(float) for answered in (self.bare, self.donor))
         shares = np.array([point.latents / self.total for point in self.points])
 
         def smallest(index: ndarray) -> float:
@@ -124,7 +124,7 @@ class ChosenLatents:
 
 def rank(
     setting: Setting,
-    asked: PairedPrompts,
+    requests: PairedPrompts,
     refusal_ids: set[int],
     runs: Runs,
     max_fvu: float | None = 0.5,
@@ -134,32 +134,37 @@ def rank(
 
     `dictionaries` are used in place of the setting's.
     """
-    donor = setting.donor(asked)
+    donor = setting.donor(requests)
     assert isinstance(donor, (CleanPrompts, OtherModel))
-    options = AnswerOptions(max_new_tokens=runs.tokens, batch_size=len(asked), max_fvu=max_fvu)
+    options = AnswerOptions(max_new_tokens=runs.tokens, batch_size=len(requests), max_fvu=max_fvu)
     sites = setting.sites if dictionaries is None else dictionaries
-    return find_safety_latents(setting.model, sites, asked.prompts, donor, refusal_ids=refusal_ids, options=options)
+    return find_safety_latents(setting.model, sites, requests.prompts, donor, refusal_ids=refusal_ids, options=options)
 
 
 def choose(
-    setting: Setting, ranked: SafetyLatents, asked: PairedPrompts, sizes: Sequence[int], runs: Runs, name: str = "tune"
+    setting: Setting,
+    ranked: SafetyLatents,
+    requests: PairedPrompts,
+    sizes: Sequence[int],
+    runs: Runs,
+    name: str = "tune",
 ) -> ChosenLatents:
     """The ranking with most refusals over all sizes within the limit, and the fewest of its latents that are enough."""
-    runs_of = runs.bare(setting, asked, name=f"{name}: bare"), runs.donor(setting, asked, name=f"{name}: donor")
-    bare, donor = (float(one.refused.mean()) for one in runs_of)
+    runs_of = runs.bare(setting, requests, name=f"{name}: bare"), runs.donor(setting, requests, name=f"{name}: donor")
+    bare, donor = (float(answered.refused.mean()) for answered in runs_of)
     sizes = within(sizes, setting.d_total)
-    found: dict[Ranking, list[Answered]] = {}
+    answers: dict[Ranking, list[Answered]] = {}
     for by in RANKINGS:
-        found[by] = [runs.restored(setting, asked, Restored(f"{name}: by {by}", ranked.top(k, by))) for k in sizes]
+        answers[by] = [runs.restored(setting, requests, Restored(f"{name}: by {by}", ranked.top(k, by))) for k in sizes]
 
     def merit(by: Ranking) -> tuple[float, float]:  # ties, as where none is refused, are broken by refusal score
-        return float(np.mean([a.refused.mean() for a in found[by]])), float(np.mean([a.scores for a in found[by]]))
+        return float(np.mean([a.refused.mean() for a in answers[by]])), float(np.mean([a.scores for a in answers[by]]))
 
     best = max(RANKINGS, key=merit)
-    rates = [float(one.refused.mean()) for one in found[best]]
+    rates = [float(answered.refused.mean()) for answered in answers[best]]
     enough = [i for i, rate in enumerate(rates) if donor > bare and rate - bare >= ENOUGH * (donor - bare)]
     at = enough[0] if enough else int(np.argmax(rates)) if max(rates) > bare else len(sizes) - 1
-    return ChosenLatents(best, sizes[at], share_of([found[best][at]]))
+    return ChosenLatents(best, sizes[at], share_of([answers[best][at]]))
 
 
 def measure(
@@ -176,7 +181,7 @@ def measure(
 
     `statistics` are over text, for live latents, and over the prompts used for ranking, for matched controls.
     """
-    asked, harmless = setting.harmful["report"], setting.harmless["report"]
+    requests, harmless = setting.harmful["report"], setting.harmless["report"]
     points: list[RefusalPoint] = []
     for k in sizes:
         top = ranked.top(k, by)
@@ -187,9 +192,9 @@ def measure(
         random, matched = _controls(top, statistics, draws, seed)
         enough = sum(map(len, later.values())) == size
         sets = {"random": random, "matched": matched, "later ranks": [later] if enough else []}
-        answers = runs.restored(setting, asked, Restored("top", top))
+        answers = runs.restored(setting, requests, Restored("top", top))
         controls = [
-            [runs.restored(setting, asked, Restored(name, latents, draw=i)) for i, latents in enumerate(several)]
+            [runs.restored(setting, requests, Restored(name, latents, draw=i)) for i, latents in enumerate(several)]
             for name, several in sets.items()
         ]
         unharmed = runs.restored(setting, harmless, Restored("top", top, harmful=False))
@@ -197,17 +202,17 @@ def measure(
     return RefusalCurve(
         tuple(points),
         setting.d_total,
-        sum(int(one.alive.sum()) for one in statistics[0].values()),
-        sum(float(one.frequency.sum()) for one in statistics[0].values()),
-        runs.bare(setting, asked),
-        runs.donor(setting, asked),
+        sum(int(each.alive.sum()) for each in statistics[0].values()),
+        sum(float(each.frequency.sum()) for each in statistics[0].values()),
+        runs.bare(setting, requests),
+        runs.donor(setting, requests),
     )
 
 
 def _window(twice: Latents, top: Latents) -> dict[Site, tuple[int, ...]]:
     """The latents of `twice` that are not in `top`: the next ranks."""
-    left = {site: tuple(i for i in ids if i not in set(top.get(site, ()))) for site, ids in twice.items()}
-    return {site: ids for site, ids in left.items() if ids}
+    rest = {site: tuple(i for i in ids if i not in set(top.get(site, ()))) for site, ids in twice.items()}
+    return {site: ids for site, ids in rest.items() if ids}
 
 
 Sets = list[dict[Site, tuple[int, ...]]]
@@ -239,11 +244,11 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
         log.warning("no baseline of neurons: %s", error)
         return None
     ranked = _rank_units(setting, units, runs)
-    asked, points = setting.harmful["report"], list[RefusalPoint]()
+    requests, points = setting.harmful["report"], list[RefusalPoint]()
     total = sum(dictionary.d_sae for dictionary in units.values())
     for k in sorted({min(k, total) for k in (*sizes, int(SHARE_LIMIT * total), total)}):
         top = ranked.top(k)
-        answers = runs.restored(setting, asked, Restored("neurons", top, units))
+        answers = runs.restored(setting, requests, Restored("neurons", top, units))
         others = {s: np.setdiff1d(np.arange(units[s].d_sae), ids) for s, ids in top.items()}
         rng = np.random.default_rng(seed)
         sets = [
@@ -251,12 +256,13 @@ def neurons(setting: Setting, sizes: Sequence[int], runs: Runs, draws: int, seed
             for _ in range(draws if all(len(others[s]) >= len(ids) for s, ids in top.items()) else 0)
         ]
         controls = [
-            runs.restored(setting, asked, Restored("random neurons", ids, units, draw=i)) for i, ids in enumerate(sets)
+            runs.restored(setting, requests, Restored("random neurons", ids, units, draw=i))
+            for i, ids in enumerate(sets)
         ]
         unharmed = runs.restored(setting, setting.harmless["report"], Restored("neurons", top, units, harmful=False))
         points.append(RefusalPoint.of(k, answers, unharmed, seed, controls))
     return RefusalCurve(
-        tuple(points), total, total, float(total), runs.bare(setting, asked), runs.donor(setting, asked)
+        tuple(points), total, total, float(total), runs.bare(setting, requests), runs.donor(setting, requests)
     )
 
 

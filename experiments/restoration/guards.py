@@ -90,12 +90,12 @@ def guards(setting: Setting, top: Latents, runs: Runs, n: int, seed: int) -> Gua
     else:
         harmless = {split: harmless_in_every_framing(split, n, seed) for split in setting.harmless}
         donor, positions = _means(setting, top), "last"
-    asked = setting.harmful["report"]
+    requests = setting.harmful["report"]
     reader = detector(setting.model, setting.sites, setting.harmful, harmless)
-    bare = runs.bare(setting, asked), runs.bare(setting, harmless["report"], harmful=False, name="guards: bare")
+    bare = runs.bare(setting, requests), runs.bare(setting, harmless["report"], harmful=False, name="guards: bare")
     on = Restored("guard: always on", top, donor=donor, positions=positions)
     always = (
-        runs.restored(setting, asked, on),
+        runs.restored(setting, requests, on),
         runs.restored(setting, harmless["report"], replace(on, harmful=False)),
     )
     flags = reader.caught, reader.alarmed
@@ -127,7 +127,7 @@ def _means(setting: Setting, top: Latents) -> CleanMeans:
 
 def overhead(
     setting: Setting,
-    asked: PairedPrompts,
+    requests: PairedPrompts,
     top: Latents,
     donor: Donor | None,
     positions: str,
@@ -139,8 +139,8 @@ def overhead(
     All answers are made `tokens` long: refusals are short and would make a guard look fast.
     """
     model = setting.model
-    batch = model.tokenize(asked.prompts, "left")
-    edits = restorations(setting.sites, donor or setting.donor(asked), top, positions)
+    batch = model.tokenize(requests.prompts, "left")
+    edits = restorations(setting.sites, donor or setting.donor(requests), top, positions)
     inside = [setting.sites[site] for site in top]
     read = {site: dictionary for site, dictionary in setting.sites.items() if reader.reads(site)}
 
@@ -159,7 +159,7 @@ def overhead(
     ratios = []
     for _ in range(TIMED):
         bare = max(seconds(answer), 1e-9)
-        on, reading = seconds(restored), seconds(lambda: read_latents(model, read, asked.prompts, reader.reading))
+        on, reading = seconds(restored), seconds(lambda: read_latents(model, read, requests.prompts, reader.reading))
         ratios.append((on / bare, reading / bare))
     return median(on for on, _ in ratios), median(reading for _, reading in ratios)
 
@@ -174,7 +174,7 @@ def detector(
     tried = []
     for how in READINGS:
         values = {
-            split: tuple(read_latents(model, sites, asked[split].prompts, how) for asked in (harmful, harmless))
+            split: tuple(read_latents(model, sites, requests[split].prompts, how) for requests in (harmful, harmless))
             for split in ("select", "tune", "report")
         }
         tried += [(*_weighted(values, sites, k), how) for k in READ]

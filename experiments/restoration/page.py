@@ -215,7 +215,7 @@ def _curve(result: Result, drawn: Mapping[str, Chart]) -> Section:
     examples = [
         Comparison(
             prompt,
-            [(name, one.texts[i]) for name, one in zip(EXAMPLES, result.examples, strict=True)],
+            [(name, answered.texts[i]) for name, answered in zip(EXAMPLES, result.examples, strict=True)],
             ["cannot"],
         )
         for i, prompt in enumerate(result.setting.harmful["report"].prompts[:4])
@@ -308,7 +308,7 @@ def printed(experiment: SafetyResults) -> str:
             (
                 point.latents,
                 percent(point.latents / result.curve.total),
-                *("–" if one is None else spoken(one) for one in (point.refused, point.random, point.matched)),
+                *("–" if share is None else spoken(share) for share in (point.refused, point.random, point.matched)),
                 "–" if point.harmless is None else percent(point.harmless.value),
             )
             for point in result.curve.points

@@ -31,14 +31,17 @@ def extended(setting: Setting, runs: Runs) -> Setting:
 
     No latents of a site can do more than its whole residual. If no layer is enough, the sites stay as they are.
     """
-    asked = setting.harmful["tune"]
+    requests = setting.harmful["tune"]
     bare, donor = (
-        float(one.refused.mean())
-        for one in (runs.bare(setting, asked, name="tune: bare"), runs.donor(setting, asked, name="tune: donor"))
+        float(answered.refused.mean())
+        for answered in (
+            runs.bare(setting, requests, name="tune: bare"),
+            runs.donor(setting, requests, name="tune: donor"),
+        )
     )
     for last in [site for site in setting.every if site >= max(setting.sites)]:
         only = {last: setting.every[last]}
-        whole = runs.restored(setting, asked, Restored(f"tune: full residual at {last}", None, only, error=True))
+        whole = runs.restored(setting, requests, Restored(f"tune: full residual at {last}", None, only, error=True))
         if float(whole.refused.mean()) - bare >= ENOUGH * (donor - bare):
             sites = {site: dictionary for site, dictionary in setting.every.items() if site <= last}
             return setting if last in setting.sites else replace(setting, sites=sites)
@@ -47,15 +50,15 @@ def extended(setting: Setting, runs: Runs) -> Setting:
 
 def depths(setting: Setting, runs: Runs) -> list[Depth]:
     """Upper bounds by depth, at all sites with dictionaries, not only those of the setting."""
-    asked, found = setting.harmful["report"], []
+    requests, by_depth = setting.harmful["report"], []
     for last in setting.every:
         sites = {site: dictionary for site, dictionary in setting.every.items() if site <= last}
         only = {last: sites[last]}  # it overwrites all that earlier sites change
-        residual = runs.restored(setting, asked, Restored(f"full residual at {last}", None, only, error=True))
-        found.append(
-            Depth(last, residual, runs.restored(setting, asked, Restored(f"all latents to {last}", None, sites)))
+        residual = runs.restored(setting, requests, Restored(f"full residual at {last}", None, only, error=True))
+        by_depth.append(
+            Depth(last, residual, runs.restored(setting, requests, Restored(f"all latents to {last}", None, sites)))
         )
-    return found
+    return by_depth
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +72,19 @@ class Layer:
 
 
 def layers(setting: Setting, top: Latents, runs: Runs) -> list[Layer]:
-    asked, found = setting.harmful["report"], []
+    requests, by_site = setting.harmful["report"], []
     for site in setting.sites:
         mine = {site: top[site]} if site in top else {}
         others = {other: ids for other, ids in top.items() if other != site}
-        found.append(
+        by_site.append(
             Layer(
                 site,
                 len(top.get(site, ())),
-                runs.restored(setting, asked, Restored(f"only {site}", mine)),
-                runs.restored(setting, asked, Restored(f"without {site}", others)),
+                runs.restored(setting, requests, Restored(f"only {site}", mine)),
+                runs.restored(setting, requests, Restored(f"without {site}", others)),
             )
         )
-    return found
+    return by_site
 
 
 @dataclass(frozen=True)
@@ -98,19 +101,19 @@ class HeldOut:
 
 def held_out(setting: Setting, top: Latents, sizes: Sequence[int], refusal_ids: set[int], runs: Runs) -> list[HeldOut]:
     """Results on the setting's held-out prompts, and on each half of the kinds with all choices made on the other."""
-    found = []
-    for name, asked in setting.held_out.items():
+    results = []
+    for name, requests in setting.held_out.items():
         runs_of = (
-            runs.bare(setting, asked, name=f"{name}: bare"),
-            runs.donor(setting, asked, name=f"{name}: donor"),
-            runs.restored(setting, asked, Restored(f"{name}: top", top)),
+            runs.bare(setting, requests, name=f"{name}: bare"),
+            runs.donor(setting, requests, name=f"{name}: donor"),
+            runs.restored(setting, requests, Restored(f"{name}: top", top)),
         )
-        bare, donor, restored = (share_of([one]) for one in runs_of)
-        found.append(HeldOut(name, len(asked), bare, donor, restored, (sum(map(len, top.values())),)))
+        bare, donor, restored = (share_of([answered]) for answered in runs_of)
+        results.append(HeldOut(name, len(requests), bare, donor, restored, (sum(map(len, top.values())),)))
     report = setting.harmful["report"]
     kinds = sorted(set(report.kinds))
     if len(kinds) < 2:
-        return found
+        return results
     flags: dict[str, list[np.ndarray]] = {"bare": [], "donor": [], "restored": []}
     used = []
     for half in (kinds[::2], kinds[1::2]):
@@ -118,14 +121,14 @@ def held_out(setting: Setting, top: Latents, sizes: Sequence[int], refusal_ids: 
         ranked = rank(setting, setting.harmful["select"].of_kinds(others), refusal_ids, runs)
         name = f"{' and '.join(half)} held out"
         choice = choose(setting, ranked, setting.harmful["tune"].of_kinds(others), sizes, runs, f"tune, {name}")
-        asked = report.of_kinds(half)
+        requests = report.of_kinds(half)
         used.append(choice.latents)
         chosen = ranked.top(choice.latents, choice.ranking)
-        flags["bare"].append(runs.bare(setting, asked, name=f"{name}: bare").refused)
-        flags["donor"].append(runs.donor(setting, asked, name=f"{name}: donor").refused)
-        flags["restored"].append(runs.restored(setting, asked, Restored(f"{name}: top", chosen)).refused)
+        flags["bare"].append(runs.bare(setting, requests, name=f"{name}: bare").refused)
+        flags["donor"].append(runs.donor(setting, requests, name=f"{name}: donor").refused)
+        flags["restored"].append(runs.restored(setting, requests, Restored(f"{name}: top", chosen)).refused)
     bare, donor, restored = (_pooled(flags[key]) for key in ("bare", "donor", "restored"))
-    return [*found, HeldOut("kinds of framing held out", len(report), bare, donor, restored, tuple(used))]
+    return [*results, HeldOut("kinds of framing held out", len(report), bare, donor, restored, tuple(used))]
 
 
 def _pooled(parts: Sequence[np.ndarray]) -> Interval:
@@ -151,7 +154,7 @@ class Utility:
 
 def utility(
     setting: Setting,
-    asked: PairedPrompts,
+    requests: PairedPrompts,
     top: Latents,
     name: str,
     runs: Runs,
@@ -159,14 +162,16 @@ def utility(
     positions: str = "all",
 ) -> Utility:
     """Refusals of harmless prompts, KL(bare ‖ restored), and the cross-entropy of the bare model's answers."""
-    bare = runs.bare(setting, asked, harmful=False, name=f"{name}: bare")
+    bare = runs.bare(setting, requests, harmful=False, name=f"{name}: bare")
     restored = runs.restored(
-        setting, asked, Restored(f"{name}: restored", top, harmful=False, donor=donor, positions=positions)
+        setting, requests, Restored(f"{name}: restored", top, harmful=False, donor=donor, positions=positions)
     )
     model = setting.model
-    answers = model.continue_ids(asked.prompts, runs.tokens, len(asked))
+    answers = model.continue_ids(requests.prompts, runs.tokens, len(requests))
     spoken = [number for number, answer in enumerate(answers) if answer]
-    some = PairedPrompts(*(tuple(column[i] for i in spoken) for column in (asked.prompts, asked.clean, asked.kinds)))
+    some = PairedPrompts(
+        *(tuple(column[i] for i in spoken) for column in (requests.prompts, requests.clean, requests.kinds))
+    )
     given = [answers[i] for i in spoken]
     plain = answer_log_probs(model, some.prompts, given)
     edits = restorations(setting.sites, donor or setting.donor(some), top, positions)
@@ -187,10 +192,10 @@ def utility(
     )
 
 
-def by_kind(setting: Setting, found: Answered) -> Mapping[str, float]:
+def by_kind(setting: Setting, answered: Answered) -> Mapping[str, float]:
     """Share of prompts refused by kind of framing."""
     kinds = setting.harmful["report"].kinds
     return {
-        kind: float(np.mean([flag for flag, one in zip(found.refused, kinds, strict=True) if one == kind]))
+        kind: float(np.mean([flag for flag, its_kind in zip(answered.refused, kinds, strict=True) if its_kind == kind]))
         for kind in sorted(set(kinds))
     }

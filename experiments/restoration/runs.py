@@ -56,7 +56,7 @@ class SafetyRun:
     """The answers of a model to prompts."""
 
     model: LanguageModel
-    asked: PairedPrompts
+    requests: PairedPrompts
     harmful: bool
     answered: Answered
 
@@ -70,48 +70,48 @@ class Runs:
         self.rows: dict[tuple[str, str, str, int, int], SafetyRun] = {}
         self._done = 0
 
-    def bare(self, setting: Setting, asked: PairedPrompts, harmful: bool = True, name: str = "bare") -> Answered:
+    def bare(self, setting: Setting, requests: PairedPrompts, harmful: bool = True, name: str = "bare") -> Answered:
         """Nothing restored."""
         run = SafetyRun(
-            setting.model, asked, harmful, self._once(setting, asked, ["bare"], setting.model, asked.prompts)
+            setting.model, requests, harmful, self._once(setting, requests, ["bare"], setting.model, requests.prompts)
         )
         return self._named(setting, (name, 0, 0), run)
 
-    def donor(self, setting: Setting, asked: PairedPrompts, harmful: bool = True, name: str = "donor") -> Answered:
+    def donor(self, setting: Setting, requests: PairedPrompts, harmful: bool = True, name: str = "donor") -> Answered:
         """Answers of the donor itself."""
         model = setting.other or setting.model
-        answered = self._once(setting, asked, ["donor", asked.clean], model, asked.clean)
-        return self._named(setting, (name, 0, 0), SafetyRun(model, asked, harmful, answered))
+        answered = self._once(setting, requests, ["donor", requests.clean], model, requests.clean)
+        return self._named(setting, (name, 0, 0), SafetyRun(model, requests, harmful, answered))
 
-    def restored(self, setting: Setting, asked: PairedPrompts, what: Restored) -> Answered:
+    def restored(self, setting: Setting, requests: PairedPrompts, what: Restored) -> Answered:
         """Answers with latents restored from the setting's donor, or from another."""
         sites = setting.sites if what.dictionaries is None else what.dictionaries
         latents: Mapping[Site, tuple[int, ...] | None] = dict.fromkeys(sites) if what.latents is None else what.latents
         latents = {site: ids for site, ids in latents.items() if ids != ()}
-        donor = what.donor or setting.donor(asked)
+        donor = what.donor or setting.donor(requests)
         ids = {str(site): [sites[site].fingerprint, ids] for site, ids in latents.items()}
         size = sum(sites[site].d_sae if ids is None else len(ids) for site, ids in latents.items())
-        decides = ["restored", type(donor).__name__, donor.template, asked.clean, ids, what.error, what.positions]
+        decides = ["restored", type(donor).__name__, donor.template, requests.clean, ids, what.error, what.positions]
 
         def run() -> Answered:
             with setting.restored(latents, donor, what.error, what.positions, sites):
-                return self._answers(setting.model, asked.prompts)
+                return self._answers(setting.model, requests.prompts)
 
-        answered = self._once(setting, asked, decides, setting.model, asked.prompts, run)
+        answered = self._once(setting, requests, decides, setting.model, requests.prompts, run)
         return self._named(
-            setting, (what.name, size, what.draw), SafetyRun(setting.model, asked, what.harmful, answered)
+            setting, (what.name, size, what.draw), SafetyRun(setting.model, requests, what.harmful, answered)
         )
 
-    def reconstructed(self, setting: Setting, asked: PairedPrompts) -> Answered:
+    def reconstructed(self, setting: Setting, requests: PairedPrompts) -> Answered:
         """Answers with nothing restored and the error terms left out."""
 
         def run() -> Answered:
             with splice(setting.model, setting.sites, error="drop"):
-                return self._answers(setting.model, asked.prompts)
+                return self._answers(setting.model, requests.prompts)
 
-        decides = ["reconstructed", {str(site): one.fingerprint for site, one in setting.sites.items()}]
-        answered = self._once(setting, asked, decides, setting.model, asked.prompts, run)
-        return self._named(setting, ("reconstruction only", 0, 0), SafetyRun(setting.model, asked, True, answered))
+        decides = ["reconstructed", {str(site): dictionary.fingerprint for site, dictionary in setting.sites.items()}]
+        answered = self._once(setting, requests, decides, setting.model, requests.prompts, run)
+        return self._named(setting, ("reconstruction only", 0, 0), SafetyRun(setting.model, requests, True, answered))
 
     def _answers(self, model: LanguageModel, prompts: Sequence[str]) -> Answered:
         return Answered.by(model, prompts, self.tokens, self._refusal_ids)
@@ -119,15 +119,15 @@ class Runs:
     def _once(
         self,
         setting: Setting,
-        asked: PairedPrompts,
+        requests: PairedPrompts,
         decides: list[Any],
         model: LanguageModel,
         prompts: Sequence[str],
         run: Callable[[], Answered] | None = None,
     ) -> Answered:
         """The answers of `run` (without it, the model's own), made once for each combination of the arguments."""
-        models = [one.fingerprint for one in (setting.model, setting.other) if one is not None]
-        whole = json.dumps([setting.name, models, asked.prompts, decides])
+        models = [model.fingerprint for model in (setting.model, setting.other) if model is not None]
+        whole = json.dumps([setting.name, models, requests.prompts, decides])
         key = hashlib.sha256(whole.encode()).hexdigest()[:24]
         if key not in self._answered:
             kept = self._kept.get(key, lambda: vars(self._answers(model, prompts) if run is None else run()))
@@ -141,7 +141,7 @@ class Runs:
         """Record a run under the name of its rows: condition, number of latents, draw."""
         condition, size, draw = name
         place = setting.name, condition, str(run.harmful), size, draw
-        if place in self.rows and self.rows[place].asked.prompts != run.asked.prompts:
+        if place in self.rows and self.rows[place].requests.prompts != run.requests.prompts:
             raise AssertionError(f"two runs are called {condition!r} but have different prompts")
         self.rows[place] = run
         return run.answered
@@ -164,6 +164,6 @@ class Runs:
             for (name, condition, _, size, draw), run in self.rows.items()
             if name == setting.name and run.model is model
             for number, (prompt, text, score) in enumerate(
-                zip(run.asked.prompts, run.answered.texts, run.answered.scores, strict=True)
+                zip(run.requests.prompts, run.answered.texts, run.answered.scores, strict=True)
             )
         ]

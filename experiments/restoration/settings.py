@@ -47,8 +47,8 @@ class Setting(Restoration):
     harmless: Mapping[str, PairedPrompts]
     held_out: Mapping[str, PairedPrompts] = field(default_factory=dict)
 
-    def donor(self, asked: PairedPrompts) -> Donor:
-        return self.donor_of(asked.clean)
+    def donor(self, requests: PairedPrompts) -> Donor:
+        return self.donor_of(requests.clean)
 
     @property
     def d_total(self) -> int:

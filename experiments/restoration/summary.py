@@ -35,14 +35,14 @@ def few(result: Result) -> RefusalPoint:
 def beats_controls(result: Result) -> bool:
     """Whether the chosen latents' interval of refusals lies above that of every control with as many latents."""
     point = few(result)
-    controls = [one for one in (point.random, point.matched) if one is not None]
-    return bool(controls) and all(point.refused.low > one.high for one in controls)
+    controls = [control for control in (point.random, point.matched) if control is not None]
+    return bool(controls) and all(point.refused.low > control.high for control in controls)
 
 
 def verdict(result: Result) -> str:
     """The conclusion of one setting."""
     curve, point = result.curve, few(result)
-    bare, donor = (share_of([one]) for one in (curve.bare, curve.donor))
+    bare, donor = (share_of([answered]) for answered in (curve.bare, curve.donor))
     share = curve.share_for()
     if not donor.value > bare.value:
         return "The donor refuses no more than the bare model, so there is nothing to restore."
@@ -172,7 +172,7 @@ def setting_summary(result: Result, sizes: Sequence[int]) -> dict[str, Any]:
         **_guards(result.guards),
         "utility": _utility(result.utility),
         "shared_quality": {
-            str(site): {"fvu": [one.fvu for one in both], "ce_recovered": [one.ce_recovered for one in both]}
+            str(site): {name: [getattr(quality, name) for quality in both] for name in ("fvu", "ce_recovered")}
             for site, both in result.quality.items()
         },
         "acceptance": acceptance(result),
@@ -204,14 +204,14 @@ def _probes(result: Result) -> dict[str, Any]:
         "by_kind": result.kinds,
         "held_out": [
             {
-                "framings": one.name,
-                "prompts": one.prompts,
-                "bare": triple(one.bare),
-                "donor": triple(one.donor),
-                "restored": triple(one.restored),
-                "latents": list(one.latents),
+                "framings": held_out.name,
+                "prompts": held_out.prompts,
+                "bare": triple(held_out.bare),
+                "donor": triple(held_out.donor),
+                "restored": triple(held_out.restored),
+                "latents": list(held_out.latents),
             }
-            for one in result.held_out
+            for held_out in result.held_out
         ],
     }
 

@@ -38,20 +38,22 @@ def write(
 ) -> tuple[Page, dict[str, Any]]:
     """Write rows, settings, figures, summary and report; returns the report, and the figures of each concept."""
     parts = []
-    for one in steered:
-        d = one.site.dictionary
-        parts.append((list(rows(one)), Provenance(model.name, model.fingerprint, d.name, d.fingerprint, config.seed)))
+    for result in steered:
+        d = result.site.dictionary
+        parts.append(
+            (list(rows(result)), Provenance(model.name, model.fingerprint, d.name, d.fingerprint, config.seed))
+        )
     write_records(parts, out / "rows.parquet")
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     write_yaml(settings, out / "config.yaml")
-    for one in steered:
-        for name, chart in charts(one, config).items():
-            write_figure(chart, out / f"{one.concept.name.replace(' ', '_')}_{name}.svg")
+    for result in steered:
+        for name, chart in charts(result, config).items():
+            write_figure(chart, out / f"{result.concept.name.replace(' ', '_')}_{name}.svg")
     figures = summary(steered, config, model)
     write_json(figures, out / "summary.json")
     facts = parts[0][1].facts() | {"time": f"{seconds:.0f} s"}
-    lead = " ".join(verdict(one, config.sizes) for one in steered)
-    sections = [_method(config), *(_section(one, config) for one in steered)]
+    lead = " ".join(verdict(result, config.sizes) for result in steered)
+    sections = [_method(config), *(_section(result, config) for result in steered)]
     page = Page("Steering: one latent against several", lead, sections, Facts(facts))
     write_page(page, out / "report.html")
     return page, figures["concepts"]
@@ -81,12 +83,12 @@ def _compared(gaps: Mapping[int, Interval], at: str) -> str:
 
 def verdict(steered: SteeringResult, sizes: Sequence[int]) -> str:
     """The conclusion on one concept."""
-    one, bare = steered.chosen["top-1"], steered.unsteered
+    single, bare = steered.chosen["top-1"], steered.unsteered
     best = max(sizes, key=lambda k: (steered.chosen[f"top-{k}"].success.value, -k))
     rival = steered.chosen[f"top-{best}"]
     words = (
         f"Towards {steered.concept.name} ({steered.site.dictionary.site}): one latent at its best strength "
-        f"succeeds in {one.success.value:.0%} of prompts at perplexity {one.perplexity.value:.2f} (unsteered: "
+        f"succeeds in {single.success.value:.0%} of prompts at perplexity {single.perplexity.value:.2f} (unsteered: "
         f"{bare.success.value:.0%}, {bare.perplexity.value:.2f})"
     )
     if best != 1:
@@ -105,8 +107,8 @@ def _shown(interval: Interval) -> str:
 def printed(steered: Sequence[SteeringResult]) -> str:
     """The results as text tables."""
     lines = []
-    for one in steered:
-        lines += ["", f"{one.concept.name} at {one.site.dictionary.site}, n = {len(one.concept.report)}"]
+    for result in steered:
+        lines += ["", f"{result.concept.name} at {result.site.dictionary.site}, n = {len(result.concept.report)}"]
         rows = [
             [
                 point.way,
@@ -114,12 +116,12 @@ def printed(steered: Sequence[SteeringResult]) -> str:
                 _shown(point.success),
                 *(f"{value:.2f}" for value in _measures(point)),
             ]
-            for point in _lines(one)
+            for point in _lines(result)
         ]
         heads = ["", "strength", "success", "perplexity", "KL", "distinct-2", "repeated"]
         lines.append(text_table(heads, rows))
-        sizes = [int(name.removeprefix("top-")) for name in one.norms if name.startswith("top-")]
-        lines.append(verdict(one, sizes))
+        sizes = [int(name.removeprefix("top-")) for name in result.norms if name.startswith("top-")]
+        lines.append(verdict(result, sizes))
     return "\n".join(lines[1:])
 
 
@@ -128,8 +130,8 @@ def _measures(point: Point) -> tuple[float, ...]:
 
 
 def _lines(steered: SteeringResult) -> list[Point]:
-    asked = [] if steered.prompting is None else [steered.prompting]
-    return [steered.unsteered, *steered.chosen.values(), *asked]
+    prompting = [] if steered.prompting is None else [steered.prompting]
+    return [steered.unsteered, *steered.chosen.values(), *prompting]
 
 
 # Report
@@ -309,8 +311,8 @@ def summary(steered: Sequence[SteeringResult], config: SteeringConfig, model: La
         "sizes": config.sizes,
         "strengths": config.strengths,
         "divergences": config.divergences,
-        "concepts": {one.concept.name: _figures(one, config) for one in steered},
-        "verdicts": {one.concept.name: verdict(one, config.sizes) for one in steered},
+        "concepts": {result.concept.name: _figures(result, config) for result in steered},
+        "verdicts": {result.concept.name: verdict(result, config.sizes) for result in steered},
         "seed": config.seed,
         "versions": versions(),
     }

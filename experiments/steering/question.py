@@ -69,10 +69,10 @@ def run(config: SteeringConfig) -> list[SteeringResult]:
     decides = _deciding(config, model, [site.dictionary for site in sites], wanted)
     with measurements(out, "steering", decides, "cells.jsonl", json_hash(list(decides.values()))) as kept:
         with tqdm(unit="run", disable=not sys.stderr.isatty()) as bar:
-            found = [_steer(config, model, sites, concept, kept, bar) for concept in wanted]
-        show(config, "steering", *write(found, config, model, out, time.monotonic() - start))
-    sys.stdout.write(f"{printed(found)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
-    return found
+            steered = [_steer(config, model, sites, concept, kept, bar) for concept in wanted]
+        show(config, "steering", *write(steered, config, model, out, time.monotonic() - start))
+    sys.stdout.write(f"{printed(steered)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    return steered
 
 
 def _concepts(config: SteeringConfig, model: LanguageModel) -> list[Concept]:
@@ -84,8 +84,8 @@ def _concepts(config: SteeringConfig, model: LanguageModel) -> list[Concept]:
         wanted = [concepts.gender(model, config.new_tokens)]
     n, m = config.prompts, config.continued
     return [
-        replace(one, present=one.present[:n], absent=one.absent[:n], tune=one.tune[:m], report=one.report[:m])
-        for one in wanted
+        replace(each, present=each.present[:n], absent=each.absent[:n], tune=each.tune[:m], report=each.report[:m])
+        for each in wanted
     ]
 
 
@@ -145,8 +145,8 @@ def _steer(
         chosen[way.name] = norms[way.name][tune.index(bench.best(tune))]
     prefix = ""
     if concept.prefixes:
-        asked = {prefix: bench.prompting("tune", prefix) for prefix in concept.prefixes}
-        prefix = max(asked, key=lambda one: (asked[one].success.value, -asked[one].perplexity.value))
+        tried = {prefix: bench.prompting("tune", prefix) for prefix in concept.prefixes}
+        prefix = max(tried, key=lambda prefix: (tried[prefix].success.value, -tried[prefix].perplexity.value))
     return SteeringResult(
         concept,
         site,

@@ -90,7 +90,7 @@ def test_what_is_not_installed_is_left_out_with_the_reason(tmp_path, monkeypatch
         ({"peers": '["pyvene"]'}, "unknown peer 'pyvene'"),
         ({"shapes": '["opt"]'}, "unknown shape 'opt'"),
         ({"lengths": "[2]"}, "no length below 4"),
-        ({"curve_layers": "[3]"}, "layers - 1"),
+        ({"curve_layers": "[3]"}, "use numbers below layers"),
         ({"device": "tpu"}, "use cpu or cuda"),
     ],
 )
