@@ -33,12 +33,12 @@ from training.ranks import joined
 from training.loop.trainer import Run, train_saes
 
 with joined(torch.device("cpu")) as ranks:
-    real = Run._asked_to_stop
+    real = Run._stop_requested
     def asked(run):
         # One process alone is asked; all of them stop.
         run.stop_request.stop = run.step == stop_at and ranks.rank == 1
         return real(run)
-    Run._asked_to_stop = asked
+    Run._stop_requested = asked
     for stop_at, out in ((-1, Path(sys.argv[1])), (12, Path(sys.argv[2]))):
         for name, config in CONFIGS.items():
             train_saes(tiny_model(), documents(), config, out / name, ranks)

@@ -68,7 +68,7 @@ def stop_after(monkeypatch, steps):
         taken.append(1)
         return len(taken) == steps
 
-    monkeypatch.setattr(trainer.Run, "_asked_to_stop", asked)
+    monkeypatch.setattr(trainer.Run, "_stop_requested", asked)
 
 
 def stopped_run(monkeypatch, model, out, steps, config=None, **changes):
