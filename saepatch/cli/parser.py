@@ -1,23 +1,19 @@
 """Shared by all command lines of the project: settings from a dataclass, and one-line messages for user errors."""
 
 import difflib
-import errno
 import json
 import logging
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saepatch.cli.guard import LOGGERS, guarded, own_process
 from saepatch.errors import UserError, reason_of
 from saepatch.records.documents import bounded_yaml
-from saepatch.records.secrets import redacted
 from saepatch.settings.checks import check_values
 
 Config = TypeVar("Config")
@@ -53,7 +49,9 @@ def run_config(
     interrupted: str = "written files are complete",
 ) -> int:
     """Read one dataclass from the command line and run it; returns the exit code."""
-    return _guarded(lambda given: run(read_config(config, prog, given)), arguments, interrupted)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with own_process(arguments is None):
+        return guarded(lambda: run(read_config(config, prog, given)), interrupted)
 
 
 def run_commands(
@@ -70,11 +68,9 @@ def run_commands(
     one JSON object). `forwarded` are commands that parse their own arguments, each with a line of help.
     """
     forwarded = forwarded or {}
-    whole = list(sys.argv[1:] if arguments is None else arguments)
-    if whole and whole[0] in forwarded:
-        return forwarded[whole[0]][1](whole[1:])
+    given = list(sys.argv[1:] if arguments is None else arguments)
 
-    def run(given: list[str]) -> None:
+    def run() -> None:
         from jsonargparse import ArgumentParser, set_parsing_settings
 
         set_parsing_settings(add_print_completion_argument=True)
@@ -105,11 +101,13 @@ def run_commands(
             sys.stdout.write((_json(result.facts) if as_json else result.text) + "\n")
             sys.stdout.flush()
 
-    return _guarded(run, whole, "written files are complete")
+    with own_process(arguments is None):
+        if given and given[0] in forwarded:
+            return forwarded[given[0]][1](given[1:])
+        return guarded(run, "written files are complete")
 
 
 COMPLETION = 'Shell completion: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'
-LOGGERS = ("saepatch", "training", "experiments", "saepatch_training", "saepatch_experiments")  # in a clone; installed
 
 
 def _json(facts: Mapping[str, Any]) -> str:
@@ -258,75 +256,3 @@ def _instantiate(parser: Any, given: Sequence[str], config: type[Config], comman
     fields = (values if command is None else values[command]).as_dict()
     fields.pop("config", None)
     return config(**fields)
-
-
-def _guarded(run: Callable[[list[str]], None], arguments: Sequence[str] | None, interrupted: str) -> int:
-    # Must be set before torch is loaded: threads that spin while they wait are far slower on a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The hub's client would report every attempt; our error names the outcome.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    _show_log()
-    try:
-        try:
-            run(list(sys.argv[1:] if arguments is None else arguments))
-        finally:
-            sys.stdout.flush()
-    except UserError as error:
-        _complain(f"error: {error}")
-        return 2
-    except KeyboardInterrupt as error:
-        if arguments is None:
-            with suppress(ValueError):  # outside the main thread
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process without a traceback
-        _complain(f"interrupted: {str(error) or interrupted}")
-        return 130
-    except BrokenPipeError:  # such as `| head`
-        _drop_output()
-        return 1
-    except OSError as error:
-        _drop_output()
-        where = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space there" if full else "give a path that can be read and written"
-        _complain(
-            f"error: {where}{error.strerror or reason_of(error)}: {remedy} and run the command again; written files "
-            "are complete, and a run resumes from them"
-        )
-        return 2
-    return 0
-
-
-LONGEST = 2_000  # characters of a message
-
-
-def _complain(message: str) -> None:
-    """Write one line to standard error; the middle of a very long one is cut."""
-    line = redacted(" ".join(message.splitlines()))
-    if len(line) > LONGEST:
-        half = LONGEST // 2 - 20
-        line = f"{line[:half]} … {len(line) - 2 * half:,} characters … {line[-half:]}"
-    with suppress(OSError):  # standard error may be a file on a full disk
-        sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
-
-
-def _drop_output() -> None:
-    """Detach a standard output that cannot be written; Python would report the error again at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _Redacting(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
-
-
-def _show_log() -> None:
-    # Only our loggers: libraries have handlers of their own, and a root handler would repeat their messages.
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Redacting("%(message)s"))
-    for name in LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]  # a new handler each time, since sys.stderr may have been replaced
-        logger.setLevel(logging.INFO)

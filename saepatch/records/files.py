@@ -1,7 +1,9 @@
 """Atomic writes: a file appears whole or not at all."""
 
+import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,11 +46,10 @@ def plain(value: Any) -> Any:
 def atomic(path: Path) -> Iterator[Path]:
     """`with atomic(path) as temporary:` write to `temporary`; it replaces `path` when the block ends without error.
 
-    The data is synced to disk first, so that a crash leaves either the old file or the new one, complete.
+    The data is synced to disk first, so that a crash leaves either the old file or the new one, complete. Files that
+    processes left behind when they were killed while writing `path` are removed.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    handle, temporary = _temporary(path)
     try:
         yield temporary
         temporary.chmod(0o644)
@@ -58,6 +59,34 @@ def atomic(path: Path) -> Iterator[Path]:
             to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path` and its handle, which holds a lock for as long as its process writes."""
+    prefix = f".{path.name}."
+    for name in os.listdir(path.parent):
+        if re.fullmatch(r"[a-z0-9_]{8}", name.removeprefix(prefix)) and name.startswith(
+            prefix
+        ):  # as mkstemp names them
+            with suppress(OSError):
+                _remove_unlocked(path.parent / name)
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(name):  # another process may have come in before the lock, and removed it
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _remove_unlocked(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(handle)
 
 
 def to_disk(path: Path) -> None:
@@ -79,7 +108,7 @@ def check_writable(out: str | Path) -> None:
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # without a name where the system can: a killed process leaves nothing
             pass
         for part in made:  # innermost first; created again once there is something to write
             part.rmdir()

@@ -6,7 +6,7 @@ import os
 import pytest
 import yaml
 
-import saepatch.cli.parser as parser
+import saepatch.cli.guard as guard
 from saepatch.cli.main import main
 from saepatch.cli.parser import CommandResult, run_commands
 from saepatch.errors import UserError
@@ -27,7 +27,7 @@ def refused(capsys, arguments, run=main):
     assert not out
     assert err.count("\n") == 1
     assert err.startswith("error: ")
-    assert len(err) <= parser.LONGEST + 10
+    assert len(err) <= guard.LONGEST + 10
     return err
 
 
@@ -160,5 +160,5 @@ def test_a_message_is_one_line_that_ends(capsys):
     code, _, err = run(command, capsys)
     assert code == 2
     assert err.startswith("error: first last xxx")
-    assert len(err) <= parser.LONGEST
+    assert len(err) <= guard.LONGEST
     assert "58,058 characters" in err

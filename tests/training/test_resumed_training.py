@@ -103,6 +103,17 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
     assert not (tmp_path / "run" / checkpoints.FOLDER).exists()
 
 
+def test_what_a_process_left_that_was_killed_at_its_very_end_is_removed(model, whole, tmp_path):
+    """Its summary was in place already: the same command only tidies up."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / ".part-77" / "resid_post.0").mkdir(parents=True)
+    (out / checkpoints.FOLDER / ".part-77").mkdir(parents=True)
+    outcome = train_saes(model, documents(), small(resume=True), out)
+    assert outcome.figures
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
 @pytest.mark.parametrize("steps", [1, 7, 31])
 def test_resumed_anywhere(monkeypatch, model, whole, tmp_path, steps):
     out = tmp_path / "run"

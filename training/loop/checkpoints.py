@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..config import TrainingConfig
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-_PART = ".part-"
+PART = ".part-"
 
 # Settings that may change when a run is resumed: they affect where it runs and what it logs, not what it learns.
 _MAY_DIFFER = {
@@ -58,7 +59,7 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
         UserError: it cannot be written; earlier checkpoints are unchanged.
     """
     folder = out / FOLDER
-    place, part = folder / f"{checkpoint.tokens:015d}", folder / f"{_PART}{os.getpid()}"
+    place, part = folder / f"{checkpoint.tokens:015d}", folder / f"{PART}{os.getpid()}"
     try:
         part.mkdir(parents=True, exist_ok=True)
         sizes = {}
@@ -112,9 +113,11 @@ def any_in(out: Path) -> bool:
 
 
 def clear_parts(out: Path) -> None:
-    """Remove partial checkpoints of processes that were killed while writing."""
-    for part in (out / FOLDER).glob(f"{_PART}*"):
+    """Remove what processes left that were killed while writing or removing checkpoints."""
+    for part in [*out.glob(f"{PART}*"), *(out / FOLDER).glob(f"{PART}*")]:
         shutil.rmtree(part, ignore_errors=True)
+    with suppress(OSError):  # not empty, or not there
+        (out / FOLDER).rmdir()
 
 
 def clear(out: Path) -> None:

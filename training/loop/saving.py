@@ -169,7 +169,7 @@ def write(
     """
     from sae_lens.saes.sae import SAEMetadata
 
-    part = out / f".part-{os.getpid()}"
+    part = out / f"{checkpoints.PART}{os.getpid()}"
     try:
         for site, dictionary in dictionaries.items():
             sae: Any = dictionary.sae

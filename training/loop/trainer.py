@@ -104,6 +104,8 @@ def _train(
     run = Run(model, sites, config, out, ranks, stream)
     if config.resume and (done := saving.finished(out, sites)) is not None:
         saving.check_identity(done.identity, run.identity(), out)
+        if ranks.first:
+            checkpoints.clear_parts(out)
         log.info("the run in %s is already finished", out)
         return Outcome(done.figures, config.steps * config.batch_size, also=done.also)
     run.begin()
