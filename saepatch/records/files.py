@@ -65,12 +65,10 @@ def atomic(path: Path) -> Iterator[Path]:
 def _temporary(path: Path) -> tuple[int, Path]:
     """A new file beside `path` and its handle, which holds a lock for as long as its process writes."""
     prefix = f".{path.name}."
-    for name in os.listdir(path.parent):
-        if re.fullmatch(r"[a-z0-9_]{8}", name.removeprefix(prefix)) and name.startswith(
-            prefix
-        ):  # as mkstemp names them
-            with suppress(OSError):
-                _remove_unlocked(path.parent / name)
+    mine = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")  # as mkstemp names them
+    for name in filter(mine.fullmatch, os.listdir(path.parent)):
+        with suppress(OSError):
+            _remove_unlocked(path.parent / name)
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         with suppress(OSError):  # not every file system has locks
