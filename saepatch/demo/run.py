@@ -46,7 +46,7 @@ def run_demo(config: DemoConfig) -> Findings:
     clock: dict[str, float] = {}
     with stage("load", clock, log):
         model = read_model(config)
-        saes = load_saes(config.sae, model.device)
+        saes = load_saes(config.sae, model.device, every_position=config.every_position)
         for dictionary in saes.values():
             dictionary.check(model)
         for site in (config.ioi_site, config.steering_site, config.safety_site):

@@ -4,18 +4,20 @@ import logging
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saepatch.dictionaries.checks import check_fit
 from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
 from saepatch.model.fingerprint import fingerprint
+from saepatch.model.positions import GROUPS, Positions
 from saepatch.model.sites import Site
+from saepatch.model.tokens import without_tokens
 from saepatch.records.figures import renamed_figures
 
 if TYPE_CHECKING:
@@ -82,9 +84,9 @@ class Dictionary:
     def excluded_tokens(self, model: "LanguageModel") -> tuple[int, ...]:
         """Ids of the tokens that it was not trained on, as its metadata say (sae_lens' `exclude_special_tokens`).
 
-        At these a bottleneck lets the model's own value pass, and figures, statistics and cards leave them out, as at
-        BOS. Where the metadata say nothing, there are none. True there stands for what it does in sae_lens: BOS, EOS,
-        padding and separators, and no chat markers.
+        At these nothing is edited (`editable`), a bottleneck lets the model's own value pass, and figures, statistics
+        and cards leave them out, as at BOS. Where the metadata say nothing, there are none. True there stands for what
+        it does in sae_lens: BOS, EOS, padding and separators, and no chat markers.
 
         Raises:
             UserError: the metadata name something that is no list of ids.
@@ -93,15 +95,51 @@ class Dictionary:
         if stated is None or stated is False:
             return ()
         if stated is True:
-            from sae_lens.util import get_special_token_ids
-
-            stated = get_special_token_ids(model.tokenizer)
+            stated = _special_tokens(model.tokenizer)
         if not isinstance(stated, list | tuple) or not all(type(token) is int for token in stated):
             raise UserError(
                 f"dictionary {self.name} says exclude_special_tokens = {stated!r}, which is no list of token ids: "
                 "load it with every_position=True, or mend its cfg.json"
             )
         return tuple(sorted(stated))
+
+    def editable(
+        self,
+        model: "LanguageModel",
+        input_ids: Int[Tensor, "batch pos"],
+        chosen: Bool[Tensor, "batch pos"],
+        positions: Positions,
+    ) -> Bool[Tensor, "batch pos"]:
+        """The chosen positions at which it may be edited: those that hold tokens it was trained on.
+
+        It is logged, once, that others are left out.
+
+        Raises:
+            UserError: `positions` name such a position in particular, as an index or a text does.
+        """
+        known = without_tokens(input_ids, chosen, self.excluded_tokens(model))
+        left_out = chosen & ~known
+        if not bool(left_out.any()):
+            return known
+        tokens = model.token_texts(input_ids[left_out].unique().tolist())
+        names = ", ".join(map(repr, tokens[:3])) + (", …" if len(tokens) > 3 else "")
+        which = f"tokens that dictionary {self.name} was not trained on ({names})"
+        if not (isinstance(positions, str) and positions in GROUPS):
+            raise UserError(
+                f"positions {positions!r} select {which}: choose others, or edit it there, too, with "
+                "every_position=True (--every_position)"
+            )
+        if not self._notes:
+            self._notes.append(which)
+            log.warning(
+                "%d of %d positions hold %s: they are left out (every_position=True, --every_position: they are not)",
+                int(left_out.sum()), int(chosen.sum()), which,
+            )  # fmt: skip
+        return known
+
+    @cached_property
+    def _notes(self) -> list[str]:
+        return []
 
     def known(self, model: "LanguageModel", tokens: "Tokens") -> "Tokens":
         """The batch, ordinary where the dictionary was trained."""
@@ -226,6 +264,14 @@ class Dictionary:
             UserError: width, site or device differ.
         """
         check_fit(self, model, site or self.site)
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that sae_lens leaves out for `exclude_special_tokens: true`."""
+    from sae_lens.util import get_special_token_ids
+
+    return tuple(get_special_token_ids(tokenizer))
 
 
 def _latent_by_latent() -> tuple[type[nn.Module], ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes, Component, LatentUnits, between
 from saepatch.engine.kept_run import KeptRun, Later
+from saepatch.engine.known import known_where
 from saepatch.engine.metrics import Metric, answers_only, checked
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.plan import EditPlan, Units, batches, column_of, plan
@@ -54,16 +55,34 @@ class EditedRuns:
         assert part.where is not None
         self.components, self.part, self.asked, self.options = components, part, asked, options
         self.base, self.source = runs
-        self.where = part.where
+        self.where = {number: known_where(self.base.model, components[number], part) for number, _ in stage}
         acting = [number for number, frozen in stage if not frozen]
         first = min(components[number].site.order for number in acting)
         self.start = [number for number in acting if components[number].site.order == first]
         # units frozen upstream of every change cannot change anyway
         self.later = [(number, frozen) for number, frozen in stage if components[number].site.order > first]
-        changes = {number: between(components[number], *runs, part.where) for number in acting}
+        changes = {number: between(components[number], *runs, self.where[number]) for number in acting}
         self.changes, self._component_of, offsets = _joined(changes, components)
+        self._check_positions()
         units = [None if mine is None else [_units(edit, offsets) for edit in mine] for mine in asked]
         self.planned: EditPlan = plan(self.changes, units, self.base.tokens, options.each_position)
+
+    def _check_positions(self) -> None:
+        """Raises UserError where an edit names a position whose token its dictionary was not trained on."""
+        assert self.part.where is not None
+        left_out = {number: (self.part.where & ~where).cpu() for number, where in self.where.items()}
+        left_out = {number: mask for number, mask in left_out.items() if bool(mask.any())}
+        lengths = self.base.tokens.lengths.tolist()
+        for row, edits in enumerate(self.asked if left_out else ()):
+            for piece in chain.from_iterable(edits or ()):
+                if piece.frozen or piece.position is None or piece.component not in left_out:
+                    continue
+                column = column_of(piece.position, lengths[row], self.base.width)
+                if bool(left_out[piece.component][row, column]):
+                    raise UserError(
+                        f"an edit at position {piece.position} of pair {self.part.pairs[row].example!r}, whose token "
+                        "the dictionary was not trained on: load it with every_position=True (--every_position)"
+                    )
 
     def run(self) -> Iterator[tuple[slice, Float[np.ndarray, "edits"]]]:
         """The metric of the planned edits, batch by batch."""
@@ -134,7 +153,7 @@ class EditedRuns:
         if isinstance(component, LatentUnits):
             units = sorted({unit for pieces in mine for piece in pieces for unit in piece.units})
             component, values = replace(component, ids=tuple(units)), values[..., units]
-        may = (self.base.tokens.attention_mask.bool() if frozen else self.where)[rows, first:]
+        may = (self.base.tokens.attention_mask.bool() if frozen else self.where[number])[rows, first:]
         chosen = self._chosen(mine, {unit: i for i, unit in enumerate(units)}, batch, first).to(may.device)
         chosen &= may[..., None]
         return _DownstreamUnits(component, values[rows], chosen) if bool(chosen.any()) else None

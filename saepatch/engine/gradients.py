@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saepatch.data.batches import PairBatch
@@ -15,6 +15,7 @@ from saepatch.engine.kept_run import KeptRun, entry
 from saepatch.engine.metrics import Metric, answers_only, checked, metric_name, needs_clean_logits
 from saepatch.engine.shortcuts import quick_activations
 from saepatch.errors import UserError
+from saepatch.model.finite import check_finite
 from saepatch.model.hooks import (
     Dropped,
     droppable_blocks,
@@ -129,7 +130,10 @@ class Base:
             if self._run is not None:
                 stack.enter_context(self._from(self.sites[0], self._run, self._run.values[self.sites[0]]))
             emitted = stack.enter_context(graph_through(layout, self.sites))
-            metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
+            logits = self.model.call(self.tokens, last=True)[:, -1]
+            for site, x in emitted.items():
+                check_finite(self.model, site, x.detach(), self.tokens)
+            metric = self.readout(logits)
         if self._run is not None:
             expected = self.readout(self._run.logits)
             if not torch.allclose(metric.detach(), expected, rtol=1e-2, atol=1e-3):
@@ -187,8 +191,8 @@ class Method(Protocol):
 
     @property
     def name(self) -> str: ...
-    def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
-        """Gradients at every site of the base run; `source` are the sites' source values, `where` the positions."""
+    def take(self, base: Base, source: Mapping[Site, Tensor], where: Mapping[Site, Tensor]) -> Gradients:
+        """Gradients at every site of the base run; `source` are their source values, `where` their positions."""
         ...
 
 
@@ -203,7 +207,7 @@ class FirstOrder:
     def name(self) -> str:
         return "first order"
 
-    def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
+    def take(self, base: Base, source: Mapping[Site, Tensor], where: Mapping[Site, Tensor]) -> Gradients:
         metric, emitted, _ = base.graph()
         gradients = base.backward(metric, list(emitted.values()))
         return Gradients(
@@ -232,13 +236,13 @@ class IntegratedGradients:
     def name(self) -> str:
         return f"integrated gradients ({self.steps})"
 
-    def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
+    def take(self, base: Base, source: Mapping[Site, Tensor], where: Mapping[Site, Tensor]) -> Gradients:
         run = base.plain()
         means = {}
         for site in base.sites:
             start = run.values[site]
             wide = torch.promote_types(start.dtype, torch.float32)  # bfloat16 would round the steps away
-            difference = (source[site].to(wide) - start.to(wide)) * where[..., None]
+            difference = (source[site].to(wide) - start.to(wide)) * where[site][..., None]
             mean = torch.zeros_like(difference)
             for step in range(self.steps):
                 x = start + (step + 0.5) / self.steps * difference
@@ -260,7 +264,7 @@ class GradDrop:
     def name(self) -> str:
         return "graddrop"
 
-    def take(self, base: Base, source: Mapping[Site, Tensor], where: Bool[Tensor, "batch pos"]) -> Gradients:
+    def take(self, base: Base, source: Mapping[Site, Tensor], where: Mapping[Site, Tensor]) -> Gradients:
         n_layers = base.model.n_layers
         later = {site: range(_after(site), n_layers) for site in base.sites}
         metric, emitted, dropped = base.graph(range(min(_after(site) for site in base.sites), n_layers))

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from saepatch.engine.shortcuts import at_edited, at_last, find_maps, forget_maps, kept_outputs, quick_activations
 from saepatch.errors import UserError
+from saepatch.model.finite import check_finite
 from saepatch.model.hooks import Edit, edit_sites, forwards_replaced, is_spliced, only_logits_of, skip_blocks
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
@@ -76,6 +77,8 @@ class KeptRun:
         hooks = {site: keep(site) for site in {*wanted, *changed}}
         with edit_sites(model.layout, hooks):
             self._cache, self.logits = self._first_pass(keep_cache)
+        for site, value in self.values.items():
+            check_finite(model, site, value, tokens)
         self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # outputs of the first block's maps, by site
 
     def _first_pass(self, keep_cache: bool) -> tuple[Any, Float[Tensor, "batch vocab"]]:
@@ -83,10 +86,10 @@ class KeptRun:
         if keep_cache and model.takes_cache:
             cache = DynamicCache()  # keys and values of every column; unusable for models with recurrent states
             try:
-                return cache, model.call(tokens, last=True, cache=cache)[:, -1].to(model.device)
+                return cache, model.call(tokens, last=True, cache=cache)[:, -1]
             except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
                 log.info("%s does not run with a key-value cache (%s): no columns are skipped", model.name, error)
-        return None, model.call(tokens, last=True)[:, -1].to(model.device)
+        return None, model.call(tokens, last=True)[:, -1]
 
     def split(self, n: int) -> tuple["KeptRun", "KeptRun"]:
         """The first `n` rows and the other rows, as separate runs that share this run's memory."""
@@ -163,7 +166,7 @@ class KeptRun:
             set_to = {target: _set_to(value) for target, value in edited.items()}
             live = {target: _from_column(unedited, edit, model.device) for target, edit in later.items()}
             stack.enter_context(edit_sites(model.layout, set_to | live))
-            logits = model.call(self.tokens.rows(rows), first, last=True, cache=cache)[:, -1].to(model.device)
+            logits = model.call(self.tokens.rows(rows), first, last=True, cache=cache)[:, -1]
         if only is not None and logits.shape[-1] != len(only):
             logits = logits[:, only]
         return logits
@@ -224,11 +227,14 @@ class KeptRun:
         return None
 
     def _probes(self, sites: tuple[Site, ...]) -> "_Probes":
-        """Edits of a single position, in the middle and at the end, of the row with most padding, by whole passes."""
+        """Edits that take different paths, by whole passes: of one position in the middle, of all from there on, and
+        of the last one, in the row with most padding."""
         row = self.tokens.lengths.argmin().cpu().reshape(1)
         generator = torch.Generator().manual_seed(0)
-        columns = sorted({self.width // 2, self.width - 1})
-        changes = [[self._noise(site, row, first, generator) for site in sites] for first in columns]
+        middle, last = self.width // 2, self.width - 1
+        edited = sorted({(middle, 1), (middle, self.width - middle), (last, 1)})
+        columns = [first for first, _ in edited]
+        changes = [[self._noise(site, row, *where, generator) for site in sites] for where in edited]
         both = [
             torch.cat([nn.functional.pad(change, (0, 0, first, 0)) for first, change in zip(columns, own, strict=True)])
             for own in zip(*changes, strict=True)
@@ -264,13 +270,13 @@ class KeptRun:
         return False
 
     def _noise(
-        self, site: Site, row: Int[Tensor, "1"], first: int, generator: torch.Generator
-    ) -> Float[Tensor, "1 columns width"]:
-        """A random change of the first column, on the scale of the site's values."""
+        self, site: Site, row: Int[Tensor, "1"], first: int, columns: int, generator: torch.Generator
+    ) -> Float[Tensor, "1 all_columns width"]:
+        """A random change of some columns, on the scale of the site's values."""
         old = self.values[site][row, first:]
         change = torch.zeros_like(old)
-        noise = torch.randn(old.shape[-1], generator=generator).to(old)
-        change[:, 0] = noise * old.std().clamp(min=1e-3)
+        noise = torch.randn(columns, old.shape[-1], generator=generator).to(old)
+        change[:, :columns] = noise * old.std().clamp(min=1e-3)
         return change
 
 

@@ -144,10 +144,11 @@ def _probe(model: LanguageModel, layer: int) -> Maps:
         _block(model, layer, other, tokens)
     called_once = [m for m in linear if len(seen[m]) == 2 and seen[m][0].shape[:2] == (1, 6)]
     own = [m for m in called_once if torch.equal(seen[m][0][:, 1:], seen[m][1][:, 1:])]
-    stays, wide = [], set()
+    stays: dict[nn.Module, Forward] = {}  # confirmed together, since one map's shape may make up for another's
+    wide: set[nn.Module] = set()
 
-    def runs(module: nn.Module, forward: Forward) -> Tensor | None:
-        with forwards_replaced({module: forward}):
+    def runs(forwards: dict[nn.Module, Forward]) -> Tensor | None:
+        with forwards_replaced(forwards):
             try:
                 return _block(model, layer, x, tokens)
             except RuntimeError:  # shapes that no longer fit
@@ -159,17 +160,18 @@ def _probe(model: LanguageModel, layer: int) -> Maps:
         return out
 
     for module in called_once:
-        moved = runs(module, partial(nudged, module.forward))
+        moved = runs({module: partial(nudged, module.forward)})
         if moved is None or not torch.equal(moved[:, 1:], expected[:, 1:]):
             continue
         for as_wide in (False, True):
-            out = runs(module, at_last(module, as_wide))
+            forwards = stays | {module: at_last(module, as_wide)}
+            out = runs(forwards)
             if (
                 out is not None
                 and out.shape == expected.shape
                 and torch.allclose(out[:, -1], expected[:, -1], 1e-3, 1e-4)
             ):
-                stays.append(module)
+                stays = forwards
                 wide |= {module} if as_wide else set()
                 break
     return Maps(tuple(own), tuple(stays), frozenset(wide))

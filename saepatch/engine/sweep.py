@@ -18,6 +18,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component
 from saepatch.engine.edited_runs import EditedRuns, Stage, Wanted, metric_values
 from saepatch.engine.kept_run import Checked, KeptRun
+from saepatch.engine.known import check_known
 from saepatch.engine.metrics import needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
@@ -34,7 +35,7 @@ SMALL = 512  # tokens: up to here, clean and corrupted run in one pass, whose ti
 class Swept:
     """Metrics of the clean and corrupted runs, and the change of the base run's metric by each edit (mean of samples).
 
-    `noise` is the largest difference of the clean run's metric between a row alone and in its batch, over a few rows.
+    `noise` is the largest difference of the metric between a row of the base run alone and in its batch.
     """
 
     clean: Float[np.ndarray, "pairs"]
@@ -75,6 +76,7 @@ def sweep(
     if corruption is not None:  # corrupted prompts are ignored
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
     whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
+    check_known(model, components, whole, options.positions)
     if options.each_position and options.align == "equal":
         _warn_of_lengths(whole.clean)
     swept = Swept(np.zeros(len(pairs)), np.zeros(len(pairs)))
@@ -91,13 +93,12 @@ def sweep(
                 part = replace(part, clean_logits=clean.logits)
             base, source = (corrupted, clean) if options.denoises else (clean, corrupted)
             base.checked = ways
-            _check_padding(model, base)
+            if swept.noise is None or base.tokens.padded:
+                swept.noise = max(swept.noise or 0.0, _batch_noise(model, base, part, options))
             index = part.index.tolist()
             ends = [metric_values(options.metric, run.logits, part) for run in (clean, corrupted)]
             np.add.at(swept.clean, index, ends[0] / samples)
             np.add.at(swept.corrupted, index, ends[1] / samples)
-            if swept.noise is None:
-                swept.noise = _batch_noise(model, clean, part, options, ends[0])
             own = ends[1] if options.denoises else ends[0]
             for number, stage in enumerate(stages):
                 asked = [wanted(number, pair) for pair in index]
@@ -136,35 +137,26 @@ def _two_runs(
     return clean, options.corruption.run(model, part, components, clean, denoise)
 
 
-def _batch_noise(
-    model: LanguageModel, clean: KeptRun, part: PairBatch, options: SweepOptions, together: Float[np.ndarray, "rows"]
-) -> float:
-    """Largest difference of a few rows' metric from each row alone: kernels may round differently by batch."""
-    rows = sorted({0, len(part) // 2, len(part) - 1})
-    alone = [
-        metric_values(options.metric, model.next_logits(clean.tokens.rows([row])), part.rows([row]))[0] for row in rows
-    ]
-    return float(np.abs(np.array(alone) - np.asarray(together)[rows]).max())
+def _batch_noise(model: LanguageModel, run: KeptRun, part: PairBatch, options: SweepOptions) -> float:
+    """How much the metric changes when the row with most padding runs alone instead of in its batch.
 
-
-def _check_padding(model: LanguageModel, run: KeptRun) -> None:
-    """Check that the prompt with most padding has the same logits as alone.
+    Kernels may round differently by batch, and quantisation may use one scale for all of it. One row's logits give as
+    many differences as the batch has pairs of answers.
 
     Raises:
-        UserError: it has not: padding changes the model's results.
+        UserError: the logits differ by so much that padding changes the model's results.
     """
-    if not run.tokens.padded:
-        return
     row = int(run.tokens.lengths.argmin())
     alone = Tokens(*(t[row : row + 1, run.tokens.attention_mask[row].bool()] for t in vars(run.tokens).values()))
-    with torch.no_grad():
-        expected = model.next_logits(alone)[0].float()
-    worst = float((run.logits[row].float() - expected).abs().max())
-    if worst > (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max()):
+    expected, inside = model.next_logits(alone).to(run.logits), run.logits[row : row + 1]
+    worst = float((inside.float() - expected.float()).abs().max())
+    if run.tokens.padded and worst > (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max()):
         raise UserError(
             f"padding changes the results of {model.name} (logits differ by {worst:.1e}): give pairs of equal length "
             "(align='equal'), or one pair at a time"
         )
+    values = [metric_values(options.metric, logits.expand(len(part), -1), part) for logits in (expected, inside)]
+    return float(np.abs(values[0] - values[1]).max())
 
 
 def _pairs_at_once(components: Sequence[Component], width: int, batch_size: int | None) -> int:

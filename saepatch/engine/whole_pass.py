@@ -51,7 +51,7 @@ def whole_pass(model: LanguageModel, sites: Collection[Site], tokens: Tokens) ->
 
     wanted = {*sites, *map(entry, sites)}
     with edit_sites(model.layout, {site: keep(site) for site in wanted}):
-        logits = model.logits(tokens).to(model.device)
+        logits = model.logits(tokens)
     return WholePass(tokens, logits, values)
 
 
@@ -63,7 +63,7 @@ def edited_logits(
         if skip:
             stack.enter_context(_from(model, kept, site))
         stack.enter_context(edit_sites(model.layout, {site: lambda x: value.to(x)}))
-        return model.call(kept.tokens).to(model.device)
+        return model.call(kept.tokens)
 
 
 @contextmanager

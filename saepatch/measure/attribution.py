@@ -40,6 +40,7 @@ from saepatch.engine.gradients import (
     products_of,
 )
 from saepatch.engine.kept_run import KeptRun
+from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import Metric, logit_difference
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
@@ -198,6 +199,7 @@ def _screen(
     if options.corruption is not None:  # corrupted prompts are ignored
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
     whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
+    check_known(model, components, whole, options.positions)
     screen = _Screen(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
     at_once = options.batch_size or _pairs_at_once(model, whole.clean.input_ids.shape[1] * samples)
     bar = tqdm(desc=method.name, total=len(pairs), unit="pair", disable=options.progress is not True, leave=False)
@@ -239,8 +241,7 @@ def _screen_part(
         corrupted = corruption.run(model, part, components, clean, False)
         runs = (corrupted, clean) if denoise else (clean, corrupted)
         tokens, source = runs[0].tokens, runs[1]
-    where = part.where
-    assert where is not None
+    where = {dictionary.site: known_where(model, LatentUnits(dictionary), part) for dictionary in dictionaries}
     alike = (tokens.input_ids == source.tokens.input_ids) & (tokens.attention_mask == source.tokens.attention_mask)
     alike = alike.cumprod(-1).bool()
     base = Base(model, tokens, sites, readout, None if runs is None else runs[0])
@@ -253,7 +254,7 @@ def _screen_part(
     for number, dictionary in enumerate(dictionaries):
         with torch.no_grad():
             x = source.values[dictionary.site]
-            here = _score(dictionary, gradients, x, runs, where, alike, options.at_component)
+            here = _score(dictionary, gradients, x, runs, where[dictionary.site], alike, options.at_component)
         np.add.at(screen.total[number], index, _numpy(here.total) / samples)
         screen.parts.append(
             {

@@ -10,8 +10,10 @@ from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens
 
 
-def check_finite(model: LanguageModel, site: Site, x: Float[Tensor, "batch pos width"], tokens: Tokens) -> None:
-    """See that what a site holds at the tokens of a batch is finite.
+def check_finite(
+    model: LanguageModel, site: Site, x: Float[Tensor, "batch pos width"], tokens: Tokens, read: int = 0
+) -> None:
+    """See that what a site holds at the tokens of a batch, of whose rows `read` columns were read before, is finite.
 
     Raises:
         UserError: it is not; site, text, position and token are named.
@@ -24,6 +26,7 @@ def check_finite(model: LanguageModel, site: Site, x: Float[Tensor, "batch pos w
     ids = tokens.input_ids[row][mask].tolist()
     position = int(mask[:column].sum())
     (name,) = model.token_texts(ids[position : position + 1])
+    position += read
     text = "".join(model.token_texts(ids[:12]))
     raise UserError(
         f"activations at {site} of {model.name} are NaN or infinite in {text!r}…, at position {position} ({name!r}), "

@@ -47,7 +47,7 @@ class Forward:
         """
         arguments: dict[str, Any] = {"input_ids": tokens.input_ids[:, start:], "use_cache": cache is not None}
         if tokens.padded:
-            self.padding.check(tokens)
+            self.padding.check(tokens.attention_mask, cached=start > 0)
             arguments["attention_mask"] = tokens.attention_mask
             if "position_ids" in self.accepted and self.padding.first is not None:
                 arguments["position_ids"] = positions_of(tokens, self.padding.first)[:, start:]

@@ -104,8 +104,11 @@ def is_spliced(layout: Layout) -> bool:
 
 
 @contextmanager
-def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
+def edit_sites(layout: Layout, edits: Mapping[Site, Edit], device: torch.device | None = None) -> Iterator[None]:
     """Replace what each site emits by its function's result, on every forward pass inside the context.
+
+    Functions receive values on `device`, and results return to the block's own: a model may be spread over several.
+    None: values stay where they are.
 
     Raises:
         SpliceError: on leaving, when a site was never reached. Not raised over another exception.
@@ -118,7 +121,11 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit]) -> Iterator[None]:
             if _level(layout) != level:
                 return x
             fired.add(site)
-            new = edit(x)
+            here = x if device is None else x.to(device)
+            new = edit(here)
+            if new is here and site not in layout.overwritten:
+                return x
+            new = new.to(x.device)
             return new.clone() if site in layout.overwritten else new
 
         return run
@@ -223,26 +230,17 @@ def before_forward(
 
 
 @contextmanager
-def _method_replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Override a method on one object; a previous override, if any, is restored."""
-    before = module.__dict__.get(name)
-    module.__dict__[name] = method
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Override the `forward` of some modules; previous overrides, if any, are restored."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
-
-
-@contextmanager
-def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Override the `forward` of some modules."""
-    with ExitStack() as stack:
-        for module, forward in forwards.items():
-            stack.enter_context(_method_replaced(module, "forward", forward))
-        yield
+        for module, previous in before.items():
+            del module.__dict__["forward"]
+            module.__dict__.update({} if previous is None else {"forward": previous})
 
 
 def only_logits_of(hf: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
@@ -261,9 +259,14 @@ def only_logits_of(hf: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def capture(
-    hf: nn.Module, layout: Layout, sites: Collection[Site], inputs: Mapping[str, Any], stop: bool = True
+    hf: nn.Module,
+    layout: Layout,
+    sites: Collection[Site],
+    inputs: Mapping[str, Any],
+    device: torch.device,
+    stop: bool = True,
 ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
-    """What the sites emit in one forward pass; with `stop`, the pass ends at the last site needed."""
+    """What the sites emit in one forward pass, on a device; with `stop`, the pass ends at the last site needed."""
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Edit:
@@ -276,7 +279,7 @@ def capture(
         return run
 
     with ExitStack() as stack:
-        stack.enter_context(edit_sites(layout, {site: keep(site) for site in sites}))
+        stack.enter_context(edit_sites(layout, {site: keep(site) for site in sites}, device))
         with suppress(_StopForward):
             hf(**inputs)
     return seen

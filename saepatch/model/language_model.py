@@ -206,7 +206,7 @@ class LanguageModel:
             last: Return only the last column's logits.
             cache: Holds the columns before `start`, and is extended by the others; None: no cache.
         """
-        logits = self.hf(**self.inputs(tokens, start, last, cache)).logits
+        logits = self.hf(**self.inputs(tokens, start, last, cache)).logits.to(self.device)
         note_columns(cache, tokens.width)
         return logits[:, -1:] if last else logits
 
@@ -220,7 +220,7 @@ class LanguageModel:
         """
         if cache is None and not start and self._runs_apart(tokens):
             return spread(tokens, lambda part: self.capture(part, sites, stop=stop))
-        emitted = capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop)
+        emitted = capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), self.device, stop)
         note_columns(cache, tokens.width)
         return emitted
 
@@ -233,7 +233,7 @@ class LanguageModel:
 
     def _runs_apart(self, tokens: Tokens) -> bool:
         """Whether rows run grouped by length. Never in a splice, which needs the whole batch in one pass."""
-        return not self.padding.allows(tokens) and not is_spliced(self.layout)
+        return not self.padding.allows(tokens.attention_mask) and not is_spliced(self.layout)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tokens) -> Float[Tensor, "batch vocab"]:
@@ -258,7 +258,7 @@ class LanguageModel:
         token in models that require it). Prompts are padded on the left; values after the end of a shorter
         continuation are meaningless.
         """
-        if not self.padding.allows(prompts):
+        if not self.padding.allows(prompts.attention_mask, cached=True):
             width = max(1, *map(len, continuations))
             whole: Tensor | None = None
             for numbers, _, part in by_length(prompts):
@@ -299,7 +299,7 @@ class LanguageModel:
         Each token has the largest logit, whatever penalties and bans the checkpoint's generation config sets. No row
         ends before `min_new_tokens`.
         """
-        if not self.padding.allows(tokens):
+        if not self.padding.allows(tokens.attention_mask, cached=True):
             new = tokens.input_ids.new_full((len(tokens), max_new_tokens), self.pad_id)
             for rows, _, part in by_length(tokens):
                 ids = self.generate_ids(part, max_new_tokens, min_new_tokens)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,7 +21,7 @@ from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.forward import probe_steps
 from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, watching
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.padding import FAILURES, Padding, probe_padding
+from saepatch.model.padding import FAILURES, Padding, probe_padded_steps, probe_padding
 from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens, name_bos
 
@@ -186,8 +187,9 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     """
     tokens = model.probe()
     model = replace(model, layout=_layout_seen(model, tokens))
-    steps = probe_steps(lambda tokens, start, cache: model.call(tokens, start, cache=cache), model.new_cache, tokens)
-    model = replace(replace(model, step_limit=steps), padding=_padding_of(model))
+    steps = probe_steps(partial(_pass, model), model.new_cache, tokens)
+    model = replace(model, step_limit=steps)
+    model = replace(model, padding=_padding_of(model))
     seen, overwritten = _emitted(model, tokens)
     model = replace(model, last_alone=_last_alone(model, tokens, seen))
     layout = model.layout.without(_not_offered(model, seen))
@@ -209,15 +211,24 @@ def check_sites(model: LanguageModel) -> LanguageModel:
 
 
 def _padding_of(model: LanguageModel) -> Padding:
-    """Sides on which rows may be padded, probed in two forward passes (more where the first rule fails)."""
+    """How rows may be padded, probed in two forward passes and three on a cache (more where the first rule fails)."""
     inner = model.config.get_text_config()
     firsts = {int(pad) + 1 for pad in (getattr(inner, "pad_token_id", None),) if pad is not None}
     padding = probe_padding(
         lambda rule, tokens: replace(model, padding=rule).call(tokens), model.probe(), model.pad_id, firsts
     )
-    if not (padding.left and padding.right):
+    if padding.left and model.takes_cache:
+        model, probe = replace(model, padding=padding), model.probe()
+        steps = (1, 2) if model.step_limit is None else (1, 1, 1)
+        call = partial(_pass, model)
+        padding = replace(padding, cached=probe_padded_steps(call, model.new_cache, probe, model.pad_id, steps))
+    if not (padding.left and padding.right and padding.cached):
         log.info("padding changes the results of %r (safe: %s): prompts run grouped by length", model.name, padding)
     return padding
+
+
+def _pass(model: LanguageModel, tokens: Tokens, start: int, cache: Any) -> Tensor:
+    return model.call(tokens, start, cache=cache)
 
 
 def _layout_seen(model: LanguageModel, tokens: Tokens) -> Layout:

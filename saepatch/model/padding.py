@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,24 +18,30 @@ class Padding:
     """The sides on which a row may be padded without changing the results at its tokens.
 
     `first` is the position id of a row's first token in padded batches; None: no explicit position ids are passed.
+    `cached`: rows that are padded on the left may also continue from a cache, as in generation.
     """
 
     left: bool = True
     right: bool = True
     first: int | None = 0
+    cached: bool = True
 
-    def allows(self, tokens: Tokens) -> bool:
-        """Whether the results at every token of a batch equal those of its row alone."""
-        mask = tokens.attention_mask
+    def allows(self, mask: Int[Tensor, "batch pos"], cached: bool = False) -> bool:
+        """Whether a batch's results at every token equal those of its row alone (`cached`: on a cache, too)."""
         on_left, on_right = (not bool(mask[:, column].all()) for column in (0, -1))
-        return (self.left or not on_left) and (self.right or not on_right)
+        return ((self.left and (self.cached or not cached)) or not on_left) and (self.right or not on_right)
 
-    def check(self, tokens: Tokens) -> None:
+    def check(self, mask: Int[Tensor, "batch pos"], cached: bool = False) -> None:
         """Raises UserError for a batch that is padded on a side where padding changes the results."""
-        if not self.allows(tokens):
+        if not self.allows(mask):
             raise UserError(
                 f"padding on the {self._wrong} changes this model's results: give it prompts of one length at a time "
                 "(and pairs of equal lengths)"
+            )
+        if not self.allows(mask, cached):
+            raise UserError(
+                "this model does not continue rows padded on the left from a cache: give it prompts of one length at a "
+                "time, or use_cache=False"
             )
 
     @property
@@ -42,7 +49,8 @@ class Padding:
         return "left or right" if not (self.left or self.right) else "right" if self.left else "left"
 
     def __str__(self) -> str:
-        return "either side" if self.left and self.right else f"not on the {self._wrong}"
+        text = "either side" if self.left and self.right else f"not on the {self._wrong}"
+        return text if self.cached or not self.left else f"{text}, not with a cache"
 
 
 def positions_of(tokens: Tokens, first: int) -> Int[Tensor, "batch pos"]:
@@ -86,11 +94,7 @@ def probe_padding(
         pad: The padding token's id.
         firsts: Position ids that a row's first token may have in this family, besides 0.
     """
-    ids, width = probe.input_ids, probe.width
-    fill, none = ids.new_full((1, 3), pad), ids.new_zeros(1, 3)
-    rows = torch.cat([torch.cat([fill, ids], 1), torch.cat([ids, fill], 1)])
-    masks = torch.cat([torch.cat([none, ids * 0 + 1], 1), torch.cat([ids * 0 + 1, none], 1)])
-    padded = Tokens(rows, masks, masks.bool())
+    width, padded = probe.width, _padded(probe, pad)
     alone = logits(Padding(), probe)[0]
     tolerance = (1e-3 if alone.dtype == torch.float32 else 5e-2) * float(alone.float().std())
     alone = alone.float()
@@ -107,3 +111,46 @@ def probe_padding(
         if left and right:
             break
     return best
+
+
+def _padded(probe: Tokens, pad: int) -> Tokens:
+    """A row padded on the left, and the same row padded on the right."""
+    ids = probe.input_ids
+    fill, none = ids.new_full((1, 3), pad), ids.new_zeros(1, 3)
+    rows = torch.cat([torch.cat([fill, ids], 1), torch.cat([ids, fill], 1)])
+    masks = torch.cat([torch.cat([none, ids * 0 + 1], 1), torch.cat([ids * 0 + 1, none], 1)])
+    return Tokens(rows, masks, masks.bool())
+
+
+@torch.no_grad()
+def probe_padded_steps(
+    call: Callable[[Tokens, int, Any], Float[Tensor, "batch pos vocab"]],
+    new_cache: Callable[[], Any],
+    probe: Tokens,
+    pad: int,
+    steps: tuple[int, ...],
+) -> bool:
+    """Whether a row padded on the left continues from a cache as the row alone does.
+
+    Args:
+        call: A forward pass of (tokens, first column, cache).
+        new_cache: Makes an empty cache.
+        probe: One row without padding.
+        pad: The padding token's id.
+        steps: How many columns each pass after the first processes.
+    """
+    whole = call(probe, 0, None)[0]
+    tolerance = (1e-3 if whole.dtype == torch.float32 else 5e-2) * float(whole.float().std())
+    ids = probe.input_ids
+    padded = _padded(probe, pad).rows([0])
+    longer = torch.cat([ids, ids[:, :3]], 1)  # a batch has a row without padding, too
+    both = [torch.cat([padded.input_ids, longer]), torch.cat([padded.attention_mask, torch.ones_like(longer)])]
+    tokens = Tokens(*both, both[1].bool())
+    cache, start, parts = new_cache(), 0, []
+    try:
+        for end in accumulate((tokens.width - sum(steps), *steps)):
+            parts.append(call(tokens.columns(end), start, cache))
+            start = end
+    except (*FAILURES, UserError):
+        return False
+    return float((torch.cat(parts, 1)[0, 3:].float() - whole.float()).abs().amax()) <= tolerance

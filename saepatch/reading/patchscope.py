@@ -130,7 +130,7 @@ def _written(
         new = torch.where(where[..., None], size * values[:, None], x[:, :width].float())
         return torch.cat([new.to(x.dtype), x[:, width:]], 1)
 
-    with edit_sites(model.layout, {target: write}):
+    with edit_sites(model.layout, {target: write}, model.device):
         yield
 
 

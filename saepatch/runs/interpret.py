@@ -30,7 +30,7 @@ from saepatch.model.loading import load_model
 from saepatch.model.positions import NAMED, At, Positions
 from saepatch.model.sites import Site
 from saepatch.records.provenance import json_hash
-from saepatch.settings.mixins import ModelSettings
+from saepatch.settings.mixins import DictionarySettings, ModelSettings
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 from saepatch.splicing.splice import whole_prompt
 
@@ -195,12 +195,13 @@ def check_pairs(
                     raise UserError(f"pair {pair.example}: {error}") from error
 
 
-def read_dictionaries(sae: str, sites: Sequence[Site], model: LanguageModel) -> list[Dictionary]:
+def read_dictionaries(config: DictionarySettings, sites: Sequence[Site], model: LanguageModel) -> list[Dictionary]:
     """The dictionaries at the given sites (none: all in `sae`), each checked against the model."""
+    every = config.every_position
     if sites:
-        dictionaries = [load_sae(sae, site, model.device) for site in sites]
+        dictionaries = [load_sae(config.sae, site, model.device, every_position=every) for site in sites]
     else:
-        dictionaries = list(load_saes(sae, model.device).values())
+        dictionaries = list(load_saes(config.sae, model.device, every_position=every).values())
     for dictionary in dictionaries:
         dictionary.check(model)
     return dictionaries
@@ -213,11 +214,9 @@ def read_sites(text: str) -> list[Site]:
 def read_components(config: SweepConfig, model: LanguageModel) -> list[list[Component]]:
     """The components to patch, in groups swept together: each dictionary's latents separately, others all together."""
     if not isinstance(config, PatchConfig):
-        return [
-            [LatentUnits(dictionary) for dictionary in read_dictionaries(config.sae, read_sites(config.site), model)]
-        ]
+        return [[LatentUnits(dictionary) for dictionary in read_dictionaries(config, read_sites(config.site), model)]]
     if config.component in ("latent", "error"):
-        dictionaries = read_dictionaries(config.sae, _latent_sites(config), model)
+        dictionaries = read_dictionaries(config, _latent_sites(config), model)
         LatentSet.parse(config.latents).at([dictionary.site for dictionary in dictionaries])
         if config.component == "error":
             return [[ErrorTerm(dictionary) for dictionary in dictionaries]]

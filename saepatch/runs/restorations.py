@@ -113,7 +113,7 @@ def prepare(config: RestoreConfig) -> RestorePlan:
     if config.donor == "clean":
         need_clean(requests, config.prompts)
     latents = LatentSet.parse(config.latents)
-    dictionaries = read_dictionaries(config.sae, read_sites(config.site) or list(latents), model)
+    dictionaries = read_dictionaries(config, read_sites(config.site) or list(latents), model)
     sites = {dictionary.site: dictionary for dictionary in dictionaries}
     refusal_ids = _refusal_ids(model, requests[0].prompt, config.refusals)
     template = (assistant_header(model) or 1) if config.template < 0 else config.template

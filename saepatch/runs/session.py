@@ -128,7 +128,8 @@ def open_session(config: SteerConfig) -> Session:
     read_positions(config.positions)
     texts = load_texts(config.reference or "organism") if not config.unit and config.act != "ablate" else []
     model = read_model(config)
-    dictionaries = {site: load_sae(config.sae, site, model.device) for site in latents}
+    every = config.every_position
+    dictionaries = {site: load_sae(config.sae, site, model.device, every_position=every) for site in latents}
     units: dict[Site, tuple[float, ...]] = {}
     for site, ids in latents.items():
         dictionaries[site].check(model)

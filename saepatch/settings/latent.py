@@ -24,8 +24,6 @@ class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
     """Site and number, as in resid_post.3:281; several, separated by commas, share one pass over the texts."""
     data: str = ""
     """Texts to search for examples, one per line; empty: the embedded model's own."""
-    every_position: bool = False
-    """Count activations at special tokens, too, where the dictionary says that it was not trained on them."""
     explain: str = ""
     """A prompt by which the model explains the latent (Patchscope), with an X where the latent is written in, as in
     "The meaning of X is"."""

@@ -59,6 +59,8 @@ class DictionarySettings(Settings):
 
     sae: str = "organism"
     """Dictionaries: organism, a folder (of one dictionary, or with one sub-folder per site), or RELEASE/SAE_ID."""
+    every_position: bool = False
+    """Read and edit latents at special tokens, too, where a dictionary says that it was not trained on them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from torch import Tensor
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents, decode_sparsely
 from saepatch.errors import UserError
-from saepatch.model.positions import Pass
+from saepatch.model.finite import check_finite
+from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
 from saepatch.model.tokens import without_tokens
 from saepatch.splicing.interventions import Context, Intervention, ids_of, needs_of
@@ -25,14 +27,15 @@ class SiteEdit:
     latents, and writing or dropping the error term, need the full encoder and decoder.
     """
 
+    model: LanguageModel
     dictionary: Dictionary
     site: Site
     interventions: Sequence[Intervention]
     drop_error: bool = False
     record: Callable[[Latents], None] | None = None
-    excluded: Sequence[int] = ()  # tokens that the dictionary was not trained on
 
     def __post_init__(self) -> None:
+        self.excluded = self.dictionary.excluded_tokens(self.model)
         self.acted: set[int] = set()  # ids of interventions that had a position to act on
         needs = [needs_of(intervention) for intervention in self.interventions]
         self.whole = self.drop_error or self.record is not None or any(need.error for need in needs)
@@ -56,6 +59,8 @@ class SiteEdit:
             raise UserError(
                 "a splice is not differentiable: run it under torch.no_grad(), or use saepatch.measure.attribution"
             )
+        if not bool(torch.isfinite(x).all()):
+            check_finite(self.model, self.site, x, Tokens(seen.input_ids, seen.real.long(), seen.ordinary), seen.start)
         where = [self._where(intervention, seen) for intervention in self.interventions]
         if self.whole:
             return self._through(x, where, seen)
@@ -68,10 +73,18 @@ class SiteEdit:
 
     def _where(self, intervention: Intervention, seen: Pass) -> Bool[Tensor, "batch pos 1"] | None:
         chosen = seen.select(intervention.positions)
+        if bool(chosen.any()) and self.excluded:
+            chosen = self._known(chosen, intervention.positions, seen)
         if not bool(chosen.any()):
             return None
         self.acted.add(id(intervention))
         return chosen[..., None]
+
+    def _known(self, chosen: Bool[Tensor, "batch pos"], positions: Positions, seen: Pass) -> Bool[Tensor, "batch pos"]:
+        """The chosen positions where the dictionary was trained; generated tokens are left out without a word."""
+        known = without_tokens(seen.input_ids, chosen, self.excluded)
+        self.dictionary.editable(self.model, seen.input_ids, chosen & seen.in_prompt, positions)
+        return known
 
     def _read(
         self, x: Float[Tensor, "batch pos width"]

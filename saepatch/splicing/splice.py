@@ -67,9 +67,9 @@ def splice(
 
     With the error term kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the
     site. With the error term dropped the dictionary is a bottleneck: every position carries only the reconstruction,
-    but BOS, padding and tokens that the dictionary was not trained on (`Dictionary.excluded_tokens`). Works inside
-    `model.hf.generate`, with or without a KV cache. Latents at BOS are edited only if positions include BOS explicitly,
-    those at padding never. Unused latents are not encoded. Not differentiable: see `saepatch.measure.attribution`.
+    but BOS, padding and tokens that the dictionary was not trained on (`Dictionary.excluded_tokens`). Of these, only
+    BOS is ever edited, if positions include it explicitly. Works inside `model.hf.generate`, with or without a KV
+    cache. Unused latents are not encoded. Not differentiable: see `saepatch.measure.attribution`.
 
     Args:
         dictionaries: One dictionary, several, or a mapping from sites to dictionaries.
@@ -85,8 +85,7 @@ def splice(
     sites = by_site(model, dictionaries)
     if error not in ("keep", "drop"):
         raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
-    chosen = list(interventions) if isinstance(interventions, Sequence) else [interventions]
-    run = Splice(model)
+    chosen, run = list(interventions) if isinstance(interventions, Sequence) else [interventions], Splice(model)
     placed = [(_site_of(intervention, sites), intervention) for intervention in chosen]
     for site, intervention in placed:
         sites[site].check_ids(ids_of(intervention.latents) or ())
@@ -98,12 +97,12 @@ def splice(
         raise UserError("an intervention with error=True writes the error term, which error='drop' drops: use only one")
     edits = {
         site: SiteEdit(
+            model,
             dictionary,
             site,
             [intervention for other, intervention in acting if other == site],
             drop_error=error == "drop",
             record=partial(run.latents.__setitem__, site) if record else None,
-            excluded=dictionary.excluded_tokens(model),
         )
         for site, dictionary in sites.items()
     }
@@ -111,7 +110,8 @@ def splice(
         stack.enter_context(splice_noted(model.layout))
         stack.enter_context(before_forward(model.hf, model.layout, partial(_before_forward, run)))
         stack.enter_context(around_generate(model.hf, partial(_around_generate, run)))
-        stack.enter_context(edit_sites(model.layout, {site: partial(_edit, run, edits[site]) for site in sites}))
+        hooks = {site: partial(_edit, run, edit) for site, edit in edits.items()}
+        stack.enter_context(edit_sites(model.layout, hooks, model.device))
         yield run
     for (site, intervention), original in zip(acting, chosen, strict=True):
         if id(intervention) not in edits[site].acted:
@@ -300,6 +300,7 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     else:
         start = columns_in(cache)
     mask = _whole_mask(run, kwargs.get("attention_mask", args[1] if len(args) > 1 else None), ids, start)
+    run.model.padding.check(mask, cached=start > 0)
     run._prompt, run._cache = _prompt_of(run, mask, start, cache), cache
     run._mask, run._read = mask, start + ids.shape[1]
     n_prompt, width = run._prompt

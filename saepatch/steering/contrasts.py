@@ -139,7 +139,7 @@ def _gradients(
     model: LanguageModel, site: Site, tokens: Tokens, toward: Float[Tensor, "vocab"]
 ) -> Float[Tensor, "batch pos width"]:
     """`_gradient`, on rows grouped by length where padding changes the model's results."""
-    if model.padding.allows(tokens):
+    if model.padding.allows(tokens.attention_mask):
         return _gradient(model, site, tokens, toward)
     return spread(tokens, lambda part: {site: _gradient(model, site, part, toward)})[site]
 
@@ -222,7 +222,7 @@ def output_scores(
                     moved = moved if scale is None else moved * scale
                 return x + moved.to(x.dtype)
 
-            with edit_sites(model.layout, {dictionary.site: add}):
+            with edit_sites(model.layout, {dictionary.site: add}, model.device):
                 logits = model.next_logits(rows).float()
             total[some] += _raised(logits, words[some].to(logits.device)).cpu().double()
     return (total / len(prompts)).float()

@@ -511,3 +511,36 @@ def test_more_families_equal_whole_passes(family, monkeypatch):
             whole = patch_latents(model, dictionary, pairs, each_position=True, align=align)
         assert found.edits == whole.edits
         torch.testing.assert_close(torch.tensor(found.patched), torch.tensor(whole.patched), atol=1e-5, rtol=0)
+
+
+class LowRank(torch.nn.Module):
+    """A linear map and what a low-rank adapter adds to it."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base, self.down = base, torch.nn.Linear(base.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_an_adapter_in_the_last_block_is_patched_at_several_positions():
+    """Each of its maps can run at the last position alone, but not all of them together."""
+    model, dictionary = tiny_model("qwen3", seed=3), random_dictionary("resid_post.1", "standard")
+    for layer in model.hf.model.layers:
+        for name in ("q_proj", "o_proj"):
+            setattr(layer.self_attn, name, LowRank(getattr(layer.self_attn, name), 3).requires_grad_(False))
+    model.hf.eval()
+    effects = patch_latents(model, dictionary, [PAIR], [[2, 30, 41]], controls=0)
+    batch = batch_pairs(model, [PAIR])
+    kept = KeptRun(model, batch.corrupted, [dictionary.site])
+    source = KeptRun(model, batch.clean, [dictionary.site])
+    component = LatentUnits(dictionary, ids=(2, 30, 41))
+    old = kept.values[dictionary.site]
+    changes = component.write(old, component.read(source.values[dictionary.site]), batch.corrupted.ordinary)
+    logits = by_hand(model, dictionary.site, batch.corrupted, changes.applied(old) - old)
+    answer, counter = int(batch.answer[0]), int(batch.counter[0])
+    assert changes.pos.unique().numel() > 1
+    assert abs(float(effects.patched[0, 0]) - float(logits[0, answer] - logits[0, counter])) < 2e-5
+    assert kept.way(dictionary.site) == "shortcuts"

@@ -17,11 +17,14 @@ from saepatch.steering.fluency import continuation_nll
 
 GRIFFIN = {"lru_width": 16, "num_key_value_heads": 1, "w_init_variance_scale": 1.0, "attention_window_size": 64}
 BART = {"encoder_layers": 3, "decoder_layers": 3, "d_model": 16, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}
+GIT = {"vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}}
+GIT |= {"num_image_with_embedding": None}
 KINDS = {
     "llama": ({}, Padding()),
     "camembert": ({"is_decoder": True}, Padding(first=3)),  # counts from the padding's id + 1
     "recurrent_gemma": (GRIFFIN, Padding(left=False)),
     "bart": (BART | {"is_decoder": True}, Padding(left=False)),
+    "git": (GIT, Padding(cached=False)),  # its cached steps see the padding of a row
 }
 TEXTS, NEW = ["the red hen", "a cow", "my old dog!"], [[70, 80, 90], [75], [60, 61]]
 

@@ -66,7 +66,7 @@ def test_dictionaries_that_normalise_take_the_long_way(architecture, normalisati
     model = tiny_model()
     dictionary = random_dictionary(architecture=architecture, normalize_activations=normalisation)
     assert dictionary.alone([7]) is None
-    assert not SiteEdit(dictionary, dictionary.site, [Steer(7, 1.0)]).blind
+    assert not SiteEdit(model, dictionary, dictionary.site, [Steer(7, 1.0)]).blind
     tokens = model.tokenize(["the cat sat", "a dog"])
     for edit in EDITS:
         short, whole = (logits(model, dictionary, edit, tokens, record) for record in (False, True))

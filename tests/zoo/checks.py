@@ -252,7 +252,8 @@ def _steered(subject: Subject, cached: bool) -> None:
         with subject.hooked(edit):
             want += _generated(subject, subject.model.tokenize([text]), cached)
     ours = []
-    for batch in [texts] if subject.model.padding.left else [[text] for text in texts]:
+    padding = subject.model.padding
+    for batch in [texts] if padding.left and (padding.cached or not cached) else [[text] for text in texts]:
         with splice(subject.model, subject.dictionary, Steer(3, 4.0)):
             ours += _generated(subject, subject.model.tokenize(batch, "left"), cached)
     for mine, plain in zip(ours, want, strict=True):

@@ -10,6 +10,6 @@ def inspect(config: InspectConfig) -> CommandResult:
     from saepatch.runs.interpret import read_model
 
     model = read_model(config)
-    dictionaries = load_saes(config.sae, model.device) if config.sae else {}
+    dictionaries = load_saes(config.sae, model.device, every_position=config.every_position) if config.sae else {}
     lines = model_lines(model) + (dictionary_lines(model, dictionaries) if config.sae else [])
     return CommandResult("\n".join(lines), facts(model, dictionaries))

@@ -1,0 +1,48 @@
+"""A model whose later blocks sit on another device, played by torch's `meta` device; what comes from there is zeros."""
+
+import pytest
+import torch
+from tiny import random_dictionary, tiny_model
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from saepatch.data.pairs import PromptPair
+from saepatch.measure.patching import patch_latents
+from saepatch.measure.quality import latent_statistics, splice_quality
+from saepatch.splicing.interventions import Clamp, Steer
+from saepatch.splicing.splice import record_latents, splice
+from saepatch.steering.contrasts import contrast
+
+
+@pytest.fixture
+def spread(monkeypatch):
+    """Blocks from the second on, and the unembedding, are elsewhere."""
+    model, plain = tiny_model("qwen3", seed=2), Tensor.to
+
+    def to(x, *args, **options):
+        target = args[0].device if args and isinstance(args[0], Tensor) else args[0] if args else None
+        if x.is_meta and target is not None and not isinstance(target, torch.dtype) and str(target) == "cpu":
+            return torch.zeros(x.shape, dtype=x.dtype)
+        return plain(x, *args, **options)
+
+    def hop(_module, args, kwargs):
+        return tree_map(lambda v: plain(v, "meta") if isinstance(v, Tensor) else v, (args, kwargs))
+
+    for block in [*model.hf.model.layers[1:], model.hf.model.norm, model.hf.lm_head]:
+        block.to("meta").register_forward_pre_hook(hop, with_kwargs=True)
+    monkeypatch.setattr(Tensor, "to", to)
+    return model
+
+
+def test_values_are_handed_over_to_the_dictionary_and_back(spread):
+    dictionary, tokens = random_dictionary("resid_post.1", "standard"), spread.tokenize(["a bird sang"])
+    assert spread.hf(input_ids=tokens.input_ids).logits.is_meta
+    for interventions, error in ((Steer(3, 1.0), "keep"), (Clamp(3, 1.0), "keep"), ((), "drop")):
+        with splice(spread, dictionary, interventions, error=error):
+            assert spread.logits(tokens).device == spread.device
+    assert record_latents(spread, dictionary, tokens).acts.device == spread.device
+    assert latent_statistics(spread, dictionary, tokens).maximum.shape == (dictionary.d_sae,)
+    assert len(contrast(spread, dictionary, ["a bird"], ["a wolf"])) == dictionary.d_sae
+    assert splice_quality(spread, dictionary, tokens).l0 > 0
+    effects = patch_latents(spread, dictionary, [PromptPair("a bird", "a wolf", "x", "y")], [3], controls=0)
+    assert effects.patched.shape == (1, 1)
