@@ -263,8 +263,8 @@ def capture(
     layout: Layout,
     sites: Collection[Site],
     inputs: Mapping[str, Any],
-    device: torch.device,
     stop: bool = True,
+    device: torch.device | None = None,
 ) -> dict[Site, Float[Tensor, "batch pos d_model"]]:
     """What the sites emit in one forward pass, on a device; with `stop`, the pass ends at the last site needed."""
     seen: dict[Site, Tensor] = {}

@@ -220,7 +220,7 @@ class LanguageModel:
         """
         if cache is None and not start and self._runs_apart(tokens):
             return spread(tokens, lambda part: self.capture(part, sites, stop=stop))
-        emitted = capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), self.device, stop)
+        emitted = capture(self.hf, self.layout, sites, self.inputs(tokens, start, cache=cache), stop, self.device)
         note_columns(cache, tokens.width)
         return emitted
 
