@@ -227,7 +227,8 @@ class _Estimates:
         with self.how.method.modified(self.model) as counts:
             takes = IntegratedGradients(self.how.method.steps) if self.how.method.steps else FirstOrder()
             sites = [node.site for node in self.nodes]
-            gradients = takes.take(Base(self.model, base.tokens, sites, readout, base), runs.source.values, where).of
+            run, there = Base(self.model, base.tokens, sites, readout, base), dict.fromkeys(sites, where)
+            gradients = takes.take(run, runs.source.values, there).of
             for node in self.nodes:
                 if ups := [movers[up.site] for up in upstream(self.nodes, node.site)]:
                     self._into(node, ups, runs, gradients[node.site][0], where, ledger)

@@ -1,4 +1,4 @@
-"""Activations that are not finite, named where they are first seen."""
+"""Activations that cannot be used, named where they are first seen: not finite, or not one per token."""
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ def check_finite(
     Raises:
         UserError: it is not; site, text, position and token are named.
     """
+    check_columns(model, site, x, tokens.width)
     broken = ~torch.isfinite(x).all(-1) & tokens.attention_mask.bool().to(x.device)
     if not bool(broken.any()):
         return
@@ -32,3 +33,12 @@ def check_finite(
         f"activations at {site} of {model.name} are NaN or infinite in {text!r}…, at position {position} ({name!r}), "
         f"in {str(model.dtype).removeprefix('torch.')}: use --dtype float32 or bfloat16, or leave this text out"
     )
+
+
+def check_columns(model: LanguageModel, site: Site, x: Tensor, width: int) -> None:
+    """Raises UserError where a site does not hold one value per token, as where a model pads rows itself."""
+    if x.shape[1] != width:
+        raise UserError(
+            f"{site} of {model.name} holds {x.shape[1]} columns for {width} tokens, so positions cannot be told apart "
+            "there (some models pad rows to whole chunks): give prompts of another length"
+        )

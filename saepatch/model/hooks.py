@@ -139,7 +139,8 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit], device: torch.device 
     if missed := [str(site) for site in edits if site not in fired]:
         raise SpliceError(
             f"nothing ran through {', '.join(missed)} inside the context, so nothing was edited: "
-            "run the model inside the context, on its thread (and check that the model is the one that was spliced)"
+            "run the model inside the context, on its thread (and check that it is the model that was spliced; where "
+            "torch.compile'd code of it ran before, use torch.compiler.set_stance('force_eager'))"
         )
 
 

@@ -161,6 +161,11 @@ def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
             f"model {name!r} is wrapped by an adapter ({type(hf).__name__}): give its get_base_model(), in which the "
             "adapter acts, or merge_and_unload() it"
         )
+    if hasattr(hf, "_orig_mod") or getattr(hf, "_compiled_call_impl", None) is not None:
+        raise UserError(
+            f"model {name!r} is compiled, and compiled code passes hooks by: give the model itself (its _orig_mod), "
+            "not compiled"
+        )
     for parameter, value in hf.named_parameters():
         if not value.is_meta and not all(bool(torch.isfinite(part).all()) for part in stored_tensors(value)):
             raise UserError(

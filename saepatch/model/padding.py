@@ -144,8 +144,8 @@ def probe_padded_steps(
     ids = probe.input_ids
     padded = _padded(probe, pad).rows([0])
     longer = torch.cat([ids, ids[:, :3]], 1)  # a batch has a row without padding, too
-    both = [torch.cat([padded.input_ids, longer]), torch.cat([padded.attention_mask, torch.ones_like(longer)])]
-    tokens = Tokens(*both, both[1].bool())
+    mask = torch.cat([padded.attention_mask, torch.ones_like(longer)])
+    tokens = Tokens(torch.cat([padded.input_ids, longer]), mask, mask.bool())
     cache, start, parts = new_cache(), 0, []
     try:
         for end in accumulate((tokens.width - sum(steps), *steps)):

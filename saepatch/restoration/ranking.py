@@ -268,14 +268,15 @@ def _attribution(
         part = slice(start, start + batch_size)
         tokens, clean = model.tokenize(prompts[part], "left"), other.tokenize(asked[part], "left")
         values = other.capture(clean, sites)
-        where = tokens.ordinary
-        if template is not None:
-            where = where & (torch.arange(where.shape[1], device=where.device) >= where.shape[1] - template)
-        source = {site: _right_aligned(x, where.shape[1]) for site, x in values.items()}
+        first = 0 if template is None else tokens.width - template
+        inside = torch.arange(tokens.width, device=model.device) >= first
+        where = {site: dictionary.known(model, tokens).ordinary & inside for site, dictionary in sites.items()}
+        source = {site: _right_aligned(x, tokens.width) for site, x in values.items()}
         base = Base(model, tokens, list(sites), Readout(refusal_score(refusal_ids), _as_pairs(prompts[part], tokens)))
         gradients = IntegratedGradients(steps).take(base, source, where)
         for site, dictionary in sites.items():
-            totals[site] += _shares(dictionary, gradients.values[site], source[site], gradients.of[site][0], where)
+            gradient = gradients.of[site][0]
+            totals[site] += _shares(dictionary, gradients.values[site], source[site], gradient, where[site])
     return {site: (total / len(prompts)).float() for site, total in totals.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents, decode_sparsely
 from saepatch.errors import UserError
-from saepatch.model.finite import check_finite
+from saepatch.model.finite import check_columns, check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
@@ -59,6 +59,7 @@ class SiteEdit:
             raise UserError(
                 "a splice is not differentiable: run it under torch.no_grad(), or use saepatch.measure.attribution"
             )
+        check_columns(self.model, self.site, x, seen.input_ids.shape[1])
         if not bool(torch.isfinite(x).all()):
             check_finite(self.model, self.site, x, Tokens(seen.input_ids, seen.real.long(), seen.ordinary), seen.start)
         where = [self._where(intervention, seen) for intervention in self.interventions]

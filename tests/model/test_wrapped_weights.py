@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_model
+from tiny import byte_tokenizer, random_dictionary, tiny_model
 from torch import nn
 
 from saepatch.errors import UserError
 from saepatch.model.fingerprint import fingerprint, stored_tensors
+from saepatch.model.hooks import SpliceError
 from saepatch.model.loading import load_model, wrap_model
+from saepatch.splicing.interventions import Steer
+from saepatch.splicing.splice import record_latents, splice
 
 
 class Quantised(torch.Tensor):
@@ -98,3 +101,33 @@ def test_a_config_that_was_changed(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps(config | values))
     with pytest.raises(UserError, match="cannot load model"):
         load_model(str(tmp_path))
+
+
+def test_compiled_code_is_named():
+    """It does not see hooks that are put on after it ran."""
+    model, dictionary = tiny_model("qwen3"), random_dictionary("resid_post.1", "standard")
+    tokens = model.tokenize(["a red hen"])
+    with splice(model, dictionary, Steer(3, 4.0)):
+        want = model.logits(tokens)
+    model.hf.forward = torch.compile(model.hf.forward, backend="eager")
+    with torch.no_grad():
+        model.hf(**model.inputs(tokens))
+    with pytest.raises(SpliceError, match="torch.compiler.set_stance"), splice(model, dictionary, Steer(3, 4.0)):
+        model.logits(tokens)
+    with torch.compiler.set_stance("force_eager"), splice(model, dictionary, Steer(3, 4.0)):
+        torch.testing.assert_close(model.logits(tokens), want)
+    with pytest.raises(UserError, match="is compiled.*_orig_mod"):
+        wrap_model(torch.compile(tiny_model("qwen3").hf, backend="eager"), model.tokenizer, "compiled")
+
+
+def test_rows_that_the_model_pads_itself_are_refused():
+    """Reformer pads them to whole chunks, inside its blocks."""
+    layers = {"attn_layers": ["local"] * 3, "local_attn_chunk_length": 8, "axial_pos_embds": False}
+    model = tiny_model("reformer", is_decoder=True, feed_forward_size=32, attention_head_size=4, hash_seed=0, **layers)
+    dictionary = random_dictionary("resid_post.1", d_in=model.d_model)
+    with pytest.raises(UserError, match=r"holds 16 columns for 11 tokens"), splice(model, dictionary, Steer(3, 4.0)):
+        model.logits(model.tokenize(["a long one"]))
+    with pytest.raises(UserError, match=r"holds 16 columns for 11 tokens"):
+        record_latents(model, dictionary, model.tokenize(["a long one"]))
+    with splice(model, dictionary, Steer(3, 4.0)):
+        model.logits(model.tokenize(["a fox"]))
