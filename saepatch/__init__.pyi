@@ -2,10 +2,13 @@
 
 from .circuits.backward import gim as gim
 from .circuits.backward import relp as relp
+from .circuits.circuit import Circuit as Circuit
 from .circuits.edge_list import Edges as Edges
+from .circuits.edge_runs import EdgeRuns as EdgeRuns
 from .circuits.edges import EdgeOptions as EdgeOptions
 from .circuits.edges import Linear as Linear
 from .circuits.edges import edges as edges
+from .circuits.node_runs import NodeRuns as NodeRuns
 from .circuits.nodes import Edge as Edge
 from .circuits.nodes import Node as Node
 from .circuits.nodes import Paths as Paths

@@ -1,7 +1,7 @@
 """Models with hand-set weights whose circuits are known: blocks are ReLU networks of the sum of all earlier tokens.
 
-A letter writes a direction of its own. `block(gather, inner, bias, outer)` adds to a position what all positions so far
-hold, mapped by `gather`, and then a ReLU network of the sum. Dictionaries of the directions themselves (identity) have
+A letter writes a direction of its own. A block adds to a position what all positions so far hold, mapped by
+`gather`, and then a ReLU network of the sum. Dictionaries of the directions themselves (identity) have
 no error term.
 """
 
@@ -24,8 +24,8 @@ ANSWER = WIDTH - 1
 OFF = WIDTH - 2  # what every token holds, so that no token is all zeros
 
 
-def planted(letters: str, blocks: Sequence[Tensor | tuple[Tensor, Tensor, Tensor]], skip: bool = True) -> LanguageModel:
-    """A model whose block i maps dimensions linearly (a matrix) or by a ReLU network (inner, bias, outer)."""
+def planted(letters: str, blocks: Sequence[Tensor | tuple[Tensor, ...]]) -> LanguageModel:
+    """A model whose block i gathers (a matrix), runs a ReLU network (inner, bias, outer), or does both in turn."""
     hf, tokenizer = AndOrModel(AndOrConfig(num_hidden_layers=len(blocks))), byte_tokenizer()
     with torch.no_grad():
         hf.embed.weight.zero_()
@@ -36,7 +36,9 @@ def planted(letters: str, blocks: Sequence[Tensor | tuple[Tensor, Tensor, Tensor
             if isinstance(made, Tensor):
                 block.gather.copy_(made)
                 continue
-            inner, bias, outer = made
+            *gather, inner, bias, outer = made
+            if gather:
+                block.gather.copy_(gather[0])
             block.inner = nn.Linear(WIDTH, len(bias))
             block.outer = nn.Linear(len(bias), WIDTH, bias=False)
             block.inner.weight.copy_(inner)

@@ -1,10 +1,10 @@
 """Nodes of a circuit: units at sites whose nodes together make up the site's whole value, and the logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
@@ -186,3 +186,22 @@ def changes_at(node: NodeSite, base: KeptRun, source: KeptRun, where: Bool[Tenso
     same = alike.cumprod(-1).bool() & ((other - x).abs().amax(-1) <= rounding)
     where = where & ~same
     return [component.write(x, component.read(other), where) for component in node.components]
+
+
+def written(
+    component: Component,
+    units: Sequence[int],
+    x: Float[Tensor, "some width"],
+    moved: Float[Tensor, "some width"],
+) -> Float[Tensor, "some width"]:
+    """What one unit each adds to its site, of value `x`, when it takes the value it has where the site is `moved`."""
+    unit = torch.tensor(list(units), device=x.device)
+    if isinstance(component, LatentUnits):
+        ids = torch.tensor(sorted(set(units)), device=x.device)
+        component, unit = replace(component, ids=tuple(ids.tolist())), torch.searchsorted(ids, unit)
+    everywhere = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+    changes = component.write(x[:, None], component.read(moved[:, None]), everywhere)
+    mine = (changes.unit == unit[changes.row]).nonzero().flatten()
+    out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    out[changes.row[mine]] = changes.vectors(mine).to(out.dtype)
+    return out

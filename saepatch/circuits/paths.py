@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saepatch.circuits.nodes import Edge, Node, NodeSite, Paths, between, changes_at
+from saepatch.circuits.nodes import Edge, Node, NodeSite, Paths, between, changes_at, written
 from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
 from saepatch.data.pairs import PromptPair
-from saepatch.engine.components import Changes, LatentUnits
+from saepatch.engine.components import Changes
 from saepatch.engine.edited_runs import metric_values
 from saepatch.engine.kept_run import Checked, KeptRun
 from saepatch.engine.metrics import answers_only, needs_clean_logits
@@ -208,33 +208,15 @@ class _EdgeBatch:
             at = np.flatnonzero(np.isin(of_mover, some))
             run = torch.tensor([some.index(of_mover[i]) for i in at], dtype=torch.long, device=x.device)
             moved[at] = reached[run, torch.tensor([self.down[i] - first for i in at], device=x.device)]
-        written = self._written(down, number, x[self.edge_rows, self.down], moved)
-        values, acting = np.zeros(len(self.mover)), [i for i in range(len(self.mover)) if bool(written[i].any())]
+        change_of = written(down.components[number], self.unit, x[self.edge_rows, self.down], moved)
+        values, acting = np.zeros(len(self.mover)), [i for i in range(len(self.mover)) if bool(change_of[i].any())]
         for some in self._chunks([self.down[i] for i in acting]):
             edges = [acting[i] for i in some]
-            first, change = self._change(target, edges, self.down, written)
+            first, change = self._change(target, edges, self.down, change_of)
             values[edges] = self.runs.metric(self.options, target, self.edge_rows[edges], first, change)
         idle = np.ones(len(values), dtype=bool)
         idle[acting] = False
         return self._or_base(values, idle)
-
-    def _written(
-        self, down: NodeSite, number: int, x: Float[Tensor, "edges width"], moved: Float[Tensor, "edges width"]
-    ) -> Float[Tensor, "edges width"]:
-        """What each edge's downstream node adds to its site."""
-        component, unit = down.components[number], torch.tensor(self.unit, device=x.device)
-        if isinstance(component, LatentUnits):
-            ids = sorted(set(self.unit))
-            component, unit = (
-                replace(component, ids=tuple(ids)),
-                torch.searchsorted(torch.tensor(ids, device=x.device), unit),
-            )
-        everywhere = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
-        changes = component.write(x[:, None], component.read(moved[:, None]), everywhere)
-        mine = (changes.unit == unit[changes.row]).nonzero().flatten()
-        out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        out[changes.row[mine]] = changes.vectors(mine).to(out.dtype)
-        return out
 
     def _change(
         self, site: Site, some: Sequence[int], columns: Sequence[int], vectors: Float[Tensor, "all width"]

@@ -1,11 +1,11 @@
 """Edges against the literal definitions: loops of automatic differentiation and plain hooks, written here."""
 
-from contextlib import ExitStack
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from bare_hooks import forward
 from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
@@ -15,7 +15,7 @@ from saepatch.circuits.paths import path_patches
 from saepatch.engine.components import Heads, Stream
 from saepatch.engine.metrics import log_probability
 from saepatch.errors import UserError
-from saepatch.model.sites import READ_AT_INPUT, Site
+from saepatch.model.sites import Site
 
 pytestmark = pytest.mark.whole
 
@@ -32,30 +32,6 @@ def model(family="llama"):
 @cache
 def dictionaries(up="topk", down="jumprelu"):
     return [random_dictionary("resid_post.0", up, seed=1), random_dictionary("resid_post.1", down, seed=2)]
-
-
-def hooked(model, site, edit):
-    module = model.layout.module(site)
-
-    def on_output(_module, _args, output):
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-
-    def on_input(_module, args, kwargs):
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
-
-    if site.stream in READ_AT_INPUT:
-        return module.register_forward_pre_hook(on_input, with_kwargs=True)
-    return module.register_forward_hook(on_output)
-
-
-def forward(model, text, edits):
-    """Next-token logits of a whole pass under hooks."""
-    with ExitStack() as stack:
-        for site, edit in edits.items():
-            stack.callback(hooked(model, site, edit).remove)
-        return model.hf(input_ids=torch.tensor([model.encode(text)])).logits[0, -1].double()
 
 
 def values(model, text, sites):

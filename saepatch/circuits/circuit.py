@@ -1,0 +1,180 @@
+"""A circuit: nodes, and edges between them, as a value that is written to JSON and GraphML and read back."""
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saepatch.circuits.nodes import LOGITS, Edge, Node
+from saepatch.errors import UserError
+from saepatch.model.sites import Site
+from saepatch.records.files import atomic
+
+FORMAT = "saepatch circuit 1"
+TARGET = Node(None, kind=LOGITS)
+_GRAPHML = "http://graphml.graphdrawing.org/xmlns"
+# attribute names of nodes and edges in GraphML, and their types
+_NODE_KEYS = {"site": "string", "kind": "string", "unit": "int", "position": "int", "effect": "double"}
+_EDGE_KEYS = {"weight": "double"}
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Nodes and edges, with a number each: a node's effect and an edge's weight, in units of the metric.
+
+    The logits are a node of circuits with edges. Nodes are in the order of the forward pass.
+    """
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...] = ()
+    effects: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a node or edge that is there twice, or a number of effects or weights that differs."""
+        for what, some in (("node", self.nodes), ("edge", self.edges)):
+            if len(set(some)) != len(some):
+                raise UserError(f"a circuit has a {what} twice: give each once")
+        if len(self.effects) not in (0, len(self.nodes)) or len(self.weights) not in (0, len(self.edges)):
+            raise UserError(
+                f"{len(self.effects)} effects of {len(self.nodes)} nodes, {len(self.weights)} weights of "
+                f"{len(self.edges)} edges: give one of each, or none"
+            )
+        ends = {node for edge in self.edges for node in (edge.up, edge.down)}
+        if missing := ends - set(self.nodes):
+            raise UserError(f"an edge of the circuit ends in {next(iter(missing))}, which is not among its nodes")
+
+    @classmethod
+    def of_edges(cls, weighted: Iterable[tuple[Edge, float]], effects: Mapping[Node, float] | None = None) -> "Circuit":
+        """A circuit of edges, with the nodes that they join."""
+        listed = list(weighted)
+        nodes = sorted({node for edge, _ in listed for node in (edge.up, edge.down)}, key=lambda node: node.order)
+        of_nodes = tuple(float((effects or {}).get(node, 0.0)) for node in nodes) if effects else ()
+        return cls(tuple(nodes), tuple(edge for edge, _ in listed), of_nodes, tuple(w for _, w in listed))
+
+    def facts(self) -> dict[str, Any]:
+        """The circuit as JSON."""
+        number = {node: i for i, node in enumerate(self.nodes)}
+        nodes = [
+            {
+                "site": "" if node.site is None else str(node.site),
+                "kind": node.kind,
+                "unit": node.unit,
+                "position": node.position,
+                **({"effect": self.effects[i]} if self.effects else {}),
+            }
+            for i, node in enumerate(self.nodes)
+        ]
+        edges = [
+            {"up": number[edge.up], "down": number[edge.down], **({"weight": self.weights[i]} if self.weights else {})}
+            for i, edge in enumerate(self.edges)
+        ]
+        return {"format": FORMAT, "nodes": nodes, "edges": edges}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Circuit":
+        """The circuit that `facts` describes.
+
+        Raises:
+            UserError: it is no circuit.
+        """
+        if facts.get("format") != FORMAT:
+            raise UserError(f"no circuit: its format is {facts.get('format')!r}, not {FORMAT!r}")
+        try:
+            nodes = [
+                Node(Site.parse(n["site"]) if n["site"] else None, int(n["unit"]), n["position"], str(n["kind"]))
+                for n in facts["nodes"]
+            ]
+            edges = [Edge(nodes[e["up"]], nodes[e["down"]]) for e in facts["edges"]]
+            effects = tuple(float(n["effect"]) for n in facts["nodes"] if "effect" in n)
+            weights = tuple(float(e["weight"]) for e in facts["edges"] if "weight" in e)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"a damaged circuit ({type(error).__name__}: {error}): write it again") from error
+        return cls(tuple(nodes), tuple(edges), effects, weights)
+
+    def write(self, path: Path) -> None:
+        """Write to a file, as GraphML where its name ends in .graphml, otherwise as JSON."""
+        text = self._graphml() if path.suffix == ".graphml" else json.dumps(self.facts(), indent=1)
+        with atomic(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "Circuit":
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: the file is no circuit.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            facts = _from_graphml(text) if path.suffix == ".graphml" else json.loads(text)
+        except (OSError, ValueError, ET.ParseError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{str(path)!r} is not a circuit ({error}): give a file that Circuit.write wrote"
+            ) from error
+        return cls.from_facts(facts)
+
+    def _graphml(self) -> str:
+        facts = self.facts()
+        root = ET.Element("graphml", xmlns=_GRAPHML)
+        for kind, keys in (("node", _NODE_KEYS), ("edge", _EDGE_KEYS)):
+            for name, typed in keys.items():
+                ET.SubElement(root, "key", {"id": name, "for": kind, "attr.name": name, "attr.type": typed})
+        graph = ET.SubElement(root, "graph", id=FORMAT, edgedefault="directed")
+        for number, node in enumerate(facts["nodes"]):
+            _with_data(ET.SubElement(graph, "node", id=f"n{number}"), node, _NODE_KEYS)
+        for edge in facts["edges"]:
+            ends = {"source": f"n{edge['up']}", "target": f"n{edge['down']}"}
+            _with_data(ET.SubElement(graph, "edge", ends), edge, _EDGE_KEYS)
+        ET.indent(root)
+        return ET.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _with_data(element: ET.Element, facts: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    for name in keys:
+        if facts.get(name) is not None:
+            ET.SubElement(element, "data", key=name).text = str(facts[name])
+
+
+def _from_graphml(text: str) -> dict[str, Any]:
+    graph = ET.fromstring(text).find(f"{{{_GRAPHML}}}graph")  # noqa: S314 (own files; expat expands no external entity)
+    if graph is None:
+        raise UserError("GraphML without a graph: give a file that Circuit.write wrote")
+
+    def data(element: ET.Element, keys: Mapping[str, str]) -> dict[str, Any]:
+        read = {"string": str, "int": int, "double": float}
+        found = {d.attrib["key"]: d.text or "" for d in element.findall(f"{{{_GRAPHML}}}data")}
+        return {name: read[keys[name]](value) for name, value in found.items()}
+
+    nodes = [{"site": "", "position": None} | data(n, _NODE_KEYS) for n in graph.findall(f"{{{_GRAPHML}}}node")]
+    edges = [
+        {"up": int(e.attrib["source"][1:]), "down": int(e.attrib["target"][1:])} | data(e, _EDGE_KEYS)
+        for e in graph.findall(f"{{{_GRAPHML}}}edge")
+    ]
+    return {"format": graph.attrib["id"], "nodes": nodes, "edges": edges}
+
+
+def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int = 5, seed: int = 0) -> list[list[Node]]:
+    """Random sets of nodes with as many at each site, of each kind, as `chosen`: controls of equal layer profile.
+
+    Raises:
+        UserError: fewer than five draws, or a site has fewer candidates than chosen nodes.
+    """
+    import numpy as np
+
+    if draws < 5:
+        raise UserError(f"draws = {draws}: use at least 5 random circuits")
+    rng, sets = np.random.default_rng(seed), []
+    places = sorted({(node.site, node.kind) for node in chosen if node.site is not None}, key=str)
+    for _ in range(draws):
+        drawn: list[Node] = []
+        for site, kind in places:
+            mine = [node for node in candidates if (node.site, node.kind) == (site, kind)]
+            wanted = sum((node.site, node.kind) == (site, kind) for node in chosen)
+            if len(mine) < wanted:
+                raise UserError(f"{wanted} {kind} nodes at {site}, but {len(mine)} candidates: give all candidates")
+            drawn += [mine[i] for i in rng.choice(len(mine), wanted, replace=False)]
+        sets.append(drawn)
+    return sets
