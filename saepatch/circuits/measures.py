@@ -79,7 +79,7 @@ def knocked_out(
 def minimality(runs: Runs, act: Bool[Tensor, "members"]) -> Float[ndarray, "chosen"]:
     """What each member of the circuit contributes to its share: the loss when it alone is taken out."""
     chosen = np.flatnonzero(act.numpy())
-    without = torch.stack([act & ~_only(len(act), [i]) for i in chosen]) if len(chosen) else act[None][:0]
+    without = torch.stack([act & ~_only(len(act), [i]) for i in chosen.tolist()]) if len(chosen) else act[None][:0]
     gap = float((runs.whole - runs.empty).mean())
     return (runs.run(act[None])[0] - runs.run(without)).mean(-1) / gap
 
