@@ -23,7 +23,6 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import (
     Changes,
     Component,
-    Edit,
     ErrorTerm,
     LatentUnits,
     as_components,
@@ -44,8 +43,9 @@ from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import Metric, logit_difference
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
+from saepatch.measure.effects import precision_of
 from saepatch.measure.patching import patch_edits
-from saepatch.measure.screen import ERROR, Attribution, Verification
+from saepatch.measure.screen import ERROR, Attribution, Exact, Verification
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
 from saepatch.splicing.splice import choose_positions
@@ -100,6 +100,7 @@ def attribute(
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     screen = _screen(model, several, pairs, method, chosen)
     columns = screen.columns(1.0 if chosen.denoises or screen.absolute else -1.0)
+    precision, rounding = precision_of(model.dtype)
     result = Attribution(
         method=method.name,
         sites=tuple(dictionary.site for dictionary in several),
@@ -113,20 +114,26 @@ def attribute(
         position=columns["position"],
         score=columns["score"],
         sizes=screen.absolute,
+        precision=precision,
+        rounding=rounding,
         **chosen.labels,
     )
     if not isinstance(method, IntegratedGradients):
         result.warn_if_flat("use IntegratedGradients")
     if not verify and not sample:
         return result
-    components: list[Component] = [LatentUnits(dictionary) for dictionary in several]
-    if not chosen.at_component:
-        components += [ErrorTerm(dictionary) for dictionary in several]
+    return result.verify(verify, sample, _exact(model, several, pairs, chosen), seed)
 
-    def exact(edits: list[tuple[int, Edit]]) -> Float[ndarray, "nodes"]:
-        return patch_edits(model, components, pairs, edits, replace(chosen, each_position=False))
 
-    return result.verify(verify, sample, exact, seed)
+def _exact(
+    model: LanguageModel, dictionaries: Sequence[Dictionary], pairs: Sequence[PromptPair], options: SweepOptions
+) -> Exact:
+    """The metric under edits, each of one pair, run exactly."""
+    components: list[Component] = [LatentUnits(dictionary) for dictionary in dictionaries]
+    if not options.at_component:
+        components += [ErrorTerm(dictionary) for dictionary in dictionaries]
+    alone = replace(options, each_position=False)
+    return lambda edits: patch_edits(model, components, pairs, edits, alone)
 
 
 def integrated_gradients(

@@ -28,6 +28,8 @@ UNTESTED = "no q: no edit changes anything in two or more pairs, so nothing was 
 NOTHING = "differs in 0: equal in both runs of every pair, so nothing was patched; the 0 is no evidence of no effect"
 WHOLE = ("stream", "error")  # kinds of component with a single unit, which is not named
 ROUNDING = 1e-4  # share of the mean gap: differences between batch compositions are below this in float32
+NARROW = 2e-2  # the same in bfloat16 and float16
+WITHIN = "°: within rounding, which alone may change the metric by {:.1g} of the gap here"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class Effects(PairGaps):
     min_gap: float = 1e-2
     corruption: str = ""  # how the corrupted runs were made, if not from the pairs' corrupted prompts
     rounding: float = ROUNDING
+    precision: str = ""  # the model's dtype
     method: str = "exact"
 
     def __post_init__(self) -> None:
@@ -162,17 +165,19 @@ class Effects(PairGaps):
 
     def summary(self, k: int = 10) -> str:
         """The top edits as a table, with intervals, controls and false discovery rates."""
-        q, top = self.q_values(), self.top(k)
+        q, top, mean = self.q_values(), self.top(k), self.change.mean(0)
+        small = [within_rounding(float(mean[self._index(edit)]), self.rounding, self) for edit in top]
         roles = [role for role in CONTROLS[:2] if self.where(role)]
         rows = []
-        for edit in top:
+        for edit, is_small in zip(top, small, strict=True):
             number = self._index(edit)
-            cells = [self.of(edit), *(self.controls(edit, role) for role in roles)]
+            cells = [f"{self.of(edit)}{' °' * is_small}", *(self.controls(edit, role) for role in roles)]
             at = "all" if edit.position is None else edit.position
             rows.append([f"{edit.place} {describe(edit)}", at, *cells, self.ran[:, number].sum(), q_text(q[number])])
         lines = [effects_table("what", roles, rows)]
         if any(not self.ran[:, self._index(edit)].any() for edit in top):
             lines.append(NOTHING)
+        lines += [WITHIN.format(self.rounding)] * any(small)
         sets = max((len(self._control_columns(edit, role)) for edit in top for role in roles), default=0)
         lines += about_table((self.why_no_q() or UNTESTED) if np.isnan(q).all() else "", sets)
         lines.append(f"{self.direction}, {self.metric}: {self.ends()}, positions {self.positions}")
@@ -184,7 +189,7 @@ class Effects(PairGaps):
         For units that were swept ("single") or edits at one position, only edits that ran have a row. `tokens` are the
         texts of each pair's own tokens, for the column `token`.
         """
-        normalised = self.normalised
+        normalised, rounding = self.normalised, self.rounding * float(np.abs(self.gap).mean())
         everywhere = [edit.role != "single" and edit.position is None for edit in self.edits]
         wanted = self.ran | np.array(everywhere, dtype=bool)
         rows = []
@@ -205,6 +210,8 @@ class Effects(PairGaps):
                     metric=self.metric,
                     method=self.method,
                     corruption=self.corruption,
+                    precision=self.precision,
+                    rounding=rounding,
                     clean=float(self.clean[pair]),
                     corrupted=float(self.corrupted[pair]),
                     patched=float(self.patched[pair, column]),
@@ -212,6 +219,17 @@ class Effects(PairGaps):
                 )
             )
         return rows
+
+
+def within_rounding(mean: float, rounding: float, pairs: PairGaps) -> bool:
+    """Whether a mean change, other than none at all, is below `rounding`, a share of the mean gap."""
+    return bool(0 < abs(mean) < rounding * float(np.abs(pairs.gap).mean()))
+
+
+def precision_of(dtype: object) -> tuple[str, float]:
+    """The name of a model's dtype, and the share of the mean gap that its rounding may change."""
+    name = str(dtype).removeprefix("torch.")
+    return name, ROUNDING if name == "float32" else NARROW
 
 
 def effects_table(what: str, controls: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from typing_extensions import Unpack
 
@@ -16,7 +15,7 @@ from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.engine.sweep import Swept, sweep
 from saepatch.errors import UserError
 from saepatch.measure.controls import DRAWS, Group, with_controls
-from saepatch.measure.effects import Effects
+from saepatch.measure.effects import Effects, precision_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
@@ -154,6 +153,7 @@ def patch_by_pair(
             patched=base[number] + change[None, bounds[number] : bounds[number + 1]],
             ran=ran[None, bounds[number] : bounds[number + 1]],
             corruption=_name(chosen),
+            precision=precision_of(model.dtype)[0],
             rounding=_rounding(model, swept),
             **chosen.labels,
         )
@@ -332,6 +332,7 @@ def _effects(
         patched=patched,
         ran=ran,
         corruption=_name(options),
+        precision=precision_of(model.dtype)[0],
         rounding=_rounding(model, swept),
         **options.labels,
     )
@@ -343,7 +344,7 @@ def _name(options: SweepOptions) -> str:
 
 def _rounding(model: LanguageModel, swept: Swept) -> float:
     """Largest change by rounding alone, as a share of the mean gap: from the dtype, and from measured noise."""
-    return max(1e-4 if model.dtype == torch.float32 else 2e-2, 2 * swept.noise_share)
+    return max(precision_of(model.dtype)[1], 2 * swept.noise_share)
 
 
 def _apart(

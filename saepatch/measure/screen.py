@@ -170,6 +170,8 @@ class Attribution(PairGaps):
     min_gap: float = 1e-2
     sizes: bool = False
     verified: Verification | None = None
+    precision: str = ""  # the model's dtype
+    rounding: float = ROUNDING  # share of the mean gap that rounding alone may change
 
     def __len__(self) -> int:
         return len(self.score)
@@ -282,6 +284,7 @@ class Attribution(PairGaps):
     ) -> Iterator[Row]:
         of_size, whose = self.sizes and role == "single", self.pair[nodes]
         gap = np.abs(self.usable_gap) if of_size else self.usable_gap
+        rounding = self.rounding * float(np.abs(self.gap).mean())
         patched = moved_by(scores, self.clean[whose], self.corrupted[whose], self.direction == "denoise")
         for node, score, moved in zip(nodes.tolist(), scores.tolist(), patched.tolist(), strict=True):
             edit, pair = self.edit(node), int(self.pair[node])
@@ -298,6 +301,8 @@ class Attribution(PairGaps):
                 direction=self.direction,
                 metric=self.metric,
                 method=self.method if role == "single" else "exact",
+                precision=self.precision,
+                rounding=rounding,
                 clean=float(self.clean[pair]),
                 corrupted=float(self.corrupted[pair]),
                 patched=float("nan") if of_size else moved,

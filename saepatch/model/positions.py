@@ -1,7 +1,7 @@
 """The positions of a forward pass on which an intervention acts, accounting for padding and caches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,11 @@ class Pass:
     start: int
     width: int
     decode: Callable[[Sequence[int]], str]
+
+    def ending(self, columns: int) -> "Pass":
+        """The last columns of this pass alone."""
+        parts = {name: getattr(self, name)[:, -columns:] for name in ("input_ids", "ordinary", "real", "index")}
+        return replace(self, **parts, start=self.start + self.input_ids.shape[1] - columns)
 
     @property
     def in_prompt(self) -> Bool[Tensor, "batch pos"]:

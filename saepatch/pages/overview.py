@@ -185,6 +185,12 @@ def _unverified(run: RunData) -> Iterator[str]:
 
 
 def _untested(run: RunData) -> Iterator[str]:
+    small = sum(line.get("within_rounding", False) for top in run.summary["top"].values() for line in top)
+    if small:
+        yield (
+            f"{small} of the largest effects are within rounding, which alone may change the metric by "
+            f"{number(run.summary['rounding'], '.1g')} of the gap in this run: they are no effects."
+        )
     for direction, top in run.summary["top"].items():
         tested = [line["q"] for line in top if line["q"] is not None]
         own = run.own(direction)
@@ -207,6 +213,7 @@ def facts(run: RunData) -> Facts:
         "metric": run.metric,
         "corruption": settings["corruption"] or "the pair's corrupted prompt",
         "precision": settings["dtype"],
+        **({"rounding": f"{run.summary['rounding']:.1g} of the gap"} if "rounding" in run.summary else {}),
         **({"method": settings["method"]} if run.is_screen else {}),
         "finished": run.folder.finished,
         **run.provenance,

@@ -10,6 +10,7 @@ from saepatch.records.files import atomic
 from saepatch.records.provenance import Provenance
 
 ABOUT = b"saepatch"  # metadata key in the parquet file
+ADDED: dict[str, Any] = {"precision": "", "rounding": float("nan")}  # columns that older files lack
 ROWS = b"saepatch_rows"  # the same of the number of rows that were written
 
 
@@ -23,7 +24,8 @@ class Row:
     the units were chosen: "single" (all are swept; those that differ between a pair's runs have a row), "given", "top",
     "random", "matched", "differing" or "every". `effect` is normalised (0: base run, 1: source run), and NaN where the
     clean and corrupted runs are too close to divide by their difference. `corruption` is how the corrupted run was
-    made, where not by the pair's corrupted prompt.
+    made, where not by the pair's corrupted prompt. `precision` is the model's dtype, and `rounding` what rounding alone
+    may change in `patched`, in the metric's units: a smaller change is no effect.
     """
 
     task: str
@@ -42,6 +44,8 @@ class Row:
     patched: float
     effect: float
     corruption: str = ""
+    precision: str = ""
+    rounding: float = float("nan")
 
 
 @dataclass(frozen=True)

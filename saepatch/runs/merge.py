@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,19 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from saepatch.errors import UserError, reason_of
-from saepatch.measure.effects import CONTROLS, NOTHING, UNTESTED, about_table, effects_table, q_text
+from saepatch.measure.effects import (
+    CONTROLS,
+    NOTHING,
+    UNTESTED,
+    WITHIN,
+    about_table,
+    effects_table,
+    q_text,
+    within_rounding,
+)
 from saepatch.records.files import atomic, write_json
 from saepatch.records.provenance import versions
-from saepatch.records.rows import read_about
+from saepatch.records.rows import ADDED, read_about
 from saepatch.records.statistics import Interval, RatioBootstrap, false_discovery, why_no_q
 from saepatch.runs.answers import Answers, merge_answers
 from saepatch.runs.interpret import read_directions, read_positions
@@ -87,7 +96,7 @@ def _merge_rows(files: Sequence[Path], out: Path) -> Any:
     import pyarrow.parquet as pq
 
     path = out / "results.parquet"
-    schema = pq.read_schema(files[0]).remove_metadata()
+    schema = max((pq.read_schema(file).remove_metadata() for file in files), key=len)
     with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for file in files:
             writer.write_table(_part_table(file, schema))
@@ -109,6 +118,11 @@ def _part_table(file: Path, schema: Any) -> Any:
         table = pq.read_table(file).replace_schema_metadata(None)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read the rows of {file} ({reason_of(error)}): {remedy}") from error
+    for name in [name for name in ADDED if name in schema.names and name not in table.column_names]:
+        place = schema.get_field_index(name)
+        table = table.add_column(
+            place, schema.field(name), pa.array([ADDED[name]] * len(table), schema.field(name).type)
+        )
     if not table.schema.equals(schema):
         raise UserError(f"the rows of {file} have other columns than those of the first part: {remedy}")
     return table
@@ -124,6 +138,7 @@ class Line:
     q: float
     controls: dict[str, Interval]
     sets: int = 0  # number of control sets averaged for each role
+    within_rounding: bool = False
 
     @property
     def name(self) -> str:
@@ -131,6 +146,7 @@ class Line:
 
     def facts(self) -> dict[str, Any]:
         named = self.key._asdict() | {"effect": self.effect.facts(), "pairs": self.pairs, "q": self.q}
+        named |= {"within_rounding": True} if self.within_rounding else {}
         return named | {f"{role}_controls": interval.facts() for role, interval in self.controls.items()}
 
 
@@ -144,6 +160,8 @@ class Summary:
     top: dict[str, list[Line]]
     curves: dict[str, list[Line]]
     """All groups at sites where groups of several sizes were requested, one of each size, whether top edits or not."""
+    rounding: float
+    """Share of the mean gap that rounding alone may change."""
     no_q: dict[str, str]
     """By direction: the reason why no edit can be flagged; empty where one can."""
 
@@ -153,7 +171,7 @@ class Summary:
             {direction: [line.facts() for line in lines] for direction, lines in by_direction.items()}
             for by_direction in (self.top, self.curves)
         )
-        return {"edits": self.edits, "top": top, "curves": curves}
+        return {"edits": self.edits, "rounding": self.rounding, "top": top, "curves": curves}
 
     def table(self, k: int = 10) -> str:
         """The top edits as text, with intervals, controls and false discovery rates."""
@@ -162,11 +180,15 @@ class Summary:
             roles = [role for role in SHOWN if any(role in line.controls for line in top)]
             rows = []
             for line in top[:k]:
-                cells = [line.effect, *(line.controls.get(role, "") for role in roles)]
+                cells = [
+                    f"{line.effect}{' °' * line.within_rounding}",
+                    *(line.controls.get(role, "") for role in roles),
+                ]
                 rows.append([line.name, line.key.position, *cells, line.pairs, q_text(line.q)])
             lines.append(effects_table(direction, roles, rows))
             if any(not line.pairs for line in top[:k]):
                 lines.append(NOTHING)
+            lines += [WITHIN.format(self.rounding)] * any(line.within_rounding for line in top[:k])
             lines += about_table(self.no_q[direction], max((line.sets for line in top[:k]), default=0))
         lines.append(
             f"{self.record.settings['metric']}: {self.pairs.ends()}. Effects are shares of the gap of all pairs"
@@ -193,9 +215,11 @@ def summarise(record: Record, pairs: Pairs, changes: RowChanges, abouts: Sequenc
         largest = pairs.largest_first(changes.totals[own])[:TOP]
         wanted = [*largest, *(i for i in _on_curves([changes.keys[n] for n in own]) if i not in set(largest))]
         lines = {i: _line(record, changes, bootstrap, own[i], float(q[i])) for i in wanted}
+        means = {i: float(changes.totals[own[i]]) / len(pairs.clean) for i in wanted}
+        lines = {i: replace(lines[i], within_rounding=within_rounding(means[i], rounding, pairs)) for i in wanted}
         top[direction] = [lines[i] for i in largest]
         curves[direction] = [lines[i] for i in _on_curves([changes.keys[n] for n in own])]
-    return Summary(record, pairs, len(changes.keys), top, curves, no_q)
+    return Summary(record, pairs, len(changes.keys), top, curves, rounding, no_q)
 
 
 def _on_curves(keys: Sequence[EditKey]) -> list[int]:

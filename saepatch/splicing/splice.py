@@ -52,6 +52,7 @@ class Splice:
     _cache: Any = None  # the cache that holds this prompt
     _mask: Tensor | None = None  # of the columns read so far, or of the prompt of the current `generate` call
     _read: int = 0  # number of columns that the current `generate` call has read
+    _logits_to_keep: int = 0  # of the current pass; 0: all
     _donors: dict[int, DonorRun] = field(default_factory=dict)  # by `id` of the donor
 
 
@@ -128,7 +129,9 @@ def _report_idle(run: Splice, intervention: Intervention | Restore) -> None:
 
 def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
     assert run.seen is not None
-    return edit(x, run.seen)
+    # some models run their last blocks only at positions whose logits are asked for
+    at_end = x.shape[1] == run._logits_to_keep < run.seen.input_ids.shape[1]
+    return edit(x, run.seen.ending(x.shape[1]) if at_end else run.seen)
 
 
 def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
@@ -303,6 +306,8 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     run.model.padding.check(mask, cached=start > 0)
     run._prompt, run._cache = _prompt_of(run, mask, start, cache), cache
     run._mask, run._read = mask, start + ids.shape[1]
+    kept = kwargs.get("logits_to_keep")
+    run._logits_to_keep = kept if isinstance(kept, int) else 0
     n_prompt, width = run._prompt
     here = mask[:, start:]
     run.seen = Pass(

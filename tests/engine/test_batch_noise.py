@@ -1,5 +1,7 @@
 """Rounding that depends on what else is in a batch, as of 8-bit kernels, is measured and stated."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from tiny import random_dictionary, tiny_model
@@ -7,6 +9,7 @@ from torch import nn
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
+from saepatch.measure.attribution import attribute
 from saepatch.measure.patching import patch_latents
 from saepatch.splicing.interventions import Patch
 from saepatch.splicing.splice import record_latents, splice
@@ -55,3 +58,29 @@ def test_rounding_that_depends_on_the_batch_is_stated():
     assert error > 1e-3 * np.abs(rounded.gap).mean()  # so the share that goes with float32 would be wrong
     assert rounded.rounding * np.abs(rounded.gap).mean() > error / 2
     assert torch.isfinite(torch.tensor(rounded.rounding))
+    (row, *_) = rounded.rows("t")
+    assert (row.precision, row.rounding) == ("float32", rounded.rounding * np.abs(rounded.gap).mean())
+    assert row.rounding > 10 * exact.rows("t")[0].rounding
+
+
+def test_effects_within_rounding_are_marked():
+    model, dictionary = tiny_model("qwen2", seed=6), random_dictionary("resid_post.0", "standard")
+    effects = patch_latents(model, dictionary, PAIRS, [1, 4, 9], controls=0)
+    sizes = sorted(np.abs(effects.change.mean(0)) / np.abs(effects.gap).mean())
+    assert "°" not in effects.summary()
+    loose = replace(effects, rounding=(sizes[0] + sizes[1]) / 2)
+    lines = loose.summary().splitlines()
+    assert [line for line in lines if " °" in line] == [line for line in lines if f" {smallest(effects)} " in line]
+    assert any(line.startswith("°: within rounding") for line in lines)
+
+
+def smallest(effects):
+    (unit,) = effects.edits[int(np.abs(effects.change.mean(0)).argmin())].units
+    return unit
+
+
+def test_attribution_states_its_precision():
+    model, dictionary = tiny_model("qwen2", seed=6), random_dictionary("resid_post.0", "standard")
+    screen = attribute(model, dictionary, PAIRS)
+    row = screen.rows("t")[0]
+    assert (row.precision, row.rounding) == ("float32", 1e-4 * np.abs(screen.gap).mean())

@@ -28,6 +28,8 @@ ROW = Row(
     corrupted=-1.0,
     patched=0.5,
     effect=math.nan,
+    precision="bfloat16",
+    rounding=0.06,
 )
 
 

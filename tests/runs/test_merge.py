@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saepatch.engine.components import Edit
@@ -11,7 +12,9 @@ from saepatch.errors import UserError
 from saepatch.measure.effects import Effects
 from saepatch.measure.screen import Attribution
 from saepatch.model.sites import Site
-from saepatch.runs.merge import summarise
+from saepatch.records.provenance import Provenance
+from saepatch.records.rows import ADDED, read_rows, write_rows
+from saepatch.runs.merge import _merge_rows, summarise
 from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, cut_parts, edit_facts, read_changes
 from saepatch.runs.screens import read_screens, screen_about, screen_rows
 
@@ -105,6 +108,11 @@ def test_rounding_is_that_of_the_coarsest_part_and_too_few_pairs_are_not_tested(
     q = {line.key.latent: line.q for line in found.top["denoise"]}
     assert q["0"] < 0.02 < q["1"] == 1.0
     assert np.isnan(q["2"])
+    assert [line.key.latent for line in found.top["denoise"] if line.within_rounding] == ["1"]
+    assert found.facts()["rounding"] == 1e-2
+    assert [line.facts().get("within_rounding") for line in found.top["denoise"]].count(True) == 1
+    assert "0.001 [" in found.table()
+    assert "°: within rounding, which alone may change the metric by 0.01" in found.table()
     assert {line.key.latent: line.pairs for line in found.top["denoise"]} == {"0": 8, "1": 8, "2": 1}
     assert found.curves["denoise"] == []  # three groups of one size
     fine = summarise(record, pairs, changes, [{"rounding": 1e-5}])
@@ -113,6 +121,19 @@ def test_rounding_is_that_of_the_coarsest_part_and_too_few_pairs_are_not_tested(
     assert np.isnan([line.effect.value for line in flat.top["denoise"]]).all()
     assert "too little to divide by" in flat.table()
     assert [line.key.latent for line in flat.top["denoise"]] == ["0", "2", "1"]
+
+
+def test_parts_of_before_get_the_columns_they_lack(tmp_path):
+    (new,) = swept("denoise").rows("t")[:1]
+    parts = [tmp_path / "old.parquet", tmp_path / "new.parquet"]
+    write_rows([([new], Provenance("m", "h", "d", "i", 0))], parts[1])
+    pq.write_table(pq.read_table(parts[1]).drop_columns(list(ADDED)), parts[0])
+    _merge_rows(parts, tmp_path)
+    rows = read_rows(tmp_path / "results.parquet")
+    assert [row["precision"] for row in rows] == ["", new.precision]
+    assert np.isnan(rows[0]["rounding"])
+    assert rows[1]["rounding"] == new.rounding
+    assert rows[0]["patched"] == rows[1]["patched"] == new.patched
 
 
 def test_what_was_asked_for_and_ran_nowhere_is_an_edit_and_rows_are_each_once():
