@@ -13,6 +13,8 @@ def main() -> int:
 
         return run()
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # nothing has begun, and Python's end is not to be traced
+            signal.signal(number, signal.SIG_IGN)
         sys.stderr.write("interrupted: written files are complete\n")
         return 130
 

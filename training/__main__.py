@@ -125,7 +125,7 @@ def show_plan(config: TrainingConfig) -> None:
             return
         print(f"plan of {own[0].name}; the others are similar:")
         config = own[0].config
-    print("\n".join(plan(config).lines()))
+    print("\n".join(plan(config, [point.config for point in own[1:]]).lines()))
 
 
 def show_sweep(swept: "SweepResult", config: TrainingConfig) -> None:

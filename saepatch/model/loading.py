@@ -88,12 +88,12 @@ def _from_pretrained(
     name: str, source: str, dtype: torch.dtype, options: Mapping[str, Any], placement: Mapping[str, Any]
 ) -> tuple[Any, Any, list[str]]:
     """The model, its tokenizer, and the names of weights that its files lack."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = load_tokenizer(source, options)
         with _quiet_progress():
-            both: Any = _class_for(source, options).from_pretrained(
+            both: Any = class_for(AutoConfig.from_pretrained(source, **options)).from_pretrained(
                 source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placement
             )
     except ImportError as error:
@@ -110,12 +110,25 @@ def _from_pretrained(
     return hf, tokenizer, sorted(loaded["missing_keys"])
 
 
-def _class_for(name: str, options: Mapping[str, Any]) -> Any:
+def load_tokenizer(source: str, options: Mapping[str, Any]) -> Any:
+    """A model's tokenizer. transformers makes an empty one where some types have no files for it.
+
+    Raises:
+        ValueError: there are no such files; transformers raises other errors where they cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ValueError("the files of its tokenizer are missing")
+    return tokenizer
+
+
+def class_for(config: Any) -> Any:
     """The class that loads a model: the causal one, or that for images and text where its type has no causal one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    config = AutoConfig.from_pretrained(name, **options)
     causal, both = (
         config.model_type in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
         for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")

@@ -58,11 +58,14 @@ def test_an_interrupt_while_modules_are_loaded(monkeypatch, capsys):
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setitem(sys.modules, "saepatch.cli.main", SimpleNamespace(main=loading))
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in SIGNALS]
     try:
         assert process.main() == 130
+        for number in SIGNALS:  # a second one finds Python at its end
+            signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
     assert capsys.readouterr().err.startswith("interrupted: ")
 
 

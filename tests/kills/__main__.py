@@ -154,9 +154,11 @@ def kill_all(scenario: Scenario, out: Path, trials: int, seed: int) -> tuple[Cou
         for_this = trials if len(sent) == 1 else -(-trials // 2)
         while counts[name] < for_this:
             scenario.reset(out)
+            started = time.monotonic()
             moments = [chance.uniform(0, length), *(chance.uniform(0, 0.1) for _ in sent[1:])]
             problem = disturbed(scenario, sent, moments, log)
             if problem is None:
+                length = min(length, time.monotonic() - started)
                 counts[f"{name} too late"] += 1
                 if counts[f"{name} too late"] > 5 * trials:
                     problems.append(f"{scenario.name}: {name} never comes before the end")

@@ -238,3 +238,10 @@ def test_a_model_that_is_spread_over_devices_is_the_same(model_folder):
     whole, spread = load_model(str(model_folder)), load_model(str(model_folder), device_map="auto")
     tokens = whole.tokenize(["abc def"], "left")
     torch.testing.assert_close(spread.next_logits(tokens), whole.next_logits(tokens))
+
+
+def test_a_model_without_the_files_of_its_tokenizer_is_refused(tmp_path):
+    """transformers makes one without tokens for GPT-2: every prompt would be empty."""
+    tiny_model("gpt2").hf.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the files of its tokenizer are missing"):
+        load_model(str(tmp_path))

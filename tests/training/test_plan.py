@@ -13,14 +13,16 @@ import torch
 import yaml
 from hub import serve
 from tiny import byte_tokenizer, tiny_model
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 from saepatch.model.sites import Site
 from training.__main__ import main, read
 from training.config import SAEConfig, TrainingConfig
+from training.loop import checkpoints, timing
 from training.loop import plan as planning
-from training.loop import timing
-from training.loop.plan import plan, skeleton
+from training.loop.plan import plan
+from training.loop.skeleton import skeleton
 from training.steps.learner import Learner
 
 pytestmark = pytest.mark.whole
@@ -111,7 +113,7 @@ def test_parameters_are_those_that_a_learner_has(folder):
 def test_a_skeleton_has_the_widths_and_sizes_of_the_model(family, tmp_path):
     model = tiny_model(family, **({} if family in ("gpt2", "opt", "phi") else {"head_dim": 8}))
     model.config.save_pretrained(tmp_path)
-    bare = skeleton(str(tmp_path), "float32")
+    bare, _ = skeleton(str(tmp_path), "float32")
     assert all(weight.is_meta for weight in bare.hf.parameters())
     assert sum(w.numel() for w in bare.hf.parameters()) == sum(w.numel() for w in model.hf.parameters())
     for site in model.layout.sites:
@@ -202,7 +204,8 @@ def test_what_does_not_fit_is_said(folder):
     lines = plan(small(model=str(folder), buffer=10**12)).lines()
     assert lines[-1].startswith("warning: ")
     assert "is more than the" in lines[-1]
-    assert not any(line.startswith("warning") for line in plan(small(model=str(folder))).lines())
+    no_data = "warning: there is no data to train on: give --data"
+    assert [line for line in plan(small(model=str(folder))).lines() if line.startswith("warning")] == [no_data]
 
 
 def test_a_device_that_is_not_here(folder):
@@ -312,3 +315,59 @@ def test_help_is_quick():
     )
     assert "--sweep" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def refused(capsys, *arguments):
+    """What both the run and its dry run say, which has to be the same."""
+    said = []
+    capsys.readouterr()
+    for more in ([], ["--dry_run"]):
+        assert main([*map(str, arguments), *more]) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    return said[0]
+
+
+def test_the_dry_run_refuses_what_the_run_refuses(tmp_path, capsys):
+    model = tiny_model()
+    for name in ("model", "other"):
+        model.hf.save_pretrained(tmp_path / name)
+    plain = byte_tokenizer()
+    plain.save_pretrained(tmp_path / "model")
+    plain.add_tokens(["more"])
+    plain.save_pretrained(tmp_path / "other")
+    (tmp_path / "texts.txt").write_text("".join(f"A text, number {i}.\n" for i in range(50)))
+    (tmp_path / "alike.txt").write_text("A text.\n" * 50)
+    (tmp_path / "short.txt").write_text("a\nb\nc\n")
+    given = ["--model", tmp_path / "model", "--out", tmp_path / "out", "--context", 32, "--sae.k", 4, "--data"]
+    texts = tmp_path / "texts.txt"
+    assert "vocabularies" in refused(capsys, *given, texts, "--also", f"[{tmp_path / 'other'}]")
+    assert "no revisions" in refused(capsys, *given, texts, "--revision", "main")
+    assert "not in the vocabulary" in refused(capsys, *given, texts, "--prepend_bos", "<|end|>")
+    assert "1 distinct documents" in refused(capsys, *given, tmp_path / "alike.txt")
+    assert "too short to evaluate on" in refused(capsys, *given, tmp_path / "short.txt")
+    bare = byte_tokenizer()
+    bare.bos_token, bare._tokenizer.post_processor = None, processors.TemplateProcessing(single="$A")
+    bare.save_pretrained(tmp_path / "model")
+    assert "adds no BOS between them" in refused(capsys, *given, texts, "--pack", "true")
+    assert "has no BOS" in refused(capsys, *given, texts, "--prepend_bos", "true")
+
+
+def test_a_dry_run_sees_what_a_checkpoint_is_of_and_every_run_of_a_sweep(folder, tmp_path, capsys):
+    place = tmp_path / "out" / "checkpoints" / f"{1000:015d}"
+    place.mkdir(parents=True)
+    config = small(model=str(folder), lr=1e-3)
+    (place / "state.json").write_text(json.dumps({"config": checkpoints.identifying_settings(config)}))
+    given = ["--model", str(folder), "--context", "32", "--sae.k", "4", "--sae.d_sae", "48", "--dry_run", "--resume"]
+    assert main([*given, "--out", str(tmp_path / "out"), "--lr", "0.002"]) == 2
+    assert "holds a run with lr 0.001" in capsys.readouterr().err
+    assert main([*given, "--out", str(tmp_path / "out"), "--lr", "0.001"]) == 0
+    assert "no data to train on" in capsys.readouterr().out
+    assert main([*given, "--out", str(tmp_path / "sweep"), "--sweep", "{sites: [resid_post.0, resid_post.9]}"]) == 2
+    assert "resid_post.9" in capsys.readouterr().err
+
+
+def test_a_plan_says_that_it_saw_no_tokenizer(tmp_path, capsys):
+    tiny_model().config.save_pretrained(tmp_path)
+    found = plan(small(model=str(tmp_path), device="meta", pack=True))
+    assert "no tokenizer for" in found.warnings()[1]

@@ -126,7 +126,7 @@ def test_models_that_cannot_share(models, tmp_path, capsys):
     short = replace(tiny_model("gpt2", max_position_embeddings=16), name="short")
     with pytest.raises(UserError, match="context 32 is longer than the 16 positions of 'short'"):
         train_saes(model, documents(), small(sites=["resid_post.1"]), tmp_path / "d", also=[short])
-    (tmp_path / "texts.txt").write_text("A text.\n" * 50)
+    (tmp_path / "texts.txt").write_text("".join(f"A text, number {i}.\n" for i in range(50)))
     plain = ["--data", str(tmp_path / "texts.txt"), "--dry_run", "true"]
     assert main(["--also", "[organism]", *plain]) == 2
     assert "organism is given twice" in capsys.readouterr().err

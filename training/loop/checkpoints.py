@@ -107,6 +107,14 @@ def newest(out: Path, device: str = "cpu") -> Checkpoint | None:
     return None
 
 
+def newest_state(out: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint that can be read, without its tensors."""
+    for folder in _folders(out):
+        with suppress(OSError, ValueError):
+            return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return None
+
+
 def any_in(out: Path) -> bool:
     """Whether `out` holds a checkpoint, intact or not."""
     return bool(_folders(out))

@@ -26,7 +26,7 @@ def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingCon
     limit = model.context
     if limit is not None and config.context > limit:
         raise UserError(f"context {config.context} is longer than the {limit} positions of {model.name!r}: lower it")
-    if config.pack and model.tokenizer is not None and bos_before(model) is None:  # a skeleton has no tokenizer
+    if config.pack and model.tokenizer is not None and bos_before(model) is None:  # a skeleton may have none
         raise UserError(
             f"pack puts several documents into a row, but the tokenizer of {model.name!r} adds no BOS between them: "
             "set prepend_bos (true, or a token's text, as in '<|endoftext|>', where there is no BOS), or pack: false"
@@ -46,10 +46,8 @@ def check_also(
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{sorted(twice)[0]} is given twice: name each model only once in --model and --also")
     for other in also:
-        vocabularies: list[object] = [
-            getattr(each.tokenizer, "get_vocab", dict)() for each in (model, other)
-        ]  # a skeleton has none
-        if vocabularies[0] != vocabularies[1]:
+        known = model.tokenizer is not None and other.tokenizer is not None  # a skeleton may have none
+        if known and model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             raise UserError(f"{other.name} and {model.name} have different vocabularies: use models of one tokenizer")
         check_model(other, sites, config)
         for site in sites:

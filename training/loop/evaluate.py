@@ -52,6 +52,11 @@ def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int
     Raises:
         UserError: no document has two ordinary tokens in a row.
     """
+    return model.pad(held_out_rows(model, documents, context, eval_tokens))
+
+
+def held_out_rows(model: LanguageModel, documents: Sequence[str], context: int, eval_tokens: int) -> list[list[int]]:
+    """The rows of `held_out_tokens`."""
     chosen: list[list[int]] = []
     n = 0
     for document in documents:
@@ -62,7 +67,7 @@ def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int
         n += sum(map(len, row))
     if not any(len(row) > 2 for row in chosen):
         raise UserError("the held-out documents are too short to evaluate on: raise held_out or give longer text")
-    return model.pad(sorted(chosen, key=len))
+    return sorted(chosen, key=len)
 
 
 def evaluate_all(

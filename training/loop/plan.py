@@ -1,18 +1,14 @@
 """Estimates of a run: shapes, memory, disk, time. No weights are loaded; the model is built on the meta device."""
 
 import os
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import Any
 
 import torch
-from torch import nn
 
-from saepatch import organism
 from saepatch.errors import UserError
-from saepatch.model.discovery import layout_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import usable_device
 from saepatch.model.sites import Site
@@ -20,6 +16,7 @@ from saepatch.records.tables import text_table
 
 from ..config import TrainingConfig
 from .evaluate import ELEMENTS
+from .skeleton import check_run
 from .timing import TimeRange, earlier_runs, estimate
 from .trainer import FIRST_TOKENS
 
@@ -73,6 +70,7 @@ class Plan:
         work: FLOPs.
         time: Seconds; None if the device is not available.
         earlier: A line for each similar earlier run.
+        tokenizer_missing: Why the tokenizer could not be loaded; empty where it was.
     """
 
     config: TrainingConfig
@@ -87,6 +85,7 @@ class Plan:
     work: Compute
     time: TimeRange | None
     earlier: list[str]
+    tokenizer_missing: str
 
     @property
     def total(self) -> int:
@@ -114,32 +113,34 @@ class Plan:
         return [*lines, *self.earlier, *self.warnings()]
 
     def warnings(self) -> list[str]:
-        """Warnings about memory that the device does not have."""
+        """Warnings about what could not be checked, and about memory that the device does not have."""
+        unchecked = [] if self.config.data else ["warning: there is no data to train on: give --data"]
+        if self.tokenizer_missing:
+            unchecked += [
+                f"warning: no tokenizer for {self.config.model} ({self.tokenizer_missing}): BOS, vocabularies and the "
+                "length of the text are not checked"
+            ]
         if self.available is None or self.total <= self.available:
-            return []
+            return unchecked
         return [
+            *unchecked,
             f"warning: {_gb(self.total)} GB is more than the {_gb(self.available)} GB of {self.config.device}: lower "
-            "buffer, sae.d_sae or the number of sites, or use another device"
+            "buffer, sae.d_sae or the number of sites, or use another device",
         ]
 
 
-def plan(config: TrainingConfig) -> Plan:
+def plan(config: TrainingConfig, others: Sequence[TrainingConfig] = ()) -> Plan:
     """Estimate the shapes, memory, disk space and time of a run.
 
-    Raises:
-        UserError: the model's config cannot be read, or the settings do not fit the model.
-    """
-    from ..data.texts import on_the_hub, texts
-    from .checks import check_also, check_model
-    from .saving import check_folder
+    Args:
+        config: The run.
+        others: Further runs of the same sweep, which are checked as well.
 
-    model = skeleton(config.model, config.dtype, config.revision)
+    Raises:
+        UserError: the model's config cannot be read, or the run would be refused.
+    """
+    model, tokenizer_missing = check_run(config, others)
     sites = config.sites_of(model.n_layers)
-    check_model(model, sites, config)
-    check_also(model, [skeleton(name, config.dtype) for name in config.also], sites, config)
-    check_folder(config.out, sites, config)
-    if config.data and not on_the_hub(config.data):
-        texts(config.data, config.text_column, streaming=config.streaming)
     shapes = [_shape(model, site, config) for site in sites]
     blocks = max(site.blocks_before if site.stream == "resid_pre" else site.layer + 1 for site in sites)
     work = _work(model, shapes, blocks, config)
@@ -157,56 +158,12 @@ def plan(config: TrainingConfig) -> Plan:
         memory(model, shapes, config),
         _available(device),
         disk(shapes, config),
-        _epochs(config, model.config),
+        _epochs(config, model),
         work,
         None if device is None or device.type == "meta" else estimate(config, model, widths, work.model, device),
         list(earlier_runs(config, widths)),
+        tokenizer_missing,
     )
-
-
-def skeleton(name: str, dtype: str, revision: str = "") -> LanguageModel:
-    """The model on the meta device, built from its config alone. It has no tokenizer and cannot run.
-
-    Raises:
-        UserError: the model does not exist, its config cannot be read, or its blocks cannot be found.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    resolved = getattr(torch, dtype, None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
-    source = _source(name)
-    if source is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{name!r} is neither a folder nor a Hugging Face id: use 'organism', a folder, or OWNER/NAME")
-    try:
-        described = AutoConfig.from_pretrained(
-            str(source or name), revision=revision or "main", trust_remote_code=False
-        )
-        with torch.device("meta"):
-            hf: nn.Module = AutoModelForCausalLM.from_config(described, dtype=resolved)
-    except Exception as error:  # the hub's client and configs fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"cannot read the config of model {name!r} (use 'organism', a folder with config.json, or an id on the hub "
-            f"that can be reached): {reason}"
-        ) from error
-    text: Any = described.get_text_config()
-    layout = layout_of(hf, described)
-    width = int(text.hidden_size)
-    widths = dict.fromkeys(layout.all_sites, width)
-    for site in widths:
-        if site.stream in (
-            "z",
-            "neurons",
-        ):  # the output projection has weight [width, z] or its transpose
-            weight: Any = layout.module(site).weight
-            widths[site] = weight.numel() // width
-    return LanguageModel(hf, None, name, replace(layout, widths=widths))
-
-
-def _source(name: str) -> Path | None:
-    folder = organism.path(name) if organism.is_checkpoint(name) else Path(name).expanduser()
-    return folder if folder.is_dir() else None
 
 
 def _shape(model: LanguageModel, site: Site, config: TrainingConfig) -> Shape:
@@ -296,26 +253,21 @@ def _available(device: torch.device | None) -> int | None:
     return min(memory, int(text)) if text.isdigit() else memory
 
 
-def _epochs(config: TrainingConfig, described: Any) -> float | None:
+def _epochs(config: TrainingConfig, model: LanguageModel) -> float | None:
     """Number of times a run would read its text; known for local files if the tokenizer can be loaded."""
-    if not config.data or config.streaming or not Path(config.data).expanduser().exists():
+    local = config.data and not config.streaming and Path(config.data).expanduser().exists()
+    if not local or model.tokenizer is None:
         return None
-    from transformers import AutoTokenizer
-
     from ..data.texts import texts
 
     documents = texts(config.data, config.text_column)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(_source(config.model) or config.model), revision=config.revision or "main", trust_remote_code=False
-        )
-    except Exception:  # no tokenizer files, or out of reach; the plan is useful without it
-        return None
     assert not hasattr(documents, "read")
     stride = max(1, len(documents) // _SAMPLED)
     sampled = [documents[i] for i in range(0, len(documents), stride)][:_SAMPLED]
-    special = set(tokenizer.all_special_ids)
-    counts = [sum(token not in special for token in ids) for ids in tokenizer(sampled, verbose=False)["input_ids"]]
+    special = set(model.tokenizer.all_special_ids)
+    counts = [
+        sum(token not in special for token in ids) for ids in model.tokenizer(sampled, verbose=False)["input_ids"]
+    ]
     tokens = sum(counts) / len(counts) * len(documents) * (1 - config.held_out)
     return config.steps * config.batch_size / tokens if tokens else None
 
