@@ -21,7 +21,7 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo picture docs test lint format types test-fast test-typed test-slow fuzz kills audit zoo bench crosscheck bench-generation bench-training organism \
+.PHONY: help setup demo picture docs test lint format types test-fast test-typed test-slow fuzz kills audit zoo bench crosscheck bench-generation bench-training real organism \
 	constraints clean
 
 help:  ## list the targets
@@ -102,6 +102,9 @@ bench-training: $(STAMP)  ## compare training with sae-lens' trainer: speed and 
 bench-generation: $(STAMP)  ## compare the speed of generation under a splice (10 min)
 	@$(PIP) -e '.[bench]' $(OR_SHOW)
 	@$(BIN)/python -m experiments.benchmarks.generation --out runs/bench-generation
+
+real: $(STAMP)  ## study a real model: make real MODEL=FOLDER DATA=TEXTS.jsonl
+	@$(BIN)/python -m experiments.real --model '$(MODEL)' --data '$(DATA)' --out $(or $(REAL_OUT),runs/real) $(REAL_ARGS)
 
 docs: $(STAMP)  ## build the documentation with the API reference in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

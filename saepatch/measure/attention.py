@@ -171,6 +171,19 @@ def patch_attention(
     return values
 
 
+@torch.no_grad()
+def attention_patterns(model: LanguageModel, tokens: Tokens) -> dict[int, Float[Tensor, "batch heads pos pos"]]:
+    """Attention probabilities by layer, from each position (third axis) to each (last axis), of the unedited model.
+
+    Raises:
+        UserError: the model's attention cannot be read, as for `attribute_attention`.
+    """
+    layers, attention = _checked_layers(model, tokens), _Attention(model)
+    with attention_replaced(model.hf, attention):
+        model.next_logits(tokens)
+    return {layer: attention.seen[layer].probabilities for layer in layers}
+
+
 @dataclass(frozen=True, eq=False)
 class _Seen:
     """Inputs of one attention layer, and outputs of its heads before the output projection."""
@@ -185,6 +198,11 @@ class _Seen:
 
     def of(self, what: str) -> Float[Tensor, "batch heads pos _"]:
         return {"query": self.query, "key": self.key, "value": self.value}[what]
+
+    @property
+    def probabilities(self) -> Float[Tensor, "batch heads pos pos"]:
+        scores = attention_scores(self.query, self.key, self.bias, self.scaling, self.softcap)
+        return scores.clamp(min=LEAST).softmax(-1, dtype=torch.float32)
 
 
 class _Attention:

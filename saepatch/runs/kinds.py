@@ -242,6 +242,7 @@ KINDS = (
     Kind("safety", ("setting_a",), _verdict, _experiment),
     Kind("safety", ("setting_b",), _verdict, _experiment),
     Kind("steering", ("concepts", "verdicts"), _verdict, _experiment),
+    Kind("real", ("claims", "accuracy"), _verdict, _experiment),
     Kind("patchscope", ("readings", "words"), _verdict, _patchscope),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
     Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),

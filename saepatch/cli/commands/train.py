@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "ioi": ("ioi", "IoiConfig"),
     "patchscope": ("patchscope", "PatchscopeConfig"),
     "pronouns": ("pronouns", "PronounsConfig"),
+    "real": ("real.study", "RealConfig"),
     "safety": ("safety", "SafetyConfig"),
     "steering": ("steering.question", "SteeringConfig"),
 }

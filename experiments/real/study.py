@@ -1,0 +1,99 @@
+"""A study of a real language model that anyone can repeat: every stage on pairs that the model gets right.
+
+    python -m experiments.real --model google/gemma-3-270m --data TEXTS.jsonl --out runs/real [--quick true]
+
+Stages: the tasks' accuracies; patching by layer, position, head and MLP, with the roles of heads for indirect objects.
+What does not apply to a model is left out with its reason. Every result is kept as it is measured, and the same command
+continues from there. Steering and restoration on a real model are not part of this study.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saepatch.errors import UserError
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.records.clock import stage
+from saepatch.records.provenance import versions
+from saepatch.runs.measurements import measurements
+from saepatch.runs.ownership import check_owner
+
+from ..common.kept import KeptResults
+from ..common.tracked import show
+from .claims import Claim, patching_claims
+from .patching import PatchingStage, patching
+from .settings import QUICK, RealConfig
+from .tasks import TASKS, TaskPairs, read_task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class RealResults:
+    """Everything that the page and the summary show; `left_out` has the reasons by part of the study."""
+
+    config: RealConfig
+    model: LanguageModel
+    tasks: Mapping[str, TaskPairs]
+    patched: PatchingStage
+    claims: list[Claim]
+    left_out: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+
+def run(config: RealConfig) -> RealResults:
+    """Run or resume the study; files go to `config.out`.
+
+    Raises:
+        UserError: an output folder that cannot be written or holds another run, a model that cannot be loaded, or a
+            model that gets too few pairs of every task right.
+    """
+    from .page import printed, write
+
+    config = replace(config, **QUICK) if config.quick else config  # type: ignore[arg-type]
+    torch.manual_seed(config.seed)
+    out, seconds = Path(config.out), dict[str, float]()
+    check_owner(out, "real")
+    with stage("load", seconds, log):
+        model = load_model(config.model, config.device, config.dtype)
+    with measurements(out, "real", _deciding(config, model)) as kept:
+        results = _measure(config, model, KeptResults(kept, seconds))
+        show(config, "real", *write(results, out))
+    sys.stdout.write(f"{printed(results)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    return results
+
+
+def _deciding(config: RealConfig, model: LanguageModel) -> dict[str, Any]:
+    """By name, what must be the same for results to belong to one run."""
+    free = ("out", "quick", "device", "track", "data", "sae")
+    return {
+        "settings": {name: value for name, value in asdict(config).items() if name not in free},
+        "model's weights": model.fingerprint,
+        "versions": versions(),
+    }
+
+
+def _measure(config: RealConfig, model: LanguageModel, kept: KeptResults) -> RealResults:
+    tasks = {name: read_task(model, name, config.pairs, config.seed, kept) for name in TASKS}
+    usable = {name: task for name, task in tasks.items() if not task.reason}
+    left_out = {TASKS[name].title: task.reason for name, task in tasks.items() if task.reason}
+    for name, reason in left_out.items():
+        log.warning("%s left out: %s", name, reason)
+    if not usable:
+        raise UserError(f"{config.model} gets no task right: " + "; ".join(map(": ".join, left_out.items())))
+    patched = patching(model, usable, config.group, config.seed, kept)
+    if not patched.heads:
+        left_out["Heads"] = f"the layout of {model.name} offers no attention heads"
+    if not patched.roles:
+        left_out["Roles of heads"] = "they are defined for indirect objects, on models with attention heads"
+    return RealResults(config, model, tasks, patched, patching_claims(patched), left_out, kept.seconds)
+
+
+def main(config: RealConfig) -> None:
+    run(config)
