@@ -3,6 +3,8 @@
 from .circuits.backward import gim as gim
 from .circuits.backward import relp as relp
 from .circuits.circuit import Circuit as Circuit
+from .circuits.direct import DirectAttribution as DirectAttribution
+from .circuits.direct import direct_attribution as direct_attribution
 from .circuits.edge_list import Edges as Edges
 from .circuits.edge_runs import EdgeRuns as EdgeRuns
 from .circuits.edges import EdgeOptions as EdgeOptions

@@ -8,7 +8,7 @@ at the end of either.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -99,23 +99,21 @@ class _Call:
 Writers = tuple[_Call, ...]  # the calls whose outputs, added, are what the block writes
 
 
+SeeBlock = Callable[[int, Writers, float, list[_Call]], None]
+
+
 @torch.no_grad()
-def discover(
-    hf: nn.Module, layout: Layout, inputs: Mapping[str, Any], n_heads: int
-) -> tuple[Layout, dict[str, list[int]]]:
-    """Find `attn_out`, `mlp_out`, `z` and `neurons` of every block in one forward pass.
+def see_writers(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any], see_block: SeeBlock) -> None:
+    """Show for every block, in one forward pass, the modules that write into the stream, and what multiplies them.
 
     Args:
-        layout: The blocks, with the residual stream alone.
+        layout: The blocks.
         inputs: Arguments of `hf` for a row without padding.
-        n_heads: Heads of a layer; 0 where that is not known, and no `z` is looked for.
-
-    Returns:
-        The layout with the streams' paths, and by reason the layers where none was found.
+        see_block: Gets the layer, the calls of the writing modules (none where no modules add up to what the block
+            writes), the factor by which the stream gets what they give, and all calls inside the block.
     """
     number = {block: layer for layer, block in enumerate(layout.blocks)}
     path_of = {module: name for block in layout.blocks for name, module in block.named_modules() if name}
-    paths, reasons = [dict(offered) for offered in layout.paths], dict[str, list[int]]()
     calls: list[_Call] = []
     known: list[tuple[str, ...]] = []  # paths of the writers of other blocks
     entered: dict[str, Tensor] = {}
@@ -139,14 +137,36 @@ def discover(
             return
         writers, factor = _writers(calls, before, emitted, known)
         if writers and factor == 1:
-            paths[number[module]] |= _named(writers, calls, n_heads)
             known.append(tuple(writer.path for writer in writers))
-        else:
-            reason = f"what they write is multiplied by {factor:.3g}" if writers else UNSUMMED
-            reasons.setdefault(reason, []).append(number[module])
+        see_block(number[module], writers, factor, calls)
 
     with watching(layout.blocks, enter, {*number, *path_of}, see):
         hf(**inputs)
+
+
+def discover(
+    hf: nn.Module, layout: Layout, inputs: Mapping[str, Any], n_heads: int
+) -> tuple[Layout, dict[str, list[int]]]:
+    """Find `attn_out`, `mlp_out`, `z` and `neurons` of every block in one forward pass.
+
+    Args:
+        layout: The blocks, with the residual stream alone.
+        inputs: Arguments of `hf` for a row without padding.
+        n_heads: Heads of a layer; 0 where that is not known, and no `z` is looked for.
+
+    Returns:
+        The layout with the streams' paths, and by reason the layers where none was found.
+    """
+    paths, reasons = [dict(offered) for offered in layout.paths], dict[str, list[int]]()
+
+    def name(layer: int, writers: Writers, factor: float, calls: list[_Call]) -> None:
+        if writers and factor == 1:
+            paths[layer] |= stream_paths(writers, calls, n_heads)
+        else:
+            reason = f"what they write is multiplied by {factor:.3g}" if writers else UNSUMMED
+            reasons.setdefault(reason, []).append(layer)
+
+    see_writers(hf, layout, inputs, name)
     return replace(layout, paths=tuple(paths)), reasons
 
 
@@ -187,7 +207,7 @@ def _total(writers: Writers) -> Tensor:
     return torch.stack([writer.emitted.float() for writer in writers]).sum(0)
 
 
-def _named(writers: Writers, calls: Sequence[_Call], n_heads: int) -> dict[str, str]:
+def stream_paths(writers: Writers, calls: Sequence[_Call], n_heads: int) -> dict[str, str]:
     """The paths of the streams that writers have, by stream. Of several, the first to run is attention.
 
     An MLP that is the sum of two modules is none: no module emits what it writes.
