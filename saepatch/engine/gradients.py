@@ -14,7 +14,7 @@ from saepatch.engine.components import Changes
 from saepatch.engine.kept_run import KeptRun, entry
 from saepatch.engine.metrics import Metric, answers_only, checked, metric_name, needs_clean_logits
 from saepatch.engine.shortcuts import quick_activations
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
 from saepatch.model.finite import check_finite
 from saepatch.model.hooks import (
     Dropped,
@@ -174,7 +174,7 @@ class Base:
         The graph is retained.
 
         Raises:
-            UserError: the metric has no gradient.
+            UserError: the metric has no gradient, or the model gives none.
         """
         if not at:
             return ()
@@ -182,7 +182,14 @@ class Base:
             raise UserError(
                 f"{metric_name(self.readout.metric)} has no gradient: use a smooth metric, or patch exactly"
             )
-        return torch.autograd.grad(metric.sum(), at, retain_graph=True, allow_unused=True, materialize_grads=True)
+        try:
+            return torch.autograd.grad(metric.sum(), at, retain_graph=True, allow_unused=True, materialize_grads=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # some models change in place what gradients need
+            raise UserError(
+                f"{self.model.name} gives no gradients ({reason_of(error)}): patch exactly instead"
+            ) from error
 
 
 @runtime_checkable

@@ -52,11 +52,8 @@ def _find_blocks(hf: Any, config: Any) -> str:
     decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else hf  # beside it there may be a model of images
     names = [name for name, module in hf.named_modules() if module is decoder]
     inside = tuple(f"{name}." for name in names if name) or ("",)
-    lists = [
-        name
-        for name, module in hf.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and name.startswith(inside)
-    ]
+    every = [n for n, module in hf.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
+    lists = [name for name in every if name.startswith(inside)] or every  # some call their unembedding the decoder
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     if len(outermost) > 1:
         outermost = [name for name in outermost if _run_on_text(hf, hf.get_submodule(name))]

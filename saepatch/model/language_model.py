@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
 from saepatch.model.families import Layout
 from saepatch.model.fingerprint import adapter_state, fingerprint, weights_of
 from saepatch.model.forward import Forward, note_columns
@@ -307,15 +307,18 @@ class LanguageModel:
             return new
         generate: Any = self.hf.generate
         positions = {"position_ids": positions_of(tokens, self.padding.first)} if self.padding.first else {}
-        out = generate(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
-            max_new_tokens=max_new_tokens,
-            **greedy_options(self.hf, self.tokenizer) | {"min_new_tokens": min_new_tokens or None},
-            **({"use_cache": False} if self.step_limit == 0 else {}),  # it would compute other numbers
-            pad_token_id=self.pad_id,
-            **positions,
-        )
+        try:
+            out = generate(
+                input_ids=tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+                max_new_tokens=max_new_tokens,
+                **greedy_options(self.hf, self.tokenizer) | {"min_new_tokens": min_new_tokens or None},
+                **({"use_cache": False} if self.step_limit == 0 else {}),  # it would compute other numbers
+                pad_token_id=self.pad_id,
+                **positions,
+            )
+        except AttributeError as error:  # as of a model of images whose config lacks what its `generate` asks for
+            raise UserError(f"transformers does not generate with {self.name} ({reason_of(error)})") from error
         return out[:, tokens.input_ids.shape[1] :]
 
     def chat(self, request: str) -> str:

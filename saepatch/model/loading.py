@@ -19,9 +19,10 @@ from saepatch.model.discovery import discover, layout_of
 from saepatch.model.families import FAMILIES, Layout
 from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.forward import probe_steps
+from saepatch.model.greedy import greedy_options
 from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, watching
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.padding import FAILURES, Padding, probe_padded_steps, probe_padding
+from saepatch.model.padding import FAILURES, Padding, positions_of, probe_padded_steps, probe_padding
 from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens, name_bos
 
@@ -125,7 +126,11 @@ def load_tokenizer(source: str, options: Mapping[str, Any]) -> Any:
 
 
 def class_for(config: Any) -> Any:
-    """The class that loads a model: the causal one, or that for images and text where its type has no causal one."""
+    """The class that loads a model: the causal one, or that for images and text where its type has no causal one.
+
+    Of a type that has neither (as the text part of some models), the class that its config names.
+    """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
@@ -133,6 +138,9 @@ def class_for(config: Any) -> Any:
         config.model_type in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
         for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     )
+    own = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if not (causal or both) and isinstance(own, type) and own.__name__.endswith("ForCausalLM"):
+        return own
     return AutoModelForImageTextToText if both and not causal else AutoModelForCausalLM
 
 
@@ -235,7 +243,9 @@ def _padding_of(model: LanguageModel) -> Padding:
     padding = probe_padding(
         lambda rule, tokens: replace(model, padding=rule).call(tokens), model.probe(), model.pad_id, firsts
     )
-    if padding.left and model.takes_cache:
+    if padding.left and not model.takes_cache:
+        padding = replace(padding, cached=_generates_padded(replace(model, padding=padding)))
+    elif padding.left:
         model, probe = replace(model, padding=padding), model.probe()
         steps = (1, 2) if model.step_limit is None else (1, 1, 1)
         call = partial(_pass, model)
@@ -243,6 +253,25 @@ def _padding_of(model: LanguageModel) -> Padding:
     if not (padding.left and padding.right and padding.cached):
         log.info("padding changes the results of %r (safe: %s): prompts run grouped by length", model.name, padding)
     return padding
+
+
+def _generates_padded(model: LanguageModel) -> bool:
+    """Whether `generate`, without a cache, gives a row that is padded on the left the logits of the row alone."""
+    probe, generate = model.probe(), getattr(model.hf, "generate", None)
+    if generate is None:
+        return True
+    row = probe.input_ids[0].tolist()
+    tokens, alone = model.pad([row, row + row[:3]], "left"), model.call(probe)[0, -1].float()
+    options = greedy_options(model.hf, model.tokenizer) | {"return_dict_in_generate": True, "output_logits": True}
+    options |= {"max_new_tokens": 1, "use_cache": False, "pad_token_id": model.pad_id}
+    if model.padding.first:
+        options["position_ids"] = positions_of(tokens, model.padding.first)
+    try:
+        out = generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, **options)
+    except FAILURES:
+        return False
+    tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(alone.std())
+    return float((out.logits[0][0].to(alone) - alone).abs().amax()) <= tolerance
 
 
 def _pass(model: LanguageModel, tokens: Tokens, start: int, cache: Any) -> Tensor:

@@ -18,7 +18,7 @@ class Padding:
     """The sides on which a row may be padded without changing the results at its tokens.
 
     `first` is the position id of a row's first token in padded batches; None: no explicit position ids are passed.
-    `cached`: rows that are padded on the left may also continue from a cache, as in generation.
+    `cached`: rows that are padded on the left may also be continued by generation, from a cache if the model has one.
     """
 
     left: bool = True
@@ -40,8 +40,8 @@ class Padding:
             )
         if not self.allows(mask, cached):
             raise UserError(
-                "this model does not continue rows padded on the left from a cache: give it prompts of one length at a "
-                "time, or use_cache=False"
+                "padding on the left changes what this model generates (from a cache, if it has one): give it prompts "
+                "of one length at a time"
             )
 
     @property
@@ -50,7 +50,7 @@ class Padding:
 
     def __str__(self) -> str:
         text = "either side" if self.left and self.right else f"not on the {self._wrong}"
-        return text if self.cached or not self.left else f"{text}, not with a cache"
+        return text if self.cached or not self.left else f"{text}, not in generation"
 
 
 def positions_of(tokens: Tokens, first: int) -> Int[Tensor, "batch pos"]:

@@ -54,7 +54,7 @@ class AnswerRow:
 
     `setting` names the donor and the restored model, `condition` what was restored ("bare": nothing), `latents` the
     number of latents; `draw` numbers random sets of latents. `outcome` is refuse, comply or degenerate; `score` is the
-    refusal score (nats) after the prompt, NaN where it was not measured.
+    refusal score (nats) after the prompt, NaN where it was not measured. `precision` is the answering model's dtype.
     """
 
     setting: str
@@ -67,6 +67,7 @@ class AnswerRow:
     answer: str
     outcome: str
     score: float
+    precision: str = ""
 
 
 def write_rows(

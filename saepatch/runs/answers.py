@@ -212,7 +212,8 @@ def _judged(row: AnswerRow, judge: Judge) -> AnswerRow:
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[AnswerRow, Provenance]:
-    """An answer and its provenance from one row of a file."""
+    """An answer and its provenance from one row of a file; older files lack the precision."""
+    row = {"precision": ""} | dict(row)
     answer, provenance = ({f.name: row[f.name] for f in fields(kind)} for kind in (AnswerRow, Provenance))
     return AnswerRow(**answer), Provenance(**provenance)
 

@@ -13,6 +13,7 @@ from saepatch.data.requests import Request, read_requests
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.errors import UserError
+from saepatch.measure.effects import precision_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.provenance import Provenance, json_hash
@@ -239,6 +240,7 @@ def _rows(plan: RestorePlan, requests: Sequence[Request], condition: str | Set) 
             answer=text,
             outcome=plan.judge(Answer(request.prompt, text, score)),
             score=score,
+            precision=precision_of(model.dtype)[0],
         )
         for request, text, score in zip(requests, answered.texts, answered.scores, strict=True)
     ]

@@ -303,7 +303,8 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     else:
         start = columns_in(cache)
     mask = _whole_mask(run, kwargs.get("attention_mask", args[1] if len(args) > 1 else None), ids, start)
-    run.model.padding.check(mask, cached=start > 0)
+    generating = run._prompt_ids is not None and not run.model.takes_cache
+    run.model.padding.check(mask, cached=start > 0 or generating)
     run._prompt, run._cache = _prompt_of(run, mask, start, cache), cache
     run._mask, run._read = mask, start + ids.shape[1]
     kept = kwargs.get("logits_to_keep")

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny import COMMON, FAMILIES, random_dictionary, tiny_model
+from tiny import COMMON, FAMILIES, byte_tokenizer, random_dictionary, tiny_model
 
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_latents
 from saepatch.model import families
 from saepatch.model.hooks import edit_sites
+from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
 
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"]}
@@ -104,3 +105,19 @@ def test_models_of_several_residual_streams_are_refused_in_a_line():
             layer_types=["full_attention"] * 3, **{k: v for k, v in COMMON.items() if k != "intermediate_size"},
         )  # fmt: skip
     assert "\n" not in str(refusal.value)
+
+
+def test_an_unembedding_that_is_called_the_decoder():
+    model = tiny_model("modernbert-decoder", local_attention=8)
+    assert len(model.layout.blocks) == 3
+
+
+def test_a_type_that_no_auto_class_knows(tmp_path):
+    """The text part of a model of images: its config names the class."""
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    Emu3ForCausalLM(Emu3TextConfig(num_hidden_layers=2, **sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).n_layers == 2

@@ -114,3 +114,17 @@ def test_padding_outside_of_the_embeddings():
     alone = [model.continue_ids([text], 5)[0] for text in TEXTS]
     assert model.continue_ids(TEXTS, 5) == alone
     close(model.next_logits(model.tokenize(TEXTS))[1], model.next_logits(model.tokenize(TEXTS[1:2]))[0])
+
+
+def test_what_generate_makes_of_padding_is_not_taken_for_granted():
+    """Reformer's passes can be padded, but `generate` gives it no positions of the rows' own tokens."""
+    layers = {"attn_layers": ["local"] * 3, "local_attn_chunk_length": 32, "axial_pos_embds": False}
+    model = tiny_model("reformer", is_decoder=True, feed_forward_size=32, attention_head_size=4, hash_seed=0, **layers)
+    assert model.padding == Padding(cached=False)
+    alone = [model.continue_ids([text], 4)[0] for text in TEXTS]
+    assert model.continue_ids(TEXTS, 4) == alone
+    dictionary, tokens = random_dictionary("resid_post.1", d_in=model.d_model), model.tokenize(TEXTS, "left")
+    with pytest.raises(UserError, match="changes what this model generates"), splice(model, dictionary, Steer(3, 4.0)):
+        model.hf.generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, max_new_tokens=2)
+    with splice(model, dictionary, Steer(3, 4.0)):
+        model.logits(tokens)

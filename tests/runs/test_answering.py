@@ -24,7 +24,7 @@ from saepatch.report import ColouredTokens, Comparison, read_page
 from saepatch.restoration.judges import Answer, by_score, read_judge
 from saepatch.restoration.ranking import clean_means, find_safety_latents
 from saepatch.restoration.restore import assistant_header, first_tokens, judge, restore
-from saepatch.runs.answers import Answers
+from saepatch.runs.answers import Answers, read_row
 from saepatch.runs.parts import Record
 from saepatch.runs.restorations import prepare, run_restore
 from saepatch.runs.restored_sets import Set
@@ -238,6 +238,7 @@ def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch, capsys):
         for name in ("whole", "cut")
     ]
     assert rows[0] == rows[1]
+    assert {row["precision"] for row in rows[0]} == {"float32"}
     assert main(["restore", *arguments(place, tmp_path / "cut", latents="resid_post.1: 1,8")]) == 2
     assert "holds a run that differs in latents" in capsys.readouterr().err
     assert main(["patch", "--pairs", "ioi", "--n", "2", "--out", str(tmp_path / "cut")]) == 2
@@ -252,6 +253,8 @@ def test_draws_are_averaged_prompt_by_prompt(monkeypatch):
         AnswerRow("clean", example, "p", "", "random", 2, draw, "", outcome, score)
         for (example, draw), (outcome, score) in drawn.items()
     ]
+    before = {name: value for name, value in (vars(rows[0]) | vars(whose)).items() if name != "precision"}
+    assert read_row(before) == (rows[0], whose)  # written before precision was stated
     seeds = []
     noting = lambda *given, seed: seeds.append(seed) or bootstrap_mean(*given, seed=seed)  # noqa: E731
     monkeypatch.setattr("saepatch.runs.answers.bootstrap_mean", noting)

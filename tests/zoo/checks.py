@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ class Subject:
         return self.plain(ids)
 
     def plain(self, ids: list[int]) -> Tensor:
-        return self.hf(input_ids=torch.tensor([ids])).logits[0].float()
+        """The same with a graph; without a cache, whose states some models change in place."""
+        cache = {"use_cache": False} if "use_cache" in signature(self.hf.forward).parameters else {}
+        return self.hf(input_ids=torch.tensor([ids]), **cache).logits[0].float()
 
     @contextmanager
     def hooked(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -219,9 +222,18 @@ def _same_tokens(subject: Subject, prompt: list[int], ours: list[int]) -> None:
 
 def generation(subject: Subject) -> None:
     texts = [pair.clean for pair in UNEQUAL]
+    _check_generates(subject)
     new = subject.model.generate_ids(subject.model.tokenize(texts, "left"), NEW)
     for text, ids in zip(texts, new.tolist(), strict=True):
         _same_tokens(subject, subject.model.encode(text), ids)
+
+
+def _check_generates(subject: Subject) -> None:
+    """Raises UserError where the library itself does not generate with the model."""
+    try:
+        _generated(subject, subject.model.tokenize(["the red hen"]), cached=False)
+    except AttributeError as error:
+        raise UserError(f"transformers itself does not generate with it: {one_line(error)}") from error
 
 
 def _generated(subject: Subject, tokens: Tokens, cached: bool) -> list[list[int]]:
@@ -240,6 +252,7 @@ def _generated(subject: Subject, tokens: Tokens, cached: bool) -> list[list[int]
 
 def _steered(subject: Subject, cached: bool) -> None:
     """Rows in one batch, where they can be padded, beside each row alone under a plain hook."""
+    _check_generates(subject)
     texts, change = [pair.clean for pair in UNEQUAL], 4.0 * subject.dictionary.rows[3]
     want = []
 
@@ -252,8 +265,8 @@ def _steered(subject: Subject, cached: bool) -> None:
         with subject.hooked(edit):
             want += _generated(subject, subject.model.tokenize([text]), cached)
     ours = []
-    padding = subject.model.padding
-    for batch in [texts] if padding.left and (padding.cached or not cached) else [[text] for text in texts]:
+    padding, without_cache = subject.model.padding, not cached and subject.model.takes_cache
+    for batch in [texts] if padding.left and (padding.cached or without_cache) else [[text] for text in texts]:
         with splice(subject.model, subject.dictionary, Steer(3, 4.0)):
             ours += _generated(subject, subject.model.tokenize(batch, "left"), cached)
     for mine, plain in zip(ours, want, strict=True):
