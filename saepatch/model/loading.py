@@ -19,10 +19,10 @@ from saepatch.model.discovery import discover, layout_of
 from saepatch.model.families import FAMILIES, Layout
 from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.forward import probe_steps
-from saepatch.model.greedy import greedy_options
 from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, watching
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.padding import FAILURES, Padding, positions_of, probe_padded_steps, probe_padding
+from saepatch.model.padded_rows import padding_of, run_pass
+from saepatch.model.padding import FAILURES
 from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens, name_bos
 
@@ -213,9 +213,9 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     """
     tokens = model.probe()
     model = replace(model, layout=_layout_seen(model, tokens))
-    steps = probe_steps(partial(_pass, model), model.new_cache, tokens)
+    steps = probe_steps(partial(run_pass, model), model.new_cache, tokens)
     model = replace(model, step_limit=steps)
-    model = replace(model, padding=_padding_of(model))
+    model = replace(model, padding=padding_of(model))
     seen, overwritten = _emitted(model, tokens)
     model = replace(model, last_alone=_last_alone(model, tokens, seen))
     layout = model.layout.without(_not_offered(model, seen))
@@ -234,48 +234,6 @@ def check_sites(model: LanguageModel) -> LanguageModel:
                 "check saepatch.model.families.FAMILIES"
             )
     return model
-
-
-def _padding_of(model: LanguageModel) -> Padding:
-    """How rows may be padded, probed in two forward passes and three on a cache (more where the first rule fails)."""
-    inner = model.config.get_text_config()
-    firsts = {int(pad) + 1 for pad in (getattr(inner, "pad_token_id", None),) if pad is not None}
-    padding = probe_padding(
-        lambda rule, tokens: replace(model, padding=rule).call(tokens), model.probe(), model.pad_id, firsts
-    )
-    if padding.left and not model.takes_cache:
-        padding = replace(padding, cached=_generates_padded(replace(model, padding=padding)))
-    elif padding.left:
-        model, probe = replace(model, padding=padding), model.probe()
-        steps = (1, 2) if model.step_limit is None else (1, 1, 1)
-        call = partial(_pass, model)
-        padding = replace(padding, cached=probe_padded_steps(call, model.new_cache, probe, model.pad_id, steps))
-    if not (padding.left and padding.right and padding.cached):
-        log.info("padding changes the results of %r (safe: %s): prompts run grouped by length", model.name, padding)
-    return padding
-
-
-def _generates_padded(model: LanguageModel) -> bool:
-    """Whether `generate`, without a cache, gives a row that is padded on the left the logits of the row alone."""
-    probe, generate = model.probe(), getattr(model.hf, "generate", None)
-    if generate is None:
-        return True
-    row = probe.input_ids[0].tolist()
-    tokens, alone = model.pad([row, row + row[:3]], "left"), model.call(probe)[0, -1].float()
-    options = greedy_options(model.hf, model.tokenizer) | {"return_dict_in_generate": True, "output_logits": True}
-    options |= {"max_new_tokens": 1, "use_cache": False, "pad_token_id": model.pad_id}
-    if model.padding.first:
-        options["position_ids"] = positions_of(tokens, model.padding.first)
-    try:
-        out = generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, **options)
-    except FAILURES:
-        return False
-    tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(alone.std())
-    return float((out.logits[0][0].to(alone) - alone).abs().amax()) <= tolerance
-
-
-def _pass(model: LanguageModel, tokens: Tokens, start: int, cache: Any) -> Tensor:
-    return model.call(tokens, start, cache=cache)
 
 
 def _layout_seen(model: LanguageModel, tokens: Tokens) -> Layout:
