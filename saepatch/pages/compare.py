@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from saepatch.records.statistics import Interval
 from saepatch.report import BarChart, Bars, Cell, EstimateCell, Facts, Page, Points, ScatterChart, Section, Table
 from saepatch.runs.comparison import RunComparison
+from saepatch.runs.lookup import DIFFERENCES
 
 SHOWN = 20  # edits in the bar chart
 
@@ -14,6 +16,9 @@ def compare_page(compared: RunComparison) -> Page:
     rows: list[list[Cell]] = [[name, *map(_cell, lines)] for name, *lines in compared.edits]
     both = [(name, lines) for name, *lines in compared.edits if None not in lines]
     blocks = [Table(["edit", a, b], rows, "–: not among the largest effects of that run.")]
+    if looked_up := compared.looked_up:
+        rows = [[name, *map(_estimate, (x.first, x.second, x.difference))] for name, x in looked_up.items()]
+        blocks = [Table(["edit", a, b, "B − A"], rows, f"–: no rows of that edit. {DIFFERENCES}.")]
     charts: list[Any] = []
     if both:
         values = [[_value(line) for line in side] for side in zip(*(lines for _, lines in both))]
@@ -56,6 +61,13 @@ def _cell(line: dict[str, Any] | None) -> Cell:
     if not isinstance(effect, dict):
         return effect
     return EstimateCell(effect["value"], effect["low"], effect["high"], effect.get("reason", ""))
+
+
+def _estimate(interval: Interval | None) -> Cell:
+    if interval is None:
+        return None
+    low, high = (None if end != end else end for end in (interval.low, interval.high))
+    return EstimateCell(interval.value, low, high, interval.reason)
 
 
 def _value(line: dict[str, Any]) -> float | None:

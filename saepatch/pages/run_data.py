@@ -19,7 +19,8 @@ from saepatch.pages.maps import EditTable, PromptTokens
 from saepatch.reading.cards import Card
 from saepatch.report import EstimateCell
 from saepatch.runs.catalogue import RunFolder, read_json, read_run
-from saepatch.runs.parts import KEYS, EditKey, Pairs, RowChanges, read_changes
+from saepatch.runs.lookup import read_merged
+from saepatch.runs.parts import KEYS, EditKey, Pairs, RowChanges
 
 EXACT = ("top", "random")  # roles of a screen's verified nodes
 
@@ -170,20 +171,17 @@ def _read_rows(out: Path, min_gap: float) -> tuple[Pairs, RowChanges, dict[str, 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = [*KEYS, "example", "clean", "corrupted", "patched", "effect"]
+    pairs, changes = read_merged(out, min_gap)
     try:
-        own = pq.read_table(out / "pairs.parquet").to_pydict()
-        rows = pq.read_table(out / "results.parquet", columns=columns, read_dictionary=[*KEYS, "example"])
         first = next(
             pq.ParquetFile(out / "results.parquet").iter_batches(1, columns=["seed", "versions", "command"]), None
         )
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read the rows in {str(out)!r} ({error}): merge the run again") from error
-    pairs = Pairs(tuple(own["example"]), np.array(own["clean"]), np.array(own["corrupted"]), min_gap)
     provenance: dict[str, str] = {}
     if first is not None and len(first):
         row = first.to_pylist()[0]
         versions = json.loads(row["versions"])
         provenance = {"seed": str(row["seed"]), "command": row["command"]}
         provenance["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return pairs, read_changes(rows, pairs, []), provenance
+    return pairs, changes, provenance

@@ -1,13 +1,15 @@
 """Two runs of one kind side by side, read from their summaries alone."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from saepatch.errors import UserError
+from saepatch.records.files import plain
 from saepatch.records.tables import text_table
 from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.kinds import name_of, prompt_kinds, show, show_figure, show_interval, show_share
+from saepatch.runs.lookup import DIFFERENCES, EditInBoth, look_up
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,34 @@ class RunComparison:
     edits: tuple[tuple[str, dict[str, Any] | None, dict[str, Any] | None], ...]
     """Top edits of either run by name, with their entries in both summaries; None: not among that run's top edits."""
 
+    looked_up: Mapping[str, EditInBoth] = field(default_factory=dict)
+    """By name, what the rows of runs of `patch` say of these edits, on top or not."""
+
     def table(self) -> str:
         """The comparison as text."""
         names = ["", str(self.first.path), str(self.second.path)]
-        edits = [(name, _effect(a, self.first, name), _effect(b, self.second, name)) for name, a, b in self.edits]
-        blocks: list[tuple[str, Sequence[tuple[str, str, str]]]]
+        blocks: list[tuple[str, Sequence[tuple[str, ...]]]]
         blocks = [("settings that differ", self.settings), ("figures", self.figures)]
         if self.first.work in ("patch", "attribute"):
-            blocks.append(("largest effects", edits))
+            blocks.append(("largest effects", [self._edit(*edit) for edit in self.edits]))
         lines: list[str] = []
         for title, rows in blocks:
-            lines.append(text_table([title, *names[1:]], rows, left=3) if rows else f"{title}: none")
-            lines.append("")
+            more = ["B − A"] if rows and len(rows[0]) > 3 else []
+            lines.append(text_table([title, *names[1:], *more], rows, left=4) if rows else f"{title}: none")
+            lines += [*([DIFFERENCES] if more else []), ""]
         return "\n".join(lines).rstrip()
+
+    def _edit(self, name: str, line: dict[str, Any] | None, other: dict[str, Any] | None) -> tuple[str, ...]:
+        """One edit's row: its effects in both runs and, where rows were looked up, their difference."""
+        cells = [_effect(line, self.first, name), _effect(other, self.second, name)]
+        if not self.looked_up:
+            return (name, *cells)
+        both = self.looked_up.get(name, EditInBoth(None, None, None))
+        sides = ((line, both.first, self.first), (other, both.second, self.second))
+        for place, (entry, interval, run) in enumerate(sides):
+            if entry is None and name in self.looked_up and name.partition(":")[0] in _directions(run):
+                cells[place] = "no rows" if interval is None else show_interval(plain(interval.facts()))
+        return (name, *cells, "" if both.difference is None else show_interval(plain(both.difference.facts())))
 
     def facts(self) -> dict[str, Any]:
         """The comparison as JSON values."""
@@ -43,7 +60,9 @@ class RunComparison:
             "settings": [list(row) for row in self.settings],
             "figures": [list(row) for row in self.figures],
             "edits": [
-                {"edit": name, "effects": [line and line["effect"] for line in lines]} for name, *lines in self.edits
+                {"edit": name, "effects": [line and line["effect"] for line in lines]}
+                | (self.looked_up[name].facts() if name in self.looked_up else {})
+                for name, *lines in self.edits
             ],
         }
 
@@ -80,7 +99,11 @@ def compare_runs(first: RunFolder, second: RunFolder) -> RunComparison:
     else:
         figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (first, second)))
     differing = tuple(row for row in settings if row[1] != row[2])
-    return RunComparison(first, second, differing, tuple(figures), tuple(edits))
+    looked_up: dict[str, EditInBoth] = {}
+    if first.work == "patch" and edits:
+        entries = {name: lines for name, *lines in edits if " of dictionary " not in name}
+        looked_up = look_up(first, second, entries)
+    return RunComparison(first, second, differing, tuple(figures), tuple(edits), looked_up)
 
 
 def _rows(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:

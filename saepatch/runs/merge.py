@@ -259,7 +259,7 @@ def _q_values(changes: RowChanges, own: Sequence[int], rounding: float) -> Float
         return q
     place = np.full(len(own), -1)
     place[twice] = np.arange(len(twice))
-    own_rows &= place[at] >= 0
+    own_rows &= np.isin(at, twice)
     cells = (changes.pair[own_rows], place[at[own_rows]])
     values = np.zeros((changes.pairs, len(twice)))
     tested = np.zeros(values.shape, dtype=bool)

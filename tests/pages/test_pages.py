@@ -353,7 +353,9 @@ def test_two_runs_side_by_side(place, swept, grouped, screened, tmp_path, capsys
     assert main(["compare", str(swept), str(other), "--html", str(page)]) == 0
     told = capsys.readouterr().out
     assert "log_probability" in told
-    assert "not on top" in told
+    assert "not on top" not in told  # every edit stands in the rows of both
+    assert "B − A" in told
+    assert "B − A" in page.read_text()
     assert "log_probability" in page.read_text()
     assert main(["compare", str(swept), str(screened)]) == 2
     assert "two runs of the same command" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from saepatch.measure.screen import Attribution
 from saepatch.model.sites import Site
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import ADDED, read_rows, write_rows
-from saepatch.runs.merge import _merge_rows, summarise
-from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, cut_parts, edit_facts, read_changes
+from saepatch.runs.merge import _merge_rows, _q_values, summarise
+from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, RowChanges, cut_parts, edit_facts, read_changes
 from saepatch.runs.screens import read_screens, screen_about, screen_rows
 
 SITE = Site(1)
@@ -217,3 +217,10 @@ def test_parts_hold_every_pair_of_a_shard_once_in_each_direction():
                 mine = [part.pairs for part in parts if (part.components, part.direction) == (components, direction)]
                 assert [pair for some in mine for pair in some] == list(range(shard, 11, 3))
                 assert all(len(some) <= 2 for some in mine)
+
+
+def test_a_run_in_which_no_edit_changed_anything_has_no_q():
+    """Rows of controls alone: each position of latents that are never active."""
+    control = EditKey("denoise", "resid_post.1", "latent", "random", "3", "2")
+    changes = RowChanges((control,), np.zeros(2, dtype=np.int64), np.arange(2), np.ones(2), 2)
+    assert _q_values(changes, [], 0.1).shape == (0,)
