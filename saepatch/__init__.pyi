@@ -14,6 +14,8 @@ from .circuits.node_runs import NodeRuns as NodeRuns
 from .circuits.nodes import Edge as Edge
 from .circuits.nodes import Node as Node
 from .circuits.nodes import Paths as Paths
+from .circuits.self_repair import SelfRepair as SelfRepair
+from .circuits.self_repair import self_repair as self_repair
 from .data.batches import batch_pairs as batch_pairs
 from .data.batches import resampled as resampled
 from .data.pairs import PromptPair as PromptPair
