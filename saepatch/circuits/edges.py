@@ -232,7 +232,9 @@ class _Estimates:
             for node in self.nodes:
                 if ups := [movers[up.site] for up in upstream(self.nodes, node.site)]:
                     self._into(node, ups, runs, gradients[node.site][0], where, ledger)
-            self._into_logits([movers[up.site] for up in upstream(self.nodes, None)], runs, readout, ledger)
+            ups = [movers[up.site] for up in upstream(self.nodes, None)]
+            alone = len(ups) == 1 and not between(self.closed, self.nodes, ups[0].site, None)
+            self._into_logits(ups, runs, readout, ledger, {up.site: gradients[up.site][0] for up in ups if alone})
         self.counts.update(counts)
 
     def _number(self, site: Site | None, component: int = 0) -> int:
@@ -281,7 +283,10 @@ class _Estimates:
         held = [site for site in between(self.closed, self.nodes, first, down) if site not in ups]
         return SpanGraph(runs.base, self._leaves(ups, runs, share), down, held)
 
-    def _into_logits(self, ups: Sequence[Movers], runs: TwoRuns, readout: Readout, ledger: Ledger) -> None:
+    def _into_logits(
+        self, ups: Sequence[Movers], runs: TwoRuns, readout: Readout, ledger: Ledger, known: dict[Site, Tensor]
+    ) -> None:
+        """The edges into the logits; `known` are gradients that need no further pass, since nothing is held."""
         base = runs.base
         rows = torch.arange(len(base.tokens), device=self.model.device)
         last = torch.full_like(rows, base.width - 1)
@@ -293,7 +298,7 @@ class _Estimates:
             first = min(sites, key=lambda site: site.order)
             held = [site for site in between(self.closed, self.nodes, first, None) if site not in sites]
             take = partial(direct_gradients, base, held=held, readout=readout)
-            takes = [take(self._leaves(sites, runs, share)) for share in self._shares]
+            takes = [known] if known else [take(self._leaves(sites, runs, share)) for share in self._shares]
             for up in together:
                 mean = torch.stack([gradients[up.site] for gradients in takes]).mean(0)
                 scores = (up.vectors @ mean.to(up.vectors.dtype)[..., None])[None, ..., 0]

@@ -22,7 +22,7 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all m
 
 
 @runtime_checkable
-class Runs(Protocol):
+class MemberRuns(Protocol):
     """`NodeRuns` or `EdgeRuns`: the metric when some members act, when everything does, and when nothing does."""
 
     whole: Float[ndarray, "pairs"]
@@ -33,12 +33,12 @@ class Runs(Protocol):
     def run(self, act: Bool[Tensor, "variants members"]) -> Float[ndarray, "variants pairs"]: ...
 
 
-def share(runs: Runs, metric: Float[ndarray, "pairs"]) -> Interval:
+def share(runs: MemberRuns, metric: Float[ndarray, "pairs"]) -> Interval:
     """`(m − m(∅)) / (m(M) − m(∅))`, a ratio of means with its interval over pairs."""
     return bootstrap_ratio(metric - runs.empty, runs.whole - runs.empty)
 
 
-def faithfulness(runs: Runs, act: Bool[Tensor, "members"]) -> Interval:
+def faithfulness(runs: MemberRuns, act: Bool[Tensor, "members"]) -> Interval:
     """The share of the whole model's effect that the circuit has when only it acts; 1 is the model, 0 nothing."""
     return share(runs, runs.run(act[None])[0])
 
@@ -76,7 +76,7 @@ def knocked_out(
     return [KnockOut(size, *both) for size, *both in zip(listed, *shares, strict=True)]
 
 
-def minimality(runs: Runs, act: Bool[Tensor, "members"]) -> Float[ndarray, "chosen"]:
+def minimality(runs: MemberRuns, act: Bool[Tensor, "members"]) -> Float[ndarray, "chosen"]:
     """What each member of the circuit contributes to its share: the loss when it alone is taken out."""
     chosen = np.flatnonzero(act.numpy())
     without = torch.stack([act & ~_only(len(act), [i]) for i in chosen.tolist()]) if len(chosen) else act[None][:0]
@@ -117,7 +117,7 @@ class SizeCurve:
         return min(enough, default=None)
 
 
-def size_curve(runs: Runs, score: Sequence[float], by_size: bool, shares: Sequence[float] = SHARES) -> SizeCurve:
+def size_curve(runs: MemberRuns, score: Sequence[float], by_size: bool, shares: Sequence[float] = SHARES) -> SizeCurve:
     """The faithfulness of the members with the largest scores (or, `by_size`, the largest absolute scores)."""
     values = np.asarray(score, dtype=float)
     if len(values) != len(runs.members):

@@ -20,6 +20,7 @@ from saepatch.engine.components import (
 )
 from saepatch.engine.kept_run import KeptRun
 from saepatch.errors import UserError
+from saepatch.measure.attribution import BY_POSITION
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
@@ -103,6 +104,11 @@ def node_sites(model: LanguageModel, patchables: Patchable | Sequence[Patchable]
                     f"dictionary {item.name} normalises its input, so its latents and error term do not make up "
                     f"{item.site}: use one that does not normalise"
                 )
+            if item.architecture not in BY_POSITION:
+                raise UserError(
+                    f"dictionary {item.name} ({item.architecture}) encodes positions together, so its latents have no "
+                    f"edges of their own: use one of {', '.join(sorted(BY_POSITION))}"
+                )
             listed += [LatentUnits(item), ErrorTerm(item)]
         elif isinstance(item, Heads | Stream):
             listed.append(item)
@@ -174,7 +180,7 @@ def upstream(nodes: Sequence[NodeSite], down: Site | None) -> list[NodeSite]:
 
 
 def changes_at(node: NodeSite, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> list[Changes]:
-    """The differences between the runs of each of a site's components, at positions in `where`.
+    """The differences between the runs of each of a site's components, at positions in `where`, in their order.
 
     Differences after identical tokens are rounding, and are left out.
     """
@@ -185,7 +191,29 @@ def changes_at(node: NodeSite, base: KeptRun, source: KeptRun, where: Bool[Tenso
     rounding = 8 * torch.finfo(x.dtype).eps * x.abs().amax(-1)
     same = alike.cumprod(-1).bool() & ((other - x).abs().amax(-1) <= rounding)
     where = where & ~same
+    first = node.components[0]
+    if isinstance(first, LatentUnits):
+        return _dictionary_changes(first, x, other, where)
     return [component.write(x, component.read(other), where) for component in node.components]
+
+
+def _dictionary_changes(
+    latents: LatentUnits,
+    x: Float[Tensor, "batch pos width"],
+    other: Float[Tensor, "batch pos width"],
+    where: Bool[Tensor, "batch pos"],
+) -> list[Changes]:
+    """The changes of a dictionary's latents and, as the rest of the site's change, of its error term."""
+    row, pos = where.nonzero(as_tuple=True)
+    here, there = (latents.read(value[row, pos][:, None])[:, 0] for value in (x, other))
+    change = there - here
+    place, unit = change.nonzero(as_tuple=True)
+    value, rows = change[place, unit], latents.dictionary.rows
+    of_latents = Changes(row[place], pos[place], unit, lambda some: value[some, None] * rows[unit[some]])
+    rest = (other[row, pos] - x[row, pos]).to(rows.dtype)
+    for some in torch.arange(len(place), device=x.device).split(2**14):
+        rest.index_add_(0, place[some], -of_latents.vectors(some))
+    return [of_latents, Changes(row, pos, torch.zeros_like(row), lambda some: rest[some])]
 
 
 def written(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from saepatch.circuits.measures import Runs
+from saepatch.circuits.measures import MemberRuns
 from saepatch.circuits.nodes import Edge, Node
 from saepatch.errors import UserError
 
@@ -33,7 +33,7 @@ class Pruned:
         return int(self.act.sum())
 
 
-def by_threshold(runs: Runs, score: Sequence[float], thresholds: Sequence[float]) -> list[Pruned]:
+def by_threshold(runs: MemberRuns, score: Sequence[float], thresholds: Sequence[float]) -> list[Pruned]:
     """Members whose absolute score reaches a threshold, for each of several.
 
     Thresholds are in the units of the score's metric, and mean nothing for another metric.
@@ -43,7 +43,7 @@ def by_threshold(runs: Runs, score: Sequence[float], thresholds: Sequence[float]
     return [Pruned(t, mask, float(m.mean())) for t, mask, m in zip(thresholds, act, runs.run(act), strict=True)]
 
 
-def greedy(runs: Runs, tolerance: float) -> Pruned:
+def greedy(runs: MemberRuns, tolerance: float) -> Pruned:
     """Remove the member whose removal moves the mean metric least from that of all, while it stays within `tolerance`.
 
     Where either of two members suffices (an OR), one is removed and the other kept; one-at-a-time importance keeps or
@@ -62,7 +62,7 @@ def greedy(runs: Runs, tolerance: float) -> Pruned:
     return Pruned(tolerance, act, metric)
 
 
-def _without(runs: Runs, act: Bool[Tensor, "members"], chosen: Sequence[int]) -> Float[ndarray, "chosen"]:
+def _without(runs: MemberRuns, act: Bool[Tensor, "members"], chosen: Sequence[int]) -> Float[ndarray, "chosen"]:
     """The mean metric without each of some members."""
     out = []
     for start in range(0, len(chosen), AT_ONCE):
@@ -72,7 +72,7 @@ def _without(runs: Runs, act: Bool[Tensor, "members"], chosen: Sequence[int]) ->
     return np.concatenate(out)
 
 
-def acdc(runs: Runs, thresholds: Sequence[float], two_sided: bool = True) -> list[Pruned]:
+def acdc(runs: MemberRuns, thresholds: Sequence[float], two_sided: bool = True) -> list[Pruned]:
     """Remove members one by one, from the output back, for each of several thresholds (Conmy et al. 2023).
 
     A removal stays where it changes the metric by less than the threshold, on average over pairs, from what it was

@@ -244,9 +244,11 @@ KINDS = (
     Kind("steering", ("concepts", "verdicts"), _verdict, _experiment),
     Kind("real", ("claims", "accuracy"), _verdict, _experiment),
     Kind("patchscope", ("readings", "words"), _verdict, _patchscope),
+    Kind("circuits", ("circuits",), _verdict, _experiment),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
     Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),
     Kind("benchmark:generation", ("overhead", "ms_per_token"), _benchmark_headline, _experiment),
+    Kind("benchmark:circuits", ("ratios", "downstream_latents"), _benchmark_headline, _experiment),
     Kind("training", ("sites", "identity"), _training_headline, _experiment),
     Kind("training-sweep", ("runs",), _sweep_headline, _sweep, "sweep.json"),
 )

@@ -18,6 +18,8 @@ EXPERIMENTS = {
     "steering": ({"concepts": {"French": {"unit": 1.5}}, "verdicts": {"French": "One does."}}, "One does."),
     "patchscope": ({"readings": [], "words": [[0.5, 0.4, 0.6]], "verdict": "No."}, "No."),
     "real": ({"claims": [], "accuracy": {"ioi": {"report": [1.0, 0.9, 1.0]}}, "verdict": "Two."}, "Two."),
+    "circuits": ({"circuits": {"resid_post.4": {"size": 52}}, "verdict": "52 nodes."}, "52 nodes."),
+    "benchmark:circuits": ({"ratios": {"loop_over_edges": 40.0}, "downstream_latents": 9}, "loop_over_edges 40.00"),
     "benchmark:patching": ({"ratios": {"gpt2_ours": 2.0}, "ms_per_edit": {}, "max_abs_diff": 0.0}, "gpt2_ours 2.00"),
     "benchmark:generation": ({"overhead": {"one_latent": 0.05}, "ms_per_token": {"bare": 2.0}}, "one_latent 0.05"),
     "benchmark:training": ({"ratios": {"topk": 1.5}, "quality_by_rate": {}}, "topk 1.50"),

@@ -16,6 +16,7 @@ from saepatch.cli.parser import run_config
 # Experiments by name: the module that has `main`, and its settings class.
 EXPERIMENTS = {
     "agreement": ("agreement", "AgreementConfig"),
+    "circuits": ("circuits", "CircuitsConfig"),
     "ioi": ("ioi", "IoiConfig"),
     "patchscope": ("patchscope", "PatchscopeConfig"),
     "pronouns": ("pronouns", "PronounsConfig"),
