@@ -229,7 +229,7 @@ def write(
     provenance = Provenance(model.name, model.fingerprint, config.sae, first.fingerprint, config.seed)
     head = ["members", "ranking", "nodes", "active", "faithfulness", "completeness", "random, at most"]
     head += ["knock-out gap", "smallest loss", "CPR", "CMD"]
-    rows = [
+    rows: list[Sequence[str | float | int]] = [
         (
             one.members, one.ranking, one.size, one.active, str(one.faithfulness), str(one.completeness),
             *(round(value, 4) for value in (max(one.random), one.knocked_out, one.smallest_loss, one.cpr, one.cmd)),

@@ -31,6 +31,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.options import SweepOptions
 from saepatch.measure.attribution import attribute
+from saepatch.model.hooks import Edit as Hooked
 from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.tables import text_table
@@ -183,9 +184,8 @@ class _Loop:
             base, source = (self._values(getattr(self.pairs[pair], side)) for side in ("corrupted", "clean"))
             leaf = base[0].clone().requires_grad_()
             held: list[Tensor] = []
-            with torch.enable_grad(), edit_sites(self.model.layout, {
-                self.up.site: lambda _, leaf=leaf: leaf, self.down.site: lambda x, held=held: held.append(x) or x,
-            }):  # fmt: skip
+            edits = {self.up.site: _set_to(leaf), self.down.site: _kept_in(held)}
+            with torch.enable_grad(), edit_sites(self.model.layout, edits):
                 tokens = self.model.tokenize([self.pairs[pair].corrupted])
                 logits = self.model.call(tokens, last=True)[0, -1]
                 acts = self.down.sae.encode(held[0])  # type: ignore[operator]
@@ -228,16 +228,27 @@ class _Loop:
         held: list[Tensor] = []
         first, second = base[0].clone(), base[1].clone()
         first[0, q] += vector
-        keep = {self.up.site: lambda _: first, self.down.site: lambda x: held.append(x) or x}
-        with edit_sites(self.model.layout, keep):
+        with edit_sites(self.model.layout, {self.up.site: _set_to(first), self.down.site: _kept_in(held)}):
             self.model.call(tokens)
         before, after = (self.down.activations(x[:, p : p + 1])[0][0, 0, edge.down.unit] for x in (base[1], held[0]))
         second[0, p] += (after - before) * self.down.rows[edge.down.unit]
-        with edit_sites(self.model.layout, {self.down.site: lambda _: second}):
+        with edit_sites(self.model.layout, {self.down.site: _set_to(second)}):
             logits = self.model.call(tokens)[0, -1]
         plain = self.model.call(tokens)[0, -1]
         answer, counter = (self.model.encode(side)[-1] for side in self._answers(pair))
         return float((logits - plain)[answer] - (logits - plain)[counter])
+
+
+def _set_to(value: Tensor) -> Hooked:
+    return lambda _: value
+
+
+def _kept_in(held: list[Tensor]) -> Hooked:
+    def see(x: Tensor) -> Tensor:
+        held.append(x)
+        return x
+
+    return see
 
 
 if __name__ == "__main__":
