@@ -1,13 +1,16 @@
 """The claims that the study tests, each with its figure, interval and verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saepatch.records.statistics import Interval
 
+from .dictionaries import TaskLatents, pearson_over_pairs
 from .heads import INHIBITION, MOVER, NEGATIVE, HeadRole, direction_gap
 from .patching import PatchingStage, beyond_random
+from .tracing import NOISE, TOKENS, Tracing, noise_over_tokens, subject_over_last
 
+AGREES = 0.9  # a correlation above this is called agreement
 SHOWN, OPPOSITE, NOT_SHOWN = "shown", "the opposite is shown", "not shown"
 
 
@@ -55,3 +58,35 @@ def _role_claim(role: str, sign: int, roles: Sequence[HeadRole]) -> Claim:
     names = ", ".join(f"{head.layer}.{head.head}" for head in mine) or "none"
     measured = f"heads that meet all criteria: {names}; {what} effect of {best.layer}.{best.head}"
     return Claim(f"There are {role} heads", measured, figures[id(best)], SHOWN if mine else NOT_SHOWN)
+
+
+def latents_claims(latents: Mapping[str, Sequence[TaskLatents]]) -> list[Claim]:
+    """At the site where most is restored, for each task: few latents against random ones, and attribution."""
+    claims = []
+    for task, sites in latents.items():
+        best = max(sites, key=lambda site: site.curves["denoise"].top[-1].value)
+        curve = best.curves["denoise"]
+        k, top, random = curve.sizes[-1], curve.top[-1], curve.random[-1]
+        apart = top.low > random.high
+        measured = f"{task}: denoising with {k} latents of {best.site}, ranked on select; random ones {random}"
+        claims.append(Claim("A few latents restore the answer", measured, top, SHOWN if apart else NOT_SHOWN))
+        agreement = pearson_over_pairs(best.attribution)
+        measured = f"{task}: Pearson correlation with exact effects at {best.site}, against {AGREES:g}"
+        claims.append(
+            Claim("Attribution agrees with exact patching", measured, agreement, verdict_of(agreement, AGREES))
+        )
+    return claims
+
+
+def tracing_claims(traced: Tracing) -> list[Claim]:
+    if not traced.mlps:
+        return []
+    claims = []
+    for name in (NOISE, TOKENS):
+        gap = subject_over_last(traced, name)
+        measured = f"{name}: MLPs of the first half at the subject's last token, minus at the prompt's last token"
+        claims.append(Claim("Early MLPs at the subject's last token recall facts", measured, gap, verdict_of(gap)))
+    gap = noise_over_tokens(traced)
+    measured = f"MLPs of the first half at the subject's last token: {NOISE} minus {TOKENS}"
+    claims.append(Claim("Gaussian noise shows more of the MLPs than token replacement", measured, gap, verdict_of(gap)))
+    return claims

@@ -1,6 +1,6 @@
 """The report of the study, its summary and what the terminal shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,11 @@ from saepatch.report import KEPT, BarChart, Block, Facts, HeatMap, Page, Section
 
 from ..pairs.findings import NAMES
 from .claims import Claim
+from .dictionaries import MASSIVE, DictionaryQuality, TaskLatents
 from .heads import LEAST, ROLES
 from .patching import PatchingStage, TaskMap
 from .tasks import SPLITS, TASKS
+from .tracing import Tracing
 
 if TYPE_CHECKING:
     from .study import RealResults
@@ -75,6 +77,10 @@ def summary(results: "RealResults") -> dict[str, Any]:
                 role: [f"{head.layer}.{head.head}" for head in patched.roles if head.role == role] for role in ROLES
             },
         },
+        "dictionaries": {quality.site: asdict(quality) for quality in results.qualities},
+        "latents": {
+            name: {site.site: _latent_figures(site) for site in sites} for name, sites in results.latents.items()
+        },
         "config": asdict(results.config),
         "seconds": dict(results.seconds),
         "versions": versions(),
@@ -93,6 +99,9 @@ def page(results: "RealResults") -> Page:
     provenance = Provenance(model.name, model.fingerprint, results.config.sae, "", results.config.seed)
     time = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results.seconds.items())
     sections = [claims_section(results.claims), _tasks(results), *_patching(results.patched, model.n_heads)]
+    sections += [_tracing(results.traced)] if results.traced else []
+    sections += [_dictionaries(results.qualities)] if results.qualities else []
+    sections += [_latents(results.latents)] if results.latents else []
     return Page(
         f"A real model: {model.name}", _lead(results), sections, Facts(provenance.facts() | {"time by stage": time})
     )
@@ -167,7 +176,7 @@ def _patching(patched: PatchingStage, n_heads: int) -> list[Section]:
     return [*sections, Section("Layer × position", "Each layer's output patched at one position.", maps)]
 
 
-def map_chart(title: str, task: TaskMap, effects: Effects) -> HeatMap:
+def map_chart(title: str, task: TaskMap | Tracing, effects: Effects) -> HeatMap:
     """A map of sites by position over the pairs of one form."""
     edits = EditTable.of(effects)
     positions = sorted({edit.position for edit in effects.edits if edit.position is not None})
@@ -195,3 +204,71 @@ def _roles(patched: PatchingStage) -> Section:
     )
     text = f"Criteria, with effects of at least {LEAST:g} of the gap: " + "; ".join(map(": ".join, ROLES.items())) + "."
     return Section("Roles of heads", text, [Table(columns, rows, caption)])
+
+
+def _tracing(traced: Tracing) -> Section:
+    text = (
+        "Clean values are restored in corrupted runs: with noise on the subject's embeddings (3 standard deviations of "
+        "all embeddings), or with another subject. MLPs are restored in windows of a quarter of the layers, named by "
+        "the middle one."
+    )
+    kinds = (("states", traced.states), ("MLP windows", traced.mlps))
+    maps = [map_chart(f"{name}: {kind}", traced, effects) for kind, by in kinds for name, effects in by.items()]
+    return Section("Causal tracing of facts", text, maps)
+
+
+def _dictionaries(qualities: Sequence[DictionaryQuality]) -> Section:
+    columns = ["site", "measured on", "FVU", "L0", "CE recovered", "BOS", "massive tokens", "massive", "FVU, others"]
+    rows = [
+        (q.site, "held-out text" if q.held_out else "the first rows", q.fvu, q.l0, q.ce_recovered, q.bos_share,
+         q.massive_tokens, q.massive_share, q.fvu_others)
+        for q in qualities
+    ]  # fmt: skip
+    caption = (
+        f"BOS and massive: their shares of the sum of |x|² over all tokens; massive tokens: share of ordinary tokens "
+        f"whose norm is above {MASSIVE:g} medians; FVU, others: at the other ordinary tokens. The last four are over "
+        "the first rows of the texts."
+    )
+    formats = dict.fromkeys(columns[5:8], ".1%") | {"FVU": ".3f", "CE recovered": ".3f", "FVU, others": ".3f"}
+    return Section("Dictionaries", "", [Table(columns, rows, caption, formats)])
+
+
+def _latent_figures(latents: TaskLatents) -> dict[str, Any]:
+    verified = latents.attribution.verified
+    assert verified is not None
+    return {
+        **{
+            d: {str(k): top.as_list() for k, top in zip(curve.sizes, curve.top, strict=True)}
+            for d, curve in latents.curves.items()
+        },
+        "pearson": verified.pearson(),
+        "missed_at_most": verified.missed(max(1, verified.largest // 5))[2] if verified.sampled else 0.0,
+    }
+
+
+def _latents(latents: Mapping[str, Sequence[TaskLatents]]) -> Section:
+    columns = ["task", "site", "direction", "latents", "effect", "random", "matched"]
+    rows = [
+        (TASKS[name].title, site.site, NAMES[d], k, *map(cell, (top, random, matched)))
+        for name, sites in latents.items()
+        for site in sites
+        for d, curve in site.curves.items()
+        for k, top, random, matched in zip(curve.sizes, curve.top, curve.random, curve.matched, strict=True)
+    ]
+    checked = [
+        (TASKS[name].title, site.site, len(site.attribution), figures["pearson"], figures["missed_at_most"])
+        for name, sites in latents.items()
+        for site in sites
+        for figures in (_latent_figures(site),)
+    ]
+    blocks = [
+        Table(columns, rows, f"The first latents by attribution on select, patched together. {INTERVALS}"),
+        Table(
+            ["task", "site", "nodes", "Pearson", "missed, at most"],
+            checked,
+            "Attribution against exact effects: the correlation over verified nodes, and the upper bound (95 %) on "
+            "nodes that were not run with an effect as large as the upper fifth of those verified.",
+            {"Pearson": ".3f", "missed, at most": ",.0f"},
+        ),
+    ]
+    return Section("Latents", "", blocks)

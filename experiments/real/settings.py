@@ -6,27 +6,39 @@ from saepatch.errors import UserError
 from saepatch.tracking.open import read_spec
 
 # What --quick replaces.
-QUICK = {"pairs": 16, "group": 6}
+QUICK = {"pairs": 16, "group": 6, "traced": 8, "samples": 3, "tokens": 20_000, "verify": 20, "sample": 20}
 
 
 @dataclass(frozen=True)
 class RealConfig:
-    """Study a real model on pairs that it gets right: patching by layer, head, MLP and position."""
+    """Study a real model on pairs that it gets right: patching, causal tracing, dictionaries and their latents."""
 
     model: str = ""
     """Model: a folder, or a Hugging Face id."""
     data: str = ""
-    """Texts: a .jsonl, .json, .csv, .parquet or .txt file."""
+    """Texts for the dictionaries: a .jsonl, .json, .csv, .parquet or .txt file."""
     out: str = "runs/real"
     """Folder for summary.json, report.html and config.yaml."""
     sae: str = ""
-    """Dictionaries: a folder with one sub-folder per site."""
+    """Dictionaries: a folder with one sub-folder per site; empty: three are trained on the texts."""
     quick: bool = False
-    """A short version: few pairs."""
+    """A short version: few pairs, facts and tokens."""
     pairs: int = 100
     """Maximum number of prompt pairs per task and split."""
     group: int = 32
     """Maximum number of pairs of one form in a map by layer and position."""
+    tokens: int = 1_000_000
+    """Tokens that each dictionary is trained on, where none are given."""
+    k: int = 32
+    """Number of active latents of the dictionaries that are trained."""
+    verify: int = 60
+    """Number of nodes with the largest attribution estimates that are run exactly."""
+    sample: int = 60
+    """Number of further nodes, drawn at random, that are run exactly."""
+    traced: int = 16
+    """Maximum number of facts that are traced, all of one form."""
+    samples: int = 10
+    """Draws of Gaussian noise for each fact."""
     seed: int = 0
     """Seed of pairs, controls and bootstrap draws."""
     device: str = "cpu"
@@ -40,5 +52,6 @@ class RealConfig:
         read_spec(self.track)
         if not self.model:
             raise UserError("no model: give a folder or a Hugging Face id, as in --model google/gemma-3-270m")
-        if min(self.pairs, self.group) < 1:
-            raise UserError(f"pairs = {self.pairs}, group = {self.group}: use at least 1")
+        names = ("pairs", "group", "tokens", "k", "verify", "sample", "traced", "samples")
+        if wrong := [name for name in names if getattr(self, name) < 1]:
+            raise UserError(f"{wrong[0]} = {getattr(self, wrong[0])}: use at least 1")

@@ -2,14 +2,15 @@
 
     python -m experiments.real --model google/gemma-3-270m --data TEXTS.jsonl --out runs/real [--quick true]
 
-Stages: the tasks' accuracies; patching by layer, position, head and MLP, with the roles of heads for indirect objects.
+Stages: the tasks' accuracies; patching by layer, position, head and MLP, with the roles of heads for indirect objects;
+causal tracing of facts; dictionaries at three depths (trained, or given with --sae); their latents on every task.
 What does not apply to a model is left out with its reason. Every result is kept as it is measured, and the same command
 continues from there. Steering and restoration on a real model are not part of this study.
 """
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from saepatch.runs.ownership import check_owner
 
 from ..common.kept import KeptResults
 from ..common.tracked import show
-from .claims import Claim, patching_claims
+from .claims import Claim, latents_claims, patching_claims, tracing_claims
+from .dictionaries import DictionaryQuality, TaskLatents, dictionaries, qualities, task_latents
 from .patching import PatchingStage, patching
 from .settings import QUICK, RealConfig
 from .tasks import TASKS, TaskPairs, read_task
+from .tracing import Tracing, trace
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,9 @@ class RealResults:
     model: LanguageModel
     tasks: Mapping[str, TaskPairs]
     patched: PatchingStage
+    traced: Tracing | None
+    qualities: Sequence[DictionaryQuality]
+    latents: Mapping[str, Sequence[TaskLatents]]
     claims: list[Claim]
     left_out: Mapping[str, str]
     seconds: Mapping[str, float]
@@ -92,7 +98,21 @@ def _measure(config: RealConfig, model: LanguageModel, kept: KeptResults) -> Rea
         left_out["Heads"] = f"the layout of {model.name} offers no attention heads"
     if not patched.roles:
         left_out["Roles of heads"] = "they are defined for indirect objects, on models with attention heads"
-    return RealResults(config, model, tasks, patched, patching_claims(patched), left_out, kept.seconds)
+    traced = None
+    if "facts" in usable:
+        traced = trace(model, usable["facts"], config.traced, config.samples, config.seed, kept)
+    else:
+        left_out["Causal tracing"] = "it needs the facts"
+    measured: list[DictionaryQuality] = []
+    latents: dict[str, Sequence[TaskLatents]] = {}
+    if config.data or config.sae:
+        saes = dictionaries(config, model, kept)
+        measured = qualities(config, model, saes, kept) if config.data else []
+        latents = {name: task_latents(config, model, saes, task, kept) for name, task in usable.items()}
+    else:
+        left_out["Dictionaries and latents"] = "neither --data nor --sae is given"
+    claims = [*patching_claims(patched), *latents_claims(latents), *(tracing_claims(traced) if traced else ())]
+    return RealResults(config, model, tasks, patched, traced, measured, latents, claims, left_out, kept.seconds)
 
 
 def main(config: RealConfig) -> None:

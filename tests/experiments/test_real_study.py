@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import random_dictionary, tiny_model
 
-from experiments.real import heads, study, tasks
+import saepatch as sp
+from experiments.real import dictionaries, heads, study, tasks, tracing
 from experiments.real.claims import verdict_of
 from experiments.real.patching import direct_effects, patching
 from experiments.real.settings import RealConfig
@@ -28,7 +29,7 @@ TEXTS = SHARED / "data" / "tinystories_1000.jsonl"
 needs_stories = pytest.mark.skipif(
     not (STORIES / "config.json").is_file(), reason="the stories260K model is not beside this clone"
 )
-SMALL = ["--pairs", "8", "--group", "3"]
+SMALL = ["--pairs", "8", "--group", "3", "--tokens", "4096", "--k", "8", "--verify", "6", "--sample", "6"]
 PAIRS = [PromptPair(f"the {a} sat", f"the {b} sat", "x", "y", f"{a}{b}") for a, b in zip("abcdef", "ghijkl")]
 
 
@@ -73,7 +74,14 @@ def test_a_small_run_says_what_does_not_apply(finished):
     assert "indirect objects" in summary["left_out"]["Roles of heads"]
     assert summary["accuracy"]["pronouns"]["report"][0] > 0.5
     assert summary["pairs"] == {"pronouns": {"select": 8, "report": 8}}
-    assert {"load", "tasks", "patching"} <= set(summary["seconds"])
+    assert {"load", "tasks", "patching", "dictionaries", "latents"} <= set(summary["seconds"])
+    assert list(summary["dictionaries"]) == ["resid_post.1", "resid_post.2", "resid_post.4"]
+    for quality in summary["dictionaries"].values():
+        assert quality["held_out"]
+        assert 0 <= quality["bos_share"] + quality["massive_share"] <= 1
+    for site in summary["latents"]["pronouns"].values():
+        assert {"1", "4", "16"} >= set(site["denoise"]) > set()
+    assert "it needs the facts" in summary["left_out"]["Causal tracing"]
     assert {claim["verdict"] for claim in summary["claims"]} <= {"shown", "not shown", "the opposite is shown"}
     page = (finished / "report.html").read_text()
     assert "Greater-than" in page
@@ -167,12 +175,66 @@ def test_the_worked_example_on_indirect_objects():
     framed = [tasks.FramedPair(pair, "one") for pair in pairs]
     task = tasks.TaskPairs("ioi", {"select": framed, "report": framed}, {})
 
-    class Unkept:
-        def get(self, name, kind, measure):
-            return measure()
-
     patched = patching(model, {"ioi": task}, 4, 0, Unkept())
     assert len(patched.roles) == 12
     assert patched.maps["ioi"].pairs == 4
     assert np.isclose(patched.roles[3].total.value, patched.heads["denoise"].of(3).value)
     assert [edit.role for edit in patched.together["noise"].edits] == ["top"] + ["random"] * 5
+
+
+class Unkept:
+    def get(self, name, kind, measure):
+        return measure()
+
+
+FACTS = [PromptPair(f"the {a}{b} is in", f"the {b}{a} is in", "x", "y", f"{a}{b}") for a, b in zip("abcdfg", "jklmop")]
+
+
+def test_tracing_restores_windows_by_hand():
+    model = tiny_model("llama")
+    task = tasks.TaskPairs("facts", {"report": [tasks.FramedPair(pair, "the {s} is in") for pair in FACTS]}, {})
+    traced = tracing.trace(model, task, 6, 2, 0, Unkept())
+    assert traced.pairs == 6
+    assert traced.subject == (5, 6)  # after BOS and "the "
+    noise = sp.GaussianNoise((5, 6), samples=2)
+    for name, corruption in ((tracing.TOKENS, None), (tracing.NOISE, noise)):
+        by_hand = sp.patch_streams(model, FACTS, "mlp_out", each_position=True, corruption=corruption)
+        numbers = [by_hand.edits.index(edit) for edit in traced.mlps[name].edits]
+        assert np.allclose(traced.mlps[name].patched, by_hand.patched[:, numbers], atol=1e-4)
+    mlps = traced.mlps[tracing.TOKENS]
+    early = [i for i, edit in enumerate(mlps.edits) if edit.position == 6 and edit.site.layer < 2]
+    assert np.allclose(tracing.early_mlps(traced, tracing.TOKENS, 6), mlps.change[:, early].mean(1))
+    assert np.isfinite(tracing.noise_over_tokens(traced).value)
+
+
+def test_given_dictionaries_are_measured_where_training_did_not(tmp_path):
+    model, dictionary = tiny_model("llama"), random_dictionary()
+    (tmp_path / "texts.txt").write_text("a text of some words\n" * 4)
+    quality = dictionaries.dictionary_quality(model, dictionary, str(tmp_path / "texts.txt"))
+    expected = sp.splice_quality(model, dictionary, model.tokenize(["a text of some words"] * 4))
+    assert not quality.held_out
+    assert (quality.fvu, quality.ce_recovered) == pytest.approx((expected.fvu, expected.ce_recovered), rel=1e-4)
+    assert quality.massive_tokens == 0
+    assert quality.fvu_others == pytest.approx(quality.fvu, rel=1e-4)
+    assert 0 < quality.bos_share < 1
+
+
+def test_latents_and_attribution_are_those_of_the_library():
+    model, dictionary = tiny_model("llama"), random_dictionary()
+    curve = dictionaries.latent_curve(model, dictionary, PAIRS, PAIRS, 0, "noise")
+    estimates = sp.attribute(model, dictionary, PAIRS, direction="noise")
+    best = next(edit for edit in estimates.top(5, each_position=False) if edit.kind == "latent")
+    by_hand = sp.patch_latents(model, dictionary, PAIRS, [best.units[0]], controls=0, direction="noise")
+    assert curve.top[0].value == pytest.approx(by_hand.of(0).value, abs=1e-5)
+    verified = sp.attribute(model, dictionary, PAIRS, verify=20, sample=20)
+    figure = dictionaries.pearson_over_pairs(verified)
+    assert figure.value == pytest.approx(verified.verified.pearson())
+    assert figure.low <= figure.value <= figure.high
+    assert figure.n == 6
+
+
+def test_no_texts_and_no_dictionaries():
+    with pytest.raises(sp.UserError, match=r"give --data TEXTS.jsonl, or --sae FOLDER"):
+        dictionaries.train_dictionaries(RealConfig("m"), tiny_model("gpt2"))
+    with pytest.raises(sp.UserError, match="samples = 0: use at least 1"):
+        RealConfig("m", samples=0)

@@ -1,0 +1,222 @@
+"""Stages "dictionaries" and "latents": dictionaries at three depths, their quality, and their latents on the tasks."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saepatch.cli.commands.train import train
+from saepatch.data.pairs import PromptPair
+from saepatch.data.texts import load_texts, text_rows
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import load_saes
+from saepatch.engine.components import PATCH_DIRECTIONS, PatchDirection
+from saepatch.errors import UserError
+from saepatch.measure.attribution import Attribution, attribute
+from saepatch.measure.curves import Curve, effect_curve
+from saepatch.measure.quality import latent_statistics, splice_quality
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.records.statistics import Interval
+
+from ..common.kept import KeptResults
+from .settings import RealConfig
+from .tasks import TaskPairs
+
+log = logging.getLogger(__name__)
+
+DEPTHS = (0.25, 0.5, 0.75)
+SIZES = (1, 4, 16)  # numbers of latents that are patched together
+CONTEXT = 128
+ROWS = 16  # rows of text on which the sizes of activations are measured
+MASSIVE = 10.0  # a token is massive where its norm is this many times the median
+DRAWS = 1000  # bootstrap draws over pairs of a correlation
+
+
+@dataclass(frozen=True)
+class TrainedFolder:
+    folder: str
+
+
+@dataclass(frozen=True)
+class DictionaryQuality:
+    """Quality of a dictionary, and the shares of large activations at its site.
+
+    `held_out` is whether the first figures were measured in training, on held-out text; else they are from the first
+    rows of the texts. `bos_share` and `massive_share` are shares of the sum of |x|² of BOS and of massive ordinary
+    tokens (norm above `MASSIVE` medians), `massive_tokens` the share of such tokens, and `fvu_others` the fraction of
+    variance unexplained at the other ordinary tokens.
+    """
+
+    site: str
+    held_out: bool
+    fvu: float
+    l0: float
+    ce_recovered: float
+    bos_share: float
+    massive_tokens: float
+    massive_share: float
+    fvu_others: float
+
+
+@dataclass(frozen=True, eq=False)
+class TaskLatents:
+    """The latents of one site on one task: effects of the first k of select, and attribution against exact effects."""
+
+    site: str
+    curves: Mapping[PatchDirection, Curve]
+    attribution: Attribution
+
+
+def dictionaries(config: RealConfig, model: LanguageModel, kept: KeptResults) -> dict[Site, Dictionary]:
+    """The dictionaries of `config.sae`, or those trained in the study's folder."""
+    if config.sae:
+        return load_saes(config.sae, config.device)
+    trained = kept.get("dictionaries/training", TrainedFolder, partial(train_dictionaries, config, model))
+    return load_saes(trained.folder, config.device)
+
+
+def train_dictionaries(config: RealConfig, model: LanguageModel) -> TrainedFolder:
+    """Train TopK dictionaries at `DEPTHS` by the project's own command; a stopped training continues.
+
+    Raises:
+        UserError: training failed; its own message precedes this.
+    """
+    if not config.data:
+        raise UserError("no texts to train dictionaries on: give --data TEXTS.jsonl, or --sae FOLDER")
+    out = Path(config.out) / "saes"
+    sites = sorted({Site(min(model.n_layers - 1, round(depth * model.n_layers))) for depth in DEPTHS})
+    batch = min(1024, config.tokens)
+    settings = {
+        "model": config.model,
+        "data": config.data,
+        "sites": f"[{','.join(map(str, sites))}]",
+        "out": str(out),
+        "resume": "true",
+        "tokens": config.tokens,
+        "batch_size": batch,
+        "context": CONTEXT,
+        "buffer": max(batch, min(65_536, config.tokens // 2)),
+        "eval_tokens": max(500, min(20_000, config.tokens // 100)),
+        "sae.architecture": "topk",
+        "sae.k": config.k,
+        "sae.expansion": 8,
+        "seed": config.seed,
+        "device": config.device,
+        "dtype": config.dtype,
+    }
+    code = train([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"training the dictionaries failed (exit code {code}): see above, or give --sae FOLDER")
+    return TrainedFolder(str(out))
+
+
+@torch.no_grad()
+def dictionary_quality(model: LanguageModel, dictionary: Dictionary, data: str) -> DictionaryQuality:
+    """Quality as training measured it, or on the first rows of the texts; and the sizes of activations."""
+    rows = list(islice(text_rows(model, load_texts(data), CONTEXT), ROWS))
+    tokens = model.pad(rows)
+    site, known = dictionary.site, dictionary.metrics_on(model)
+    names = ("fvu", "l0", "ce_recovered")
+    if held_out := all(name in known for name in names):
+        fvu, l0, ce_recovered = (known[name] for name in names)
+    else:
+        quality = splice_quality(model, dictionary, tokens)
+        fvu, l0, ce_recovered = quality.fvu, quality.l0, quality.ce_recovered
+    x = model.capture(tokens, [site])[site].double()
+    size, ordinary = (x**2).sum(-1), tokens.ordinary
+    norms = size[ordinary].sqrt()
+    massive = ordinary & (size.sqrt() > MASSIVE * norms.median())
+    total = float(size[tokens.attention_mask.bool()].sum())
+    bos = tokens.attention_mask.bool() & ~ordinary
+    others = ordinary & ~massive
+    error = dictionary.encode(x.to(model.dtype)).error[others].double()
+    variance = float(((x[others] - x[others].mean(0)) ** 2).sum())
+    return DictionaryQuality(
+        str(site),
+        held_out,
+        fvu,
+        l0,
+        ce_recovered,
+        bos_share=float(size[bos].sum()) / total,
+        massive_tokens=float(massive.sum() / ordinary.sum()),
+        massive_share=float(size[massive].sum()) / total,
+        fvu_others=float((error**2).sum()) / variance,
+    )
+
+
+def qualities(
+    config: RealConfig, model: LanguageModel, saes: Mapping[Site, Dictionary], kept: KeptResults
+) -> list[DictionaryQuality]:
+    return [
+        kept.get(
+            f"dictionaries/quality/{site} {dictionary.fingerprint}",
+            DictionaryQuality,
+            partial(dictionary_quality, model, dictionary, config.data),
+        )
+        for site, dictionary in saes.items()
+    ]
+
+
+def task_latents(
+    config: RealConfig, model: LanguageModel, saes: Mapping[Site, Dictionary], task: TaskPairs, kept: KeptResults
+) -> list[TaskLatents]:
+    """Latents of every site on one task, ranked by attribution on `select` and measured on `report`."""
+    select, report = task.pairs("select"), task.pairs("report")
+    results = []
+    for site, dictionary in saes.items():
+        name = f"latents/{task.name}/{site} {dictionary.fingerprint}"
+        estimate = partial(attribute, model, dictionary, report, verify=config.verify, sample=config.sample,
+                           seed=config.seed)  # fmt: skip
+        curves: dict[PatchDirection, Curve] = {
+            d: kept.get(f"{name}/{d}", Curve, partial(latent_curve, model, dictionary, select, report, config.seed, d))
+            for d in PATCH_DIRECTIONS
+        }
+        results.append(TaskLatents(str(site), curves, kept.get(f"{name}/attribution", Attribution, estimate)))
+    return results
+
+
+def latent_curve(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    select: Sequence[PromptPair],
+    report: Sequence[PromptPair],
+    seed: int,
+    direction: PatchDirection,
+) -> Curve:
+    """Effects of the first latents by attribution on `select`, with random and matched controls."""
+    estimates = attribute(model, dictionary, select, direction=direction)
+    edits = [edit for edit in estimates.top(max(SIZES) + 1, each_position=False) if edit.kind == "latent"]
+    ranking = [edit.units[0] for edit in edits][: max(SIZES)]
+    prompts = [text for pair in select for text in (pair.clean, pair.corrupted)]
+    statistics = latent_statistics(model, dictionary, prompts)
+    sizes = [k for k in SIZES if k <= len(ranking) and int(statistics.alive.sum()) >= 2 * k]
+    if not sizes:
+        raise UserError(f"no latent of {dictionary.name} differs between the prompts: use more pairs")
+    curve = effect_curve(model, dictionary, report, ranking, sizes, statistics, seed, direction=direction)
+    return replace(curve, effects=())  # the sweep of all latents is large, and nothing more is read from it
+
+
+def pearson_over_pairs(attribution: Attribution, seed: int = 0) -> Interval:
+    """Correlation of estimates with exact effects over verified nodes; percentile interval over resampled pairs."""
+    verified = attribution.verified
+    assert verified is not None
+    value, pairs = verified.pearson(), attribution.pair[verified.index]
+    members = [np.flatnonzero(pairs == pair) for pair in np.unique(pairs)]
+    if len(members) < 6 or np.isnan(value):
+        return Interval.withheld(value, len(members), "too few pairs for an interval")
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(DRAWS):
+        some = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        estimated, exact = verified.estimated[some], verified.exact[some]
+        if np.ptp(estimated) and np.ptp(exact):
+            drawn.append(np.corrcoef(estimated, exact)[0, 1])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value, min(value, float(low)), max(value, float(high)), len(members))
