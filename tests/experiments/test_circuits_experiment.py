@@ -15,8 +15,8 @@ def test_circuits_are_found_written_and_kept(tmp_path, capsys):
     summary = json.loads((tmp_path / "summary.json").read_text())
     latents = summary["circuits"]["resid_post.4, integrated gradients"]
     assert latents["faithfulness"][0] > 0.8
-    assert latents["random"] < 0.1
-    assert latents["size"] * 5 < latents["active"]
+    assert latents["random"] < latents["faithfulness"][0] / 2
+    assert latents["size"] * 3 < latents["active"]
     assert len(Circuit.read(tmp_path / latents["circuit"]).nodes) == latents["size"]
     assert "held-out pairs" in capsys.readouterr().out
     before = (tmp_path / "summary.json").read_text()
