@@ -14,6 +14,9 @@ from .circuits.node_runs import NodeRuns as NodeRuns
 from .circuits.nodes import Edge as Edge
 from .circuits.nodes import Node as Node
 from .circuits.nodes import Paths as Paths
+from .circuits.scrubbing import HypothesisNode as HypothesisNode
+from .circuits.scrubbing import Scrubbed as Scrubbed
+from .circuits.scrubbing import scrub as scrub
 from .circuits.self_repair import SelfRepair as SelfRepair
 from .circuits.self_repair import self_repair as self_repair
 from .data.batches import batch_pairs as batch_pairs

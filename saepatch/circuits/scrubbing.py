@@ -1,0 +1,287 @@
+"""Causal scrubbing: a hypothesis tested by resampling all that it says does not matter (Chan et al. 2022).
+
+A hypothesis is a tree. Each node names an image in the model and a feature φ of the input: it claims that the image may
+be computed on any other input with the same φ. The model is evaluated as a tree, so that one activation reached by two
+branches may carry two inputs.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from saepatch.engine.components import Changes, Component
+from saepatch.errors import UserError
+from saepatch.model.hooks import edit_sites
+from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.records.statistics import Interval, bootstrap_ratio
+from saepatch.records.tables import text_table
+
+log = logging.getLogger(__name__)
+
+Feature = Callable[[str], Hashable]
+Draws = Int[ndarray, "examples"]
+
+
+class Sampler(Protocol):
+    """Draws for every reference an input that takes its place; `name` stands in results."""
+
+    @property
+    def name(self) -> str: ...
+    def draw(self, references: Draws, features: Sequence[Hashable], rng: np.random.Generator) -> Draws:
+        """Inputs, as indices into the data set, for the references; `features` are φ of every input."""
+        ...
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Uniform, with replacement, among the inputs with the reference's φ (the reference itself among them)."""
+
+    name: str = "matching"
+
+    def draw(self, references: Draws, features: Sequence[Hashable], rng: np.random.Generator) -> Draws:
+        members: dict[Hashable, list[int]] = {}
+        for number, feature in enumerate(features):
+            members.setdefault(feature, []).append(number)
+        return np.array([int(rng.choice(members[features[i]])) for i in references.tolist()])
+
+
+@dataclass(frozen=True)
+class Unconditional:
+    """Uniform among all inputs."""
+
+    name: str = "unconditional"
+
+    def draw(self, references: Draws, features: Sequence[Hashable], rng: np.random.Generator) -> Draws:
+        return rng.integers(len(features), size=len(references))
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The reference itself: the node is not scrubbed."""
+
+    name: str = "exact"
+
+    def draw(self, references: Draws, features: Sequence[Hashable], rng: np.random.Generator) -> Draws:
+        return references
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One input for all references."""
+
+    index: int
+    name: str = "fixed"
+
+    def draw(self, references: Draws, features: Sequence[Hashable], rng: np.random.Generator) -> Draws:
+        return np.full(len(references), self.index)
+
+
+@dataclass(frozen=True, eq=False)
+class HypothesisNode:
+    """A node of a hypothesis: `image` computes what φ (`feature`) says of the input, from its `children`.
+
+    The image is a component at one site: latents (`LatentUnits`, some ids of a dictionary), `Heads`, a `Stream`. With
+    `units` only these of them (as the component numbers them), at `position` of the prompt's own tokens (from 0, or
+    from the end; None: at all). Children lie at earlier sites; whatever else leads to the image is unimportant.
+    """
+
+    image: Component
+    feature: Feature
+    units: tuple[int, ...] | None = None
+    position: int | None = None
+    children: tuple["HypothesisNode", ...] = ()
+    sampler: Sampler = field(default_factory=Matching)
+
+    def __str__(self) -> str:
+        units = "" if self.units is None else " " + ",".join(map(str, self.units))
+        return f"{self.image.site} {self.image.kind}{units}" + ("" if self.position is None else f" at {self.position}")
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a child that does not lie before the image."""
+        for child in self.children:
+            if not child.image.site.order < self.image.site.order:
+                raise UserError(f"{child} cannot be a cause of {self}: children lie at earlier sites")
+
+
+@dataclass(frozen=True, eq=False)
+class Scrubbed:
+    """Losses of each example: of the model, of the scrubbed model, and of the model against another example's label.
+
+    `recovered = (scrubbed − random) / (model − random)`: 1 where scrubbing changes nothing, 0 at the floor. `vacuous`
+    names claims and the share of inputs whose matching set has one member: there the test tests nothing.
+    """
+
+    model: Float[ndarray, "examples"]
+    scrubbed: Float[ndarray, "examples"]
+    random: Float[ndarray, "examples"]
+    samplers: tuple[str, ...]
+    vacuous: tuple[tuple[str, float], ...]
+    draws: tuple[tuple[str, Draws], ...]
+
+    @property
+    def recovered(self) -> Interval:
+        """The share of the loss that the hypothesis recovers, a ratio of means with its interval over examples."""
+        return bootstrap_ratio(self.scrubbed - self.random, self.model - self.random)
+
+    @property
+    def recovered_by_example(self) -> Float[ndarray, "examples"]:
+        """The share of each example; NaN where its floor is the model's own loss."""
+        gap = self.model - self.random
+        return np.divide(self.scrubbed - self.random, gap, out=np.full_like(gap, np.nan), where=gap != 0)
+
+    def summary(self) -> str:
+        """The losses and the recovered share as a table, the samplers, and what the test could not test."""
+        means = [("model", self.model), ("scrubbed", self.scrubbed), ("random labels", self.random)]
+        lines = [text_table(["loss", "mean"], [[name, f"{loss.mean():.4f}"] for name, loss in means])]
+        lines.append(f"recovered share {self.recovered}, n = {len(self.model)}; samplers: {', '.join(self.samplers)}")
+        lines += [f"vacuous: {share:.0%} of inputs match no other in φ of {name}" for name, share in self.vacuous]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def scrub(
+    model: LanguageModel,
+    claims: Sequence[HypothesisNode],
+    inputs: Sequence[str],
+    labels: Sequence[int],
+    others: Sampler | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Scrubbed:
+    """Test a hypothesis by causal scrubbing (Chan et al. 2022).
+
+    The output runs on an input drawn by `others`, with the images of `claims` set to what they are on inputs drawn by
+    each claim's sampler for the reference; an image with children is computed likewise, on a run of its own: the model
+    is evaluated as a tree. All that a run does not name, error terms too, comes from its one drawn input ("together").
+
+    Args:
+        model: The model.
+        claims: What the output depends on, each with its own children.
+        inputs: Prompts of one token length.
+        labels: The token id that follows each prompt; the loss is its cross-entropy at the last position.
+        others: Draws the inputs of runs, for all that no claim names; by default `Unconditional`.
+        seed: Of all draws.
+        batch_size: Prompts per forward pass.
+
+    Returns:
+        Losses, the draws, and `recovered`, whose floor is the model's mean loss on all inputs' labels.
+
+    Raises:
+        UserError: prompts differ in length, or labels or images do not fit.
+    """
+    refuse_training(model)
+    tokens = model.tokenize(list(inputs))
+    if tokens.padded:
+        raise UserError("inputs differ in their number of tokens: causal scrubbing swaps positions, give equal lengths")
+    if len(labels) != len(inputs):
+        raise UserError(f"{len(labels)} labels for {len(inputs)} inputs: give one each")
+    tree = _Tree(model, tokens, list(inputs), others or Unconditional(), np.random.default_rng(seed), batch_size)
+    references = np.arange(len(inputs))
+    wanted = torch.tensor(list(labels), device=model.device)
+    own = torch.cat([model.next_logits(part) for part in tokens.batches(batch_size)]).double().log_softmax(-1)
+    scrubbed = tree.output(claims, references).double().log_softmax(-1)
+    vacuous = [(str(claim), share) for claim in _all(claims) if (share := tree.alone(claim)) > 0]
+    for name, share in vacuous:
+        log.warning("%s: %.0f %% of inputs match no other input, so scrubbing tests nothing there", name, 100 * share)
+    return Scrubbed(
+        model=-own.gather(1, wanted[:, None])[:, 0].cpu().numpy(),
+        scrubbed=-scrubbed.gather(1, wanted[:, None])[:, 0].cpu().numpy(),
+        random=-own[:, wanted].mean(1).cpu().numpy(),
+        samplers=tuple(
+            dict.fromkeys([*(claim.sampler.name for claim in _all(claims)), f"{tree.others.name} together"])
+        ),
+        vacuous=tuple(vacuous),
+        draws=tuple(tree.draws),
+    )
+
+
+def _all(claims: Sequence[HypothesisNode]) -> list[HypothesisNode]:
+    return [some for claim in claims for some in (claim, *_all(claim.children))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Tree:
+    """Evaluates claims, each on runs of its own."""
+
+    model: LanguageModel
+    tokens: Tokens
+    inputs: list[str]
+    others: Sampler
+    rng: np.random.Generator
+    batch_size: int
+    draws: list[tuple[str, Draws]] = field(default_factory=list)
+
+    def alone(self, claim: HypothesisNode) -> float:
+        """Share of inputs whose matching set has one member; 0 for samplers that match nothing."""
+        if not isinstance(claim.sampler, Matching):
+            return 0.0
+        counts = Counter(features := [claim.feature(text) for text in self.inputs])
+        return float(np.mean([counts[feature] == 1 for feature in features]))
+
+    def output(self, claims: Sequence[HypothesisNode], references: Draws) -> Float[Tensor, "examples vocab"]:
+        return self._run(claims, references, self.model.next_logits)
+
+    def _value(self, claim: HypothesisNode, references: Draws) -> Float[Tensor, "examples pos values"]:
+        """The values of a claim's units for references."""
+        claim.image.check(self.model)
+        site, features = claim.image.site, [claim.feature(text) for text in self.inputs]
+        drawn = claim.sampler.draw(references, features, self.rng)
+        self.draws.append((str(claim), drawn))
+
+        def read(tokens: Tokens) -> Tensor:
+            return claim.image.read(self.model.capture(tokens, [site])[site])
+
+        if claim.children:
+            return self._run(claim.children, drawn, read)
+        return torch.cat([read(part) for part in self.tokens.rows(drawn.tolist()).batches(self.batch_size)])
+
+    def _run(self, claims: Sequence[HypothesisNode], references: Draws, read: Callable[[Tokens], Tensor]) -> Tensor:
+        """What `read` gives on inputs drawn for all that is not named, with the claims' images set."""
+        values = [self._value(claim, references) for claim in claims]
+        base = self.others.draw(references, [None] * len(self.inputs), self.rng)
+        out = []
+        for start in range(0, len(base), self.batch_size):
+            part = self.tokens.rows(base[start : start + self.batch_size].tolist())
+            named = [
+                (claim, value[start : start + self.batch_size]) for claim, value in zip(claims, values, strict=True)
+            ]
+            edits = {
+                site: partial(_set, [some for some in named if some[0].image.site == site])
+                for site in dict.fromkeys(claim.image.site for claim in claims)
+            }
+            with edit_sites(self.model.layout, edits) if edits else nullcontext():
+                out.append(read(part))
+        return torch.cat(out)
+
+
+def _set(
+    named: Sequence[tuple[HypothesisNode, Tensor]], x: Float[Tensor, "batch pos width"]
+) -> Float[Tensor, "batch pos width"]:
+    """The site's value with the claims' units set; all read the same value before any acts."""
+    out = x
+    for claim, value in named:
+        where = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        where[:, slice(None) if claim.position is None else claim.position] = True
+        changes = claim.image.write(x, value, where)
+        if claim.units is not None:
+            mine = torch.isin(changes.unit, torch.tensor(claim.units, device=x.device)).nonzero().flatten()
+            vectors = partial(_some_vectors, changes.vectors, mine)
+            changes = Changes(changes.row[mine], changes.pos[mine], changes.unit[mine], vectors)
+        out = out + (changes.applied(x) - x)
+    return out
+
+
+def _some_vectors(
+    vectors: Callable[[Tensor], Tensor], mine: Int[Tensor, "mine"], some: Int[Tensor, "some"]
+) -> Float[Tensor, "some width"]:
+    return vectors(mine[some])
