@@ -1,6 +1,5 @@
 """Settings of the whole test run."""
 
-import gc
 import os
 import signal
 
@@ -11,8 +10,6 @@ from saepatch import organism
 
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring
 
-gc.set_threshold(20_000)  # what torch and transformers allocate stays, and looking through it again takes its time
-
 os.fsync = lambda handle: None  # no test cuts the power, and a slow disk would take longer than all the tests
 
 # A shell starts its background jobs with SIGINT ignored, and processes that tests start and interrupt would inherit it.
@@ -21,7 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # Families whose layout another one, tested by default, has too.
-MORE_FAMILIES = {"mistral", "qwen2", "gemma2", "phi", "opt"}
+MORE_FAMILIES = {"mistral", "qwen2", "qwen3", "gemma2", "phi", "opt"}
 
 
 @pytest.hookimpl(tryfirst=True)

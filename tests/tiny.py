@@ -1,5 +1,6 @@
 """Tiny random models of many families, a byte tokenizer and random dictionaries, made in milliseconds."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import adopt
+from saepatch.model import families as layouts
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import wrap_model
 from saepatch.model.sites import Site
@@ -44,7 +46,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> LanguageModel:
-    """A random model of the family. Weights are large enough that every part of it matters to the logits."""
+    """A random model of the family. Weights are large enough that every part of it matters to the logits.
+
+    A copy of one that is made once a process, since what loading probes takes longer than most tests.
+    """
+    known = repr(FAMILIES.get(family)), repr(layouts.FAMILIES.get(family))  # tests change both
+    key = (family, seed, repr(sorted(changes.items())), *known)
+    if key not in _MADE:
+        made = _new_model(family, seed, changes)
+        _MADE[key] = made, torch.get_rng_state()
+    made, state = _MADE[key]
+    torch.set_rng_state(state)
+    return deepcopy(made)
+
+
+_MADE: dict[tuple[Any, ...], tuple[LanguageModel, torch.Tensor]] = {}
+
+
+def _new_model(family: str, seed: int, changes: dict[str, Any]) -> LanguageModel:
     torch.manual_seed(seed)
     options = (
         FAMILIES.get(family, COMMON)

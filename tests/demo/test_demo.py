@@ -43,7 +43,7 @@ def test_no_other_run_is_written_over(demo, tmp_path, capsys):
     for name in ("parts", "answers"):
         (tmp_path / name / name).mkdir(parents=True)
         assert main(["demo", "--out", str(tmp_path / name), "--pairs", str(PAIRS)]) == 2
-        assert "holds results of another command" in capsys.readouterr().err
+        assert "holds a run of another command or experiment" in capsys.readouterr().err
     shutil.copy(demo / "results.parquet", tmp_path)
     assert main(["demo", "--out", str(tmp_path), "--pairs", str(PAIRS)]) == 2
     assert not (tmp_path / "page.json").exists()

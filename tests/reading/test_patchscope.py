@@ -132,6 +132,7 @@ def test_the_organism_reads_words_and_not_its_latents(tmp_path):
     assert "Refusal: at no site named more often" in experiment.verdict(nothing, words)
 
 
+@pytest.mark.slow
 def test_a_stopped_experiment_continues_from_its_readings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "PROMPTS", experiment.PROMPTS[:1])
     monkeypatch.setattr(experiment, "QUESTIONS", ())

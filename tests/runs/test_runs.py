@@ -604,7 +604,8 @@ FEW = [signal.SIGKILL, signal.SIGINT]
 MANY = [*[signal.SIGKILL] * 5, signal.SIGTERM, signal.SIGINT]
 
 
-@pytest.mark.parametrize("signals", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.slow  # `make kills` tries signals at many more moments, and tests/cli/test_interrupts.py each handler
+@pytest.mark.parametrize("signals", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize(
     ("work", "options"),
     [
