@@ -37,7 +37,7 @@ def site_effect(model, dictionary, pair, positions="all"):
 
 @pytest.mark.parametrize(
     ("site", "positions"),
-    [("resid_pre.1", "all"), ("mlp_out.1", "last")],
+    [pytest.param("resid_pre.1", "all", marks=pytest.mark.slow), ("mlp_out.1", "last")],
 )
 def test_completeness(site, positions):
     model, dictionary = tiny_model(), random_dictionary(site)
@@ -369,7 +369,7 @@ def test_a_metric_that_is_flat_at_the_base_run(caplog):
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("direction", [pytest.param("denoise", marks=pytest.mark.slow), "noise"])
 def test_kl_from_the_clean_run_is_screened_as_with_that_reference(direction):
     model, dictionary = tiny_model(), random_dictionary()
     batch = batch_pairs(model, PAIRS)
