@@ -15,6 +15,7 @@ from saepatch.records.statistics import (
     matched_latents,
     random_latents,
     sign_flip_test,
+    studentised_max_test,
     wilson_share,
 )
 
@@ -197,3 +198,9 @@ def test_matched_latents_are_drawn_once_a_set_from_so_many_neighbours():
     pairs = matched_latents([10, 11], frequency, size, draws=100, neighbours=2)
     assert all(len(set(latents)) == 2 for latents in pairs)
     assert not {10, 11} & set().union(*map(set, pairs))
+
+
+def test_no_p_of_the_studentised_test_is_zero():
+    """The observed data count as one of the draws."""
+    change = 10 + np.random.default_rng(0).normal(size=(30, 1))
+    assert studentised_max_test(change, np.ones((30, 1), dtype=bool), draws=99)[0] == 1 / 100
