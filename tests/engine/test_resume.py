@@ -544,3 +544,16 @@ def test_an_adapter_in_the_last_block_is_patched_at_several_positions():
     assert changes.pos.unique().numel() > 1
     assert abs(float(effects.patched[0, 0]) - float(logits[0, answer] - logits[0, counter])) < 2e-5
     assert kept.way(dictionary.site) == "shortcuts"
+
+
+def test_a_small_effect_that_a_way_loses_is_not_hidden_by_a_large_one(monkeypatch):
+    model, site = tiny_model(), Site(0)
+    run = KeptRun(model, model.tokenize(["some text"]), [site])
+    before = torch.full((1, 259), 100.0)
+    whole = torch.cat([before + 5e-3, before + 10])  # of two edits, the first of which the way does not make
+    probes = run._probes((site,))
+    probes = probes._replace(columns=[4, 4], changes=probes.changes[:2], whole=whole, before=before)
+    for lost, agrees in ((before, False), (whole[:1], True)):
+        given = iter([lost, whole[1:]])
+        monkeypatch.setattr(KeptRun, "_go", lambda *_, given=given: next(given))
+        assert run._agrees("cache", (site,), probes, None) == agrees
