@@ -29,6 +29,7 @@ def chromium(folder):
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={folder / 'profile'}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    os.environ["SE_OFFLINE"] = "true"  # selenium looks for no driver online
     session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver, log_output=os.devnull))
     try:
         yield session

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from browsing import chromium
 
 from saepatch import organism
 
@@ -35,3 +36,21 @@ def few_texts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(organism, "texts", lambda: texts[::8])
         yield
+
+
+@pytest.fixture(scope="session")
+def shared_browser(tmp_path_factory):
+    """One headless Chromium a process."""
+    with chromium(tmp_path_factory.mktemp("browser")) as session:
+        yield session
+
+
+@pytest.fixture
+def browser(shared_browser):
+    """A new window without the last one's emulation, address or messages."""
+    shared_browser.switch_to.new_window("window")
+    for log in ("browser", "performance"):
+        shared_browser.get_log(log)
+    yield shared_browser
+    shared_browser.close()
+    shared_browser.switch_to.window(shared_browser.window_handles[0])

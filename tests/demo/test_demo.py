@@ -5,17 +5,18 @@ import math
 import re
 import shutil
 from collections import defaultdict
+from functools import partial
 
 import pytest
 import yaml
-from browsing import chromium
 
 from saepatch import organism
 from saepatch.cli.main import main
-from saepatch.demo import stages
+from saepatch.demo import looks, run, stages
 from saepatch.dictionaries.loading import load_sae
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.loading import load_model
+from saepatch.organism.checks import evaluate_organism
 from saepatch.records.rows import read_rows
 from saepatch.report import Details, Link, read_page
 
@@ -30,6 +31,10 @@ def demo(tmp_path_factory, few_texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "STRENGTHS", (1.0,))
         patch.setattr(stages, "ANSWER_TOKENS", 12)
+        patch.setattr(stages, "DRAWS", 2)
+        patch.setattr(run, "evaluate_organism", partial(evaluate_organism, n=50))
+        patch.setattr(looks, "CARDS", 3)
+        patch.setattr(looks, "LEADING", 1)
         assert main(["demo", "--out", str(out), "--pairs", str(PAIRS)]) == 0
     return out
 
@@ -194,19 +199,17 @@ def test_a_cell_of_a_map_leads_to_its_latents(demo):
 
 
 @pytest.mark.browser
-def test_a_click_on_a_cell_in_a_browser(demo, tmp_path, monkeypatch):
-    monkeypatch.setenv("SE_OFFLINE", "true")
-    with chromium(tmp_path) as browser:
-        browser.get((demo / "report.html").as_uri())
-        cell = browser.find_elements("css selector", ".view:not([hidden]) .pick[data-key^='denoise/resid_post.3/']")[-1]
-        *_, position = cell.get_attribute("data-key").split("/")
-        cell.click()
-        (panel,) = [p for p in browser.find_elements("css selector", ".view:not([hidden]) .picked") if p.text]
-        shown = [[cell.text for cell in row.find_elements("css selector", "td")] for row in
-                 panel.find_elements("css selector", "tbody tr")]  # fmt: skip
-        assert shown
-        assert all(site == "resid_post.3" and at.split()[0] == position for site, _, at, *_ in shown)
-        assert browser.get_log("browser") == []
+def test_a_click_on_a_cell_in_a_browser(demo, browser):
+    browser.get((demo / "report.html").as_uri())
+    cell = browser.find_elements("css selector", ".view:not([hidden]) .pick[data-key^='denoise/resid_post.3/']")[-1]
+    *_, position = cell.get_attribute("data-key").split("/")
+    cell.click()
+    (panel,) = [p for p in browser.find_elements("css selector", ".view:not([hidden]) .picked") if p.text]
+    shown = [[cell.text for cell in row.find_elements("css selector", "td")] for row in
+             panel.find_elements("css selector", "tbody tr")]  # fmt: skip
+    assert shown
+    assert all(site == "resid_post.3" and at.split()[0] == position for site, _, at, *_ in shown)
+    assert browser.get_log("browser") == []
 
 
 def test_the_report_is_written_anew_from_its_folder_alone(demo, tmp_path):

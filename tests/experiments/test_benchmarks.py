@@ -65,6 +65,7 @@ def test_peers_give_our_numbers(tmp_path, capsys):
         assert word in printed
 
 
+@pytest.mark.slow  # `make bench` checks it too
 def test_nnsight_gives_our_numbers(tmp_path):
     if why := peers.missing("nnsight"):
         pytest.skip(why)

@@ -1,5 +1,7 @@
 """Attribution against what it approximates, exact patches, and against gradients taken by bare passes."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -186,8 +188,16 @@ def test_a_bfloat16_model_with_a_float32_dictionary():
     assert found.verified.pearson() > 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
-@pytest.mark.parametrize("method", [FirstOrder(), IntegratedGradients(2), GradDrop()], ids=lambda m: m.name)
+# One method a family by default.
+SEVERAL = [
+    pytest.param(method, family, id=f"{method.name}-{family}", marks=[] if number % 3 == 0 else pytest.mark.slow)
+    for number, (method, family) in enumerate(
+        product((FirstOrder(), IntegratedGradients(2), GradDrop()), ("llama", "gpt2", "gpt_neox", "gemma2"))
+    )
+]
+
+
+@pytest.mark.parametrize(("method", "family"), SEVERAL)
 def test_several_sites_at_once_are_each_site_alone(family, method):
     model = tiny_model(family)
     several = [

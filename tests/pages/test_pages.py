@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from browsing import chromium
 from tiny import random_sae, tiny_model
 
 import saepatch.model.loading
@@ -410,13 +409,6 @@ def test_nothing_hostile_gets_into_a_page(swept, grouped, screened, heads):
         missing = {address[1:] for address in addresses if address.startswith("#")} - set(ids)
         assert not missing
         assert not re.search("[\u202a-\u202e\u200b]", source)
-
-
-@pytest.fixture
-def browser(tmp_path, monkeypatch):
-    monkeypatch.setenv("SE_OFFLINE", "true")
-    with chromium(tmp_path) as session:
-        yield session
 
 
 def all_of(browser, selector):

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -437,27 +435,6 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 # In a browser
-
-
-@pytest.fixture
-def browser(tmp_path, monkeypatch):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    binary = next((found for name in names if (found := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("no Chromium with chromedriver on this machine")
-    monkeypatch.setenv("SE_OFFLINE", "true")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1280,900"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver, log_output=os.devnull)
-    session = webdriver.Chrome(options=options, service=service)
-    yield session
-    session.quit()
 
 
 @pytest.mark.browser

@@ -141,7 +141,7 @@ SWEEPS = {
 }
 
 
-MORE_SWEEPS = {"groups with controls", "streams, from the right", "latents of each site", "mean"}
+MORE_SWEEPS = {"groups with controls", "each position", "streams, from the right", "latents of each site", "mean"}
 
 
 @pytest.mark.parametrize(

@@ -311,9 +311,8 @@ served = trackio.show(project="saepatch", open_browser=False, block_thread=True,
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_trackios_dashboard_shows_a_run(place, capfd, monkeypatch):
+def test_trackios_dashboard_shows_a_run(browser, place, capfd, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is not installed: pip install saepatch[dashboard]")
-    from browsing import chromium
 
     store = place / "trackio"
     environment = os.environ | {"TRACKIO_DIR": str(store), "HF_HUB_OFFLINE": "1", "HOME": str(place / "home")}
@@ -339,12 +338,11 @@ def test_trackios_dashboard_shows_a_run(place, capfd, monkeypatch):
         [sys.executable, "-c", SERVER, str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        with chromium(place) as browser:
-            wait_for(lambda: _answers(port))
-            browser.get(f"http://127.0.0.1:{port}/?project=saepatch")
-            wait_for(lambda: "patch-pairs" in browser.page_source)
-            wait_for(lambda: "edits" in browser.find_element("css selector", "body").text)
-            assert browser.execute_script("return window.hit") is None
+        wait_for(lambda: _answers(port))
+        browser.get(f"http://127.0.0.1:{port}/?project=saepatch")
+        wait_for(lambda: "patch-pairs" in browser.page_source)
+        wait_for(lambda: "edits" in browser.find_element("css selector", "body").text)
+        assert browser.execute_script("return window.hit") is None
     finally:
         server.terminate()
         server.wait(20)

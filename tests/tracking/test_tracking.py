@@ -173,7 +173,14 @@ def test_full_disk_warns_once_and_the_run_goes_on(tmp_path, caplog):
     ]
 
 
-@pytest.mark.parametrize("spec", ["wandb", "wandb:online", pytest.param("wandb:offline", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "wandb:online",
+        pytest.param("wandb", marks=pytest.mark.slow),
+        pytest.param("wandb:offline", marks=pytest.mark.slow),
+    ],
+)
 def test_without_a_key_wandb_runs_offline(spec, tmp_path, caplog):
     out = tmp_path / "a run"  # the blank must survive the shell
     with (
