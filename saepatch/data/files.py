@@ -46,7 +46,9 @@ def read_rows(
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # no UTF-8, or a path that holds NUL
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} in {str(path)!r} are not UTF-8 ({error.reason}): save the file as UTF-8") from error
+    except (OSError, ValueError) as error:  # such as a path that holds NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read {what} from {str(path)!r} ({reason}): {remedy}") from error
     if ending == ".csv":

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from saepatch import organism
-from saepatch.dictionaries.checks import check_decoder, check_stored, check_weights, refuse_transcoder
+from saepatch.dictionaries.checks import (
+    check_architecture,
+    check_decoder,
+    check_stored,
+    check_weights,
+    refuse_transcoder,
+)
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError, reason_of
 from saepatch.model.families import FAMILIES
@@ -112,6 +118,8 @@ def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | tor
                 f"{name!r} is a checkpoint of sae_lens' trainer ({architecture}): load it there and save it with "
                 "save_inference_model"
             )
+        if "architecture" in cfg:  # sae_lens takes older files without one as standard
+            check_architecture(architecture, name)
         check_stored(folder / "sae_weights.safetensors", name)
         sae = SAE.load_from_disk(folder, device=str(device), dtype=dtype)
     except UserError:

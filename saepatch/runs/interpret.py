@@ -105,7 +105,23 @@ def read_pairs(config: SweepConfig) -> tuple[str, list[PromptPair]]:
     pairs = load_pairs(config.pairs, config.split, config.n, config.seed)
     if not pairs:
         raise UserError(f"{config.pairs!r} holds no pairs: give another source")
+    _warn_of_equal(pairs, bool(config.corruption))
     return Path(config.pairs).stem.partition(":")[0], distinct_names(pairs)
+
+
+def _warn_of_equal(pairs: Sequence[PromptPair], corrupted_otherwise: bool) -> None:
+    same = [pair for pair in pairs if pair.answer == pair.counter]
+    if same:
+        log.warning(
+            "%d of %d pairs have the same answer and counter, such as %s: their logit difference is always 0",
+            len(same), len(pairs), same[0].example,
+        )  # fmt: skip
+    same = [pair for pair in pairs if pair.clean == pair.corrupted]
+    if same and not corrupted_otherwise:
+        log.warning(
+            "%d of %d pairs have the same clean and corrupted prompt, such as %s: patching them changes nothing",
+            len(same), len(pairs), same[0].example,
+        )  # fmt: skip
 
 
 def distinct_names(pairs: Sequence[PromptPair]) -> list[PromptPair]:

@@ -71,7 +71,7 @@ def test_what_cannot_be_read(tmp_path):
         ):
             read(str(tmp_path / "none"))
         (tmp_path / "latin").write_bytes("\xe9".encode("latin-1"))
-        with pytest.raises(UserError, match=r"cannot read (texts|prompts) from .*can't decode"):
+        with pytest.raises(UserError, match=r"(texts|prompts) in .*latin' are not UTF-8 .*save"):
             read(str(tmp_path / "latin"))
     (tmp_path / "plain").write_text("\ufeffone\n\ntwo", encoding="utf-8")
     assert load_texts(str(tmp_path / "plain")) == ["one", "two"]

@@ -437,6 +437,18 @@ def test_what_ran_nowhere_has_no_effect_and_pairs_without_a_gap_are_counted(plac
     assert summary["top"]["denoise"][0]["effect"]["value"] is None
 
 
+def test_pairs_that_cannot_differ_are_warned_about(place, tmp_path, caplog, capsys):
+    same = {"clean": "the cat sat", "corrupted": "the cat sat", "answer": "x", "counter": "x"}
+    (tmp_path / "same.jsonl").write_text(json.dumps(same))
+    given = [*arguments(place, tmp_path / "run", "--latents", "3", "--site", "resid_post.0"), "--controls", "0"]
+    given[given.index("--pairs") + 1] = str(tmp_path / "same.jsonl")
+    given.remove("--quiet")
+    assert main(["patch", *given]) == 0
+    assert "1 of 1 pairs have the same answer and counter, such as same-1: their logit" in caplog.text
+    assert "1 of 1 pairs have the same clean and corrupted prompt, such as same-1: patching" in caplog.text
+    assert capsys.readouterr()
+
+
 def test_mistakes_come_before_the_work(place, tmp_path, capsys):
     command = ["patch", *arguments(place, tmp_path / "run")]
     for more, complaint in [
