@@ -6,10 +6,10 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,13 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 ARRAY = {"dtype", "shape", "zlib"}  # the keys of an array
+
+
+@runtime_checkable
+class KeptValues(Protocol):
+    """JSON values by name: those of an earlier start are not measured again."""
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any: ...
 
 
 class KeptResults:
@@ -32,6 +39,10 @@ class KeptResults:
 
     def get(self, name: str, kind: type[Result], measure: Callable[[], Result]) -> Result:
         """The result of this name, measured if there is none yet; `kind` is its dataclass."""
+        return from_json(kind, self.value(name, lambda: to_json(measure())))
+
+    def value(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The JSON value of this name, measured if there is none yet."""
         stage = name.split("/")[0]
         if stage not in self.seconds:
             log.info("%s …", stage)
@@ -39,11 +50,24 @@ class KeptResults:
         def measured() -> dict[str, Any]:
             start = time.monotonic()
             result = measure()
-            return {"seconds": time.monotonic() - start, "result": to_json(result)}
+            return {"seconds": time.monotonic() - start, "result": result}
 
         value = self._kept.get(name, measured)
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + value["seconds"], 2)
-        return from_json(kind, value["result"])
+        return value["result"]
+
+    def of_stage(self, stage: str) -> KeptValues:
+        """The JSON values of one stage, for measurements that know nothing of stages."""
+        return _StageValues(self, stage)
+
+
+@dataclass(frozen=True, eq=False)
+class _StageValues:
+    results: KeptResults
+    stage: str
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        return self.results.value(f"{self.stage}/{name}", measure)
 
 
 def to_json(value: Any) -> Any:

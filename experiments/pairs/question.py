@@ -15,6 +15,7 @@ from saepatch.tracking.open import read_spec
 log = logging.getLogger(__name__)
 
 TRIES = 4000  # largest number of candidate pairs tried for a tokenizer
+IN_VAIN = 400  # candidates in a row that add no pair, after which none is expected any more
 LEAST = 2  # pairs per split
 
 
@@ -97,18 +98,19 @@ def half_of(split: str) -> slice:
 def fitting(model: LanguageModel, candidates: Iterable[FramedPair], n: int) -> list[FramedPair]:
     """The first `n` pairs whose prompts have the same number of tokens and whose answers are one token each.
 
+    Candidates are tried until `IN_VAIN` in a row add no pair.
+
     Raises:
         UserError: fewer than `LEAST` of the candidates fit.
     """
     fit: dict[tuple[str, str], FramedPair] = {}
-    for framed in islice(candidates, TRIES):
-        try:
-            batch_pairs(model, [framed.pair])
-        except UserError:
-            continue
-        fit.setdefault((framed.pair.clean, framed.pair.corrupted), framed)
-        if len(fit) == n:
+    last = 0  # number of the last candidate that added a pair
+    for number, framed in enumerate(islice(candidates, TRIES)):
+        if len(fit) == n or number - last > IN_VAIN:
             break
+        prompts = (framed.pair.clean, framed.pair.corrupted)
+        if prompts not in fit and _fits(model, framed.pair):
+            fit[prompts], last = framed, number
     if len(fit) < LEAST:
         raise UserError(
             f"only {len(fit)} prompt pairs fit the tokenizer of {model.name}, which splits too many words (a pair's "
@@ -117,6 +119,14 @@ def fitting(model: LanguageModel, candidates: Iterable[FramedPair], n: int) -> l
     if len(fit) < n:
         log.info("%d pairs fit the tokenizer of %s, not %d", len(fit), model.name, n)
     return list(fit.values())
+
+
+def _fits(model: LanguageModel, pair: PromptPair) -> bool:
+    try:
+        batch_pairs(model, [pair])
+    except UserError:
+        return False
+    return True
 
 
 def embedded(question: Question, split: str, n: int, seed: int) -> list[FramedPair]:

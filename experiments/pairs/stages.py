@@ -326,7 +326,7 @@ class DirectionComparison:
 
     def _principal_components(self) -> Directions:
         texts = [text for pair in halves(self.select)[0] for text in (pair.clean, pair.corrupted)]
-        values, _ = _site_values(self.model, self.best.site, texts)
+        values, _ = site_values(self.model, self.best.site, texts)
         return principal_components(values, min(values.shape[1], len(values) - 1), self.best.site)
 
     def _dense(self) -> Ranked | None:
@@ -354,7 +354,7 @@ def mean_difference(
         (pair.clean, pair.corrupted) if first is None or pair.answer in first else (pair.corrupted, pair.clean)
         for pair in pairs
     ]
-    a, b = (_site_values(model, site, [side[i] for side in sides]) for i in (0, 1))
+    a, b = (site_values(model, site, [side[i] for side in sides]) for i in (0, 1))
     ratios: list[tuple[float, Directions]] = []
     for mine, other in zip(a, b, strict=True):
         try:
@@ -366,7 +366,7 @@ def mean_difference(
 
 
 @torch.no_grad()
-def _site_values(
+def site_values(
     model: LanguageModel, site: Site, texts: Sequence[str]
 ) -> tuple[Float[Tensor, "positions width"], Float[Tensor, "texts width"]]:
     """The site's values at all ordinary positions of the texts, and at the last position of each."""

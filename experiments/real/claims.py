@@ -1,13 +1,23 @@
 """The claims that the study tests, each with its figure, interval and verdict."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from saepatch.errors import UserError
 from saepatch.records.statistics import Interval
 
-from .dictionaries import TaskLatents, pearson_over_pairs
+from ..pairs.stages import DENSE
+from ..steering.stages import PROMPTING, RANDOM
+from .dictionaries import LATENTS, TaskLatents, pearson_over_pairs
 from .heads import INHIBITION, MOVER, NEGATIVE, HeadRole, direction_gap
 from .patching import PatchingStage, beyond_random
+from .restoration import DIMENSIONS, RestoredBehaviour
+from .restoration import NEURONS as ALL_NEURONS
+from .restoration import RANDOM as RANDOM_LATENTS
+from .steering import ONE_LATENT, ONE_TOKEN, SEVERAL_LATENTS, SteeredConcept, success_gap
 from .tracing import NOISE, TOKENS, Tracing, noise_over_tokens, subject_over_last
 
 AGREES = 0.9  # a correlation above this is called agreement
@@ -22,6 +32,39 @@ class Claim:
     measured: str
     figure: Interval
     verdict: str
+
+
+@dataclass(frozen=True)
+class OtherRun:
+    """The verdicts of another run of the study, by claim and what was measured."""
+
+    name: str
+    claims: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, path: str) -> "OtherRun":
+        """Read a run's `summary.json`.
+
+        Raises:
+            UserError: it cannot be read, or is not of this study.
+        """
+        try:
+            summary = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(summary["config"]["model"], summary["claims"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"cannot read verdicts from {path!r}: give the summary.json of a run of this study"
+            ) from error
+
+    def verdict(self, claim: Claim) -> str:
+        """Figures and verdicts on the same claim, of the same task where the claim has several."""
+        mine = [each for each in self.claims if each["claim"] == claim.claim]
+        of_task = [each for each in mine if each["measured"].split(":")[0] == claim.measured.split(":")[0]]
+        same = mine if len(mine) == 1 else of_task  # a claim on several tasks has a verdict for each
+        return (
+            "; ".join("{:.3f} [{:.3f}, {:.3f}], {}".format(*each["figure"], each["verdict"]) for each in same)
+            or "not measured"
+        )
 
 
 def verdict_of(figure: Interval, bound: float = 0.0) -> str:
@@ -75,6 +118,58 @@ def latents_claims(latents: Mapping[str, Sequence[TaskLatents]]) -> list[Claim]:
         claims.append(
             Claim("Attribution agrees with exact patching", measured, agreement, verdict_of(agreement, AGREES))
         )
+    return claims
+
+
+def direction_claims(latents: Mapping[str, Sequence[TaskLatents]]) -> list[Claim]:
+    """At each task's best site: latents against as many other directions, denoising."""
+    claims = []
+    for task, sites in latents.items():
+        best = max(sites, key=lambda site: site.curves["denoise"].top[-1].value)
+        mine = best.others[LATENTS]
+        for kind, other in best.others.items():
+            shared = [k for k in mine.sizes if k in other.sizes]
+            if kind != LATENTS and shared:
+                k = shared[-1]
+                gap = mine.beyond(other, k)
+                measured = f"{task}: {k} of the latents of {best.site} minus {k} of the {kind}, denoising"
+                claims.append(Claim(f"Latents restore more than {kind}", measured, gap, verdict_of(gap)))
+    return claims
+
+
+def steering_claims(steered: Sequence[SteeredConcept]) -> list[Claim]:
+    """Over the prompts of all concepts, each method at its own best strength."""
+    if not steered:
+        return []
+    claims = []
+    for claim, name, other in (
+        ("Latents steer better than random ones", SEVERAL_LATENTS, RANDOM),
+        ("Several latents steer better than one", SEVERAL_LATENTS, ONE_LATENT),
+        ("Latents steer better than the difference of means", SEVERAL_LATENTS, DENSE),
+        ("Latents steer better than a prompt", SEVERAL_LATENTS, PROMPTING),
+        ("Latents steer better than one token in front", SEVERAL_LATENTS, ONE_TOKEN),
+    ):
+        if all(name in each.chosen and other in each.chosen for each in steered):
+            gap = success_gap(steered, name, other)
+            measured = f"share of continuations that show the concept, {name} minus {other}"
+            claims.append(Claim(claim, measured, gap, verdict_of(gap)))
+    return claims
+
+
+def restoration_claims(restored: RestoredBehaviour | None) -> list[Claim]:
+    if restored is None:
+        return []
+    claims, most = [], restored.most
+    for claim, other in (
+        ("A few latents restore a behaviour that a prompt suppresses", RANDOM_LATENTS),
+        ("Restored latents do more than the difference of means", DENSE),
+        ("Restored latents do more than residual dimensions", DIMENSIONS),
+        ("Restored latents do more than neurons", ALL_NEURONS),
+    ):
+        if other in restored.answers:
+            gap = restored.beyond(most, other)
+            measured = f"share of answers in French, {most} of {restored.d_sae} at {restored.site} minus {other}"
+            claims.append(Claim(claim, measured, gap, verdict_of(gap)))
     return claims
 
 

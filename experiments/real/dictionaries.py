@@ -1,10 +1,9 @@
 """Stages "dictionaries" and "latents": dictionaries at three depths, their quality, and their latents on the tasks."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +11,36 @@ import torch
 
 from saepatch.cli.commands.train import train
 from saepatch.data.pairs import PromptPair
-from saepatch.data.texts import load_texts, text_rows
+from saepatch.data.texts import load_texts
+from saepatch.dictionaries.bases import directions_of, units_of
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
-from saepatch.engine.components import PATCH_DIRECTIONS, PatchDirection
+from saepatch.engine.components import PATCH_DIRECTIONS, Edit, PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.attribution import Attribution, attribute
+from saepatch.measure.baselines import difference_of_means, principal_components
 from saepatch.measure.curves import Curve, effect_curve
+from saepatch.measure.patching import patch_components
 from saepatch.measure.quality import latent_statistics, splice_quality
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval
 
 from ..common.kept import KeptResults
+from ..pairs.stages import DENSE, DirectionKind, both, site_values
 from .settings import RealConfig
 from .tasks import TaskPairs
 
 log = logging.getLogger(__name__)
 
-DEPTHS = (0.25, 0.5, 0.75)
+DEPTHS = {1: (0.5,), 2: (0.35, 0.65), 3: (0.25, 0.5, 0.75)}  # of the dictionaries, by their number
 SIZES = (1, 4, 16)  # numbers of latents that are patched together
 CONTEXT = 128
 ROWS = 16  # rows of text on which the sizes of activations are measured
 MASSIVE = 10.0  # a token is massive where its norm is this many times the median
+COUNT = 64  # principal components that are ranked
+LATENTS, DIMENSIONS, COMPONENTS = "latents", "residual dimensions", "principal components"
+NEURONS = "neurons of the last MLP"
 DRAWS = 1000  # bootstrap draws over pairs of a correlation
 
 
@@ -47,10 +53,10 @@ class TrainedFolder:
 class DictionaryQuality:
     """Quality of a dictionary, and the shares of large activations at its site.
 
-    `held_out` is whether the first figures were measured in training, on held-out text; else they are from the first
-    rows of the texts. `bos_share` and `massive_share` are shares of the sum of |x|² of BOS and of massive ordinary
-    tokens (norm above `MASSIVE` medians), `massive_tokens` the share of such tokens, and `fvu_others` the fraction of
-    variance unexplained at the other ordinary tokens.
+    `held_out` is whether the first figures were measured in training, on held-out text; else they are from the
+    beginnings of the first texts. `bos_share` and `massive_share` are shares of the sum of |x|² of BOS and of massive
+    ordinary tokens (norm above `MASSIVE` medians), `massive_tokens` the share of such tokens, and `fvu_others` the
+    fraction of variance unexplained at the other ordinary tokens.
     """
 
     site: str
@@ -66,11 +72,15 @@ class DictionaryQuality:
 
 @dataclass(frozen=True, eq=False)
 class TaskLatents:
-    """The latents of one site on one task: effects of the first k of select, and attribution against exact effects."""
+    """The latents of one site on one task: effects of the first k of select, and attribution against exact effects.
+
+    `others` are as many other directions of the site, ranked in the same way: see `other_directions`.
+    """
 
     site: str
     curves: Mapping[PatchDirection, Curve]
     attribution: Attribution
+    others: Mapping[str, DirectionKind]
 
 
 def dictionaries(config: RealConfig, model: LanguageModel, kept: KeptResults) -> dict[Site, Dictionary]:
@@ -82,7 +92,7 @@ def dictionaries(config: RealConfig, model: LanguageModel, kept: KeptResults) ->
 
 
 def train_dictionaries(config: RealConfig, model: LanguageModel) -> TrainedFolder:
-    """Train TopK dictionaries at `DEPTHS` by the project's own command; a stopped training continues.
+    """Train TopK dictionaries at depths of `DEPTHS` by the project's own command; a stopped training continues.
 
     Raises:
         UserError: training failed; its own message precedes this.
@@ -90,7 +100,9 @@ def train_dictionaries(config: RealConfig, model: LanguageModel) -> TrainedFolde
     if not config.data:
         raise UserError("no texts to train dictionaries on: give --data TEXTS.jsonl, or --sae FOLDER")
     out = Path(config.out) / "saes"
-    sites = sorted({Site(min(model.n_layers - 1, round(depth * model.n_layers))) for depth in DEPTHS})
+    sites = sorted(
+        {Site(min(model.n_layers - 1, round(depth * model.n_layers))) for depth in DEPTHS[config.dictionaries]}
+    )
     batch = min(1024, config.tokens)
     settings = {
         "model": config.model,
@@ -118,11 +130,16 @@ def train_dictionaries(config: RealConfig, model: LanguageModel) -> TrainedFolde
     return TrainedFolder(str(out))
 
 
+def first_rows(model: LanguageModel, data: str) -> list[list[int]]:
+    """The beginnings of the first texts, in tokens."""
+    limit = min(CONTEXT, model.context or CONTEXT)
+    return [model.encode(text)[:limit] for text in load_texts(data)[:ROWS]]
+
+
 @torch.no_grad()
 def dictionary_quality(model: LanguageModel, dictionary: Dictionary, data: str) -> DictionaryQuality:
-    """Quality as training measured it, or on the first rows of the texts; and the sizes of activations."""
-    rows = list(islice(text_rows(model, load_texts(data), CONTEXT), ROWS))
-    tokens = model.pad(rows)
+    """Quality as training measured it, or on the beginnings of the first texts; and the sizes of activations."""
+    tokens = model.pad(first_rows(model, data))
     site, known = dictionary.site, dictionary.metrics_on(model)
     names = ("fvu", "l0", "ce_recovered")
     if held_out := all(name in known for name in names):
@@ -179,22 +196,87 @@ def task_latents(
             d: kept.get(f"{name}/{d}", Curve, partial(latent_curve, model, dictionary, select, report, config.seed, d))
             for d in PATCH_DIRECTIONS
         }
-        results.append(TaskLatents(str(site), curves, kept.get(f"{name}/attribution", Attribution, estimate)))
+        attribution = kept.get(f"{name}/attribution", Attribution, estimate)
+        others = {
+            kind: kept.get(f"{name}/{kind}", DirectionKind, partial(measure, select, report))
+            for kind, measure in other_directions(model, dictionary).items()
+        }
+        results.append(TaskLatents(str(site), curves, attribution, others))
     return results
+
+
+Pairs = Sequence[PromptPair]
+
+
+def other_directions(
+    model: LanguageModel, dictionary: Dictionary
+) -> dict[str, Callable[[Pairs, Pairs], DirectionKind]]:
+    """How latents, and other directions beside them, are ranked by attribution on `select` and patched on `report`.
+
+    Neurons are those of the MLP that writes to the site last.
+    """
+    site = dictionary.site
+
+    def of(kind: str, make: Callable[[Pairs], Dictionary]) -> Callable[[Pairs, Pairs], DirectionKind]:
+        return lambda select, report: direction_kind(model, kind, make(select), select, report)
+
+    kinds = {
+        LATENTS: of(LATENTS, lambda _: dictionary),
+        DIMENSIONS: of(DIMENSIONS, lambda _: units_of(model, site)),
+        COMPONENTS: of(COMPONENTS, partial(_principal_components, model, site)),
+        DENSE: of(DENSE, partial(_mean_difference, model, site)),
+    }
+    neurons = Site(site.layer, "neurons")
+    if neurons in model.layout.all_sites:
+        kinds[NEURONS] = of(NEURONS, lambda _: units_of(model, neurons))
+    return kinds
+
+
+def direction_kind(
+    model: LanguageModel, kind: str, directions: Dictionary, select: Pairs, report: Pairs
+) -> DirectionKind:
+    """Effects of the first units by attribution on `select`, together, in both directions of patching."""
+    ranking = first_units(model, directions, select)
+    sizes = tuple(k for k in SIZES if k <= len(ranking))
+    edits = [Edit(directions.site, tuple(ranking[:k]), role="top") for k in sizes]
+    effects = both(lambda d: patch_components(model, directions, report, edits, direction=d)) if edits else {}
+    return DirectionKind(kind, sizes, effects)
+
+
+def first_units(
+    model: LanguageModel, directions: Dictionary, pairs: Pairs, direction: PatchDirection = "denoise"
+) -> list[int]:
+    """The units with the largest estimated effects, at most `max(SIZES)`."""
+    estimates = attribute(model, directions, pairs, direction=direction)
+    edits = [edit for edit in estimates.top(max(SIZES) + 1, each_position=False) if edit.kind == "latent"]
+    return [edit.units[0] for edit in edits][: max(SIZES)]
+
+
+def _principal_components(model: LanguageModel, site: Site, select: Pairs) -> Dictionary:
+    texts = [text for pair in select for text in (pair.clean, pair.corrupted)]
+    values, _ = site_values(model, site, texts)
+    rows = principal_components(values, min(values.shape[1], len(values) - 1, COUNT), site).rows
+    return directions_of(rows.to(model.device, model.dtype), site, COMPONENTS)
+
+
+def _mean_difference(model: LanguageModel, site: Site, select: Pairs) -> Dictionary:
+    """From the corrupted to the clean prompts' last positions."""
+    _, clean = site_values(model, site, [pair.clean for pair in select])
+    _, corrupted = site_values(model, site, [pair.corrupted for pair in select])
+    rows = difference_of_means(clean, corrupted, site).rows
+    return directions_of(rows.to(model.device, model.dtype), site, DENSE)
 
 
 def latent_curve(
     model: LanguageModel,
     dictionary: Dictionary,
-    select: Sequence[PromptPair],
-    report: Sequence[PromptPair],
+    select: Pairs,
+    report: Pairs,
     seed: int,
     direction: PatchDirection,
 ) -> Curve:
     """Effects of the first latents by attribution on `select`, with random and matched controls."""
-    estimates = attribute(model, dictionary, select, direction=direction)
-    edits = [edit for edit in estimates.top(max(SIZES) + 1, each_position=False) if edit.kind == "latent"]
-    ranking = [edit.units[0] for edit in edits][: max(SIZES)]
+    ranking = first_units(model, dictionary, select, direction)
     prompts = [text for pair in select for text in (pair.clean, pair.corrupted)]
     statistics = latent_statistics(model, dictionary, prompts)
     sizes = [k for k in SIZES if k <= len(ranking) and int(statistics.alive.sum()) >= 2 * k]

@@ -1,6 +1,6 @@
 """The report of the study, its summary and what the terminal shows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,24 @@ from saepatch.records.tables import text_table
 from saepatch.report import KEPT, BarChart, Block, Facts, HeatMap, Page, Section, Table, keep_page, write_page
 
 from ..pairs.findings import NAMES
-from .claims import Claim
-from .dictionaries import MASSIVE, DictionaryQuality, TaskLatents
+from .claims import Claim, OtherRun
 from .heads import LEAST, ROLES
 from .patching import PatchingStage, TaskMap
+from .rows import write_results
+from .sections import (
+    dictionaries_section,
+    direction_figures,
+    latent_figures,
+    latents_section,
+    restoration_section,
+    steering_figures,
+    steering_section,
+)
 from .tasks import SPLITS, TASKS
 from .tracing import Tracing
 
 if TYPE_CHECKING:
     from .study import RealResults
-
-OMITTED = "Steering and restoration on a real model are not part of this study."
 
 
 def write(results: "RealResults", out: Path) -> tuple[Page, dict[str, Any]]:
@@ -36,14 +43,19 @@ def write(results: "RealResults", out: Path) -> tuple[Page, dict[str, Any]]:
     keep_page(drawn, out / KEPT)
     write_page(drawn, out / "report.html")
     write_json(facts, out / "summary.json")
+    write_results(results, out)
     return drawn, facts
 
 
 def printed(results: "RealResults") -> str:
     """The claims as a table, and what was left out."""
-    rows = [(claim.claim, str(claim.figure), claim.verdict) for claim in results.claims]
+    columns = ["claim", "figure", "verdict"]
+    rows: list[tuple[str, ...]] = [(claim.claim, str(claim.figure), claim.verdict) for claim in results.claims]
+    if results.beside:
+        columns.append(f"in {results.beside.name}")
+        rows = [(*row, results.beside.verdict(claim)) for row, claim in zip(rows, results.claims, strict=True)]
     left = [f"left out: {name}: {reason}" for name, reason in results.left_out.items()]
-    return "\n".join([text_table(["claim", "figure", "verdict"], rows), *left])
+    return "\n".join([text_table(columns, rows), *left])
 
 
 def summary(results: "RealResults") -> dict[str, Any]:
@@ -79,8 +91,13 @@ def summary(results: "RealResults") -> dict[str, Any]:
         },
         "dictionaries": {quality.site: asdict(quality) for quality in results.qualities},
         "latents": {
-            name: {site.site: _latent_figures(site) for site in sites} for name, sites in results.latents.items()
+            name: {site.site: latent_figures(site) | direction_figures(site) for site in sites}
+            for name, sites in results.latents.items()
         },
+        "steering": steering_figures(results.steered),
+        "restored": {name: results.restored.share(name).as_list() for name in results.restored.answers}
+        if results.restored
+        else {},
         "config": asdict(results.config),
         "seconds": dict(results.seconds),
         "versions": versions(),
@@ -98,10 +115,16 @@ def page(results: "RealResults") -> Page:
     model = results.model
     provenance = Provenance(model.name, model.fingerprint, results.config.sae, "", results.config.seed)
     time = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results.seconds.items())
-    sections = [claims_section(results.claims), _tasks(results), *_patching(results.patched, model.n_heads)]
+    sections = [
+        claims_section(results.claims, results.beside),
+        _tasks(results),
+        *_patching(results.patched, model.n_heads),
+    ]
     sections += [_tracing(results.traced)] if results.traced else []
-    sections += [_dictionaries(results.qualities)] if results.qualities else []
-    sections += [_latents(results.latents)] if results.latents else []
+    sections += [dictionaries_section(results.qualities)] if results.qualities else []
+    sections += [latents_section(results.latents)] if results.latents else []
+    sections += [steering_section(results.steered)] if results.steered else []
+    sections += [restoration_section(results.restored)] if results.restored else []
     return Page(
         f"A real model: {model.name}", _lead(results), sections, Facts(provenance.facts() | {"time by stage": time})
     )
@@ -112,14 +135,24 @@ def _lead(results: "RealResults") -> str:
     counts = {verdict: sum(c.verdict == verdict for c in results.claims) for verdict in ("shown", "not shown")}
     return (
         f"{len(results.claims)} claims tested on pairs that {results.model.name} gets right: {counts['shown']} shown, "
-        f"{counts['not shown']} not shown, {len(results.claims) - sum(counts.values())} the opposite. {OMITTED}"
+        f"{counts['not shown']} not shown, {len(results.claims) - sum(counts.values())} the opposite."
     )
 
 
-def claims_section(claims: Sequence[Claim]) -> Section:
+def claims_section(claims: Sequence[Claim], beside: OtherRun | None = None) -> Section:
+    others = [f"in {beside.name}"] if beside else []
     table = Table(
-        ["claim", "measured", "figure", "verdict"],
-        [(claim.claim, claim.measured, cell(claim.figure), claim.verdict) for claim in claims],
+        ["claim", "measured", "figure", "verdict", *others],
+        [
+            (
+                claim.claim,
+                claim.measured,
+                cell(claim.figure),
+                claim.verdict,
+                *([beside.verdict(claim)] if beside else []),
+            )
+            for claim in claims
+        ],
         f"Effects are shares of the gap between clean and corrupted runs. {INTERVALS} A verdict follows from the "
         "interval alone: “not shown” where it contains the bound.",
     )
@@ -215,60 +248,3 @@ def _tracing(traced: Tracing) -> Section:
     kinds = (("states", traced.states), ("MLP windows", traced.mlps))
     maps = [map_chart(f"{name}: {kind}", traced, effects) for kind, by in kinds for name, effects in by.items()]
     return Section("Causal tracing of facts", text, maps)
-
-
-def _dictionaries(qualities: Sequence[DictionaryQuality]) -> Section:
-    columns = ["site", "measured on", "FVU", "L0", "CE recovered", "BOS", "massive tokens", "massive", "FVU, others"]
-    rows = [
-        (q.site, "held-out text" if q.held_out else "the first rows", q.fvu, q.l0, q.ce_recovered, q.bos_share,
-         q.massive_tokens, q.massive_share, q.fvu_others)
-        for q in qualities
-    ]  # fmt: skip
-    caption = (
-        f"BOS and massive: their shares of the sum of |x|² over all tokens; massive tokens: share of ordinary tokens "
-        f"whose norm is above {MASSIVE:g} medians; FVU, others: at the other ordinary tokens. The last four are over "
-        "the first rows of the texts."
-    )
-    formats = dict.fromkeys(columns[5:8], ".1%") | {"FVU": ".3f", "CE recovered": ".3f", "FVU, others": ".3f"}
-    return Section("Dictionaries", "", [Table(columns, rows, caption, formats)])
-
-
-def _latent_figures(latents: TaskLatents) -> dict[str, Any]:
-    verified = latents.attribution.verified
-    assert verified is not None
-    return {
-        **{
-            d: {str(k): top.as_list() for k, top in zip(curve.sizes, curve.top, strict=True)}
-            for d, curve in latents.curves.items()
-        },
-        "pearson": verified.pearson(),
-        "missed_at_most": verified.missed(max(1, verified.largest // 5))[2] if verified.sampled else 0.0,
-    }
-
-
-def _latents(latents: Mapping[str, Sequence[TaskLatents]]) -> Section:
-    columns = ["task", "site", "direction", "latents", "effect", "random", "matched"]
-    rows = [
-        (TASKS[name].title, site.site, NAMES[d], k, *map(cell, (top, random, matched)))
-        for name, sites in latents.items()
-        for site in sites
-        for d, curve in site.curves.items()
-        for k, top, random, matched in zip(curve.sizes, curve.top, curve.random, curve.matched, strict=True)
-    ]
-    checked = [
-        (TASKS[name].title, site.site, len(site.attribution), figures["pearson"], figures["missed_at_most"])
-        for name, sites in latents.items()
-        for site in sites
-        for figures in (_latent_figures(site),)
-    ]
-    blocks = [
-        Table(columns, rows, f"The first latents by attribution on select, patched together. {INTERVALS}"),
-        Table(
-            ["task", "site", "nodes", "Pearson", "missed, at most"],
-            checked,
-            "Attribution against exact effects: the correlation over verified nodes, and the upper bound (95 %) on "
-            "nodes that were not run with an effect as large as the upper fifth of those verified.",
-            {"Pearson": ".3f", "missed, at most": ",.0f"},
-        ),
-    ]
-    return Section("Latents", "", blocks)

@@ -3,9 +3,9 @@
     python -m experiments.real --model google/gemma-3-270m --data TEXTS.jsonl --out runs/real [--quick true]
 
 Stages: the tasks' accuracies; patching by layer, position, head and MLP, with the roles of heads for indirect objects;
-causal tracing of facts; dictionaries at three depths (trained, or given with --sae); their latents on every task.
-What does not apply to a model is left out with its reason. Every result is kept as it is measured, and the same command
-continues from there. Steering and restoration on a real model are not part of this study.
+causal tracing of facts; dictionaries at three depths (trained, or given with --sae); their latents on every task,
+beside neurons, principal components and other directions; steering; restoration. What does not apply to a model is left
+out with its reason. Every result is kept as it is measured, and the same command continues from there.
 """
 
 import logging
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
+from saepatch.model.sites import Site
 from saepatch.records.clock import stage
 from saepatch.records.provenance import versions
 from saepatch.runs.measurements import measurements
@@ -27,14 +29,28 @@ from saepatch.runs.ownership import check_owner
 
 from ..common.kept import KeptResults
 from ..common.tracked import show
-from .claims import Claim, latents_claims, patching_claims, tracing_claims
+from .claims import (
+    Claim,
+    OtherRun,
+    direction_claims,
+    latents_claims,
+    patching_claims,
+    restoration_claims,
+    steering_claims,
+    tracing_claims,
+)
 from .dictionaries import DictionaryQuality, TaskLatents, dictionaries, qualities, task_latents
 from .patching import PatchingStage, patching
+from .restoration import RestoredBehaviour, restoration
 from .settings import QUICK, RealConfig
+from .steering import SteeredConcept, steer
 from .tasks import TASKS, TaskPairs, read_task
+from .texts import concepts
 from .tracing import Tracing, trace
 
 log = logging.getLogger(__name__)
+
+UNREACHED = "neither steering nor a prompt makes the model show it, as far as the list of words tells"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +64,10 @@ class RealResults:
     traced: Tracing | None
     qualities: Sequence[DictionaryQuality]
     latents: Mapping[str, Sequence[TaskLatents]]
+    steered: Sequence[SteeredConcept]
+    restored: RestoredBehaviour | None
     claims: list[Claim]
+    beside: OtherRun | None
     left_out: Mapping[str, str]
     seconds: Mapping[str, float]
 
@@ -66,10 +85,11 @@ def run(config: RealConfig) -> RealResults:
     torch.manual_seed(config.seed)
     out, seconds = Path(config.out), dict[str, float]()
     check_owner(out, "real")
+    beside = OtherRun.read(config.beside) if config.beside else None
     with stage("load", seconds, log):
         model = load_model(config.model, config.device, config.dtype)
     with measurements(out, "real", _deciding(config, model)) as kept:
-        results = _measure(config, model, KeptResults(kept, seconds))
+        results = replace(_measure(config, model, KeptResults(kept, seconds)), beside=beside)
         show(config, "real", *write(results, out))
     sys.stdout.write(f"{printed(results)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
     return results
@@ -77,7 +97,7 @@ def run(config: RealConfig) -> RealResults:
 
 def _deciding(config: RealConfig, model: LanguageModel) -> dict[str, Any]:
     """By name, what must be the same for results to belong to one run."""
-    free = ("out", "quick", "device", "track", "data", "sae")
+    free = ("out", "quick", "device", "track", "data", "sae", "beside")
     return {
         "settings": {name: value for name, value in asdict(config).items() if name not in free},
         "model's weights": model.fingerprint,
@@ -86,7 +106,7 @@ def _deciding(config: RealConfig, model: LanguageModel) -> dict[str, Any]:
 
 
 def _measure(config: RealConfig, model: LanguageModel, kept: KeptResults) -> RealResults:
-    tasks = {name: read_task(model, name, config.pairs, config.seed, kept) for name in TASKS}
+    tasks = {name: read_task(model, name, config.pairs, config.seed, kept) for name in config.tasks}
     usable = {name: task for name, task in tasks.items() if not task.reason}
     left_out = {TASKS[name].title: task.reason for name, task in tasks.items() if task.reason}
     for name, reason in left_out.items():
@@ -103,16 +123,60 @@ def _measure(config: RealConfig, model: LanguageModel, kept: KeptResults) -> Rea
         traced = trace(model, usable["facts"], config.traced, config.samples, config.seed, kept)
     else:
         left_out["Causal tracing"] = "it needs the facts"
-    measured: list[DictionaryQuality] = []
-    latents: dict[str, Sequence[TaskLatents]] = {}
+    saes, measured, latents = {}, [], {}
     if config.data or config.sae:
         saes = dictionaries(config, model, kept)
         measured = qualities(config, model, saes, kept) if config.data else []
         latents = {name: task_latents(config, model, saes, task, kept) for name, task in usable.items()}
     else:
-        left_out["Dictionaries and latents"] = "neither --data nor --sae is given"
-    claims = [*patching_claims(patched), *latents_claims(latents), *(tracing_claims(traced) if traced else ())]
-    return RealResults(config, model, tasks, patched, traced, measured, latents, claims, left_out, kept.seconds)
+        left_out["Dictionaries, latents, steering and restoration"] = "neither --data nor --sae is given"
+    steered, restored, omitted = _generate(config, model, saes, kept)
+    left_out |= omitted
+    claims = [
+        *patching_claims(patched),
+        *(tracing_claims(traced) if traced else ()),
+        *latents_claims(latents),
+        *direction_claims(latents),
+        *steering_claims([each for each in steered if each.reached]),
+        *restoration_claims(restored),
+    ]
+    return RealResults(
+        config,
+        model,
+        tasks,
+        patched,
+        traced,
+        measured,
+        latents,
+        steered,
+        restored,
+        claims,
+        None,
+        left_out,
+        kept.seconds,
+    )
+
+
+def _generate(
+    config: RealConfig, model: LanguageModel, saes: Mapping[Site, Dictionary], kept: KeptResults
+) -> tuple[list[SteeredConcept], RestoredBehaviour | None, dict[str, str]]:
+    """Steering and restoration, and the reasons for what is left out of them."""
+    steered, left_out = list[SteeredConcept](), dict[str, str]()
+    if not saes:
+        return steered, None, left_out
+    for concept in concepts():
+        try:
+            steered.append(steer(config, model, saes, concept, kept))
+        except UserError as error:  # as of prompts longer than the context, or too few latents that are ever active
+            left_out[f"Steering: {concept.name}"] = str(error)
+    left_out |= {f"Steering: {each.name}": UNREACHED for each in steered if not each.reached}
+    try:
+        restored = restoration(config, model, saes, kept)
+    except UserError as error:
+        restored = str(error)
+    if isinstance(restored, str):
+        return steered, None, left_out | {"Restoration": restored}
+    return steered, restored, left_out
 
 
 def main(config: RealConfig) -> None:

@@ -134,7 +134,7 @@ def _steer(
     name, order, by_order = choose_order(bench, site, some, max(config.sizes), config.strengths)
     unit = site.unit(order[0])
     ways = [top(bench, site, order, k) for k in config.sizes]
-    ways += [random_way(bench, site, order, config.draws, config.seed), dense(bench, site)]
+    ways += [random_way(bench, site, order, config.draws, config.seed), dense(bench, site.dictionary)]
     norms, reached, chosen, fluent = {}, {}, {}, {}
     for way in ways:
         log.info("%s: %s …", concept.name, way.name)

@@ -17,7 +17,6 @@ from saepatch.measure.baselines import difference_of_means
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, random_latents, wilson_share
-from saepatch.runs.measurements import Measurements
 from saepatch.splicing.interventions import Intervention, Steer
 from saepatch.splicing.splice import splice, whole_prompt
 from saepatch.steering.contrasts import (
@@ -31,6 +30,8 @@ from saepatch.steering.contrasts import (
 from saepatch.steering.degenerate import is_degenerate
 from saepatch.steering.fluency import continuation_kl, distinct, repetition
 from saepatch.steering.generate import Concept, direction_dictionary, equal_norm_steer, generate_steered
+
+from ..common.kept import KeptValues
 
 CANDIDATES = 40  # number of latents whose output scores are measured
 NEUTRAL = 4  # number of prompts they are measured on
@@ -147,7 +148,7 @@ class Bench:
 
     model: LanguageModel
     concept: Concept
-    kept: Measurements
+    kept: KeptValues
     new_tokens: int
     limit: float  # largest perplexity, relative to that without steering
     tick: Callable[[], None]
@@ -281,9 +282,9 @@ def random_way(bench: Bench, site: KnownDictionary, order: Sequence[int], draws:
 
 
 @torch.no_grad()
-def dense(bench: Bench, site: KnownDictionary) -> Way:
+def dense(bench: Bench, dictionary: Dictionary) -> Way:
     """The direction from the site's mean without the concept to its mean with it."""
-    at = site.dictionary.site
+    at = dictionary.site
     held = []
     for texts in (bench.concept.present, bench.concept.absent):
         values = []
@@ -291,8 +292,8 @@ def dense(bench: Bench, site: KnownDictionary) -> Way:
             x = bench.model.capture(part, [at])[at]
             values.append(x[whole_prompt(bench.model, part).select(bench.concept.positions)])
         held.append(torch.cat(values))
-    vector = direction_dictionary(difference_of_means(held[0], held[1], at), site.dictionary.W_dec.device)
-    ones = torch.ones(1, device=site.dictionary.W_dec.device)
+    vector = direction_dictionary(difference_of_means(held[0], held[1], at), dictionary.W_dec.device)
+    ones = torch.ones(1, device=dictionary.W_dec.device)
     return Way(DENSE, vector, ((0,),), ones, bench.concept.positions)
 
 

@@ -88,3 +88,12 @@ def test_a_value_that_differs_is_not_the_same(results):
     assert not same(from_json(Effects, kept), effects)
     kept["patched"] = to_json(effects.patched.astype(np.float32))
     assert not same(from_json(Effects, kept), effects)
+
+
+def test_values_of_a_stage_are_kept_and_timed(tmp_path):
+    with measurements(tmp_path, "one", {}) as kept:
+        seconds: dict[str, float] = {}
+        values = KeptResults(kept, seconds).of_stage("steering")
+        assert values.get("a/b", lambda: [1, 2]) == [1, 2]
+        assert KeptResults(kept, seconds).value("steering/a/b", lambda: pytest.fail("again")) == [1, 2]
+    assert list(seconds) == ["steering"]

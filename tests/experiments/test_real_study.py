@@ -1,6 +1,8 @@
 """The study of a real model: its pairs, its stages against the library called by hand, resuming, what is left out."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
-from experiments.real import dictionaries, heads, study, tasks, tracing
-from experiments.real.claims import verdict_of
+from experiments.pairs import question
+from experiments.real import dictionaries, heads, restoration, steering, study, tasks, texts, tracing
+from experiments.real.claims import Claim, OtherRun, verdict_of
 from experiments.real.patching import direct_effects, patching
 from experiments.real.settings import RealConfig
 from saepatch.cli.parser import run_config
@@ -17,8 +20,10 @@ from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.measure.attention import attention_patterns
 from saepatch.measure.patching import patch_heads
+from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
+from saepatch.records.rows import read_rows
 from saepatch.records.statistics import Interval
 
 pytestmark = pytest.mark.whole
@@ -30,6 +35,8 @@ needs_stories = pytest.mark.skipif(
     not (STORIES / "config.json").is_file(), reason="the stories260K model is not beside this clone"
 )
 SMALL = ["--pairs", "8", "--group", "3", "--tokens", "4096", "--k", "8", "--verify", "6", "--sample", "6"]
+SMALL += ["--tasks", "[pronouns,greater_than]", "--dictionaries", "1"]
+SMALL += ["--prompts", "6", "--new_tokens", "6", "--draws", "2"]
 PAIRS = [PromptPair(f"the {a} sat", f"the {b} sat", "x", "y", f"{a}{b}") for a, b in zip("abcdef", "ghijkl")]
 
 
@@ -37,14 +44,17 @@ def run(*arguments):
     return run_config(RealConfig, study.main, "real", [*SMALL, *arguments])
 
 
+def only_praise():
+    return [concept for concept in texts.concepts() if concept.name == "praise"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     if not (STORIES / "config.json").is_file():
         pytest.skip("the stories260K model is not beside this clone")
     out = tmp_path_factory.mktemp("real")
-    few = {name: tasks.TASKS[name] for name in ("pronouns", "greater_than")}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(study, "TASKS", few)
+        patched.setattr(study, "concepts", only_praise)
         assert run("--model", str(STORIES), "--data", str(TEXTS), "--out", str(out)) == 0
     return out
 
@@ -74,8 +84,8 @@ def test_a_small_run_says_what_does_not_apply(finished):
     assert "indirect objects" in summary["left_out"]["Roles of heads"]
     assert summary["accuracy"]["pronouns"]["report"][0] > 0.5
     assert summary["pairs"] == {"pronouns": {"select": 8, "report": 8}}
-    assert {"load", "tasks", "patching", "dictionaries", "latents"} <= set(summary["seconds"])
-    assert list(summary["dictionaries"]) == ["resid_post.1", "resid_post.2", "resid_post.4"]
+    assert {"load", "tasks", "patching", "dictionaries", "latents", "steering"} <= set(summary["seconds"])
+    assert list(summary["dictionaries"]) == ["resid_post.2"]
     for quality in summary["dictionaries"].values():
         assert quality["held_out"]
         assert 0 <= quality["bos_share"] + quality["massive_share"] <= 1
@@ -85,7 +95,13 @@ def test_a_small_run_says_what_does_not_apply(finished):
     assert {claim["verdict"] for claim in summary["claims"]} <= {"shown", "not shown", "the opposite is shown"}
     page = (finished / "report.html").read_text()
     assert "Greater-than" in page
-    assert "Steering and restoration on a real model are not part" in page
+    assert "chanind/gemma-2-2b-batch-topk" in page  # published dictionaries
+    assert "answers are in French" in summary["left_out"]["Restoration"]
+    methods = {"one latent", "8 latents", "random latent", "difference of means", "prompting", "unsteered"}
+    assert methods <= set(summary["steering"]["praise"]) <= methods | {"one-token prefix"}
+    assert {"Latents restore more than principal components", "Several latents steer better than one"} <= {
+        claim["claim"] for claim in summary["claims"]
+    }
 
 
 @needs_stories
@@ -99,17 +115,35 @@ def test_figures_are_those_of_the_library(finished):
     by_hand = [effects.of(number).value for number in range(len(effects.edits))]
     assert [figure[0] for figure in summary["patching"]["heads"]["noise"].values()] == pytest.approx(by_hand, abs=1e-5)
     assert metrics.clean[metrics.right][:8] == pytest.approx(effects.clean, abs=1e-4)
+    rows = [row for row in read_rows(finished / "results.parquet") if row["task"] == "pronouns: heads"]
+    mine = {(row["example"], row["site"], row["latent"]): row["patched"] for row in rows if row["direction"] == "noise"}
+    for (pair, edit), value in np.ndenumerate(effects.patched):
+        if effects.ran[pair, edit]:
+            place = (effects.examples[pair], str(effects.edits[edit].site), str(effects.edits[edit].units[0]))
+            assert mine[place] == pytest.approx(value, abs=1e-4)
+
+
+@needs_stories
+def test_texts_have_a_row_each(finished):
+    rows = read_rows(finished / "texts.parquet")
+    summary = json.loads((finished / "summary.json").read_text())
+    for method, figures in summary["steering"]["praise"].items():
+        mine = [row for row in rows if row["method"] == method]
+        assert len(mine) == 6 * (2 if method == "random latent" else 1)
+        assert np.mean([row["shown"] for row in mine]) == pytest.approx(figures["success"][0])
+        assert all(row["shown"] == only_praise()[0].shown(row["text"]) for row in mine)
 
 
 @needs_stories
 def test_a_finished_run_measures_nothing_again_and_another_is_refused(finished, monkeypatch, capsys):
-    few = {name: tasks.TASKS[name] for name in ("pronouns", "greater_than")}
-    monkeypatch.setattr(study, "TASKS", few)
+    monkeypatch.setattr(study, "concepts", only_praise)
     before = (finished / "summary.json").read_text()
     for name in ("patch_heads", "patch_streams", "patch_components"):
         monkeypatch.setattr(f"experiments.real.patching.{name}", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(LanguageModel, "generate_ids", lambda *_, **__: pytest.fail("generated again"))
     given = ["--model", str(STORIES), "--data", str(TEXTS), "--out", str(finished)]
-    assert run(*given) == 0
+    assert run(*given, "--beside", str(finished / "summary.json")) == 0
+    assert "in " + str(STORIES) in capsys.readouterr().out
     assert json.loads((finished / "summary.json").read_text())["claims"] == json.loads(before)["claims"]
     assert run(*given, "--seed", "1") == 2
     assert "seed" in capsys.readouterr().err
@@ -186,6 +220,12 @@ class Unkept:
     def get(self, name, kind, measure):
         return measure()
 
+    def value(self, name, measure):
+        return measure()
+
+
+UNKEPT = Unkept()
+
 
 FACTS = [PromptPair(f"the {a}{b} is in", f"the {b}{a} is in", "x", "y", f"{a}{b}") for a, b in zip("abcdfg", "jklmop")]
 
@@ -238,3 +278,109 @@ def test_no_texts_and_no_dictionaries():
         dictionaries.train_dictionaries(RealConfig("m"), tiny_model("gpt2"))
     with pytest.raises(sp.UserError, match="samples = 0: use at least 1"):
         RealConfig("m", samples=0)
+
+
+def test_given_words_tell_a_concept_without_those_that_latents_are_chosen_on():
+    for concept, words in zip(texts.concepts()[1:], (texts.ILLNESS_WORDS, f"{texts.GOOD_WORDS} {texts.BAD_WORDS}")):
+        chosen_on = set(re.findall(r"\w+", " ".join((*concept.present, *concept.absent)).lower()))
+        assert not chosen_on & set(words.split())
+    for concept in texts.concepts():
+        assert not {*concept.tune} & {*concept.report}
+    assert restoration.in_french(" Le chien est dans la maison.\nEnglish: The dog is in the house of the man.")
+    assert not restoration.in_french(" The dog is in the house.\nFrench: Le chien est dans la maison de la ville.")
+    splits = [{line for prompts in texts.translations(split) for line in prompts[0].split("\n")}
+              for split in ("select", "tune", "report")]  # fmt: skip
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert splits[one] & splits[other] == {"French:"}
+
+
+def short_translations(split):
+    """For a model with one token a character."""
+    return [(f"{word}. {split[0]}F:", f"{word}. {split[0]}E:") for word in ("ab", "cd", "ef", "gh", "ij")]
+
+
+def test_the_whole_last_site_restores_the_asking_prompts_answers(monkeypatch):
+    """At the last layer nothing else decides the logits; and sets of latents are restored as by hand."""
+    model, config = tiny_model("llama"), RealConfig("m", prompts=4, new_tokens=4, draws=2)
+    dictionary = random_dictionary(f"resid_post.{model.n_layers - 1}")
+    monkeypatch.setattr(restoration, "LEAST", -2.0)
+    monkeypatch.setattr(restoration, "translations", short_translations)
+    restored = restoration.restoration(config, model, {dictionary.site: dictionary}, UNKEPT)
+    answers = {name: each.texts for name, each in restored.answers.items()}
+    assert answers[restoration.WHOLE] == answers[restoration.ASKED] != answers[restoration.SUPPRESSED]
+    assert len(answers[restoration.RANDOM]) == 2 * 4
+    asking, suppressing = zip(*short_translations("report")[:4], strict=True)
+    assert answers[restoration.SUPPRESSED] == tuple(model.generate(suppressing, 4))
+    k = int(restored.most.split()[0])
+    assert len(restored.latents) == k
+    by_hand = sp.restore(model, dictionary, suppressing, sp.CleanPrompts(asking, 1), restored.latents, max_new_tokens=4)
+    assert answers[restored.most] == tuple(by_hand)
+    asked, told = zip(*short_translations("select")[:4], strict=True)
+    ranked = sp.find_safety_latents(model, dictionary, told, sp.CleanPrompts(asked, 1), model.continue_ids(asked, 4))
+    assert ranked.top(k)[dictionary.site] == restored.latents
+
+
+def test_nothing_is_restored_where_the_prompts_make_no_difference(monkeypatch):
+    model, dictionary = tiny_model("llama"), random_dictionary()
+    monkeypatch.setattr(restoration, "translations", short_translations)
+    config = RealConfig("m", prompts=2, new_tokens=2)
+    assert "little to restore" in restoration.restoration(config, model, {dictionary.site: dictionary}, UNKEPT)
+
+
+def test_latents_are_ranked_for_a_concept_and_success_is_compared_prompt_by_prompt():
+    model, dictionary = tiny_model("llama"), random_dictionary()
+    concept = replace(only_praise()[0], present=("ab", "ac"), absent=("xy", "zy"))
+    ranked = steering.rank(RealConfig("m", draws=3), model, dictionary, concept)
+    tokens = model.pad([model.encode(text) for text in (*concept.present, *concept.absent)])
+    values = model.capture(tokens, [dictionary.site])[dictionary.site][:, 1:]
+    assert ranked.unit == pytest.approx(float(values.norm(dim=-1).median()), rel=1e-4)
+    scores = sp.contrast(model, dictionary, concept.present, concept.absent)
+    statistics = sp.latent_statistics(model, dictionary, tokens)
+    first = steering.first_alive(scores, statistics, min(24, int(statistics.alive.sum()) - 1))
+    assert [latent for latent in first if latent in ranked.latents] == list(ranked.latents)
+    assert not {*ranked.random} & {*first}
+    points = {
+        name: steering.Point(name, 1.0, ({"shown": shown},)) for name, shown in (("a", [1, 1, 0] * 4), ("b", [0] * 12))
+    }
+    steered = [steering.SteeredConcept("x", "s", (), points["b"], points, {})] * 2
+    gap = steering.success_gap(steered, "a", "b")
+    assert (gap.value, gap.n) == (pytest.approx(2 / 3), 24)
+
+
+def test_other_directions_are_ranked_and_patched_like_latents():
+    model, dictionary = tiny_model("llama"), random_dictionary()
+    measured = {kind: make(PAIRS, PAIRS) for kind, make in dictionaries.other_directions(model, dictionary).items()}
+    assert measured["difference of means"].sizes == (1,)
+    units = sp.units_of(model, dictionary.site)
+    best = dictionaries.first_units(model, units, PAIRS)[:4]
+    by_hand = sp.patch_latents(model, units, PAIRS, [best], controls=0)
+    kind = measured[dictionaries.DIMENSIONS]
+    assert kind.at(4).value == pytest.approx(by_hand.of(0).value, abs=1e-5)
+    assert kind.beyond(kind, 4).value == 0
+
+
+def test_candidates_are_given_up_when_none_fit():
+    tried = []
+
+    def candidates():
+        for number in range(10_000):
+            tried.append(number)
+            yield tasks.FramedPair(PromptPair("a", "a b", "x", "y", str(number)), "never equal")
+
+    with pytest.raises(sp.UserError, match="only 0 prompt pairs fit the tokenizer"):
+        question.fitting(tiny_model("gpt2"), candidates(), 5)
+    assert len(tried) < question.IN_VAIN + 5
+
+
+def test_verdicts_of_another_run(tmp_path):
+    kept = [
+        {"claim": "A", "measured": f"{task}: m", "figure": [0.5, 0.4, 0.6], "verdict": verdict}
+        for task, verdict in (("ioi", "shown"), ("facts", "not shown"))
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps({"config": {"model": "organism"}, "claims": kept}))
+    other = OtherRun.read(str(tmp_path / "summary.json"))
+    claim = Claim("A", "facts: n", Interval(0, 0, 0, 9), "shown")
+    assert other.verdict(claim) == "0.500 [0.400, 0.600], not shown"
+    assert other.verdict(replace(claim, claim="B")) == "not measured"
+    with pytest.raises(sp.UserError, match="give the summary.json of a run"):
+        OtherRun.read(str(tmp_path))
