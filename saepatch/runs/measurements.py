@@ -31,7 +31,8 @@ def measurements(
     Args:
         out: The experiment's folder; created if needed.
         experiment: The name that `saepatch runs` lists it under.
-        decides: By name, what must be the same for measurements to belong to one run.
+        decides: By name, what must be the same for measurements to belong to one run; where only the `versions` of
+            libraries differ, a warning is logged.
         earlier: Name of the file in earlier versions, which is read too.
         key: The first line of that file in still earlier versions, in place of `decides`.
 
@@ -67,6 +68,10 @@ class Measurements:
         recorded: dict[str, Any] = (
             json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else lines.pop(0) if lines else {}
         )
+        first, now = recorded.get("versions"), self._decides.get("versions")
+        if first and now and first != now:
+            log.warning("library versions have changed since this run was started: see %s", self._path)
+            self._decides["versions"] = first
         refuse_if_other(path.parent, _by_name(recorded), {"key": key} if "key" in recorded else self._decides)
         for line in lines:
             name = line.pop("name" if "name" in line else "key")

@@ -116,6 +116,18 @@ def test_measurements_of_an_earlier_version_are_known_by_their_key(tmp_path):
             pass
 
 
+def test_other_versions_of_libraries_are_warned_of_and_do_not_refuse(tmp_path, caplog):
+    path = tmp_path / "measurements.jsonl"
+    Measurements(path, {"seed": 0, "versions": {"torch": "1"}}).get("a", lambda: 1)
+    for _ in range(2):  # the versions of the first start stay on record
+        caplog.clear()
+        kept = Measurements(path, {"seed": 0, "versions": {"torch": "2"}})
+        assert kept.get("a", lambda: 1 / 0) == 1
+        assert "library versions have changed since this run was started" in caplog.text
+    with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\): give"):
+        Measurements(path, {"seed": 1, "versions": {"torch": "1"}})
+
+
 def test_settings_in_a_file_of_an_earlier_version_still_decide(tmp_path):
     (tmp_path / "cells.jsonl").write_text('{"settings": {"seed": 0}, "versions": {}}\n{"name": "a", "value": 1}\n')
     with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\)"):
