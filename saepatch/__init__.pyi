@@ -21,6 +21,9 @@ from .circuits.self_repair import SelfRepair as SelfRepair
 from .circuits.self_repair import self_repair as self_repair
 from .data.batches import batch_pairs as batch_pairs
 from .data.batches import resampled as resampled
+from .data.edit_requests import EditRequest as EditRequest
+from .data.edit_requests import FactQuestion as FactQuestion
+from .data.edit_requests import load_edit_requests as load_edit_requests
 from .data.pairs import PromptPair as PromptPair
 from .data.pairs import load_pairs as load_pairs
 from .data.texts import load_texts as load_texts
@@ -41,6 +44,17 @@ from .engine.corruptions import Mean as Mean
 from .engine.corruptions import Zero as Zero
 from .engine.options import SweepOptions as SweepOptions
 from .errors import UserError as UserError
+from .facts.contexts import Sampled as Sampled
+from .facts.covariances import Covariances as Covariances
+from .facts.delta import Delta as Delta
+from .facts.delta import edited as edited
+from .facts.methods import AlphaEdit as AlphaEdit
+from .facts.methods import Emmet as Emmet
+from .facts.methods import Memit as Memit
+from .facts.methods import Rome as Rome
+from .facts.methods import edit_each as edit_each
+from .facts.methods import edit_facts as edit_facts
+from .facts.values import ValueSearch as ValueSearch
 from .measure.attention import attribute_attention as attribute_attention
 from .measure.attention import patch_attention as patch_attention
 from .measure.attribution import Attribution as Attribution

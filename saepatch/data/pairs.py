@@ -1,13 +1,12 @@
 """Clean and corrupted prompt pairs."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from saepatch.data.files import TABLES, first_line, read_rows
+from saepatch.data.files import TABLES
+from saepatch.data.sources import is_source, source_rows
 from saepatch.errors import UserError
 
 COLUMNS = ("clean", "corrupted", "answer", "counter")
@@ -44,14 +43,9 @@ def load_pairs(source: str, split: str = "report", n: int = 200, seed: int = 0) 
     """
     if n < 0:
         raise UserError(f"n = {n} asks for no pairs: give 1 or more, or 0 for all of a file or dataset")
-    path = Path(source)
-    if path.suffix in TABLES:
-        read = islice(read_rows(path, "pairs", COLUMNS), n or None)
-        return [_pair(row.value, row.where, f"{path.stem}-{row.number}") for row in read]
-    if path.is_dir() or "/" in source:
-        rows = _saved_dataset(path, split) if path.is_dir() else _hub_dataset(source, split)
-        name = path.name.partition(":")[0]
-        return [_pair(row, f"{i} of {source!r}", f"{name}-{i}") for i, row in enumerate(islice(rows, n or None))]
+    if is_source(source):
+        rows = islice(source_rows(source, "pairs", COLUMNS, split), n or None)
+        return [_pair(row.value, row.where, name) for row, name in rows]
     from saepatch.organism import tasks
 
     if source not in tasks.TASKS:
@@ -78,39 +72,3 @@ def _pair(row: Any, where: str, name: str) -> PromptPair:
     own = row.get("example")
     named = name if own is None or own == "" else str(own)
     return PromptPair(row["clean"], row["corrupted"], row["answer"], row["counter"], named)
-
-
-def _saved_dataset(folder: Path, split: str) -> Any:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(folder))
-    except Exception as error:  # damaged files fail in many ways inside the loader; all are bad input
-        raise UserError(
-            f"folder {str(folder)!r} is not a dataset saved by `datasets` with save_to_disk ({first_line(error)}): "
-            "save it that way, or give a file of pairs"
-        ) from error
-    if not isinstance(dataset, DatasetDict):
-        return dataset
-    if split not in dataset:
-        raise UserError(
-            f"{str(folder)!r} has no split {split!r}: give one of {', '.join(map(str, dataset))} with --split"
-        )
-    return dataset[split]
-
-
-def _hub_dataset(source: str, split: str) -> Any:
-    from datasets import load_dataset
-
-    name, _, configuration = source.partition(":")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        if Path(source).is_file():
-            raise UserError(f"pairs cannot be read from a file like {source!r}: use .jsonl, .json, .csv or .parquet")
-        raise UserError(f"{source!r} is neither a file or folder nor a dataset's OWNER/NAME: check the path")
-    try:
-        return load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # anything the hub's client raises: no network, no such dataset, no such split
-        raise UserError(
-            f"cannot load dataset {source!r}, split {split!r} ({first_line(error)}): check its name and split, or "
-            "download it on a machine with network access and give the folder or file"
-        ) from error

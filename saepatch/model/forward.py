@@ -32,13 +32,14 @@ class Forward:
         name = next((name for name in CACHES if name in self.accepted), None)
         self.cache_name = None if step_limit == 0 else name
 
-    def arguments(self, tokens: Tokens, start: int = 0, last: bool = False, cache: Any = None) -> dict[str, Any]:
+    def arguments(self, tokens: Tokens, start: int = 0, last: int = 0, cache: Any = None) -> dict[str, Any]:
         """Keyword arguments of `forward`. Padded batches get explicit position ids, so that the side does not matter.
 
         Args:
             tokens: The whole batch, including columns that the cache holds already.
             start: First column to run; earlier columns are in the cache.
-            last: Only the last column's logits are needed; families without `logits_to_keep` compute all of them.
+            last: Number of last columns whose logits are needed (0: all); families without `logits_to_keep` compute all
+                of them.
             cache: Holds the columns before `start`, and is extended by the others; None: no cache.
 
         Raises:
@@ -52,7 +53,7 @@ class Forward:
             if "position_ids" in self.accepted and self.padding.first is not None:
                 arguments["position_ids"] = positions_of(tokens, self.padding.first)[:, start:]
         if last and self.last_alone and "logits_to_keep" in self.accepted:
-            arguments["logits_to_keep"] = 1
+            arguments["logits_to_keep"] = int(last)
         if cache is not None:
             if self.cache_name is None:
                 raise UserError("the model cannot continue from a cache: run it on whole rows")

@@ -88,11 +88,20 @@ class LanguageModel:
     @property
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all weights and acting adapters; recomputed after changes."""
-        adapters = adapter_state(self.hf)
-        versions = (adapters, *((id(weight), weight._version) for weight in self.hf.parameters()))
+        versions = self.weight_versions
         if self._known_fingerprint.get("versions") != versions:
-            self._known_fingerprint.update(versions=versions, digits=fingerprint(weights_of(self.hf), adapters))
+            digits = fingerprint(weights_of(self.hf), adapter_state(self.hf))
+            self._known_fingerprint.update(versions=versions, digits=digits)
         return str(self._known_fingerprint["digits"])
+
+    @property
+    def weight_versions(self) -> tuple[Any, ...]:
+        """Changes whenever a weight is assigned or written in place, or an adapter is switched."""
+        return (adapter_state(self.hf), *((id(weight), weight._version) for weight in self.hf.parameters()))
+
+    def note_restored(self, digits: str) -> None:
+        """Record, without hashing them, that the weights are again those whose fingerprint was `digits`."""
+        self._known_fingerprint.update(versions=self.weight_versions, digits=digits)
 
     @cached_property
     def _known_fingerprint(self) -> dict[str, Any]:
@@ -191,24 +200,24 @@ class LanguageModel:
         """An empty cache for `inputs`, `call` and `capture`, which add their columns to it."""
         return self._forward.new_cache()
 
-    def inputs(self, tokens: Tokens, start: int = 0, last: bool = False, cache: Any = None) -> dict[str, Any]:
+    def inputs(self, tokens: Tokens, start: int = 0, last: int = 0, cache: Any = None) -> dict[str, Any]:
         """Arguments of `hf` for a batch: see `saepatch.model.forward.Forward.arguments`."""
         return self._forward.arguments(tokens, start, last, cache)
 
     def call(
-        self, tokens: Tokens, start: int = 0, last: bool = False, cache: Any = None
+        self, tokens: Tokens, start: int = 0, last: int = 0, cache: Any = None
     ) -> Float[Tensor, "batch pos vocab"]:
         """Logits of one forward pass, with a graph where gradients are enabled.
 
         Args:
             tokens: The whole batch, including columns that the cache holds already.
             start: First column to run; earlier columns are in the cache.
-            last: Return only the last column's logits.
+            last: Return only the logits of so many last columns; 0: of all.
             cache: Holds the columns before `start`, and is extended by the others; None: no cache.
         """
         logits = self.hf(**self.inputs(tokens, start, last, cache)).logits.to(self.device)
         note_columns(cache, tokens.width)
-        return logits[:, -1:] if last else logits
+        return logits[:, -last:] if last else logits
 
     @torch.no_grad()
     def capture(

@@ -1,4 +1,4 @@
 """Interpreting single latents: cards, activity over texts, Patchscopes.
 
-May import steering and below.
+May import facts and below.
 """
