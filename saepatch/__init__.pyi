@@ -63,10 +63,12 @@ from .measure.attribution import GradDrop as GradDrop
 from .measure.attribution import IntegratedGradients as IntegratedGradients
 from .measure.attribution import attribute as attribute
 from .measure.effects import Effects as Effects
+from .measure.maps import Map as Map
 from .measure.patching import patch_components as patch_components
 from .measure.patching import patch_heads as patch_heads
 from .measure.patching import patch_latents as patch_latents
 from .measure.patching import patch_streams as patch_streams
+from .measure.quality import SpliceQuality as SpliceQuality
 from .measure.quality import latent_statistics as latent_statistics
 from .measure.quality import splice_quality as splice_quality
 from .model.hooks import SpliceError as SpliceError
@@ -77,7 +79,13 @@ from .model.loading import wrap_model as wrap_model
 from .model.positions import At as At
 from .model.sites import Site as Site
 from .organism import tasks as tasks
+from .pages.loaded import LoadedRun as LoadedRun
+from .pages.loaded import load_run as load_run
+from .reading.cards import Card as Card
+from .reading.cards import read_latents as read_latents
+from .reading.inspection import inspect as inspect
 from .records.statistics import Interval as Interval
+from .report.notebook import Figure as Figure
 from .restoration.ranking import clean_means as clean_means
 from .restoration.ranking import find_safety_latents as find_safety_latents
 from .restoration.restore import AnswerOptions as AnswerOptions
@@ -100,4 +108,8 @@ from .steering.contrasts import auroc_contrast as auroc_contrast
 from .steering.contrasts import contrast as contrast
 from .steering.contrasts import corpus_maxima as corpus_maxima
 from .steering.contrasts import output_scores as output_scores
+from .steering.generate import Generations as Generations
+from .steering.generate import compare_generations as compare_generations
 from .steering.generate import equal_norm_steer as equal_norm_steer
+from .steering.separating import SeparatingLatents as SeparatingLatents
+from .steering.separating import separating_latents as separating_latents

@@ -11,6 +11,9 @@ from saepatch.circuits.nodes import LOGITS, Edge, Node
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 from saepatch.records.files import atomic
+from saepatch.report.blocks import Cell, Simple, Table
+from saepatch.report.notebook import Shown
+from saepatch.report.text import number
 
 FORMAT = "saepatch circuit 1"
 TARGET = Node(None, kind=LOGITS)
@@ -20,8 +23,8 @@ _NODE_KEYS = {"site": "string", "kind": "string", "unit": "int", "position": "in
 _EDGE_KEYS = {"weight": "double"}
 
 
-@dataclass(frozen=True)
-class Circuit:
+@dataclass(frozen=True, repr=False)
+class Circuit(Shown):
     """Nodes and edges, with a number each: a node's effect and an edge's weight, in units of the metric.
 
     The logits are a node of circuits with edges. Nodes are in the order of the forward pass.
@@ -45,6 +48,31 @@ class Circuit:
         ends = {node for edge in self.edges for node in (edge.up, edge.down)}
         if missing := ends - set(self.nodes):
             raise UserError(f"an edge of the circuit ends in {next(iter(missing))}, which is not among its nodes")
+
+    def __repr__(self) -> str:
+        strongest = "; ".join(f"{edge} ({number(weight)})" for edge, weight in self._strongest(3) if weight is not None)
+        return f"{self.title}" + (f"\nstrongest: {strongest}" if strongest else "")
+
+    @property
+    def title(self) -> str:
+        """What stands above the circuit where it is shown."""
+        return f"Circuit of {len(self.nodes)} nodes and {len(self.edges)} edges"
+
+    def _strongest(self, k: int) -> list[tuple[Edge, float | None]]:
+        """The `k` edges with the largest absolute weights; the first ones where there are no weights."""
+        weighted = list(zip(self.edges, self.weights or (None,) * len(self.edges), strict=True))
+        return sorted(weighted, key=lambda pair: -abs(pair[1] or 0.0))[:k]
+
+    def blocks(self, k: int = 12) -> list[Simple]:
+        """The nodes with the largest effects and the edges with the largest weights."""
+        effects = self.effects or (None,) * len(self.nodes)
+        nodes = sorted(zip(self.nodes, effects, strict=True), key=lambda pair: -abs(pair[1] or 0.0))[:k]
+        listed: list[list[Cell]] = [[str(node), effect] for node, effect in nodes]
+        blocks: list[Simple] = [Table(["node", "effect"], listed, _of(k, self.nodes))]
+        if self.edges:
+            rows: list[list[Cell]] = [[str(edge.up), str(edge.down), weight] for edge, weight in self._strongest(k)]
+            blocks.append(Table(["from", "to", "weight"], rows, _of(k, self.edges)))
+        return blocks
 
     @classmethod
     def of_edges(cls, weighted: Iterable[tuple[Edge, float]], effects: Mapping[Node, float] | None = None) -> "Circuit":
@@ -123,13 +151,18 @@ class Circuit:
             for name, typed in keys.items():
                 ET.SubElement(root, "key", {"id": name, "for": kind, "attr.name": name, "attr.type": typed})
         graph = ET.SubElement(root, "graph", id=FORMAT, edgedefault="directed")
-        for number, node in enumerate(facts["nodes"]):
-            _with_data(ET.SubElement(graph, "node", id=f"n{number}"), node, _NODE_KEYS)
+        for place, node in enumerate(facts["nodes"]):
+            _with_data(ET.SubElement(graph, "node", id=f"n{place}"), node, _NODE_KEYS)
         for edge in facts["edges"]:
             ends = {"source": f"n{edge['up']}", "target": f"n{edge['down']}"}
             _with_data(ET.SubElement(graph, "edge", ends), edge, _EDGE_KEYS)
         ET.indent(root)
         return ET.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _of(k: int, listed: Sequence[object]) -> str:
+    """The caption of a table that shows the `k` largest."""
+    return "In units of the metric." + (f" The {k} largest of {len(listed)}." if len(listed) > k else "")
 
 
 def _with_data(element: ET.Element, facts: Mapping[str, Any], keys: Mapping[str, str]) -> None:

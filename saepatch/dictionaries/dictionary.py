@@ -33,7 +33,7 @@ BY_LATENT = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate"
 FEW = 16  # up to this many positions, decoding only the active latents is cheaper than decoding all
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dictionary:
     """A sae_lens SAE and the site it reads and writes.
 
@@ -44,6 +44,11 @@ class Dictionary:
     site: Site
     name: str
     every_position: bool = False
+
+    def __repr__(self) -> str:
+        return (
+            f"Dictionary({self.name!r} at {self.site}: {self.architecture}, {self.d_sae} latents of width {self.d_in})"
+        )
 
     @property
     def cfg(self) -> Any:

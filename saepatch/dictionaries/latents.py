@@ -8,7 +8,7 @@ from torch import Tensor
 from saepatch.errors import UserError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Latents:
     """Latents of a batch, and the error term: the part of the site that the dictionary does not reconstruct.
 
@@ -23,6 +23,9 @@ class Latents:
     scale: Float[Tensor, "batch pos 1"] | None = None
     real: Bool[Tensor, "batch pos"] | None = None  # positions that are not padding; None: all
     ordinary: Bool[Tensor, "batch pos"] | None = None  # positions that are neither padding nor BOS; None: all
+
+    def __repr__(self) -> str:
+        return f"Latents(acts {list(self.acts.shape)}, error {list(self.error.shape)}: .acts, .error, .reconstruction)"
 
     @property
     def beside(self) -> Float[Tensor, "batch pos d_model"]:

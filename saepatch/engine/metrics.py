@@ -157,6 +157,21 @@ def read_metric(text: str) -> Metric:
     return value
 
 
+def as_metric(metric: Metric | str) -> Metric:
+    """A metric as it is, or by its name.
+
+    Raises:
+        UserError: there is no metric of that name, or the value is no function.
+    """
+    if isinstance(metric, str):
+        return read_metric(metric)
+    if not callable(metric):
+        raise UserError(
+            f"metric {metric!r} is a {type(metric).__name__}: give a function of logits and batch, or a name"
+        )
+    return metric
+
+
 def source_hash(text: str) -> str:
     """First 16 hexadecimal digits of the SHA-256 of a MODULE:FUNCTION metric's file; "" for metrics of `METRICS`."""
     file = getattr(sys.modules[text.partition(":")[0]], "__file__", None) if ":" in text else None

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from saepatch.engine.components import PATCH_DIRECTIONS, PatchDirection
 from saepatch.engine.corruptions import Corruption
-from saepatch.engine.metrics import Metric, logit_difference, metric_name
+from saepatch.engine.metrics import Metric, as_metric, logit_difference, metric_name
 from saepatch.errors import UserError
 from saepatch.model.positions import Positions
 
@@ -30,7 +30,8 @@ class SweepOptions:
         positions: Positions to patch, all of them together or, with `each_position`, one at a time.
         each_position: Patch at each position separately. Screens always do.
         direction: "denoise" patches clean values into the corrupted run, "noise" the reverse.
-        metric: A function of next-token logits [batch, vocab] and the batch that returns one value per example.
+        metric: A function of next-token logits [batch, vocab] and the batch that returns one value per example; or
+            the name of one in `METRICS`, such as "probability", or MODULE:FUNCTION, as on the command line.
         corruption: How the corrupted run is made; None: from the pair's corrupted prompt.
         min_gap: Pairs whose clean and corrupted metric differ by less than this have no normalised effect.
         align: As for `batch_pairs`.
@@ -38,7 +39,7 @@ class SweepOptions:
         progress: Show a progress bar; or a function that is called with the number of edits just done.
 
     Raises:
-        UserError: an unknown direction, or a batch size below 1.
+        UserError: an unknown direction or name of a metric, or a batch size below 1.
     """
 
     positions: Positions = "all"
@@ -56,6 +57,7 @@ class SweepOptions:
             raise UserError(f"unknown direction {self.direction!r}: use 'denoise' or 'noise'")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch_size = {self.batch_size}: use at least 1, or None for an automatic choice")
+        object.__setattr__(self, "metric", as_metric(self.metric))
 
     @property
     def denoises(self) -> bool:
@@ -89,7 +91,7 @@ class SweepKeywords(TypedDict, total=False):
     positions: Positions
     each_position: bool
     direction: PatchDirection
-    metric: Metric
+    metric: Metric | str
     corruption: Corruption | None
     min_gap: float
     align: Align

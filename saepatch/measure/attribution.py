@@ -40,11 +40,11 @@ from saepatch.engine.gradients import (
 )
 from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.known import check_known, known_where
-from saepatch.engine.metrics import Metric, logit_difference
+from saepatch.engine.metrics import Metric, as_metric, logit_difference
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
 from saepatch.measure.effects import precision_of
-from saepatch.measure.patching import patch_edits
+from saepatch.measure.patching import base_tokens, patch_edits
 from saepatch.measure.screen import ERROR, Attribution, Exact, Verification
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
@@ -116,6 +116,7 @@ def attribute(
         sizes=screen.absolute,
         precision=precision,
         rounding=rounding,
+        tokens=base_tokens(model, pairs, chosen),
         **chosen.labels,
     )
     if not isinstance(method, IntegratedGradients):
@@ -141,7 +142,7 @@ def integrated_gradients(
     dictionary: Dictionary,
     pairs: Sequence[PromptPair],
     positions: Positions = "all",
-    metric: Metric = logit_difference,
+    metric: Metric | str = logit_difference,
     steps: int = 10,
     batch_size: int = 64,
 ) -> tuple[Float[Tensor, "pairs d_sae"], Float[Tensor, "pairs"]]:
@@ -153,7 +154,7 @@ def integrated_gradients(
     Raises:
         UserError: pairs are not aligned, or `steps` is below 1.
     """
-    options = SweepOptions(positions=positions, metric=metric, batch_size=batch_size)
+    options = SweepOptions(positions=positions, metric=as_metric(metric), batch_size=batch_size)
     screen = _screen(model, [dictionary], pairs, IntegratedGradients(steps), options)
     columns = screen.columns(1.0)
     of_latent = columns["unit"] != ERROR

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -11,6 +12,7 @@ from numpy import ndarray
 from saepatch.engine.components import Edit, PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.gaps import PairGaps, towards_source
+from saepatch.measure.maps import Map
 from saepatch.records.rows import Row
 from saepatch.records.statistics import (
     Interval,
@@ -22,6 +24,8 @@ from saepatch.records.statistics import (
     why_no_q,
 )
 from saepatch.records.tables import text_table
+from saepatch.report.blocks import Block, Simple
+from saepatch.report.notebook import Figure, Shown
 
 CONTROLS = ("random", "matched", "differing")
 UNTESTED = "no q: no edit changes anything in two or more pairs, so nothing was tested"
@@ -32,14 +36,34 @@ NARROW = 2e-2  # the same in bfloat16 and float16
 WITHIN = "°: within rounding, which alone may change the metric by {:.1g} of the gap here"
 
 
-@dataclass(frozen=True, eq=False)
-class Effects(PairGaps):
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects(PairGaps, Shown):
     """The metric under each edit, for every pair.
 
     `patched[pair, edit]` is the metric under the edit. Denoising patches the clean run's values into the corrupted run
     (are they sufficient?), noising the reverse (are they necessary?). `ran` is false where both runs have the same
     values, so that the edit changes nothing and `patched` is the base run's metric. Where a corruption makes several
     corrupted runs of a pair, values are means over them.
+
+    In a notebook it shows its largest edits; `plot` draws them, `to_frame` has a row for every edit, `report` writes a
+    page.
+
+    Attributes:
+        direction: "denoise" or "noise".
+        metric: Name of the metric.
+        positions: The positions that were patched, as text.
+        edits: The edits, controls included.
+        examples: Names of the pairs.
+        clean: Metric of each pair's clean run.
+        corrupted: Metric of its corrupted run.
+        patched: Metric under each edit.
+        ran: Whether the edit changes anything in the pair.
+        min_gap: Pairs with a smaller gap are missing in `normalised`.
+        corruption: How corrupted runs were made, if not from the pairs' corrupted prompts.
+        rounding: Share of the mean gap that rounding alone may change.
+        precision: The model's dtype.
+        method: "exact".
+        tokens: Texts of the tokens of each pair's base prompt; empty where unknown.
     """
 
     direction: PatchDirection
@@ -52,10 +76,11 @@ class Effects(PairGaps):
     patched: Float[ndarray, "pairs edits"]
     ran: Bool[ndarray, "pairs edits"]
     min_gap: float = 1e-2
-    corruption: str = ""  # how the corrupted runs were made, if not from the pairs' corrupted prompts
+    corruption: str = ""
     rounding: float = ROUNDING
-    precision: str = ""  # the model's dtype
+    precision: str = ""
     method: str = "exact"
+    tokens: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.min_gap > 0:
@@ -96,6 +121,10 @@ class Effects(PairGaps):
         """
         columns = self._control_columns(edit, role)
         return self.ratio(self.change[:, columns].mean(1), seed) if columns else None
+
+    def control_sets(self, edit: Edit | int, role: str) -> int:
+        """Number of an edit's controls of one role."""
+        return len(self._control_columns(edit, role))
 
     def _control_columns(self, edit: Edit | int, role: str) -> list[int]:
         mine = self.edits[self._index(edit)]
@@ -155,47 +184,108 @@ class Effects(PairGaps):
     def _is_control(self) -> Bool[ndarray, "edits"]:
         return np.array([edit.role in CONTROLS for edit in self.edits], dtype=bool)
 
-    def map(self, k: int | None = None) -> "Map":
+    def map(self, k: int | None = None) -> Map:
         """Ratio of means by unit (rows) and position (columns), for edits at single positions; the `k` largest rows.
 
         Raises:
             UserError: the edits act at all positions together.
         """
-        return Map.of(self, k)
+        from saepatch.measure.display import effects_map
+
+        return effects_map(self, k)
 
     def summary(self, k: int = 10) -> str:
         """The top edits as a table, with intervals, controls and false discovery rates."""
-        q, top, mean = self.q_values(), self.top(k), self.change.mean(0)
-        small = [within_rounding(float(mean[self._index(edit)]), self.rounding, self) for edit in top]
-        roles = [role for role in CONTROLS[:2] if self.where(role)]
-        rows = []
-        for edit, is_small in zip(top, small, strict=True):
-            number = self._index(edit)
-            cells = [f"{self.of(edit)}{' °' * is_small}", *(self.controls(edit, role) for role in roles)]
-            at = "all" if edit.position is None else edit.position
-            rows.append([f"{edit.place} {describe(edit)}", at, *cells, self.ran[:, number].sum(), q_text(q[number])])
-        lines = [effects_table("what", roles, rows)]
-        if any(not self.ran[:, self._index(edit)].any() for edit in top):
-            lines.append(NOTHING)
-        lines += [WITHIN.format(self.rounding)] * any(small)
-        sets = max((len(self._control_columns(edit, role)) for edit in top for role in roles), default=0)
-        lines += about_table((self.why_no_q() or UNTESTED) if np.isnan(q).all() else "", sets)
-        lines.append(f"{self.direction}, {self.metric}: {self.ends()}, positions {self.positions}")
-        return "\n".join(lines)
+        from saepatch.measure.display import summary_text
 
-    def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
+        return summary_text(self, k)
+
+    def __repr__(self) -> str:
+        from saepatch.measure.display import effects_line
+
+        return effects_line(self)
+
+    @property
+    def title(self) -> str:
+        """What stands above the effects where they are shown."""
+        return f"Effects on {len(self.clean)} pairs ({self.direction}, {self.metric.replace('_', ' ')})"
+
+    def blocks(self) -> list[Simple]:
+        """The ends of the scale and the largest edits."""
+        from saepatch.measure.display import effects_blocks
+
+        return effects_blocks(self)
+
+    def figures(self) -> list[Block]:
+        """The figure of `plot`."""
+        return [self.plot().chart] if self.edits and not np.isnan(self.mean_gap) else []
+
+    def plot(self, k: int = 16) -> Figure:
+        """The `k` largest edits as bars with intervals and controls; a map where edits are at single positions.
+
+        All heads of a model are drawn by layer and head.
+
+        Raises:
+            UserError: clean and corrupted runs are equal on average, so there is no gap to divide by.
+        """
+        from saepatch.measure.display import effects_figure
+
+        return effects_figure(self, k)
+
+    def to_frame(self, intervals: bool = True, seed: int = 0) -> Any:
+        """A pandas frame with a row for every edit: the headline effect with all that is to be read beside it.
+
+        Columns: site, component, units (text), latent (the number of a single unit), role, position (missing: all
+        together), token (of the base prompt; "…" where pairs differ), direction, metric, ratio_of_means with low, high
+        (95 % interval over pairs; `why_no_interval` where there is none), mean_change (in the metric's units),
+        pairs_changed, q (missing for controls), within_rounding. Texts are `string`, ids and counts `Int64`, values
+        `float64`; `frame.attrs` has the number of pairs and the mean gap.
+
+        Args:
+            intervals: Whether to compute intervals, which takes about a millisecond an edit.
+        """
+        from saepatch.measure.frames import effects_frame
+
+        return effects_frame(self, intervals, seed)
+
+    def to_pandas(self, task: str = "") -> Any:
+        """A pandas frame with a row for every edit of every pair, typed as in `to_frame`.
+
+        As in `rows`, a pair in which a swept edit changes nothing has no row: divide sums of `change` by the number of
+        pairs. The headline effect is `change.sum() / gap.sum()` over all pairs, not the mean of `normalised`.
+        """
+        from saepatch.measure.frames import rows_frame
+
+        return rows_frame(self, task)
+
+    def own_token(self, pair: int, edit: Edit) -> str | None:
+        """The token of a pair's base prompt at an edit's position; None for several positions, or unknown tokens."""
+        if edit.position is None or edit.others or not self.tokens:
+            return None
+        return self.tokens[pair][edit.position]
+
+    def token_at(self, edit: int) -> str | None:
+        """The token at an edit's position in the pairs it changes; "…" where they differ; None as in `own_token`."""
+        pairs = np.flatnonzero(self.ran[:, edit])
+        known = {self.own_token(int(pair), self.edits[edit]) for pair in pairs}
+        return known.pop() if len(known) == 1 else "…" if known else None
+
+    def wanted(self) -> Bool[ndarray, "pairs edits"]:
+        """The edits of pairs that have rows: those that ran, and edits that were given for all positions."""
+        everywhere = [edit.role != "single" and edit.position is None for edit in self.edits]
+        return self.ran | np.array(everywhere, dtype=bool)
+
+    def rows(self, task: str = "", tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
         """Flat rows: each edit on each pair, with the base run's metric where the edit changed nothing.
 
-        For units that were swept ("single") or edits at one position, only edits that ran have a row. `tokens` are the
-        texts of each pair's own tokens, for the column `token`.
+        For units that were swept ("single") or edits at one position, only edits that ran have a row. `task` names the
+        pairs in the rows. `tokens`, the texts of each pair's own tokens, are those of the result if not given.
         """
+        tokens = self.tokens if tokens is None else tokens
         normalised, rounding = self.normalised, self.rounding * float(np.abs(self.gap).mean())
-        everywhere = [edit.role != "single" and edit.position is None for edit in self.edits]
-        wanted = self.ran | np.array(everywhere, dtype=bool)
         rows = []
-        for pair, column in zip(*np.nonzero(wanted), strict=True):
+        for pair, column in zip(*np.nonzero(self.wanted()), strict=True):
             edit = self.edits[column]
-            at = edit.position
             rows.append(
                 Row(
                     task=task,
@@ -205,7 +295,7 @@ class Effects(PairGaps):
                     latent=describe(edit),
                     role=edit.role,
                     position=_joined(self.positions if p.position is None else str(p.position) for p in edit.parts),
-                    token="" if at is None or edit.others or tokens is None else tokens[pair][at],
+                    token="" if edit.position is None or edit.others or not tokens else tokens[pair][edit.position],
                     direction=self.direction,
                     metric=self.metric,
                     method=self.method,
@@ -260,36 +350,3 @@ def _joined(texts: Iterable[str]) -> str:
     """The texts of an edit's parts joined by bars; a single text where all are the same."""
     several = list(texts)
     return several[0] if len(set(several)) == 1 else " | ".join(several)
-
-
-@dataclass(frozen=True, eq=False)
-class Map:
-    """Effects by unit and position, without controls; cells that no pair ran are NaN.
-
-    Effects are shares of the mean gap of all pairs, including pairs too short to have the position: for a map in which
-    a position has one meaning, give pairs of one form.
-    """
-
-    labels: tuple[str, ...]
-    positions: tuple[int, ...]
-    values: Float[ndarray, "units positions"]
-
-    @classmethod
-    def of(cls, effects: Effects, k: int | None = None) -> "Map":
-        if any(edit.position is None for edit in effects.edits):
-            raise UserError("a map needs edits at one position each: sweep with each_position=True")
-        ratios, ran = effects.ratios(), np.asarray(effects.ran.any(0))
-        own = [(i, edit) for i, edit in enumerate(effects.edits) if edit.role not in CONTROLS]
-        positions = sorted({edit.position for _, edit in own if edit.position is not None})
-        keys = list(dict.fromkeys(edit.key for _, edit in own))
-        row, column = {key: i for i, key in enumerate(keys)}, {position: i for i, position in enumerate(positions)}
-        values = np.full((len(keys), len(positions)), np.nan)
-        for i, edit in own:
-            if ran[i] and edit.position is not None:
-                values[row[edit.key], column[edit.position]] = ratios[i]
-        labels = {edit.key: " ".join(filter(None, (edit.place, describe(edit)))) for _, edit in own}
-        names = [labels[key] for key in keys]
-        if k is not None and k < len(keys):
-            best = np.argsort(-np.nan_to_num(np.abs(values)).max(1), kind="stable")[:k]
-            names, values = [names[i] for i in best], values[best]
-        return cls(tuple(names), tuple(positions), values)

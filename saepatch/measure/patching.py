@@ -1,6 +1,7 @@
 """Exact activation patching: every edit is run through the model's own later blocks."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -155,6 +156,7 @@ def patch_by_pair(
             corruption=_name(chosen),
             precision=precision_of(model.dtype)[0],
             rounding=_rounding(model, swept),
+            tokens=base_tokens(model, [pairs[number]], chosen),
             **chosen.labels,
         )
         for number, own in enumerate(edits)
@@ -334,12 +336,23 @@ def _effects(
         corruption=_name(options),
         precision=precision_of(model.dtype)[0],
         rounding=_rounding(model, swept),
+        tokens=base_tokens(model, pairs, options),
         **options.labels,
     )
 
 
 def _name(options: SweepOptions) -> str:
     return "" if options.corruption is None else str(options.corruption)
+
+
+def base_tokens(
+    model: LanguageModel, pairs: Sequence[PromptPair], options: SweepOptions
+) -> tuple[tuple[str, ...], ...]:
+    """The texts of each base prompt's own tokens: those of the prompt that is edited."""
+    corrupted = options.denoises and options.corruption is None
+    rows = [model.encode(pair.corrupted if corrupted else pair.clean) for pair in pairs]
+    texts = {token: text for token in {*chain(*rows)} for text in model.token_texts([token])}
+    return tuple(tuple(texts[token] for token in row) for row in rows)
 
 
 def _rounding(model: LanguageModel, swept: Swept) -> float:

@@ -17,10 +17,13 @@ from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
+from saepatch.report.blocks import Simple, Table
+from saepatch.report.notebook import Shown
+from saepatch.report.text import number
 
 
-@dataclass(frozen=True)
-class SpliceQuality:
+@dataclass(frozen=True, repr=False)
+class SpliceQuality(Shown):
     """What the model loses when a dictionary is its bottleneck at one site.
 
     Cross-entropies and `kl` are in nats per token, means over positions where an ordinary token follows an ordinary
@@ -63,6 +66,37 @@ class SpliceQuality:
     l0: float
     alive_share: float
     identity_error: float
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.title}: {number(self.ce_recovered, '.1%')} of the loss recovered (over zeros), "
+            f"{number(self.ce_recovered_mean, '.1%')} (over the mean)\n"
+            f"cross-entropy {self.ce_model:.3f} → {self.ce_spliced:.3f} nats, KL {number(self.kl)}, FVU "
+            f"{number(self.fvu)}, L0 {number(self.l0)}, {number(self.alive_share, '.1%')} of latents active"
+        )
+
+    @property
+    def title(self) -> str:
+        """What stands above the figures where they are shown."""
+        return f"Splice quality at {self.site} over {self.tokens:,} tokens"
+
+    def blocks(self) -> list[Simple]:
+        """The figures, with their units."""
+        nats, share = "nats per token", "share"
+        rows: list[tuple[str, float, str]] = [
+            ("cross-entropy of the model", self.ce_model, nats),
+            ("spliced: the dictionary alone", self.ce_spliced, nats),
+            ("site set to 0", self.ce_zero, nats),
+            ("site set to its mean", self.ce_mean, nats),
+            ("loss recovered, over zeros", self.ce_recovered, share),
+            ("loss recovered, over the mean", self.ce_recovered_mean, share),
+            ("KL(model ‖ spliced)", self.kl, nats),
+            ("variance unexplained (FVU)", self.fvu, share),
+            ("active latents (L0)", self.l0, "per token"),
+            ("latents active at least once", self.alive_share, share),
+            ("largest difference of a logit, error kept", self.identity_error, "logits"),
+        ]
+        return [Table(["", "value", "unit"], [(what, number(value), unit) for what, value, unit in rows])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +251,11 @@ def _means(
     sums, counts = [torch.zeros(()) for _ in dictionaries], [0 for _ in dictionaries]
     for batch in token_batches(model, tokens, batch_size, model.d_model):
         values = model.capture(batch, {d.site for d in dictionaries})
-        for number, dictionary in enumerate(dictionaries):
+        for place, dictionary in enumerate(dictionaries):
             check_finite(model, dictionary.site, values[dictionary.site], batch)
             known = dictionary.known(model, batch).ordinary
             total = _accurate(values[dictionary.site][known]).sum(0)
-            sums[number], counts[number] = sums[number].to(total) + total, counts[number] + int(known.sum())
+            sums[place], counts[place] = sums[place].to(total) + total, counts[place] + int(known.sum())
     if not all(counts):
         raise UserError(_NOTHING)
     return [(total / n).to(model.dtype).to(model.device) for total, n in zip(sums, counts, strict=True)]

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,6 +20,8 @@ from saepatch.measure.gaps import PairGaps, moved_by, towards_source
 from saepatch.model.sites import Site
 from saepatch.records.rows import Row
 from saepatch.records.tables import text_table
+from saepatch.report.blocks import Block, Simple
+from saepatch.report.notebook import Figure, Shown
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +146,8 @@ def _most(
     return low - large
 
 
-@dataclass(frozen=True, eq=False)
-class Attribution(PairGaps):
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(PairGaps, Shown):
     """Estimated effect of every node that differs between a base and a source run; all others have no effect.
 
     Entry i is the node of pair `pair[i]` at `sites[site[i]]`, unit `unit[i]` (-1: the error term) and `position[i]`
@@ -172,6 +175,7 @@ class Attribution(PairGaps):
     verified: Verification | None = None
     precision: str = ""  # the model's dtype
     rounding: float = ROUNDING  # share of the mean gap that rounding alone may change
+    tokens: tuple[tuple[str, ...], ...] = ()  # of each pair's base prompt; empty where unknown
 
     def __len__(self) -> int:
         return len(self.score)
@@ -210,13 +214,14 @@ class Attribution(PairGaps):
 
         Without `each_position`, scores are summed over positions, and edits act at all positions.
         """
-        keys, mean = self._means(each_position)
+        keys, mean = self.key_means(each_position)
         return [self._named(key, each_position) for key in keys.T], mean
 
     def _named(self, key: Int[ndarray, "3"], each_position: bool) -> Edit:
         return self._edit(int(key[0]), int(key[1]), int(key[2]) if each_position else None)
 
-    def _means(self, each_position: bool) -> tuple[Int[ndarray, "3 edits"], Float[ndarray, "edits"]]:
+    def key_means(self, each_position: bool) -> tuple[Int[ndarray, "3 edits"], Float[ndarray, "edits"]]:
+        """Site (an index into `sites`), unit and position of every edit, and the mean of its scores as in `means`."""
         position = self.position if each_position else np.zeros_like(self.position)
         columns = (self.site, self.unit, position)
         sizes = [int(np.ptp(c)) + 1 if len(c) else 1 for c in columns]
@@ -233,7 +238,7 @@ class Attribution(PairGaps):
         Raises:
             UserError: clean and corrupted runs are equal on average, so there is no gap to rank by.
         """
-        keys, mean = self._means(each_position)
+        keys, mean = self.key_means(each_position)
         return [self._named(keys[:, i], each_position) for i in self._order(mean, by_size)[:k]]
 
     def _order(self, mean: Float[ndarray, "edits"], by_size: bool) -> Int[ndarray, "edits"]:
@@ -242,7 +247,7 @@ class Attribution(PairGaps):
 
     def summary(self, k: int = 10) -> str:
         """The edits with the largest estimates as a table, and the result of verification."""
-        keys, mean = self._means(True)
+        keys, mean = self.key_means(True)
         shares = self.shares(mean)
         rows = []
         for i in self._order(mean, False)[:k]:
@@ -255,14 +260,64 @@ class Attribution(PairGaps):
         )
         return "\n".join(lines if self.verified is None else [*lines, self.verified.summary()])
 
-    def rows(self, task: str, tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
+    def __repr__(self) -> str:
+        from saepatch.measure.screen_display import screen_line
+
+        return screen_line(self)
+
+    @property
+    def title(self) -> str:
+        """What stands above the screen where it is shown."""
+        return f"Estimated effects on {len(self.clean)} pairs ({self.direction}, {self.metric.replace('_', ' ')})"
+
+    def blocks(self) -> list[Simple]:
+        """The largest estimates, and what the exact runs say of them."""
+        from saepatch.measure.screen_display import screen_blocks
+
+        return screen_blocks(self)
+
+    def figures(self) -> list[Block]:
+        """The figure of `plot`."""
+        return [] if self.verified is None else [self.plot().chart]
+
+    def plot(self) -> Figure:
+        """Estimated against exact effects of the nodes that were run.
+
+        Raises:
+            UserError: none was.
+        """
+        from saepatch.measure.screen_display import screen_figure
+
+        return screen_figure(self)
+
+    def to_frame(self, each_position: bool = True) -> Any:
+        """A pandas frame with a row for every latent and error term (at every position), largest |estimate| first.
+
+        Columns: site, component, latent (missing for error terms), position and token (with `each_position`),
+        direction, metric, method, ratio_of_means (the estimate as a share of the mean gap), mean_estimate (in the
+        metric's units), pairs_changed. Types as in `Effects.to_frame`. Estimates have no interval.
+        """
+        from saepatch.measure.frames import attribution_frame
+
+        return attribution_frame(self, each_position)
+
+    def to_pandas(self) -> Any:
+        """A pandas frame with a row for every node of every pair: its estimate and, where it was run, its exact effect.
+
+        Both are changes of the metric; `gap` is the pair's.
+        """
+        from saepatch.measure.frames import nodes_frame
+
+        return nodes_frame(self)
+
+    def rows(self, task: str = "", tokens: Sequence[Sequence[str]] | None = None) -> list[Row]:
         """Flat rows: every node with its estimate, then verified nodes again, with method "exact".
 
         `patched` is the base run's metric plus the estimate, and NaN for a magnitude, whose direction is unknown.
-        `tokens` are the texts of each pair's own tokens. Exact rows have the role "top" (largest estimates) or "random"
-        (drawn from all others).
+        `tokens`, the texts of each pair's own tokens, are those of the result if not given. Exact rows have the role
+        "top" (largest estimates) or "random" (drawn from all others).
         """
-        return list(self.rows_at(None, task, tokens))
+        return list(self.rows_at(None, task, self.tokens or None if tokens is None else tokens))
 
     def rows_at(self, site: int | None, task: str, tokens: Sequence[Sequence[str]] | None = None) -> Iterator[Row]:
         """The rows of the nodes at one site (an index into `sites`), one by one; None: at all sites."""

@@ -24,7 +24,7 @@ from saepatch.model.tokens import Tokens, appended_tokens, ordinary
 __all__ = ["LanguageModel", "Tokens", "ordinary", "refuse_training"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LanguageModel:
     """A Hugging Face causal LM, its tokenizer and the layout of its sites. `hf` is the unmodified library object."""
 
@@ -44,6 +44,10 @@ class LanguageModel:
                 f"the tokenizer of {self.name!r} has no BOS to prepend: name a token to use instead, as in "
                 "prepend_bos='<|endoftext|>' (--prepend_bos '<|endoftext|>'), or leave prepend_bos out"
             )
+
+    def __repr__(self) -> str:
+        about = f"{self.config.model_type}, {self.n_layers} layers, width {self.d_model}"
+        return f"LanguageModel({self.name!r}: {about}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
 
     @property
     def config(self) -> Any:
@@ -139,9 +143,11 @@ class LanguageModel:
         """Tokenise prompts into one batch, padded on the given side.
 
         Raises:
-            UserError: a prompt is empty (has no token besides BOS) or longer than the model's context, or there are
-                no prompts.
+            UserError: a prompt is empty (has no token besides BOS) or longer than the model's context, there are no
+                prompts, or they are one string instead of several.
         """
+        if isinstance(texts, str):
+            raise UserError(f"the texts are one string, {texts[:40]!r}: give a list of texts, such as [text]")
         if not texts:
             raise UserError("there are no prompts: give at least one")
         ids = [self.encode(text) for text in texts]
@@ -154,6 +160,10 @@ class LanguageModel:
                     f"prompt of {len(row)} tokens is longer than the context of {context}: shorten {text[:40]!r}…"
                 )
         return self.pad(ids, side)
+
+    def as_tokens(self, texts: Tokens | Sequence[str]) -> Tokens:
+        """Texts as tokens, padded on the right; tokens as they are."""
+        return texts if isinstance(texts, Tokens) else self.tokenize(texts)
 
     @property
     def vocabulary(self) -> int:
@@ -234,8 +244,9 @@ class LanguageModel:
         return emitted
 
     @torch.no_grad()
-    def logits(self, tokens: Tokens) -> Float[Tensor, "batch pos vocab"]:
-        """Logits at every position; zeros at padding where rows have to run grouped by length."""
+    def logits(self, tokens: Tokens | Sequence[str]) -> Float[Tensor, "batch pos vocab"]:
+        """Logits at every position of tokens or texts; zeros at padding where rows have to run grouped by length."""
+        tokens = self.as_tokens(tokens)
         if self._runs_apart(tokens):
             return spread(tokens, lambda part: {"logits": self.call(part)})["logits"]
         return self.call(tokens)
@@ -245,8 +256,9 @@ class LanguageModel:
         return not self.padding.allows(tokens.attention_mask) and not is_spliced(self.layout)
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tokens) -> Float[Tensor, "batch vocab"]:
+    def next_logits(self, tokens: Tokens | Sequence[str]) -> Float[Tensor, "batch vocab"]:
         """Logits after each prompt's last token; where all prompts end in the last column, only these are computed."""
+        tokens = self.as_tokens(tokens)
         last = tokens.last
         if self._runs_apart(tokens):
             parts = [(rows[:, 0], self.next_logits(part)) for rows, _, part in by_length(tokens)]
@@ -288,8 +300,30 @@ class LanguageModel:
         return torch.cat(parts, 1)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 40, batch_size: int = 64) -> list[str]:
-        """Greedy continuations as texts, without the prompt and without special tokens."""
-        return list(self.tokenizer.batch_decode(self.continue_ids(prompts, max_new_tokens, batch_size)))
+        """Greedy continuations as texts, without the prompt and without special tokens.
+
+        A continuation that begins with a word begins with its space, so that prompt and continuation make one text.
+
+        Raises:
+            UserError: a prompt is empty or too long, or the prompts are one string.
+        """
+        return [self.continuation(ids) for ids in self.continue_ids(prompts, max_new_tokens, batch_size)]
+
+    def continuation(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of tokens that continue a text: with the space before a first word, in every vocabulary.
+
+        Decoders of SentencePiece vocabularies drop the space with which a text begins.
+        """
+        before = self._word
+        start, whole = (
+            self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens) for row in (before, [*before, *ids])
+        )
+        return whole[len(start) :] if whole.startswith(start) else whole
+
+    @cached_property
+    def _word(self) -> list[int]:
+        """The tokens of a short word, to decode other tokens after it."""
+        return list(self.tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
 
     def continue_ids(self, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 64) -> list[list[int]]:
         """Greedy continuations as token ids, up to the first end token, without special tokens."""

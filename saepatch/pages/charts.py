@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 from saepatch import report
 from saepatch.measure.controls import DRAWS
 from saepatch.measure.curves import Curve
-from saepatch.measure.screen import ERROR, Attribution
 from saepatch.records.statistics import about_sets
 from saepatch.report.text import with_interval
 
@@ -76,29 +75,3 @@ def effect_chart(title: str, curve: Curve, n: int) -> report.LineChart:
 def size_chart(title: str, x_label: str, series: Sequence[report.Series], caption: str) -> report.LineChart:
     """Effect against the number of latents or directions patched together."""
     return report.LineChart(title, x_label, EFFECT, series, caption, log_x=True, references=(SOURCE,))
-
-
-def attribution_chart(
-    title: str, attributions: Sequence[Attribution], tokens: Sequence[Sequence[str]], caption: str
-) -> report.ScatterChart:
-    """Estimated against exact effects of verified nodes; `tokens` are the texts of each pair's tokens."""
-    series = [
-        report.Points(
-            screen.method,
-            screen.verified.exact.tolist(),
-            screen.verified.estimated.tolist(),
-            [_node(screen, int(node), tokens) for node in screen.verified.index],
-        )
-        for screen in attributions
-        if screen.verified is not None
-    ]
-    unit = attributions[0].metric.replace("_", " ")
-    return report.ScatterChart(
-        title, f"exact effect ({unit})", f"estimated effect ({unit})", series, caption, identity=True
-    )
-
-
-def _node(screen: Attribution, node: int, tokens: Sequence[Sequence[str]]) -> str:
-    pair, unit, position = int(screen.pair[node]), int(screen.unit[node]), int(screen.position[node])
-    what = "error term" if unit == ERROR else f"latent {unit}"
-    return f"{screen.examples[pair]}: {what} at {position} ({report.token_text(tokens[pair][position])})"

@@ -11,7 +11,7 @@ from saepatch.data.texts import load_texts
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.pages.cards import card_blocks, latent_card
+from saepatch.reading.card_blocks import card_blocks, latent_card
 from saepatch.reading.cards import Card, read_latents
 from saepatch.reading.patchscope import Reading, best_reading, read_by_patchscope
 from saepatch.report import Details, Facts, Page, Section, Simple, Table, token_text

@@ -28,13 +28,19 @@ def write_report(out: Path) -> Page:
     Raises:
         UserError: there is no stored page and no run of a known kind, or the folder cannot be written.
     """
-    kept = out / KEPT
-    page = read_page(read_json(kept)) if kept.exists() else _drawn(out)
+    page = page_of(out)
     write_page(page, out / "report.html")
     return page
 
 
-def _drawn(out: Path) -> Page:
+def page_of(out: Path) -> Page:
+    """The page of a finished run: the stored one if there is one, otherwise made from the files.
+
+    Raises:
+        UserError: there is no stored page and no run of a known kind.
+    """
+    if (kept := out / KEPT).exists():
+        return read_page(read_json(kept))
     folder = read_run(out)
     if folder.work not in PAGES:
         raise UserError(f"{str(out)!r} has no run of {', '.join(PAGES)}, and no page: give the folder of a run")

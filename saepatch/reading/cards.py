@@ -19,6 +19,9 @@ from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import INSIDE, final_norm, stream_directions
 from saepatch.reading.activity import Activity
+from saepatch.report.blocks import Simple
+from saepatch.report.notebook import Shown
+from saepatch.report.text import number
 from saepatch.splicing.splice import record_latents
 
 log = logging.getLogger(__name__)
@@ -36,8 +39,8 @@ class Example:
     acts: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Card:
+@dataclass(frozen=True, repr=False)
+class Card(Shown):
     """Description of one latent. Shares and counts are over the ordinary positions of the texts read."""
 
     site: str
@@ -75,6 +78,24 @@ class Card:
     def anchor(self) -> str:
         """Its anchor on a page, for links."""
         return f"latent-{self.site}-{self.latent}"
+
+    def __repr__(self) -> str:
+        if self.dead:
+            return f"{self.title}: never active in {self.tokens:,} tokens"
+        raises = ", ".join(repr(token) for token, _ in self.raises[:4])
+        rate = f"active at {number(self.frequency, '.2%')} of {self.tokens:,} tokens, at most {number(self.maximum)}"
+        return f"{self.title}: {rate}" + (f"\nraises {raises}" if raises else "")
+
+    @property
+    def title(self) -> str:
+        """What stands above the card where it is shown."""
+        return f"Latent {self.latent} at {self.site}"
+
+    def blocks(self) -> list[Simple]:
+        """The card's blocks, as in reports."""
+        from saepatch.reading.card_blocks import card_blocks
+
+        return card_blocks(self, set())
 
     @staticmethod
     def read(content: dict[str, Any]) -> "Card":

@@ -111,7 +111,7 @@ def _read(
         ids = model.generate_ids(prompts, max_new_tokens)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0)).sum(-1)
     similar = cosine_similarity(output, directions.to(output.device), dim=-1)
-    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = [model.continuation(row, skip_special_tokens=True) for row in ids.tolist()]
     columns = (cells, texts, similar.tolist(), entropy.tolist())
     return [Reading(latent, scale, text, s, e) for (latent, scale), text, s, e in zip(*columns, strict=True)]
 

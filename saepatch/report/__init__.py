@@ -38,6 +38,7 @@ from saepatch.report.blocks import (
 )
 from saepatch.report.figure import svg_of, write_figure, write_figures
 from saepatch.report.kept import KEPT, keep_page, read_page
+from saepatch.report.notebook import Figure, Shown, fragment
 from saepatch.report.page import render, write_page
 from saepatch.report.text import token_text
 
@@ -55,6 +56,7 @@ __all__ = [
     "Details",
     "EstimateCell",
     "Facts",
+    "Figure",
     "Headline",
     "HeatMap",
     "Histogram",
@@ -67,8 +69,10 @@ __all__ = [
     "ScatterChart",
     "Section",
     "Series",
+    "Shown",
     "Simple",
     "Table",
+    "fragment",
     "keep_page",
     "read_page",
     "render",

@@ -64,10 +64,11 @@ def render(page: Page) -> str:
         f"script-src 'sha256-{digest}'"
     )
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             page=page,
+            compact=False,
             anchors=_anchors([section.title for section in page.sections]),
             policy=policy,
             script=Markup(script),
@@ -90,7 +91,8 @@ def _ids() -> Callable[[str], str]:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The environment of all templates: it escapes texts and draws charts."""
     environment = Environment(
         loader=PackageLoader("saepatch.report"),
         autoescape=True,

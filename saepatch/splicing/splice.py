@@ -134,8 +134,8 @@ def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
     return edit(x, run.seen.ending(x.shape[1]) if at_end else run.seen)
 
 
-def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> Latents:
-    """Latents and error term of one unedited forward pass over a batch; later blocks are not run.
+def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens | Sequence[str]) -> Latents:
+    """Latents and error term of one unedited forward pass over a batch of tokens or texts; later blocks are not run.
 
     Raises:
         UserError: the dictionary does not fit the model, or the model is inside a splice, where it would be ambiguous
@@ -147,6 +147,7 @@ def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens)
             "record_latents runs the unedited model, but the model is inside a splice: call it outside, or take the "
             "latents of edited runs from splice(…, record=True) as run.latents[site]"
         )
+    tokens = model.as_tokens(tokens)
     x = model.capture(tokens, [dictionary.site])[dictionary.site]
     check_finite(model, dictionary.site, x, tokens)
     return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)

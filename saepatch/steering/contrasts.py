@@ -31,7 +31,7 @@ NEUTRAL = ("In my opinion,",)  # the prompt used in the paper that introduced th
 def latent_means(
     model: LanguageModel,
     dictionary: Dictionary,
-    tokens: Tokens,
+    tokens: Tokens | Sequence[str],
     positions: Positions = "all",
     batch_size: int = 64,
     written: bool = False,
@@ -41,7 +41,7 @@ def latent_means(
     With `written`, activations of a dictionary that normalises its input are multiplied by their decoding scale.
     """
     means = []
-    for part in tokens.batches(batch_size):
+    for part in model.as_tokens(tokens).batches(batch_size):
         latents = record_latents(model, dictionary, part)
         acts = latents.acts * latents.scale if written and latents.scale is not None else latents.acts
         weight = whole_prompt(model, part).select(positions)[..., None].to(acts.dtype)

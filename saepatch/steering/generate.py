@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,11 @@ from saepatch.engine.components import Directions
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
+from saepatch.report.blocks import Comparison, Simple
+from saepatch.report.notebook import Shown
+from saepatch.splicing.donors import Restore
 from saepatch.splicing.interventions import Intervention, Steer
-from saepatch.splicing.splice import splice
+from saepatch.splicing.splice import Dictionaries, Interventions, splice
 from saepatch.steering.fluency import continuation_nll
 
 
@@ -115,7 +119,7 @@ def generate_steered(
     asked = [with_prefix(model, prefix, prompt) for prompt in prompts]
     with nullcontext() if intervention is None or dictionary is None else splice(model, dictionary, intervention):
         ids = model.continue_ids(asked, max_new_tokens)
-    texts = model.tokenizer.batch_decode(ids)
+    texts = [model.continuation(row) for row in ids]
     return Steered(
         tuple(texts),
         tuple(map(shows_concept, texts)),
@@ -144,3 +148,88 @@ def direction_dictionary(directions: Directions, device: str | torch.device = "c
             parameter.zero_()
         sae.W_dec.copy_(rows)
     return adopt(sae.to(device), directions.site, directions.name)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Generations(Shown):
+    """Greedy continuations of prompts by the unedited model and under a splice; shown side by side in a notebook."""
+
+    prompts: tuple[str, ...]
+    unedited: tuple[str, ...]
+    edited: tuple[str, ...]
+    edit: str
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def changed(self) -> int:
+        """Number of prompts that are continued differently."""
+        return sum(one != other for one, other in zip(self.unedited, self.edited, strict=True))
+
+    @property
+    def title(self) -> str:
+        """What stands above the texts."""
+        return f"Without and with {self.edit}: {self.changed} of {len(self)} prompts continued differently"
+
+    def __repr__(self) -> str:
+        lines = [self.title]
+        for prompt, one, other in list(zip(self.prompts, self.unedited, self.edited, strict=True))[:2]:
+            lines += [f"prompt   {_short(prompt)}", f"  unedited {_short(one)}", f"  edited   {_short(other)}"]
+        return "\n".join(lines)
+
+    def blocks(self) -> list[Simple]:
+        """Every prompt with both texts; words that differ are marked."""
+        columns = zip(self.unedited, self.edited, strict=True)
+        named = [[("unedited", one), (f"with {self.edit}", other)] for one, other in columns]
+        return [Comparison(prompt, texts, changes=True) for prompt, texts in zip(self.prompts, named, strict=True)]
+
+    def to_pandas(self) -> Any:
+        """A pandas frame with the columns prompt, unedited, edited (all `string`) and changed (`bool`)."""
+        import pandas as pd
+
+        texts = {"prompt": self.prompts, "unedited": self.unedited, "edited": self.edited}
+        frame = pd.DataFrame({name: pd.array(list(column), dtype="string") for name, column in texts.items()})
+        return frame.assign(changed=[a != b for a, b in zip(self.unedited, self.edited, strict=True)])
+
+
+def _short(text: str, most: int = 90) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def compare_generations(
+    model: LanguageModel,
+    dictionaries: Dictionaries,
+    interventions: Interventions,
+    prompts: Sequence[str],
+    max_new_tokens: int = 40,
+    batch_size: int = 64,
+) -> Generations:
+    """Continue prompts greedily without and with interventions.
+
+    Raises:
+        UserError: as for `splice`, or a prompt is empty or too long.
+        SpliceError: an intervention acted nowhere.
+    """
+    unedited = model.generate(prompts, max_new_tokens, batch_size)
+    with splice(model, dictionaries, interventions):
+        edited = model.generate(prompts, max_new_tokens, batch_size)
+    several = [interventions] if not isinstance(interventions, Sequence) else interventions
+    names = " and ".join(describe_edit(each) for each in several)
+    return Generations(tuple(prompts), tuple(unedited), tuple(edited), names or "the dictionary spliced")
+
+
+def describe_edit(intervention: Intervention | Restore) -> str:
+    """An intervention in a few words: its kind, latents, strength and positions."""
+    parts = [type(intervention).__name__]
+    latents = getattr(intervention, "latents", None)
+    if isinstance(latents, int):
+        parts.append(str(latents))
+    elif isinstance(latents, Sequence):
+        parts.append(",".join(map(str, latents[:4])) + (", …" if len(latents) > 4 else ""))
+    if isinstance(strength := getattr(intervention, "strength", None), float | int):
+        parts.append(f"× {strength:g}")
+    if isinstance(positions := getattr(intervention, "positions", None), str):
+        parts.append(f"({positions})")
+    return " ".join(parts)

@@ -78,7 +78,7 @@ def stream(
                 ended = "length"
             elif context is not None and tokens.width >= context:
                 ended = "context"
-        yield Written(tuple(ids), model.tokenizer.decode(ids, skip_special_tokens=True), ended)
+        yield Written(tuple(ids), model.continuation(ids, skip_special_tokens=True), ended)
         if ended:
             return
 

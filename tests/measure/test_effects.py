@@ -214,7 +214,9 @@ def test_rows_name_the_tokens_at_their_positions():
     for row in rows:
         assert row.token == texts[row.example][int(row.position) - 1]  # a BOS stands in front
         assert (row.task, row.component, row.direction, row.role) == ("task", "latent", "denoise", "single")
-    assert {row.token for row in effects.rows("task")} == {""}
+    assert {row.token for row in replace(effects, tokens=()).rows()} == {""}
+    texts = {pair.example: pair.corrupted for pair in PAIRS}  # unless they are given, those of the edited prompt
+    assert all(row.token == texts[row.example][int(row.position) - 1] for row in effects.rows())
     shifted = patch_latents(
         model, dictionary, [PromptPair("a cat sat", "the cow sat", "x", "y")], each_position=True, align="right"
     )

@@ -90,3 +90,27 @@ def test_a_real_vocabulary_has_no_two_tokens_of_one_name():
     assert names[358] == " she"
     assert names[13] == "⟨0A⟩"
     assert len({token_text(name) for name in names}) == 512
+
+
+def test_a_continuation_keeps_its_first_space_in_every_vocabulary():
+    """Decoders of SentencePiece drop it, those of byte-level vocabularies do not."""
+    pieces = sentencepiece_tokenizer()
+    model = replace(tiny_model(), tokenizer=pieces)
+    he, was = pieces.convert_tokens_to_ids(["▁he", "was"])
+    assert pieces.decode([he]) == "he"
+    assert model.continuation([he, was]) == " hewas"
+    assert model.continuation([was, he]) == "was he"
+    assert model.continuation([]) == ""
+    assert model.continuation([1, he, 2], skip_special_tokens=True) == " he"
+    other = tiny_model()
+    ids = other.tokenizer(" the cat", add_special_tokens=False)["input_ids"]
+    assert other.continuation(ids) == " the cat"
+    broken = other.tokenizer("é", add_special_tokens=False)["input_ids"]
+    assert other.continuation(broken[1:]) == other.tokenizer.decode(broken[1:])
+
+
+def test_generated_texts_continue_their_prompts():
+    model = replace(tiny_model(), tokenizer=sentencepiece_tokenizer())
+    (text,) = model.generate(["he was"], 6)
+    (ids,) = model.continue_ids(["he was"], 6)
+    assert text == model.continuation(ids)

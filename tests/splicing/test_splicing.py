@@ -471,3 +471,15 @@ def test_interventions_of_the_latents_and_the_pass_alone():
         torch.testing.assert_close(doubled, model.next_logits(tokens), atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="needs = Needs"), splice(model, dictionary, ReadsErrorUnasked()):
         model.next_logits(tokens)
+
+
+def test_texts_are_recorded_as_tokens_are():
+    model, dictionary = tiny_model(), random_dictionary()
+    texts = ["the cat", "a much longer text"]
+    tokens = model.tokenize(texts)
+    assert torch.equal(record_latents(model, dictionary, texts).acts, record_latents(model, dictionary, tokens).acts)
+    assert torch.equal(model.logits(texts), model.logits(tokens))
+    assert torch.equal(model.next_logits(texts), model.next_logits(tokens))
+    for call in (lambda text: record_latents(model, dictionary, text), model.logits, model.generate, model.tokenize):
+        with pytest.raises(UserError, match=r"one string, 'the cat': give a list of texts"):
+            call("the cat")
