@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,24 +191,38 @@ def _from_graphml(text: str) -> dict[str, Any]:
 
 
 def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int = 5, seed: int = 0) -> list[list[Node]]:
-    """Random sets of nodes with as many at each site, of each kind, as `chosen`: controls of equal layer profile.
+    """Random sets of candidates with as many nodes at each site as `chosen`, none of them in it: controls.
+
+    They have as many of each kind, too, as far as there are others; where there are not (an error term at all positions
+    is the only one of its site), other nodes of the site stand in.
 
     Raises:
-        UserError: fewer than five draws, or a site has fewer candidates than chosen nodes.
+        UserError: fewer than five draws, or a site has too few candidates beside the chosen nodes.
     """
     import numpy as np
 
     if draws < 5:
         raise UserError(f"draws = {draws}: use at least 5 random circuits")
-    rng, sets = np.random.default_rng(seed), []
-    places = sorted({(node.site, node.kind) for node in chosen if node.site is not None}, key=str)
+    own, rng = set(chosen), np.random.default_rng(seed)
+    others = [node for node in candidates if node not in own]
+    profile = Counter((node.site, node.kind) for node in chosen if node.site is not None)
+    sites = sorted({site for site, _ in profile}, key=str)
+    sets = []
     for _ in range(draws):
         drawn: list[Node] = []
-        for site, kind in places:
-            mine = [node for node in candidates if (node.site, node.kind) == (site, kind)]
-            wanted = sum((node.site, node.kind) == (site, kind) for node in chosen)
-            if len(mine) < wanted:
-                raise UserError(f"{wanted} {kind} nodes at {site}, but {len(mine)} candidates: give all candidates")
-            drawn += [mine[i] for i in rng.choice(len(mine), wanted, replace=False)]
+        for site in sites:
+            left = [node for node in others if node.site == site]
+            wanted = sum(n for (at, _), n in profile.items() if at == site)
+            if len(left) < wanted:
+                raise UserError(
+                    f"{wanted} nodes at {site}, but {len(left)} candidates beside them: give all candidates, or a "
+                    "smaller circuit"
+                )
+            for kind in sorted({kind for at, kind in profile if at == site}):
+                mine = [node for node in left if node.kind == kind]
+                drawn += [mine[i] for i in rng.permutation(len(mine))[: profile[site, kind]]]
+                left = [node for node in left if node not in set(drawn)]
+            missing = wanted - sum(node.site == site for node in drawn)
+            drawn += [left[i] for i in rng.permutation(len(left))[:missing]]
         sets.append(drawn)
     return sets

@@ -18,6 +18,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component, Patchable
 from saepatch.engine.gradients import Readout
 from saepatch.engine.kept_run import KeptRun, entry
+from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.spans import run_to
 from saepatch.errors import UserError
@@ -35,10 +36,13 @@ class EdgeRuns:
 
     With all edges between all nodes that differ, the run is the clean one (up to rounding); with none, what the nodes
     hold is the corrupted run's. What lies before the first site, and parts of the model that are no nodes, are live.
+    BOS, padding and tokens that a site's dictionary was not trained on (`Dictionary.excluded_tokens`), in either
+    prompt, have no nodes: the site keeps its clean value there, and an edge that ends there carries nothing.
 
     Raises:
         UserError: an edge joins nodes that are not among those of `patchables`, has no position, or passes a residual
-            stream that has nodes; or pairs are not aligned.
+            stream that has nodes; pairs are not aligned; or positions select tokens that a dictionary was not trained
+            on.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class EdgeRuns:
         for edge in self.members:
             self._check(edge)
         whole = choose_positions(model, batch_pairs(model, pairs), self.options.positions)
+        check_known(model, [node.components[0] for node in self.nodes], whole, self.options.positions)
         self._batches = [self._kept(part) for part in same_length_batches(whole, 64)]
         self.whole = self._clean()
         self.empty = self.run(torch.zeros(1, len(self.members), dtype=torch.bool))[0]
@@ -74,9 +79,8 @@ class EdgeRuns:
         sites = [node.site for node in self.nodes]
         clean = KeptRun(self.model, part.clean, sites, keep_cache=False)
         other = KeptRun(self.model, part.corrupted, sites, keep_cache=False)
-        assert part.where is not None
-        chosen = part.where[..., None]
-        return part, clean, {site: torch.where(chosen, other.values[site], clean.values[site]) for site in sites}
+        where = {node.site: known_where(self.model, node.components[0], part)[..., None] for node in self.nodes}
+        return part, clean, {site: torch.where(where[site], other.values[site], clean.values[site]) for site in sites}
 
     def _clean(self) -> Float[np.ndarray, "pairs"]:
         out = np.zeros(len(self.pairs))
@@ -131,6 +135,7 @@ class EdgeRuns:
     ) -> dict[Node, Float[Tensor, "rows width"]]:
         """What some nodes of one site write beyond their counterfactual values."""
         n, sites = len(part), upstream(self.nodes, node.site)
+        where = known_where(self.model, node.components[0], part)
         if sites:
             values = self._values(clean, other, sites, [into.get(down, []) for down in some], beyond)
             first = sites[0].site
@@ -144,7 +149,8 @@ class EdgeRuns:
         for number, down in enumerate(some):
             assert down.position is not None
             here, there = (v[:, down.position] for v in (other[node.site], x[number * n : (number + 1) * n]))
-            out[down] = written(self._component[down.site, down.kind], [down.unit] * n, here, there)
+            beyond_base = written(self._component[down.site, down.kind], [down.unit] * n, here, there)
+            out[down] = beyond_base * where[:, down.position, None]
         return out
 
     def _values(

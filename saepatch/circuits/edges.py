@@ -5,7 +5,7 @@ run. Its estimate is `∂m/∂f_d · ∂f_d/∂x · Δx_u`, with m the metric, f
 upstream node's change adds to its site (Marks et al. 2024, on one batched vector-Jacobian product a downstream set).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from saepatch.circuits.backward import Backward, Counts
 from saepatch.circuits.edge_list import Edges
 from saepatch.circuits.jacobians import Movers, Products, Readers, products, readers_at
 from saepatch.circuits.ledger import Ledger
-from saepatch.circuits.nodes import LOGITS, Edge, NodeSite, Paths, between, changes_at, node_sites, upstream
+from saepatch.circuits.nodes import LOGITS, Edge, Node, NodeSite, Paths, between, changes_at, node_sites, upstream
 from saepatch.circuits.paths import TwoRuns, path_patches, runs_of_pairs
 from saepatch.data.batches import own_positions
 from saepatch.data.pairs import PromptPair
@@ -74,6 +74,7 @@ class EdgeOptions:
     Attributes:
         method: How edges are estimated.
         paths: Which parts of the model lie open between nodes.
+        among: Nodes that edges join, at one position or (None) at all; empty: every node. The logits are always one.
         keep: Number of edges of each pair to keep, those with the largest estimates.
         verify: Number of edges with the largest estimates to path-patch exactly.
         sample: Number of edges drawn at random from all others to path-patch as well.
@@ -82,6 +83,7 @@ class EdgeOptions:
 
     method: Linear = field(default_factory=Linear)
     paths: Paths = field(default_factory=Paths)
+    among: tuple[Node, ...] = ()
     keep: int = 20_000
     verify: int = 50
     sample: int = 50
@@ -110,7 +112,8 @@ def edges(
     to one at a later site and the same or a later position: a latent that is active in the base run (with `steps`, or
     on the way to the source run), or any other node. Latents that are active nowhere there have no linear estimate and
     are not among the edges. Everything else stays at the base run: other nodes between the two, and what
-    `how.paths` closes. An edge past a residual stream that has nodes is 0 and left out. BOS and padding have no nodes.
+    `how.paths` closes. An edge past a residual stream that has nodes is 0 and left out. BOS, padding and tokens that a
+    dictionary was not trained on (`Dictionary.excluded_tokens`), in either prompt, have no nodes.
 
     Memory is bounded by the batch and by `how.keep`, whatever the number of edges.
 
@@ -120,8 +123,9 @@ def edges(
         options: Options that sweeps share, or keywords; without corruption, and with pairs of equal length.
 
     Raises:
-        UserError: a component does not fit or is a part of its site, pairs are not aligned, the metric has no gradient,
-            or a modification of backward passes acts on nothing.
+        UserError: a component does not fit or is a part of its site, pairs are not aligned, positions select tokens
+            that a dictionary was not trained on, the metric has no gradient, or a modification of backward passes acts
+            on nothing.
     """
     how, chosen = how or EdgeOptions(), with_keywords(options or SweepOptions(), keywords)
     nodes = node_sites(model, dictionaries)
@@ -156,6 +160,9 @@ class _Estimates:
         self.closed = how.paths.closed(model, nodes)
         self.counts: Counts = Counts()
         self.parts: list[tuple[Site | None, str]] = [(n.site, c.kind) for n in nodes for c in n.components]
+        for node in how.among:
+            if (node.site, node.kind) not in self.parts:
+                raise UserError(f"{node} is not among the nodes: give its dictionary or component")
         self.parts.append((None, LOGITS))
         self.drawn: list[tuple[tuple[int, Edge], float]] = []
 
@@ -214,40 +221,66 @@ class _Estimates:
         return out
 
     def _estimate(self, runs: TwoRuns, ledger: Ledger) -> None:
-        base, where = runs.base, runs.part.where
-        assert where is not None
+        base, places = runs.base, {node.site: runs.where(node) for node in self.nodes}
         readout = Readout.of(self.options.metric, runs.part, self.model)
-        movers = {
-            node.site: Movers.of(node.site, changes_at(node, base, runs.source, where), base.values[node.site])
-            for node in self.nodes
-        }
+        differs = torch.zeros_like(base.tokens.input_ids, dtype=torch.bool)
+        movers = {}
+        for node in self.nodes:
+            changes = changes_at(node, base, runs.source, places[node.site])
+            for some in changes:
+                differs[some.row, some.pos] = True
+            if self.how.among:
+                changes = [
+                    some.only(self._among(node.site, component.kind, runs, some.row, some.pos, some.unit))
+                    for component, some in zip(node.components, changes, strict=True)
+                ]
+            movers[node.site] = Movers.of(node.site, changes, base.values[node.site])
         # nothing before the first column that differs can be moved by anything
-        differs = torch.stack([some.there.any(-1) for some in movers.values()]).any(0)
-        where = where & differs.cumsum(-1).bool()
+        after = differs.cumsum(-1).bool()
+        places = {site: where & after for site, where in places.items()}
         with self.how.method.modified(self.model) as counts:
             takes = IntegratedGradients(self.how.method.steps) if self.how.method.steps else FirstOrder()
-            sites = [node.site for node in self.nodes]
-            run, there = Base(self.model, base.tokens, sites, readout, base), dict.fromkeys(sites, where)
-            gradients = takes.take(run, runs.source.values, there).of
+            run = Base(self.model, base.tokens, list(places), readout, base)
+            gradients = takes.take(run, runs.source.values, places).of
             for node in self.nodes:
                 if ups := [movers[up.site] for up in upstream(self.nodes, node.site)]:
-                    self._into(node, ups, runs, gradients[node.site][0], where, ledger)
+                    self._into(node, ups, runs, gradients[node.site][0], places, ledger)
             ups = [movers[up.site] for up in upstream(self.nodes, None)]
             alone = len(ups) == 1 and not between(self.closed, self.nodes, ups[0].site, None)
             self._into_logits(ups, runs, readout, ledger, {up.site: gradients[up.site][0] for up in ups if alone})
         self.counts.update(counts)
 
+    def _among(self, site: Site, kind: str, runs: TwoRuns, row: Tensor, column: Tensor, unit: Tensor) -> Tensor:
+        """Which of some units, given by row and column of a batch, are among the nodes asked for."""
+        width = runs.base.width
+        mine = [node for node in self.how.among if (node.site, node.kind) == (site, kind)]
+        mine = [node for node in mine if node.position is None or node.position < width]
+        position = own_positions(runs.base.tokens, row, column, "equal") + 1
+        most = width + 1  # 0 stands for all positions
+        keys = [node.unit * most + (0 if node.position is None else node.position + 1) for node in mine]
+        wanted = torch.tensor(keys, dtype=torch.long, device=row.device)
+        return torch.isin(unit * most + position, wanted) | torch.isin(unit * most, wanted)
+
     def _number(self, site: Site | None, component: int = 0) -> int:
         return next(number for number, (other, _) in enumerate(self.parts) if other == site) + component
 
     def _into(
-        self, node: NodeSite, ups: Sequence[Movers], runs: TwoRuns, gradient: Tensor, where: Tensor, ledger: Ledger
+        self,
+        node: NodeSite,
+        ups: Sequence[Movers],
+        runs: TwoRuns,
+        gradient: Tensor,
+        places: Mapping[Site, Tensor],
+        ledger: Ledger,
     ) -> None:
         """The edges into the nodes of one site. With steps, each upstream site goes its way alone."""
         for together in [ups] if not self.how.method.steps else [[up] for up in ups]:
             graphs = [self._graph(node.site, [up.site for up in together], runs, share) for share in self._shares]
             values = [graph.whole.detach() for graph in graphs]
-            for number, readers in enumerate(readers_at(node, values[0], gradient, where, values[1:])):
+            for number, readers in enumerate(readers_at(node, values[0], gradient, places[node.site], values[1:])):
+                if self.how.among:
+                    kind = readers.component.kind
+                    readers = readers.only(self._among(node.site, kind, runs, readers.row, readers.pos, readers.unit))
                 if len(readers):
                     self._products(
                         graphs, [readers.at(x) for x in values], together, self._number(node.site, number), ledger
@@ -270,11 +303,12 @@ class _Estimates:
         return torch.arange(first, first + n, device=self.model.device)
 
     def _leaves(self, ups: Sequence[Site], runs: TwoRuns, share: float) -> dict[Site, Tensor]:
-        assert runs.part.where is not None
         leaves = {}
-        for site in ups:
+        for node in self.nodes:
+            if (site := node.site) not in ups:
+                continue
             x, other = runs.base.values[site], runs.source.values[site]
-            way = (other.float() - x.float()) * runs.part.where[..., None]
+            way = (other.float() - x.float()) * runs.where(node)[..., None]
             leaves[site] = (x + share * way).to(x.dtype) if share else x
         return leaves
 

@@ -42,6 +42,10 @@ class Readers:
         """The same nodes where the site's value is `x`."""
         return replace(self, x=x)
 
+    def only(self, chosen: Bool[Tensor, "nodes"]) -> "Readers":
+        """Some of the nodes."""
+        return replace(self, row=self.row[chosen], pos=self.pos[chosen], unit=self.unit[chosen])
+
     @cached_property
     def _active(self) -> Bool[Tensor, "nodes"]:
         """Which latents are active."""

@@ -22,6 +22,7 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import ErrorTerm, Heads, LatentUnits, Patchable
 from saepatch.engine.gradients import Readout
 from saepatch.engine.kept_run import KeptRun, entry
+from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
@@ -57,10 +58,12 @@ class NodeRuns:
             reconstructions take the sites' place in every run, the clean and corrupted ones too.
         means: Pairs over whose clean runs counterfactual values are averaged, position by position; None: each pair's
             own corrupted run.
-        options: Metric, positions and batch size. BOS and padding are never changed.
+        options: Metric, positions and batch size. BOS, padding and tokens that a site's dictionary was not trained on
+            (`Dictionary.excluded_tokens`), in either prompt, have no nodes: the edited pass goes through unchanged.
 
     Raises:
-        UserError: a member is not a node, a mean of prompts of some length is missing, or pairs are not aligned.
+        UserError: a member is not a node, a mean of prompts of some length is missing, pairs are not aligned, or
+            positions select tokens that a dictionary was not trained on.
     """
 
     def __init__(
@@ -96,16 +99,19 @@ class NodeRuns:
 
     def _parts(self, pairs: Sequence[PromptPair]) -> list[PairBatch]:
         whole = choose_positions(self.model, batch_pairs(self.model, pairs), self.options.positions)
+        check_known(self.model, [node.components[0] for node in self.nodes], whole, self.options.positions)
         return list(same_length_batches(whole, 64))
+
+    def _where(self, node: NodeSite, part: PairBatch) -> Bool[Tensor, "rows pos"]:
+        return known_where(self.model, node.components[0], part)
 
     def _batch(self, part: PairBatch) -> "_Batch":
         sites = [node.site for node in self.nodes]
         clean = KeptRun(self.model, part.clean, sites, keep_cache=False)
         if self.errors == "dropped":
-            assert part.where is not None
             read: dict[Site, Tensor] = {}  # latents of what a reconstruction replaces
-            listed = [(n.site, d) for n in self.nodes if (d := _dictionary(n)) is not None]
-            edits = {site: partial(_reconstructed, d, part.where, read, site) for site, d in listed}
+            listed = [(n, d) for n in self.nodes if (d := _dictionary(n)) is not None]
+            edits = {n.site: partial(_reconstructed, d, self._where(n, part), read, n.site) for n, d in listed}
             first = KeptRun(self.model, part.clean, sites, edits, keep_cache=False)
             corrupted = KeptRun(self.model, part.corrupted, sites, edits, keep_cache=False)
             part = replace(part, clean_logits=first.logits)
@@ -169,12 +175,11 @@ class NodeRuns:
         variants, n = len(act), len(batch.part)
         rows = torch.arange(n, device=self.model.device).repeat(variants)
         part = batch.part.rows(rows.tolist())
-        assert part.where is not None
         edits: dict[Site, Hooked] = {}
         for node in self.nodes:
-            numbers, width = range(len(node.components)), part.where.shape[1]
-            masks = [self._masks(node, number, act, others_act, width) for number in numbers]
-            edits[node.site] = _SiteNodes(node, batch, masks, rows, part.where, self.errors, others_act)
+            numbers, where = range(len(node.components)), self._where(node, part)
+            masks = [self._masks(node, number, act, others_act, where.shape[1]) for number in numbers]
+            edits[node.site] = _SiteNodes(node, batch, masks, rows, where, self.errors, others_act)
         first, readout = self.start, Readout.of(self.options.metric, part, self.model)
         edits[first] = batch.entering(first, rows, edits[first])
         if entry(first) != first:

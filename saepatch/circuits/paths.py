@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.circuits.nodes import Edge, Node, NodeSite, Paths, between, changes_at, written
@@ -19,6 +19,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Changes
 from saepatch.engine.edited_runs import metric_values
 from saepatch.engine.kept_run import Checked, KeptRun
+from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import answers_only, needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.plan import column_of
@@ -57,6 +58,10 @@ class TwoRuns:
         clean, corrupted = (self.source, self.base) if self.denoises else (self.base, self.source)
         return tuple(metric_values(options.metric, run.logits, self._asked(options)) for run in (clean, corrupted))  # type: ignore[return-value]
 
+    def where(self, node: NodeSite) -> Bool[Tensor, "batch pos"]:
+        """Positions at which a site has nodes."""
+        return known_where(self.base.model, node.components[0], self.part)
+
     def _asked(self, options: SweepOptions) -> PairBatch:
         return self.part if needs_clean_logits(options.metric) else replace(self.part, clean_logits=None)
 
@@ -90,13 +95,15 @@ def runs_of_pairs(
     """Both runs of all pairs, batch by batch of equal length.
 
     Raises:
-        UserError: the options ask for a corruption or an alignment that edges do not offer, or pairs are not aligned.
+        UserError: the options ask for a corruption or an alignment that edges do not offer, pairs are not aligned, or
+            positions select tokens that a dictionary was not trained on.
     """
     if options.corruption is not None or options.each_position:
         raise UserError("edges are between the runs of a pair, at every position: leave out corruption, each_position")
     if options.align != "equal":
         raise UserError("edges name positions from the start: give pairs of equal length (align='equal')")
     whole = choose_positions(model, batch_pairs(model, pairs), options.positions)
+    check_known(model, [node.components[0] for node in nodes], whole, options.positions)
     ways: Checked = {}
     for part in same_length_batches(whole, at_once):
         runs = TwoRuns.of(model, part, nodes, closed, options.denoises)
@@ -116,7 +123,8 @@ def path_patches(
     """The exact change of the base run's metric by each edge; 0 where its upstream node does not change.
 
     Raises:
-        UserError: an edge has a node that is not among `nodes`, or no position.
+        UserError: an edge has a node that is not among `nodes`, has no position, or is of a dictionary that was not
+            trained on the token there.
     """
     closed, change = paths.closed(model, nodes), np.zeros(len(edges))
     size = options.batch_size or 64
@@ -169,10 +177,10 @@ class _EdgeBatch:
         size: int,
     ) -> None:
         self.runs, self.held, self.options, self.size = runs, held, options, size
+        self.listed = edges
         self.site, width = up[0].site, runs.base.width
         lengths = runs.base.tokens.lengths.tolist()
-        assert runs.part.where is not None
-        changes = changes_at(up[0], runs.base, runs.source, runs.part.where)[up[1]]
+        changes = changes_at(up[0], runs.base, runs.source, runs.where(up[0]))[up[1]]
         entry_of = _index(changes)
         column = [
             (_column(edge.up, lengths[row], width), _column(edge.down, lengths[row], width)) for row, edge in edges
@@ -180,6 +188,7 @@ class _EdgeBatch:
         keys = [(row, q, edge.up.unit) for (row, edge), (q, _) in zip(edges, column, strict=True)]
         self.unit = [edge.down.unit for _, edge in edges]
         self.down = [p for _, p in column]
+        self._check_known(up[0], edges, [q for q, _ in column])
         movers = sorted({key for key in keys if key in entry_of}, key=lambda key: (key[1], key))
         number_of = {key: number for number, key in enumerate(movers)}
         self.mover = [number_of.get(key, -1) for key in keys]  # -1: nothing changes
@@ -188,6 +197,17 @@ class _EdgeBatch:
         self.edge_rows = torch.tensor([row for row, _ in edges], dtype=torch.long, device=self.row.device)
         entries = torch.tensor([entry_of[key] for key in movers], dtype=torch.long, device=self.row.device)
         self.vectors = changes.vectors(entries) if len(entries) else runs.base.values[self.site][:0, 0]
+
+    def _check_known(self, node: NodeSite, edges: Sequence[tuple[int, Edge]], columns: Sequence[int]) -> None:
+        part = self.runs.part
+        everywhere = replace(part, where=torch.ones_like(part.clean.input_ids, dtype=torch.bool))
+        known = known_where(self.runs.base.model, node.components[0], everywhere)
+        for (row, edge), column in zip(edges, columns, strict=True):
+            if not bool(known[row, column]):
+                raise UserError(
+                    f"{edge} of pair {part.pairs[row].example!r}: the dictionary at {node.site} was not trained on the "
+                    "token there: leave the edge out, or load the dictionary with every_position=True"
+                )
 
     def to_logits(self) -> Float[np.ndarray, "edges"]:
         values = np.zeros(len(self.vectors))
@@ -199,6 +219,7 @@ class _EdgeBatch:
     def through(self, down: NodeSite, number: int) -> Float[np.ndarray, "edges"]:
         """The metric when only what each edge's downstream node changes is written into the base run."""
         base, target = self.runs.base, down.site
+        self._check_known(down, self.listed, self.down)
         x = base.values[target]
         moved = x[self.edge_rows, self.down].clone()
         of_mover = np.array(self.mover)

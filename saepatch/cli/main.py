@@ -14,9 +14,10 @@ from saepatch.cli.commands.push import push
 from saepatch.cli.commands.report import report
 from saepatch.cli.commands.runs import runs
 from saepatch.cli.commands.steer import steer
-from saepatch.cli.commands.sweep import restore, sweep
+from saepatch.cli.commands.sweep import circuit, restore, sweep
 from saepatch.cli.commands.train import experiment, train
 from saepatch.cli.parser import CommandResult, run_commands
+from saepatch.settings.circuit import CircuitConfig
 from saepatch.settings.compare import CompareConfig
 from saepatch.settings.demo import DemoConfig
 from saepatch.settings.inspect import InspectConfig
@@ -34,6 +35,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "inspect": (InspectConfig, inspect),
     "patch": (PatchConfig, sweep),
     "attribute": (AttributeConfig, sweep),
+    "circuit": (CircuitConfig, circuit),
     "restore": (RestoreConfig, restore),
     "merge": (MergeConfig, merge),
     "report": (ReportConfig, report),

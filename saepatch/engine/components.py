@@ -31,6 +31,12 @@ class Changes:
     def __len__(self) -> int:
         return len(self.row)
 
+    def only(self, chosen: Bool[Tensor, "entries"]) -> "Changes":
+        """Some of the changes."""
+        numbers = chosen.nonzero().flatten()
+        row, pos, unit = self.row[numbers], self.pos[numbers], self.unit[numbers]
+        return Changes(row, pos, unit, lambda some: self.vectors(numbers[some]))
+
     def reversed(self) -> "Changes":
         """The changes from the source run to the base run."""
         return replace(self, vectors=lambda some: -self.vectors(some))

@@ -49,7 +49,7 @@ def write_reading(sweep: Sweep, out: Path) -> None:
     for site, latent in top_latents(summary):
         latents.setdefault(site, []).append(latent)
     splice, cards = read_dictionaries(sweep.model, dictionaries, latents, texts)
-    prompts = _prompts(sweep.model, sweep.pairs, bool(sweep.corruption))
+    prompts = prompt_tokens(sweep.model, sweep.pairs, bool(sweep.corruption))
     write_json({"prompts": prompts, "splice": splice, "latents": list(map(asdict, cards))}, out / READING)
 
 
@@ -119,7 +119,7 @@ def _units(text: str) -> Iterator[int]:
     return (int(unit) for unit in text.split(",") if unit.isdigit())
 
 
-def _prompts(model: LanguageModel, pairs: Sequence[PromptPair], one_run: bool) -> dict[str, Any]:
+def prompt_tokens(model: LanguageModel, pairs: Sequence[PromptPair], one_run: bool) -> dict[str, Any]:
     """The first pairs token by token, and the tokens that all pairs share by position; there is no `corrupted` where
     the corrupted run reads the clean prompt."""
     first: list[dict[str, Any]] = []

@@ -22,12 +22,12 @@ from saepatch.pages.overview import (
 )
 from saepatch.reading.cards import Card, ReadText, read_texts
 from saepatch.records.provenance import Provenance
-from saepatch.records.rows import read_rows
+from saepatch.records.rows import AnswerRow, grouped, read_row, read_rows
 from saepatch.report import BarChart, Comparison, Facts, Page, Section, Table, token_text
 from saepatch.report.text import number
 from saepatch.restoration.judges import OUTCOME_WORDS, OUTCOMES
 from saepatch.restoration.restore import Outcome
-from saepatch.runs.answers import ORDER, WILSON, Answers, Share, grouped, read_row
+from saepatch.runs.answers import ORDER, WILSON, Answers, Share
 from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.parts import Record
 from saepatch.settings.restore import RestoreConfig
@@ -104,7 +104,7 @@ def page_of_folder(run: RunFolder) -> Page:
         config = RestoreConfig(**known_settings | {"out": str(run.path)})
         edits = [{"condition": "restored", "draw": 0, "latents": facts["latents"]}]
         record = Record("restore", run.settings, facts["model"], facts["dictionaries"], {}, 0, 1, 1, edits)
-        judged = [read_row(row) for row in rows]
+        judged = [read_row(row, AnswerRow) for row in rows]
         provenance = next(source for row, source in judged if row.condition == "bare")
         latents = {Site.parse(site): ids and tuple(ids) for site, ids in facts["latents"].items()}
         answers = Answers.of(config, record, grouped(judged), facts.get("fvu_of_model_and_donor"))

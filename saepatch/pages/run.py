@@ -6,6 +6,7 @@ from pathlib import Path
 from saepatch.errors import UserError
 from saepatch.pages.answered import read_answers_again
 from saepatch.pages.cards import cards_section
+from saepatch.pages.circuit import page_of_circuit, read_circuit_again
 from saepatch.pages.curves import groups, verified
 from saepatch.pages.gather import read_sweep_again
 from saepatch.pages.overview import facts, lead, overview
@@ -88,10 +89,16 @@ def _swept(folder: RunFolder) -> Page:
     return run_page(read_run_data(folder.path))
 
 
-PAGES: Mapping[str, Callable[[RunFolder], Page]] = {"patch": _swept, "attribute": _swept, "restore": page_of_folder}
+PAGES: Mapping[str, Callable[[RunFolder], Page]] = {
+    "patch": _swept,
+    "attribute": _swept,
+    "circuit": page_of_circuit,
+    "restore": page_of_folder,
+}
 READERS: Mapping[str, Callable[[RunFolder], None]] = {
     "patch": read_sweep_again,
     "attribute": read_sweep_again,
+    "circuit": read_circuit_again,
     "restore": read_answers_again,
 }
 

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from saepatch.records.files import atomic
 from saepatch.records.provenance import Provenance
@@ -70,11 +71,40 @@ class AnswerRow:
     precision: str = ""
 
 
+@dataclass(frozen=True)
+class CircuitRow:
+    """The metric of one pair in a run in which some nodes of a circuit, or others beside it, act.
+
+    `variant` is what acts: "circuit", "complement" (all but the circuit), "random" (another circuit of its size and
+    layers), "circuit without some" and "model without some" (knock-outs of random nodes of the circuit), "without" (the
+    circuit but for the node in `node`), or "edges" (the circuit's edges alone). `errors` is what error terms do:
+    "nodes", "kept" or "dropped". `draw` numbers random draws, `size` counts the nodes (or edges) that act or, in
+    knock-outs, do not. `whole` and `empty` are the metric when everything acts and when nothing does.
+    """
+
+    task: str
+    example: str
+    variant: str
+    errors: str
+    draw: int
+    size: int
+    node: str
+    metric: str
+    value: float
+    whole: float
+    empty: float
+    precision: str = ""
+
+
+RowKind = type[Row] | type[AnswerRow] | type[CircuitRow]
+SomeRow = TypeVar("SomeRow", Row, AnswerRow, CircuitRow)
+
+
 def write_rows(
-    parts: Iterable[tuple[Iterable[Row], Provenance]] | Iterable[tuple[Iterable[AnswerRow], Provenance]],
+    parts: Iterable[tuple[Iterable[Row | AnswerRow | CircuitRow], Provenance]],
     path: Path,
     about: Mapping[str, Any] | None = None,
-    kind: type[Row] | type[AnswerRow] = Row,
+    kind: RowKind = Row,
 ) -> int:
     """Write rows, each part with its own provenance, to one parquet file, atomically.
 
@@ -139,3 +169,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     return pq.read_table(path).to_pylist()
+
+
+def read_row(row: Mapping[str, Any], kind: type[SomeRow]) -> tuple[SomeRow, Provenance]:
+    """A row of some kind and its provenance from one row of a file; older files lack the precision."""
+    row = {"precision": ""} | dict(row)
+    own, source = ({f.name: row[f.name] for f in fields(some)} for some in (kind, Provenance))
+    return kind(**own), Provenance(**source)
+
+
+def grouped(rows: Sequence[tuple[SomeRow, Provenance]]) -> list[tuple[list[SomeRow], Provenance]]:
+    """Rows in their order, consecutive rows of one provenance grouped."""
+    return [([row for row, _ in group], provenance) for provenance, group in groupby(rows, key=lambda row: row[1])]

@@ -227,6 +227,57 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class GraphNode:
+    """A node of a `NodeGraph`, at a row and a column."""
+
+    name: str
+    """Its full name, for its tooltip and for screen readers."""
+    label: str
+    """A few characters, drawn on it."""
+    row: int
+    column: int
+    value: Number = None
+    """Its colour: by sign and size."""
+    anchor: str = ""
+    """The `Details` that it links to; empty: none."""
+    outlined: bool = False
+    """Drawn with a dashed outline: nodes of another sort, such as error terms."""
+
+
+@dataclass(frozen=True)
+class GraphEdge:
+    """An edge of a `NodeGraph` between two nodes, given by index; drawn by sign and size of its weight."""
+
+    up: int
+    down: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class NodeGraph:
+    """A graph in rows, from bottom to top, and columns, from left to right. A slider hides edges of small weight."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    nodes: Sequence[GraphNode]
+    edges: Sequence[GraphEdge]
+    caption: str = ""
+    value_format: str = ""
+
+    def __post_init__(self) -> None:
+        for node in self.nodes:
+            if not (0 <= node.row < len(self.rows) and 0 <= node.column < len(self.columns)):
+                raise ValueError(
+                    f"graph {self.title!r}: node {node.name!r} is at row {node.row}, column {node.column} of "
+                    f"{len(self.rows)} rows, {len(self.columns)} columns"
+                )
+        for edge in self.edges:
+            if not (0 <= edge.up < len(self.nodes) and 0 <= edge.down < len(self.nodes)):
+                raise ValueError(f"graph {self.title!r}: an edge joins {edge.up} and {edge.down}, of {len(self.nodes)}")
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A model's outputs for one prompt under several conditions, side by side."""
 
@@ -260,7 +311,7 @@ class Chips:
     value_format: str = ""
 
 
-Chart = LineChart | BarChart | HeatMap | ScatterChart | Histogram
+Chart = LineChart | BarChart | HeatMap | ScatterChart | Histogram | NodeGraph
 Simple = Facts | Headline | Notices | Table | Chart | Comparison | ColouredTokens | Chips
 
 

@@ -13,11 +13,13 @@ from saepatch.report.blocks import (
     HeatMap,
     Histogram,
     LineChart,
+    NodeGraph,
     Number,
     Points,
     ScatterChart,
     Series,
 )
+from saepatch.report.graphs import node_graph
 from saepatch.report.scales import Scale, linear, logarithmic
 from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
 from saepatch.report.text import common_format, finite, number, visible, with_interval
@@ -37,7 +39,9 @@ def _spans(low: Sequence[Number] | None, high: Sequence[Number] | None, count: i
 
 
 def draw(chart: Chart, width: int) -> Drawing:
-    """Draw the chart `width` pixels wide."""
+    """Draw the chart `width` pixels wide; a graph has a width of its own."""
+    if isinstance(chart, NodeGraph):
+        return node_graph(chart)
     if isinstance(chart, LineChart):
         return line_chart(chart, width)
     if isinstance(chart, ScatterChart):

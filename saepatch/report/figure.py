@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import BarChart, Chart, HeatMap, Histogram, LineChart, ScatterChart
+from saepatch.report.blocks import BarChart, Chart, HeatMap, Histogram, LineChart, NodeGraph, ScatterChart
 from saepatch.report.charts import PALETTE, WIDE, draw, map_width
 from saepatch.report.files import stylesheet, write_whole
 from saepatch.report.svg import element, label, outline, rule
@@ -94,7 +94,7 @@ def _swatch(chart: Chart, index: int, y: float) -> Markup:
 
 def _names(chart: Chart) -> list[str]:
     """The entries of the legend."""
-    if isinstance(chart, (HeatMap, Histogram)):
+    if isinstance(chart, (HeatMap, Histogram, NodeGraph)):
         return []
     return (
         [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else [series.name for series in chart.series]

@@ -25,6 +25,7 @@ from saepatch.report.blocks import (
     Histogram,
     LineChart,
     Link,
+    NodeGraph,
     Page,
     ScatterChart,
     Series,
@@ -170,6 +171,13 @@ def _drawings(chart: Chart) -> Markup:
             '<div style="width:{}px">{}</div></div>'
             '<p class="sideways" aria-hidden="true">↔ wider than the page: scrolls sideways</p>'
         ).format(visible(chart.title), width, draw(chart, width).svg())
+    if isinstance(chart, NodeGraph):
+        drawing = draw(chart, WIDE)
+        return Markup(
+            '<div class="drawing scroll graph" tabindex="0" role="region" aria-label="{}">'
+            '<div style="width:{}px">{}</div></div>'
+            '<p class="sideways" aria-hidden="true">↔ wider than the page: scrolls sideways</p>'
+        ).format(visible(chart.title), round(drawing.width), drawing.svg())
     if isinstance(chart, Histogram):  # small enough for every page
         return Markup('<div class="drawing small">{}</div>').format(draw(chart, NARROW).svg())
     both = Markup("").join(
@@ -276,6 +284,10 @@ def _numbers(chart: Chart) -> Table:
             for i, (x, y) in enumerate(zip(points.x, points.y))
         ]
         return Table(names, rows, formats=_formats(names[2:], chart.value_format))
+    if isinstance(chart, NodeGraph):
+        ordered = sorted(chart.edges, key=lambda edge: -abs(edge.weight))
+        rows = [[chart.nodes[edge.up].name, chart.nodes[edge.down].name, edge.weight] for edge in ordered]
+        return Table(["from", "to", "weight"], rows, formats=_formats(["weight"], chart.value_format))
     names = [chart.row_label, *chart.columns]
     if chart.columns_below:
         names = [chart.row_label, *(f"{up} / {down}" for up, down in zip(chart.columns, chart.columns_below))]

@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import groupby
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from saepatch.errors import UserError
 from saepatch.records.documents import load_yaml
 from saepatch.records.files import plain, write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
-from saepatch.records.rows import AnswerRow, read_about, read_rows, write_rows
+from saepatch.records.rows import AnswerRow, grouped, read_about, read_row, read_rows, write_rows
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.records.tables import text_table
 from saepatch.report import KEPT
@@ -187,7 +186,7 @@ def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge,
         numbers: dict[str, int] = {}  # a shard has every N-th prompt
         for file in part_files(out, [record]):
             about = read_about(file) or {}
-            rows = [read_row(row) for row in read_rows(file)]
+            rows = [read_row(row, AnswerRow) for row in read_rows(file)]
             fvu = fvu or {site: (own, donors) for site, (own, donors) in about.get("fvu", {}).items()}
             if not version or about.get("judge") != version:
                 before = [row.outcome for row, _ in rows]
@@ -209,15 +208,3 @@ def read_answers(config: RestoreConfig, records: Sequence[Record], judge: Judge,
 
 def _judged(row: AnswerRow, judge: Judge) -> AnswerRow:
     return replace(row, outcome=judge(Answer(row.prompt, row.answer, row.score)))
-
-
-def read_row(row: Mapping[str, Any]) -> tuple[AnswerRow, Provenance]:
-    """An answer and its provenance from one row of a file; older files lack the precision."""
-    row = {"precision": ""} | dict(row)
-    answer, provenance = ({f.name: row[f.name] for f in fields(kind)} for kind in (AnswerRow, Provenance))
-    return AnswerRow(**answer), Provenance(**provenance)
-
-
-def grouped(rows: Sequence[tuple[AnswerRow, Provenance]]) -> list[Part]:
-    """Rows in their order, consecutive rows of one provenance grouped."""
-    return [([row for row, _ in group], provenance) for provenance, group in groupby(rows, key=lambda row: row[1])]

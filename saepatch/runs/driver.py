@@ -20,7 +20,7 @@ import torch
 from saepatch.errors import UserError
 from saepatch.records.files import check_writable, output_folder, write_json, write_yaml
 from saepatch.records.provenance import Provenance
-from saepatch.records.rows import AnswerRow, Row, read_about, write_rows
+from saepatch.records.rows import AnswerRow, CircuitRow, Row, RowKind, read_about, write_rows
 from saepatch.records.secrets import redacted_values
 from saepatch.runs.interpret import read_shard
 from saepatch.runs.parts import (
@@ -36,6 +36,7 @@ from saepatch.runs.parts import (
     shard_folder,
 )
 from saepatch.runs.progress import Check, Meter, messages_once, stoppable
+from saepatch.settings.circuit import CircuitConfig
 from saepatch.settings.mixins import FREE
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
@@ -45,21 +46,21 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 
-RunConfig = SweepConfig | RestoreConfig
-Config = TypeVar("Config", SweepConfig, RestoreConfig)
+RunConfig = SweepConfig | RestoreConfig | CircuitConfig
+Config = TypeVar("Config", SweepConfig, RestoreConfig, CircuitConfig)
 
 
 @dataclass(frozen=True, eq=False)
 class PartContent:
     """Content of a part's file: rows with their provenance, produced while they are written, and facts for merging."""
 
-    rows: Iterable[tuple[list[Row], Provenance]] | Iterable[tuple[list[AnswerRow], Provenance]]
+    rows: Iterable[tuple[Sequence[Row | AnswerRow | CircuitRow], Provenance]]
     about: dict[str, Any]
-    kind: type[Row] | type[AnswerRow] = Row
+    kind: RowKind = Row
 
 
 Count = Callable[[int], None]
-"""Called with the number of edits or answers just finished; raises KeyboardInterrupt once the run should stop."""
+"""Called with the number of edits, answers or runs just finished; raises KeyboardInterrupt once the run should stop."""
 
 
 @runtime_checkable
@@ -77,7 +78,7 @@ class Work(Protocol):
 
     @property
     def unit(self) -> str:
-        """What progress counts: edits or answers."""
+        """What progress counts: edits, answers or runs."""
         ...
 
     def run_part(self, number: int, count: Count) -> PartContent: ...
@@ -227,7 +228,7 @@ def _run_parts(work: SomeWork, check: Check, conclude: Callable[[SomeWork, Track
             for number in missing:
                 _write_part(work, number, meter, check)
                 meter.part_done()
-        _write_record(work)
+        write_record(record, folder)
         if conclude is not None and place.shards == 1:
             conclude(work, tracker)
     return Finished(place.out, place.shard, place.shards, record.parts, meter.edits)
@@ -243,15 +244,15 @@ def _write_part(work: Work, number: int, meter: Meter, check: Check) -> None:
     check()
     content = work.run_part(number, count)
     about = {"run": work.record.key, work.unit: meter.edits - before} | content.about
-    _write_record(work)
+    write_record(work.record, work.place.folder)
     write_rows(content.rows, part_file(work.place.folder, number), about, content.kind)
 
 
-def _write_record(work: Work) -> None:
+def write_record(record: Record, folder: Path) -> None:
     """Called with the first part: settings that fail before it leave no record to conflict with corrected ones."""
-    path = work.place.folder / "run.json"
+    path = output_folder(folder) / "run.json"
     if not path.exists():
-        write_json(asdict(work.record), path)
+        write_json(asdict(record), path)
 
 
 @contextmanager

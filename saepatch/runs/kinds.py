@@ -131,6 +131,16 @@ def _restore(summary: Summary) -> Figures:
     return figures
 
 
+def _circuit(summary: Summary) -> Figures:
+    figures: Figures = {name: summary[name] for name in ("pairs", "nodes", "candidates", "edges", "whole", "empty")}
+    figures |= {f"faithfulness/{errors}": share for errors, share in summary["faithfulness"].items()}
+    figures["completeness"] = summary["completeness"]
+    if summary["random"]:
+        figures["random_at_most"] = max(share[0] for share in summary["random"])
+    pearson = summary["selected"].get("pearson")
+    return figures if pearson is None else figures | {"pearson_of_edges": pearson}
+
+
 # Headlines
 
 
@@ -165,6 +175,13 @@ def prompt_kinds(conditions: Sequence[Mapping[str, Any]]) -> list[bool | None]:
     """Kinds of prompts, harmful ones first; None: the prompts are not labelled."""
     kinds = {row["harmful"] for row in conditions}
     return [kind for kind in (True, False) if kind in kinds] or [None]
+
+
+def _circuit_headline(summary: Summary) -> str:
+    value, low, high = summary["faithfulness"]["nodes"]
+    share = show_interval({"value": value, "low": low, "high": high})
+    random = f", random at most {show(max(r[0] for r in summary['random']))}" if summary["random"] else ""
+    return f"{summary['nodes']} of {summary['candidates']} nodes: faithfulness {share}{random}"
 
 
 def _demo_headline(summary: Summary) -> str:
@@ -244,6 +261,7 @@ KINDS = (
     Kind("steering", ("concepts", "verdicts"), _verdict, _experiment),
     Kind("real", ("claims", "accuracy"), _verdict, _experiment),
     Kind("patchscope", ("readings", "words"), _verdict, _patchscope),
+    Kind("circuit", ("faithfulness", "completeness"), _circuit_headline, _circuit),
     Kind("circuits", ("circuits",), _verdict, _experiment),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
     Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),

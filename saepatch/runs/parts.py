@@ -56,7 +56,7 @@ def deciding(work: str, settings: dict[str, Any], shards: int) -> dict[str, Any]
 class Record:
     """Content of a shard's `run.json`: everything that determines the run's numbers, and how it is divided."""
 
-    work: str  # the command: patch, attribute or restore
+    work: str  # the command: patch, attribute, restore or circuit
     settings: dict[str, Any]
     model: dict[str, str]
     dictionaries: dict[str, dict[str, str]]  # by site
@@ -64,7 +64,7 @@ class Record:
     shard: int
     shards: int
     parts: int
-    edits: list[dict[str, Any]] | None = None  # the requested edits and their controls; None: every unit separately
+    edits: list[dict[str, Any]] | None = None  # requested edits and controls (circuit: one circuit); None: every unit
     metric_source: str = ""  # hash of the file of a custom metric
     versions: dict[str, str] = field(default_factory=versions)
     command: str = field(default_factory=command_line)
@@ -117,7 +117,7 @@ def read_edit(facts: Mapping[str, Any]) -> Edit:
     return Edit(**{**typed(facts), "others": tuple(EditPart(**typed(part)) for part in facts.get("others", ()))})
 
 
-PARTS, ANSWERS = "parts", "answers"  # folders of parts: patch and attribute; restore
+PARTS, ANSWERS = "parts", "answers"  # folders of parts; ANSWERS: of restore
 
 
 def shard_folder(out: Path, shard: int, shards: int, work: str = "patch") -> Path:
@@ -172,7 +172,9 @@ def read_records(out: Path) -> list[Record]:
 def _checked(record: Record) -> Record:
     """The record, once its values are checked; raises ValueError, TypeError or KeyError where they are invalid."""
     shard, shards, parts = (int(number) for number in (record.shard, record.shards, record.parts))
-    if record.work not in ("patch", "attribute", "restore") or not (0 <= shard < shards and 0 <= parts < 10**9):
+    if record.work not in ("patch", "attribute", "restore", "circuit") or not (
+        0 <= shard < shards and 0 <= parts < 10**9
+    ):
         raise ValueError(f"work is {record.work!r}, shard {shard} of {shards}, {parts} parts")
     if not all(isinstance(each, dict) for each in (record.settings, record.model, record.dictionaries, record.pairs)):
         raise TypeError("settings, model, dictionaries or pairs is not a mapping")

@@ -11,6 +11,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from saepatch.settings.circuit import CircuitConfig
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
 from saepatch.tracking.open import Tracker
@@ -85,7 +86,7 @@ def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[N
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
 
-def shows_bar(config: SweepConfig | RestoreConfig) -> bool:
+def shows_bar(config: SweepConfig | RestoreConfig | CircuitConfig) -> bool:
     """Whether to show a progress bar; by default only on a terminal, since in a log file each step is a new line."""
     wanted = config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
     return wanted and not (config.quiet or config.json)
@@ -99,7 +100,7 @@ class Meter:
         parts: int,
         done: int,
         edits: int,
-        config: SweepConfig | RestoreConfig,
+        config: SweepConfig | RestoreConfig | CircuitConfig,
         tracker: Tracker,
         unit: str = "edits",
     ) -> None:

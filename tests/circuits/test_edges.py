@@ -1,5 +1,6 @@
 """Edges against the literal definitions: loops of automatic differentiation and plain hooks, written here."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
 from saepatch.circuits.backward import gim, relp
+from saepatch.circuits.circuit import TARGET
 from saepatch.circuits.nodes import Edge, Node, node_sites
 from saepatch.circuits.paths import path_patches
 from saepatch.engine.components import Heads, Stream
@@ -317,6 +319,24 @@ def test_little_is_kept_and_the_rest_is_bounded():
     np.testing.assert_allclose(np.sort(np.abs(few.score))[::-1], sizes[:30], rtol=1e-4)
     assert few.dropped[0] == pytest.approx(sizes[30], rel=1e-4)
     assert few.total == whole.total
+
+
+def test_edges_among_some_nodes_are_those_of_all():
+    whole = sp.edges(model(), dictionaries(), [PAIR], NONE, ALL)
+    all_edges = {whole.edge(i): whole.score[i] for i in range(len(whole))}
+    ups = [edge.up for edge in all_edges if edge.up.site == UP][::40]
+    downs = [replace(edge.up, position=None) for edge in all_edges if edge.up.site == DOWN][::9]
+    among = {*ups, *downs, TARGET}
+    some = sp.edges(model(), dictionaries(), [PAIR], replace(NONE, among=(*ups, *downs)), ALL)
+    wanted = {
+        edge: score
+        for edge, score in all_edges.items()
+        if all({node, replace(node, position=None)} & among for node in (edge.up, edge.down))
+    }
+    assert len(wanted) > 10
+    assert {some.edge(i): some.score[i] for i in range(len(some))} == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    with pytest.raises(UserError, match="not among the nodes"):
+        sp.edges(model(), dictionaries()[:1], [PAIR], replace(NONE, among=tuple(downs)), ALL)
 
 
 def test_batches_and_pairs_do_not_mix():

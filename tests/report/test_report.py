@@ -20,11 +20,14 @@ from saepatch.report import (
     Details,
     EstimateCell,
     Facts,
+    GraphEdge,
+    GraphNode,
     Headline,
     HeatMap,
     Histogram,
     LineChart,
     Link,
+    NodeGraph,
     Notices,
     Page,
     Points,
@@ -40,6 +43,7 @@ from saepatch.report import (
     write_page,
 )
 from saepatch.report.charts import NARROW, WIDE, bar_chart, heat_map, line_chart, scatter_chart
+from saepatch.report.graphs import node_graph
 from saepatch.report.scales import linear, logarithmic
 from saepatch.report.text import common_format, finite, number, visible
 
@@ -82,6 +86,14 @@ def every_block(text: str) -> list:
             anchors=["latent-x"],
         ),
         Choice(text, [(text, [Table([text], [[Link(text, "latent-x")]], text, keys=[[text]])]), (text, [])]),
+        NodeGraph(
+            text,
+            [text, text],
+            [text] * 3,
+            [GraphNode(text, text, 0, 0, NAN, "latent-x"), GraphNode(text, text, 1, 2, None, outlined=True)],
+            [GraphEdge(0, 1, 0.5), GraphEdge(0, 1, NAN)],
+            text,
+        ),
         Details("latent-x", text, text, [Facts({text: text})]),
         ColouredTokens([text] * 5, gaps, text),
     ]
@@ -352,6 +364,8 @@ def test_a_table_shows_intervals_formats_and_gaps():
         (lambda: Points("p", [1, 2], [1]), "x 2, y 1"),
         (lambda: Points("p", [1], [1], []), "labels 0"),
         (lambda: LineChart("t", "x", "y", [Series("s", [-1], [1])], log_x=True), "negative x"),
+        (lambda: NodeGraph("t", ["r"], ["c"], [GraphNode("n", "n", 1, 0)], []), "row 1"),
+        (lambda: NodeGraph("t", ["r"], ["c"], [], [GraphEdge(0, 0, 1.0)]), "joins 0 and 0"),
     ],
 )
 def test_blocks_that_do_not_fit_together(make, message):
@@ -470,6 +484,71 @@ def test_in_a_browser(browser, tmp_path):
         assert browser.find_element("css selector", f".chart .{shown}").is_displayed()
         assert not browser.find_element("css selector", f".chart .{hidden}").is_displayed()
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []
+
+
+def large_graph(nodes, edges):
+    places = [GraphNode(f"node {i}", f"n{i}", i % 4, i % 7, (-1.0) ** i * i) for i in range(nodes)]
+    joined = [(i * 37 % nodes, (i * 53 + 1) % nodes) for i in range(edges)]
+    joined = [(u, d) if places[u].row < places[d].row else (d, u) for u, d in joined]
+    links = [GraphEdge(u, d, (i % 50 + 1) * (-1.0) ** i / 50) for i, (u, d) in enumerate(joined)]
+    return NodeGraph("Large", ["a", "b", "c", "d"], [str(i) for i in range(7)], places, links)
+
+
+def test_a_graph_has_its_nodes_in_rows_from_bottom_to_top():
+    nodes = [GraphNode("up", "u", 0, 0, 1.0), GraphNode("beside", "b", 0, 1, -0.5), GraphNode("down", "d", 1, 1, None)]
+    graph = NodeGraph("t", ["low", "high"], ["1", "2"], nodes, [GraphEdge(0, 2, 0.25), GraphEdge(1, 2, -1.0)])
+    root = ElementTree.fromstring(str(node_graph(graph).svg()))
+    drawn = {g.attrib["data-name"]: g.attrib for g in root.iter() if g.attrib.get("class") == "node"}
+    (up, beside, down) = ((float(drawn[n]["data-x"]), float(drawn[n]["data-y"])) for n in ("up", "beside", "down"))
+    assert up[1] == beside[1] > down[1]
+    assert up[0] < beside[0] == down[0]
+    edges = [path.attrib for path in root.iter() if path.attrib.get("class", "").startswith("edge")]
+    assert [(e["class"], e["data-weight"]) for e in edges] == [("edge", "0.25"), ("edge negative", "-1")]
+    assert float(edges[1]["stroke-width"]) > float(edges[0]["stroke-width"])
+    assert node_graph(NodeGraph("nothing", [], [], [], [])).width > 0
+
+
+@pytest.mark.browser
+def test_a_graph_is_read_by_pointer_and_keyboard(browser, tmp_path):
+    card = Details("c", "A card", "s", [])
+    nodes = [GraphNode("up", "u", 0, 0, 1.0, "c"), GraphNode("beside", "b", 0, 1, -0.5), GraphNode("down", EVIL, 1, 1)]
+    graph = NodeGraph("t", ["low", "high"], ["1", "2"], nodes, [GraphEdge(0, 2, 0.25), GraphEdge(1, 2, -1.0)])
+    path = write_page(Page("t", "", [Section("One", "", [graph, large_graph(400, 1500), card])]), tmp_path / "r.html")
+    browser.get(path.as_uri())
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # a later window is behind
+    first = browser.find_element("css selector", "figure")
+    panel = first.find_element("css selector", ".picked")
+    svg = first.find_element("css selector", ".graph svg")
+    up, beside, down = first.find_elements("css selector", ".node")
+    browser.execute_script("arguments[0].focus()", up)
+    assert "dimmed" in svg.get_attribute("class")
+    assert [node.get_attribute("class") for node in (up, beside, down)] == ["node lit", "node", "node lit"]
+    up.send_keys("\ue007")  # Enter
+    assert "Edges out of it" in panel.text
+    assert "0.25" in panel.text
+    assert panel.find_element("css selector", "a").get_attribute("href").endswith("#c")
+    up.send_keys("\ue013")  # arrow up, to the higher row
+    assert browser.switch_to.active_element == down
+    down.send_keys("\ue007")
+    assert panel.text.count("\n") >= 2  # both edges into it
+    assert browser.execute_script("return window.hit") is None
+    slider = first.find_element("css selector", "input.least")
+    browser.execute_script("arguments[0].value = 80; arguments[0].dispatchEvent(new Event('input'))", slider)
+    hidden = [edge.get_attribute("class") for edge in first.find_elements("css selector", ".edge")]
+    assert hidden == ["edge lit hidden", "edge negative lit"]
+    assert "1 of 2 edges" in first.text
+    browser.refresh()
+    assert "1 of 2 edges" in browser.find_element("css selector", "figure").text  # the address has the view
+    took = browser.execute_script(
+        """const nodes = document.querySelectorAll("figure")[1].querySelectorAll(".node"), start = performance.now();
+        for (const node of [...nodes].slice(0, 50)) {
+          node.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+          node.getBoundingClientRect();
+        }
+        return (performance.now() - start) / 50;"""
+    )
+    assert took < 50, f"{took:.1f} ms to show a node's edges, of 400 nodes and 1,500 edges"
     assert browser.get_log("browser") == []
 
 

@@ -18,13 +18,13 @@ from saepatch.model.sites import Site
 from saepatch.organism import tasks
 from saepatch.pages.answered import show_answers
 from saepatch.records.provenance import Provenance
-from saepatch.records.rows import AnswerRow, read_rows
+from saepatch.records.rows import AnswerRow, read_row, read_rows
 from saepatch.records.statistics import bootstrap_mean, wilson_share
 from saepatch.report import ColouredTokens, Comparison, read_page
 from saepatch.restoration.judges import Answer, by_score, read_judge
 from saepatch.restoration.ranking import clean_means, find_safety_latents
 from saepatch.restoration.restore import assistant_header, first_tokens, judge, restore
-from saepatch.runs.answers import Answers, read_row
+from saepatch.runs.answers import Answers
 from saepatch.runs.parts import Record
 from saepatch.runs.restorations import prepare, run_restore
 from saepatch.runs.restored_sets import Set
@@ -254,7 +254,7 @@ def test_draws_are_averaged_prompt_by_prompt(monkeypatch):
         for (example, draw), (outcome, score) in drawn.items()
     ]
     before = {name: value for name, value in (vars(rows[0]) | vars(whose)).items() if name != "precision"}
-    assert read_row(before) == (rows[0], whose)  # written before precision was stated
+    assert read_row(before, AnswerRow) == (rows[0], whose)  # written before precision was stated
     seeds = []
     noting = lambda *given, seed: seeds.append(seed) or bootstrap_mean(*given, seed=seed)  # noqa: E731
     monkeypatch.setattr("saepatch.runs.answers.bootstrap_mean", noting)

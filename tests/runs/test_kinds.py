@@ -18,6 +18,11 @@ EXPERIMENTS = {
     "steering": ({"concepts": {"French": {"unit": 1.5}}, "verdicts": {"French": "One does."}}, "One does."),
     "patchscope": ({"readings": [], "words": [[0.5, 0.4, 0.6]], "verdict": "No."}, "No."),
     "real": ({"claims": [], "accuracy": {"ioi": {"report": [1.0, 0.9, 1.0]}}, "verdict": "Two."}, "Two."),
+    "circuit": (
+        {"faithfulness": {"nodes": [0.91, 0.9, 0.92]}, "completeness": [0.1, 0.0, 0.2], "random": [[0.25, 0.2, 0.3]],
+         "pairs": 4, "nodes": 9, "candidates": 99, "edges": 7, "whole": 2.0, "empty": 0.0, "selected": {}},
+        "9 of 99 nodes: faithfulness 0.910 [0.900, 0.920], random at most 0.250",
+    ),
     "circuits": ({"circuits": {"resid_post.4": {"size": 52}}, "verdict": "52 nodes."}, "52 nodes."),
     "benchmark:circuits": ({"ratios": {"loop_over_edges": 40.0}, "downstream_latents": 9}, "loop_over_edges 40.00"),
     "benchmark:patching": ({"ratios": {"gpt2_ours": 2.0}, "ms_per_edit": {}, "max_abs_diff": 0.0}, "gpt2_ours 2.00"),

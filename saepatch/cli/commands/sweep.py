@@ -1,4 +1,4 @@
-"""Commands that run in parts and shards: `saepatch patch`, `attribute` and `restore`."""
+"""Commands that run in parts and shards: `saepatch patch`, `attribute`, `circuit` and `restore`."""
 
 import shlex
 from collections.abc import Sequence
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from saepatch.cli.commands.merge import merge_and_report, run_result
 from saepatch.cli.parser import CommandResult
+from saepatch.settings.circuit import CircuitConfig
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
 
 if TYPE_CHECKING:
     from saepatch.runs.answers import Answers
+    from saepatch.runs.circuits import CircuitRun
     from saepatch.runs.driver import Finished
     from saepatch.runs.restorations import RestorePlan
     from saepatch.runs.sweeps import Sweep
@@ -29,6 +31,19 @@ def sweep(config: SweepConfig) -> CommandResult:
         results.append(merge_and_report(out, tracker, lambda: try_reading(work, out)))
 
     return _finished(run_sweep(config, conclude), results)
+
+
+def circuit(config: CircuitConfig) -> CommandResult:
+    from saepatch.pages.circuit import try_reading_circuit
+    from saepatch.runs.circuits import run_circuit
+
+    results: list[CommandResult] = []
+
+    def conclude(work: "CircuitRun", tracker: "Tracker") -> None:
+        out = Path(config.out)
+        results.append(merge_and_report(out, tracker, lambda: try_reading_circuit(work, out)))
+
+    return _finished(run_circuit(config, conclude), results)
 
 
 def restore(config: RestoreConfig) -> CommandResult:
@@ -50,7 +65,7 @@ def _finished(done: "Finished", results: Sequence[CommandResult]) -> CommandResu
         return results[0]
     from saepatch.runs.parts import read_records
 
-    unit = "answers" if read_records(done.out)[0].work == "restore" else "edits"
+    unit = {"restore": "answers", "circuit": "runs"}.get(read_records(done.out)[0].work, "edits")
     lines = [
         f"shard {done.shard} of {done.shards} is finished ({done.parts} parts, {done.count:,} {unit})",
         f"When all shards are finished: saepatch merge {shlex.quote(str(done.out))}",

@@ -174,6 +174,87 @@ function move(cell, [down, right]) {
   }
 }
 
+// A graph: a node under the pointer or with the focus stands out with its edges; Enter keeps it, and lists them.
+for (const figure of all("figure.chart")) {
+  const svg = figure.querySelector(".graph svg");
+  if (!svg) continue;
+  const nodes = all(".node", svg);
+  const edges = all(".edge", svg).map((path) => ({ path, up: Number(path.dataset.up), down: Number(path.dataset.down), weight: Number(path.dataset.weight) }));
+  const around = nodes.map(() => []);
+  edges.forEach((edge) => { around[edge.up].push(edge); around[edge.down].push(edge); });
+  const largest = Math.max(0, ...edges.map((edge) => Math.abs(edge.weight)));
+  const panel = figure.querySelector(".picked");
+  let [chosen, lit] = [-1, []];
+  const show = (i) => {
+    lit.forEach((element) => element.classList.remove("lit"));
+    svg.classList.toggle("dimmed", i >= 0);
+    lit = i < 0 ? [] : [nodes[i], ...around[i].flatMap((edge) => [edge.path, nodes[edge.up], nodes[edge.down]])];
+    lit.forEach((element) => element.classList.add("lit"));
+  };
+  const listed = (title, some, end) => {
+    if (!some.length) return [];
+    some.sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+    const items = some.map((edge) => make("li", {}, make("span", { textContent: nodes[edge[end]].dataset.name }), make("span", { textContent: edge.path.dataset.text })));
+    return [make("strong", { textContent: title }), make("ul", {}, ...items)];
+  };
+  const choose = (i) => {
+    nodes.forEach((node, j) => node.classList.toggle("chosen", j === i));
+    chosen = i;
+    show(i);
+    panel.replaceChildren();
+    if (i < 0) return;
+    panel.append(make("p", {}, make("strong", { textContent: nodes[i].querySelector("title").textContent })));
+    if (nodes[i].dataset.anchor) panel.append(make("p", {}, make("a", { href: `#${nodes[i].dataset.anchor}`, textContent: "Its card" })));
+    panel.append(...listed("Edges into it", around[i].filter((edge) => edge.down === i), "up"));
+    panel.append(...listed("Edges out of it", around[i].filter((edge) => edge.up === i), "down"));
+  };
+  const of = (event) => nodes.indexOf(event.target.closest(".node"));
+  svg.addEventListener("pointerover", (event) => { if (of(event) >= 0) show(of(event)); });
+  svg.addEventListener("pointerleave", () => show(chosen));
+  svg.addEventListener("focusin", (event) => show(of(event)));
+  svg.addEventListener("focusout", () => show(chosen));
+  svg.addEventListener("click", (event) => choose(of(event) === chosen ? -1 : of(event)));
+  const place = (node) => [Number(node.dataset.x), Number(node.dataset.y)];
+  const next = (i, [right, down]) => {
+    const [x, y] = place(nodes[i]);
+    const score = (node) => {
+      const [dx, dy] = [place(node)[0] - x, place(node)[1] - y];
+      const [ahead, aside] = right ? [dx * right, Math.abs(dy)] : [dy * down, Math.abs(dx)];
+      return ahead > 0 ? ahead + 3 * aside : Infinity;
+    };
+    const best = nodes.reduce((a, b) => (score(b) < score(a) ? b : a));
+    return score(best) < Infinity ? best : nodes[i];
+  };
+  svg.addEventListener("keydown", (event) => {
+    const i = of(event);
+    const step = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
+    if (event.key === "Enter" || event.key === " ") choose(i === chosen ? -1 : i);
+    else if (event.key === "Escape") choose(-1);
+    else if (step) {
+      const target = next(i, step);
+      nodes.forEach((node) => node.setAttribute("tabindex", node === target ? "0" : "-1"));
+      target.focus();
+    } else return;
+    event.preventDefault();
+  });
+  nodes[0]?.setAttribute("tabindex", "0");
+  const slider = figure.querySelector("input.least");
+  const cut = () => {
+    const least = largest * (Number(slider.value) / 100) ** 2; // weights are many and small, few and large
+    let shown = 0;
+    for (const edge of edges) {
+      const hidden = Math.abs(edge.weight) < least;
+      edge.path.classList.toggle("hidden", hidden);
+      shown += hidden ? 0 : 1;
+    }
+    figure.querySelector("output").textContent = `${least.toPrecision(2)}: ${shown} of ${edges.length} edges`;
+  };
+  slider.addEventListener("input", () => { cut(); remember(`${figure.id}.w`, slider.value === "0" ? "" : slider.value); });
+  const kept = state.get(`${figure.id}.w`);
+  if (kept !== null) slider.value = kept;
+  cut();
+}
+
 // A figure as a file: the drawing with its title, its legend and a style of its own.
 function drawn(name, attributes, text = "") {
   const made = document.createElementNS(SVG, name);
@@ -223,7 +304,7 @@ function overflowing() {
   for (const box of all(".scroll")) {
     box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
     box.classList.toggle("taller", box.scrollHeight > box.clientHeight + 1);
-    if (box.matches(".drawing.wider")) ashore(box);
+    if (box.matches(".drawing.wider:not(.graph)")) ashore(box);
     box.tabIndex = box.matches(".wider, .taller") ? 0 : -1; // the keyboard stops at what it can scroll
   }
 }

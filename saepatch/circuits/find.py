@@ -1,0 +1,165 @@
+"""Find a circuit: rank nodes by attribution, choose how many, prune, and estimate the edges between them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from saepatch.circuits.circuit import TARGET, Circuit
+from saepatch.circuits.edge_list import Edges
+from saepatch.circuits.edges import EdgeOptions, edges
+from saepatch.circuits.measures import SizeCurve, size_curve
+from saepatch.circuits.node_runs import NodeRuns
+from saepatch.circuits.nodes import Edge, Node
+from saepatch.circuits.prune import acdc
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.gradients import FirstOrder, Method
+from saepatch.engine.options import SweepOptions
+from saepatch.errors import UserError
+from saepatch.measure.attribution import attribute
+from saepatch.model.language_model import LanguageModel
+
+SIZES = 24  # sizes at which faithfulness is measured
+
+
+@dataclass(frozen=True)
+class FindOptions:
+    """Options of `find_circuit`.
+
+    Attributes:
+        method: How nodes are ranked: by their signed mean estimates.
+        each_position: Nodes at one position each; otherwise at all positions together.
+        least: Faithfulness that the smallest number of nodes is chosen for.
+        size: Number of nodes; 0: by `least`.
+        prune: Threshold of a two-sided ACDC removal of nodes afterwards; 0: none.
+        edges: How edges are estimated and verified; None: there are none.
+        keep: Number of edges, those with the largest mean estimates.
+    """
+
+    method: Method = field(default_factory=FirstOrder)
+    each_position: bool = False
+    least: float = 0.9
+    size: int = 0
+    prune: float = 0.0
+    edges: EdgeOptions | None = field(default_factory=EdgeOptions)
+    keep: int = 300
+
+
+@dataclass(frozen=True, eq=False)
+class FoundCircuit:
+    """A circuit, and what it was chosen from: all ranked nodes, and faithfulness over sizes on `tune`."""
+
+    circuit: Circuit
+    ranked: tuple[Node, ...]
+    score: Float[ndarray, "ranked"]
+    curve: SizeCurve
+    edges: Edges | None
+
+
+def find_circuit(
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    pairs: Sequence[PromptPair],
+    tune: Sequence[PromptPair] | None = None,
+    how: FindOptions | None = None,
+    options: SweepOptions | None = None,
+) -> FoundCircuit:
+    """Find a circuit of latents and error terms: nodes and edges on `pairs`, how many nodes on `tune` (None: `pairs`).
+
+    Measure it on others: a number of nodes chosen on the pairs that they are ranked on is too small for others. Nodes
+    are taken in the order of their signed mean effects; those that work against the clean run's answer come last. Edges
+    lead from one of the circuit's nodes to another or to the logits.
+
+    Raises:
+        UserError: pairs are not aligned or do not differ, the metric has no gradient, or no number of nodes reaches
+            `least`.
+    """
+    how, options, tune = how or FindOptions(), options or SweepOptions(), tune or pairs
+    screen = attribute(model, dictionaries, pairs, how.method, options=options)
+    edits, means = screen.means(how.each_position)
+    score = means * np.sign(screen.gap.mean())
+    order = np.argsort(-score, kind="stable")
+    ranked = [Node(edits[i].site, edits[i].units[0], edits[i].position, edits[i].kind) for i in order.tolist()]
+    if not ranked:
+        raise UserError("nothing differs between the runs of any pair, so there are no nodes: check the pairs")
+    score = score[order]
+    runs = NodeRuns(model, dictionaries, tune, ranked, options=options)
+    curve = size_curve(runs, score.tolist(), by_size=False, shares=_shares(len(ranked), how.size))
+    chosen = _pruned(model, dictionaries, tune, ranked[: _size(curve, how)], how, options)
+    found = None if how.edges is None else _edges_between(model, dictionaries, pairs, chosen, how, options)
+    effects = dict(zip(ranked, means[order].tolist(), strict=True))
+    return FoundCircuit(_circuit(chosen, effects, found, how), tuple(ranked), score, curve, found)
+
+
+def _shares(total: int, size: int) -> list[float]:
+    """Shares of all nodes, about equally far apart in ratio; `size`, if given, among them."""
+    sizes = {round(math.exp(x)) for x in np.linspace(0, math.log(total), SIZES)} | {min(size or total, total)}
+    return [n / total for n in sorted(sizes)]
+
+
+def _size(curve: SizeCurve, how: FindOptions) -> int:
+    if how.size > curve.sizes[-1]:
+        raise UserError(f"{how.size} nodes are asked for, but {curve.sizes[-1]} differ between the runs: ask for fewer")
+    size = how.size or curve.smallest(how.least)
+    if size is None:
+        best = max(f.value for f in curve.faithfulness)
+        raise UserError(f"no number of nodes has a faithfulness of {how.least:g} (at most {best:.3f}): ask for less")
+    return size
+
+
+def _pruned(
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    pairs: Sequence[PromptPair],
+    chosen: list[Node],
+    how: FindOptions,
+    options: SweepOptions,
+) -> list[Node]:
+    if not how.prune:
+        return chosen
+    (left,) = acdc(NodeRuns(model, dictionaries, pairs, chosen, options=options), [how.prune])
+    if not left.size:
+        raise UserError(f"prune = {how.prune:g} takes out all {len(chosen)} nodes: use less")
+    return [node for node, acts in zip(chosen, left.act.tolist(), strict=True) if acts]
+
+
+def _edges_between(
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    pairs: Sequence[PromptPair],
+    chosen: Sequence[Node],
+    how: FindOptions,
+    options: SweepOptions,
+) -> Edges:
+    assert how.edges is not None
+    return edges(model, list(dictionaries), pairs, replace(how.edges, among=tuple(chosen)), options)
+
+
+def _circuit(chosen: Sequence[Node], effects: dict[Node, float], found: Edges | None, how: FindOptions) -> Circuit:
+    nodes = sorted(chosen, key=lambda node: node.order)
+    if found is None:
+        return Circuit(tuple(nodes), effects=tuple(effects[node] for node in nodes))
+    weights: dict[Edge, float] = {}
+    for edge, weight in zip(*found.means(), strict=True):
+        if not how.each_position:
+            edge = Edge(replace(edge.up, position=None), replace(edge.down, position=None))
+        weights[edge] = weights.get(edge, 0.0) + float(weight)
+    largest = sorted(weights, key=lambda edge: -abs(weights[edge]))[: how.keep]
+    listed = sorted(largest, key=lambda edge: (edge.up.order, edge.down.order))
+    every = (*nodes, TARGET)
+    of_nodes = tuple(effects.get(node, 0.0) for node in every)
+    return Circuit(every, tuple(listed), of_nodes, tuple(weights[edge] for edge in listed))
+
+
+def members_of(circuit: Circuit) -> list[Node]:
+    """The nodes of a circuit without its target."""
+    return [node for node in circuit.nodes if node.site is not None]
+
+
+def unpositioned(nodes: Sequence[Node]) -> bool:
+    """Whether some of the nodes are at all positions together."""
+    return any(node.position is None for node in nodes)
