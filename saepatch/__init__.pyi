@@ -54,6 +54,8 @@ from .facts.methods import Memit as Memit
 from .facts.methods import Rome as Rome
 from .facts.methods import edit_each as edit_each
 from .facts.methods import edit_facts as edit_facts
+from .facts.tracing import FactTrace as FactTrace
+from .facts.tracing import trace_fact as trace_fact
 from .facts.values import ValueSearch as ValueSearch
 from .measure.attention import attribute_attention as attribute_attention
 from .measure.attention import patch_attention as patch_attention

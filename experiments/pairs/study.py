@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from saepatch.data.forms import largest_group
+from saepatch.data.forms import largest_group, position_labels
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
@@ -32,7 +32,6 @@ from saepatch.organism import is_checkpoint
 from saepatch.pages import track_page
 from saepatch.records.clock import stage
 from saepatch.records.provenance import json_hash, versions
-from saepatch.report import token_text
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.tracking.open import RunDescription, open_tracker
@@ -44,17 +43,6 @@ from .page import write
 from .question import FramedPair, Question, StudyConfig, embedded, fitting
 
 log = logging.getLogger(__name__)
-
-
-def position_labels(model: LanguageModel, pairs: Sequence[PromptPair]) -> list[str]:
-    """Label of each position: its number and token; where tokens differ by pair, the first pair's in brackets."""
-    rows = [model.encode(text) for pair in pairs for text in (pair.clean, pair.corrupted)]
-    labels = []
-    for position, column in enumerate(zip(*rows, strict=True)):
-        clean, corrupted = map(token_text, model.token_texts(column[:2]))
-        shown = clean if clean == corrupted else f"{clean}/{corrupted}"
-        labels.append(f"{position} {shown if len(set(column)) == 1 else f'[{shown}]'}")
-    return labels
 
 
 def load(config: StudyConfig) -> tuple[LanguageModel, dict[Site, Dictionary]]:

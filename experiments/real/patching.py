@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from saepatch.data.forms import largest_group
+from saepatch.data.forms import largest_group, position_labels
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component, Edit, EditPart, Heads, PatchDirection, Stream
 from saepatch.measure.effects import Effects
@@ -18,7 +18,6 @@ from saepatch.records.statistics import Interval
 from ..common.kept import KeptResults
 from ..pairs.question import FramedPair
 from ..pairs.stages import Both, both
-from ..pairs.study import position_labels
 from .heads import HeadAttention, HeadRole, head_attention, head_roles
 from .tasks import TaskPairs
 

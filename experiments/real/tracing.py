@@ -1,28 +1,24 @@
 """Stage "tracing": causal tracing of facts, with Gaussian noise on the subject and with another subject instead."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from saepatch.data.pairs import PromptPair
-from saepatch.engine.components import Edit, EditPart, Stream
+from saepatch.data.forms import position_labels
 from saepatch.engine.corruptions import Corruption, GaussianNoise
+from saepatch.facts.tracing import WINDOW, corrupted_positions, restore_windows
 from saepatch.measure.effects import Effects
-from saepatch.measure.patching import patch_components
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean
 
 from ..common.kept import KeptResults
-from ..pairs.study import position_labels
 from .patching import one_form
 from .tasks import TaskPairs
 
 SIGMA = 3.0  # standard deviations of the model's embeddings
 TOKENS, NOISE = "token replacement", "Gaussian noise"
-WINDOW = 0.25  # share of the layers whose MLPs are restored together
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +39,7 @@ class Tracing:
 def trace(model: LanguageModel, task: TaskPairs, most: int, samples: int, seed: int, kept: KeptResults) -> Tracing:
     """Trace facts of one form: subjects of one length in one template."""
     pairs = one_form(model, task.framed["report"], most)
-    subject = subject_positions(model, pairs)
+    subject = corrupted_positions(model, pairs)
     corruptions: dict[str, Corruption | None] = {
         TOKENS: None,
         NOISE: GaussianNoise(subject, sigma=SIGMA, samples=samples, seed=seed),
@@ -56,36 +52,6 @@ def trace(model: LanguageModel, task: TaskPairs, most: int, samples: int, seed: 
             width = max(1, round(WINDOW * model.n_layers))
             mlps[name] = kept.get(f"tracing/mlps/{name}", Effects, partial(restore, "mlp_out", width))
     return Tracing(position_labels(model, pairs), len(pairs), subject, states, mlps)
-
-
-def subject_positions(model: LanguageModel, pairs: Sequence[PromptPair]) -> tuple[int, ...]:
-    """From the first to the last position whose token varies over the prompts of one form."""
-    rows = np.array([model.encode(text) for pair in pairs for text in (pair.clean, pair.corrupted)])
-    varies = np.flatnonzero((rows != rows[0]).any(0))
-    return tuple(range(int(varies[0]), int(varies[-1]) + 1))
-
-
-def restore_windows(
-    model: LanguageModel,
-    pairs: Sequence[PromptPair],
-    first: int,
-    corruption: Corruption | None,
-    stream: str,
-    width: int,
-) -> Effects:
-    """Effects of clean values at `width` consecutive layers of a stream, at each position from `first` on.
-
-    Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1.
-    """
-    sites = [Site(layer, stream) for layer in range(model.n_layers)]
-    edits, named = [], []
-    for start in range(len(sites) - width + 1):
-        for position in range(first, len(model.encode(pairs[0].clean))):
-            parts = [EditPart(site, (0,), position, "stream") for site in sites[start : start + width]]
-            edits.append(Edit.of(parts, "single"))
-            named.append(Edit(sites[start + width // 2], (0,), position, "stream"))
-    effects = patch_components(model, [Stream(site) for site in sites], pairs, edits, corruption=corruption)
-    return replace(effects, edits=tuple(named))
 
 
 def early_mlps(traced: Tracing, corruption: str, position: int) -> np.ndarray:

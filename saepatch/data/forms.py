@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from saepatch.data.pairs import PromptPair
 from saepatch.model.language_model import LanguageModel
+from saepatch.report import token_text
 
 
 def largest_group(model: LanguageModel, pairs: Sequence[PromptPair], frames: Sequence[str]) -> list[PromptPair]:
@@ -22,3 +23,14 @@ def largest_group(model: LanguageModel, pairs: Sequence[PromptPair], frames: Seq
             anchors = tuple(tuple((i, token) for i, token in enumerate(ids) if token in own) for ids in both)
             groups.setdefault((frame, len(both[0]), anchors), []).append(pair)
     return max(groups.values(), key=len)
+
+
+def position_labels(model: LanguageModel, pairs: Sequence[PromptPair]) -> list[str]:
+    """Label of each position: its number and token; where tokens differ by pair, the first pair's in brackets."""
+    rows = [model.encode(text) for pair in pairs for text in (pair.clean, pair.corrupted)]
+    labels = []
+    for position, column in enumerate(zip(*rows, strict=True)):
+        clean, corrupted = map(token_text, model.token_texts(column[:2]))
+        shown = clean if clean == corrupted else f"{clean}/{corrupted}"
+        labels.append(f"{position} {shown if len(set(column)) == 1 else f'[{shown}]'}")
+    return labels

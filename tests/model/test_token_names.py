@@ -9,7 +9,7 @@ from tiny import byte_tokenizer, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from experiments.pairs.study import position_labels
+from saepatch.data.forms import position_labels
 from saepatch.data.pairs import PromptPair
 from saepatch.model.token_names import token_name
 from saepatch.report import token_text
