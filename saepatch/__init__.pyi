@@ -48,12 +48,16 @@ from .facts.contexts import Sampled as Sampled
 from .facts.covariances import Covariances as Covariances
 from .facts.delta import Delta as Delta
 from .facts.delta import edited as edited
+from .facts.evaluation import EditEvaluation as EditEvaluation
+from .facts.evaluation import evaluate_edit as evaluate_edit
+from .facts.generation import FluencySettings as FluencySettings
 from .facts.methods import AlphaEdit as AlphaEdit
 from .facts.methods import Emmet as Emmet
 from .facts.methods import Memit as Memit
 from .facts.methods import Rome as Rome
 from .facts.methods import edit_each as edit_each
 from .facts.methods import edit_facts as edit_facts
+from .facts.sequence import edit_in_sequence as edit_in_sequence
 from .facts.tracing import FactTrace as FactTrace
 from .facts.tracing import trace_fact as trace_fact
 from .facts.values import ValueSearch as ValueSearch

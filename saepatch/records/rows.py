@@ -1,6 +1,7 @@
 """Results as flat rows with provenance, in parquet."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -96,12 +97,57 @@ class CircuitRow:
     precision: str = ""
 
 
-RowKind = type[Row] | type[AnswerRow] | type[CircuitRow]
-SomeRow = TypeVar("SomeRow", Row, AnswerRow, CircuitRow)
+@dataclass(frozen=True)
+class EditRow:
+    """One question asked of a model before and after an edit of facts.
+
+    `example` is the edited fact, `method` what edited it, and `kind` efficacy, paraphrase, neighbourhood, reversal or
+    ripple. `target` is the right answer once edited (for neighbourhood, the one that stays right), `other` the answer
+    it is compared with. Negative log-likelihoods are means over an answer's tokens, in nats; accuracies are shares of
+    the target's tokens that are the likeliest under teacher forcing. `counted` is 0 where the model did not know before
+    what the question presupposes. `precision` is the model's dtype.
+    """
+
+    example: str
+    method: str
+    kind: str
+    prompt: str
+    target: str
+    other: str
+    target_nll_before: float
+    other_nll_before: float
+    accuracy_before: float
+    target_nll: float
+    other_nll: float
+    accuracy: float
+    counted: int = 1
+    precision: str = ""
+
+    @property
+    def success(self) -> bool:
+        """Whether the target is likelier than the other answer after the edit."""
+        return self.target_nll < self.other_nll
+
+    @property
+    def success_before(self) -> bool:
+        return self.target_nll_before < self.other_nll_before
+
+    @property
+    def magnitude(self) -> float:
+        """P(target) - P(other) after the edit, each the geometric mean over the answer's tokens."""
+        return math.exp(-self.target_nll) - math.exp(-self.other_nll)
+
+    @property
+    def magnitude_before(self) -> float:
+        return math.exp(-self.target_nll_before) - math.exp(-self.other_nll_before)
+
+
+RowKind = type[Row] | type[AnswerRow] | type[CircuitRow] | type[EditRow]
+SomeRow = TypeVar("SomeRow", Row, AnswerRow, CircuitRow, EditRow)
 
 
 def write_rows(
-    parts: Iterable[tuple[Iterable[Row | AnswerRow | CircuitRow], Provenance]],
+    parts: Iterable[tuple[Iterable[Row | AnswerRow | CircuitRow | EditRow], Provenance]],
     path: Path,
     about: Mapping[str, Any] | None = None,
     kind: RowKind = Row,
