@@ -34,6 +34,7 @@ from .dictionaries.latent_set import LatentSet as LatentSet
 from .dictionaries.latents import Latents as Latents
 from .dictionaries.loading import load_sae as load_sae
 from .dictionaries.loading import load_saes as load_saes
+from .dictionaries.loading import wrap_sae as wrap_sae
 from .engine import metrics as metrics
 from .engine.components import Directions as Directions
 from .engine.components import Edit as Edit
@@ -90,6 +91,7 @@ from .pages.loaded import load_run as load_run
 from .reading.cards import Card as Card
 from .reading.cards import read_latents as read_latents
 from .reading.inspection import inspect as inspect
+from .reading.neuronpedia import write_neuronpedia as write_neuronpedia
 from .records.statistics import Interval as Interval
 from .report.notebook import Figure as Figure
 from .restoration.ranking import clean_means as clean_means

@@ -4,6 +4,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -188,6 +189,32 @@ def site_of_hook(stated: object) -> Site:
         if match := re.fullmatch(rf"{re.escape(blocks)}\.(\d{{1,9}})", stated):
             return Site(int(match[1]))  # the output of the block
     return Site.parse(stated)
+
+
+def wrap_sae(sae: Any, site: str | Site | None = None, name: str = "") -> Dictionary:
+    """Wrap a `sae_lens.SAE` that is in memory already; it is put in eval mode, without gradients for weights.
+
+    Args:
+        sae: The dictionary.
+        site: Its site; default: that of its metadata's hook_name.
+        name: Its name in results; default: that of its release, or of its class.
+
+    Raises:
+        UserError: it is no dictionary or a transcoder, names no site, or cannot be edited.
+    """
+    if isinstance(sae, Dictionary):
+        raise UserError(f"dictionary {sae.name} is wrapped already: use it as it is")
+    if not isinstance(sae, nn.Module) or not all(hasattr(sae, part) for part in ("cfg", "W_dec", "encode")):
+        raise UserError(f"a {type(sae).__name__} is no dictionary: give a sae_lens.SAE, or load_sae(…)")
+    cfg: Any = sae.cfg
+    metadata: Any = getattr(cfg, "metadata", None) or {}
+    stored = [metadata.get(part) for part in ("sae_lens_release", "sae_id", "sae_lens_id")]
+    name = name or "/".join(str(part) for part in stored if part) or type(sae).__name__
+    architecture = str(cfg.architecture())
+    refuse_transcoder(architecture, name)
+    if architecture in OF_TRAINING:
+        raise UserError(f"{name!r} is a dictionary in training ({architecture}): save it with save_inference_model")
+    return _finish(sae, metadata.get("hook_name"), None if site is None else Site.parse(site), name)
 
 
 def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:

@@ -16,6 +16,7 @@ from saepatch.model.fingerprint import adapter_state, fingerprint, weights_of
 from saepatch.model.forward import Forward, note_columns
 from saepatch.model.greedy import end_tokens, greedy_options
 from saepatch.model.hooks import capture, is_spliced
+from saepatch.model.other_tools import no_such_attribute
 from saepatch.model.padding import Padding, by_length, positions_of, spread
 from saepatch.model.sites import Site
 from saepatch.model.token_names import token_name
@@ -48,6 +49,9 @@ class LanguageModel:
     def __repr__(self) -> str:
         about = f"{self.config.model_type}, {self.n_layers} layers, width {self.d_model}"
         return f"LanguageModel({self.name!r}: {about}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_such_attribute(name)
 
     @property
     def config(self) -> Any:

@@ -21,6 +21,7 @@ from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.forward import probe_steps
 from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, watching
 from saepatch.model.language_model import LanguageModel
+from saepatch.model.other_tools import inner_model
 from saepatch.model.padded_rows import padding_of, run_pass
 from saepatch.model.padding import FAILURES
 from saepatch.model.sites import Site
@@ -171,17 +172,20 @@ def usable_device(device: str | torch.device) -> torch.device:
         ) from error
 
 
-def wrap_model(hf: nn.Module, tokenizer: Any, name: str) -> LanguageModel:
-    """Wrap a Hugging Face causal LM that is in memory already; it is put in eval mode, without gradients for weights.
+def wrap_model(hf: Any, tokenizer: Any = None, name: str = "") -> LanguageModel:
+    """Wrap a causal LM that is in memory already; it is put in eval mode, without gradients for weights.
+
+    Args:
+        hf: A model of transformers; a PEFT model with adapters, a TransformerBridge of TransformerLens or a
+            LanguageModel of nnsight, of which the transformers model inside is taken, unchanged.
+        tokenizer: Its tokenizer; that of a bridge or of nnsight's model where it is not given.
+        name: Its name in results; default: the name or path in its config.
 
     Raises:
-        UserError: weights that are not finite, or blocks that cannot be found.
+        UserError: weights that are not finite, blocks that cannot be found, no tokenizer, or a model of another library
+            without a transformers model inside.
     """
-    if hasattr(hf, "peft_config") and hasattr(hf, "get_base_model"):
-        raise UserError(
-            f"model {name!r} is wrapped by an adapter ({type(hf).__name__}): give its get_base_model(), in which the "
-            "adapter acts, or merge_and_unload() it"
-        )
+    hf, tokenizer, name = inner_model(hf, tokenizer, name)
     if hasattr(hf, "_orig_mod") or getattr(hf, "_compiled_call_impl", None) is not None:
         raise UserError(
             f"model {name!r} is compiled, and compiled code passes hooks by: give the model itself (its _orig_mod), "

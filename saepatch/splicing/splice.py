@@ -1,18 +1,19 @@
 """The splice context: encode a site, edit its latents, write the change back."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saepatch.data.batches import PairBatch
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
+from saepatch.dictionaries.loading import wrap_sae
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
 from saepatch.model.forward import cache_among, columns_in, tells_columns
@@ -35,7 +36,9 @@ log = logging.getLogger(__name__)
 
 SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options of `generate`
 
-Dictionaries = Dictionary | Sequence[Dictionary] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
+Dictionaries = (
+    Dictionary | nn.Module | Sequence[Dictionary | nn.Module] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
+)
 Interventions = Intervention | Restore | Sequence[Intervention | Restore]
 
 
@@ -73,7 +76,8 @@ def splice(
     cache. Unused latents are not encoded. Not differentiable: see `saepatch.measure.attribution`.
 
     Args:
-        dictionaries: One dictionary, several, or a mapping from sites to dictionaries.
+        dictionaries: One dictionary, several, or a mapping from sites to dictionaries. A `sae_lens.SAE` is wrapped
+            (`wrap_sae`), at the site that its metadata name.
         interventions: One intervention, or several, applied in order.
         record: Keep the unedited latents of the last pass in the yielded value.
 
@@ -193,9 +197,14 @@ def by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dict
     Raises:
         UserError: a dictionary does not fit the model or site, two are for the same tensor, or there are none.
     """
-    if isinstance(dictionaries, Dictionary):
+    if isinstance(dictionaries, Dictionary | nn.Module):
         dictionaries = [dictionaries]
-    named = dictionaries.items() if isinstance(dictionaries, Mapping) else [(d.site, d) for d in dictionaries]
+    named: Iterable[tuple[Site | str, Dictionary]]
+    if isinstance(dictionaries, Mapping):
+        named = dictionaries.items()
+    else:
+        wrapped = [item if isinstance(item, Dictionary) else wrap_sae(item) for item in dictionaries]
+        named = [(dictionary.site, dictionary) for dictionary in wrapped]
     sites: dict[Site, Dictionary] = {}
     for name, dictionary in named:
         site = Site.parse(name)

@@ -1,6 +1,7 @@
 """Models whose weights are not plain parameters: quantised ones, adapters, packages that are missing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,10 +73,12 @@ def test_the_fingerprint_says_whether_an_adapter_acts():
     assert model.fingerprint == acting
 
 
-def test_an_adapter_around_a_model_is_named():
-    wrapper = nn.Module()
-    wrapper.peft_config, wrapper.get_base_model = {}, lambda: None
-    with pytest.raises(UserError, match=r"give its get_base_model\(\).*merge_and_unload"):
+def test_the_model_inside_an_adapter_is_taken_unless_prompts_are_learned():
+    inside, wrapper = tiny_model().hf, nn.Module()
+    wrapper.peft_config, wrapper.get_base_model = {"default": SimpleNamespace(is_prompt_learning=False)}, lambda: inside
+    assert wrap_model(wrapper, byte_tokenizer(), "adapted").hf is inside
+    wrapper.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
+    with pytest.raises(UserError, match="'adapted' has learned prompts"):
         wrap_model(wrapper, byte_tokenizer(), "adapted")
 
 
