@@ -17,6 +17,7 @@ FEWEST_MOVED = 5  # fewest examples that must differ from the rest
 FEWEST_RESAMPLED = 10  # fewest rows in which an edit must have run for a bootstrap over rows
 FLAGGED = 0.05  # false discovery rate below which an edit counts as found
 FEW = "too few for an interval"
+LOOSEST = 4  # width of an interval of a mean over the range of the values (0 included); wider ones say nothing
 CELLS = 2**22  # float64 numbers that a permutation test holds in memory at a time
 
 
@@ -70,7 +71,8 @@ class RatioBootstrap:
     for small samples (Hesterberg 2015, "expanded percentile"). Either alone undercovers for some shapes of data; the
     union, at nominal 0.95, covers at least 0.93 from ten examples on: see the simulation in `docs/statistics.md`. No
     interval is given for fewer than six examples, for fewer than five that differ from the rest (an edit that moved
-    the metric on few pairs), or where the mean denominator may be 0.
+    the metric on few pairs), where the mean denominator may be 0, or where the interval would be more than four times
+    as wide as the range of the values.
     """
 
     def __init__(
@@ -108,6 +110,9 @@ class RatioBootstrap:
         low, high = self._bounds(ratio, residual)
         if not np.isfinite([low, high]).all():
             return Interval.withheld(ratio, n, f"{FEW}: no finite bounds at n = {n}")
+        spread = (max(top.max(), 0.0) - min(top.min(), 0.0)) / abs(bottom.mean())
+        if high - low > LOOSEST * spread:  # a few large values, which some draws have and others have not
+            return Interval.withheld(ratio, n, f"{FEW}: over {LOOSEST} times as wide as the values' range")
         return Interval(ratio, low, high, n)
 
     def _bounds(self, ratio: float, residual: Float[np.ndarray, "examples"]) -> tuple[float, float]:

@@ -25,7 +25,7 @@ class RunComparison:
     """Top edits of either run by name, with their entries in both summaries; None: not among that run's top edits."""
 
     looked_up: Mapping[str, EditInBoth] = field(default_factory=dict)
-    """By name, what the rows of runs of `patch` say of these edits, on top or not."""
+    """By name, what the rows of both runs say of these edits, on top or not."""
 
     def table(self) -> str:
         """The comparison as text."""
@@ -100,7 +100,7 @@ def compare_runs(first: RunFolder, second: RunFolder) -> RunComparison:
         figures = _rows(*({n: show_figure(f) for n, f in r.kind.figures(r.summary).items()} for r in (first, second)))
     differing = tuple(row for row in settings if row[1] != row[2])
     looked_up: dict[str, EditInBoth] = {}
-    if first.work == "patch" and edits:
+    if edits:
         entries = {name: lines for name, *lines in edits if " of dictionary " not in name}
         looked_up = look_up(first, second, entries)
     return RunComparison(first, second, differing, tuple(figures), tuple(edits), looked_up)

@@ -1,7 +1,8 @@
 """Effects of single edits looked up in the rows of two merged runs, and their differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import hypot
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ DIFFERENCES = (
     "B − A over the same pairs with the same gaps: a paired difference with its interval; else with an interval that "
     "follows from both as of independent runs (Zou and Donner 2008)"
 )
+EXACT = ("top", "random")  # roles of a screen's rows that were run exactly
 
 
 @dataclass(frozen=True)
@@ -40,35 +42,43 @@ class _Rows:
     pairs: Pairs
     changes: RowChanges
     seed: int
+    aside: Collection[str]
 
-    def of(self, key: EditKey) -> EditKey | None:
-        """The key of the same edit, in whatever role it was run, controls aside."""
-        same = (other for other in self.changes.keys if other.role not in CONTROLS and other._replace(role="") == key)
-        return next(same, None)
+    @cached_property
+    def of(self) -> dict[EditKey, EditKey]:
+        """By an edit without its role, the key under which it was run; roles that are left aside do not count."""
+        return {key._replace(role=""): key for key in self.changes.keys if key.role not in self.aside}
 
 
 def look_up(
     first: RunFolder, second: RunFolder, lines: Mapping[str, Sequence[Mapping[str, Any] | None]]
 ) -> dict[str, EditInBoth]:
-    """Each edit's effect in both runs of `saepatch patch`, from their rows; nothing where these cannot be read.
+    """Each edit's effect in both runs, from their rows; nothing where these cannot be read.
+
+    Of runs of `saepatch attribute`, effects are the estimates.
 
     Args:
         first: A run.
         second: Another.
-        lines: By name, an edit's entries in their summaries; one of them may be None.
+        lines: By name, which begins with the direction, an edit's entries in their summaries; one of them may be None.
     """
     try:
+        aside = EXACT if first.work == "attribute" else CONTROLS
         rows = [
-            _Rows(*read_merged(run.path, run.settings["min_gap"]), int(run.settings["seed"])) for run in (first, second)
+            _Rows(*read_merged(run.path, run.settings["min_gap"]), int(run.settings["seed"]), aside)
+            for run in (first, second)
         ]
     except UserError:
         return {}
     both = {}
     for name, entries in lines.items():
         entry = next(entry for entry in entries if entry is not None)
-        key = EditKey(*(str(entry[column]) for column in KEYS))._replace(role="")
-        keys = [each.of(key) for each in rows]
+        entry = {"direction": name.partition(":")[0], **entry, "role": ""}
+        key = EditKey(*(str(entry[column]) for column in KEYS))
+        keys = [each.of.get(key) for each in rows]
         changes = [None if own is None else each.changes.of(own) for each, own in zip(rows, keys, strict=True)]
+        if any(change is not None and np.isnan(change).any() for change in changes):
+            continue  # estimates that have sizes alone
         effects = [
             None if change is None else each.pairs.ratio(change, each.seed)
             for each, change in zip(rows, changes, strict=True)

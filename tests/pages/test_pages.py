@@ -551,5 +551,7 @@ def test_only_runs_whose_page_needs_the_model_are_read_again(tmp_path, capsys):
     (tmp_path / "summary.json").write_text(json.dumps({"concepts": {}, "verdicts": {}}))
     assert main(["report", str(tmp_path), "--read"]) == 2
     error = capsys.readouterr().err
-    assert "holds a run of steering: --read loads the model of a run of patch, attribute, restore again" in error
+    assert (
+        "holds a run of steering: --read loads the model of a run of patch, attribute, circuit, restore again" in error
+    )
     assert error.count("\n") == 1

@@ -51,6 +51,23 @@ def test_edits_that_are_not_on_top_are_looked_up(runs, capsys):
     assert "B − A" in capsys.readouterr().out
 
 
+def test_estimates_of_screens_are_looked_up(runs, tmp_path):
+    folder, _ = runs
+    given = ["attribute", "--model", folder / "model", "--sae", folder / "saes", "--pairs", folder / "pairs.jsonl"]
+    outs = [tmp_path / "four", tmp_path / "all"]
+    for out, n in zip(outs, ("4", "0")):
+        assert main([*map(str, given), "--verify", "20", "--quiet", "--n", n, "--out", str(out)]) == 0
+    compared = compare_runs(*map(read_run, outs))
+    assert any(None in lines for _, *lines in compared.edits)
+    for name, *lines in compared.edits:
+        both = compared.looked_up[name]
+        for line, interval in zip(lines, (both.first, both.second)):
+            assert line is None or interval.value == pytest.approx(line["effect"], abs=1e-6)
+        if None not in (both.first, both.second):
+            assert both.difference.value == pytest.approx(both.second.value - both.first.value, abs=1e-6)
+    assert "not on top" not in compared.table()
+
+
 def test_differences_of_independent_runs():
     """For symmetric intervals, those of a difference of two means."""
     one, other = Interval(1.0, 0.7, 1.3, 20), Interval(2.0, 1.6, 2.4, 30)
