@@ -14,12 +14,13 @@ from saepatch.cli.commands.push import push
 from saepatch.cli.commands.report import report
 from saepatch.cli.commands.runs import runs
 from saepatch.cli.commands.steer import steer
-from saepatch.cli.commands.sweep import circuit, restore, sweep
+from saepatch.cli.commands.sweep import circuit, edit, restore, sweep
 from saepatch.cli.commands.train import experiment, train
 from saepatch.cli.parser import CommandResult, run_commands
 from saepatch.settings.circuit import CircuitConfig
 from saepatch.settings.compare import CompareConfig
 from saepatch.settings.demo import DemoConfig
+from saepatch.settings.edit import EditConfig
 from saepatch.settings.inspect import InspectConfig
 from saepatch.settings.latent import LatentConfig
 from saepatch.settings.merge import MergeConfig
@@ -37,6 +38,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "attribute": (AttributeConfig, sweep),
     "circuit": (CircuitConfig, circuit),
     "restore": (RestoreConfig, restore),
+    "edit": (EditConfig, edit),
     "merge": (MergeConfig, merge),
     "report": (ReportConfig, report),
     "runs": (RunsConfig, runs),

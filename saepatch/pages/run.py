@@ -8,6 +8,7 @@ from saepatch.pages.answered import read_answers_again
 from saepatch.pages.cards import cards_section
 from saepatch.pages.circuit import page_of_circuit, read_circuit_again
 from saepatch.pages.curves import groups, verified
+from saepatch.pages.edited import page_of_edits
 from saepatch.pages.gather import read_sweep_again
 from saepatch.pages.overview import facts, lead, overview
 from saepatch.pages.restored import page_of_folder
@@ -93,6 +94,7 @@ PAGES: Mapping[str, Callable[[RunFolder], Page]] = {
     "patch": _swept,
     "attribute": _swept,
     "circuit": page_of_circuit,
+    "edit": page_of_edits,
     "restore": page_of_folder,
 }
 READERS: Mapping[str, Callable[[RunFolder], None]] = {

@@ -120,7 +120,7 @@ class RunFolder:
     @property
     def task(self) -> str:
         settings = self.settings
-        if prompts := settings.get("prompts"):
+        if prompts := settings.get("prompts") or settings.get("requests"):
             return Path(prompts).name if isinstance(prompts, str) else ""
         pairs = settings.get("pairs")
         return pairs if isinstance(pairs, str) and pairs else "inline" if settings.get("clean") else ""

@@ -20,7 +20,7 @@ import torch
 from saepatch.errors import UserError
 from saepatch.records.files import check_writable, output_folder, write_json, write_yaml
 from saepatch.records.provenance import Provenance
-from saepatch.records.rows import AnswerRow, CircuitRow, Row, RowKind, read_about, write_rows
+from saepatch.records.rows import AnswerRow, CircuitRow, EditRow, Row, RowKind, read_about, write_rows
 from saepatch.records.secrets import redacted_values
 from saepatch.runs.interpret import read_shard
 from saepatch.runs.parts import (
@@ -37,6 +37,7 @@ from saepatch.runs.parts import (
 )
 from saepatch.runs.progress import Check, Meter, messages_once, stoppable
 from saepatch.settings.circuit import CircuitConfig
+from saepatch.settings.edit import EditConfig
 from saepatch.settings.mixins import FREE
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
@@ -46,21 +47,22 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 
-RunConfig = SweepConfig | RestoreConfig | CircuitConfig
-Config = TypeVar("Config", SweepConfig, RestoreConfig, CircuitConfig)
+RunConfig = SweepConfig | RestoreConfig | CircuitConfig | EditConfig
+Config = TypeVar("Config", SweepConfig, RestoreConfig, CircuitConfig, EditConfig)
 
 
 @dataclass(frozen=True, eq=False)
 class PartContent:
     """Content of a part's file: rows with their provenance, produced while they are written, and facts for merging."""
 
-    rows: Iterable[tuple[Sequence[Row | AnswerRow | CircuitRow], Provenance]]
+    rows: Iterable[tuple[Sequence[Row | AnswerRow | CircuitRow | EditRow], Provenance]]
     about: dict[str, Any]
     kind: RowKind = Row
 
 
 Count = Callable[[int], None]
-"""Called with the number of edits, answers or runs just finished; raises KeyboardInterrupt once the run should stop."""
+"""Called with the number of edits, answers, runs or questions just finished; raises KeyboardInterrupt once the run
+should stop."""
 
 
 @runtime_checkable
@@ -78,7 +80,7 @@ class Work(Protocol):
 
     @property
     def unit(self) -> str:
-        """What progress counts: edits, answers or runs."""
+        """What progress counts: edits, answers, runs or questions."""
         ...
 
     def run_part(self, number: int, count: Count) -> PartContent: ...

@@ -141,6 +141,14 @@ def _circuit(summary: Summary) -> Figures:
     return figures if pearson is None else figures | {"pearson_of_edges": pearson}
 
 
+def _edit(summary: Summary) -> Figures:
+    figures: Figures = {"facts": summary["pairs"], "score": summary["score"]}
+    for kind, measured in summary["kinds"].items():
+        figures |= {f"{kind}/{name}": measured[name] for name in ("success", "magnitude", "accuracy")}
+    figures |= {f"relative_norm/{layer}": norm for layer, norm in summary["relative_norms"].items()}
+    return figures
+
+
 # Headlines
 
 
@@ -182,6 +190,12 @@ def _circuit_headline(summary: Summary) -> str:
     share = show_interval({"value": value, "low": low, "high": high})
     random = f", random at most {show(max(r[0] for r in summary['random']))}" if summary["random"] else ""
     return f"{summary['nodes']} of {summary['candidates']} nodes: faithfulness {share}{random}"
+
+
+def _edit_headline(summary: Summary) -> str:
+    return ", ".join(
+        f"{kind} {show_share(each['success'])}" for kind, each in summary["kinds"].items() if each["questions"]
+    )
 
 
 def _demo_headline(summary: Summary) -> str:
@@ -262,6 +276,7 @@ KINDS = (
     Kind("real", ("claims", "accuracy"), _verdict, _experiment),
     Kind("patchscope", ("readings", "words"), _verdict, _patchscope),
     Kind("circuit", ("faithfulness", "completeness"), _circuit_headline, _circuit),
+    Kind("edit", ("kinds", "relative_norms"), _edit_headline, _edit),
     Kind("circuits", ("circuits",), _verdict, _experiment),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
     Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),

@@ -28,6 +28,7 @@ from saepatch.records.rows import ADDED, read_about
 from saepatch.records.statistics import Interval, RatioBootstrap, false_discovery, why_no_q
 from saepatch.runs.answers import Answers, merge_answers
 from saepatch.runs.circuit_results import CircuitResults, merge_circuit
+from saepatch.runs.fact_results import EditResults, merge_edits
 from saepatch.runs.interpret import read_directions, read_positions
 from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, RowChanges, complete, part_files, read_changes
 from saepatch.runs.screens import Screens, read_screens
@@ -39,7 +40,7 @@ TOP = 20  # edits per direction in the summary
 DENSE = 2**27  # limit of pairs × edits that are tested together
 
 
-def merge_run(out: Path) -> "Summary | Screens | Answers | CircuitResults":
+def merge_run(out: Path) -> "Summary | Screens | Answers | CircuitResults | EditResults":
     """Write results.parquet, summary.json and config.yaml of a complete run.
 
     `patch` and `attribute` have pairs.parquet as well, `circuit` the circuit as circuit.json and circuit.graphml.
@@ -52,6 +53,8 @@ def merge_run(out: Path) -> "Summary | Screens | Answers | CircuitResults":
         return merge_answers(out, records)
     if records[0].work == "circuit":
         return merge_circuit(out, records)
+    if records[0].work == "edit":
+        return merge_edits(out, records)
     first, files = records[0], part_files(out, records)
     abouts = [read_about(file) or {} for file in files]
     pairs = _merge_pairs(abouts, out, first.settings["min_gap"])

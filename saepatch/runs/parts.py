@@ -56,7 +56,7 @@ def deciding(work: str, settings: dict[str, Any], shards: int) -> dict[str, Any]
 class Record:
     """Content of a shard's `run.json`: everything that determines the run's numbers, and how it is divided."""
 
-    work: str  # the command: patch, attribute, restore or circuit
+    work: str  # the command: patch, attribute, restore, circuit or edit
     settings: dict[str, Any]
     model: dict[str, str]
     dictionaries: dict[str, dict[str, str]]  # by site
@@ -172,7 +172,7 @@ def read_records(out: Path) -> list[Record]:
 def _checked(record: Record) -> Record:
     """The record, once its values are checked; raises ValueError, TypeError or KeyError where they are invalid."""
     shard, shards, parts = (int(number) for number in (record.shard, record.shards, record.parts))
-    if record.work not in ("patch", "attribute", "restore", "circuit") or not (
+    if record.work not in ("patch", "attribute", "restore", "circuit", "edit") or not (
         0 <= shard < shards and 0 <= parts < 10**9
     ):
         raise ValueError(f"work is {record.work!r}, shard {shard} of {shards}, {parts} parts")

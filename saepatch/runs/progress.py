@@ -12,6 +12,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from saepatch.settings.circuit import CircuitConfig
+from saepatch.settings.edit import EditConfig
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
 from saepatch.tracking.open import Tracker
@@ -86,7 +87,7 @@ def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[N
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
 
-def shows_bar(config: SweepConfig | RestoreConfig | CircuitConfig) -> bool:
+def shows_bar(config: SweepConfig | RestoreConfig | CircuitConfig | EditConfig) -> bool:
     """Whether to show a progress bar; by default only on a terminal, since in a log file each step is a new line."""
     wanted = config.progress == "bar" or (config.progress == "auto" and sys.stderr.isatty())
     return wanted and not (config.quiet or config.json)
@@ -100,7 +101,7 @@ class Meter:
         parts: int,
         done: int,
         edits: int,
-        config: SweepConfig | RestoreConfig | CircuitConfig,
+        config: SweepConfig | RestoreConfig | CircuitConfig | EditConfig,
         tracker: Tracker,
         unit: str = "edits",
     ) -> None:

@@ -15,7 +15,7 @@ from saepatch.settings.checks import check_values
 # Settings that do not affect the results: they may differ when a run is resumed. The revision of a model is among
 # them, since a run compares the weights themselves.
 FREE = frozenset(
-    {"out", "track", "shard", "batch_size", "progress", "quiet", "json"}
+    {"out", "track", "shard", "batch_size", "progress", "quiet", "json", "cache"}
     | {"device", "device_map", "revision", "trust_remote_code"}
 )
 

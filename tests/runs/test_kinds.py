@@ -23,6 +23,12 @@ EXPERIMENTS = {
          "pairs": 4, "nodes": 9, "candidates": 99, "edges": 7, "whole": 2.0, "empty": 0.0, "selected": {}},
         "9 of 99 nodes: faithfulness 0.910 [0.900, 0.920], random at most 0.250",
     ),
+    "edit": (
+        {"kinds": {"efficacy": {"success": [0.9, 0.8, 1.0], "magnitude": [0.5, 0.4, 0.6], "accuracy": [1.0, 0.9, 1.0],
+                                "questions": 9, "questions_asked": 9}},
+         "pairs": 9, "score": [None, None, None], "relative_norms": {"1": 0.1}},
+        "efficacy 90% [80%, 100%]",
+    ),
     "circuits": ({"circuits": {"resid_post.4": {"size": 52}}, "verdict": "52 nodes."}, "52 nodes."),
     "benchmark:circuits": ({"ratios": {"loop_over_edges": 40.0}, "downstream_latents": 9}, "loop_over_edges 40.00"),
     "benchmark:patching": ({"ratios": {"gpt2_ours": 2.0}, "ms_per_edit": {}, "max_abs_diff": 0.0}, "gpt2_ours 2.00"),

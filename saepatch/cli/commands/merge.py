@@ -45,7 +45,7 @@ def run_result(out: Path, table: str) -> CommandResult:
     from saepatch.runs.catalogue import read_json
 
     files = {"Report": "report.html", "Figures": "summary.json", "Rows": "results.parquet", "Pairs": "pairs.parquet"}
-    files |= {"Circuit": "circuit.json"}
+    files |= {"Circuit": "circuit.json", "Delta": "delta.safetensors"}
     paths = "   ".join(f"{name}: {out / file}" for name, file in files.items() if (out / file).exists())
     facts = {"out": str(out), "report": str(out / "report.html"), "summary": read_json(out / "summary.json")}
     return CommandResult(f"{table}\n{paths}", facts)

@@ -1,4 +1,4 @@
-"""Commands that run in parts and shards: `saepatch patch`, `attribute`, `circuit` and `restore`."""
+"""Commands that run in parts and shards: `saepatch patch`, `attribute`, `circuit`, `edit` and `restore`."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from saepatch.cli.commands.merge import merge_and_report, run_result
 from saepatch.cli.parser import CommandResult
 from saepatch.settings.circuit import CircuitConfig
+from saepatch.settings.edit import EditConfig
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from saepatch.runs.answers import Answers
     from saepatch.runs.circuits import CircuitRun
     from saepatch.runs.driver import Finished
+    from saepatch.runs.fact_edits import FactEdits
     from saepatch.runs.restorations import RestorePlan
     from saepatch.runs.sweeps import Sweep
     from saepatch.tracking.open import Tracker
@@ -46,6 +48,17 @@ def circuit(config: CircuitConfig) -> CommandResult:
     return _finished(run_circuit(config, conclude), results)
 
 
+def edit(config: EditConfig) -> CommandResult:
+    from saepatch.runs.fact_edits import run_fact_edits
+
+    results: list[CommandResult] = []
+
+    def conclude(work: "FactEdits", tracker: "Tracker") -> None:
+        results.append(merge_and_report(Path(config.out), tracker))
+
+    return _finished(run_fact_edits(config, conclude), results)
+
+
 def restore(config: RestoreConfig) -> CommandResult:
     from saepatch.pages.answered import show_answers
     from saepatch.runs.restorations import run_restore
@@ -65,7 +78,7 @@ def _finished(done: "Finished", results: Sequence[CommandResult]) -> CommandResu
         return results[0]
     from saepatch.runs.parts import read_records
 
-    unit = {"restore": "answers", "circuit": "runs"}.get(read_records(done.out)[0].work, "edits")
+    unit = {"restore": "answers", "circuit": "runs", "edit": "questions"}.get(read_records(done.out)[0].work, "edits")
     lines = [
         f"shard {done.shard} of {done.shards} is finished ({done.parts} parts, {done.count:,} {unit})",
         f"When all shards are finished: saepatch merge {shlex.quote(str(done.out))}",
