@@ -223,7 +223,8 @@ class CircuitPage:
     def _drawing(self) -> Section:
         circuit = self.results.circuit
         effects = dict(zip(circuit.nodes, circuit.effects, strict=True)) if circuit.effects else {}
-        shown = sorted(_by_effect(circuit.nodes, circuit.effects)[:DRAWN], key=lambda node: node.order)
+        largest = _by_effect(circuit.nodes, circuit.effects)[:DRAWN]
+        shown = sorted(largest, key=lambda node: node.order[:3])  # of a site and position, the largest first
         shown += [node for node in circuit.nodes if node.site is None]
         rows = list(dict.fromkeys("logits" if node.site is None else str(node.site) for node in shown))
         columns, place = self._columns(shown)

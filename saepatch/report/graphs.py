@@ -18,6 +18,7 @@ _LANE = 46.0  # between rows, for the edges
 _EMPTY = 30.0  # width of a column without nodes
 _LETTERS = 12  # of a node's label
 _HEAD = 14.0  # for the name of a row
+_AGAIN = 480  # distance at which the name of a row stands again
 
 Place = tuple[float, float]
 
@@ -73,8 +74,13 @@ def _layout(graph: NodeGraph) -> _Layout:
                 round(left + wide * right + _BOX[0] / 2, 1),
                 round(rows[row][0] + _HEAD + _GAP / 2 + tall * down + _BOX[1] / 2, 1),
             )
-    slanted = max((len(name) for name in graph.columns), default=0)
-    return _Layout(centres, rows, columns, (x + 24, y - _LANE + 20 + 5.2 * min(slanted, 16)))
+    slanted = [len(name) for name, (_, width) in zip(graph.columns, columns) if not _fits(name, width)]
+    return _Layout(centres, rows, columns, (x + 24, y - _LANE + 24 + 4.6 * min(max(slanted, default=0), 16)))
+
+
+def _fits(name: str, width: float) -> bool:
+    """Whether a column's name fits below it without a slant."""
+    return 6.4 * len(name) < width
 
 
 def _grid(graph: NodeGraph, layout: _Layout) -> list[Markup]:
@@ -83,7 +89,8 @@ def _grid(graph: NodeGraph, layout: _Layout) -> list[Markup]:
     for name, (y, height) in zip(graph.rows, layout.rows):
         band = {"x": 0, "y": round(y, 1), "width": round(layout.size[0] - 16, 1), "height": round(height, 1), "rx": 4}
         parts.append(element("rect", {**band, "class": "lane"}))
-        parts.append(label(8, y + 11, name, "tick"))
+        for again in range(8, max(9, round(layout.size[0]) - _AGAIN // 2), _AGAIN):  # in sight where the graph scrolls
+            parts.append(label(again, y + 11, name, "tick"))
     for name, (x, width) in zip(graph.columns, layout.columns):
         middle = x + width / 2
         parts.append(rule(middle, bottom, middle, bottom + 4, "zero"))
@@ -91,9 +98,9 @@ def _grid(graph: NodeGraph, layout: _Layout) -> list[Markup]:
             "transform": f"translate({middle - 3:g},{bottom + 13:g}) rotate(40)",
             "class": "tick",
         }
-        fits = 6.4 * len(name) < width
+        flat = _fits(name, width)
         parts.append(
-            label(middle, bottom + 16, name, "tick", "middle") if fits else element("text", turn, clipped(name, 16))
+            label(middle, bottom + 16, name, "tick", "middle") if flat else element("text", turn, clipped(name, 16))
         )
     return parts
 

@@ -247,7 +247,7 @@ for (const figure of all("figure.chart")) {
       edge.path.classList.toggle("hidden", hidden);
       shown += hidden ? 0 : 1;
     }
-    figure.querySelector("output").textContent = `${least.toPrecision(2)}: ${shown} of ${edges.length} edges`;
+    figure.querySelector("output").textContent = `${least ? least.toPrecision(2) : 0}: ${shown} of ${edges.length} edges`;
   };
   slider.addEventListener("input", () => { cut(); remember(`${figure.id}.w`, slider.value === "0" ? "" : slider.value); });
   const kept = state.get(`${figure.id}.w`);
