@@ -1,5 +1,6 @@
 # The public names, each written here once: `__init__.py` reads this file at run time, type checkers read it as it is.
 
+from .circuits.attribution_graph import AttributionGraph as AttributionGraph
 from .circuits.backward import gim as gim
 from .circuits.backward import relp as relp
 from .circuits.circuit import Circuit as Circuit
@@ -10,6 +11,11 @@ from .circuits.edge_runs import EdgeRuns as EdgeRuns
 from .circuits.edges import EdgeOptions as EdgeOptions
 from .circuits.edges import Linear as Linear
 from .circuits.edges import edges as edges
+from .circuits.find import FindOptions as FindOptions
+from .circuits.find import FoundCircuit as FoundCircuit
+from .circuits.find import find_circuit as find_circuit
+from .circuits.frozen_graph import attribution_graph as attribution_graph
+from .circuits.frozen_graph import head_loadings as head_loadings
 from .circuits.node_runs import NodeRuns as NodeRuns
 from .circuits.nodes import Edge as Edge
 from .circuits.nodes import Node as Node

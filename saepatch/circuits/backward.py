@@ -103,7 +103,9 @@ def _frozen_norm(counts: Counts, module: nn.Module, plain: Callable[[Tensor], Te
         linear = _norm_as_linear(module, x, out)
     centred = x - x.mean(-1, keepdim=True) if linear.centres else x
     counts["norm"] += 1
-    return with_slope(out, (centred * linear.gain).to(out.dtype))
+    bias = getattr(module, "bias", None)
+    shifted = centred * linear.gain if bias is None else centred * linear.gain + bias  # so that it has a gradient, too
+    return with_slope(out, shifted.to(out.dtype))
 
 
 @dataclass(frozen=True, eq=False)
