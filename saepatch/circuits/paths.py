@@ -18,8 +18,9 @@ from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Changes
 from saepatch.engine.edited_runs import metric_values
-from saepatch.engine.kept_run import Checked, KeptRun
+from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.known import check_known, known_where
+from saepatch.engine.known_ways import KnownWays
 from saepatch.engine.metrics import answers_only, needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.plan import column_of
@@ -104,10 +105,10 @@ def runs_of_pairs(
         raise UserError("edges name positions from the start: give pairs of equal length (align='equal')")
     whole = choose_positions(model, batch_pairs(model, pairs), options.positions)
     check_known(model, [node.components[0] for node in nodes], whole, options.positions)
-    ways: Checked = {}
+    ways = KnownWays(model)
     for part in same_length_batches(whole, at_once):
         runs = TwoRuns.of(model, part, nodes, closed, options.denoises)
-        runs.base.checked = ways
+        runs.base.checked = ways.of(runs.base)
         yield runs
 
 

@@ -58,8 +58,7 @@ class KeptRun:
         self.model, self.tokens = model, tokens
         self.values: dict[Site, Tensor] = {}
         # By edited sites and whether few logits are asked for: the way that agrees with whole passes, whether it does
-        # when few logits are unembedded, and up to how many tokens this was checked. Shared by the runs of one sweep
-        # and not kept longer, since models may change in place.
+        # when few logits are unembedded, and up to how many tokens this was checked. Sweeps share it (`KnownWays`).
         self.checked: Checked = {}
         self.written: Tensor | None = None  # the values that an ablation wrote into the component's units
         wanted = {*sites, *(entry(site) for site in sites)}
@@ -108,6 +107,11 @@ class KeptRun:
     def width(self) -> int:
         """Number of columns of the batch."""
         return self.tokens.width
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values are kept, so that passes may start at later columns."""
+        return self._cache is not None
 
     def resume(
         self,

@@ -17,8 +17,9 @@ from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_le
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component
 from saepatch.engine.edited_runs import EditedRuns, Stage, Wanted, metric_values
-from saepatch.engine.kept_run import Checked, KeptRun
+from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.known import check_known
+from saepatch.engine.known_ways import KnownWays
 from saepatch.engine.metrics import needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
@@ -82,7 +83,7 @@ def sweep(
     swept = Swept(np.zeros(len(pairs)), np.zeros(len(pairs)))
     at_once = _pairs_at_once(components, whole.clean.input_ids.shape[1] * samples, options.batch_size)
     shown = options.progress is True
-    ways: Checked = {}
+    ways = KnownWays(model)
     bar = tqdm(desc=f"{options.direction} {components[0].site}", unit="edit", disable=not shown, leave=False)
     done = options.progress if callable(options.progress) else bar.update
     with bar:
@@ -92,7 +93,7 @@ def sweep(
             if needs_clean_logits(options.metric):
                 part = replace(part, clean_logits=clean.logits)
             base, source = (corrupted, clean) if options.denoises else (clean, corrupted)
-            base.checked = ways
+            base.checked = ways.of(base)
             if swept.noise is None or base.tokens.padded:
                 swept.noise = max(swept.noise or 0.0, _batch_noise(model, base, part, options))
             index = part.index.tolist()

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from saepatch.errors import UserError, reason_of
 from saepatch.model.discovery import discover, layout_of
 from saepatch.model.families import FAMILIES, Layout
 from saepatch.model.fingerprint import stored_tensors
+from saepatch.model.finite import all_finite
 from saepatch.model.forward import probe_steps
-from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, watching
+from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, only_logits_of, watching
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.other_tools import inner_model
 from saepatch.model.padded_rows import padding_of, run_pass
@@ -28,6 +29,8 @@ from saepatch.model.sites import Site
 from saepatch.model.tokens import Tokens, name_bos
 
 log = logging.getLogger(__name__)
+
+FEW_LOGITS = 2048  # vocabulary ids whose logits are compared when a model is checked
 
 
 class Spread(TypedDict, total=False):
@@ -192,7 +195,7 @@ def wrap_model(hf: Any, tokenizer: Any = None, name: str = "") -> LanguageModel:
             "not compiled"
         )
     for parameter, value in hf.named_parameters():
-        if not value.is_meta and not all(bool(torch.isfinite(part).all()) for part in stored_tensors(value)):
+        if not value.is_meta and not all(map(all_finite, stored_tensors(value))):
             raise UserError(
                 f"model {name!r} has NaN or infinite weights in {parameter}: the file is damaged, fetch it again"
             )
@@ -202,6 +205,29 @@ def wrap_model(hf: Any, tokenizer: Any = None, name: str = "") -> LanguageModel:
         ends = "".join(model.token_texts(model.appended))
         log.info("the tokenizer of %r appends %s to every text: it is dropped from prompts", name, ends)
     return check_sites(model)
+
+
+@contextmanager
+def _fewer_logits(model: LanguageModel, tokens: Tokens) -> Iterator[None]:
+    """Unembed enough vocabulary ids to tell any two values of the residual stream apart, where the model allows it.
+
+    The unembedding of a large vocabulary takes most of the time of a short pass.
+    """
+    count = max(FEW_LOGITS, 2 * model.d_model)
+    if count >= model.vocabulary // 2 or not model.takes_cache:  # without a cache, padding is probed by `generate`
+        yield
+        return
+    whole = model.call(tokens)
+    ids = torch.linspace(0, whole.shape[-1] - 1, count).long()
+    with only_logits_of(model.hf, ids):
+        try:
+            few = model.call(tokens)
+        except FAILURES:
+            few = whole
+    expected = whole[..., ids.to(whole.device)]
+    same = few.shape == expected.shape and torch.allclose(few, expected, 1e-3, 1e-4 * float(expected.abs().max()))
+    with only_logits_of(model.hf, ids) if same else nullcontext():
+        yield
 
 
 @torch.no_grad()
@@ -217,6 +243,11 @@ def check_sites(model: LanguageModel) -> LanguageModel:
     """
     tokens = model.probe()
     model = replace(model, layout=_layout_seen(model, tokens))
+    with _fewer_logits(model, tokens):
+        return _checked_sites(model, tokens)
+
+
+def _checked_sites(model: LanguageModel, tokens: Tokens) -> LanguageModel:
     steps = probe_steps(partial(run_pass, model), model.new_cache, tokens)
     model = replace(model, step_limit=steps)
     model = replace(model, padding=padding_of(model))

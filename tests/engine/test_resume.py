@@ -1,6 +1,9 @@
 """Resumed passes against whole ones with a bare hook: every family, every site, every way of resuming."""
 
+import gc
 import logging
+import sys
+import weakref
 
 import pytest
 import torch
@@ -187,6 +190,54 @@ def test_a_model_that_was_changed_in_place_is_probed_again():
     with torch.no_grad():
         weight.mul_(2)
     assert model.fingerprint != before
+
+
+def add_one(_module, _args, out):
+    return out + 1
+
+
+def changes_of(model):
+    """In-place changes of a model after which its passes must be compared with whole ones again, by name."""
+    attention, mlp = model.layout.blocks[1].self_attn, model.layout.blocks[1].mlp
+    source = sys.modules[type(mlp).__module__]
+    return {
+        "weights": lambda patched: attention.o_proj.weight.mul_(1.5),
+        "weights, unseen by their version": lambda patched: attention.o_proj.weight.data.mul_(1.5),
+        "one weight": lambda patched: mlp.up_proj.weight.data[3, 5].add_(1e-3),
+        "a hook": lambda patched: mlp.register_forward_hook(add_one),
+        "a replaced forward": lambda patched: patched.setitem(vars(mlp), "forward", lambda x: x),
+        "another activation": lambda patched: setattr(mlp, "act_fn", torch.nn.Tanh().eval()),
+        "an attribute": lambda patched: patched.setattr(attention, "scaling", 0.1),
+        "attention": lambda patched: model.hf.set_attn_implementation("eager"),
+        "the family's code": lambda patched: patched.setattr(source, "rotate_half", lambda x: x),
+    }
+
+
+@pytest.mark.parametrize("change", changes_of(tiny_model()))
+def test_checks_are_remembered_until_the_model_changes(change, monkeypatch):
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    checked, plain = [], KeptRun._agrees
+    monkeypatch.setattr(KeptRun, "_agrees", lambda run, *rest: checked.append(rest[0]) or plain(run, *rest))
+    for direction in ("denoise", "noise"):
+        patch_latents(model, dictionary, [PAIR], direction=direction)
+    assert checked == ["shortcuts"]
+    patch_streams(model, [PAIR])
+    assert len(checked) == 3  # a site each, of which one is known
+    with torch.no_grad():
+        changes_of(model)[change](monkeypatch)
+    checked.clear()
+    patch_latents(model, dictionary, [PAIR])
+    assert checked[:1] == ["shortcuts"]
+
+
+def test_remembered_checks_do_not_keep_a_model_alive():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.0")
+    vars(model.hf)["forward"] = model.hf.forward  # a method of the model itself
+    patch_latents(model, dictionary, [PAIR])
+    there = weakref.ref(model.hf)
+    del vars(model.hf)["forward"], model
+    gc.collect()
+    assert there() is None
 
 
 def test_a_hook_on_the_unembedding_is_heeded():

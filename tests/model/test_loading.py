@@ -12,6 +12,7 @@ from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
 from saepatch.cli.main import main
 from saepatch.dictionaries.loading import adopt, load_sae, load_saes
 from saepatch.errors import UserError
+from saepatch.model import loading
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
@@ -70,6 +71,36 @@ def test_model_from_a_folder(model_folder):
     assert model.fingerprint == tiny_model().fingerprint
     assert model.fingerprint != tiny_model(seed=1).fingerprint
     assert load_model(str(model_folder), dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_model_is_checked_by_few_logits_with_the_same_result(family, monkeypatch):
+    """Of a large vocabulary, unembedding takes most of the time."""
+    model, widths = tiny_model(family), []
+    plain = loading.run_pass
+
+    def seen(*rest):
+        logits = plain(*rest)
+        widths.append(logits.shape[-1])
+        return logits
+
+    monkeypatch.setattr(loading, "run_pass", seen)
+    monkeypatch.setattr(loading, "FEW_LOGITS", 16)
+    again = loading.wrap_model(model.hf, model.tokenizer, model.name)
+    assert set(widths) == {2 * model.d_model}
+    names = ("padding", "step_limit", "last_alone")
+    assert [getattr(again, name) for name in names] == [getattr(model, name) for name in names]
+    assert (again.layout.paths, again.layout.widths) == (model.layout.paths, model.layout.widths)
+
+
+def test_large_weights_are_finite_though_their_sum_is_not():
+    model = tiny_model()
+    weight = model.layout.blocks[0].mlp.up_proj.weight.data
+    weight[0, :4] = 3e38
+    loading.wrap_model(model.hf, model.tokenizer, model.name)
+    weight[0, 1] = -torch.inf
+    with pytest.raises(UserError, match=r"NaN or infinite weights in model.layers.0.mlp.up_proj"):
+        loading.wrap_model(model.hf, model.tokenizer, model.name)
 
 
 def test_models_that_cannot_be_loaded(model_folder, tmp_path):
