@@ -16,6 +16,10 @@ from .circuits.find import FoundCircuit as FoundCircuit
 from .circuits.find import find_circuit as find_circuit
 from .circuits.frozen_graph import attribution_graph as attribution_graph
 from .circuits.frozen_graph import head_loadings as head_loadings
+from .circuits.learned import LearningOptions as LearningOptions
+from .circuits.learned import alignment_controls as alignment_controls
+from .circuits.learned import fit_das as fit_das
+from .circuits.learned import fit_dbm as fit_dbm
 from .circuits.node_runs import NodeRuns as NodeRuns
 from .circuits.nodes import Edge as Edge
 from .circuits.nodes import Node as Node

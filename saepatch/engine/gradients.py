@@ -163,10 +163,16 @@ class Base:
 
     def gradient_at(self, site: Site, x: Float[Tensor, "batch pos _"]) -> Float[Tensor, "batch pos _"]:
         """Gradient at a site set to `x`, with everything before it as in the base run; earlier blocks are skipped."""
+        return self.value_and_gradient_at(site, x)[1]
+
+    def value_and_gradient_at(
+        self, site: Site, x: Float[Tensor, "batch pos _"]
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch pos _"]]:
+        """The metric with a site set to `x`, and the gradient there (see `gradient_at`)."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), self.readout.running(self.model), self._from(site, self.plain(), leaf):
             metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
-            return self.backward(metric, [leaf])[0]
+            return metric.detach(), self.backward(metric, [leaf])[0]
 
     def backward(self, metric: Float[Tensor, "batch"], at: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of the metric's sum; since examples do not interact, each row is its example's gradient.
