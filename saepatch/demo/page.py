@@ -17,6 +17,7 @@ from saepatch.pages.maps import (
     draw_map,
     edit_table,
     head_map,
+    on_one_scale,
     site_and_position,
     site_key,
     unit_and_position,
@@ -203,10 +204,17 @@ def _where(results: Findings) -> report.Section:
         "Their effects do not add up to the effect of the layer, where all latents and the error term are patched "
         "together."
     )
-    return report.Section("Where: maps", text, [report.Choice("Show", [(d, _maps(results, d)) for d in maps.streams])])
+    drawn = {direction: _maps(results, direction) for direction in maps.streams}
+    scaled = [on_one_scale(twins) for twins in zip(*(charts for charts, _ in drawn.values()), strict=True)]
+    options: list[tuple[str, list[report.Simple]]] = [
+        (direction, [*(twins[number] for twins in scaled), table])
+        for number, (direction, (_, table)) in enumerate(drawn.items())
+    ]
+    return report.Section("Where: maps", text, [report.Choice("Show", options)])
 
 
-def _maps(results: Findings, direction: PatchDirection) -> list[report.Simple]:
+def _maps(results: Findings, direction: PatchDirection) -> tuple[list[report.HeatMap], report.Table]:
+    """Three maps of a direction, and the table of the edits behind them."""
     maps, site, anchors = results.maps, results.patching.site, anchors_of(results.cards)
     edits = EditTable.of(maps.streams[direction], maps.latents[direction], maps.heads[direction])
     tokens = PromptTokens(maps.clean, maps.corrupted)
@@ -244,12 +252,12 @@ def _maps(results: Findings, direction: PatchDirection) -> list[report.Simple]:
     )
     listed = sorted({*edits.largest_by_cell(latents), *chosen}, key=lambda number: -edits.effects[number])
     heads_caption = f"Each head's output z at all positions, n = {maps.head_pairs} pairs."
-    return [
+    charts = [
         replace(layers, columns_below=below),
         head_map(f"Layer × head: {direction}", edits, heads, results.model.n_heads, heads_caption),
         replace(single, columns_below=below, anchors=[anchors.get((site, unit[2]), "") for unit in units]),
-        edit_table(edits, [*listed, *heads], tokens, anchors, caption),
     ]
+    return charts, edit_table(edits, [*listed, *heads], tokens, anchors, caption)
 
 
 RATES = {

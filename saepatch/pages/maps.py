@@ -15,9 +15,10 @@ from saepatch.report import Cell, EstimateCell, HeatMap, Link, Table, token_text
 from saepatch.runs.parts import EditKey
 
 EACH = 4  # edits of each site and position that the table of edits always lists
+FLOOR = 0.1  # share of the gap: where all effects are smaller, colours are as pale as on a map that reaches it
 COLOURS = (
-    "Colours are relative to the largest cell of this map, orange towards the source run, blue away from it; "
-    "–: not run, since nothing differs there."
+    "Orange: towards the source run; blue: away from it; pale: no interval, or one that contains 0; –: not run, since "
+    "nothing differs there."
 )
 
 Row = TypeVar("Row", bound=Hashable)
@@ -129,6 +130,8 @@ def draw_map(
 ) -> HeatMap:
     """A map of some edits: `place` gives each edit's row and column; the edits of a cell are summed.
 
+    A cell of one edit whose interval contains 0 is pale.
+
     Args:
         rows: Names of the rows, in order; edits whose row or column is not named are left out.
         leads_to: The key of the table rows that a click on an edit's cell shows.
@@ -136,12 +139,18 @@ def draw_map(
     row_at, column_at = ({name: i for i, name in enumerate(names)} for names in (rows, columns))
     values = np.full((len(rows), len(columns)), np.nan)
     keys = [["" for _ in columns] for _ in rows]
+    cells: dict[tuple[int, int], list[int]] = {}
     for number in numbers:
         row, column = place(edits.keys[number])
         if row in row_at and column in column_at:
-            i, j = row_at[row], column_at[column]
-            values[i, j] = np.nan_to_num(values[i, j]) + edits.effects[number]
-            keys[i][j] = leads_to(edits.keys[number])
+            cells.setdefault((row_at[row], column_at[column]), []).append(number)
+    for (i, j), own in cells.items():
+        values[i, j] = edits.effects[own].sum()
+        keys[i][j] = leads_to(edits.keys[own[-1]])
+    alone = {at: own[0] for at, own in cells.items() if len(own) == 1}
+    uncertain = np.zeros(values.shape, dtype=bool)
+    for at, interval in zip(alone, edits.intervals(list(alone.values())), strict=True):
+        uncertain[at] = interval is not None and not _excludes_zero(interval)
     return HeatMap(
         title,
         list(rows.values()),
@@ -150,7 +159,20 @@ def draw_map(
         f"{caption} {COLOURS}".strip(),
         value_format=".2f" if np.nanmax(np.abs(values), initial=0.0) >= 0.1 else ".3f",
         keys=keys,
+        scale=FLOOR,
+        uncertain=uncertain.tolist(),
     )
+
+
+def _excludes_zero(cell: EstimateCell) -> bool:
+    return cell.low is not None and cell.high is not None and not cell.low <= 0 <= cell.high
+
+
+def on_one_scale(maps: Sequence[HeatMap]) -> list[HeatMap]:
+    """The maps with one colour scale and number format, such as those of both directions."""
+    top = max((abs(v) for chart in maps for row in chart.values for v in row if v is not None and v == v), default=0.0)
+    form = ".2f" if top >= 0.1 else ".3f"
+    return [replace(chart, scale=max(top, chart.scale), value_format=form) for chart in maps]
 
 
 def head_map(

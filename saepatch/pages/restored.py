@@ -231,9 +231,10 @@ def _chart(answers: Answers, group: str) -> BarChart:
         [share.condition for share in mine],
         [bars(OUTCOME_WORDS[name], [share.outcomes[name] for share in mine]) for name in OUTCOMES],
         "share of prompts",
-        f"n = {mine[0].prompts} prompts. {WILSON}",
+        f"n = {mine[0].prompts} prompts. Intervals are in the table below.",
         value_range=(0.0, 1.0),
         value_format=".0%",
+        shares=True,
     )
 
 

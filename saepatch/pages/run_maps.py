@@ -1,10 +1,20 @@
 """Heat maps of a run's effects, over all pairs and for single pairs, and the table of its edits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from saepatch.model.sites import Site
-from saepatch.pages.maps import EACH, EditTable, draw_map, edit_table, head_map, site_key, unit_and_position, unit_of
+from saepatch.pages.maps import (
+    EACH,
+    EditTable,
+    draw_map,
+    edit_table,
+    head_map,
+    on_one_scale,
+    site_key,
+    unit_and_position,
+    unit_of,
+)
 from saepatch.pages.run_data import RunData
 from saepatch.report import Choice, HeatMap, Section, Simple
 from saepatch.runs.parts import EditKey
@@ -21,17 +31,25 @@ def maps(run: RunData) -> Section | None:
         return None
     count = len(run.pairs.examples)
     options: list[tuple[str, list[Simple]]] = []
-    for direction in run.directions:
-        drawn = _maps(run, run.edits, run.own(direction), None)
-        options.append((f"{direction}, all {count} pairs" if count > 1 else direction, drawn))
+    drawn = _twins([_maps(run, run.edits, run.own(direction), None) for direction in run.directions])
+    for direction, each in zip(run.directions, drawn):
+        options.append((f"{direction}, all {count} pairs" if count > 1 else direction, each))
     shown = run.reading["prompts"]["first"] if run.reading and count > 1 else []
     for pair, prompts in enumerate(shown[:PAIRS]):
         effects, ran = run.effects_of(pair)
-        for direction in run.directions:
-            own = [number for number in run.own(direction) if ran[number]]
-            drawn = _maps(run, replace(run.edits, effects=effects), own, pair)
-            options.append((f"{direction}, pair {prompts['example']} alone", drawn))
+        edits = replace(run.edits, effects=effects, intervals=lambda numbers: [None] * len(numbers))
+        own = [[number for number in run.own(direction) if ran[number]] for direction in run.directions]
+        drawn = _twins([_maps(run, edits, numbers, pair) for numbers in own])
+        for direction, each in zip(run.directions, drawn):
+            options.append((f"{direction}, pair {prompts['example']} alone", each))
     return Section("Where: maps", _text(run), [Choice("Show", [option for option in options if option[1]])])
+
+
+def _twins(maps: Sequence[Mapping[str, HeatMap]]) -> list[list[Simple]]:
+    """The maps of each direction; those of one kind on one scale in all directions."""
+    kinds = dict.fromkeys(kind for drawn in maps for kind in drawn)
+    scaled = {kind: iter(on_one_scale([drawn[kind] for drawn in maps if kind in drawn])) for kind in kinds}
+    return [[next(scaled[kind]) for kind in drawn] for drawn in maps]
 
 
 def _text(run: RunData) -> str:
@@ -56,16 +74,14 @@ def _text(run: RunData) -> str:
     return text
 
 
-def _maps(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> list[Simple]:
-    """The maps of some edits with their effects."""
+def _maps(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> dict[str, HeatMap]:
+    """The maps of some edits with their effects, by kind."""
     placed = [number for number in own if edits.keys[number].position.isdigit()]
     heads = [n for n in own if edits.keys[n].component == "head" and not edits.keys[n].position.isdigit()]
-    drawn: list[Simple] = []
-    if placed:
-        drawn = [*_by_site(run, edits, placed, pair), *_by_unit(run, edits, placed, pair)]
+    drawn = {"by site": _by_site(run, edits, placed, pair), "by unit": _by_unit(run, edits, placed, pair)}
     if heads:
-        drawn.append(head_map(f"Attention heads: {edits.keys[heads[0]].direction}", edits, heads))
-    return drawn
+        drawn["heads"] = head_map(f"Attention heads: {edits.keys[heads[0]].direction}", edits, heads)
+    return {kind: chart for kind, chart in drawn.items() if chart is not None}
 
 
 def _positions(edits: EditTable, numbers: Sequence[int]) -> list[int]:
@@ -74,19 +90,15 @@ def _positions(edits: EditTable, numbers: Sequence[int]) -> list[int]:
     return sorted(list(ranked)[:COLUMNS])
 
 
-def _by_site(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> list[HeatMap]:
+def _by_site(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> HeatMap | None:
     """Component and site against position; effects of several units are summed."""
     numbers = [number for number in own if edits.keys[number].component != "head"]
     places = {_site_of(edits.keys[number]) for number in numbers}
     rows = sorted(places, key=lambda row: (row[1] == "error", row[0].layer, str(row)))
     if not rows:
-        return []
+        return None
     kinds = sorted({kind for _, kind in rows})
-    positions = _positions(edits, own)
-    tokens = run.tokens(pair)
-    if 0 < len(tokens.clean) <= COLUMNS:
-        positions = list(range(max(len(tokens.clean), positions[-1] + 1)))
-    columns, below = tokens.columns(positions)
+    columns, below = run.tokens(pair).columns(_positions(edits, own))
     caption = ""
     if "latent" in kinds:
         caption = "Cells of latents: the sum of their single effects, " + (
@@ -103,19 +115,19 @@ def _by_site(run: RunData, edits: EditTable, own: Sequence[int], pair: int | Non
         caption,
         site_key,
     )
-    return [replace(drawn, columns_below=below)]
+    return replace(drawn, columns_below=below)
 
 
 def _site_of(key: EditKey) -> tuple[Site, str]:
     return Site.parse(key.site), key.component
 
 
-def _by_unit(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> list[HeatMap]:
+def _by_unit(run: RunData, edits: EditTable, own: Sequence[int], pair: int | None) -> HeatMap | None:
     """The units with the largest effects against position."""
     units = edits.by_size([number for number in own if edits.keys[number].component in ("latent", "head")])
     rows = list(dict.fromkeys(unit_of(edits.keys[number]) for number in units))[:ROWS]
     if not rows:
-        return []
+        return None
     numbers = [number for number in units if unit_of(edits.keys[number]) in set(rows)]
     columns, below = run.tokens(pair).columns(_positions(edits, numbers))
     kind = "latents" if rows[0][1] == "latent" else "heads"
@@ -127,7 +139,7 @@ def _by_unit(run: RunData, edits: EditTable, own: Sequence[int], pair: int | Non
         {row: f"{row[0]} {'head ' if row[1] == 'head' else ''}{row[2]}" for row in rows},
         columns,
     )
-    return [replace(drawn, columns_below=below, anchors=[run.anchors.get((site, unit), "") for site, _, unit in rows])]
+    return replace(drawn, columns_below=below, anchors=[run.anchors.get((site, unit), "") for site, _, unit in rows])
 
 
 def edits(run: RunData) -> Section:

@@ -138,7 +138,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class BarChart:
-    """Horizontal bars, grouped by label where there are several sets, with whiskers for intervals."""
+    """Horizontal bars, grouped by label where there are several sets, with whiskers for intervals.
+
+    With `shares`, the sets are shares of one whole: one bar for each label, without whiskers.
+    """
 
     title: str
     labels: Sequence[str]
@@ -148,6 +151,7 @@ class BarChart:
     references: Sequence[Reference] = ()
     value_range: tuple[float, float] | None = None
     value_format: str = ""
+    shares: bool = False
 
     def __post_init__(self) -> None:
         for bars in self.bars:
@@ -172,10 +176,16 @@ class HeatMap:
     """A key for each cell: clicking it shows the table rows with the same key."""
     anchors: Sequence[str] | None = None
     """For each row, the `Details` that its name links to; empty: none."""
+    scale: float = 0.0
+    """The value of the deepest colour, where no cell is larger."""
+    uncertain: Sequence[Sequence[bool]] | None = None
+    """Cells drawn pale, such as those whose interval contains 0."""
 
     def __post_init__(self) -> None:
         name = f"heat map {self.title!r}"
-        _same_lengths(name, rows=self.rows, values=self.values, keys=self.keys, anchors=self.anchors)
+        _same_lengths(
+            name, rows=self.rows, values=self.values, keys=self.keys, anchors=self.anchors, uncertain=self.uncertain
+        )
         _same_lengths(name, columns=self.columns, columns_below=self.columns_below)
         for index, row in enumerate(self.values):
             _same_lengths(name, columns=self.columns, values=row, keys=self.keys[index] if self.keys else None)

@@ -10,7 +10,6 @@ from saepatch.report.blocks import (
     BarChart,
     Bars,
     Chart,
-    HeatMap,
     Histogram,
     LineChart,
     NodeGraph,
@@ -20,13 +19,12 @@ from saepatch.report.blocks import (
     Series,
 )
 from saepatch.report.graphs import node_graph
+from saepatch.report.heat_maps import heat_map
 from saepatch.report.scales import Scale, linear, logarithmic
-from saepatch.report.svg import Drawing, clipped, element, label, marker, rule
-from saepatch.report.text import common_format, finite, number, visible, with_interval
+from saepatch.report.svg import CHARACTER, DIGIT, WIDE, Drawing, clipped, element, label, marker, rule
+from saepatch.report.text import common_format, finite, number, with_interval
 
-WIDE, NARROW = 720, 360
 PALETTE = 7  # colours in the stylesheet
-_CHARACTER = 6.4  # approximate width in pixels of a letter in an axis label
 
 Span = tuple[Number, Number]
 
@@ -84,7 +82,7 @@ def line_chart(chart: LineChart, width: int) -> Drawing:
 
 def _tick_room(axis: Scale, spec: str = "") -> float:
     """x of the plot's left edge, which leaves room for the numbers of the vertical axis."""
-    return 14 + _CHARACTER * max(len(number(tick, spec)) for tick in axis.ticks)
+    return 14 + CHARACTER * max(len(number(tick, spec)) for tick in axis.ticks)
 
 
 def _y_axis(axis: Scale, name: str, left: float, width: int, spec: str = "") -> list[Markup]:
@@ -98,7 +96,7 @@ def _y_axis(axis: Scale, name: str, left: float, width: int, spec: str = "") -> 
 
 def _below_axis(text: str, left: float, width: int, y: float) -> Markup:
     """An axis label, centred below the axis; right-aligned where it is too long for that."""
-    if _CHARACTER * len(text) > width - left - 14:
+    if CHARACTER * len(text) > width - left - 14:
         return label(width, y, text, "axis", "end")
     return label((left + width - 14) / 2, y, text, "axis", "middle")
 
@@ -189,17 +187,18 @@ def _cloud(points: Points, index: int, x_axis: Scale, y_axis: Scale, spec: str) 
 
 def bar_chart(chart: BarChart, width: int) -> Drawing:
     """Horizontal bars; on a narrow page, labels are above their bars."""
-    stacked = width < WIDE
+    narrow = width < WIDE
     values = [v for bars in chart.bars for v in (*bars.values, *(bars.low or ()), *(bars.high or ()))]
     values += [0.0, *(reference.value for reference in chart.references)]
     longest = max((len(text) for text in chart.labels), default=0)
-    room = 46 if stacked else min(longest, 38)
-    left = 4.0 if stacked else 14 + _CHARACTER * room
+    room = 46 if narrow else min(longest, 38)
+    left = 4.0 if narrow else 14 + CHARACTER * room
     numbers = [v for v in values if finite(v)]
-    axis = linear(numbers, left, width - 70, 2 if stacked else 5, fixed=chart.value_range)
+    axis = linear(numbers, left, width - 70, 2 if narrow else 5, fixed=chart.value_range)
     spec = chart.value_format or common_format([v for bars in chart.bars for v in bars.values])
-    thick, head = (15.0 if len(chart.bars) > 1 else 19.0), (20.0 if stacked else 0.0)
-    block = head + thick * len(chart.bars) + 13
+    lines = 1 if chart.shares else len(chart.bars)
+    thick, head = (15.0 if lines > 1 else 19.0), (20.0 if narrow else 0.0)
+    block = head + thick * lines + 13
     top = 30.0 if chart.references else 10.0
     bottom = top + block * len(chart.labels)
     parts = []
@@ -209,12 +208,14 @@ def bar_chart(chart: BarChart, width: int) -> Drawing:
         parts.append(label(axis(tick), bottom + 16, number(tick, tick_spec), "tick", "middle"))
     for row, name in enumerate(chart.labels):
         y = top + block * row + 6.5
-        middle = y + head + thick * len(chart.bars) / 2 + 4
-        where = (left, y + 12, "start") if stacked else (left - 10, middle, "end")
+        middle = y + head + thick * lines / 2 + 4
+        where = (left, y + 12, "start") if narrow else (left - 10, middle, "end")
         parts.append(
             element("g", {}, element("title", {}, name), label(*where[:2], clipped(name, room), "name", where[2]))
         )
-        for index, bars in enumerate(chart.bars):
+        if chart.shares:
+            parts += _stack(chart.bars, row, axis, y + head, thick, name, spec)
+        for index, bars in enumerate(() if chart.shares else chart.bars):
             tip = name if len(chart.bars) == 1 else f"{name}, {bars.name}"
             parts.append(_bar(bars, row, index, axis, y + head + thick * index, thick, tip, spec))
     for reference in chart.references:
@@ -224,6 +225,30 @@ def bar_chart(chart: BarChart, width: int) -> Drawing:
         parts.append(label(x, top - 13, reference.label, "note", anchor))
     parts.append(label((left + width - 70) / 2, bottom + 38, chart.value_label, "axis", "middle"))
     return Drawing(width, bottom + (46 if chart.value_label else 24), chart.title, tuple(parts))
+
+
+def _stack(
+    sets: Sequence[Bars], row: int, axis: Scale, y: float, thick: float, name: str, spec: str
+) -> Iterator[Markup]:
+    """One bar of shares of a whole, each with its number where there is room."""
+    start = 0.0
+    for index, bars in enumerate(sets):
+        if not finite(value := bars.values[row]) or value <= 0:
+            continue
+        left, right = axis(start), axis(start + value)
+        box = {
+            "x": round(left, 2),
+            "y": round(y + 1, 2),
+            "width": round(right - left, 2),
+            "height": thick - 2,
+            "rx": 1.5,
+        }
+        shown = number(value, spec)
+        parts = [element("title", {}, f"{name}, {bars.name}: {shown}"), element("rect", {**box, "class": "bar"})]
+        if right - left > DIGIT * len(shown) + 8:
+            parts.append(label((left + right) / 2, y + thick / 2 + 4, shown, "over", "middle"))
+        yield element("g", {"class": f"mark s{index % PALETTE}"}, *parts)
+        start += value
 
 
 def _bar(bars: Bars, row: int, index: int, axis: Scale, y: float, thick: float, tip: str, spec: str) -> Markup:
@@ -271,104 +296,3 @@ def histogram(chart: Histogram, width: int) -> Drawing:
         parts.append(element("g", {"class": "mark s0"}, tip, bar))
     parts.append(label((left + width - 14) / 2, bottom + 34, chart.x_label, "axis", "middle"))
     return Drawing(width, height, chart.title, tuple(parts))
-
-
-# Heat maps
-
-_CELL = 34.0  # pixels: the narrowest cell that fits a number with two decimals
-_DIGIT, _FINE_DIGIT = 7.0, 5.8  # approximate width in pixels of a digit in a cell, in normal and in small print
-
-
-def map_width(chart: HeatMap) -> int:
-    """Preferred width of a heat map in pixels: on a narrower page it scrolls."""
-    return round(max(NARROW, _names_width(chart) + _CELL * len(chart.columns) + 4))
-
-
-def _names_width(chart: HeatMap, most: int = 26) -> float:
-    """Width in pixels for the row names, clipped to `most` letters."""
-    return 12 + _CHARACTER * min(max(len(name) for name in (*chart.rows, chart.row_label)), most)
-
-
-def heat_map(chart: HeatMap, width: int) -> Drawing:
-    """Cells coloured by sign and magnitude, with their numbers where there is room."""
-    top_value = max((abs(v) for row in chart.values for v in row if finite(v)), default=0.0)
-    spec = chart.value_format or common_format([v for row in chart.values for v in row])
-    left = _names_width(chart, 26 if width >= map_width(chart) else 14)
-    room = int((left - 12) / _CHARACTER + 0.5)
-    cell = min((width - left - 4) / max(1, len(chart.columns)), 84.0)
-    tall = min(max(cell, 22.0), 32.0)
-    widest = max((len(number(v, spec)) for row in chart.values for v in row), default=0)
-    numbered = "cell" if cell >= _DIGIT * widest + 5 else "cell fine" if cell >= _FINE_DIGIT * widest + 4 else ""
-    parts, head = _column_names(chart, left, cell)
-    if chart.row_label:
-        parts.append(label(left - 8, head - 8, clipped(chart.row_label, room), "axis", "end"))
-    for row, (name, values) in enumerate(zip(chart.rows, chart.values)):
-        y = head + tall * row
-        shown = label(left - 8, y + tall / 2 + 4, clipped(name, room), "name", "end")
-        anchor = chart.anchors[row] if chart.anchors else ""
-        parts.append(element("a", {"href": f"#{anchor}"}, shown) if anchor else shown)
-        for index, value in enumerate(values):
-            tip = f"{name}, {_column(chart, index)}: {number(value, spec)}"
-            key = (row, index, chart.keys[row][index]) if chart.keys and finite(value) else None
-            parts.append(_cell(value, top_value, (left + cell * index, y, cell, tall), tip, spec, numbered, key))
-    height = head + tall * len(chart.rows) + 6
-    return Drawing(
-        width, height, chart.title, tuple(parts), interactive=chart.keys is not None or any(chart.anchors or ())
-    )
-
-
-def _column(chart: HeatMap, index: int) -> str:
-    """Name of a column for tooltips."""
-    below = chart.columns_below[index] if chart.columns_below else ""
-    return f"{chart.columns[index]} / {below}" if below else chart.columns[index]
-
-
-def _column_names(chart: HeatMap, left: float, cell: float) -> tuple[list[Markup], float]:
-    """The column names, and the y where the cells begin. Names that do not fit side by side are slanted."""
-    lines = [chart.columns] if chart.columns_below is None else [chart.columns, chart.columns_below]
-    longest = [max((len(name) for name in names), default=0) for names in lines]
-    slanted = any(_CHARACTER * count > cell - 4 for count in longest)
-    head = 18.0 if chart.column_label else 0.0
-    parts = [label(left, 12, chart.column_label, "axis")] if chart.column_label else []
-    for names, count in zip(lines, longest):
-        head += 14 + (min(count, 16) * 4.6 if slanted else 4.0)
-        for index, name in enumerate(names):
-            x = left + cell * (index + 0.5)
-            if slanted:
-                turn = {"transform": f"translate({x:g},{head:g}) rotate(-40)", "class": "tick"}
-                parts.append(element("text", turn, clipped(name, 16)))
-            else:
-                parts.append(label(x, head, name, "tick", "middle"))
-    return parts, head + 8
-
-
-def _over(share: float, kind: str) -> str:
-    """Class of a number that keeps it legible on its cell's colour; the dark theme needs it on paler colours."""
-    deep = 0.9 if kind == "positive" else 0.78  # above this, light letters are more legible in the light theme
-    return " strong" if share > deep else " mid" if share > 0.6 else ""
-
-
-def _cell(
-    value: Number,
-    top: float,
-    box: tuple[float, float, float, float],
-    tip: str,
-    spec: str,
-    numbered: str,
-    key: tuple[int, int, str] | None,
-) -> Markup:
-    x, y, wide, tall = box
-    share = abs(value) / top if finite(value) and top else 0.0
-    kind = "none" if not finite(value) else "positive" if value >= 0 else "negative"
-    place = {"x": round(x + 1, 2), "y": round(y + 1, 2), "width": round(wide - 2, 2), "height": round(tall - 2, 2)}
-    parts = [element("title", {}, tip), element("rect", {**place, "rx": 2, "class": "plate"})]
-    if share > 0.004:
-        parts.append(element("rect", {**place, "rx": 2, "class": kind, "fill-opacity": round(share, 3)}))
-    if numbered:
-        kinds = f"{numbered}{_over(share, kind)}"
-        parts.append(label(x + wide / 2, y + tall / 2 + 4, number(value, spec), kinds, "middle"))
-    if key is None:
-        return element("g", {"class": "mark"}, *parts)
-    row, column, name = key
-    button: dict[str, str | int] = {"class": "mark pick", "role": "button", "tabindex": -1}  # its title is its name
-    return element("g", {**button, "data-r": row, "data-c": column, "data-key": visible(name)}, *parts)

@@ -9,9 +9,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from saepatch.report.blocks import BarChart, Chart, HeatMap, Histogram, LineChart, NodeGraph, ScatterChart
-from saepatch.report.charts import PALETTE, WIDE, draw, map_width
+from saepatch.report.charts import PALETTE, draw
 from saepatch.report.files import stylesheet, write_whole
-from saepatch.report.svg import element, label, outline, rule
+from saepatch.report.heat_maps import map_width
+from saepatch.report.svg import WIDE, element, label, outline, rule
 
 _MARGIN = 20.0
 

@@ -12,10 +12,12 @@ from markupsafe import Markup
 
 from saepatch.errors import UserError
 from saepatch.report.blocks import Block, Chart, Facts, HeatMap, Histogram, Page, Section, Simple
-from saepatch.report.charts import NARROW, WIDE, draw, map_width
+from saepatch.report.charts import draw
 from saepatch.report.figure import svg_of, write_figure
 from saepatch.report.files import stylesheet
+from saepatch.report.heat_maps import map_width
 from saepatch.report.page import environment, write_page
+from saepatch.report.svg import NARROW, WIDE
 
 # Where a notebook says which of its themes is on: JupyterLab and nbconvert, VS Code, Colab, mkdocs-material.
 LIGHT = '[data-jp-theme-light="true"], .vscode-light, html[theme="light"], [data-md-color-scheme="default"]'

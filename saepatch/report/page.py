@@ -31,10 +31,11 @@ from saepatch.report.blocks import (
     Series,
     Table,
 )
-from saepatch.report.charts import NARROW, PALETTE, WIDE, draw, map_width
+from saepatch.report.charts import PALETTE, draw
 from saepatch.report.figure import flat_style
 from saepatch.report.files import SOURCES, stylesheet, write_whole
-from saepatch.report.svg import outline
+from saepatch.report.heat_maps import map_width
+from saepatch.report.svg import NARROW, WIDE, outline
 from saepatch.report.text import MISSING, common_format, finite, number, visible
 
 

@@ -10,6 +10,9 @@ from markupsafe import Markup, escape
 from saepatch.report.text import visible
 
 Attributes = Mapping[str, str | float | int]
+WIDE, NARROW = 720, 360  # pixels: the widths in which a chart is drawn
+CHARACTER = 6.4  # approximate width in pixels of a letter in an axis label
+DIGIT = 7.0  # approximate width in pixels of a digit in a cell or bar
 
 
 def element(name: str, attributes: Attributes, *children: Markup | str) -> Markup:

@@ -16,12 +16,14 @@ from tiny import random_sae, tiny_model
 
 import saepatch.model.loading
 from saepatch.cli.main import main
+from saepatch.pages.maps import EditTable, draw_map
 from saepatch.pages.run import run_page
 from saepatch.pages.run_data import read_run_data
 from saepatch.records.rows import read_rows
-from saepatch.report import BarChart, HeatMap, LineChart, ScatterChart, Table
+from saepatch.report import BarChart, EstimateCell, HeatMap, LineChart, ScatterChart, Table
 from saepatch.runs.catalogue import find_runs, read_run, runs_table
 from saepatch.runs.comparison import compare_runs
+from saepatch.runs.parts import EditKey
 
 pytestmark = pytest.mark.whole
 
@@ -129,7 +131,8 @@ def test_maps_are_sums_over_rows(swept):
     assert len(by_site) == 2 * (1 + 3)  # both directions: over all pairs, and of three alone
     for heat, wanted in [(m, cells) for m in by_site[:2]] + [(m, alone) for m in by_site[4:6]]:
         direction = heat.title.rpartition(": ")[2]
-        told = {(direction, row, c): v for row, values in zip(heat.rows, heat.values) for c, v in enumerate(values)}
+        at = [int(column.split()[0]) for column in heat.columns]
+        told = {(direction, row, c): v for row, values in zip(heat.rows, heat.values) for c, v in zip(at, values)}
         assert {key for key, value in told.items() if not np.isnan(value)} == {k for k in wanted if k[0] == direction}
         for key, value in wanted.items():
             if key[0] == direction:
@@ -171,14 +174,35 @@ def test_a_curve_has_every_group_that_was_asked_for(place, tmp_path):
 
 
 def test_tokens_stand_over_maps(swept):
-    """Token 2 is the one that differs; all else is shared by all pairs."""
+    """Token 2 is the one that differs; all else is shared by all pairs. Before it, nothing was run."""
     over_all, alone = (blocks(run_page(read_run_data(swept)), HeatMap)[n] for n in (0, 6))
-    assert list(over_all.columns)[:2] == ["0 <bos>", "1 a"]
-    assert over_all.columns[2] == "2 …"
-    assert list(over_all.columns)[3:] == ["3 b", "4 ␣", "5 c"]
-    assert list(over_all.columns_below) == ["=", "=", "…", "=", "=", "="]
-    assert alone.columns[2] == f"2 {EVIL[0]}"
-    assert alone.columns_below[2] == "⟨U+202E⟩txt⟨U+200B⟩"
+    assert list(over_all.columns) == ["2 …", "3 b", "4 ␣", "5 c"]
+    assert list(over_all.columns_below) == ["…", "=", "=", "="]
+    assert alone.columns[0] == f"2 {EVIL[0]}"
+    assert alone.columns_below[0] == "⟨U+202E⟩txt⟨U+200B⟩"
+
+
+def test_maps_of_both_directions_have_one_scale(swept):
+    maps = blocks(run_page(read_run_data(swept)), HeatMap)
+    by_title = defaultdict(list)
+    for heat in maps[:4]:
+        by_title[heat.title.partition(" by ")[0]].append(heat)
+    for twins in by_title.values():
+        largest = max(abs(v) for heat in twins for row in heat.values for v in row if not np.isnan(v))
+        assert [heat.scale for heat in twins] == [max(largest, 0.1)] * len(twins)
+
+
+def test_cells_of_single_edits_whose_interval_contains_zero_are_pale():
+    keys = [EditKey("denoise", "resid_post.0", "latent", "single", str(n), "2") for n in range(4)]
+    intervals = [EstimateCell(0.3, 0.1, 0.5), EstimateCell(0.01, -0.1, 0.2), EstimateCell(0.2, None, None, "few"), None]
+    edits = EditTable(keys, np.array([0.3, 0.01, 0.2, 0.4]), np.full(4, 9), lambda some: [intervals[n] for n in some])
+    rows = {str(n): str(n) for n in range(4)}
+    heat = draw_map("map", edits, range(4), lambda key: (key.latent, key.position), rows, {"2": "2"})
+    assert heat.uncertain == [[False], [True], [True], [False]]
+    assert heat.scale == 0.1
+    summed = draw_map("map", edits, range(4), lambda key: ("all", key.position), {"all": "all"}, {"2": "2"})
+    assert not np.any(summed.uncertain)
+    assert summed.values == [[pytest.approx(0.91)]]
 
 
 def test_the_table_of_edits_agrees_with_the_summary(swept, grouped):

@@ -42,9 +42,11 @@ from saepatch.report import (
     write_figure,
     write_page,
 )
-from saepatch.report.charts import NARROW, WIDE, bar_chart, heat_map, line_chart, scatter_chart
+from saepatch.report.charts import bar_chart, line_chart, scatter_chart
 from saepatch.report.graphs import node_graph
+from saepatch.report.heat_maps import heat_map
 from saepatch.report.scales import linear, logarithmic
+from saepatch.report.svg import NARROW, WIDE
 from saepatch.report.text import common_format, finite, number, visible
 
 pytestmark = pytest.mark.whole
@@ -446,6 +448,18 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write the report"):
         write_page(page_of(), tmp_path / "file" / "report.html")
+
+
+def test_shares_of_a_whole_are_one_bar():
+    sets = [Bars("refused", [0.25, 0.0]), Bars("complied", [0.75, None]), Bars("degenerate", [0.0, 1.0])]
+    drawn = bar_chart(BarChart("outcomes", ["bare", "restored"], sets, shares=True, value_range=(0, 1)), WIDE)
+    bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)"[^>]*class="bar"', "".join(drawn.parts))
+    (x, y, wide), (x2, y2, wide2), (x3, y3, wide3) = [tuple(map(float, bar)) for bar in bars]
+    assert y == y2 < y3
+    assert x == x3
+    assert x2 == pytest.approx(x + wide, abs=0.02)
+    assert wide + wide2 == pytest.approx(wide3, abs=0.02)
+    assert wide2 == pytest.approx(3 * wide, abs=0.05)
 
 
 # In a browser

@@ -388,8 +388,8 @@ all("main section").forEach((section) => seen.observe(section));
 const PAPER = 40; // rows
 let folded = [];
 function toPaper() {
-  folded = all("details.card:not([open])");
-  folded.forEach((card) => { card.open = true; });
+  folded = all("details.card:not([open]), details.about:not([open])");
+  folded.forEach((part) => { part.open = true; });
   for (const figure of all("figure.table")) {
     const rows = [...figure.querySelector("tbody").rows].filter((row) => !row.hidden);
     rows.slice(PAPER).forEach((row) => row.classList.add("offpaper"));
@@ -400,7 +400,7 @@ function toPaper() {
   }
 }
 function fromPaper() {
-  folded.forEach((card) => { card.open = false; });
+  folded.forEach((part) => { part.open = false; });
   all("tr.offpaper").forEach((row) => row.classList.remove("offpaper"));
   all("p.onpaper").forEach((note) => note.remove());
 }
