@@ -24,6 +24,7 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
 from saepatch.engine.components import Directions
 from saepatch.errors import UserError
+from saepatch.measure.controls import random_latents
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
@@ -32,7 +33,7 @@ from saepatch.organism import texts, world
 from saepatch.reading.patchscope import SCALES, Reading, best_reading, read_by_patchscope
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
-from saepatch.records.statistics import Interval, random_latents, wilson_share
+from saepatch.records.statistics import Interval, wilson_share
 from saepatch.report import Block, Facts, Page, Section, Table, write_page
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner

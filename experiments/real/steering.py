@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.measure.controls import random_latents
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.records.statistics import Interval, bootstrap_mean, random_latents
+from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.steering.contrasts import contrast, first_alive, output_scores, refine
 from saepatch.steering.generate import Concept
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.baselines import difference_of_means
+from saepatch.measure.controls import random_latents
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
-from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, random_latents, wilson_share
+from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, wilson_share
 from saepatch.splicing.interventions import Intervention, Steer
 from saepatch.splicing.splice import splice, whole_prompt
 from saepatch.steering.contrasts import (

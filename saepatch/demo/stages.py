@@ -20,14 +20,14 @@ from saepatch.demo.results import Condition, Patching, RestoredRefusals, Steerin
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import PATCH_DIRECTIONS
 from saepatch.measure.attribution import integrated_gradients
-from saepatch.measure.controls import DRAWS, control_sets, differing_sets
+from saepatch.measure.controls import DRAWS, control_sets, differing_sets, random_latents
 from saepatch.measure.curves import PairRanking, effect_curve, effect_curve_by_pair
 from saepatch.measure.patching import patch_latents
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.organism import tasks, world
-from saepatch.records.statistics import Interval, random_latents, wilson_share
+from saepatch.records.statistics import Interval, wilson_share
 from saepatch.restoration.restore import change_scores, first_tokens, judge, refused_first_token, restore
 from saepatch.splicing.donors import CleanPrompts
 from saepatch.splicing.interventions import Ablate, Intervention, Patch

@@ -1,18 +1,19 @@
 """Control sets for a chosen set of latents."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import Edit, EditPart
+from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.records.statistics import matched_latents, random_latents
 
 log = logging.getLogger(__name__)
 
@@ -84,3 +85,64 @@ def with_controls(
         else:
             edits += [Edit.of(parts, role) for role, several in drawn.items() for parts in several]
     return edits
+
+
+def random_latents(
+    among: Bool[Tensor, "d_sae"], exclude: Collection[int], k: int, draws: int = 5, seed: int = 0
+) -> list[tuple[int, ...]]:
+    """`draws` sets of `k` latents, each set drawn without replacement from `among` minus `exclude`.
+
+    Raises:
+        UserError: fewer than `k` latents are left to draw from.
+    """
+    left = np.setdiff1d(among.nonzero().flatten().cpu().numpy(), np.asarray(sorted(exclude), dtype=int))
+    if len(left) < k:
+        raise UserError(f"{k} random latents wanted, but only {len(left)} are left to draw from: choose fewer latents")
+    rng = np.random.default_rng(seed)
+    return [tuple(int(i) for i in rng.choice(left, size=k, replace=False)) for _ in range(draws)]
+
+
+def matched_latents(
+    chosen: Sequence[int],
+    frequency: Float[Tensor, "d_sae"],
+    size: Float[Tensor, "d_sae"],
+    draws: int = 5,
+    neighbours: int = 10,
+    seed: int = 0,
+) -> list[tuple[int, ...]]:
+    """`draws` sets of latents that fire about as often and write about as much as the chosen ones.
+
+    `frequency` is the share of positions where a latent is active, `size` its mean activation times the norm of its
+    decoder row. For each chosen latent, a control is drawn from its `neighbours` nearest in the ranks of both, among
+    live latents that are neither chosen nor already in this set.
+
+    Raises:
+        UserError: there are not enough live latents to draw from.
+    """
+    live = (frequency > 0).nonzero().flatten().cpu().numpy()
+    rank = np.stack([_ranks(frequency[live].cpu().numpy()), _ranks(size[live].cpu().numpy())], 1)
+    place = {int(latent): row for row, latent in enumerate(live)}
+    others = np.array([int(latent) not in set(chosen) for latent in live])
+    if others.sum() < len(chosen):
+        raise UserError(
+            f"{len(chosen)} matched latents wanted, but only {others.sum()} live ones are left: choose fewer"
+        )
+    rng = np.random.default_rng(seed)
+    sets = []
+    for _ in range(draws):
+        free, drawn = others.copy(), []
+        for latent in chosen:
+            centre = rank[place[latent]] if latent in place else np.zeros(2)  # a dead latent: match the rarest
+            distance = np.where(free, np.abs(rank - centre).sum(1), np.inf)
+            near = np.argsort(distance, kind="stable")[: min(neighbours, int(free.sum()))]
+            row = int(rng.choice(near))
+            free[row] = False
+            drawn.append(int(live[row]))
+        sets.append(tuple(drawn))
+    return sets
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    ranks = np.empty(len(values))
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks / max(1, len(values) - 1)

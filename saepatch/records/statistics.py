@@ -1,14 +1,12 @@
-"""Uncertainty and controls: confidence intervals over prompts, tests, random and matched random latents."""
+"""Uncertainty: confidence intervals over prompts, and tests."""
 
 import math
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from saepatch.errors import UserError
 
@@ -112,7 +110,7 @@ class RatioBootstrap:
             return Interval.withheld(ratio, n, f"{FEW}: no finite bounds at n = {n}")
         spread = (max(top.max(), 0.0) - min(top.min(), 0.0)) / abs(bottom.mean())
         if high - low > LOOSEST * spread:  # a few large values, which some draws have and others have not
-            return Interval.withheld(ratio, n, f"{FEW}: over {LOOSEST} times as wide as the values' range")
+            return Interval.withheld(ratio, n, f"{FEW}: values too uneven")
         return Interval(ratio, low, high, n)
 
     def _bounds(self, ratio: float, residual: Float[np.ndarray, "examples"]) -> tuple[float, float]:
@@ -342,64 +340,3 @@ def _share_of_one_direction(values: Float[np.ndarray, "pairs columns"]) -> Float
     """r = |sum| / √(n · sum of squares): 1 where all rows are equal. |t| = r √(n − 1) / √(1 − r²)."""
     share = np.abs(_to_unit_length(values).sum(0)) / np.sqrt(len(values))
     return np.where(share > 1 - 1e-12, 1.0, share)  # equal up to rounding
-
-
-def random_latents(
-    among: Bool[Tensor, "d_sae"], exclude: Collection[int], k: int, draws: int = 5, seed: int = 0
-) -> list[tuple[int, ...]]:
-    """`draws` sets of `k` latents, each set drawn without replacement from `among` minus `exclude`.
-
-    Raises:
-        UserError: fewer than `k` latents are left to draw from.
-    """
-    left = np.setdiff1d(among.nonzero().flatten().cpu().numpy(), np.asarray(sorted(exclude), dtype=int))
-    if len(left) < k:
-        raise UserError(f"{k} random latents wanted, but only {len(left)} are left to draw from: choose fewer latents")
-    rng = np.random.default_rng(seed)
-    return [tuple(int(i) for i in rng.choice(left, size=k, replace=False)) for _ in range(draws)]
-
-
-def matched_latents(
-    chosen: Sequence[int],
-    frequency: Float[Tensor, "d_sae"],
-    size: Float[Tensor, "d_sae"],
-    draws: int = 5,
-    neighbours: int = 10,
-    seed: int = 0,
-) -> list[tuple[int, ...]]:
-    """`draws` sets of latents that fire about as often and write about as much as the chosen ones.
-
-    `frequency` is the share of positions where a latent is active, `size` its mean activation times the norm of its
-    decoder row. For each chosen latent, a control is drawn from its `neighbours` nearest in the ranks of both, among
-    live latents that are neither chosen nor already in this set.
-
-    Raises:
-        UserError: there are not enough live latents to draw from.
-    """
-    live = (frequency > 0).nonzero().flatten().cpu().numpy()
-    rank = np.stack([_ranks(frequency[live].cpu().numpy()), _ranks(size[live].cpu().numpy())], 1)
-    place = {int(latent): row for row, latent in enumerate(live)}
-    others = np.array([int(latent) not in set(chosen) for latent in live])
-    if others.sum() < len(chosen):
-        raise UserError(
-            f"{len(chosen)} matched latents wanted, but only {others.sum()} live ones are left: choose fewer"
-        )
-    rng = np.random.default_rng(seed)
-    sets = []
-    for _ in range(draws):
-        free, drawn = others.copy(), []
-        for latent in chosen:
-            centre = rank[place[latent]] if latent in place else np.zeros(2)  # a dead latent: match the rarest
-            distance = np.where(free, np.abs(rank - centre).sum(1), np.inf)
-            near = np.argsort(distance, kind="stable")[: min(neighbours, int(free.sum()))]
-            row = int(rng.choice(near))
-            free[row] = False
-            drawn.append(int(live[row]))
-        sets.append(tuple(drawn))
-    return sets
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    ranks = np.empty(len(values))
-    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
-    return ranks / max(1, len(values) - 1)

@@ -92,25 +92,19 @@ def splice(
         raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
     chosen, run = list(interventions) if isinstance(interventions, Sequence) else [interventions], Splice(model)
     placed = [(_site_of(intervention, sites), intervention) for intervention in chosen]
-    for site, intervention in placed:
-        sites[site].check_ids(ids_of(intervention.latents) or ())
+    for site, item in placed:
+        sites[site].check_ids(ids_of(item.latents) or ())
     acting = [
         (site, item if isinstance(item, Intervention) else item.in_place(site, sites[site], model, run._donors))
         for site, item in placed
     ]
     if error == "drop" and any(needs_of(item).error and hasattr(item, "edit_error") for _, item in acting):
         raise UserError("an intervention with error=True writes the error term, which error='drop' drops: use only one")
-    edits = {
-        site: SiteEdit(
-            model,
-            dictionary,
-            site,
-            [intervention for other, intervention in acting if other == site],
-            drop_error=error == "drop",
-            record=partial(run.latents.__setitem__, site) if record else None,
-        )
-        for site, dictionary in sites.items()
-    }
+    edits = {}
+    for site, dictionary in sites.items():
+        own = [intervention for other, intervention in acting if other == site]
+        keep = partial(run.latents.__setitem__, site) if record else None
+        edits[site] = SiteEdit(model, dictionary, site, own, drop_error=error == "drop", record=keep)
     with ExitStack() as stack:
         stack.enter_context(splice_noted(model.layout))
         stack.enter_context(before_forward(model.hf, model.layout, partial(_before_forward, run)))

@@ -14,10 +14,10 @@ from experiments.steering.stages import Bench, KnownDictionary, Point, random_wa
 from saepatch.cli.parser import run_config
 from saepatch.demo.concepts import french, is_french, organism_concepts, shows_polarity
 from saepatch.errors import UserError
+from saepatch.measure.controls import random_latents
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.loading import load_model
 from saepatch.records.rows import read_rows
-from saepatch.records.statistics import random_latents
 from saepatch.runs.measurements import Measurements, measurements
 
 pytestmark = pytest.mark.whole

@@ -42,7 +42,7 @@ def test_the_documented_table_is_of_these_kinds():
         ([0.0] * 6 + [0.2] * 2, "too few for an interval: 2 of 8 moved"),
         (
             [0.0] * 19 + [0.001, 0.001, 0.002, 0.001, 0.4],
-            "too few for an interval: over 4 times as wide as the values' range",
+            "too few for an interval: values too uneven",
         ),
         ([0.7] * 9 + [0.1], "too few for an interval: 1 of 10 differ from the rest"),
     ],

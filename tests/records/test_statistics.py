@@ -8,12 +8,11 @@ import torch
 from scipy import stats
 
 from saepatch.errors import UserError
+from saepatch.measure.controls import matched_latents, random_latents
 from saepatch.records.statistics import (
     bootstrap_mean,
     bootstrap_ratio,
     false_discovery,
-    matched_latents,
-    random_latents,
     sign_flip_test,
     studentised_max_test,
     wilson_share,
