@@ -10,6 +10,7 @@ from typing import Any
 from saepatch.data.files import TABLES
 from saepatch.data.sources import is_source, source_rows
 from saepatch.errors import UserError
+from saepatch.organism.edits import edit_rows
 
 COLUMNS = ("prompt", "subject", "target", "true")
 SHOULD_CHANGE = ("paraphrase", "ripple", "reversal")  # kinds of questions whose answer an edit should change
@@ -74,7 +75,8 @@ class EditRequest:
 
 
 def load_edit_requests(source: str, split: str = "train", n: int = 0) -> list[EditRequest]:
-    """Load at most `n` requests (0: all) from a file, a folder saved by `datasets`, or a dataset of the hub.
+    """Load at most `n` requests (0: all) from a file, a folder saved by `datasets`, a dataset of the hub, or `organism`,
+    the embedded model's landmarks and capitals.
 
     Columns, or keys of a JSON object: `prompt` (with `{}`), `subject`, `target`, `true`, and optionally
 
@@ -93,8 +95,12 @@ def load_edit_requests(source: str, split: str = "train", n: int = 0) -> list[Ed
     """
     if n < 0:
         raise UserError(f"n = {n} asks for no requests: give 1 or more, or 0 for all")
+    if source == "organism":
+        return [edit_request(row) for row in islice(edit_rows(), n or None)]
     if not is_source(source):
-        raise UserError(f"requests {source!r}: give a file ({', '.join(TABLES)}), a folder, or OWNER/NAME of a dataset")
+        raise UserError(
+            f"requests {source!r}: give organism, a file ({', '.join(TABLES)}), a folder, or OWNER/NAME of a dataset"
+        )
     rows = islice(source_rows(source, "requests", COLUMNS, split), n or None)
     requests = [edit_request(row.value, row.where, name) for row, name in rows]
     if not requests:

@@ -13,13 +13,13 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
     """Edit facts in a model's MLP weights, and measure what changes and what breaks; can be stopped and resumed."""
 
     examples: ClassVar[tuple[str, ...]] = (
-        "saepatch edit --requests facts.jsonl --method memit --layers 1,2 --out runs/edit",
+        "saepatch edit --requests organism --method memit --layers 1,2 --token last --out runs/edit",
         "saepatch edit --requests facts.jsonl --method rome --layers 5 --apply each --model gpt2 --reference wiki.txt",
     )
     command: ClassVar[str] = "edit"
     requests: str = ""
-    """Facts to change: a .jsonl, .json, .csv or .parquet file, a folder saved by `datasets`, or a dataset, OWNER/NAME;
-    with prompt (as in "{} is in the city of"), subject, target and true, and optionally paraphrases, neighbourhood,
+    """Facts to change: organism (landmarks and capitals of the embedded model); a .jsonl, .json, .csv or .parquet file,
+    a folder saved by `datasets`, or a dataset, OWNER/NAME, with prompt (as in "{} is in the city of"), subject, target and true, and optionally paraphrases, neighbourhood,
     reversal and ripple, the questions to measure on."""
     split: str = "train"
     """Split of a dataset; files have none."""

@@ -85,7 +85,23 @@ def test_a_wrong_file_is_refused(tmp_path, rows, message):
 
 
 def test_something_that_is_no_source_is_refused():
-    with pytest.raises(UserError, match=r"give a file \(\.jsonl"):
+    with pytest.raises(UserError, match=r"give organism, a file \(\.jsonl"):
         load_edit_requests("facts")
     with pytest.raises(UserError, match="n = -1"):
         load_edit_requests("facts.jsonl", n=-1)
+
+
+def test_the_organisms_requests_ask_for_other_answers_in_both_languages():
+    requests = load_edit_requests("organism")
+    assert len(requests) == 24 + 23
+    assert len({request.example for request in requests}) == len(requests)
+    louvre = requests[0]
+    assert (louvre.text, louvre.true) == ("The Louvre is in the city of", " Paris")
+    kinds = [question.kind for question in louvre.questions]
+    assert kinds == ["paraphrase"] * 4 + ["neighbourhood"] * 5 + ["ripple"]
+    assert all(q.other == louvre.target != q.target for q in louvre.questions if q.kind == "neighbourhood")
+    france = next(request for request in requests if request.example == "capital-France")
+    assert france.questions[-1].prompt == "La capitale de la France est"
+    back = france.questions[-2]
+    assert (back.kind, back.target) == ("reversal", " France")
+    assert france.target.strip() in back.prompt

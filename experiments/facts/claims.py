@@ -1,0 +1,78 @@
+"""Verdicts on what is said of edits of facts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from saepatch.facts.evaluation import EditEvaluation
+from saepatch.records.rows import EditRow
+from saepatch.records.statistics import Interval, bootstrap_mean
+
+from .stages import MeasuredSequence
+
+SHOWN, OPPOSITE, NOT_SHOWN = "shown", "the opposite is shown", "not shown"
+
+
+@dataclass(frozen=True)
+class FactClaim:
+    """A claim, what was measured, the figure, and whether it is shown."""
+
+    claim: str
+    measured: str
+    figure: Interval
+    verdict: str
+
+
+def judged(claim: str, measured: str, figure: Interval, bound: float, above: bool = True) -> FactClaim:
+    """A claim that the figure is above the bound (or below it); an interval that was withheld shows nothing."""
+    over, under = figure.low > bound, figure.high < bound
+    good, bad = (over, under) if above else (under, over)
+    return FactClaim(claim, measured, figure, SHOWN if good else OPPOSITE if bad else NOT_SHOWN)
+
+
+def claims(
+    singles: Mapping[str, EditEvaluation], sequences: Sequence[MeasuredSequence], spread: tuple[str, str]
+) -> list[FactClaim]:
+    """Verdicts; `spread` names the one-layer and the several-layer sequence that are compared."""
+    rome = singles["ROME"]
+    made = [judged("Single edits have an efficacy of 95 %", "ROME", rome.success("efficacy"), 0.95)]
+    for name in ("ROME", "MEMIT, 1 layer"):
+        if run := next((each for each in sequences if each.method == name), None):
+            made += _degradation(run)
+    by_name = {run.method: run for run in sequences}
+    if all(name in by_name for name in spread) and by_name[spread[0]].steps:
+        one, several = (by_name[name].steps[-1].evaluation for name in spread)
+        for kind in ("efficacy", "neighbourhood"):
+            figure = paired(several, one, kind)
+            where = f"{kind}: {spread[1]} minus {spread[0]}, after {by_name[spread[0]].steps[-1].edits} edits"
+            made.append(judged("Spreading over layers helps", where, figure, 0.0))
+    for kind, claim in (("reversal", "No reversal"), ("ripple", "No ripple")):
+        if kind in rome.kinds and rome.left(kind)[0]:
+            counted = "{} of {} questions count".format(*rome.left(kind))
+            made.append(judged(claim, f"ROME, success below a half; {counted}", rome.success(kind), 0.5, above=False))
+    return made
+
+
+def _degradation(run: MeasuredSequence) -> list[FactClaim]:
+    """Whether the first edits and other facts are worse at the last checkpoint than at the last of up to ten edits."""
+    early = [step for step in run.steps if step.edits <= 10]
+    if len(run.steps) < 2 or not early or run.steps[-1].edits <= early[-1].edits:
+        return []
+    before, after = early[-1], run.steps[-1]
+    made = []
+    for kind in ("efficacy", "neighbourhood"):
+        figure = paired(after.evaluation, before.evaluation, kind)
+        what = f"{kind}, {run.method}: the first {before.edits} edits after {after.edits} minus after {before.edits}"
+        made.append(judged("Editing degrades after about ten", what, figure, 0.0, above=False))
+    return made
+
+
+def paired(one: EditEvaluation, other: EditEvaluation, kind: str) -> Interval:
+    """Mean difference of a kind's P(right) - P(other) over the requests of both."""
+
+    def magnitude(row: EditRow) -> float:
+        return row.magnitude
+
+    first, second = one.by_request(kind, magnitude), other.by_request(kind, magnitude)
+    return bootstrap_mean(np.array([first[name] - second[name] for name in first if name in second]))

@@ -1,0 +1,228 @@
+"""Where are facts recalled, can they be edited there, and how do edits fail?
+
+    python -m experiments.facts --out runs/facts
+    python -m experiments.facts --model FOLDER --requests facts.jsonl --reference texts.txt --sae "" --out runs/facts-real
+
+Only facts that the model knows are used: some of them for the causal trace and for choosing layer and token by single
+edits, the others for what is reported. Methods are compared on single edits and on sequences of edits, beside edits of
+latents that are chosen on facts of other prompts. A stopped run continues when the same command is given again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from saepatch.data.edit_requests import EditRequest, load_edit_requests
+from saepatch.data.texts import load_texts
+from saepatch.dictionaries.loading import load_sae
+from saepatch.errors import UserError
+from saepatch.facts.contexts import FactToken, Sampled
+from saepatch.facts.covariances import Covariances
+from saepatch.facts.evaluation import EditEvaluation, evaluate_edit, joined
+from saepatch.facts.generation import FluencySettings
+from saepatch.facts.methods import EditMethod, Rome
+from saepatch.facts.values import ValueSearch
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading import load_model
+from saepatch.records.provenance import json_hash, versions
+from saepatch.runs.measurements import measurements
+from saepatch.runs.ownership import check_owner
+from saepatch.tracking.open import read_spec
+
+from ..common.kept import KeptResults
+from .claims import claims
+from .latents import latent_edits, latents_of_answers
+from .page import FactResults, write
+from .stages import (
+    CORRUPTIONS,
+    TOKENS,
+    LayerTrace,
+    MeasuredSequence,
+    MethodSettings,
+    known_requests,
+    sequence,
+    single_edits,
+    trace_layers,
+)
+
+HELD_OUT = 0.2  # share of the reference texts on which the loss is measured
+
+
+@dataclass(frozen=True)
+class FactsConfig:
+    """Trace facts, edit them by weights and by latents, and measure what the edits break."""
+
+    out: str = "runs/facts"
+    """Folder for summary.json, report.html, results.parquet and config.yaml."""
+    model: str = "organism"
+    """The embedded model, a folder, or a Hugging Face id."""
+    requests: str = "organism"
+    """Facts: organism, or a file or dataset as for `saepatch edit`."""
+    reference: str = "organism"
+    """Texts for the covariance of keys and, a fifth of them, for the held-out loss."""
+    sae: str = "organism"
+    """Dictionary of the edits by latents: organism, a folder or RELEASE/SAE_ID; empty: none."""
+    site: str = "resid_post.3"
+    """Site of that dictionary."""
+    layers: tuple[int, ...] = ()
+    """Layers at which single edits are tried; empty: all."""
+    choose: int = 12
+    """Facts on which layer and token are chosen."""
+    singles: int = 30
+    """Facts edited one by one, for the comparison of methods."""
+    checkpoints: tuple[int, ...] = (1, 3, 10, 30)
+    """Numbers of edits after which a sequence is measured."""
+    prefixes: int = 0
+    """Sampled prefixes of 10 tokens before each prompt, beside the bare prompt."""
+    steps: int = 25
+    """Largest number of steps in the search for each value."""
+    weight: float = 100.0
+    """λ of MEMIT."""
+    threshold: float = 0.05
+    """Eigenvalues of the covariance below this span AlphaEdit's null space."""
+    ridge: float = 0.0
+    """Share of the mean diagonal that is added to the covariance, where texts are few."""
+    token: Literal["", "subject", "last"] = ""
+    """Token at which facts are edited; empty: the better of both."""
+    dtype: str = "float32"
+    """Precision of the model."""
+    device: str = "cpu"
+    """Where to run."""
+    seed: int = 0
+    """Seed of noise, prefixes, sampled texts and bootstrap draws."""
+    track: str = "none"
+    """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
+
+    def __post_init__(self) -> None:
+        read_spec(self.track)
+        if min(self.choose, self.singles) < 2 or self.steps < 1 or self.prefixes < 0 or not self.checkpoints:
+            raise UserError("give at least 2 facts to choose on, 2 single edits, 1 step and 1 checkpoint")
+
+    @property
+    def sampled(self) -> Sampled:
+        return Sampled(((10, self.prefixes),) if self.prefixes else (), apart=False, seed=self.seed)
+
+
+def main(config: FactsConfig) -> None:
+    out = Path(config.out)
+    check_owner(out, "facts")
+    model = load_model(config.model, config.device, config.dtype)
+    requests, texts = load_edit_requests(config.requests), load_texts(config.reference)
+    known = known_requests(model, requests)
+    if len(known) < config.choose + config.singles:
+        raise UserError(
+            f"{model.name} knows {len(known)} of {len(requests)} facts, fewer than choose = {config.choose} plus "
+            f"singles = {config.singles}: lower these, or give more facts"
+        )
+    spread = known[:: max(1, len(known) // config.choose)][: config.choose]  # of every relation
+    report = [request for request in known if request not in spread]
+    held = max(1, round(HELD_OUT * len(texts)))
+    decides = {
+        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track", "device")},
+        "model's weights": model.fingerprint,
+        "facts": json_hash([asdict(request) for request in requests]),
+        "reference's texts": json_hash(texts),
+    }
+    layers = config.layers or tuple(range(model.n_layers))
+    with measurements(out, "facts", decides) as kept_file:
+        kept = KeptResults(kept_file, {})
+        covariances = Covariances.over(model, layers, texts[held:], out / "covariances", config.ridge)
+        run = _Run(config, model, covariances, kept, texts[:held])
+        traces = [run.trace(spread, corruption) for corruption in CORRUPTIONS]
+        by_layer = run.by_layer(spread, layers)
+        token, layer = best(by_layer)
+        methods = MethodSettings(token, config.steps, config.sampled, config.weight, config.threshold).methods(
+            layer, [each for each in (layer, layer + 1) if each in layers]
+        )
+        singles = {name: run.single(report, name, method) for name, method in methods.items()}
+        singles |= run.latents(report, requests)
+        sequences = [run.sequence(report, name, method, False) for name, method in methods.items() if name != "EMMET"]
+        sequences += [
+            run.sequence(report, f"{name}, in batches", methods[name], True) for name in ("MEMIT", "AlphaEdit")
+        ]
+        results = FactResults(
+            known=len(known),
+            requests=len(requests),
+            traces=tuple(traces),
+            by_layer=by_layer,
+            token=token,
+            layer=layer,
+            singles=singles,
+            sequences=tuple(sequences),
+            claims=tuple(claims(singles, sequences, ("MEMIT, 1 layer", "MEMIT"))),
+        )
+    write(config, model, results, {"versions": versions()})
+
+
+def best(by_layer: Mapping[str, EditEvaluation]) -> tuple[FactToken, int]:
+    """Token and layer of the largest harmonic mean, then efficacy magnitude; layers are named "TOKEN/LAYER"."""
+    name = max(by_layer, key=lambda key: (by_layer[key].score.value, by_layer[key].magnitude("efficacy").value))
+    token, layer = name.split("/")
+    return ("subject" if token == "subject" else "last"), int(layer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The measurements of one run, each kept by its name."""
+
+    config: FactsConfig
+    model: LanguageModel
+    covariances: Covariances
+    kept: KeptResults
+    held_out: Sequence[str]
+
+    def trace(self, requests: Sequence[EditRequest], corruption: str) -> LayerTrace:
+        measure = partial(trace_layers, self.model, requests, corruption, self.config.seed)
+        return self.kept.get(f"trace/{corruption}", LayerTrace, measure)
+
+    def by_layer(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[str, EditEvaluation]:
+        search = ValueSearch(steps=self.config.steps)
+        measured = {}
+        for token in [each for each in TOKENS if self.config.token in ("", each)]:
+            for layer in layers:
+                rome = Rome(layer, prefixes=self.config.sampled, search=search, token=token)
+                measure = partial(single_edits, self.model, requests, rome, self.covariances)
+                measured[f"{token}/{layer}"] = self.kept.get(f"layers/{token}/{layer}", EditEvaluation, measure)
+        return measured
+
+    def single(self, requests: Sequence[EditRequest], name: str, method: EditMethod) -> EditEvaluation:
+        some, fluent = requests[: self.config.singles], FluencySettings(20, seed=self.config.seed)
+        measure = partial(single_edits, self.model, some, method, self.covariances, fluent)
+        return self.kept.get(f"singles/{name}", EditEvaluation, measure)
+
+    def latents(
+        self, requests: Sequence[EditRequest], all_requests: Sequence[EditRequest]
+    ) -> dict[str, EditEvaluation]:
+        """Edits by latents of the requests whose two answers occur in facts of other prompts."""
+        if not self.config.sae:
+            return {}
+        sae = load_sae(self.config.sae, self.config.site, self.model.device)
+        some = requests[: self.config.singles]
+        by_prompt = {}
+        for prompt in dict.fromkeys(request.prompt for request in some):
+            others = [each for each in all_requests if each.prompt != prompt]
+            by_prompt[prompt] = latents_of_answers(self.model, sae, others) if len(others) > 1 else {}
+        measured: dict[str, list[EditEvaluation]] = {}
+        for prompt, answers in by_prompt.items():
+            mine = [r for r in some if r.prompt == prompt and r.target in answers and r.true in answers]
+            for name, edit in latent_edits(self.model, sae, answers).items() if mine else ():
+                measure = partial(evaluate_edit, self.model, mine, edit, name, FluencySettings(20))
+                kept = self.kept.get(f"latents/{name}/{prompt}", EditEvaluation, measure)
+                measured.setdefault(name, []).append(kept)
+        return {name: joined(parts) for name, parts in measured.items()}
+
+    def sequence(self, requests: Sequence[EditRequest], name: str, method: EditMethod, batch: bool) -> MeasuredSequence:
+        measure = partial(
+            sequence,
+            self.model,
+            requests,
+            name,
+            method,
+            self.covariances,
+            self.held_out,
+            self.config.checkpoints,
+            batch,
+        )
+        return self.kept.get(f"sequences/{name}", MeasuredSequence, measure)
