@@ -133,20 +133,20 @@ def _sections(results: FactResults) -> list[Section]:
 
 
 SINGLES = (
-    "Every fact is edited alone. Latents are chosen on facts of other prompts, and act at the last token of any prompt, "
-    "whatever its subject. Reversal and ripple: counted questions only."
+    "Every fact is edited alone. Latents are chosen on facts of other prompts, and act at the last token of any "
+    "prompt, whatever its subject. Reversal and ripple: counted questions only."
 )
 
 
 def _where(results: FactResults) -> Section:
     blocks: list[Block] = []
     for trace in results.traces:
-        for name, table in (("states", trace.states), ("MLP outputs", trace.mlps)):
+        for name, shares in (("states", trace.states), ("MLP outputs", trace.mlps)):
             caption = f"Share of the gap that clean {name} restore; {trace.facts} facts. Corrupted: {trace.corruption}."
-            layers = [str(layer) for layer in range(len(table))]
+            layers = [str(layer) for layer in range(len(shares))]
             title = f"Causal tracing, {trace.corruption}: {name}"
             blocks.append(
-                HeatMap(title, layers, list(trace.columns), table, caption, "layer", "token", value_format=".2f")
+                HeatMap(title, layers, list(trace.columns), shares, caption, "layer", "token", value_format=".2f")
             )
     series = []
     for token in ("subject", "last"):

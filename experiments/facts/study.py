@@ -1,7 +1,7 @@
 """Where are facts recalled, can they be edited there, and how do edits fail?
 
     python -m experiments.facts --out runs/facts
-    python -m experiments.facts --model FOLDER --requests facts.jsonl --reference texts.txt --sae "" --out runs/facts-real
+    python -m experiments.facts --model FOLDER --requests facts.jsonl --reference texts.txt --sae "" --out runs/real
 
 Only facts that the model knows are used: some of them for the causal trace and for choosing layer and token by single
 edits, the others for what is reported. Methods are compared on single edits and on sequences of edits, beside edits of
@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from saepatch.data.edit_requests import EditRequest, load_edit_requests
 from saepatch.data.texts import load_texts
 from saepatch.dictionaries.loading import load_sae
@@ -22,7 +24,7 @@ from saepatch.facts.contexts import FactToken, Sampled
 from saepatch.facts.covariances import Covariances
 from saepatch.facts.evaluation import EditEvaluation, evaluate_edit, joined
 from saepatch.facts.generation import FluencySettings
-from saepatch.facts.methods import EditMethod, Rome
+from saepatch.facts.methods import AlphaEdit, EditMethod, Rome
 from saepatch.facts.values import ValueSearch
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
@@ -136,12 +138,12 @@ def main(config: FactsConfig) -> None:
         methods = MethodSettings(token, config.steps, config.sampled, config.weight, config.threshold).methods(
             layer, [each for each in (layer, layer + 1) if each in layers]
         )
+        methods, left_out = usable(methods, covariances)
         singles = {name: run.single(report, name, method) for name, method in methods.items()}
         singles |= run.latents(report, requests)
         sequences = [run.sequence(report, name, method, False) for name, method in methods.items() if name != "EMMET"]
-        sequences += [
-            run.sequence(report, f"{name}, in batches", methods[name], True) for name in ("MEMIT", "AlphaEdit")
-        ]
+        batches = [name for name in ("MEMIT", "AlphaEdit") if name in methods]
+        sequences += [run.sequence(report, f"{name}, in batches", methods[name], True) for name in batches]
         results = FactResults(
             known=len(known),
             requests=len(requests),
@@ -151,6 +153,7 @@ def main(config: FactsConfig) -> None:
             layer=layer,
             singles=singles,
             sequences=tuple(sequences),
+            left_out=left_out,
             claims=tuple(claims(singles, sequences, ("MEMIT, 1 layer", "MEMIT"))),
         )
     write(config, model, results, {"versions": versions()})
@@ -158,9 +161,27 @@ def main(config: FactsConfig) -> None:
 
 def best(by_layer: Mapping[str, EditEvaluation]) -> tuple[FactToken, int]:
     """Token and layer of the largest harmonic mean, then efficacy magnitude; layers are named "TOKEN/LAYER"."""
-    name = max(by_layer, key=lambda key: (by_layer[key].score.value, by_layer[key].magnitude("efficacy").value))
+
+    def rank(name: str) -> tuple[float, float]:
+        measured = by_layer[name]
+        return float(np.nan_to_num(measured.score.value)), measured.magnitude("efficacy").value
+
+    name = max(by_layer, key=rank)
     token, layer = name.split("/")
     return ("subject" if token == "subject" else "last"), int(layer)
+
+
+def usable(methods: Mapping[str, EditMethod], covariances: Covariances) -> tuple[dict[str, EditMethod], dict[str, str]]:
+    """The methods that can edit at these layers, and the reason for each of the others."""
+    left_out: dict[str, str] = {}
+    for name, method in methods.items():
+        if isinstance(method, AlphaEdit):
+            try:
+                for layer in method.layers:
+                    covariances.null_space(layer, method.threshold)
+            except UserError as error:
+                left_out[name] = str(error)
+    return {name: method for name, method in methods.items() if name not in left_out}, left_out
 
 
 @dataclass(frozen=True, eq=False)

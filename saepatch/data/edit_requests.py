@@ -75,8 +75,8 @@ class EditRequest:
 
 
 def load_edit_requests(source: str, split: str = "train", n: int = 0) -> list[EditRequest]:
-    """Load at most `n` requests (0: all) from a file, a folder saved by `datasets`, a dataset of the hub, or `organism`,
-    the embedded model's landmarks and capitals.
+    """Load at most `n` requests (0: all) from a file, a folder saved by `datasets`, or a hub dataset; `organism`:
+    landmarks and capitals of the embedded model.
 
     Columns, or keys of a JSON object: `prompt` (with `{}`), `subject`, `target`, `true`, and optionally
 

@@ -43,11 +43,11 @@ class Sampled:
 
     def prefixes(self, model: LanguageModel) -> "Prefixes":
         """Sample from a model. Inside an edit or a splice, the edited model is sampled."""
-        generator = torch.Generator().manual_seed(self.seed)
         kinds = []
         for length, number in self.lengths:
+            generators = [torch.Generator().manual_seed(1000 * self.seed + i) for i in range(number)]
             starts = [STARTS[i % len(STARTS)] for i in range(number)]
-            new = sample_ids(model, starts, length, self.top_k, generator)
+            new = sample_ids(model, starts, length, self.top_k, generators)
             texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
             kinds.append(tuple(f"{start}{text}. " for start, text in zip(starts, texts, strict=True)))
         if self.apart:
@@ -74,9 +74,12 @@ class Prefixes:
 
 @torch.no_grad()
 def sample_ids(
-    model: LanguageModel, prompts: Sequence[str], new: int, top_k: int, generator: torch.Generator
+    model: LanguageModel, prompts: Sequence[str], new: int, top_k: int, generators: Sequence[torch.Generator]
 ) -> list[list[int]]:
-    """Continuations of `new` tokens, sampled from the `top_k` likeliest; special tokens are never sampled."""
+    """Continuations of `new` tokens, sampled from the `top_k` likeliest; special tokens are never sampled.
+
+    Each prompt has a generator of its own, so that its continuation does not depend on the others.
+    """
     rows = [model.encode(prompt) for prompt in prompts]
     special = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.long)
     added: list[list[int]] = [[] for _ in rows]
@@ -95,7 +98,9 @@ def sample_ids(
         )
         logits[:, special[special < logits.shape[-1]]] = -torch.inf
         values, ids = logits.topk(min(top_k, logits.shape[-1]))
-        chosen = torch.multinomial(values.softmax(-1), 1, generator=generator)
+        shares = values.softmax(-1)
+        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, generators, strict=True)]
+        chosen = torch.stack(drawn)
         for own, token in zip(added, ids.gather(1, chosen)[:, 0].tolist(), strict=True):
             own.append(token)
     return added

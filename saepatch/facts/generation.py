@@ -35,12 +35,9 @@ def fluency(model: LanguageModel, requests: Sequence[EditRequest], settings: Flu
 
     Each request has its own random numbers, so that its text does not depend on the others.
     """
-    values = []
-    for request in requests:
-        generator = torch.Generator().manual_seed(settings.seed)
-        (ids,) = sample_ids(model, [request.text], settings.tokens, settings.top_k, generator)
-        values.append(ngram_entropy(ids))
-    return values
+    generators = [torch.Generator().manual_seed(settings.seed) for _ in requests]
+    ids = sample_ids(model, [request.text for request in requests], settings.tokens, settings.top_k, generators)
+    return list(map(ngram_entropy, ids))
 
 
 def ngram_entropy(ids: Sequence[int]) -> float:

@@ -276,6 +276,7 @@ KINDS = (
     Kind("real", ("claims", "accuracy"), _verdict, _experiment),
     Kind("patchscope", ("readings", "words"), _verdict, _patchscope),
     Kind("circuit", ("faithfulness", "completeness"), _circuit_headline, _circuit),
+    Kind("facts", ("single_edits", "correlations"), _verdict, _experiment),
     Kind("edit", ("kinds", "relative_norms"), _edit_headline, _edit),
     Kind("circuits", ("circuits",), _verdict, _experiment),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),

@@ -19,8 +19,8 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
     command: ClassVar[str] = "edit"
     requests: str = ""
     """Facts to change: organism (landmarks and capitals of the embedded model); a .jsonl, .json, .csv or .parquet file,
-    a folder saved by `datasets`, or a dataset, OWNER/NAME, with prompt (as in "{} is in the city of"), subject, target and true, and optionally paraphrases, neighbourhood,
-    reversal and ripple, the questions to measure on."""
+    a folder saved by `datasets`, or a dataset, OWNER/NAME, with prompt (as in "{} is in the city of"), subject, target
+    and true, and optionally the questions to measure on: paraphrases, neighbourhood, reversal and ripple."""
     split: str = "train"
     """Split of a dataset; files have none."""
     n: int = 0

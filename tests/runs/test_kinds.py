@@ -29,6 +29,7 @@ EXPERIMENTS = {
          "pairs": 9, "score": [None, None, None], "relative_norms": {"1": 0.1}},
         "efficacy 90% [80%, 100%]",
     ),
+    "facts": ({"single_edits": {}, "correlations": {"last": 0.5}, "verdict": "All."}, "All."),
     "circuits": ({"circuits": {"resid_post.4": {"size": 52}}, "verdict": "52 nodes."}, "52 nodes."),
     "benchmark:circuits": ({"ratios": {"loop_over_edges": 40.0}, "downstream_latents": 9}, "loop_over_edges 40.00"),
     "benchmark:patching": ({"ratios": {"gpt2_ours": 2.0}, "ms_per_edit": {}, "max_abs_diff": 0.0}, "gpt2_ours 2.00"),

@@ -17,6 +17,7 @@ from saepatch.cli.parser import run_config
 EXPERIMENTS = {
     "agreement": ("agreement", "AgreementConfig"),
     "circuits": ("circuits", "CircuitsConfig"),
+    "facts": ("facts.study", "FactsConfig"),
     "ioi": ("ioi", "IoiConfig"),
     "patchscope": ("patchscope", "PatchscopeConfig"),
     "pronouns": ("pronouns", "PronounsConfig"),

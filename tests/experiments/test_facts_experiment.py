@@ -1,0 +1,100 @@
+"""The experiment on facts, its verdicts, and its benchmark."""
+
+import json
+
+import numpy as np
+import pytest
+
+import saepatch as sp
+from experiments.benchmarks import facts as benchmark
+from experiments.facts.claims import NOT_SHOWN, OPPOSITE, SHOWN, claims, judged
+from experiments.facts.stages import MeasuredSequence, SequenceMeasure, correlation
+from experiments.facts.study import FactsConfig, best, main
+from saepatch.facts.evaluation import EditEvaluation
+from saepatch.records.rows import EditRow, read_rows
+from saepatch.records.statistics import Interval
+
+pytestmark = pytest.mark.whole
+
+
+def evaluation(kinds, facts=20):
+    """Every kind's P(right) - P(other) is about the given number, with a little spread over facts."""
+    rows = []
+    for kind, gap in kinds.items():
+        for number in range(facts):
+            right = 0.5 + (gap + 0.01 * (number % 7 - 3)) / 2
+            row = EditRow(f"f{number}", "m", kind, "p", "t", "o", 1, 1, 0, -np.log(right), -np.log(1 - right), 1.0)
+            rows.append(row)
+    return EditEvaluation("m", tuple(rows))
+
+
+def run_of(name, *steps):
+    return MeasuredSequence(name, tuple(SequenceMeasure(n, evaluation(kinds), 1.0, {"1": 0.1}) for n, kinds in steps))
+
+
+def test_verdicts_follow_the_intervals():
+    good, bad = {"efficacy": 0.9, "neighbourhood": 0.9}, {"efficacy": 0.2, "neighbourhood": -0.3}
+    singles = {"ROME": evaluation(good | {"reversal": -0.9, "ripple": 0.9}, facts=100)}
+    sequences = [
+        run_of("ROME", (1, good), (10, good), (30, bad)),
+        run_of("MEMIT, 1 layer", (1, good), (10, good), (30, good)),
+        run_of("MEMIT", (1, good), (10, good), (30, bad)),
+    ]
+    verdicts = {
+        (each.claim, each.measured.partition(",")[0]): each
+        for each in claims(singles, sequences, ("MEMIT, 1 layer", "MEMIT"))
+    }
+    assert verdicts["Single edits have an efficacy of 95 %", "ROME"].verdict == SHOWN
+    degraded = verdicts["Editing degrades after about ten", "efficacy"]
+    assert verdicts["No reversal", "ROME"].verdict == SHOWN
+    assert verdicts["No ripple", "ROME"].verdict == OPPOSITE
+    spread = verdicts["Spreading over layers helps", "efficacy: MEMIT minus MEMIT"]
+    assert (spread.verdict, round(spread.figure.value, 2)) == (OPPOSITE, -0.7)
+    assert degraded.measured.startswith("efficacy, MEMIT, 1 layer")  # the later of two with that name
+    assert degraded.verdict == NOT_SHOWN
+    assert judged("c", "m", Interval.withheld(0.9, 2, "few"), 0.5).verdict == NOT_SHOWN
+
+
+def test_the_best_place_and_correlations():
+    measured = {"subject/0": evaluation({"efficacy": 0.1}), "last/2": evaluation({"efficacy": 0.6})}
+    assert best(measured) == ("last", 2)
+    assert correlation([0.0, 1.0, 2.0], [1.0, 3.0, 5.0]) == pytest.approx(1)
+    assert np.isnan(correlation([0.0, 1.0], [1.0, 1.0]))
+
+
+@pytest.mark.slow
+def test_the_benchmarks_original_agrees_with_ours(capsys, tmp_path):
+    small = {"layers": 3, "width": 32, "heads": 4, "vocabulary": 200}
+    config = benchmark.FactBenchmarkConfig(
+        **small, facts=3, loop=2, steps=3, edited=(0, 1), texts=4, tokens=8, out=str(tmp_path)
+    )
+    benchmark.run(config)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["worst_loss"] < 1e-4
+    assert summary["worst_delta"] < 1e-9
+    assert summary["worst_covariance"] < 1e-5
+    assert "original_over_edit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_small_run_is_reported_and_resumes(tmp_path, monkeypatch):
+    config = FactsConfig(
+        out=str(tmp_path), layers=(4, 5), token="last", choose=6, singles=3, checkpoints=(1, 2), steps=3, threshold=0.15
+    )
+    main(config)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["single_edits"]) >= {
+        "ROME",
+        "ROME, original",
+        "MEMIT",
+        "EMMET",
+        "AlphaEdit",
+        "patch all latents",
+    }
+    assert {row["kind"] for row in read_rows(tmp_path / "results.parquet")} >= {"efficacy", "ripple"}
+    assert set(summary["sequences"]["ROME"]) == {"1", "2"}
+    assert "Does the trace tell where to edit?" in (tmp_path / "report.html").read_text()
+    monkeypatch.setattr("experiments.facts.study.single_edits", lambda *_: pytest.fail("measured again"))
+    main(config)
+    with pytest.raises(sp.UserError, match="knows 47 of 47 facts"):
+        main(FactsConfig(out=str(tmp_path / "more"), choose=40, singles=40))
