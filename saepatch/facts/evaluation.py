@@ -1,6 +1,7 @@
 """What an edit changes and what it breaks: questions asked before and after, and their success with intervals."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,7 +67,8 @@ class EditEvaluation:
     """Questions asked before and after an edit, one row each.
 
     Attributes:
-        rows: Ripple questions whose conditions the unedited model did not know have `counted` 0 and enter no figure.
+        rows: Questions that do not count have `counted` 0 and enter no figure: those whose conditions the unedited
+            model did not know, and neighbourhood questions about a subject that was edited, too.
         fluency: Entropy of n-grams of generated text by request, before and after; empty if not measured.
     """
 
@@ -178,6 +180,7 @@ def evaluate_edit(
     method: str = "",
     fluent: FluencySettings | None = None,
     seed: int = 0,
+    edited_with: Sequence[EditRequest] = (),
 ) -> EditEvaluation:
     """Ask every request's questions of the unedited and of the edited model.
 
@@ -187,6 +190,8 @@ def evaluate_edit(
             such as `lambda request: sp.splice(model, sae, …)` or `lambda request: sp.edited(model, deltas[request])`.
         method: Name in the rows; the delta's by default.
         fluent: How text is generated to measure fluency; None: it is not measured.
+        edited_with: Further requests that a delta makes. A neighbourhood question about a subject that the same delta
+            edits is not about a neighbour, and does not count.
 
     Raises:
         UserError: no requests, a delta of another model, or an answer that has no tokens of its own.
@@ -200,7 +205,9 @@ def evaluate_edit(
     questions = [(request, question) for request in requests for question in request.all_questions]
     before = _ask(model, [question for _, question in questions])
     known = score_answers(model, [pair for _, question in questions for pair in question.conditions])
-    counted = _conditions([question for _, question in questions], known)
+    subjects = {each.subject for each in (*requests, *edited_with)} if isinstance(edit, Delta) else set()
+    held = _conditions([question for _, question in questions], known)
+    counted = [holds and not _names(question, subjects) for holds, (_, question) in zip(held, questions, strict=True)]
     groups = [list(requests)] if isinstance(edit, Delta) else [[request] for request in requests]
     after: list[tuple[AnswerScores, AnswerScores]] = []
     fluency_before = fluency(model, requests, fluent) if fluent else []
@@ -251,6 +258,12 @@ def _ask(model: LanguageModel, questions: Sequence[FactQuestion]) -> list[tuple[
     asked = [(question.prompt, answer) for question in questions for answer in (question.target, question.other)]
     scores = score_answers(model, asked)
     return list(zip(scores[::2], scores[1::2], strict=True))
+
+
+def _names(question: FactQuestion, subjects: Collection[str]) -> bool:
+    """Whether a neighbourhood question is about one of the edited subjects."""
+    words = (rf"(?<!\w){re.escape(subject.strip())}(?!\w)" for subject in subjects)
+    return question.kind == "neighbourhood" and any(re.search(word, question.prompt) for word in words)
 
 
 def _conditions(questions: Sequence[FactQuestion], known: Sequence[AnswerScores]) -> list[bool]:

@@ -44,7 +44,10 @@ def _warnings(results: EditResults) -> Iterator[str]:
     for kind in measured.kinds:
         counted, asked = measured.left(kind)
         if counted < asked:
-            yield f"{asked - counted} of {asked} {kind} questions do not count: the model lacks what they presuppose."
+            why = (
+                "they are about edited subjects" if kind == "neighbourhood" else "the model lacks what they presuppose"
+            )
+            yield f"{asked - counted} of {asked} {kind} questions do not count: {why}."
     if "neighbourhood" in measured.kinds and measured.success("neighbourhood").value < BROKEN:
         yield "The edit also changes answers about other subjects."
 

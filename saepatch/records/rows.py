@@ -105,7 +105,8 @@ class EditRow:
     ripple. `target` is the right answer once edited (for neighbourhood, the one that stays right), `other` the answer
     it is compared with. Negative log-likelihoods are means over an answer's tokens, in nats; accuracies are shares of
     the target's tokens that are the likeliest under teacher forcing. `counted` is 0 where the model did not know before
-    what the question presupposes. `precision` is the model's dtype.
+    what the question presupposes, or a neighbourhood question is about a subject that was edited, too. `precision` is
+    the model's dtype.
     """
 
     example: str

@@ -38,6 +38,7 @@ class FactEdits:
     config: EditConfig
     model: LanguageModel
     requests: Sequence[EditRequest]  # of the shard
+    everyone: Sequence[EditRequest]  # of all shards
     method: EditMethod
     covariances: Covariances
     delta: Delta | None
@@ -54,7 +55,7 @@ class FactEdits:
         around, norms = self._edits(requests)
         edit = self.delta if self.delta is not None else around
         fluent = FluencySettings(tokens=self.config.tokens, seed=self.config.seed)
-        measured = evaluate_edit(self.model, requests, edit, self.config.method, fluent)
+        measured = evaluate_edit(self.model, requests, edit, self.config.method, fluent, edited_with=self.everyone)
         count(len(measured.rows))
         before = self.model.generate([request.text for request in requests], self.config.tokens)
         after: list[str] = []
@@ -135,7 +136,7 @@ def prepare(config: EditConfig) -> FactEdits:
     delta = None
     if config.apply == "together":
         delta = _make_delta(model, requests, method, covariances, earlier, record, place)
-    return FactEdits(config, model, own, method, covariances, delta, record, place)
+    return FactEdits(config, model, own, requests, method, covariances, delta, record, place)
 
 
 def _make_delta(

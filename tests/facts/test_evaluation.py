@@ -99,6 +99,23 @@ def test_a_ripple_counts_only_if_every_condition_held(model):
     assert [row.counted for row in result.rows] == [1, 0, 1, 0, 1, 1]
 
 
+def test_a_neighbour_that_is_edited_too_does_not_count(model):
+    """Otherwise many edits in one delta would seem to break what they were meant to change."""
+    near = (
+        FactQuestion("neighbourhood", "The Orsay in", " Pa", " R"),
+        FactQuestion("neighbourhood", "The Orsays", " Pa", " R"),
+    )
+    request = replace(REQUESTS[0], questions=near)
+    delta = some_delta(model)
+
+    def counted(result):
+        return [row.counted for row in result.rows if row.kind == "neighbourhood"]
+
+    assert counted(sp.evaluate_edit(model, [request, REQUESTS[1]], delta)) == [0, 1, 1]
+    assert counted(sp.evaluate_edit(model, [request], delta, edited_with=REQUESTS)) == [0, 1]
+    assert counted(sp.evaluate_edit(model, [request, REQUESTS[1]], lambda _: nullcontext())) == [1, 1, 1]
+
+
 def row(example, kind, target, other, **more):
     return EditRow(example, "m", kind, "p", "t", "o", 2.0, 1.0, 0.0, target, other, 1.0, **more)
 
