@@ -278,6 +278,7 @@ KINDS = (
     Kind("circuit", ("faithfulness", "completeness"), _circuit_headline, _circuit),
     Kind("facts", ("single_edits", "correlations"), _verdict, _experiment),
     Kind("edit", ("kinds", "relative_norms"), _edit_headline, _edit),
+    Kind("audit", ("audit", "parts"), _verdict, _experiment),
     Kind("circuits", ("circuits",), _verdict, _experiment),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
     Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),

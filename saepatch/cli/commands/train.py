@@ -16,6 +16,7 @@ from saepatch.cli.parser import run_config
 # Experiments by name: the module that has `main`, and its settings class.
 EXPERIMENTS = {
     "agreement": ("agreement", "AgreementConfig"),
+    "audit": ("audit", "AuditConfig"),
     "circuits": ("circuits", "CircuitsConfig"),
     "facts": ("facts.study", "FactsConfig"),
     "ioi": ("ioi", "IoiConfig"),
