@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from saepatch.facts.evaluation import EditEvaluation
-from saepatch.records.rows import EditRow
 from saepatch.records.statistics import Interval, bootstrap_mean
 
 from .stages import MeasuredSequence
@@ -69,10 +68,10 @@ def _degradation(run: MeasuredSequence) -> list[FactClaim]:
 
 
 def paired(one: EditEvaluation, other: EditEvaluation, kind: str) -> Interval:
-    """Mean difference of a kind's P(right) - P(other) over the requests of both."""
-
-    def magnitude(row: EditRow) -> float:
-        return row.magnitude
-
-    first, second = one.by_request(kind, magnitude), other.by_request(kind, magnitude)
-    return bootstrap_mean(np.array([first[name] - second[name] for name in first if name in second]))
+    """Mean difference of a kind's P(right) - P(other), by request, over the questions that count in both."""
+    first, second = ({(row.example, row.prompt): row for row in each.rows if row.counted} for each in (one, other))
+    differences: dict[str, list[float]] = {}
+    for key, row in first.items():
+        if row.kind == kind and key in second:
+            differences.setdefault(row.example, []).append(row.magnitude - second[key].magnitude)
+    return bootstrap_mean(np.array([float(np.mean(own)) for own in differences.values()]))

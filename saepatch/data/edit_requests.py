@@ -13,7 +13,6 @@ from saepatch.errors import UserError
 from saepatch.organism.edits import edit_rows
 
 COLUMNS = ("prompt", "subject", "target", "true")
-SHOULD_CHANGE = ("paraphrase", "ripple", "reversal")  # kinds of questions whose answer an edit should change
 KINDS = ("efficacy", "paraphrase", "neighbourhood", "reversal", "ripple")
 
 

@@ -1,13 +1,14 @@
 """The experiment on facts, its verdicts, and its benchmark."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import saepatch as sp
 from experiments.benchmarks import facts as benchmark
-from experiments.facts.claims import NOT_SHOWN, OPPOSITE, SHOWN, claims, judged
+from experiments.facts.claims import NOT_SHOWN, OPPOSITE, SHOWN, claims, judged, paired
 from experiments.facts.stages import MeasuredSequence, SequenceMeasure, correlation
 from experiments.facts.study import FactsConfig, best, main
 from saepatch.facts.evaluation import EditEvaluation
@@ -23,7 +24,7 @@ def evaluation(kinds, facts=20):
     for kind, gap in kinds.items():
         for number in range(facts):
             right = 0.5 + (gap + 0.01 * (number % 7 - 3)) / 2
-            row = EditRow(f"f{number}", "m", kind, "p", "t", "o", 1, 1, 0, -np.log(right), -np.log(1 - right), 1.0)
+            row = EditRow(f"f{number}", "m", kind, kind, "t", "o", 1, 1, 0, -np.log(right), -np.log(1 - right), 1.0)
             rows.append(row)
     return EditEvaluation("m", tuple(rows))
 
@@ -53,6 +54,12 @@ def test_verdicts_follow_the_intervals():
     assert degraded.measured.startswith("efficacy, MEMIT, 1 layer")  # the later of two with that name
     assert degraded.verdict == NOT_SHOWN
     assert judged("c", "m", Interval.withheld(0.9, 2, "few"), 0.5).verdict == NOT_SHOWN
+
+
+def test_differences_are_over_the_questions_that_count_in_both():
+    early, late = (evaluation({"neighbourhood": gap}) for gap in (0.9, 0.2))
+    rows = [replace(row, counted=int(i % 2)) for i, row in enumerate(late.rows)]
+    assert paired(replace(late, rows=tuple(rows)), early, "neighbourhood").n == 10
 
 
 def test_the_best_place_and_correlations():
