@@ -307,3 +307,18 @@ def test_what_an_edit_may_not_hold():
         run(part(low, range(48)), part(error, position=99))
     with pytest.raises(UserError, match="one component at a time"):
         run(part(low), part(error), corruption=Zero())
+
+
+def test_a_stream_changes_at_the_chosen_positions_only():
+    base, values = torch.zeros(2, 4, 3), torch.ones(2, 4, 3)
+    values[1, 2] = 0  # nothing differs here
+    where = torch.tensor([[True, False, False, True], [False, False, True, True]])
+    changes = Stream(Site(0)).write(base, values, where)
+    assert list(zip(changes.row.tolist(), changes.pos.tolist(), strict=True)) == [(0, 0), (0, 3), (1, 3)]
+    assert torch.equal(changes.vectors(torch.tensor([1])), torch.ones(1, 3))
+
+
+def test_an_edit_moves_to_a_position_without_its_frozen_parts():
+    edit = Edit.of([part(Stream(Site(0))), part(Stream(Site(1))), part(Stream(Site(2)), frozen=True)])
+    moved = edit.at(3)
+    assert [(each.frozen, each.position) for each in moved.parts] == [(False, 3), (False, 3), (True, None)]

@@ -259,6 +259,7 @@ def test_latent_statistics(model):
     torch.testing.assert_close(statistics.frequency, on.float().mean(0))
     torch.testing.assert_close(statistics.maximum, acts.amax(0))
     torch.testing.assert_close(statistics.mean_active, acts.sum(0) / on.sum(0).clamp(min=1))
+    torch.testing.assert_close(statistics.mean, acts.mean(0))
     torch.testing.assert_close(statistics.norm, dictionary.W_dec.norm(dim=-1))
     assert torch.equal(statistics.alive, on.any(0))
     assert statistics.tokens == int(tokens.ordinary.sum())

@@ -45,6 +45,10 @@ def test_means_ranking_and_rows():
     largest = max(by_hand, key=lambda key: abs(by_hand[key]))
     top = found.top(1, by_size=True)[0]
     assert (top.site, top.kind, top.units, top.position) == largest
+    sizes = np.abs(found.score)
+    again = found.verify(16, 0, lambda edits: np.zeros(len(edits)))
+    assert sorted(sizes[again.verified.index]) == sorted(sizes)[-16:]
+    assert found.score[again.verified.index].min() < 0  # the largest by size, of either sign
     rows = found.rows("task")
     assert len(rows) == len(found) + 8
     assert {row.method for row in rows} == {"first order", "exact"}
