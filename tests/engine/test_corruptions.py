@@ -146,7 +146,7 @@ def test_noise_is_the_same_whatever_the_batch_the_list_and_the_name_of_the_subje
 
 def test_noise_has_its_size_and_is_at_the_subject_only():
     model = tiny_model("gpt2")
-    model.hf.get_input_embeddings().weight.data += 0.05  # the unit is their spread about their mean
+    model.hf.get_input_embeddings().weight.data += 1  # the unit is their spread about their mean
     batch = batch_pairs(model, [PAIRS[0]])
     batch = batch.rows([0] * 400)
     site = Site(0, "resid_pre")
