@@ -7,6 +7,7 @@ from tiny import random_dictionary, tiny_model
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
+from saepatch.restoration.answering import Answered
 from saepatch.restoration.ranking import find_safety_latents
 from saepatch.restoration.restore import (
     answer_log_probs,
@@ -146,3 +147,7 @@ def test_log_probs_of_answers_go_as_in_generation(family):
     for bad in ([[70]], [[70], [], [71]]):
         with pytest.raises(UserError, match="a non-empty one for each"):
             answer_log_probs(model, prompts, bad)
+
+
+def test_answers_open_with_a_refusal_where_its_log_odds_are_above_zero():
+    assert Answered(("a", "b", "c"), (1.5, -0.5, 0.0)).opened.tolist() == [True, False, False]

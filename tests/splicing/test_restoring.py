@@ -296,3 +296,13 @@ def test_a_cache_that_was_cut_back_is_refused():
         cache.crop(-1)
         with pytest.raises(UserError, match="single continuation"):
             base.hf(input_ids=step, past_key_values=cache)
+
+
+def test_where_a_donor_has_no_values_the_recipients_error_term_stays():
+    model, dictionary = tiny_model(), random_dictionary("resid_post.1")
+    tokens, site = model.tokenize(["birds fly high up"], "left"), Site(1)
+    before = capture(model.hf, model.layout, [site], model.inputs(tokens))[site]
+    with splice(model, dictionary, Restore(CleanPrompts(("a dog",), 2), None, "every", error=True)):
+        after = capture(model.hf, model.layout, [site], model.inputs(tokens), stop=False)[site]
+    torch.testing.assert_close(after[:, :-2], before[:, :-2], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(after[:, -2:], before[:, -2:], atol=1e-2)

@@ -246,6 +246,8 @@ def test_ablations():
     for row in range(3):  # nobody receives their own latents
         assert not torch.equal(resampled.to[row], latents.acts[row])
         assert any(torch.equal(resampled.to[row], latents.acts[other]) for other in range(3))
+    draws = {tuple(Ablate.resample(latents, seed=seed).to.sum((1, 2)).tolist()) for seed in range(8)}
+    assert len(draws) > 1  # a seed decides who takes whose
     with pytest.raises(UserError, match="ablation values are for 5"):
         recorded(Ablate([2, 5], to=torch.zeros(5)))
 
