@@ -45,6 +45,7 @@ from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
 from saepatch.measure.effects import precision_of
 from saepatch.measure.patching import base_tokens, patch_edits
+from saepatch.measure.recall import verify_to_recall
 from saepatch.measure.screen import ERROR, Attribution, Exact, Verification
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
@@ -75,6 +76,7 @@ def attribute(
     verify: int = 0,
     sample: int = 0,
     seed: int = 0,
+    recall: float | None = None,
     options: SweepOptions | None = None,
     **keywords: Unpack[SweepKeywords],
 ) -> Attribution:
@@ -90,6 +92,7 @@ def attribute(
         verify: Number of nodes to run exactly (`saepatch.measure.patching`): those with the largest absolute estimates.
         sample: Number of further nodes to run exactly, drawn at random from all others.
         seed: Seed of the random sample.
+        recall: Run nodes until at least this share of the `verify` truly largest was run (`saepatch.measure.recall`).
         options: Options that sweeps share, or keywords. A corruption at the patched component leaves out error terms.
 
     Raises:
@@ -98,9 +101,9 @@ def attribute(
     """
     chosen = with_keywords(options or SweepOptions(), keywords)
     several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
+    precision, rounding = precision_of(model.dtype)
     screen = _screen(model, several, pairs, method, chosen)
     columns = screen.columns(1.0 if chosen.denoises or screen.absolute else -1.0)
-    precision, rounding = precision_of(model.dtype)
     result = Attribution(
         method=method.name,
         sites=tuple(dictionary.site for dictionary in several),
@@ -121,9 +124,9 @@ def attribute(
     )
     if not isinstance(method, IntegratedGradients):
         result.warn_if_flat("use IntegratedGradients")
-    if not verify and not sample:
-        return result
-    return result.verify(verify, sample, _exact(model, several, pairs, chosen), seed)
+    if recall is not None:
+        return verify_to_recall(result, verify, recall, _exact(model, several, pairs, chosen), seed)
+    return result.verify(verify, sample, _exact(model, several, pairs, chosen), seed) if verify or sample else result
 
 
 def _exact(

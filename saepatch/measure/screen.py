@@ -37,6 +37,7 @@ class Verification:
     replacement from the `others` nodes below the top; in a screen made in parts, from each part separately: `parts`
     lists (number drawn, number of nodes) in the order of the sample. Exact effects and estimates are in units of the
     metric; with `sizes`, estimates are magnitudes (GradDrop), and are correlated with the magnitudes of exact effects.
+    `looks` is the number of samples of growing size at which bounds were or could be taken; they hold jointly.
     """
 
     index: Int[ndarray, "verified"]
@@ -46,6 +47,7 @@ class Verification:
     others: int
     sizes: bool = False
     parts: tuple[tuple[int, int], ...] = ()
+    looks: int = 1
 
     @property
     def sampled(self) -> int:
@@ -103,9 +105,23 @@ class Verification:
         drawn, others = np.array(self.parts or [(self.sampled, self.others)], dtype=np.int64).T
         part = np.repeat(np.arange(len(drawn)), drawn)
         large = np.bincount(part[is_large], minlength=len(drawn))
-        chance = (1 - level) / max(1, int((drawn < others).sum()))  # a part that was run completely needs no bound
-        most, left = int(_most(large, drawn, others, chance).sum()), self.others - self.sampled
+        chance = (
+            (1 - level) / self.looks / max(1, int((drawn < others).sum()))
+        )  # a part that was run completely needs no bound
+        most, left = int(most_large(large, drawn, others, chance).sum()), self.others - self.sampled
         return int(is_large.sum()), most / left if left else 0.0, float(most)
+
+    def recall(self, k: int | None = None, level: float = 0.95) -> float:
+        """Lower bound (at `level`) on the share of the `k` truly largest nodes that were run exactly; 0 where unknown.
+
+        Raises:
+            UserError: as for `threshold`.
+        """
+        count = self.largest if k is None else k
+        self.threshold(count)
+        if self.largest + self.others == len(self.index):
+            return 1.0
+        return max(0.0, 1 - self.missed(count, level)[2] / count) if self.sampled else 0.0
 
     def summary(self, what: str = "nodes") -> str:
         """Text on what was run exactly and how well the estimates agree."""
@@ -131,7 +147,7 @@ class Verification:
         )
 
 
-def _most(
+def most_large(
     large: Int[ndarray, "parts"], drawn: Int[ndarray, "parts"], others: Int[ndarray, "parts"], chance: float
 ) -> Int[ndarray, "parts"]:
     """Upper bound on the large nodes of each part outside its sample: with more of them, drawing so few or fewer
