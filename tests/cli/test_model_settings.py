@@ -16,6 +16,8 @@ LOADING = {
     "patch": ("--pairs", "ioi", "--out", "OUT"),
     "attribute": ("--pairs", "ioi", "--out", "OUT"),
     "restore": ("--prompts", "refusal:report", "--out", "OUT"),
+    "circuit": ("--pairs", "ioi", "--out", "OUT"),
+    "edit": ("--requests", "organism", "--layers", "1", "--out", "OUT"),
     "latent": ("resid_post.3:281",),
     "steer": ("--latent", "resid_post.3:281", "--prompt", "a"),
 }
