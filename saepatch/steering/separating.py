@@ -23,8 +23,8 @@ from saepatch.steering.contrasts import auroc_contrast, contrast, corpus_maxima,
 MEANING = (
     "Contrast: difference of the sets' mean activations, times the length of the latent's row. AUROC: the latent's "
     "maximum over a prompt as a classifier; 0.5 is chance. Output score: whether adding the latent promotes its own "
-    "tokens (0 to 1); a latent that scores near 0 detects the concept but steers badly. The three have different best "
-    "latents."
+    "tokens (0 to 1); a latent that scores near 0 detects the concept but steers badly. Their best "
+    "latents often differ."
 )
 
 
