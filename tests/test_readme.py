@@ -28,7 +28,15 @@ TEXTS = {
 BLOCK = re.compile(r"^(?P<only><!-- python: compile -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 PLAIN = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-FOREIGN = ("make ", "pip ", "torchrun ", "sbatch ", "wandb ", "trackio ")  # commands with settings of their own
+FOREIGN = (
+    "jupytext ",
+    "make ",
+    "pip ",
+    "torchrun ",
+    "sbatch ",
+    "wandb ",
+    "trackio ",
+)  # commands with settings of their own
 
 
 def blocks(text: str) -> list[tuple[bool, str, int]]:
