@@ -46,7 +46,7 @@ def output(printed: str, value: Any) -> str:
     if value is not None:
         own = getattr(value, "_repr_html_", None)
         shown += own() if own is not None else f"<pre>{html.escape(repr(value))}</pre>"
-    return f'<div class="output">{shown}</div>' if shown else ""
+    return f'<div class="output" style="overflow-x: auto">{shown}</div>' if shown else ""
 
 
 _OUTPUTS: dict[str, list[str]] = {}

@@ -40,7 +40,7 @@ def test_outputs_stand_below_their_cells():
     marked = executed.on_page_markdown(text, page)
     assert marked.count("```\n\n<div data-output=") == 2
     shown = executed.on_page_content(marked, page)
-    assert '<div class="output"><pre>&lt;b&gt;\n</pre></div>' in shown
+    assert '<div class="output" style="overflow-x: auto"><pre>&lt;b&gt;\n</pre></div>' in shown
     assert "<pre>4</pre>" in shown
     with pytest.raises(ZeroDivisionError):
         executed.on_page_markdown("```python\n1 / 0\n```\n", page)
