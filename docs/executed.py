@@ -42,11 +42,15 @@ def run_cells(text: str, name: str) -> Iterator[tuple[str, Any]]:
 
 def output(printed: str, value: Any) -> str:
     """HTML of a cell's output."""
-    shown = f"<pre>{html.escape(printed)}</pre>" if printed else ""
+    shown = _text(printed) if printed else ""
     if value is not None:
         own = getattr(value, "_repr_html_", None)
-        shown += own() if own is not None else f"<pre>{html.escape(repr(value))}</pre>"
+        shown += own() if own is not None else _text(repr(value))
     return f'<div class="output" style="overflow-x: auto">{shown}</div>' if shown else ""
+
+
+def _text(text: str) -> str:
+    return f'<pre style="white-space: pre-wrap; font-size: 0.85em">{html.escape(text)}</pre>'
 
 
 _OUTPUTS: dict[str, list[str]] = {}

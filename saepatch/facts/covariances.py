@@ -1,5 +1,6 @@
 """Covariances of keys over reference texts, which tell an update what not to disturb; streamed, and kept on disk."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +19,6 @@ from saepatch.facts.projections import projection
 from saepatch.model.language_model import LanguageModel, refuse_training
 from saepatch.model.sites import Site
 from saepatch.records.files import atomic, output_folder
-from saepatch.records.provenance import json_hash
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Covariances:
         """Measure the covariances of several layers in one pass over texts; padding and BOS are left out.
 
         Memory: one float64 matrix [d_mlp, d_mlp] per layer. With `cache`, a folder, matrices are kept by the model's
-        fingerprint (not by its name, which stays the same when weights are edited), the texts and the layer.
+        fingerprint (not by its name, which stays the same when weights are edited), the texts' tokens and the layer.
 
         Raises:
             UserError: a layer does not exist or cannot be edited, or the texts hold no ordinary token.
@@ -64,8 +64,7 @@ class Covariances:
         refuse_training(model)
         for layer in layers:
             projection(model, layer)
-        texts_hash = json_hash(list(texts))
-        paths = {} if cache is None else {layer: _path(cache, model, texts_hash, layer) for layer in layers}
+        paths = {} if cache is None else _paths(cache, model, texts, layers)
         known = {layer: entry for layer, path in paths.items() if (entry := _read(path)) is not None}
         missing = [layer for layer in dict.fromkeys(layers) if layer not in known]
         if missing:
@@ -162,8 +161,13 @@ def _accumulate(
     return sums, tokens
 
 
-def _path(cache: Path, model: LanguageModel, texts_hash: str, layer: int) -> Path:
-    return cache / f"covariance-{model.fingerprint}-{texts_hash}-{layer}.safetensors"
+def _paths(cache: Path, model: LanguageModel, texts: Sequence[str], layers: Collection[int]) -> dict[int, Path]:
+    """The file of each layer, named by the tokens: the same texts have others with another tokenizer or a BOS."""
+    digest = hashlib.sha256(repr(model.bos_id).encode())
+    for text in texts:
+        digest.update(repr(model.encode(text)).encode())
+    name = f"covariance-{model.fingerprint}-{digest.hexdigest()[:16]}"
+    return {layer: cache / f"{name}-{layer}.safetensors" for layer in layers}
 
 
 def _read(path: Path) -> tuple[Square, int] | None:

@@ -1,6 +1,7 @@
 """What an edit changes and what it breaks: questions asked before and after, and their success with intervals."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -194,13 +195,16 @@ def evaluate_edit(
             edits is not about a neighbour, and does not count.
 
     Raises:
-        UserError: no requests, a delta of another model, or an answer that has no tokens of its own.
+        UserError: no requests, two of one name, a delta of another model, or an answer that has no tokens of its own.
 
     Sources: metrics of Meng et al. 2022 (CounterFact); Cohen et al. 2024, "Evaluating the Ripple Effects of Knowledge
     Editing"; Berglund et al. 2024, "The Reversal Curse".
     """
     if not requests:
         raise UserError("there are no requests: give at least one")
+    twice, times = Counter(_name(request) for request in requests).most_common(1)[0]
+    if times > 1:  # their questions would be averaged as one request's
+        raise UserError(f"{times} requests are called {twice!r}: give each an example name of its own")
     name = method or (edit.method if isinstance(edit, Delta) else "edit")
     questions = [(request, question) for request in requests for question in request.all_questions]
     before = _ask(model, [question for _, question in questions])
@@ -221,9 +225,12 @@ def evaluate_edit(
         _row(model, name, *question, old, new, counts)
         for question, old, new, counts in zip(questions, before, after, counted, strict=True)
     ]
-    names = [request.example or request.subject for request in requests]
-    measured = dict(zip(names, zip(fluency_before, fluency_after, strict=True))) if fluent else {}
+    measured = dict(zip(map(_name, requests), zip(fluency_before, fluency_after, strict=True))) if fluent else {}
     return EditEvaluation(name, tuple(rows), measured, seed)
+
+
+def _name(request: EditRequest) -> str:
+    return request.example or request.subject
 
 
 def _row(
@@ -236,7 +243,7 @@ def _row(
     counts: bool,
 ) -> EditRow:
     return EditRow(
-        example=request.example or request.subject,
+        example=_name(request),
         method=method,
         kind=question.kind,
         prompt=question.prompt,

@@ -1,6 +1,7 @@
 """Methods that edit facts, as frozen values: ROME, MEMIT, EMMET, AlphaEdit. `edit_facts` makes a `Delta` with one."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -115,8 +116,42 @@ class Rome:
         return [WeightChange(self.layer, left, right, key[:, None])]
 
 
+class _Spread(ABC):
+    """Base of methods that edit several facts in one update and share it out over layers."""
+
+    layers: tuple[int, ...]
+
+    @property
+    def one_by_one(self) -> bool:
+        return False
+
+    def place(self, model: LanguageModel) -> Place:
+        site = Site(self.layers[-1])
+        model.layout.module(site)  # raises where there is no such layer
+        return site
+
+    def changes(self, editing: Editing) -> list[WeightChange]:
+        """Write the values layer by layer: each takes its share of what is still missing at the last layer."""
+        model, contexts, last = editing.model, editing.contexts, Site(self.layers[-1])
+        target = contexts.states(last, bare=True)[:, 0] + editing.values.delta
+        changes: list[WeightChange] = []
+        for number, layer in enumerate(self.layers):
+            with applied(model, changes):
+                states = contexts.states(Site(layer, "neurons"))
+                missing = target - contexts.states(last, bare=True)[:, 0]
+                share = missing / (len(self.layers) - number)
+                residuals = for_stream(model, projection(model, layer), states[:, 0], share)
+            keys = contexts.mean(states).T
+            changes.append(WeightChange(layer, *self.update(editing, layer, residuals.T, keys), keys))
+        return changes
+
+    @abstractmethod
+    def update(self, editing: Editing, layer: int, residuals: Left, keys: Right) -> tuple[Left, Right]:
+        """The factors of one layer's change."""
+
+
 @dataclass(frozen=True)
-class Memit:
+class Memit(_Spread):
     """Many facts in one update, spread over several layers; the residual is measured anew after each.
 
     `weight` is λ, how much the reference text counts against the facts.
@@ -138,22 +173,12 @@ class Memit:
     def name(self) -> str:
         return "memit"
 
-    @property
-    def one_by_one(self) -> bool:
-        return False
-
-    def place(self, model: LanguageModel) -> Place:
-        return _stream(model, self.layers)
-
-    def changes(self, editing: Editing) -> list[WeightChange]:
-        return _spread(self, editing)
-
     def update(self, editing: Editing, layer: int, residuals: Left, keys: Right) -> tuple[Left, Right]:
         return memit_update(residuals, keys, editing.covariances.solve(layer, keys), self.weight)
 
 
 @dataclass(frozen=True)
-class Emmet:
+class Emmet(_Spread):
     """As `Memit`, with facts met exactly instead of in a least-squares sense: ROME for several facts at once.
 
     Source: Gupta et al. 2024, "A Unified Framework for Model Editing" (https://arxiv.org/abs/2403.14236).
@@ -171,22 +196,12 @@ class Emmet:
     def name(self) -> str:
         return "emmet"
 
-    @property
-    def one_by_one(self) -> bool:
-        return False
-
-    def place(self, model: LanguageModel) -> Place:
-        return _stream(model, self.layers)
-
-    def changes(self, editing: Editing) -> list[WeightChange]:
-        return _spread(self, editing)
-
     def update(self, editing: Editing, layer: int, residuals: Left, keys: Right) -> tuple[Left, Right]:
         return emmet_update(residuals, keys, editing.covariances.solve(layer, keys))
 
 
 @dataclass(frozen=True)
-class AlphaEdit:
+class AlphaEdit(_Spread):
     """As `Memit`, with the change projected onto the null space of C, and the keys of earlier edits preserved.
 
     `threshold` bounds the eigenvalues of C that span the null space; `weight` is λ.
@@ -210,16 +225,6 @@ class AlphaEdit:
     @property
     def name(self) -> str:
         return "alphaedit"
-
-    @property
-    def one_by_one(self) -> bool:
-        return False
-
-    def place(self, model: LanguageModel) -> Place:
-        return _stream(model, self.layers)
-
-    def changes(self, editing: Editing) -> list[WeightChange]:
-        return _spread(self, editing)
 
     def update(self, editing: Editing, layer: int, residuals: Left, keys: Right) -> tuple[Left, Right]:
         null = editing.covariances.null_space(layer, self.threshold)
@@ -296,28 +301,6 @@ def _checked(
                 f"the {what} belong to weights {other}, but {model.name} has weights {here}: measure or edit this model"
             )
     return Delta.none(model, method.name) if after is None else after
-
-
-def _spread(method: "Memit | Emmet | AlphaEdit", editing: Editing) -> list[WeightChange]:
-    """Write the values layer by layer: each takes its share of what is still missing at the last layer."""
-    model, contexts, last = editing.model, editing.contexts, Site(method.layers[-1])
-    target = contexts.states(last, bare=True)[:, 0] + editing.values.delta
-    changes: list[WeightChange] = []
-    for number, layer in enumerate(method.layers):
-        with applied(model, changes):
-            states = contexts.states(Site(layer, "neurons"))
-            missing = target - contexts.states(last, bare=True)[:, 0]
-            share = missing / (len(method.layers) - number)
-            residuals = for_stream(model, projection(model, layer), states[:, 0], share)
-        keys = contexts.mean(states).T
-        changes.append(WeightChange(layer, *method.update(editing, layer, residuals.T, keys), keys))
-    return changes
-
-
-def _stream(model: LanguageModel, layers: Sequence[int]) -> Site:
-    site = Site(layers[-1])
-    model.layout.module(site)  # raises where there is no such layer
-    return site
 
 
 def _check_layers(layers: Sequence[int]) -> None:

@@ -132,13 +132,21 @@ def effects_blocks(effects: Effects, k: int = 10) -> list[Simple]:
     for each in top:
         controls = [None if control is None else interval_cell(control) for control in each.controls]
         q = None if np.isnan(each.q) else each.q
-        unit = describe(each.edit) + " °" * each.small
+        unit = _clipped(describe(each.edit)) + " °" * each.small
         rows.append([each.edit.place, unit, each.where, interval_cell(each.effect), *controls, each.changed, q])
     columns = ["site", "unit", "at", "effect", *(f"{role} controls" for role in roles), "pairs changed", "q"]
     formats = dict.fromkeys(columns[3 : 4 + len(roles)], ".3f") | {"q": ".2g", "pairs changed": "d"}
     meaning = "Effect: ratio of means over pairs, 0 the base run, 1 the source run."
     caption = "\n\n".join([f"{meaning} {INTERVALS}", *_notes(effects, top)])
     return [facts, Table(columns, rows, caption, formats)]
+
+
+def _clipped(units: str, most: int = 30) -> str:
+    """A list of units, shortened where it is long, with their number."""
+    if len(units) <= most or "|" in units:
+        return units
+    first = units[:most].rpartition(",")[0]
+    return f"{first},… ({units.count(',') + 1})"
 
 
 def interval_cell(interval: Interval) -> EstimateCell:

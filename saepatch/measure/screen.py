@@ -105,9 +105,8 @@ class Verification:
         drawn, others = np.array(self.parts or [(self.sampled, self.others)], dtype=np.int64).T
         part = np.repeat(np.arange(len(drawn)), drawn)
         large = np.bincount(part[is_large], minlength=len(drawn))
-        chance = (
-            (1 - level) / self.looks / max(1, int((drawn < others).sum()))
-        )  # a part that was run completely needs no bound
+        bounded = max(1, int((drawn < others).sum()))  # a part that was run completely needs no bound
+        chance = (1 - level) / self.looks / bounded
         most, left = int(most_large(large, drawn, others, chance).sum()), self.others - self.sampled
         return int(is_large.sum()), most / left if left else 0.0, float(most)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -63,20 +64,20 @@ def _drawn_once(chart: Chart) -> Markup:
     return Markup('<div class="once">{}</div>').format(draw(chart, width).svg())
 
 
-class Shown:
+class Shown(ABC):
     """Base of results that show themselves in notebooks and write a page of their own.
 
     A class says what is shown in `blocks`, and what stands above in `title`.
     """
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """What stands above the blocks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> list[Simple]:
         """The result as blocks of a report."""
-        raise NotImplementedError
 
     def figures(self) -> list[Block]:
         """Figures of the page that `report` writes, below the blocks."""

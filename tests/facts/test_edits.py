@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import byte_tokenizer, tiny_model
 
 from saepatch import UserError
 from saepatch.data.edit_requests import EditRequest
@@ -228,6 +228,17 @@ def test_covariances_leave_out_padding_and_bos_and_are_kept_by_weights(tmp_path)
     assert stale.model_hash != measured.model_hash
     with pytest.raises(UserError, match="covariances belong to weights"):
         edit_facts(model, [LOUVRE], Rome(1, prefixes=BARE), stale)
+
+
+def test_covariances_of_other_tokens_are_not_mixed_up(tmp_path):
+    model = tiny_model("gpt2", vocab_size=260)
+    other = replace(model, tokenizer=byte_tokenizer())
+    other.tokenizer.add_tokens([TEXTS[0][:3]])
+    assert other.fingerprint == model.fingerprint
+    first, second = (Covariances.over(each, [1], TEXTS, cache=tmp_path) for each in (model, other))
+    assert second.tokens < first.tokens
+    assert not torch.equal(first.matrices[1], second.matrices[1])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_singular_covariance_is_refused_and_the_identity_is_warned_of(caplog):

@@ -177,3 +177,12 @@ def test_loss_of_texts(model):
 def test_nothing_to_evaluate_is_refused(model):
     with pytest.raises(sp.UserError, match="no requests"):
         sp.evaluate_edit(model, [], some_delta(model))
+
+
+def test_two_requests_of_one_name_are_refused(model):
+    """Their questions would be averaged as those of one."""
+    facts = [sp.EditRequest(prompt, "Louvre", " R", " Pa") for prompt in ("The {} in", "Near the {} in")]
+    with pytest.raises(sp.UserError, match="2 requests are called 'Louvre': give each an example name"):
+        sp.evaluate_edit(model, facts, some_delta(model))
+    named = [replace(fact, example=str(number)) for number, fact in enumerate(facts)]
+    assert sp.evaluate_edit(model, named, some_delta(model)).success("efficacy").n == 2

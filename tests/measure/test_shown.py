@@ -136,6 +136,12 @@ def test_results_write_pages_of_their_own(effects, screen, tmp_path):
         assert "<figure" in page
 
 
+def test_long_lists_of_units_are_shortened_with_their_number(model):
+    effects = patch_latents(model, random_dictionary(), PAIRS, [range(40), [1, 2]], controls=0)
+    units = {row[1] for row in effects.blocks()[1].rows}
+    assert units == {"0,1,2,3,4,5,6,7,8,9,10,11,12,… (40)", "1,2"}
+
+
 def test_equal_runs_are_shown_without_effects(model):
     same = [PromptPair("the cat", "the cat", "x", "y", str(i)) for i in range(3)]
     effects = patch_latents(model, random_dictionary(), same, [[1]], controls=0)
