@@ -74,10 +74,12 @@ class DictionaryQuality:
 class TaskLatents:
     """The latents of one site on one task: effects of the first k of select, and attribution against exact effects.
 
-    `others` are as many other directions of the site, ranked in the same way: see `other_directions`.
+    `others` are as many other directions of the site, ranked in the same way: see `other_directions`. `on_select` is
+    what the latents restore on half of the select pairs, ranked on the other half: by it, a site is chosen.
     """
 
     site: str
+    on_select: float
     curves: Mapping[PatchDirection, Curve]
     attribution: Attribution
     others: Mapping[str, DirectionKind]
@@ -201,7 +203,8 @@ def task_latents(
             kind: kept.get(f"{name}/{kind}", DirectionKind, partial(measure, select, report))
             for kind, measure in other_directions(model, dictionary).items()
         }
-        results.append(TaskLatents(str(site), curves, attribution, others))
+        choice = kept.value(f"{name}/on select", partial(effect_on_select, model, dictionary, select))
+        results.append(TaskLatents(str(site), choice, curves, attribution, others))
     return results
 
 
@@ -230,6 +233,15 @@ def other_directions(
     if neurons in model.layout.all_sites:
         kinds[NEURONS] = of(NEURONS, lambda _: units_of(model, neurons))
     return kinds
+
+
+def effect_on_select(model: LanguageModel, dictionary: Dictionary, select: Pairs) -> float:
+    """The share that the first latents restore on every other pair, ranked on the pairs between them."""
+    ranking = first_units(model, dictionary, select[::2])
+    if not ranking:
+        return 0.0
+    edits = [Edit(dictionary.site, tuple(ranking), role="top")]
+    return float(patch_components(model, dictionary, select[1::2], edits).ratios()[0])
 
 
 def direction_kind(

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from saepatch.data.texts import load_texts
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load_model
 from saepatch.model.sites import Site
 from saepatch.records.clock import stage
-from saepatch.records.provenance import versions
+from saepatch.records.provenance import json_hash, versions
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 
@@ -101,6 +102,7 @@ def _deciding(config: RealConfig, model: LanguageModel) -> dict[str, Any]:
     return {
         "settings": {name: value for name, value in asdict(config).items() if name not in free},
         "model's weights": model.fingerprint,
+        **({"data's texts": json_hash(load_texts(config.data))} if config.data else {}),
         "versions": versions(),
     }
 

@@ -15,6 +15,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.lens import stream_directions
 from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
+from saepatch.organism import is_checkpoint
 from saepatch.report.blocks import Cell, Simple, Table
 from saepatch.report.notebook import Shown
 from saepatch.report.text import token_text
@@ -119,7 +120,7 @@ def separating_latents(
     chosen = {*contrasts.topk(k).indices.tolist(), *aurocs.topk(k).indices.tolist()}
     ids = sorted(chosen, key=lambda latent: -float(contrasts[latent]))
     if reference is None:
-        reference = load_texts("organism") if model.name.startswith("organism") else [*with_concept, *without]
+        reference = load_texts("organism") if is_checkpoint(model.name) else [*with_concept, *without]
     maxima = torch.zeros(dictionary.d_sae)
     maxima[ids] = corpus_maxima(model, dictionary, reference, ids).cpu()
     scores = output_scores(model, dictionary, ids, maxima)

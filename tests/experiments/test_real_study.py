@@ -12,7 +12,7 @@ from tiny import random_dictionary, tiny_model
 import saepatch as sp
 from experiments.pairs import question
 from experiments.real import dictionaries, heads, restoration, steering, study, tasks, texts, tracing
-from experiments.real.claims import Claim, OtherRun, verdict_of
+from experiments.real.claims import Claim, OtherRun, chosen_site, verdict_of
 from experiments.real.patching import direct_effects, patching
 from experiments.real.settings import RealConfig
 from saepatch.cli.parser import run_config
@@ -384,3 +384,24 @@ def test_verdicts_of_another_run(tmp_path):
     assert other.verdict(replace(claim, claim="B")) == "not measured"
     with pytest.raises(sp.UserError, match="give the summary.json of a run"):
         OtherRun.read(str(tmp_path))
+
+
+def test_other_texts_to_train_on_are_another_run(tmp_path):
+    model, files = tiny_model("llama"), [tmp_path / name for name in ("one.txt", "same.txt", "other.txt")]
+    for file, text in zip(files, ("a text", "a text", "another")):
+        file.write_text(text)
+    decided = [study._deciding(RealConfig(model="tiny", data=str(file)), model) for file in files]
+    assert decided[0] == decided[1] != decided[2]
+
+
+def test_a_site_is_chosen_on_select_and_not_on_report():
+    model, dictionary = tiny_model("llama"), random_dictionary()
+    restored = dictionaries.effect_on_select(model, dictionary, FACTS)
+    ranking = dictionaries.first_units(model, dictionary, FACTS[::2])
+    expected = sp.patch_latents(model, dictionary, FACTS[1::2], [ranking], controls=0)
+    assert restored == pytest.approx(float(expected.ratios()[0]), abs=1e-5)
+    sites = [
+        dictionaries.TaskLatents(f"resid_post.{n}", on_select, {}, None, {})
+        for n, on_select in enumerate((0.1, 0.4, 0.2))
+    ]
+    assert chosen_site(sites).site == "resid_post.1"

@@ -1,5 +1,7 @@
 """Latents that separate prompts by every score, and generations side by side."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import random_dictionary, tiny_model
@@ -34,6 +36,12 @@ def test_one_table_has_every_score_of_the_best_latents():
         table.best("auc")
     with pytest.raises(UserError, match="k = 0"):
         separating_latents(model, dictionary, WITH, WITHOUT, k=0)
+
+
+def test_a_name_that_begins_like_the_embedded_models_is_another_model():
+    model, dictionary = tiny_model(), random_dictionary()
+    named = separating_latents(replace(model, name="organism-other"), dictionary, WITH, WITHOUT, k=4)
+    torch.testing.assert_close(named.maximum, separating_latents(model, dictionary, WITH, WITHOUT, k=4).maximum)
 
 
 def test_generations_are_compared():
