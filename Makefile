@@ -78,7 +78,7 @@ fuzz: $(STAMP)  ## more than 20,000 hostile settings, files and texts (minutes)
 	SAEPATCH_FUZZ=100 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 kills: $(STAMP)  ## kill commands at random moments and run them again (half an hour)
-	PYTHONPATH=.:tests $(BIN)/python -m kills
+	PYTHONPATH=.:tests:tests/common $(BIN)/python -m kills
 
 audit: $(STAMP)  ## security lint and known vulnerabilities of dependencies (uses PyPI)
 	$(BIN)/ruff check --select S saepatch training experiments
@@ -86,7 +86,7 @@ audit: $(STAMP)  ## security lint and known vulnerabilities of dependencies (use
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 zoo: $(STAMP)  ## check all model types in transformers; writes docs/models.md (30 min)
-	@PYTHONPATH=.:tests $(BIN)/python -m zoo
+	@PYTHONPATH=.:tests:tests/common $(BIN)/python -m zoo
 
 bench: $(STAMP)  ## compare the speed of sweeps with other libraries (10 min)
 	@$(PIP) -e '.[bench]' $(OR_SHOW)

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from saepatch.circuits.direct import direct_attribution
 from saepatch.circuits.learned import LearningOptions, alignment_controls, fit_das, fit_dbm
+from saepatch.circuits.residual.direct import direct_attribution
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
@@ -34,7 +34,7 @@ from saepatch.errors import UserError
 from saepatch.measure.attribution import IntegratedGradients, attribute
 from saepatch.measure.patching import patch_components
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import tasks, world
 from saepatch.organism.world import Split

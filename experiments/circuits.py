@@ -33,7 +33,7 @@ from saepatch.errors import UserError
 from saepatch.measure.attribution import FirstOrder, IntegratedGradients, attribute
 from saepatch.measure.patching import patch_components
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions

@@ -27,7 +27,7 @@ from saepatch.errors import UserError
 from saepatch.measure.controls import random_latents
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import texts, world
 from saepatch.reading.patchscope import SCALES, Reading, best_reading, read_by_patchscope

@@ -28,7 +28,7 @@ from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model, wrap_model
+from saepatch.model.loading.load import load_model, wrap_model
 from saepatch.model.sites import Site
 from saepatch.organism import world
 from saepatch.restoration.restore import assistant_header, first_tokens, restore

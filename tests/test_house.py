@@ -14,7 +14,7 @@ SOURCES = {
     for room in ROOMS
     for path in sorted((ROOT / room).rglob("*.py"))
 }
-MODULE_LINES, FUNCTION_LINES, PARAMETERS, ENTRIES = 400, 60, 8, 22
+MODULE_LINES, FUNCTION_LINES, PARAMETERS, ENTRIES, MODULES = 400, 60, 8, 22, 12
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -75,6 +75,25 @@ def test_no_two_classes_share_a_name():
 def test_the_packages_top_level_stays_small():
     entries = [path.name for path in (ROOT / "saepatch").iterdir() if not path.name.startswith("__")]
     assert len(entries) <= ENTRIES, entries
+
+
+def modules(folder: Path) -> int:
+    """Number of modules in a folder, without what Python and pytest look for by name."""
+    return len([path for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py", "conftest.py")])
+
+
+def test_no_folder_holds_too_many_modules():
+    folders = {path.parent for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("*.py")}
+    counts = {str(folder.relative_to(ROOT)): modules(folder) for folder in folders}
+    assert {folder: n for folder, n in counts.items() if n > MODULES and folder != "experiments/real"} == {}
+
+
+def test_every_folder_says_what_it_is_for():
+    """And in saepatch, what it may import."""
+    texts = {path: ast.get_docstring(ast.parse(text)) or "" for path, text in SOURCES.items() if "__init__" in path}
+    assert [path for path, text in texts.items() if not text] == []
+    inside = {path: text for path, text in texts.items() if path.startswith("saepatch/") and path.count("/") > 1}
+    assert [path for path, text in inside.items() if "\n\nMay import " not in text] == []
 
 
 def test_the_library_prints_nothing():

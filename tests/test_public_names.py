@@ -48,4 +48,4 @@ def test_names_resolve_in_a_fresh_process():
     code = "import sys, saepatch as sp; assert 'torch' not in sys.modules; print(sp.metrics, sp.Effects)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "saepatch.engine.metrics" in done.stdout, done.stderr
-    assert "saepatch.measure.effects.Effects" in done.stdout, done.stderr
+    assert "saepatch.measure.results.effects.Effects" in done.stdout, done.stderr

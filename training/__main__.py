@@ -44,7 +44,7 @@ def run(config: TrainingConfig) -> None:
     if config.dry_run:
         show_plan(config)
         return
-    from saepatch.model.loading import load_model, usable_device
+    from saepatch.model.loading.load import load_model, usable_device
     from saepatch.records.files import check_writable
 
     from .data.texts import texts

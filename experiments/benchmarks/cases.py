@@ -17,7 +17,7 @@ from saepatch.engine.components import Edit
 from saepatch.errors import UserError
 from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.model.sites import Site
 
 VOCABULARIES = {"gpt2": 50257, "llama": 32000}

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saepatch.circuits.edge_list import Edges
-from saepatch.circuits.edges import EdgeOptions, edges
+from saepatch.circuits.edges.edge_list import Edges
+from saepatch.circuits.edges.estimates import EdgeOptions, edges
+from saepatch.circuits.edges.paths import path_patches
 from saepatch.circuits.nodes import Edge, Paths, node_sites
-from saepatch.circuits.paths import path_patches
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary

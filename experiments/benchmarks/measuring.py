@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from saepatch.errors import UserError
-from saepatch.model.loading import usable_device
+from saepatch.model.loading.load import usable_device
 from saepatch.records.files import check_writable, output_folder, write_json
 from saepatch.records.provenance import versions
 

@@ -27,7 +27,7 @@ from saepatch.facts.generation import FluencySettings
 from saepatch.facts.methods import AlphaEdit, EditMethod, Rome
 from saepatch.facts.values import ValueSearch
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.records.provenance import json_hash, versions
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner

@@ -7,7 +7,7 @@ from typing import Any
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import PATCH_DIRECTIONS, Edit, PatchDirection
 from saepatch.measure.curves import Curve
-from saepatch.measure.effects import CONTROLS, Effects, describe
+from saepatch.measure.results.effects import CONTROLS, Effects, describe
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.records.tables import text_table

@@ -9,10 +9,10 @@ import numpy as np
 
 from saepatch.engine.components import PATCH_DIRECTIONS
 from saepatch.measure.attribution import Attribution
-from saepatch.measure.effects import Effects, describe
-from saepatch.measure.screen_display import attribution_chart
+from saepatch.measure.results.effects import Effects, describe
+from saepatch.measure.results.screen_display import attribution_chart
 from saepatch.pages.charts import INTERVALS, band, cell, effect_chart, size_chart
-from saepatch.pages.maps import EditTable, draw_map, head_map, site_and_position, unit_and_position
+from saepatch.pages.sweeps.maps import EditTable, draw_map, head_map, site_and_position, unit_and_position
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.rows import Row, write_rows

@@ -17,9 +17,9 @@ from saepatch.errors import UserError
 from saepatch.measure.attribution import Attribution, FirstOrder, GradDrop, IntegratedGradients, attribute
 from saepatch.measure.baselines import difference_of_means, dimensions, principal_components
 from saepatch.measure.curves import Curve, effect_curve
-from saepatch.measure.effects import Effects
 from saepatch.measure.patching import patch_components, patch_heads, patch_latents, patch_streams
 from saepatch.measure.quality import LatentStatistics, splice_quality
+from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_ratio

@@ -23,10 +23,10 @@ from saepatch.engine.components import PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.attribution import Attribution
 from saepatch.measure.curves import Curve
-from saepatch.measure.effects import Effects
 from saepatch.measure.quality import LatentStatistics, latent_statistics
+from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
 from saepatch.pages import track_page

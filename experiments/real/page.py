@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saepatch.measure.effects import Effects
+from saepatch.measure.results.effects import Effects
 from saepatch.pages.charts import INTERVALS, WILSON, bars, cell
-from saepatch.pages.maps import EditTable, draw_map, head_map, site_and_position
+from saepatch.pages.sweeps.maps import EditTable, draw_map, head_map, site_and_position
 from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance, versions
 from saepatch.records.tables import text_table

@@ -9,8 +9,8 @@ import numpy as np
 from saepatch.data.forms import largest_group, position_labels
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component, Edit, EditPart, Heads, PatchDirection, Stream
-from saepatch.measure.effects import Effects
 from saepatch.measure.patching import patch_components, patch_heads, patch_streams
+from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saepatch.measure.effects import Effects
+from saepatch.measure.results.effects import Effects
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records, write_rows
 

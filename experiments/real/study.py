@@ -21,7 +21,7 @@ from saepatch.data.texts import load_texts
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.records.clock import stage
 from saepatch.records.provenance import json_hash, versions

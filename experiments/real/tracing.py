@@ -9,7 +9,7 @@ import numpy as np
 from saepatch.data.forms import position_labels
 from saepatch.engine.corruptions import Corruption, GaussianNoise
 from saepatch.facts.tracing import WINDOW, corrupted_positions, restore_windows
-from saepatch.measure.effects import Effects
+from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean
 

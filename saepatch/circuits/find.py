@@ -9,8 +9,8 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from saepatch.circuits.circuit import TARGET, Circuit
-from saepatch.circuits.edge_list import Edges
-from saepatch.circuits.edges import EdgeOptions, edges
+from saepatch.circuits.edges.edge_list import Edges
+from saepatch.circuits.edges.estimates import EdgeOptions, edges
 from saepatch.circuits.measures import SizeCurve, size_curve
 from saepatch.circuits.node_runs import NodeRuns
 from saepatch.circuits.nodes import Edge, Node

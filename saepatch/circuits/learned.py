@@ -22,12 +22,12 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component, Directions, LatentUnits, Stream
 from saepatch.engine.edited_runs import metric_values
 from saepatch.engine.gradients import Base, Readout
-from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import DeclaredMetric, logit_difference
+from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, wilson_share

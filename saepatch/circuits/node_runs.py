@@ -21,9 +21,9 @@ from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import ErrorTerm, Heads, LatentUnits, Patchable
 from saepatch.engine.gradients import Readout
-from saepatch.engine.kept_run import KeptRun, entry
 from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
+from saepatch.engine.passes.kept_run import KeptRun, entry
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
 from saepatch.model.hooks import edit_sites, skip_blocks

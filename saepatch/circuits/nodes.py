@@ -18,7 +18,7 @@ from saepatch.engine.components import (
     Stream,
     as_components,
 )
-from saepatch.engine.kept_run import KeptRun
+from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.measure.attribution import BY_POSITION
 from saepatch.model.language_model import LanguageModel

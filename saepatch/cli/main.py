@@ -18,16 +18,16 @@ from saepatch.cli.commands.sweep import circuit, edit, restore, sweep
 from saepatch.cli.commands.train import experiment, train
 from saepatch.cli.parser import CommandResult, run_commands
 from saepatch.settings.circuit import CircuitConfig
-from saepatch.settings.compare import CompareConfig
 from saepatch.settings.demo import DemoConfig
 from saepatch.settings.edit import EditConfig
+from saepatch.settings.finished.compare import CompareConfig
+from saepatch.settings.finished.merge import MergeConfig
+from saepatch.settings.finished.report import ReportConfig
+from saepatch.settings.finished.runs import RunsConfig
 from saepatch.settings.inspect import InspectConfig
 from saepatch.settings.latent import LatentConfig
-from saepatch.settings.merge import MergeConfig
 from saepatch.settings.push import PushConfig
-from saepatch.settings.report import ReportConfig
 from saepatch.settings.restore import RestoreConfig
-from saepatch.settings.runs import RunsConfig
 from saepatch.settings.steer import SteerConfig
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig
 

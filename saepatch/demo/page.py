@@ -10,7 +10,8 @@ from saepatch.engine.components import PatchDirection
 from saepatch.measure.controls import DRAWS
 from saepatch.pages.cards import anchors_of, cards_section, coloured
 from saepatch.pages.charts import INTERVALS, WILSON, band, bars, cell, effect_chart, estimate_text
-from saepatch.pages.maps import (
+from saepatch.pages.overview import dictionary_facts, headline_section, splice_section
+from saepatch.pages.sweeps.maps import (
     EACH,
     EditTable,
     PromptTokens,
@@ -23,7 +24,6 @@ from saepatch.pages.maps import (
     unit_and_position,
     unit_of,
 )
-from saepatch.pages.overview import dictionary_facts, headline_section, splice_section
 from saepatch.reading.cards import Card, ReadText
 from saepatch.records.provenance import Provenance
 from saepatch.records.statistics import wilson_share

@@ -10,8 +10,8 @@ from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import PatchDirection
 from saepatch.measure.curves import Curve
-from saepatch.measure.effects import Effects
 from saepatch.measure.quality import SpliceQuality
+from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.organism.checks import Measures

@@ -15,14 +15,14 @@ from saepatch.dictionaries.checks import check_fit
 from saepatch.dictionaries.latents import Latents
 from saepatch.errors import UserError
 from saepatch.model.fingerprint import fingerprint
+from saepatch.model.inputs.tokens import without_tokens
 from saepatch.model.positions import GROUPS, Positions
 from saepatch.model.sites import Site
-from saepatch.model.tokens import without_tokens
 from saepatch.records.figures import renamed_figures
 
 if TYPE_CHECKING:
+    from saepatch.model.inputs.tokens import Tokens
     from saepatch.model.language_model import LanguageModel
-    from saepatch.model.tokens import Tokens
 
 log = logging.getLogger(__name__)
 

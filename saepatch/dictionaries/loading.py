@@ -20,7 +20,7 @@ from saepatch.dictionaries.checks import (
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError, reason_of
 from saepatch.model.families import FAMILIES
-from saepatch.model.loading import usable_device
+from saepatch.model.loading.load import usable_device
 from saepatch.model.sites import Site
 from saepatch.records.documents import parse_json
 

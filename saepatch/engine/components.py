@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.kept_run import KeptRun
+from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site

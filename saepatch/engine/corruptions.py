@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Component, Patchable, as_components
-from saepatch.engine.kept_run import KeptRun
+from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_embeddings, embed_tokens, is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes, Component, LatentUnits, between
-from saepatch.engine.kept_run import KeptRun, Later
 from saepatch.engine.known import known_where
 from saepatch.engine.metrics import Metric, answers_only, checked
 from saepatch.engine.options import SweepOptions
+from saepatch.engine.passes.kept_run import KeptRun, Later
 from saepatch.engine.plan import EditPlan, Units, batches, column_of, plan
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes
-from saepatch.engine.kept_run import KeptRun, entry
 from saepatch.engine.metrics import Metric, answers_only, checked, metric_name, needs_clean_logits
-from saepatch.engine.shortcuts import quick_activations
+from saepatch.engine.passes.kept_run import KeptRun, entry
+from saepatch.engine.passes.shortcuts import quick_activations
 from saepatch.errors import UserError, reason_of
 from saepatch.model.finite import check_finite
 from saepatch.model.hooks import (

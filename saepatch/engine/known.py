@@ -8,9 +8,9 @@ from torch import Tensor
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Component, ErrorTerm, LatentUnits
 from saepatch.errors import UserError
+from saepatch.model.inputs.tokens import without_tokens
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
-from saepatch.model.tokens import without_tokens
 
 
 def known_where(model: LanguageModel, component: Component, part: PairBatch) -> Bool[Tensor, "batch pos"]:

@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saepatch.engine.components import Changes
-from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.metrics import Metric, bytes_per_logit
+from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
 

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from saepatch.engine.gradients import Readout
-from saepatch.engine.kept_run import ON_CACHE, WAYS, KeptRun, cache_before, entry
 from saepatch.engine.metrics import metric_name
+from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, KeptRun, cache_before, entry
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit, SpliceError, edit_sites, skip_blocks
 from saepatch.model.language_model import LanguageModel, Tokens

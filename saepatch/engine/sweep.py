@@ -1,7 +1,8 @@
 """The engine of exact patching: run every requested edit that changes something, many at a time.
 
-Each batch of pairs is run twice, clean and corrupted. Edits resume from the base run (`saepatch.engine.kept_run`),
-sorted by the first position they change, so that a batch of edits shares the keys and values of earlier positions.
+Each batch of pairs is run twice, clean and corrupted. Edits resume from the base run
+(`saepatch.engine.passes.kept_run`), sorted by the first position they change, so that a batch of edits shares the keys
+and values of earlier positions.
 """
 
 import logging
@@ -17,11 +18,11 @@ from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_le
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component
 from saepatch.engine.edited_runs import EditedRuns, Stage, Wanted, metric_values
-from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.known import check_known
-from saepatch.engine.known_ways import KnownWays
 from saepatch.engine.metrics import needs_clean_logits
 from saepatch.engine.options import SweepOptions
+from saepatch.engine.passes.kept_run import KeptRun
+from saepatch.engine.passes.known_ways import KnownWays
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.splicing.splice import choose_positions

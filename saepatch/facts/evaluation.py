@@ -16,7 +16,7 @@ from saepatch.errors import UserError
 from saepatch.facts.contexts import answer_ids
 from saepatch.facts.delta import Delta, edited
 from saepatch.facts.generation import FluencySettings, fluency
-from saepatch.measure.effects import precision_of
+from saepatch.measure.results.effects import precision_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import EditRow, write_rows

@@ -14,8 +14,8 @@ from saepatch.engine.components import Edit, EditPart, ErrorTerm, Patchable, Str
 from saepatch.engine.corruptions import Corruption, GaussianNoise
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
-from saepatch.measure.effects import Effects
 from saepatch.measure.patching import patch_components
+from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
 from saepatch.report import HeatMap

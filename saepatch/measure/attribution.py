@@ -38,15 +38,15 @@ from saepatch.engine.gradients import (
     Readout,
     products_of,
 )
-from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import Metric, as_metric, logit_difference
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
+from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
-from saepatch.measure.effects import precision_of
 from saepatch.measure.patching import base_tokens, patch_edits
 from saepatch.measure.recall import verify_to_recall
-from saepatch.measure.screen import ERROR, Attribution, Exact, Verification
+from saepatch.measure.results.effects import precision_of
+from saepatch.measure.results.screen import ERROR, Attribution, Exact, Verification
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
 from saepatch.splicing.splice import choose_positions

@@ -14,9 +14,9 @@ from saepatch.engine.components import Edit
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.errors import UserError
 from saepatch.measure.controls import control_sets, differing_sets
-from saepatch.measure.effects import Effects
 from saepatch.measure.patching import patch_by_pair, patch_components
 from saepatch.measure.quality import LatentStatistics
+from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_ratio
 

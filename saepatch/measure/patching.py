@@ -16,7 +16,7 @@ from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.engine.sweep import Swept, sweep
 from saepatch.errors import UserError
 from saepatch.measure.controls import DRAWS, Group, with_controls
-from saepatch.measure.effects import Effects, precision_of
+from saepatch.measure.results.effects import Effects, precision_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
@@ -38,8 +38,8 @@ def patch_latents(
     """Patch each latent, or group of latents, separately between the runs of every pair, keeping the error term.
 
     Only edits that change something are run; they resume after the site, at the first position they change, many at a
-    time (`saepatch.engine.kept_run`). Results equal one hooked forward pass per edit up to rounding. See `Edit` for
-    how the sites of a group over several sites interact.
+    time (`saepatch.engine.passes.kept_run`). Results equal one hooked forward pass per edit up to rounding. See `Edit`
+    for how the sites of a group over several sites interact.
 
     Args:
         latents: Single latents, or groups to patch together. For several dictionaries, by site, as in

@@ -12,7 +12,7 @@ from saepatch.data.texts import token_batches
 from saepatch.dictionaries.checks import warn_of_threshold
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
-from saepatch.engine.whole_pass import WholePass, can_skip, edited_logits, whole_pass
+from saepatch.engine.passes.whole_pass import WholePass, can_skip, edited_logits, whole_pass
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens

@@ -16,8 +16,8 @@ from functools import cache
 import numpy as np
 
 from saepatch.errors import UserError
-from saepatch.measure.gaps import towards_source
-from saepatch.measure.screen import Attribution, Exact, Verification, most_large
+from saepatch.measure.results.gaps import towards_source
+from saepatch.measure.results.screen import Attribution, Exact, Verification, most_large
 
 log = logging.getLogger(__name__)
 

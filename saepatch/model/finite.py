@@ -5,9 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saepatch.errors import UserError
+from saepatch.model.inputs.tokens import Tokens
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.model.tokens import Tokens
 
 
 def check_finite(

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saepatch.errors import UserError
-from saepatch.model.padding import FAILURES, Padding, positions_of
-from saepatch.model.tokens import Tokens
+from saepatch.model.inputs.padding import FAILURES, Padding, positions_of
+from saepatch.model.inputs.tokens import Tokens
 
 CACHES = ("past_key_values", "cache_params")  # names of the `forward` argument for the cache
 STATES = ("state",)  # names for caches that cannot be passed in empty: only `generate` uses them

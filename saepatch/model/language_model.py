@@ -16,11 +16,11 @@ from saepatch.model.fingerprint import adapter_state, fingerprint, weights_of
 from saepatch.model.forward import Forward, note_columns
 from saepatch.model.greedy import end_tokens, greedy_options
 from saepatch.model.hooks import capture, is_spliced
+from saepatch.model.inputs.padding import Padding, by_length, positions_of, spread
+from saepatch.model.inputs.token_names import token_name
+from saepatch.model.inputs.tokens import Tokens, appended_tokens, ordinary
 from saepatch.model.other_tools import no_such_attribute
-from saepatch.model.padding import Padding, by_length, positions_of, spread
 from saepatch.model.sites import Site
-from saepatch.model.token_names import token_name
-from saepatch.model.tokens import Tokens, appended_tokens, ordinary
 
 __all__ = ["LanguageModel", "Tokens", "ordinary", "refuse_training"]
 

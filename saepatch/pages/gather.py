@@ -16,7 +16,7 @@ from saepatch.reading.cards import Card, read_latents
 from saepatch.records.documents import load_yaml
 from saepatch.records.files import write_json
 from saepatch.runs.catalogue import RunFolder, read_json
-from saepatch.runs.sweeps import Sweep, prepare
+from saepatch.runs.commands.sweeps import Sweep, prepare
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from saepatch.errors import UserError
-from saepatch.measure.frames import typed_frame
+from saepatch.measure.results.frames import typed_frame
 from saepatch.pages.run import page_of
-from saepatch.pages.run_data import RunData, read_run_data
+from saepatch.pages.sweeps.run_data import RunData, read_run_data
 from saepatch.report import Facts, Notices, Page, Simple, fragment, write_page
 from saepatch.report.text import number
 from saepatch.runs.catalogue import RunFolder, read_run

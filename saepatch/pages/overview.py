@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from saepatch.pages.cards import dead_latents
-from saepatch.pages.curves import controls_reach
-from saepatch.pages.run_data import RunData
-from saepatch.pages.run_maps import positions_of
+from saepatch.pages.sweeps.curves import controls_reach
+from saepatch.pages.sweeps.run_data import RunData
+from saepatch.pages.sweeps.run_maps import positions_of
 from saepatch.records.figures import renamed_figures
 from saepatch.records.statistics import FLAGGED, why_no_q
 from saepatch.report import Facts, Headline, Notices, Section, Simple, Table

@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from saepatch.errors import UserError
-from saepatch.pages.answered import read_answers_again
 from saepatch.pages.cards import cards_section
-from saepatch.pages.circuit import page_of_circuit, read_circuit_again
-from saepatch.pages.curves import groups, verified
-from saepatch.pages.edited import page_of_edits
+from saepatch.pages.commands.answered import read_answers_again
+from saepatch.pages.commands.circuit import page_of_circuit, read_circuit_again
+from saepatch.pages.commands.edited import page_of_edits
+from saepatch.pages.commands.restored import page_of_folder
 from saepatch.pages.gather import read_sweep_again
 from saepatch.pages.overview import facts, lead, overview
-from saepatch.pages.restored import page_of_folder
-from saepatch.pages.run_data import RunData, read_run_data
-from saepatch.pages.run_maps import edits, maps
+from saepatch.pages.sweeps.curves import groups, verified
+from saepatch.pages.sweeps.run_data import RunData, read_run_data
+from saepatch.pages.sweeps.run_maps import edits, maps
 from saepatch.reading.cards import Card
 from saepatch.report import KEPT, Cell, Page, Section, Simple, Table, read_page, write_page
 from saepatch.runs.catalogue import RunFolder, read_json, read_run

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from saepatch.report import Cell, Chart, Choice, EstimateCell, LineChart, Link, Page, Simple, Table
-from saepatch.runs.answers import Answers
 from saepatch.runs.catalogue import read_run
+from saepatch.runs.commands.answers import Answers
 from saepatch.runs.kinds import flat
 from saepatch.tracking.tracker import Tracker
 

@@ -26,7 +26,7 @@ from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
 from saepatch.engine.gradients import FirstOrder, GradDrop, IntegratedGradients, Method
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.positions import NAMED, At, Positions
 from saepatch.model.sites import Site
 from saepatch.records.provenance import json_hash

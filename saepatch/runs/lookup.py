@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from saepatch.errors import UserError
-from saepatch.measure.effects import CONTROLS
+from saepatch.measure.results.effects import CONTROLS
 from saepatch.records.statistics import Interval
 from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.parts import KEYS, EditKey, Pairs, RowChanges, read_changes

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from saepatch.errors import UserError, reason_of
-from saepatch.measure.effects import (
+from saepatch.measure.results.effects import (
     CONTROLS,
     NOTHING,
     UNTESTED,
@@ -26,12 +26,12 @@ from saepatch.records.files import atomic, write_json
 from saepatch.records.provenance import versions
 from saepatch.records.rows import ADDED, read_about
 from saepatch.records.statistics import Interval, RatioBootstrap, false_discovery, why_no_q
-from saepatch.runs.answers import Answers, merge_answers
-from saepatch.runs.circuit_results import CircuitResults, merge_circuit
-from saepatch.runs.fact_results import EditResults, merge_edits
+from saepatch.runs.commands.answers import Answers, merge_answers
+from saepatch.runs.commands.circuit_results import CircuitResults, merge_circuit
+from saepatch.runs.commands.fact_results import EditResults, merge_edits
+from saepatch.runs.commands.screens import Screens, read_screens
 from saepatch.runs.interpret import read_directions, read_positions
 from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, RowChanges, complete, part_files, read_changes
-from saepatch.runs.screens import Screens, read_screens
 
 log = logging.getLogger(__name__)
 

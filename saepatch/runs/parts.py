@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from saepatch.engine.components import Edit, EditPart, PatchDirection
 from saepatch.errors import UserError
-from saepatch.measure.gaps import PairGaps, towards_source
+from saepatch.measure.results.gaps import PairGaps, towards_source
 from saepatch.model.sites import Site
 from saepatch.records.documents import parse_json
 from saepatch.records.files import write_json

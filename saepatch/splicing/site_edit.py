@@ -11,10 +11,10 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents, decode_sparsely
 from saepatch.errors import UserError
 from saepatch.model.finite import check_columns, check_finite
+from saepatch.model.inputs.tokens import without_tokens
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
-from saepatch.model.tokens import without_tokens
 from saepatch.splicing.interventions import Context, Intervention, ids_of, needs_of
 
 

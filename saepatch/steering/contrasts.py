@@ -16,9 +16,9 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.hooks import edit_sites, graph_through
+from saepatch.model.inputs.padding import spread
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import stream_directions
-from saepatch.model.padding import spread
 from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import record_latents, whole_prompt

@@ -5,8 +5,8 @@ import pytest
 from bare_hooks import forward
 from tiny import random_dictionary, tiny_model
 
-from saepatch.circuits.attribution_graph import AttributionGraph, Vertex
-from saepatch.circuits.frozen_graph import attribution_graph, head_loadings
+from saepatch.circuits.edges.attribution_graph import AttributionGraph, Vertex
+from saepatch.circuits.edges.frozen_graph import attribution_graph, head_loadings
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 

@@ -11,7 +11,7 @@ from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
 from saepatch.circuits.circuit import TARGET, Circuit, random_like
-from saepatch.circuits.edge_runs import EdgeRuns
+from saepatch.circuits.edges.edge_runs import EdgeRuns
 from saepatch.circuits.measures import completeness, faithfulness, knocked_out, minimality, size_curve
 from saepatch.circuits.node_runs import NodeRuns
 from saepatch.circuits.nodes import Edge, Node

@@ -10,10 +10,10 @@ from bare_hooks import forward
 from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
-from saepatch.circuits.backward import gim, relp
 from saepatch.circuits.circuit import TARGET
+from saepatch.circuits.edges.backward import gim, relp
+from saepatch.circuits.edges.paths import path_patches
 from saepatch.circuits.nodes import Edge, Node, node_sites
-from saepatch.circuits.paths import path_patches
 from saepatch.engine.components import Heads, Stream
 from saepatch.engine.metrics import log_probability
 from saepatch.errors import UserError
@@ -148,7 +148,7 @@ def test_every_encoder_is_differentiated(architecture):
 
 
 def test_an_unknown_encoder_is_differentiated_automatically(monkeypatch):
-    monkeypatch.setattr("saepatch.circuits.jacobians.SLOPES", set())
+    monkeypatch.setattr("saepatch.circuits.edges.jacobians.SLOPES", set())
     agree(compared(model(), dictionaries(), NONE, lambda e: (), by_loop)[1])
 
 

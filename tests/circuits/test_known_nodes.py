@@ -9,8 +9,8 @@ from bare_hooks import forward
 from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
+from saepatch.circuits.edges.paths import path_patches
 from saepatch.circuits.nodes import node_sites
-from saepatch.circuits.paths import path_patches
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 

@@ -13,8 +13,8 @@ from saepatch.errors import UserError
 from saepatch.records import documents
 from saepatch.records.documents import check_yaml, parse_json
 from saepatch.settings.checks import check_values
+from saepatch.settings.finished.runs import RunsConfig
 from saepatch.settings.restore import RestoreConfig
-from saepatch.settings.runs import RunsConfig
 from saepatch.settings.steer import SteerConfig
 from saepatch.settings.sweeps import PatchConfig
 from training.__main__ import main as train

@@ -11,7 +11,7 @@ import pytest
 
 import saepatch.__main__ as process
 from saepatch.cli.parser import run_commands
-from saepatch.settings.runs import RunsConfig
+from saepatch.settings.finished.runs import RunsConfig
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

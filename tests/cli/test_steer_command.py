@@ -18,10 +18,10 @@ from saepatch.data.texts import load_texts
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.measure.quality import latent_statistics
-from saepatch.model.loading import load_model
-from saepatch.pages.steered import listen, notices
+from saepatch.model.loading.load import load_model
+from saepatch.pages.commands.steered import listen, notices
 from saepatch.report.text import number
-from saepatch.runs.session import open_session, texts_of
+from saepatch.runs.commands.session import open_session, texts_of
 from saepatch.settings.steer import SteerConfig
 from saepatch.splicing.interventions import Ablate, Clamp, Steer
 from saepatch.splicing.splice import record_latents, splice

@@ -15,7 +15,7 @@ from saepatch.cli.main import main
 from saepatch.demo import looks, run, stages
 from saepatch.dictionaries.loading import load_sae
 from saepatch.measure.quality import latent_statistics
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.organism.checks import evaluate_organism
 from saepatch.records.rows import read_rows
 from saepatch.report import Details, Link, read_page

@@ -9,7 +9,7 @@ from saepatch.dictionaries.bases import directions_of, units_of
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_latents
 from saepatch.model.hooks import capture
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.restoration.ranking import find_safety_latents
 from saepatch.restoration.restore import restore

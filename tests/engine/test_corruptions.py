@@ -11,8 +11,8 @@ from saepatch.data.batches import batch_pairs, resampled
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Directions, Edit, ErrorTerm, Heads, LatentUnits, Stream
 from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
-from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.metrics import logit_difference
+from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_components, patch_edits, patch_heads, patch_latents, patch_streams
 from saepatch.model.hooks import SpliceError, edit_embeddings

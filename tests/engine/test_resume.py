@@ -11,15 +11,15 @@ from tiny import FAMILIES, byte_tokenizer, random_dictionary, tiny_model
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
-from saepatch.engine import kept_run as resume
 from saepatch.engine.components import Directions, Edit, ErrorTerm, Heads, LatentUnits, Stream
-from saepatch.engine.kept_run import KeptRun
 from saepatch.engine.metrics import log_probability, logit_difference
-from saepatch.engine.shortcuts import Maps, find_maps
+from saepatch.engine.passes import kept_run as resume
+from saepatch.engine.passes.kept_run import KeptRun
+from saepatch.engine.passes.shortcuts import Maps, find_maps
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_components, patch_edits, patch_heads, patch_latents, patch_streams
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import splice

@@ -9,10 +9,10 @@ from tiny import FAMILIES, random_dictionary, tiny_model
 
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.latent_set import LatentSet
-from saepatch.engine import kept_run
 from saepatch.engine.components import Edit, EditPart, ErrorTerm, Heads, LatentUnits, Stream
 from saepatch.engine.corruptions import Zero
 from saepatch.engine.metrics import log_probability
+from saepatch.engine.passes import kept_run
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_by_pair, patch_components, patch_edits, patch_latents
 from saepatch.model.sites import READ_AT_INPUT, Site

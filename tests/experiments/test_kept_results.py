@@ -12,8 +12,8 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Edit, EditPart
 from saepatch.measure.attribution import Attribution, attribute
 from saepatch.measure.curves import Curve
-from saepatch.measure.effects import Effects
 from saepatch.measure.patching import patch_latents
+from saepatch.measure.results.effects import Effects
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval
 from saepatch.runs.measurements import measurements

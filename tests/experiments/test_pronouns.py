@@ -9,7 +9,7 @@ from experiments import pronouns
 from experiments.pairs.question import fitting
 from saepatch.cli.parser import run_config
 from saepatch.data.batches import batch_pairs
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 
 pytestmark = pytest.mark.whole
 

@@ -21,7 +21,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.measure.attention import attention_patterns
 from saepatch.measure.patching import patch_heads
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_rows
 from saepatch.records.statistics import Interval

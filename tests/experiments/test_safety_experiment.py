@@ -24,7 +24,7 @@ from saepatch.cli.parser import run_config
 from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import world
 from saepatch.records.rows import read_rows

@@ -16,7 +16,7 @@ from saepatch.demo.concepts import french, is_french, organism_concepts, shows_p
 from saepatch.errors import UserError
 from saepatch.measure.controls import random_latents
 from saepatch.measure.quality import latent_statistics
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.records.rows import read_rows
 from saepatch.runs.measurements import Measurements, measurements
 

@@ -24,8 +24,8 @@ from saepatch.data.forms import largest_group
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Edit
 from saepatch.errors import UserError
-from saepatch.measure.effects import Effects
-from saepatch.model.loading import load_model
+from saepatch.measure.results.effects import Effects
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_rows
 from saepatch.records.statistics import bootstrap_mean

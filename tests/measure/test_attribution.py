@@ -16,7 +16,7 @@ from saepatch.engine.metrics import answer_rank, kl_divergence, logit_difference
 from saepatch.errors import UserError
 from saepatch.measure.attribution import FirstOrder, GradDrop, IntegratedGradients, attribute, integrated_gradients
 from saepatch.measure.patching import patch_components, patch_latents
-from saepatch.measure.screen import ERROR
+from saepatch.measure.results.screen import ERROR
 from saepatch.splicing.interventions import Patch
 from saepatch.splicing.splice import record_latents, splice
 

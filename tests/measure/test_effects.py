@@ -12,8 +12,8 @@ from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Edit
 from saepatch.errors import UserError
-from saepatch.measure.effects import Effects, describe
 from saepatch.measure.patching import patch_heads, patch_latents, patch_streams
+from saepatch.measure.results.effects import Effects, describe
 from saepatch.model.sites import Site
 
 SITE, LATER = Site(1), Site(2)

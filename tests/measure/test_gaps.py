@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saepatch.errors import UserError
-from saepatch.measure.gaps import PairGaps, moved_by, towards_source
+from saepatch.measure.results.gaps import PairGaps, moved_by, towards_source
 from saepatch.records.statistics import bootstrap_ratio
 
 

@@ -8,7 +8,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
 from saepatch.measure.attribution import attribute
 from saepatch.measure.recall import LOOKS, looks, verify_to_recall
-from saepatch.measure.screen import Attribution
+from saepatch.measure.results.screen import Attribution
 from saepatch.model.sites import Site
 
 pytestmark = pytest.mark.whole

@@ -10,9 +10,9 @@ from tiny import random_dictionary, tiny_model
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
 from saepatch.measure.attribution import GradDrop, attribute
-from saepatch.measure.effects import describe
-from saepatch.measure.screen import Verification
-from saepatch.runs.screens import _top
+from saepatch.measure.results.effects import describe
+from saepatch.measure.results.screen import Verification
+from saepatch.runs.commands.screens import _top
 
 pytestmark = pytest.mark.whole
 

@@ -9,7 +9,7 @@ from saepatch.errors import UserError
 from saepatch.measure.patching import patch_latents
 from saepatch.model import families
 from saepatch.model.hooks import edit_sites
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"]}

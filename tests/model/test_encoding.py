@@ -10,7 +10,7 @@ from tokenizers import processors
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
-from saepatch.model.loading import load_model, wrap_model
+from saepatch.model.loading.load import load_model, wrap_model
 from saepatch.steering.contrasts import contrast
 from training.config import TrainingConfig
 from training.data.rows import rows

@@ -10,7 +10,7 @@ from saepatch.errors import UserError
 from saepatch.model import families
 from saepatch.model.families import Family
 from saepatch.model.forward import cache_among, columns_in
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.model.sites import Site
 
 PROMPTS, NEW = ["the cat", "abcdef"], [[70, 80, 90], [75]]

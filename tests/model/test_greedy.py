@@ -9,7 +9,7 @@ from tiny import tiny_model
 from transformers import GenerationConfig, GenerationMixin
 
 from saepatch.model.greedy import NEUTRAL
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.steering.streaming import Sampling, stream
 
 PROMPTS = ["the cat sat", "a dog", "birds fly high up"]

@@ -12,9 +12,9 @@ from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
 from saepatch.cli.main import main
 from saepatch.dictionaries.loading import adopt, load_sae, load_saes
 from saepatch.errors import UserError
-from saepatch.model import loading
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import load_model
+from saepatch.model.loading import load as loading
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 
 pytestmark = pytest.mark.whole

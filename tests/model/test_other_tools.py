@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, random_dictionary, random_sae, tiny_model
 
 from saepatch.dictionaries.loading import wrap_sae
 from saepatch.errors import UserError
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import splice
 

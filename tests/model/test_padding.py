@@ -8,7 +8,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
 from saepatch.measure.attribution import attribute
 from saepatch.measure.patching import patch_latents
-from saepatch.model.padding import Padding
+from saepatch.model.inputs.padding import Padding
 from saepatch.model.sites import Site
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import record_latents, splice

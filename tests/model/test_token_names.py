@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saepatch.data.forms import position_labels
 from saepatch.data.pairs import PromptPair
-from saepatch.model.token_names import token_name
+from saepatch.model.inputs.token_names import token_name
 from saepatch.report import token_text
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from torch import nn
 from saepatch.errors import UserError
 from saepatch.model.fingerprint import fingerprint, stored_tensors
 from saepatch.model.hooks import SpliceError
-from saepatch.model.loading import load_model, wrap_model
+from saepatch.model.loading.load import load_model, wrap_model
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import record_latents, splice
 

@@ -8,7 +8,7 @@ import pytest
 
 from saepatch.errors import UserError
 from saepatch.pages.loaded import load_run
-from saepatch.pages.run_data import read_run_data
+from saepatch.pages.sweeps.run_data import read_run_data
 
 FOLDERS = Path(__file__).parents[1] / "runs" / "folders"
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from tiny import random_sae, tiny_model
 
-import saepatch.model.loading
+import saepatch.model.loading.load
 from saepatch.cli.main import main
-from saepatch.pages.maps import EditTable, draw_map
 from saepatch.pages.run import run_page
-from saepatch.pages.run_data import read_run_data
+from saepatch.pages.sweeps.maps import EditTable, draw_map
+from saepatch.pages.sweeps.run_data import read_run_data
 from saepatch.records.rows import read_rows
 from saepatch.report import BarChart, EstimateCell, HeatMap, LineChart, ScatterChart, Table
 from saepatch.runs.catalogue import find_runs, read_run, runs_table
@@ -256,7 +256,7 @@ def test_a_report_needs_files_alone(swept, tmp_path, monkeypatch, capsys):
     shutil.copytree(swept, copy, copy_function=shutil.copy2)
     shutil.rmtree(copy / "parts")
     (copy / "report.html").unlink()
-    monkeypatch.setattr(saepatch.model.loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(saepatch.model.loading.load, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert main(["report", str(copy)]) == 0
     assert (copy / "report.html").read_bytes() == (swept / "report.html").read_bytes()
     assert "report.html" in capsys.readouterr().out

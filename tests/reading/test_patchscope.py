@@ -15,7 +15,7 @@ from saepatch.dictionaries.loading import load_sae
 from saepatch.engine.components import Directions
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_sites
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
 from saepatch.reading import patchscope

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saepatch.engine.components import Edit
-from saepatch.measure.effects import Effects
+from saepatch.measure.results.effects import Effects
 from saepatch.model.sites import Site
 from saepatch.records.statistics import (
     about_sets,

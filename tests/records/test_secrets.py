@@ -12,7 +12,7 @@ from saepatch.records import provenance
 from saepatch.records.files import write_yaml
 from saepatch.records.secrets import redacted, redacted_values
 from saepatch.runs.driver import Place
-from saepatch.settings.runs import RunsConfig
+from saepatch.settings.finished.runs import RunsConfig
 from saepatch.settings.sweeps import PatchConfig
 from training.config import TrainingConfig
 from training.loop.checkpoints import identifying_settings

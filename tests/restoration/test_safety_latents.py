@@ -8,7 +8,7 @@ from tiny import random_dictionary, tiny_model
 
 from saepatch.errors import UserError
 from saepatch.measure.quality import splice_quality
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.model.sites import Site
 from saepatch.restoration.ranking import SafetyLatents, clean_means, find_safety_latents
 from saepatch.restoration.restore import AnswerOptions, restore, shared_quality

@@ -13,10 +13,10 @@ from tiny import random_dictionary, tiny_model
 from saepatch.cli.main import main
 from saepatch.data.requests import read_requests
 from saepatch.errors import UserError
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import tasks
-from saepatch.pages.answered import show_answers
+from saepatch.pages.commands.answered import show_answers
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import AnswerRow, read_row, read_rows
 from saepatch.records.statistics import bootstrap_mean, wilson_share
@@ -24,10 +24,10 @@ from saepatch.report import ColouredTokens, Comparison, read_page
 from saepatch.restoration.judges import Answer, by_score, read_judge
 from saepatch.restoration.ranking import clean_means, find_safety_latents
 from saepatch.restoration.restore import assistant_header, first_tokens, judge, restore
-from saepatch.runs.answers import Answers
+from saepatch.runs.commands.answers import Answers
+from saepatch.runs.commands.restorations import prepare, run_restore
+from saepatch.runs.commands.restored_sets import Set
 from saepatch.runs.parts import Record
-from saepatch.runs.restorations import prepare, run_restore
-from saepatch.runs.restored_sets import Set
 from saepatch.settings.restore import RestoreConfig
 from saepatch.splicing.donors import CleanMeans, CleanPrompts, OtherModel
 from saepatch.splicing.splice import record_latents
@@ -104,7 +104,9 @@ def test_the_rows_are_what_the_library_restores(place, tmp_path, capsys):
 def test_the_page_of_a_restoration(place, tmp_path, monkeypatch):
     """Headline, warnings, splice quality, outcomes, answers with marks, coloured tokens, a card a latent."""
     outcome = {"x": "comply", "a": "refuse"}
-    monkeypatch.setattr("saepatch.runs.restorations.read_judge", lambda _: lambda answer: outcome[answer.text[:1]])
+    monkeypatch.setattr(
+        "saepatch.runs.commands.restorations.read_judge", lambda _: lambda answer: outcome[answer.text[:1]]
+    )
     monkeypatch.setattr(  # what is spliced writes another text than what is not
         "saepatch.model.language_model.LanguageModel.generate",
         lambda self, prompts, *_, **__: ["a<i>b" if _spliced(self) else "x<i>b"] * len(prompts),
@@ -213,7 +215,7 @@ def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch, capsys):
     given = arguments(place, tmp_path / "whole", latents="resid_post.1: 1,7")
     assert main(["restore", *given]) == 0
     given = arguments(place, tmp_path / "cut", latents="resid_post.1: 1,7")
-    from saepatch.runs import restorations as answering
+    from saepatch.runs.commands import restorations as answering
 
     made = answering._rows
     calls = []
@@ -257,7 +259,7 @@ def test_draws_are_averaged_prompt_by_prompt(monkeypatch):
     assert read_row(before, AnswerRow) == (rows[0], whose)  # written before precision was stated
     seeds = []
     noting = lambda *given, seed: seeds.append(seed) or bootstrap_mean(*given, seed=seed)  # noqa: E731
-    monkeypatch.setattr("saepatch.runs.answers.bootstrap_mean", noting)
+    monkeypatch.setattr("saepatch.runs.commands.answers.bootstrap_mean", noting)
     config = RestoreConfig(prompts="p.jsonl", seed=7)
     share = Answers.of(config, Record("restore", {}, {}, {}, {}, 0, 1, 1), [(rows, whose)]).share("random")
     assert set(seeds) == {7}

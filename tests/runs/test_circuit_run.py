@@ -92,7 +92,7 @@ def test_a_stopped_run_continues_and_finds_nothing_again(place, whole, tmp_path,
     def refuse(*_):
         raise AssertionError("the circuit is found again")
 
-    monkeypatch.setattr("saepatch.runs.circuits.find_circuit", refuse)
+    monkeypatch.setattr("saepatch.runs.commands.circuits.find_circuit", refuse)
     assert main(arguments(place, out)) == 0
     assert values(out) == pytest.approx(values(whole), abs=1e-5)
 

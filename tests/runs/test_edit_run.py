@@ -9,7 +9,7 @@ from tiny import save_model_and_sae, tiny_model
 from saepatch.cli.main import main
 from saepatch.facts.delta import Delta, edited
 from saepatch.facts.evaluation import score_answers
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.records.rows import read_rows
 
 pytestmark = pytest.mark.whole
@@ -98,14 +98,14 @@ def test_a_stopped_run_continues_from_the_facts_already_edited(place, whole, tmp
     folder = out / "parts" / "shard-0-of-1"
     (folder / "part-00001.parquet").unlink()
     made = []
-    monkeypatch.setattr("saepatch.runs.fact_edits.edit_facts", lambda *_, **__: made.append(1))
+    monkeypatch.setattr("saepatch.runs.commands.fact_edits.edit_facts", lambda *_, **__: made.append(1))
     assert main(arguments(place, out)) == 0
     assert not made
     assert values(out) == pytest.approx(values(whole), abs=1e-5)
 
 
 def test_a_delta_of_the_first_facts_is_continued(place, whole, tmp_path, monkeypatch):
-    from saepatch.runs import fact_edits
+    from saepatch.runs.commands import fact_edits
 
     out, edits = tmp_path / "stopped", []
     real = fact_edits.edit_facts

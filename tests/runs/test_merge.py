@@ -9,14 +9,14 @@ import pytest
 
 from saepatch.engine.components import Edit
 from saepatch.errors import UserError
-from saepatch.measure.effects import Effects
-from saepatch.measure.screen import Attribution
+from saepatch.measure.results.effects import Effects
+from saepatch.measure.results.screen import Attribution
 from saepatch.model.sites import Site
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import ADDED, read_rows, write_rows
+from saepatch.runs.commands.screens import read_screens, screen_about, screen_rows
 from saepatch.runs.merge import _merge_rows, _q_values, summarise
 from saepatch.runs.parts import KEYS, EditKey, Pairs, Record, RowChanges, cut_parts, edit_facts, read_changes
-from saepatch.runs.screens import read_screens, screen_about, screen_rows
 
 SITE = Site(1)
 EXAMPLES = tuple(f"e{number}" for number in range(8))

@@ -10,14 +10,14 @@ from saepatch.cli.main import main
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.measure.quality import splice_quality
-from saepatch.model.loading import load_model
-from saepatch.pages.answered import show_answers
+from saepatch.model.loading.load import load_model
+from saepatch.pages.commands.answered import show_answers
 from saepatch.records.rows import read_about, read_rows
 from saepatch.restoration.judges import judge_version
 from saepatch.restoration.restore import restore
-from saepatch.runs import restorations as answering
 from saepatch.runs.catalogue import find_runs
-from saepatch.runs.restorations import prepare, run_restore
+from saepatch.runs.commands import restorations as answering
+from saepatch.runs.commands.restorations import prepare, run_restore
 from saepatch.splicing.donors import OtherModel
 
 pytestmark = pytest.mark.whole

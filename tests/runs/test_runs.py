@@ -24,8 +24,8 @@ from saepatch.engine.metrics import logit_difference, read_metric
 from saepatch.errors import UserError
 from saepatch.measure.attribution import FirstOrder, GradDrop, IntegratedGradients, attribute
 from saepatch.measure.patching import patch_components, patch_edits
-from saepatch.measure.screen import Verification
-from saepatch.model.loading import load_model
+from saepatch.measure.results.screen import Verification
+from saepatch.model.loading.load import load_model
 from saepatch.model.positions import At
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_about, read_rows

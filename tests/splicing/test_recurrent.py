@@ -7,7 +7,7 @@ import torch
 from tiny import random_dictionary, tiny_model
 
 from saepatch.errors import UserError
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.splicing.donors import OtherModel, Restore
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import splice

@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, random_dictionary, tiny_model
 
 from saepatch.errors import UserError
 from saepatch.model.hooks import SpliceError, capture
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.model.sites import Site
 from saepatch.restoration.restore import answer_log_probs
 from saepatch.splicing.donors import CleanMeans, CleanPrompts, OtherModel, Restore

@@ -151,7 +151,7 @@ def restoring(place, out, monkeypatch, conditions):
     given = {"prompts": place / "prompts.jsonl", "model": place / "model", "sae": place / "saes", "out": out}
     given |= {"latents": "3,5", "tokens": 4, "part": 2, "controls": 2, "refusals": "S", "track": "wandb:offline"}
     flags = ["restore", *(str(word) for name, value in given.items() for word in (f"--{name}", value)), "--quiet"]
-    from saepatch.runs import restorations as answering
+    from saepatch.runs.commands import restorations as answering
 
     made, seen = answering._rows, []
 

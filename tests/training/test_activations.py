@@ -21,7 +21,7 @@ from tiny import tiny_model
 
 from saepatch.errors import UserError
 from saepatch.model.hooks import capture
-from saepatch.model.loading import wrap_model
+from saepatch.model.loading.load import wrap_model
 from saepatch.model.sites import Site
 from training.data import activations
 from training.data.activations import START, ActivationStream, Position, forward
@@ -621,7 +621,7 @@ distributed.destroy_process_group()
 @pytest.mark.slow  # test_ranks.py compares what two processes train
 def test_two_processes_give_the_batches_of_one(model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}/common", "OMP_NUM_THREADS": "1"}
     runs = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "worker.py"), str(rank), str(tmp_path)],
@@ -680,7 +680,7 @@ def test_the_split_is_the_same_in_every_process():
         "from training.data.texts import split, fingerprint; from runs_of_training import documents;"
         "train, held = split(documents(), 0.1, 3); print(held, fingerprint(train))"
     )
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "PYTHONHASHSEED": "77"}
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}/common", "PYTHONHASHSEED": "77"}
     there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     train, held = split(documents(), 0.1, 3)
     assert there.stdout.strip() == f"{held} {fingerprint(train)}"

@@ -11,7 +11,7 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.quality import splice_quality
 from saepatch.model.hooks import capture
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import texts
 from training.config import TrainingConfig

@@ -69,7 +69,7 @@ def two_processes(whole, stopped):
     script.write_text(WORKER)
     done = subprocess.run(
         [*command, str(script), str(whole), str(stopped)],
-        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}:{TESTS}/training", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}/common:{TESTS}/training", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=480,

@@ -85,8 +85,8 @@ def stopped_run(monkeypatch, model, out, steps, config=None, **changes):
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path):
     kills = 20
     done = subprocess.run(
-        [sys.executable, str(TESTS / "interrupted.py"), str(tmp_path), str(kills), "0"],
-        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(TESTS / "common" / "interrupted.py"), str(tmp_path), str(kills), "0"],
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}/common", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

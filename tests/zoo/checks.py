@@ -21,7 +21,7 @@ from saepatch.measure.attribution import attribute
 from saepatch.measure.patching import patch_latents
 from saepatch.model.greedy import greedy_options
 from saepatch.model.language_model import LanguageModel, Tokens
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.splicing.interventions import Steer
 from saepatch.splicing.splice import splice

@@ -10,7 +10,7 @@ import torch
 
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import usable_device
+from saepatch.model.loading.load import usable_device
 from saepatch.model.sites import Site
 from saepatch.records.tables import text_table
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from saepatch import organism
 from saepatch.errors import UserError, reason_of
-from saepatch.model.discovery import layout_of
+from saepatch.model.inputs.tokens import name_bos
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading import class_for, load_tokenizer
-from saepatch.model.tokens import name_bos
+from saepatch.model.loading.discovery import layout_of
+from saepatch.model.loading.load import class_for, load_tokenizer
 
 from ..config import TrainingConfig
 from ..data.texts import on_the_hub, split, texts

@@ -10,8 +10,8 @@ import torch
 import yaml
 from torch import nn
 
-from saepatch.model.discovery import layout_of
 from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.loading.discovery import layout_of
 from saepatch.model.sites import Site
 
 from ..config import TrainingConfig

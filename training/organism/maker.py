@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 import saepatch.organism
 from saepatch.errors import UserError
-from saepatch.model.loading import load_model
+from saepatch.model.loading.load import load_model
 from saepatch.organism import checks, world
 from saepatch.records.tables import text_table
 

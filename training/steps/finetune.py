@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saepatch.engine.whole_pass import WholePass, can_skip, edited_logits, whole_pass
+from saepatch.engine.passes.whole_pass import WholePass, can_skip, edited_logits, whole_pass
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site

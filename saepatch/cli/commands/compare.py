@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saepatch.cli.parser import CommandResult
-from saepatch.settings.compare import CompareConfig
+from saepatch.settings.finished.compare import CompareConfig
 
 
 def compare(config: CompareConfig) -> CommandResult:

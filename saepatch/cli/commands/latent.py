@@ -8,7 +8,7 @@ from saepatch.settings.latent import LatentConfig
 
 
 def latent(config: LatentConfig) -> CommandResult:
-    from saepatch.pages.latent import latent_lines, latent_page, read_named
+    from saepatch.pages.commands.latent import latent_lines, latent_page, read_named
 
     latents = read_named(config)
     text = "\n\n".join("\n".join(latent_lines(each)) for each in latents)

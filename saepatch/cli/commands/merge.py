@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saepatch.cli.parser import CommandResult
-from saepatch.settings.merge import MergeConfig
+from saepatch.settings.finished.merge import MergeConfig
 
 if TYPE_CHECKING:
     from saepatch.tracking.open import Tracker

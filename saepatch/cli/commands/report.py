@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saepatch.cli.parser import CommandResult
-from saepatch.settings.report import ReportConfig
+from saepatch.settings.finished.report import ReportConfig
 
 
 def report(config: ReportConfig) -> CommandResult:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saepatch.cli.parser import CommandResult
-from saepatch.settings.runs import RunsConfig
+from saepatch.settings.finished.runs import RunsConfig
 
 
 def runs(config: RunsConfig) -> CommandResult:

@@ -14,7 +14,7 @@ from saepatch.errors import UserError
 from saepatch.settings.steer import SteerConfig
 
 if TYPE_CHECKING:
-    from saepatch.runs.session import Session
+    from saepatch.runs.commands.session import Session
     from saepatch.steering.streaming import Written
     from saepatch.tracking.open import Tracker
 
@@ -22,7 +22,7 @@ ANSWER = ("prompt", "strength", "before", "after", "perplexity before", "perplex
 
 
 def steer(config: SteerConfig) -> None:
-    from saepatch.runs.session import open_session
+    from saepatch.runs.commands.session import open_session
 
     session = open_session(config)
     with ExitStack() as stack:
@@ -76,11 +76,11 @@ def _answerer(session: "Session", stack: ExitStack) -> Callable[[str], None]:
 
         return plain
 
-    from saepatch.pages.steered import listen, read_cards, steered_page
+    from saepatch.pages.commands.steered import listen, read_cards, steered_page
     from saepatch.pages.tracked import track_dictionaries, track_page
     from saepatch.records.files import check_writable
     from saepatch.report import write_page
-    from saepatch.runs.session import texts_of
+    from saepatch.runs.commands.session import texts_of
 
     path = Path(session.config.html)
     check_writable(str(path.parent))
@@ -112,7 +112,7 @@ def _answerer(session: "Session", stack: ExitStack) -> Callable[[str], None]:
 
 def _answer(session: "Session", prompt: str) -> "tuple[Written, Written]":
     from saepatch.cli.columns import Live, columns
-    from saepatch.runs.session import texts_of
+    from saepatch.runs.commands.session import texts_of
     from saepatch.steering.streaming import Written
 
     width, height = shutil.get_terminal_size((100, 24))

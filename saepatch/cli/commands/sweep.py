@@ -13,18 +13,18 @@ from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.sweeps import SweepConfig
 
 if TYPE_CHECKING:
-    from saepatch.runs.answers import Answers
-    from saepatch.runs.circuits import CircuitRun
+    from saepatch.runs.commands.answers import Answers
+    from saepatch.runs.commands.circuits import CircuitRun
+    from saepatch.runs.commands.fact_edits import FactEdits
+    from saepatch.runs.commands.restorations import RestorePlan
+    from saepatch.runs.commands.sweeps import Sweep
     from saepatch.runs.driver import Finished
-    from saepatch.runs.fact_edits import FactEdits
-    from saepatch.runs.restorations import RestorePlan
-    from saepatch.runs.sweeps import Sweep
     from saepatch.tracking.open import Tracker
 
 
 def sweep(config: SweepConfig) -> CommandResult:
     from saepatch.pages.gather import try_reading
-    from saepatch.runs.sweeps import run_sweep
+    from saepatch.runs.commands.sweeps import run_sweep
 
     results: list[CommandResult] = []
 
@@ -36,8 +36,8 @@ def sweep(config: SweepConfig) -> CommandResult:
 
 
 def circuit(config: CircuitConfig) -> CommandResult:
-    from saepatch.pages.circuit import try_reading_circuit
-    from saepatch.runs.circuits import run_circuit
+    from saepatch.pages.commands.circuit import try_reading_circuit
+    from saepatch.runs.commands.circuits import run_circuit
 
     results: list[CommandResult] = []
 
@@ -49,7 +49,7 @@ def circuit(config: CircuitConfig) -> CommandResult:
 
 
 def edit(config: EditConfig) -> CommandResult:
-    from saepatch.runs.fact_edits import run_fact_edits
+    from saepatch.runs.commands.fact_edits import run_fact_edits
 
     results: list[CommandResult] = []
 
@@ -60,8 +60,8 @@ def edit(config: EditConfig) -> CommandResult:
 
 
 def restore(config: RestoreConfig) -> CommandResult:
-    from saepatch.pages.answered import show_answers
-    from saepatch.runs.restorations import run_restore
+    from saepatch.pages.commands.answered import show_answers
+    from saepatch.runs.commands.restorations import run_restore
 
     results: list[CommandResult] = []
 

@@ -1,0 +1,184 @@
+"""The metric when only some edges carry what happens in the clean run: circuits of edges, by path patching.
+
+A node is what it is when every upstream site holds its counterfactual value, but for what the node's own incoming edges
+carry: each adds what its upstream node, itself in the circuit, writes beyond its counterfactual value. Every node of
+the circuit thus has a pass of its own, from the sites before it to its site; the logits read last.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saepatch.circuits.nodes import Edge, Node, NodeSite, node_sites, upstream, written
+from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.pairs import PromptPair
+from saepatch.engine.components import Component, Patchable
+from saepatch.engine.gradients import Readout
+from saepatch.engine.known import check_known, known_where
+from saepatch.engine.options import SweepOptions
+from saepatch.engine.passes.kept_run import KeptRun, entry
+from saepatch.engine.spans import run_to
+from saepatch.errors import UserError
+from saepatch.model.hooks import Edit as Hooked
+from saepatch.model.hooks import edit_sites, skip_blocks
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.splicing.splice import choose_positions
+
+TOKENS = 4096  # columns in a batch of passes
+
+
+class EdgeRuns:
+    """Runs of a model in which only some of `members`, edges between nodes at one position each, carry the clean run.
+
+    With all edges between all nodes that differ, the run is the clean one (up to rounding); with none, what the nodes
+    hold is the corrupted run's. What lies before the first site, and parts of the model that are no nodes, are live.
+    BOS, padding and tokens that a site's dictionary was not trained on (`Dictionary.excluded_tokens`), in either
+    prompt, have no nodes: the site keeps its clean value there, and an edge that ends there carries nothing.
+
+    Raises:
+        UserError: an edge joins nodes that are not among those of `patchables`, has no position, or passes a residual
+            stream that has nodes; pairs are not aligned; or positions select tokens that a dictionary was not trained
+            on.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        patchables: Patchable | Sequence[Patchable],
+        pairs: Sequence[PromptPair],
+        members: Sequence[Edge],
+        options: SweepOptions | None = None,
+    ) -> None:
+        self.model, self.members, self.pairs = model, list(members), list(pairs)
+        self.nodes, self.options = node_sites(model, patchables), options or SweepOptions()
+        self._component: dict[tuple[Site | None, str], Component] = {
+            (node.site, component.kind): component for node in self.nodes for component in node.components
+        }
+        for edge in self.members:
+            self._check(edge)
+        whole = choose_positions(model, batch_pairs(model, pairs), self.options.positions)
+        check_known(model, [node.components[0] for node in self.nodes], whole, self.options.positions)
+        self._batches = [self._kept(part) for part in same_length_batches(whole, 64)]
+        self.whole = self._clean()
+        self.empty = self.run(torch.zeros(1, len(self.members), dtype=torch.bool))[0]
+
+    def _check(self, edge: Edge) -> None:
+        for node in (edge.up, edge.down):
+            if node.site is not None and (node.site, node.kind) not in self._component:
+                raise UserError(f"{node} is not among the nodes: give its dictionary or component")
+            if node.site is not None and node.position is None:
+                raise UserError(f"{node} has no position: edges of a circuit join nodes at one position")
+        if edge.up.site not in [node.site for node in upstream(self.nodes, edge.down.site)]:
+            raise UserError(f"{edge} passes a residual stream that has nodes, so it carries nothing: leave it out")
+
+    def _kept(self, part: PairBatch) -> tuple[PairBatch, KeptRun, Mapping[Site, Tensor]]:
+        sites = [node.site for node in self.nodes]
+        clean = KeptRun(self.model, part.clean, sites, keep_cache=False)
+        other = KeptRun(self.model, part.corrupted, sites, keep_cache=False)
+        where = {node.site: known_where(self.model, node.components[0], part)[..., None] for node in self.nodes}
+        return part, clean, {site: torch.where(where[site], other.values[site], clean.values[site]) for site in sites}
+
+    def _clean(self) -> Float[np.ndarray, "pairs"]:
+        out = np.zeros(len(self.pairs))
+        for part, clean, _ in self._batches:
+            readout = Readout.of(self.options.metric, part, self.model)
+            out[part.index.cpu().numpy()] = readout(clean.logits).double().cpu().numpy()
+        return out
+
+    @torch.no_grad()
+    def run(self, act: Bool[Tensor, "variants members"]) -> Float[np.ndarray, "variants pairs"]:
+        """The metric of every pair when some edges carry the clean run."""
+        out = np.zeros((len(act), len(self.pairs)))
+        for number, mask in enumerate(act.tolist()):
+            edges = [edge for edge, acts in zip(self.members, mask, strict=True) if acts]
+            for part, clean, other in self._batches:
+                out[number, part.index.cpu().numpy()] = self._metric(part, clean, other, edges)
+        return out
+
+    def _metric(
+        self, part: PairBatch, clean: KeptRun, other: Mapping[Site, Tensor], edges: Sequence[Edge]
+    ) -> Float[np.ndarray, "rows"]:
+        width = part.clean.width
+        into: dict[Node, list[Node]] = {}
+        for edge in edges:
+            if all(node.position is None or node.position < width for node in (edge.up, edge.down)):
+                into.setdefault(edge.down, []).append(edge.up)
+        acting = {node for ups in into.values() for node in ups}  # a node that reaches nothing need not run
+        beyond: dict[Node, Float[Tensor, "rows width"]] = {}
+        for node in self.nodes:
+            mine = sorted((n for n in acting if n.site == node.site), key=lambda n: n.order)
+            for some in _chunks(mine, max(1, TOKENS // (width * len(part)))):
+                beyond |= self._read(part, clean, other, node, some, into, beyond)
+        target = next((down for down in into if down.site is None), None)
+        sites = upstream(self.nodes, None)
+        values = self._values(clean, other, sites, [into.get(target, []) if target is not None else []], beyond)
+        first = sites[0].site
+        edits = {site: _set_to(x) for site, x in values.items()}
+        readout = Readout.of(self.options.metric, part, self.model)
+        skipped = skip_blocks(self.model.layout, first.enters if clean.way(first) != "whole" else 0)
+        with readout.running(self.model), skipped, edit_sites(self.model.layout, edits):
+            return readout(self.model.call(part.clean, last=True)[:, -1]).double().cpu().numpy()
+
+    def _read(
+        self,
+        part: PairBatch,
+        clean: KeptRun,
+        other: Mapping[Site, Tensor],
+        node: NodeSite,
+        some: Sequence[Node],
+        into: Mapping[Node, Sequence[Node]],
+        beyond: Mapping[Node, Float[Tensor, "rows width"]],
+    ) -> dict[Node, Float[Tensor, "rows width"]]:
+        """What some nodes of one site write beyond their counterfactual values."""
+        n, sites = len(part), upstream(self.nodes, node.site)
+        where = known_where(self.model, node.components[0], part)
+        if sites:
+            values = self._values(clean, other, sites, [into.get(down, []) for down in some], beyond)
+            first = sites[0].site
+            skip = first.enters if clean.way(first) != "whole" else 0
+            tokens = part.clean.rows(torch.arange(n, device=self.model.device).repeat(len(some)))
+            edits = {site: _set_to(x) for site, x in values.items()}
+            x = run_to(self.model, tokens, edits, node.site, skip=skip).to(self.model.device)
+        else:
+            x = clean.values[node.site].repeat(len(some), 1, 1)
+        out = {}
+        for number, down in enumerate(some):
+            assert down.position is not None
+            here, there = (v[:, down.position] for v in (other[node.site], x[number * n : (number + 1) * n]))
+            beyond_base = written(self._component[down.site, down.kind], [down.unit] * n, here, there)
+            out[down] = beyond_base * where[:, down.position, None]
+        return out
+
+    def _values(
+        self,
+        clean: KeptRun,
+        other: Mapping[Site, Tensor],
+        sites: Sequence[NodeSite],
+        ups: Sequence[Sequence[Node]],
+        beyond: Mapping[Node, Float[Tensor, "rows width"]],
+    ) -> dict[Site, Float[Tensor, "all pos _"]]:
+        """What the upstream sites hold for some downstream nodes, each with its own incoming nodes."""
+        n = len(clean.tokens)
+        values = {}
+        for node in sites:
+            x = other[node.site].float().repeat(len(ups), 1, 1)
+            for number, mine in enumerate(ups):
+                for up in mine:
+                    if up.site == node.site:
+                        x[number * n : (number + 1) * n, up.position] += beyond[up]
+            values[node.site] = x.to(other[node.site].dtype)
+        if (begin := entry(sites[0].site)) not in values:
+            values[begin] = clean.values[begin].repeat(len(ups), 1, 1)
+        return values
+
+
+def _chunks(listed: Sequence[Node], size: int) -> list[Sequence[Node]]:
+    return [listed[start : start + size] for start in range(0, len(listed), size)]
+
+
+def _set_to(value: Tensor) -> Hooked:
+    return lambda x: value.to(x)

@@ -1,0 +1,397 @@
+"""Load a causal language model and its tokenizer, and check its sites by a real forward pass."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from saepatch import organism
+from saepatch.errors import UserError, reason_of
+from saepatch.model.families import FAMILIES, Layout
+from saepatch.model.fingerprint import stored_tensors
+from saepatch.model.finite import all_finite
+from saepatch.model.forward import probe_steps
+from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, only_logits_of, watching
+from saepatch.model.inputs.padding import FAILURES
+from saepatch.model.inputs.tokens import Tokens, name_bos
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.loading.discovery import discover, layout_of
+from saepatch.model.loading.padded_rows import padding_of, run_pass
+from saepatch.model.other_tools import inner_model
+from saepatch.model.sites import Site
+
+log = logging.getLogger(__name__)
+
+FEW_LOGITS = 2048  # vocabulary ids whose logits are compared when a model is checked
+
+
+class Spread(TypedDict, total=False):
+    """Options of transformers and accelerate that spread a model over several devices."""
+
+    device_map: str | dict[str, Any] | None
+    max_memory: Mapping[int | str, int | str] | None
+    offload_folder: str | None
+
+
+def load_model(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    prepend_bos: bool | str = False,
+    trust_remote_code: bool = False,
+    *,
+    revision: str | None = None,
+    **spread: Unpack[Spread],
+) -> LanguageModel:
+    """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
+
+    Args:
+        device: Device for the weights; unused with `device_map`.
+        prepend_bos: Prepend a BOS to every text where the tokenizer does not (as GPT-2's), since many dictionaries were
+            trained that way; for a tokenizer without a BOS (as Qwen's), the text of the token to use instead.
+        revision: Branch, tag or commit of the model's repository on the hub; None: its main branch.
+        **spread: `device_map` (such as "auto") spreads a model that one device cannot hold over several and, within
+            `max_memory`, over main memory and `offload_folder`, as transformers and accelerate do.
+
+    Raises:
+        UserError: there is no such model, revision, device or option, weights are missing, damaged or NaN, or the
+            blocks cannot be found.
+    """
+    if unknown := [option for option in spread if option not in Spread.__annotations__]:
+        raise UserError(f"unknown option {unknown[0]!r}: use one of {', '.join(Spread.__annotations__)}")
+    folder = _folder_of(name)
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    device = usable_device(device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        if folder:
+            raise UserError(f"revision {revision!r}: {name!r} is a folder, which has no revisions: leave it out")
+        options["revision"] = revision
+    spreads = spread.get("device_map") is not None
+    placement = {key: value for key, value in spread.items() if spreads and value is not None}
+    hf, tokenizer, missing = _from_pretrained(name, folder or name, resolved, options, placement)
+    if isinstance(prepend_bos, str):
+        name_bos(tokenizer, prepend_bos)
+    if missing:
+        raise UserError(
+            f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): its files are incomplete, fetch them again"
+        )
+    return replace(wrap_model(hf if placement else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
+
+
+def _from_pretrained(
+    name: str, source: str, dtype: torch.dtype, options: Mapping[str, Any], placement: Mapping[str, Any]
+) -> tuple[Any, Any, list[str]]:
+    """The model, its tokenizer, and the names of weights that its files lack."""
+    from transformers import AutoConfig
+
+    try:
+        tokenizer = load_tokenizer(source, options)
+        with _quiet_progress():
+            both: Any = class_for(AutoConfig.from_pretrained(source, **options)).from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placement
+            )
+    except ImportError as error:
+        raise UserError(
+            f"model {name!r} needs a package that is missing here, or of another version ({reason_of(error)}): install "
+            "it, or load a checkpoint that is not quantised"
+        ) from error
+    except Exception as error:  # of damaged configs, tokenizers and weights, and of the hub's client
+        raise UserError(
+            f"cannot load model {name!r} (use 'organism', 'organism-base', a folder with config.json and safetensors "
+            f"weights, or a Hugging Face id): {reason_of(error)}"
+        ) from error
+    hf, loaded = both
+    return hf, tokenizer, sorted(loaded["missing_keys"])
+
+
+def load_tokenizer(source: str, options: Mapping[str, Any]) -> Any:
+    """A model's tokenizer. transformers makes an empty one where some types have no files for it.
+
+    Raises:
+        ValueError: there are no such files; transformers raises other errors where they cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ValueError("the files of its tokenizer are missing")
+    return tokenizer
+
+
+def class_for(config: Any) -> Any:
+    """The class that loads a model: the causal one, or that for images and text where its type has no causal one.
+
+    Of a type that has neither (as the text part of some models), the class that its config names.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    causal, both = (
+        config.model_type in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+        for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+    )
+    own = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if not (causal or both) and isinstance(own, type) and own.__name__.endswith("ForCausalLM"):
+        return own
+    return AutoModelForImageTextToText if both and not causal else AutoModelForCausalLM
+
+
+def _folder_of(name: str) -> str | None:
+    """The folder of the model; None for a Hugging Face id."""
+    folder = organism.path(name) if organism.is_checkpoint(name) else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"folder {name!r} has no config.json: give the folder of a Hugging Face model")
+        return str(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"{name!r} is neither a folder nor a Hugging Face id: use 'organism', a folder, or OWNER/NAME")
+    return None
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, after a test that a tensor can be created on it.
+
+    Raises:
+        UserError: torch does not know the device, or this machine has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:60]
+        raise UserError(
+            f"device {str(device)!r} cannot be used here ({reason}): use cpu, or cuda or mps where available"
+        ) from error
+
+
+def wrap_model(hf: Any, tokenizer: Any = None, name: str = "") -> LanguageModel:
+    """Wrap a causal LM that is in memory already; it is put in eval mode, without gradients for weights.
+
+    Args:
+        hf: A model of transformers; a PEFT model with adapters, a TransformerBridge of TransformerLens or a
+            LanguageModel of nnsight, of which the transformers model inside is taken, unchanged.
+        tokenizer: Its tokenizer; that of a bridge or of nnsight's model where it is not given.
+        name: Its name in results; default: the name or path in its config.
+
+    Raises:
+        UserError: weights that are not finite, blocks that cannot be found, no tokenizer, or a model of another library
+            without a transformers model inside.
+    """
+    hf, tokenizer, name = inner_model(hf, tokenizer, name)
+    if hasattr(hf, "_orig_mod") or getattr(hf, "_compiled_call_impl", None) is not None:
+        raise UserError(
+            f"model {name!r} is compiled, and compiled code passes hooks by: give the model itself (its _orig_mod), "
+            "not compiled"
+        )
+    for parameter, value in hf.named_parameters():
+        if not value.is_meta and not all(map(all_finite, stored_tensors(value))):
+            raise UserError(
+                f"model {name!r} has NaN or infinite weights in {parameter}: the file is damaged, fetch it again"
+            )
+    hf.eval().requires_grad_(False)
+    model = LanguageModel(hf, tokenizer, name, layout_of(hf, hf.config))
+    if model.appended:
+        ends = "".join(model.token_texts(model.appended))
+        log.info("the tokenizer of %r appends %s to every text: it is dropped from prompts", name, ends)
+    return check_sites(model)
+
+
+@contextmanager
+def _fewer_logits(model: LanguageModel, tokens: Tokens) -> Iterator[None]:
+    """Unembed enough vocabulary ids to tell any two values of the residual stream apart, where the model allows it.
+
+    The unembedding of a large vocabulary takes most of the time of a short pass.
+    """
+    count = max(FEW_LOGITS, 2 * model.d_model)
+    if count >= model.vocabulary // 2 or not model.takes_cache:  # without a cache, padding is probed by `generate`
+        yield
+        return
+    whole = model.call(tokens)
+    ids = torch.linspace(0, whole.shape[-1] - 1, count).long()
+    with only_logits_of(model.hf, ids):
+        try:
+            few = model.call(tokens)
+        except FAILURES:
+            few = whole
+    expected = whole[..., ids.to(whole.device)]
+    same = few.shape == expected.shape and torch.allclose(few, expected, 1e-3, 1e-4 * float(expected.abs().max()))
+    with only_logits_of(model.hf, ids) if same else nullcontext():
+        yield
+
+
+@torch.no_grad()
+def check_sites(model: LanguageModel) -> LanguageModel:
+    """Run a few tokens and check that every site emits [batch, pos, width] and that editing it changes the logits.
+
+    `attn_out` and `mlp_out` must add up to what a block adds to the residual stream; where they do not (as with scaled
+    residuals), these two streams are not offered, with a warning. `z` is not offered for layers where it is not the
+    concatenation of the heads, nor `neurons` for layers whose MLP has no single set of them (a mixture of experts).
+
+    Raises:
+        UserError: a residual site emits another shape, or an edit of a site does not change the logits.
+    """
+    tokens = model.probe()
+    model = replace(model, layout=_layout_seen(model, tokens))
+    with _fewer_logits(model, tokens):
+        return _checked_sites(model, tokens)
+
+
+def _checked_sites(model: LanguageModel, tokens: Tokens) -> LanguageModel:
+    steps = probe_steps(partial(run_pass, model), model.new_cache, tokens)
+    model = replace(model, step_limit=steps)
+    model = replace(model, padding=padding_of(model))
+    seen, overwritten = _emitted(model, tokens)
+    model = replace(model, last_alone=_last_alone(model, tokens, seen))
+    layout = model.layout.without(_not_offered(model, seen))
+    widths = {site: seen[site].shape[-1] for site in layout.all_sites}
+    layout = replace(layout, widths=widths, overwritten=overwritten)
+    model = replace(model, layout=layout)
+    plain = model.call(tokens)
+    for site in _one_of_each_kind(model):
+        noise = torch.randn(seen[site].shape, generator=torch.Generator().manual_seed(0)).to(seen[site])
+        scale = seen[site].float().std().clamp(min=1e-3).to(noise.dtype)
+        with edit_sites(layout, {site: lambda x, noise=noise, scale=scale: x + scale * noise}):  # type: ignore[misc]
+            edited = model.call(tokens)
+        if torch.equal(plain, edited):
+            raise UserError(
+                f"editing site {site} of {model.name!r} leaves the logits unchanged: "
+                "check saepatch.model.families.FAMILIES"
+            )
+    return model
+
+
+def _layout_seen(model: LanguageModel, tokens: Tokens) -> Layout:
+    """The layout with what one forward pass shows: what blocks return and, of a family that is not listed, streams.
+
+    Raises:
+        UserError: a block that does not run, or does not give the one stream that it receives.
+    """
+    emitted: dict[nn.Module, Any] = {}
+    layout, inputs = model.layout, model.inputs(tokens)
+    with watching((), lambda *_: None, layout.blocks, lambda block, _, output: emitted.update({block: output})):
+        model.hf(**inputs)
+    if missing := [layer for layer, block in enumerate(layout.blocks) if block not in emitted]:
+        raise UserError(f"blocks {missing} of {model.name!r} do not run on text alone, so they have no sites")
+    shape, expected = tuple(first_of(emitted[layout.blocks[0]]).shape), (1, tokens.width, model.d_model)
+    if shape != expected:
+        streams = next((n for n in (*shape[:1], *shape[2:3]) if n != 1), 0) if len(shape) == 4 else 0
+        several = f"the model keeps {streams} residual streams side by side" if streams else "that is no stream"
+        raise UserError(
+            f"the blocks of {model.name!r} give tensors of shape {shape}, not {expected}: {several}, and a site is one "
+            "stream of shape [batch, pos, width]"
+        )
+    layout = replace(layout, tuple_blocks=isinstance(emitted[layout.blocks[0]], tuple | list))
+    if model.config.model_type in FAMILIES:
+        return layout
+    layout, reasons = discover(model.hf, layout, inputs, model.n_heads)
+    for reason, layers in reasons.items():
+        log.info("attn_out and mlp_out of %r are not offered in %d blocks: %s", model.name, len(layers), reason)
+    return layout
+
+
+def _emitted(model: LanguageModel, tokens: Tokens, last: bool = False) -> tuple[dict[Site, Tensor], frozenset[Site]]:
+    """What every site emits in one pass, and those sites whose tensor the model then changes in place.
+
+    `neurons` may be missing, as in a mixture of experts.
+    """
+    held: dict[Site, tuple[Tensor, Tensor]] = {}
+    edits: dict[Site, Edit] = {
+        site: lambda x, site=site: held.setdefault(site, (x, x.clone()))[0]  # type: ignore[misc]
+        for site in model.layout.all_sites
+    }
+    units = {site: edits.pop(site) for site in model.layout.all_sites if site.stream == "neurons"}
+    with edit_sites(model.layout, edits), suppress(SpliceError), edit_sites(model.layout, units):
+        model.call(tokens, last=last)
+    changed = frozenset(site for site, (after, before) in held.items() if not torch.equal(after, before))
+    return {site: before for site, (_, before) in held.items()}, changed
+
+
+def _last_alone(model: LanguageModel, tokens: Tokens, seen: Mapping[Site, Tensor]) -> bool:
+    """Whether sites hold what they hold in a whole pass where the last logits alone are asked for.
+
+    A model may not run its last blocks at other positions then.
+    """
+    try:
+        again, _ = _emitted(model, tokens, last=True)
+    except FAILURES:
+        return False
+    return all(again[site].shape == value.shape for site, value in seen.items())
+
+
+def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]:
+    """The sites that do not hold what their streams are defined to hold.
+
+    Raises:
+        UserError: a site that should have the width of the residual stream has another shape.
+    """
+    odd: set[Site] = set()
+    for site in model.layout.all_sites:
+        shape = tuple(seen[site].shape) if site in seen else ()
+        if site.stream == "neurons":
+            odd |= {site} if len(shape) != 3 or shape[:2] != (1, 6) else set()
+        elif site.stream == "z":
+            odd |= {site} if shape[:-1] != (1, 6) or not model.n_heads or shape[-1] % model.n_heads else set()
+        elif shape != (1, 6, model.d_model):
+            raise UserError(
+                f"site {site} emits {shape}, not (1, 6, {model.d_model}): check saepatch.model.families.FAMILIES"
+            )
+    if heads := sorted(site for site in odd if site.stream == "z"):
+        log.warning(
+            "%s of %r has shape %s, which is not %d concatenated heads: not offered%s",
+            heads[0], model.name, tuple(seen[heads[0]].shape), model.n_heads,
+            "" if len(heads) == 1 else f", nor are {len(heads) - 1} more",
+        )  # fmt: skip
+    if units := sorted(site for site in odd if site.stream == "neurons"):
+        log.info("%d layers of %r have no single set of MLP neurons: not offered there", len(units), model.name)
+    added = {site for site in model.layout.all_sites if site.stream in ("attn_out", "mlp_out")}
+    if model.config.model_type in FAMILIES and not _streams_add_up(model, seen):
+        log.warning("attn_out and mlp_out of %r do not add up to what a block writes: not offered", model.name)
+        odd |= added
+    return odd
+
+
+def _one_of_each_kind(model: LanguageModel) -> list[Site]:
+    """For every stream and module path, the middle site."""
+    kinds: dict[tuple[str, str], list[Site]] = {}
+    for site in model.layout.all_sites:
+        kinds.setdefault((site.stream, model.layout.paths[site.layer][site.stream]), []).append(site)
+    return [sites[len(sites) // 2] for sites in kinds.values()]
+
+
+def _streams_add_up(model: LanguageModel, seen: Mapping[Site, Tensor]) -> bool:
+    """Whether, in every layer that offers both, attn_out plus mlp_out equals what the block adds."""
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    for layer in range(model.n_layers):
+        before, after, *parts = (Site(layer, s) for s in ("resid_pre", "resid_post", "attn_out", "mlp_out"))
+        if any(site not in seen for site in parts):
+            continue
+        wrote = seen[after].float() - seen[before].float()
+        added = sum(seen[site].float() for site in parts)
+        if (added - wrote).norm() > tolerance * (wrote.norm() + seen[before].float().norm()):
+            return False
+    return True
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    # Hide transformers' progress bar, which takes one line per model.
+    from transformers.utils import logging as hf_logging
+
+    was_on = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            hf_logging.enable_progress_bar()
