@@ -24,6 +24,7 @@ from .circuits.nodes import Node as Node
 from .circuits.nodes import Paths as Paths
 from .circuits.residual.direct import DirectAttribution as DirectAttribution
 from .circuits.residual.direct import direct_attribution as direct_attribution
+from .circuits.residual.self_repair import RepairRuns as RepairRuns
 from .circuits.residual.self_repair import SelfRepair as SelfRepair
 from .circuits.residual.self_repair import self_repair as self_repair
 from .circuits.scrubbing import HypothesisNode as HypothesisNode

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 
 from saepatch.data.batches import batch_pairs, same_length_batches
-from saepatch.data.pairs import PromptPair
+from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.engine.gradients import Readout
 from saepatch.engine.metrics import logit_difference
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
+from saepatch.organism import is_checkpoint
 from saepatch.records.statistics import Interval, wilson_share
 
 from ..agreement import agreement_pairs
@@ -197,3 +198,28 @@ def read_task(model: LanguageModel, name: str, n: int, seed: int, kept: KeptResu
             )
             return TaskPairs(name, {}, accuracy, reason)
     return TaskPairs(name, framed, accuracy)
+
+
+def task_pairs(
+    name: str, model: LanguageModel, task: str, sizes: Mapping[str, int], seed: int, kept: KeptResults
+) -> dict[str, list[PromptPair]]:
+    """Pairs of a task by split: the embedded model's own, or those that another model gets right.
+
+    Another model's `tune` is what `select` has beyond the first pairs.
+
+    Raises:
+        UserError: an unknown task, or the model gets too few pairs of it right.
+    """
+    if is_checkpoint(name):
+        return {split: load_pairs(task, split, n, seed) for split, n in sizes.items()}
+    if task not in TASKS:
+        raise UserError(f"no task is called {task!r}: for {name}, use one of {', '.join(TASKS)}")
+    first, second = sizes["select"], sizes.get("tune", 0)
+    read = read_task(model, task, max(first + second, sizes["report"]), seed, kept)
+    if read.reason:
+        raise UserError(f"{task} cannot be studied on {name}: {read.reason}")
+    select, report = (read.pairs(split) for split in SPLITS)
+    if second:
+        first = min(first, len(select) * first // (first + second))  # both have a part of what there is
+        return {"select": select[:first], "tune": select[first : first + second], "report": report[: sizes["report"]]}
+    return {"select": select[:first], "report": report[: sizes["report"]]}

@@ -280,6 +280,7 @@ KINDS = (
     Kind("edit", ("kinds", "relative_norms"), _edit_headline, _edit),
     Kind("audit", ("audit", "parts"), _verdict, _experiment),
     Kind("circuits", ("circuits",), _verdict, _experiment),
+    Kind("self-repair", ("repaired", "nodes"), _verdict, _experiment),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),
     Kind("benchmark:patching", ("ratios", "ms_per_edit"), _benchmark_headline, _experiment),
     Kind("benchmark:generation", ("overhead", "ms_per_token"), _benchmark_headline, _experiment),

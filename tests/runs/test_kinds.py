@@ -32,6 +32,7 @@ EXPERIMENTS = {
     "facts": ({"single_edits": {}, "correlations": {"last": 0.5}, "verdict": "All."}, "All."),
     "audit": ({"audit": {"gap before": [3.0, 2.5, 3.5]}, "parts": {}, "verdict": "No gap."}, "No gap."),
     "circuits": ({"circuits": {"resid_post.4": {"size": 52}}, "verdict": "52 nodes."}, "52 nodes."),
+    "self-repair": ({"repaired": {"mean": {"MLP": [0.5, 0.4, 0.6]}}, "nodes": [], "verdict": "Half."}, "Half."),
     "benchmark:circuits": ({"ratios": {"loop_over_edges": 40.0}, "downstream_latents": 9}, "loop_over_edges 40.00"),
     "benchmark:patching": ({"ratios": {"gpt2_ours": 2.0}, "ms_per_edit": {}, "max_abs_diff": 0.0}, "gpt2_ours 2.00"),
     "benchmark:generation": ({"overhead": {"one_latent": 0.05}, "ms_per_token": {"bare": 2.0}}, "one_latent 0.05"),

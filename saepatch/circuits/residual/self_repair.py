@@ -25,6 +25,7 @@ from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_rati
 from saepatch.records.tables import text_table
 
 SHARES = ("heads", "MLPs", "final norm")
+BATCH = 32  # pairs per forward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,11 @@ class SelfRepair:
         repair, lost = self.repair, -self.direct
         parts = {name: bootstrap_ratio(repair[:, i], lost) for i, name in enumerate(SHARES)}
         return {"total": bootstrap_ratio(repair.sum(1), lost), **parts}
+
+    def only(self, kept: Int[ndarray, "kept"]) -> "SelfRepair":
+        """The same of some of the pairs, given by their places in `pairs`."""
+        arrays = {name: value[kept] for name, value in vars(self).items() if isinstance(value, ndarray)}
+        return replace(self, **arrays)
 
     def summary(self) -> str:
         """Changes of the logit and shares as a table, with intervals over pairs."""
@@ -111,7 +117,8 @@ def self_repair(
 
     The node's direct effect, and those of later attention layers and MLPs, are taken with the final norm's scale in the
     base run (McGrath et al. 2023; Rushing and Nanda 2024); what is left of the change is due to the norm's new scale.
-    Shares are ratios of sums over pairs, not means of clipped ratios, which are biased upwards.
+    Shares are ratios of sums over pairs, not means of clipped ratios, which are biased upwards. For several nodes on
+    the same pairs, `RepairRuns` runs the model without ablation once.
 
     Args:
         model: A model whose logits `direct_attribution` can attribute.
@@ -129,23 +136,46 @@ def self_repair(
         UserError: the unit does not exist or has the same value in all runs, the model cannot be attributed, or the
             selection does not fit.
     """
-    refuse_training(model)
-    node = _one_unit(model, component, unit)
-    repairs = _Repairs(model, node, unit, StreamParts.of(model), read_unembedding(model), mean_over)
-    if most is not None and [pair.clean for pair in selection] != [pair.clean for pair in pairs]:
-        raise UserError("pairs are chosen on a selection with the same clean prompts in the same order: give that")
-    if most is not None and mean_over:
-        raise UserError("a mean ablation of the same prompts is no second sample to choose on: leave most out")
-    if not selection:
-        return repairs.measure(pairs, ())
-    chosen = repairs.measure(selection, ())
-    sizes = chosen.part_change.mean(0) * np.sign(-chosen.direct.mean())
-    order = [i for i in np.argsort(-sizes, kind="stable")[:backups].tolist() if sizes[i] > 0]
-    kept = list(range(len(pairs)))
-    if most is not None:
-        kept = sorted(np.argsort(chosen.direct, kind="stable")[:most].tolist())
-    result = repairs.measure([pairs[i] for i in kept], tuple(chosen.parts[i] for i in order), jointly=True)
-    return replace(result, pairs=np.array(kept))
+    return RepairRuns(model, pairs, selection).ablate(component, unit, mean_over, most, backups)
+
+
+class RepairRuns:
+    """Runs of a model in which nodes are ablated one at a time, all on the same pairs: see `self_repair`."""
+
+    def __init__(self, model: LanguageModel, pairs: Sequence[PromptPair], selection: Sequence[PromptPair] = ()) -> None:
+        refuse_training(model)
+        self.model, self.pairs, self.selection = model, list(pairs), list(selection)
+        self.parts, self.unembedding = StreamParts.of(model), read_unembedding(model)
+        self._of_pairs, self._of_selection = self._batches(self.pairs), self._batches(self.selection)
+
+    @torch.no_grad()
+    def _batches(self, pairs: Sequence[PromptPair]) -> list["_BaseRun"]:
+        parts = same_length_batches(batch_pairs(self.model, pairs), BATCH) if pairs else ()
+        return [_BaseRun.of(part, self.parts, self.unembedding) for part in parts]
+
+    @torch.no_grad()
+    def ablate(
+        self,
+        component: Patchable,
+        unit: int,
+        mean_over: Sequence[str] = (),
+        most: int | None = None,
+        backups: int = 1,
+    ) -> SelfRepair:
+        """What the ablation of one node does, as `self_repair` reports it."""
+        if most is not None and [pair.clean for pair in self.selection] != [pair.clean for pair in self.pairs]:
+            raise UserError("pairs are chosen on a selection with the same clean prompts in the same order: give that")
+        if most is not None and mean_over:
+            raise UserError("a mean ablation of the same prompts is no second sample to choose on: leave most out")
+        node = _one_unit(self.model, component, unit)
+        ablation = _Ablation(self.model, node, unit, self.parts, self.unembedding, _mean(self.model, node, mean_over))
+        if not self.selection:
+            return ablation.measure(self._of_pairs, ())
+        chosen = ablation.measure(self._of_selection, ())
+        sizes = chosen.part_change.mean(0) * np.sign(-chosen.direct.mean())
+        order = [i for i in np.argsort(-sizes, kind="stable")[:backups].tolist() if sizes[i] > 0]
+        result = ablation.measure(self._of_pairs, tuple(chosen.parts[i] for i in order), jointly=True)
+        return result if most is None else result.only(np.sort(np.argsort(chosen.direct, kind="stable")[:most]))
 
 
 def _one_unit(model: LanguageModel, component: Patchable, unit: int) -> Component:
@@ -155,35 +185,65 @@ def _one_unit(model: LanguageModel, component: Patchable, unit: int) -> Componen
     return replace(listed, ids=(unit,)) if isinstance(listed, LatentUnits) else listed
 
 
+def _mean(model: LanguageModel, node: Component, prompts: Sequence[str]) -> Float[Tensor, "values"] | None:
+    """A node's mean over the last positions of some prompts."""
+    if not prompts:
+        return None
+    tokens = model.tokenize(list(prompts))
+    x = model.capture(tokens, [node.site])[node.site]
+    return node.read(x[torch.arange(len(x)), tokens.last][:, None]).mean((0, 1))
+
+
 @dataclass(frozen=True, eq=False)
-class _Repairs:
-    """Measures the ablation of one unit of a component."""
+class _BaseRun:
+    """Pairs of one length: what the stream and its parts hold at the last position of both prompts, unablated.
+
+    `toward` is what one unit of the stream adds to the answer's `logit` at the final norm's scale.
+    """
+
+    part: PairBatch
+    stream: Float[Tensor, "pairs d_model"]
+    wrote: Mapping[StreamPart, Float[Tensor, "pairs d_model"]]
+    donor: Mapping[StreamPart, Float[Tensor, "pairs d_model"]]
+    toward: Float[Tensor, "pairs d_model"]
+    logit: Float[Tensor, "pairs"]
+
+    @classmethod
+    def of(cls, part: PairBatch, parts: StreamParts, unembedding: Unembedding) -> "_BaseRun":
+        clean, corrupted = (parts.run(tokens, last=True) for tokens in (part.clean, part.corrupted))
+        x, targets = clean.streams[-1][:, -1], part.answer[:, None]
+        toward = unembedding.directions(unembedding.sigma(x), targets)[:, 0]
+        wrote, donor = ({p: value[:, -1] for p, value in run.wrote.items()} for run in (clean, corrupted))
+        return cls(part, x, wrote, donor, toward, unembedding.logits(x, targets)[:, 0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Ablation:
+    """Measures the ablation of one unit of a component: to its value in the corrupted prompt, or to a mean."""
 
     model: LanguageModel
     node: Component
     unit: int
     parts: StreamParts
     unembedding: Unembedding
-    mean_over: Sequence[str]
+    mean: Float[Tensor, "values"] | None
 
-    def measure(self, pairs: Sequence[PromptPair], backups: Sequence[StreamPart], jointly: bool = False) -> SelfRepair:
+    def measure(self, batches: Sequence[_BaseRun], backups: Sequence[StreamPart], jointly: bool = False) -> SelfRepair:
         values: dict[str, Tensor] = {}
-        later = self._later()
-        mean = self._mean() if self.mean_over else None
-        for part in same_length_batches(batch_pairs(self.model, pairs), 32):
-            measured = self._batch(part, later, mean, backups, jointly)
-            for name, value in measured.items():
-                whole = values.setdefault(name, value.new_zeros(len(pairs), *value.shape[1:]))
-                whole[part.index.to(whole.device)] = value
+        later, count = self._later(), sum(len(batch.part) for batch in batches)
+        for batch in batches:
+            for name, value in self._batch(batch, later, backups, jointly).items():
+                whole = values.setdefault(name, value.new_zeros(count, *value.shape[1:]))
+                whole[batch.part.index.to(whole.device)] = value
         if not any(bool(values[name].any()) for name in ("change", "direct")):
             raise UserError(
                 f"{self.node.site} {self.node.kind} {self.unit} has the same value at the last position of both "
                 "prompts of every pair, so nothing is ablated: choose a node that differs there, or other prompts"
             )
         arrays = {name: value.cpu().numpy() for name, value in values.items()}
-        ablation = "mean ablation" if self.mean_over else "resample ablation"
+        ablation = "resample ablation" if self.mean is None else "mean ablation"
         name = f"{self.node.site} {self.node.kind} {self.unit}"
-        return SelfRepair(name, ablation, np.arange(len(pairs)), parts=later, backups=tuple(backups), **arrays)
+        return SelfRepair(name, ablation, np.arange(count), parts=later, backups=tuple(backups), **arrays)
 
     def _later(self) -> tuple[StreamPart, ...]:
         """The parts of the stream that the node can act on, without that through which it acts directly."""
@@ -197,64 +257,52 @@ class _Repairs:
         part = StreamPart(stream, self.node.site.layer)
         return part if any(writer.part == part for writer in self.parts.writers) else None
 
-    def _mean(self) -> Float[Tensor, "values"]:
-        tokens, site = self.model.tokenize(list(self.mean_over)), self.node.site
-        x = self.model.capture(tokens, [site])[site]
-        return self.node.read(x[torch.arange(len(x)), tokens.last][:, None]).mean((0, 1))
-
     def _batch(
-        self,
-        part: PairBatch,
-        later: Sequence[StreamPart],
-        mean: Float[Tensor, "values"] | None,
-        backups: Sequence[StreamPart],
-        jointly: bool,
+        self, base: _BaseRun, later: Sequence[StreamPart], backups: Sequence[StreamPart], jointly: bool
     ) -> dict[str, Tensor]:
         """The change of the answer's logit and its parts, for pairs of one length."""
-        base, targets = self.parts.run(part.clean), part.answer[:, None]
-        x = base.streams[-1][:, -1]
-        toward = self.unembedding.directions(self.unembedding.sigma(x), targets)[:, 0]
-        logit = self.unembedding.logits(x, targets)[:, 0]
-        donor = self.parts.run(part.corrupted)
-        moved, edit = self._ablation(part, mean)
+        part, x = base.part, base.stream
+        moved, edit = self._edit(part)
 
         def run(edits: Mapping[Site, Any]) -> tuple[StreamRun, Float[Tensor, "pairs"]]:
             with ExitStack() as stack:
                 if edits:
                     stack.enter_context(edit_sites(self.model.layout, edits))
-                edited = self.parts.run(part.clean)
-            return edited, self.unembedding.logits(edited.streams[-1][:, -1], targets)[:, 0] - logit
+                edited = self.parts.run(part.clean, last=True)
+            logits = self.unembedding.logits(edited.streams[-1][:, -1], part.answer[:, None])
+            return edited, logits[:, 0] - base.logit
 
         def along(change: Tensor) -> Float[Tensor, "pairs"]:
-            return (toward * change.double()).sum(-1)
+            return (base.toward * change.double()).sum(-1)
 
         edited, change = run({self.node.site: edit})
-        of_part = {p: along(edited.wrote[p][:, -1].double() - base.wrote[p][:, -1].double()) for p in later}
+        of_part = {p: along(edited.wrote[p][:, -1].double() - base.wrote[p].double()) for p in later}
         own = self._own_part()
-        direct = along(moved[:, -1] if own is None else edited.wrote[own][:, -1].double() - base.wrote[own][:, -1])
+        direct = along(moved[:, -1] if own is None else edited.wrote[own][:, -1].double() - base.wrote[own])
         through = along(edited.streams[-1][:, -1].double() - x)
-        self._check(direct, of_part, through, edited.streams[-1][:, -1], toward)
+        self._check(direct, of_part, through, edited.streams[-1][:, -1], base.toward)
         result = {
             "change": change,
             "direct": direct,
-            "part_change": torch.stack(list(of_part.values()), 1) if of_part else toward[:, :0],
+            "part_change": torch.stack(list(of_part.values()), 1) if of_part else base.toward[:, :0],
             "norm": change - through,
         }
         if jointly:
-            others = {Site(p.layer or 0, p.kind): partial(_with_last, value=donor.wrote[p][:, -1]) for p in backups}
+            others = {Site(p.layer or 0, p.kind): partial(_with_last, value=base.donor[p]) for p in backups}
             for site in others:
                 self.model.layout.module(site)  # raises
             result["joint"] = run({self.node.site: edit, **others})[1]
             result["backups_alone"] = run(others)[1]
         return result
 
-    def _ablation(self, part: PairBatch, mean: Float[Tensor, "values"] | None) -> tuple[Tensor, Any]:
+    def _edit(self, part: PairBatch) -> tuple[Tensor, Any]:
         """The change of the node's site, and the edit that makes it."""
         site, captured = self.node.site, self.model.capture
         x = captured(part.clean, [site])[site]
-        values = self.node.read(captured(part.corrupted, [site])[site])
-        if mean is not None:
-            values = mean.expand(values.shape)
+        if self.mean is None:
+            values = self.node.read(captured(part.corrupted, [site])[site])
+        else:
+            values = self.mean.expand(*x.shape[:2], *self.mean.shape)
         where = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         where[:, -1] = True
         changes = self.node.write(x, values, where)

@@ -89,8 +89,8 @@ class StreamParts:
         return parts
 
     @torch.no_grad()
-    def run(self, tokens: Tokens) -> StreamRun:
-        """One forward pass over a batch without padding."""
+    def run(self, tokens: Tokens, last: bool = False) -> StreamRun:
+        """One forward pass over a batch without padding; `last`: with the logits of the last position alone."""
         blocks = self.model.layout.blocks
         writer_of: dict[nn.Module, _Writer] = {writer.module: writer for writer in self.writers}
         layer_of = {block: layer for layer, block in enumerate(blocks)}
@@ -110,7 +110,7 @@ class StreamParts:
                 streams[layer_of[module] + 1] = emitted.clone()
 
         with watching(blocks[:1], enter, {**writer_of, **layer_of}, leave):
-            logits = self.model.call(tokens)
+            logits = self.model.call(tokens, last=int(last))
         return StreamRun(wrote, [streams[number] for number in sorted(streams)], logits)
 
     def _open_layers(self) -> list[int]:

@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "pronouns": ("pronouns", "PronounsConfig"),
     "real": ("real.study", "RealConfig"),
     "safety": ("safety", "SafetyConfig"),
+    "self-repair": ("self_repair", "SelfRepairConfig"),
     "steering": ("steering.question", "SteeringConfig"),
 }
 
