@@ -46,7 +46,7 @@ from saepatch.tracking.open import read_spec
 from .common.kept import KeptResults
 from .common.tracked import show
 
-MOST = 100  # nodes that are taken out one by one
+MOST = 100  # nodes that are removed one by one
 RANDOM = 5  # random circuits beside each circuit
 STEPS = 5  # of integrated gradients
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
@@ -135,7 +135,7 @@ def components(model: LanguageModel) -> list[Heads | Stream]:
 
 @torch.no_grad()
 def active(model: LanguageModel, parts: Sequence[Dictionary], pairs: Sequence[PromptPair]) -> int:
-    """Number of nodes that hold something in the clean runs: latents active at some token, and each error term."""
+    """Number of nodes that are active in the clean runs: latents active at some token, and every error term."""
     if not parts:
         return sum(component.units for component in components(model))
     total = 0

@@ -1,1 +1,1 @@
-"""How fast sweeps, generation and training steps are, beside other libraries."""
+"""How fast sweeps, generation and training steps are, compared with other libraries."""

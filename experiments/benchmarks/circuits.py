@@ -1,4 +1,4 @@
-"""How fast are the edges of a circuit, beside the ways they are otherwise computed?
+"""How fast are the edges of a circuit, compared with other ways of computing them?
 
     python -m experiments.benchmarks.circuits --out runs/bench-circuits
 
@@ -137,7 +137,7 @@ def _measure(
 ) -> CircuitTimes:
     times, options = CircuitTimes(config), SweepOptions(batch_size=config.pairs)
     how = EdgeOptions(verify=0, sample=0)
-    result = edges(model, both, pairs, how, options)  # untimed: what is done once a model, too
+    result = edges(model, both, pairs, how, options)  # untimed: includes work done once per model
     times.total = result.total
     order = np.argsort(-np.abs(result.score))
     into_latents = [int(i) for i in order if result.parts[result.names[4, i]][1] == "latent"]
@@ -167,7 +167,7 @@ def _measure(
 
 
 class _Loop:
-    """The same by one backward pass for each downstream latent, and by three hooked runs for each path patch."""
+    """The same edges by one backward pass per downstream latent, and path patches by three hooked runs each."""
 
     def __init__(
         self, model: LanguageModel, both: Sequence[Dictionary], pairs: Sequence[PromptPair], result: Edges

@@ -1,4 +1,4 @@
-"""How fast are MEMIT edits and the streaming of covariances, beside the original algorithm?
+"""How fast are MEMIT edits and covariances, compared with the original algorithm?
 
     python -m experiments.benchmarks.facts --out runs/bench-facts
 

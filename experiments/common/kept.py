@@ -1,4 +1,4 @@
-"""Results of an experiment's stages, kept as they are measured and read back as the values that they were."""
+"""Results of an experiment's stages, stored as they are measured and read back as the same values."""
 
 import base64
 import logging
@@ -23,7 +23,7 @@ ARRAY = {"dtype", "shape", "zlib"}  # the keys of an array
 
 @runtime_checkable
 class KeptValues(Protocol):
-    """JSON values by name: those of an earlier start are not measured again."""
+    """JSON values by name; those of an earlier start are not measured again."""
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any: ...
 
@@ -57,7 +57,7 @@ class KeptResults:
         return value["result"]
 
     def of_stage(self, stage: str) -> KeptValues:
-        """The JSON values of one stage, for measurements that know nothing of stages."""
+        """The JSON values of one stage, for measurements that have no stages."""
         return _StageValues(self, stage)
 
 

@@ -1,4 +1,4 @@
-"""Verdicts on what is said of edits of facts."""
+"""Verdicts on claims about edits of facts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class FactClaim:
 
 
 def judged(claim: str, measured: str, figure: Interval, bound: float, above: bool = True) -> FactClaim:
-    """A claim that the figure is above the bound (or below it); an interval that was withheld shows nothing."""
+    """Whether the figure is above the bound (or below it); a withheld interval shows nothing."""
     over, under = figure.low > bound, figure.high < bound
     good, bad = (over, under) if above else (under, over)
     return FactClaim(claim, measured, figure, SHOWN if good else OPPOSITE if bad else NOT_SHOWN)

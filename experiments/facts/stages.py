@@ -50,7 +50,7 @@ class LayerTrace:
 
 @dataclass(frozen=True, eq=False)
 class SequenceMeasure:
-    """What is measured after a number of edits."""
+    """Measurements after a number of edits."""
 
     edits: int
     evaluation: EditEvaluation
@@ -65,7 +65,7 @@ class MeasuredSequence:
 
 
 def known_requests(model: LanguageModel, requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The requests whose true answer is what the model says."""
+    """The requests whose true answer the model gives."""
     scores = score_answers(model, [(request.text, request.true) for request in requests])
     return [request for request, score in zip(requests, scores, strict=True) if score.accuracy == 1]
 

@@ -37,7 +37,7 @@ class Circuit(Shown):
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises UserError for a node or edge that is there twice, or a number of effects or weights that differs."""
+        """Raises UserError for a repeated node or edge, or a wrong number of effects or weights."""
         for what, some in (("node", self.nodes), ("edge", self.edges)):
             if len(set(some)) != len(some):
                 raise UserError(f"a circuit has a {what} twice: give each once")
@@ -56,7 +56,7 @@ class Circuit(Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the circuit where it is shown."""
+        """Heading shown above the circuit."""
         return f"Circuit of {len(self.nodes)} nodes and {len(self.edges)} edges"
 
     def _strongest(self, k: int) -> list[tuple[Edge, float | None]]:
@@ -107,10 +107,10 @@ class Circuit(Shown):
         """The circuit that `facts` describes.
 
         Raises:
-            UserError: it is no circuit.
+            UserError: they do not describe a circuit.
         """
         if facts.get("format") != FORMAT:
-            raise UserError(f"no circuit: its format is {facts.get('format')!r}, not {FORMAT!r}")
+            raise UserError(f"not a circuit: its format is {facts.get('format')!r}, not {FORMAT!r}")
         try:
             nodes = [
                 Node(Site.parse(n["site"]) if n["site"] else None, int(n["unit"]), n["position"], str(n["kind"]))
@@ -134,7 +134,7 @@ class Circuit(Shown):
         """Read what `write` wrote.
 
         Raises:
-            UserError: the file is no circuit.
+            UserError: the file does not hold a circuit.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -191,10 +191,10 @@ def _from_graphml(text: str) -> dict[str, Any]:
 
 
 def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int = 5, seed: int = 0) -> list[list[Node]]:
-    """Random sets of candidates with as many nodes at each site as `chosen`, none of them in it: controls.
+    """Controls: random sets of candidates outside `chosen`, with as many nodes at each site.
 
-    They have as many of each kind, too, as far as there are others; where there are not (an error term at all positions
-    is the only one of its site), other nodes of the site stand in.
+    They also have as many of each kind if there are enough; otherwise (an error term at all positions is the only one
+    of its site) other nodes of the site are used.
 
     Raises:
         UserError: fewer than five draws, or a site has too few candidates beside the chosen nodes.

@@ -51,7 +51,7 @@ class FindOptions:
 
 @dataclass(frozen=True, eq=False)
 class FoundCircuit:
-    """A circuit, and what it was chosen from: all ranked nodes, and faithfulness over sizes on `tune`."""
+    """A circuit with its selection: all ranked nodes, and faithfulness over sizes on `tune`."""
 
     circuit: Circuit
     ranked: tuple[Node, ...]
@@ -70,7 +70,7 @@ def find_circuit(
 ) -> FoundCircuit:
     """Find a circuit of latents and error terms: nodes and edges on `pairs`, how many nodes on `tune` (None: `pairs`).
 
-    Measure it on others: a number of nodes chosen on the pairs that they are ranked on is too small for others. Nodes
+    Measure it on other pairs: a number of nodes chosen on the pairs they are ranked on is too small for others. Nodes
     are taken in the order of their signed mean effects; those that work against the clean run's answer come last. Edges
     lead from one of the circuit's nodes to another or to the logits.
 
@@ -123,7 +123,7 @@ def _pruned(
         return chosen
     (left,) = acdc(NodeRuns(model, dictionaries, pairs, chosen, options=options), [how.prune])
     if not left.size:
-        raise UserError(f"prune = {how.prune:g} takes out all {len(chosen)} nodes: use less")
+        raise UserError(f"prune = {how.prune:g} removes all {len(chosen)} nodes: use less")
     return [node for node, acts in zip(chosen, left.act.tolist(), strict=True) if acts]
 
 

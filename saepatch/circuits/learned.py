@@ -45,7 +45,7 @@ class LearningOptions:
         positions: Where the interchange happens, in both prompts alike.
         steps: Passes over all pairs.
         rate: Learning rate of Adam.
-        sparsity: Of masks, the cost of a unit that is exchanged, in nats.
+        sparsity: For masks, the cost of each exchanged unit, in nats.
         seed: Seed of the start.
     """
 
@@ -67,8 +67,8 @@ class LearningOptions:
 class Alignment:
     """What an interchange exchanges at a site: coordinates along `rows`, the values of `component` times `mask`.
 
-    Of DAS, `component` is the subspace, as orthonormal `Directions`, and the mask is 1. `loss` is the mean loss of each
-    step, in nats.
+    For DAS, `component` is the subspace, as orthonormal `Directions`, and the mask is 1. `loss` is the mean loss of
+    each step, in nats.
     """
 
     component: Component

@@ -64,7 +64,7 @@ class KnockOut:
 def knocked_out(
     runs: NodeRuns, act: Bool[Tensor, "members"], sizes: Sequence[int], draws: int = 5, seed: int = 0
 ) -> list[KnockOut]:
-    """`m(C∖K)` beside `m(M∖K)` for random K ⊂ C: of a complete circuit, both are alike (Wang et al. 2022)."""
+    """`m(C∖K)` beside `m(M∖K)` for random K ⊂ C: for a complete circuit, both agree (Wang et al. 2022)."""
     chosen, rng, gap = np.flatnonzero(act.numpy()), np.random.default_rng(seed), float((runs.whole - runs.empty).mean())
     if bad := [size for size in sizes if not 0 < size <= len(chosen)]:
         raise UserError(f"a knock-out of {bad[0]} nodes of a circuit of {len(chosen)}: use 1 to {len(chosen)}")
@@ -77,7 +77,7 @@ def knocked_out(
 
 
 def minimality(runs: MemberRuns, act: Bool[Tensor, "members"]) -> Float[ndarray, "chosen"]:
-    """What each member of the circuit contributes to its share: the loss when it alone is taken out."""
+    """What each member of the circuit contributes to its share: the loss when only it is removed."""
     chosen = np.flatnonzero(act.numpy())
     without = torch.stack([act & ~_only(len(act), [i]) for i in chosen.tolist()]) if len(chosen) else act[None][:0]
     gap = float((runs.whole - runs.empty).mean())

@@ -22,8 +22,8 @@ def graph_json(
     """The circuit as that JSON.
 
     A node's `influence` is the size of its effect as a share of the largest. Viewers show the nodes of one layer
-    together, so a layer may have nodes at one site only. Dictionaries of a residual stream are no transcoders, but
-    viewers know no other kind of feature.
+    together, so a layer may have nodes at one site only. Dictionaries of a residual stream are not transcoders, but
+    viewers have no other kind of feature.
 
     Args:
         circuit: Its nodes are latents and error terms at one position each, and the logits.
@@ -43,7 +43,7 @@ def graph_json(
         raise UserError(f"several sites of one layer ({', '.join(sorted(map(str, sites)))}): export one of them")
     for node in circuit.nodes:
         if node.site is not None and (node.position is None or node.kind not in ("latent", "error")):
-            raise UserError(f"{node} is no latent or error term at one position, so it has no place in the graph")
+            raise UserError(f"{node} is not a latent or error term at one position, so the graph cannot show it")
         if node.position is not None and not 0 <= node.position < len(prompt):
             raise UserError(f"{node} is not in the prompt, which has {len(prompt)} tokens: give a longer one")
     top, last = 1 + max(layers.values(), default=0), len(prompt) - 1

@@ -1,8 +1,8 @@
 """The metric when only some nodes act: all others have their counterfactual values, at all sites at once.
 
 In the clean run each site becomes `x' + Σ (w_j(x) − w_j')`, over the nodes that act: x is what reaches the site in the
-edited pass, x' the counterfactual value of the site, w what a node writes. So what acts is computed live, from what the
-earlier sites now hold, and everything else, error terms too, is what it is in the counterfactual run.
+edited pass, x' the counterfactual value of the site, w what a node writes. So the acting nodes are computed live, from
+the current values of earlier sites, and everything else, error terms too, has its value of the counterfactual run.
 """
 
 from collections.abc import Mapping, Sequence

@@ -82,7 +82,7 @@ class NodeSite:
 
     @property
     def cuts(self) -> bool:
-        """Whether nothing passes the site but through its nodes: it is the residual stream."""
+        """Whether everything passes the site through its nodes: it is the residual stream."""
         return self.site.stream in RESIDUAL
 
 
@@ -131,7 +131,7 @@ def node_sites(model: LanguageModel, patchables: Patchable | Sequence[Patchable]
 
 @dataclass(frozen=True)
 class Paths:
-    """Which parts of the model lie open between two nodes, beside the residual stream; nodes never do.
+    """Which parts of the model are open between two nodes, besides the residual stream; nodes never are.
 
     What is closed keeps its value of the base run: `attention=False` holds the output of every attention layer between
     the nodes, `mlp=False` that of every MLP.
@@ -173,7 +173,7 @@ def between(closed: Sequence[Site], nodes: Sequence[NodeSite], up: Site, down: S
 
 
 def upstream(nodes: Sequence[NodeSite], down: Site | None) -> list[NodeSite]:
-    """The sites whose nodes may have edges to a site: those from the last one on that all else has to pass through."""
+    """The sites whose nodes may have edges to a site: from the last one that everything passes through."""
     before = [node for node in nodes if down is None or node.site.order < down.order]
     cut = max((number for number, node in enumerate(before) if node.cuts), default=0)
     return before[cut:]

@@ -1,6 +1,6 @@
 """Pruning: thresholds on estimates, greedy removal, and ACDC-style removal from the output back.
 
-All act on the members (nodes or edges) of `NodeRuns` or `EdgeRuns`, whose metric is what removals are judged by: give
+All act on the members (nodes or edges) of `NodeRuns` or `EdgeRuns`, whose metric judges removals: give
 runs with `kl_divergence()` for ACDC as published, or with the logit difference.
 """
 
@@ -36,7 +36,7 @@ class Pruned:
 def by_threshold(runs: MemberRuns, score: Sequence[float], thresholds: Sequence[float]) -> list[Pruned]:
     """Members whose absolute score reaches a threshold, for each of several.
 
-    Thresholds are in the units of the score's metric, and mean nothing for another metric.
+    Thresholds are in units of the score's metric, and do not transfer to another metric.
     """
     sizes = torch.tensor(np.abs(np.asarray(score, dtype=float)))
     act = torch.stack([sizes >= threshold for threshold in thresholds])

@@ -1,4 +1,4 @@
-"""Causal scrubbing: a hypothesis tested by resampling all that it says does not matter (Chan et al. 2022).
+"""Causal scrubbing: tests a hypothesis by resampling everything that should not matter under it (Chan et al. 2022).
 
 A hypothesis is a tree. Each node names an image in the model and a feature φ of the input: it claims that the image may
 be computed on any other input with the same φ. The model is evaluated as a tree, so that one activation reached by two
@@ -33,7 +33,7 @@ Draws = Int[ndarray, "examples"]
 
 
 class Sampler(Protocol):
-    """Draws for every reference an input that takes its place; `name` stands in results."""
+    """Draws a replacement input for every reference; `name` identifies it in results."""
 
     @property
     def name(self) -> str: ...
@@ -140,7 +140,7 @@ class Scrubbed:
         return np.divide(self.scrubbed - self.random, gap, out=np.full_like(gap, np.nan), where=gap != 0)
 
     def summary(self) -> str:
-        """The losses and the recovered share as a table, the samplers, and what the test could not test."""
+        """The losses and the recovered share as a table, the samplers, and the vacuous claims."""
         means = [("model", self.model), ("scrubbed", self.scrubbed), ("random labels", self.random)]
         lines = [text_table(["loss", "mean"], [[name, f"{loss.mean():.4f}"] for name, loss in means])]
         lines.append(f"recovered share {self.recovered}, n = {len(self.model)}; samplers: {', '.join(self.samplers)}")

@@ -1,4 +1,4 @@
-"""How every command ends: exit codes, one line for a mistake or an interrupt, and a traceback for a bug alone."""
+"""How commands end: exit codes, one line for a mistake or an interrupt, and a traceback only for a bug."""
 
 import atexit
 import errno
@@ -22,9 +22,9 @@ STOPPED = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def own_process(whole: bool) -> Iterator[None]:
-    """What signals do when a command is the whole process: nothing any more once all is done, and no traceback before.
+    """Signal handling when a command is the whole process: no traceback, and signals are ignored once it is done.
 
-    Once the command itself has ended, a signal ends the process at once, whatever it finds Python at.
+    Once the command itself has ended, a signal ends the process at once, whatever Python is doing.
     """
     if not whole or threading.current_thread() is not threading.main_thread():
         yield
@@ -47,7 +47,7 @@ def guarded(run: Callable[[], None], interrupted: str) -> int:
 
     Args:
         run: The command.
-        interrupted: What to say of an interrupt that says nothing itself.
+        interrupted: Message for an interrupt that has none.
     """
     # Must be set before torch is loaded: threads that spin while they wait are far slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -69,18 +69,18 @@ def guarded(run: Callable[[], None], interrupted: str) -> int:
 
 
 class _Request:
-    """Whether a signal asked for the end: libraries turn an interrupt in their midst into errors of their own."""
+    """Whether a signal asked to stop: libraries may turn an interrupt into an error of their own."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.hook = sys.unraisablehook  # in whose place `hear_again` stands
+        self.hook = sys.unraisablehook  # replaced by `hear_again`
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         raise KeyboardInterrupt
 
     def hear_again(self, unraisable: Any) -> None:
-        """Where Python runs a callback that cannot raise, an interrupt would be printed and forgotten."""
+        """Raise an interrupt again that arrived in a callback that cannot raise, where Python only prints it."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             main = threading.main_thread().ident or 0
             again = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))  # once this callback has returned
@@ -112,7 +112,7 @@ def _interrupts() -> Iterator[_Request]:
 
 
 def _end(error: BaseException, asked: bool, interrupted: str) -> int | None:
-    """Say how a command ended, and return its exit code; None for a bug."""
+    """Report how a command ended, and return its exit code; None for a bug."""
     if isinstance(error, KeyboardInterrupt):
         _complain(f"interrupted: {str(error) or interrupted}")
         return 130

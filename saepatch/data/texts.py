@@ -75,7 +75,7 @@ def token_batches(
         width: Numbers that the caller holds for each token, such as the size of the vocabulary for logits.
 
     Raises:
-        UserError: the batch size is no positive number.
+        UserError: the batch size is below 1.
     """
     if size < 1:
         raise UserError(f"batch size {size}: use at least 1")

@@ -49,7 +49,7 @@ def check_weights(sae: nn.Module, name: str) -> None:
 def check_stored(file: Path, name: str) -> None:
     """Raises UserError for weights that are stored as integers or booleans, which loading would turn into floats."""
     with safe_open(file, "pt") as stored:
-        for key in stored.keys():  # noqa: SIM118 (it is no dict)
+        for key in stored.keys():  # noqa: SIM118 (not a dict)
             if not (dtype := stored.get_slice(key).get_dtype()).startswith(("F", "BF")):
                 raise UserError(_NO_FLOATS.format(name=name, key=key, dtype=dtype))
 

@@ -37,7 +37,7 @@ FEW = 16  # up to this many positions, decoding only the active latents is cheap
 class Dictionary:
     """A sae_lens SAE and the site it reads and writes.
 
-    With `every_position` it counts as trained on all tokens, whatever its metadata say: see `excluded_tokens`.
+    With `every_position` it counts as trained on all tokens, whatever its metadata: see `excluded_tokens`.
     """
 
     sae: nn.Module
@@ -87,14 +87,14 @@ class Dictionary:
         return fingerprint(self.sae.state_dict())
 
     def excluded_tokens(self, model: "LanguageModel") -> tuple[int, ...]:
-        """Ids of the tokens that it was not trained on, as its metadata say (sae_lens' `exclude_special_tokens`).
+        """Ids of the tokens that it was not trained on, according to its metadata (`exclude_special_tokens`).
 
-        At these nothing is edited (`editable`), a bottleneck lets the model's own value pass, and figures, statistics
-        and cards leave them out, as at BOS. Where the metadata say nothing, there are none. True there stands for what
-        it does in sae_lens: BOS, EOS, padding and separators, and no chat markers.
+        Like BOS, they are not edited (`editable`), keep the model's own value in a bottleneck, and are left out of
+        figures, statistics and cards. Without the entry, there are none. `true` means the same as in sae_lens: BOS,
+        EOS, padding and separators, but no chat markers.
 
         Raises:
-            UserError: the metadata name something that is no list of ids.
+            UserError: the entry is not a list of ids.
         """
         stated = None if self.every_position else self.cfg.metadata.get("exclude_special_tokens")
         if stated is None or stated is False:
@@ -103,8 +103,8 @@ class Dictionary:
             stated = _special_tokens(model.tokenizer)
         if not isinstance(stated, list | tuple) or not all(type(token) is int for token in stated):
             raise UserError(
-                f"dictionary {self.name} says exclude_special_tokens = {stated!r}, which is no list of token ids: "
-                "load it with every_position=True, or mend its cfg.json"
+                f"dictionary {self.name} says exclude_special_tokens = {stated!r}, which is not a list of token ids: "
+                "load it with every_position=True, or correct its cfg.json"
             )
         return tuple(sorted(stated))
 
@@ -117,10 +117,10 @@ class Dictionary:
     ) -> Bool[Tensor, "batch pos"]:
         """The chosen positions at which it may be edited: those that hold tokens it was trained on.
 
-        It is logged, once, that others are left out.
+        Logs once that other positions are left out.
 
         Raises:
-            UserError: `positions` name such a position in particular, as an index or a text does.
+            UserError: `positions` select such a position explicitly, by an index or a text.
         """
         known = without_tokens(input_ids, chosen, self.excluded_tokens(model))
         left_out = chosen & ~known
@@ -131,13 +131,13 @@ class Dictionary:
         which = f"tokens that dictionary {self.name} was not trained on ({names})"
         if not (isinstance(positions, str) and positions in GROUPS):
             raise UserError(
-                f"positions {positions!r} select {which}: choose others, or edit it there, too, with "
+                f"positions {positions!r} select {which}: choose others, or edit it there as well with "
                 "every_position=True (--every_position)"
             )
         if not self._notes:
             self._notes.append(which)
             log.warning(
-                "%d of %d positions hold %s: they are left out (every_position=True, --every_position: they are not)",
+                "%d of %d positions hold %s: they are left out (included with every_position=True, --every_position)",
                 int(left_out.sum()), int(chosen.sum()), which,
             )  # fmt: skip
         return known

@@ -41,7 +41,7 @@ def load_sae(
 
     The site is read from the SAE's metadata; where the metadata names none, it must be given.
 
-    With `every_position` it counts as trained on all tokens, whatever its metadata say of special ones
+    With `every_position` it counts as trained on all tokens, including special ones that its metadata exclude
     (`Dictionary.excluded_tokens`).
 
     Raises:
@@ -145,7 +145,7 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
         owner_and_name, sae_id = "/".join(spec.split("/")[:2]), "/".join(spec.split("/")[2:])
         if not sae_id:
             raise UserError(
-                f"{spec!r} is no folder, and {release!r} is not a release known to sae_lens: "
+                f"{spec!r} is not a folder, and {release!r} is not a release known to sae_lens: "
                 "give a folder, RELEASE/SAE_ID, or OWNER/REPOSITORY/SAE_ID"
             )
         release = owner_and_name
@@ -168,9 +168,9 @@ def _finish(sae: nn.Module, stated: object, wanted: Site | None, name: str) -> D
         if wanted is None:
             raise UserError(f"dictionary {name!r}: {error}; or give its site, as in site='resid_post.3'") from error
         trained_at = None
-        log.info("the hook_name of dictionary %s, %r, is no site: used at %s, as asked", name, stated, wanted)
+        log.info("the hook_name of dictionary %s, %r, is not a site: used at %s, as requested", name, stated, wanted)
     if wanted is not None and trained_at is not None and not trained_at.same_tensor(wanted):
-        log.warning("dictionary %s states that it was trained at %s: used at %s, as asked", name, trained_at, wanted)
+        log.warning("dictionary %s states training at %s: used at %s, as requested", name, trained_at, wanted)
         trained_at = wanted
     site = trained_at or wanted
     assert site is not None
@@ -184,7 +184,7 @@ def site_of_hook(stated: object) -> Site:
         UserError: it names neither, or a module inside a block, which families use in different ways.
     """
     if not isinstance(stated, str):
-        raise UserError(f"its hook_name is {stated!r}, which is no text")
+        raise UserError(f"its hook_name is {stated!r}, not a text")
     for blocks in {family.blocks for family in FAMILIES.values()}:
         if match := re.fullmatch(rf"{re.escape(blocks)}\.(\d{{1,9}})", stated):
             return Site(int(match[1]))  # the output of the block
@@ -200,12 +200,12 @@ def wrap_sae(sae: Any, site: str | Site | None = None, name: str = "") -> Dictio
         name: Its name in results; default: that of its release, or of its class.
 
     Raises:
-        UserError: it is no dictionary or a transcoder, names no site, or cannot be edited.
+        UserError: it is not a dictionary or is a transcoder, names no site, or cannot be edited.
     """
     if isinstance(sae, Dictionary):
         raise UserError(f"dictionary {sae.name} is wrapped already: use it as it is")
     if not isinstance(sae, nn.Module) or not all(hasattr(sae, part) for part in ("cfg", "W_dec", "encode")):
-        raise UserError(f"a {type(sae).__name__} is no dictionary: give a sae_lens.SAE, or load_sae(…)")
+        raise UserError(f"a {type(sae).__name__} is not a dictionary: give a sae_lens.SAE, or load_sae(…)")
     cfg: Any = sae.cfg
     metadata: Any = getattr(cfg, "metadata", None) or {}
     stored = [metadata.get(part) for part in ("sae_lens_release", "sae_id", "sae_lens_id")]

@@ -141,7 +141,7 @@ def _read(place: Path) -> Saved:
         if not isinstance(cfg, dict) or not isinstance(figures, dict | None):
             raise ValueError("not a JSON object")
         if not isinstance(cfg.get("metadata") or {}, dict):
-            raise ValueError("its metadata is no JSON object")
+            raise ValueError("its metadata is not a JSON object")
         with safe_open(place / WEIGHTS, "pt") as weights:
             if "W_dec" not in weights.keys():  # noqa: SIM118 (not a dict)
                 raise ValueError(f"{WEIGHTS} has no W_dec")

@@ -1,4 +1,4 @@
-"""Positions of a sweep that hold tokens its dictionaries were not trained on: these are not patched."""
+"""Positions of a sweep whose tokens its dictionaries were not trained on; these are not patched."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from saepatch.model.positions import Positions
 
 
 def known_where(model: LanguageModel, component: Component, part: PairBatch) -> Bool[Tensor, "batch pos"]:
-    """Where a component may be patched: at the chosen positions whose tokens, in both prompts, its dictionary knows."""
+    """Chosen positions at which a component may be patched: its dictionary was trained on both prompts' tokens."""
     assert part.where is not None
     where = part.where
     if isinstance(component, LatentUnits | ErrorTerm):
@@ -25,10 +25,10 @@ def known_where(model: LanguageModel, component: Component, part: PairBatch) -> 
 
 
 def check_known(model: LanguageModel, components: Sequence[Component], whole: PairBatch, positions: Positions) -> None:
-    """See that the positions of a sweep are those that its dictionaries know, or say that some are left out.
+    """Check a sweep's positions against the tokens that its dictionaries were trained on; logs those that are left out.
 
     Raises:
-        UserError: a position that is named in particular holds a token that a dictionary was not trained on, or all
+        UserError: an explicitly selected position holds a token that a dictionary was not trained on, or all
             positions do.
     """
     assert whole.where is not None

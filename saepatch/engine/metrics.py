@@ -161,7 +161,7 @@ def as_metric(metric: Metric | str) -> Metric:
     """A metric as it is, or by its name.
 
     Raises:
-        UserError: there is no metric of that name, or the value is no function.
+        UserError: there is no metric of that name, or the value is not a function.
     """
     if isinstance(metric, str):
         return read_metric(metric)

@@ -1,4 +1,4 @@
-"""Plain softmax attention as transformers' own functions compute it, for code that takes their place."""
+"""Plain softmax attention as transformers' own functions compute it, for code that replaces them."""
 
 from typing import Any
 

@@ -106,8 +106,8 @@ def reach(
 class SpanGraph:
     """A later site's value as a function of earlier sites of a base run, in one autograd graph.
 
-    `leaves` are the values of the earlier sites. Each is a leaf of the graph: what reaches one of them from an earlier
-    one is cut off, as are the sites in `held`, which keep their values of the base run. `whole` is the target's value.
+    `leaves` are the values of the earlier sites. Each is a leaf of the graph: the path from an earlier leaf to a
+    later one is cut. Sites in `held` keep their values of the base run. `whole` is the target's value.
     """
 
     def __init__(self, base: KeptRun, leaves: Mapping[Site, Tensor], target: Site, held: Collection[Site] = ()) -> None:

@@ -83,7 +83,7 @@ class EditEvaluation:
         return [kind for kind in KINDS if any(row.kind == kind for row in self.rows)]
 
     def left(self, kind: str) -> tuple[int, int]:
-        """Number of questions that count, and of all."""
+        """Number of questions that count, and of all questions."""
         own = [row for row in self.rows if row.kind == kind]
         return sum(row.counted for row in own), len(own)
 

@@ -77,7 +77,7 @@ class SpliceQuality(Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the figures where they are shown."""
+        """Heading shown above the figures."""
         return f"Splice quality at {self.site} over {self.tokens:,} tokens"
 
     def blocks(self) -> list[Simple]:

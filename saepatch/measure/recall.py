@@ -1,11 +1,11 @@
-"""Verification until enough of the true top is known to have been run: exact runs that grow until a bound holds.
+"""Verification up to a recall: exact runs are added until a bound on the share of the true top that was run holds.
 
-Where K nodes of the screen's top have an exact effect of at least t, and at most m of the nodes that were not run do,
+If K nodes of the screen's top have an exact effect of at least t, and at most m of the nodes that were not run do, then
 at least 1 − m/K of the K truly largest nodes were run exactly. A random sample of the nodes below the screen's top
 bounds m without any assumption about the estimates (hypergeometric, as in `Verification.missed`). If the sample shows
-too many large effects, more of the largest estimates and a larger sample are run, and the bound is taken again. The
-sizes of all looks are fixed beforehand, and their bounds hold jointly (Bonferroni), so that stopping early costs
-nothing in confidence.
+too many large effects, more of the largest estimates and a larger sample are run, and the bound is computed again. The
+sizes of all looks are fixed beforehand, and their bounds hold jointly (Bonferroni), so that stopping early does not
+lower the confidence.
 """
 
 import logging
@@ -21,21 +21,21 @@ from saepatch.measure.results.screen import Attribution, Exact, Verification, mo
 
 log = logging.getLogger(__name__)
 
-LOOKS = 4  # bounds that are taken at most
-MOST_RUN = 0.5  # share of the nodes that may be run; for more, a full sweep is the better choice
+LOOKS = 4  # largest number of bounds
+MOST_RUN = 0.5  # largest share of the nodes to run; beyond it, a full sweep is better
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Look:
-    """Numbers of the largest estimates and of drawn nodes that have been run when a bound is taken."""
+    """Number of the largest estimates, and of drawn nodes, that have been run when a bound is computed."""
 
     largest: int
     sample: int
 
 
 def looks(nodes: int, k: int, recall: float) -> Iterator[Look]:
-    """The looks, smallest first: at look number i the sample is large enough if i nodes in it have large effects.
+    """The looks, smallest first: at look i, the sample is large enough for i nodes with large effects in it.
 
     The screen's top is doubled each time, and the sample never shrinks.
     """
@@ -48,7 +48,7 @@ def looks(nodes: int, k: int, recall: float) -> Iterator[Look]:
 
 @cache
 def _sample(others: int, large: int, allowed: int) -> int:
-    """The smallest sample of `others` nodes whose bound is at most `allowed` where `large` nodes in it are large."""
+    """The smallest sample of `others` nodes whose bound is at most `allowed` if `large` of its nodes are large."""
     low, high = min(large, others), others
     while low < high:
         middle = (low + high) // 2
@@ -60,8 +60,8 @@ def _sample(others: int, large: int, allowed: int) -> int:
 def verify_to_recall(screen: Attribution, k: int, recall: float, exact: Exact, seed: int = 0) -> Attribution:
     """Run nodes exactly until, at 95 % confidence, a share of at least `recall` of the `k` truly largest was run.
 
-    Where that takes more than `MOST_RUN` of the nodes, a warning says so, and the largest look within it is run.
-    `Verification.recall` gives the bound that was reached.
+    If that takes more than `MOST_RUN` of the nodes, the largest look within it is run, with a warning.
+    `Verification.recall` gives the resulting bound.
 
     Raises:
         UserError: `recall` is not between 0 and 1, or `k` is not between 1 and the number of nodes.
@@ -83,7 +83,7 @@ def verify_to_recall(screen: Attribution, k: int, recall: float, exact: Exact, s
     if not affordable:
         log.warning(
             "a recall of %g for the %d largest of %d nodes takes %d exact runs, more than half of all: fewer are made, "
-            "and show less; ask for more nodes or a lower recall, or patch all of them",
+            "and the bound is weaker; verify more nodes, ask for a lower recall, or patch all nodes",
             recall, k, len(screen), planned[0].largest + planned[0].sample,
         )  # fmt: skip
         affordable = [_smaller(planned[0], len(screen), k)]
@@ -103,7 +103,7 @@ def verify_to_recall(screen: Attribution, k: int, recall: float, exact: Exact, s
 
 
 def _smaller(look: Look, nodes: int, k: int) -> Look:
-    """The largest estimates of a look, as far as they fit, and as many drawn nodes as are left to run."""
+    """As many of a look's largest estimates as fit, and as many drawn nodes as are left."""
     most = max(k, int(MOST_RUN * nodes))
     largest = min(look.largest, max(k, most // 2))
     return Look(largest, max(0, most - largest))

@@ -1,4 +1,4 @@
-"""Activations that cannot be used, named where they are first seen: not finite, or not one per token."""
+"""Checks of a site's activations: they are finite, and there is one per token."""
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,10 @@ from saepatch.model.sites import Site
 def check_finite(
     model: LanguageModel, site: Site, x: Float[Tensor, "batch pos width"], tokens: Tokens, read: int = 0
 ) -> None:
-    """See that what a site holds at the tokens of a batch, of whose rows `read` columns were read before, is finite.
+    """Check that a site's values at the tokens of a batch are finite; `read` columns of its rows are in the cache.
 
     Raises:
-        UserError: it is not; site, text, position and token are named.
+        UserError: one is not; the message names site, text, position and token.
     """
     check_columns(model, site, x, tokens.width)
     broken = ~torch.isfinite(x).all(-1) & tokens.attention_mask.bool().to(x.device)
@@ -36,7 +36,7 @@ def check_finite(
 
 
 def check_columns(model: LanguageModel, site: Site, x: Tensor, width: int) -> None:
-    """Raises UserError where a site does not hold one value per token, as where a model pads rows itself."""
+    """Raises UserError where a site does not have one value per token, such as in a model that pads rows itself."""
     if x.shape[1] != width:
         raise UserError(
             f"{site} of {model.name} holds {x.shape[1]} columns for {width} tokens, so positions cannot be told apart "
@@ -45,6 +45,6 @@ def check_columns(model: LanguageModel, site: Site, x: Tensor, width: int) -> No
 
 
 def all_finite(weights: Tensor) -> bool:
-    """Whether no weight is NaN or infinite. A finite sum shows it in a tenth of the time that reading each takes."""
+    """Whether no weight is NaN or infinite. A check of the sum takes a tenth of the time of checking each."""
     wide = weights.detach().sum(dtype=torch.float32 if weights.is_floating_point() else None)
     return bool(torch.isfinite(wide)) or bool(torch.isfinite(weights).all())

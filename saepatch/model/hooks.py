@@ -192,7 +192,7 @@ def watching(
     leaving: Iterable[nn.Module],
     leave: Callable[[nn.Module, Any, Any], None],
 ) -> Iterator[None]:
-    """Show calls of modules: to `enter` what each receives first, before it runs; to `leave` that and what it gives."""
+    """Report calls of modules: `enter` gets the first input before the module runs, `leave` gets input and output."""
 
     def first_argument(args: Any, kwargs: Any) -> Any:
         return args[0] if args else kwargs.get("hidden_states")

@@ -140,7 +140,7 @@ class LanguageModel:
         return ids
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token is called: the text it stands for, its leading space kept."""
+        """The name of each token: its text, including a leading space."""
         return [token_name(self.tokenizer, int(token)) for token in ids]
 
     def tokenize(self, texts: Sequence[str], side: str = "right") -> Tokens:
@@ -171,12 +171,12 @@ class LanguageModel:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids that the model's configuration names."""
+        """Number of token ids, from the model's configuration."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def context(self) -> int | None:
-        """The largest number of positions that the model's configuration names, if it names one."""
+        """The largest number of positions, if the model's configuration states one."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
@@ -360,11 +360,11 @@ class LanguageModel:
                 attention_mask=tokens.attention_mask,
                 max_new_tokens=max_new_tokens,
                 **greedy_options(self.hf, self.tokenizer) | {"min_new_tokens": min_new_tokens or None},
-                **({"use_cache": False} if self.step_limit == 0 else {}),  # it would compute other numbers
+                **({"use_cache": False} if self.step_limit == 0 else {}),  # it would change the results
                 pad_token_id=self.pad_id,
                 **positions,
             )
-        except AttributeError as error:  # as of a model of images whose config lacks what its `generate` asks for
+        except AttributeError as error:  # such as an image model whose config lacks what its `generate` requires
             raise UserError(f"transformers does not generate with {self.name} ({reason_of(error)})") from error
         return out[:, tokens.input_ids.shape[1] :]
 

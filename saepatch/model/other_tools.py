@@ -1,4 +1,4 @@
-"""Models of other libraries: the Hugging Face model inside them, and what their methods are called here."""
+"""Models of other libraries: the Hugging Face model inside them, and this library's names for their methods."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from saepatch.errors import UserError
 
-# What users of other libraries try on a model, and what does the same here.
+# Attributes of other libraries' models, and their equivalents here.
 ELSEWHERE = {
     "run_with_cache": "splice(model, sae, record=True) records latents, model.capture(tokens, [site]) a site's values",
     "run_with_hooks": "splice(model, sae, intervention) edits latents; your own is a value with a method `edit`",
@@ -30,7 +30,7 @@ ELSEWHERE = {
 
 
 def no_such_attribute(name: str) -> AttributeError:
-    """The error for an attribute that a `LanguageModel` lacks, with what other libraries' names are called here."""
+    """The error for an attribute that a `LanguageModel` lacks; with the equivalent of another library's name."""
     if name in ELSEWHERE:
         return AttributeError(f"saepatch has no `model.{name}`: {ELSEWHERE[name]} (docs/coming-from.md)")
     return AttributeError(f"'LanguageModel' object has no attribute {name!r}")
@@ -42,7 +42,7 @@ def inner_model(given: Any, tokenizer: Any, name: str) -> tuple[nn.Module, Any, 
     Others are returned as they are. A tokenizer or name that is given takes precedence.
 
     Raises:
-        UserError: there is none inside, or it does not compute what the outer model does.
+        UserError: there is none inside, or it computes something else than the outer model.
     """
     library = type(given).__module__.partition(".")[0]
     if library == "transformer_lens":

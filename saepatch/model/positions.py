@@ -25,7 +25,7 @@ class At:
 # [batch, pos] is a mask over the prompt.
 Positions = str | int | slice | Sequence[int] | At | Tensor
 NAMED = ("all", "prompt", "generated", "last", "every")
-GROUPS = ("all", "prompt", "generated", "every")  # these name no position in particular
+GROUPS = ("all", "prompt", "generated", "every")  # these select no position explicitly
 
 
 @dataclass(frozen=True, eq=False)

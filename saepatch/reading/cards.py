@@ -88,7 +88,7 @@ class Card(Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the card where it is shown."""
+        """Heading shown above the card."""
         return f"Latent {self.latent} at {self.site}"
 
     def blocks(self) -> list[Simple]:

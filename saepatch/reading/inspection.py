@@ -32,7 +32,7 @@ def inspect(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Inspection(Shown):
-    """A model and dictionaries, as `inspect` found them."""
+    """The result of `inspect`."""
 
     model: LanguageModel
     dictionaries: Mapping[Site, Dictionary]
@@ -45,7 +45,7 @@ class Inspection(Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the tables."""
+        """Heading shown above the tables."""
         return f"Model {self.model.name}"
 
     def text(self) -> str:

@@ -1,6 +1,6 @@
 """JSON and YAML from users and files, read strictly.
 
-Repeated keys, aliases that multiply, deep nesting, and numbers and characters that nothing later could take are errors.
+Errors: repeated keys, aliases that expand without bound, deep nesting, oversized numbers, text that cannot be encoded.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from saepatch.errors import UserError
 
-MAX_NODES = 100_000  # of a YAML document, each alias counted with all that it stands for
+MAX_NODES = 100_000  # in a YAML document, with its aliases expanded
 MAX_DEPTH = 40
 
 
@@ -18,17 +18,17 @@ def parse_json(text: str, where: str, remedy: str = "") -> Any:
     """A JSON value; `where` begins messages.
 
     Raises:
-        UserError: it is not JSON, repeats a key, is nested too deep, or holds half of a surrogate pair.
+        UserError: it is not JSON, repeats a key, is nested too deeply, or contains a lone surrogate.
     """
     try:
         value = json.loads(text, object_pairs_hook=_once)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
-        raise UserError(f"{where} is not JSON: it is nested too deep{remedy}") from error
+        raise UserError(f"{where} is not JSON: it is nested too deeply{remedy}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} is not text: it holds half of a surrogate pair{remedy}") from error
-    except ValueError as error:  # a repeated key and a number of thousands of digits among them
+        raise UserError(f"{where} is not text: it contains a lone surrogate{remedy}") from error
+    except ValueError as error:  # including a repeated key, and a number of thousands of digits
         raise UserError(f"{where} is not JSON: {error}{remedy}") from error
     return value
 
@@ -37,16 +37,16 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            raise ValueError(f"key {key!r} stands twice in one object")
+            raise ValueError(f"key {key!r} appears twice in one object")
         value[key] = item
     return value
 
 
 def load_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """The contents of a YAML file.
 
     Raises:
-        UserError: it cannot be read, or is not YAML as `check_yaml` allows it.
+        UserError: it cannot be read, or `check_yaml` rejects it.
     """
     import yaml
 
@@ -56,14 +56,14 @@ def load_yaml(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}): mend it, or make it anew") from error
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}): correct it or write it again") from error
 
 
 def bounded_yaml(text: str, load: Callable[[str], Any]) -> Any:
-    """What a loader makes of a document that `check_yaml` allows.
+    """Load a document, after `check_yaml`.
 
     Raises:
-        yaml.YAMLError: it is not allowed, or the loader fails, which it does in many ways on tags that do not fit.
+        yaml.YAMLError: it is rejected, or the loader fails, as it does in many ways on mismatched tags.
     """
     import yaml
 
@@ -75,11 +75,11 @@ def bounded_yaml(text: str, load: Callable[[str], Any]) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """See, before anything is built from it, that a document is no larger with its aliases written out than it may be.
+    """Check the size of a document with its aliases expanded, before anything is built from it.
 
     Raises:
-        yaml.YAMLError: it is not YAML, has more than `MAX_NODES` values or `MAX_DEPTH` levels, an alias inside what it
-            stands for, or a key twice in one mapping.
+        yaml.YAMLError: it is not YAML, has more than `MAX_NODES` values or `MAX_DEPTH` levels, an alias inside its own
+            anchor, or a key twice in one mapping.
     """
     import yaml
 
@@ -89,7 +89,7 @@ def check_yaml(text: str) -> None:
     for event in yaml.parse(text, Loader=loader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise yaml.YAMLError(f"alias *{event.anchor} stands for nothing before it, or for what it is in")
+                raise yaml.YAMLError(f"alias *{event.anchor} refers to no earlier anchor, or to one that contains it")
             size = sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
@@ -113,11 +113,11 @@ def check_yaml(text: str) -> None:
             open_nodes[-1].add(size)
             size = open_nodes[-1].size
         if size > MAX_NODES:
-            raise yaml.YAMLError(f"it holds more than {MAX_NODES:,} values once its aliases are written out")
+            raise yaml.YAMLError(f"it has more than {MAX_NODES:,} values once aliases are expanded")
 
 
 class _Node:
-    """A mapping or a sequence whose end has not come yet."""
+    """A mapping or sequence that is still open."""
 
     def __init__(self, anchor: str | None, mapping: bool) -> None:
         self.anchor, self.size = anchor, 1
@@ -133,5 +133,5 @@ class _Node:
 
         if self._mapping and self._items % 2 == 0:
             if text in self._keys:
-                raise yaml.YAMLError(f"key {text!r} stands twice in one mapping")
+                raise yaml.YAMLError(f"key {text!r} appears twice in one mapping")
             self._keys.add(text)

@@ -1,9 +1,9 @@
-"""Figures of dictionaries that earlier versions wrote, under the names that they have now."""
+"""Renaming of dictionary figures that earlier versions wrote."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Once, cross-entropy recovered was against zeroing ordinary positions alone; now it is the field's, every position.
+# Earlier versions measured the cross-entropy recovered against zeros at ordinary positions, not at every position.
 _RENAMED = {
     "ce_zero": "ce_zero_ordinary",
     "ce_ablated": "ce_ablated_ordinary",
@@ -12,7 +12,7 @@ _RENAMED = {
 
 
 def renamed_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """A dictionary's figures, those whose definition has changed since they were written under their present names."""
+    """A dictionary's figures under their current names, where a definition has changed since they were written."""
     if "ce_recovered_ordinary" in figures:
         return dict(figures)
     return {_RENAMED.get(name, name): value for name, value in figures.items()}

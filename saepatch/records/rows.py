@@ -13,7 +13,7 @@ from saepatch.records.provenance import Provenance
 
 ABOUT = b"saepatch"  # metadata key in the parquet file
 ADDED: dict[str, Any] = {"precision": "", "rounding": float("nan")}  # columns that older files lack
-ROWS = b"saepatch_rows"  # the same of the number of rows that were written
+ROWS = b"saepatch_rows"  # metadata key of the number of rows
 
 
 @dataclass(frozen=True)

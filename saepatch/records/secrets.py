@@ -17,7 +17,7 @@ _SECRET = re.compile(
 
 
 def redacted(text: str) -> str:
-    """The text with every secret that can be told by its form replaced."""
+    """The text with every secret that is recognisable by its form replaced."""
     return _SECRET.sub(HIDDEN, text)
 
 

@@ -109,7 +109,7 @@ class RatioBootstrap:
         if not np.isfinite([low, high]).all():
             return Interval.withheld(ratio, n, f"{FEW}: no finite bounds at n = {n}")
         spread = (max(top.max(), 0.0) - min(top.min(), 0.0)) / abs(bottom.mean())
-        if high - low > LOOSEST * spread:  # a few large values, which some draws have and others have not
+        if high - low > LOOSEST * spread:  # a few large values, which some draws contain and others do not
             return Interval.withheld(ratio, n, f"{FEW}: values too uneven")
         return Interval(ratio, low, high, n)
 

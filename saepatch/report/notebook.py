@@ -67,13 +67,13 @@ def _drawn_once(chart: Chart) -> Markup:
 class Shown(ABC):
     """Base of results that show themselves in notebooks and write a page of their own.
 
-    A class says what is shown in `blocks`, and what stands above in `title`.
+    A subclass defines what is shown in `blocks`, and the heading in `title`.
     """
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """What stands above the blocks."""
+        """Heading shown above the blocks."""
 
     @abstractmethod
     def blocks(self) -> list[Simple]:
@@ -122,5 +122,5 @@ class Figure:
         """
         path = Path(path)
         if path.suffix != ".svg":
-            raise UserError(f"figures are written as SVG, which {path.name!r} does not say: end the name in .svg")
+            raise UserError(f"figures are written as SVG: end the name {path.name!r} in .svg")
         return write_figure(self.chart, path)

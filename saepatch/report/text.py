@@ -63,7 +63,7 @@ def number(value: float | int | None, spec: str = "") -> str:
         return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    if spec == "d" and not float(value).is_integer():  # where a column holds means
+    if spec == "d" and not float(value).is_integer():  # in columns of means
         spec = ""
     text = format(value, spec or _spec(value))
     if re.fullmatch(r"-0(\.0*)?%?", text):  # no sign on a number that rounds to 0

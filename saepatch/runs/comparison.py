@@ -25,7 +25,7 @@ class RunComparison:
     """Top edits of either run by name, with their entries in both summaries; None: not among that run's top edits."""
 
     looked_up: Mapping[str, EditInBoth] = field(default_factory=dict)
-    """By name, what the rows of both runs say of these edits, on top or not."""
+    """By name, these edits' effects in the rows of both runs, whether top edits or not."""
 
     def table(self) -> str:
         """The comparison as text."""

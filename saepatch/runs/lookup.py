@@ -16,8 +16,8 @@ from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.parts import KEYS, EditKey, Pairs, RowChanges, read_changes
 
 DIFFERENCES = (
-    "B − A over the same pairs with the same gaps: a paired difference with its interval; else with an interval that "
-    "follows from both as of independent runs (Zou and Donner 2008)"
+    "B − A: over the same pairs with the same gaps, a paired difference with its interval; otherwise with the "
+    "interval for two independent runs (Zou and Donner 2008)"
 )
 EXACT = ("top", "random")  # roles of a screen's rows that were run exactly
 
@@ -46,16 +46,16 @@ class _Rows:
 
     @cached_property
     def of(self) -> dict[EditKey, EditKey]:
-        """By an edit without its role, the key under which it was run; roles that are left aside do not count."""
+        """The key of each edit, by the edit without its role; some roles are ignored."""
         return {key._replace(role=""): key for key in self.changes.keys if key.role not in self.aside}
 
 
 def look_up(
     first: RunFolder, second: RunFolder, lines: Mapping[str, Sequence[Mapping[str, Any] | None]]
 ) -> dict[str, EditInBoth]:
-    """Each edit's effect in both runs, from their rows; nothing where these cannot be read.
+    """Each edit's effect in both runs, from their rows; empty if these cannot be read.
 
-    Of runs of `saepatch attribute`, effects are the estimates.
+    For runs of `saepatch attribute`, effects are estimates.
 
     Args:
         first: A run.
@@ -78,7 +78,7 @@ def look_up(
         keys = [each.of.get(key) for each in rows]
         changes = [None if own is None else each.changes.of(own) for each, own in zip(rows, keys, strict=True)]
         if any(change is not None and np.isnan(change).any() for change in changes):
-            continue  # estimates that have sizes alone
+            continue  # estimates without a sign
         effects = [
             None if change is None else each.pairs.ratio(change, each.seed)
             for each, change in zip(rows, changes, strict=True)
@@ -95,7 +95,7 @@ def look_up(
 
 
 def _independent(one: Interval | None, other: Interval | None) -> Interval:
-    """The other minus the one, with an interval from theirs (MOVER)."""
+    """The second minus the first, with an interval computed from both (MOVER)."""
     assert one is not None
     assert other is not None
     value, n = other.value - one.value, min(one.n, other.n)

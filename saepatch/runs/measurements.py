@@ -31,8 +31,8 @@ def measurements(
     Args:
         out: The experiment's folder; created if needed.
         experiment: The name that `saepatch runs` lists it under.
-        decides: By name, what must be the same for measurements to belong to one run; where only the `versions` of
-            libraries differ, a warning is logged.
+        decides: Settings and facts, by name, that must agree for measurements to belong to one run; a warning is
+            logged if only the `versions` of libraries differ.
         earlier: Name of the file in earlier versions, which is read too.
         key: The first line of that file in still earlier versions, in place of `decides`.
 

@@ -1,4 +1,4 @@
-"""Who owns a folder: results of one command or experiment are never written over those of another."""
+"""Ownership of folders: results of one command or experiment never overwrite those of another."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What no setting may hold, whatever it is called: nothing where a value is needed, and values no library can take."""
+"""Values that no setting may have: missing ones, and ones that no library accepts."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def check_values(config: type, values: Mapping[str, Any], prefix: str = "") -> N
 
     Raises:
         UserError: a value is missing (a key without a value in a YAML file), a number is not finite or beyond 64 bits,
-            a seed is negative, or a text holds what cannot be written to a file.
+            a seed is negative, or a text contains characters that cannot be written to a file.
     """
     hints = _hints(config)
     for name, value in values.items():
@@ -32,7 +32,7 @@ def check_values(config: type, values: Mapping[str, Any], prefix: str = "") -> N
         else:
             _check_value(f"{prefix}{name}", value)
             if name == "seed" and isinstance(value, int) and value < 0:
-                raise UserError(f"{prefix}seed is {value}: use a whole number from 0 on")
+                raise UserError(f"{prefix}seed is {value}: use 0 or more")
 
 
 @cache
@@ -51,7 +51,7 @@ def _check_value(name: str, value: Any) -> None:
         raise UserError(f"{name} is {value}: use a finite number")
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
-            raise UserError(f"{name} is {value!r}: take out the NUL or the lone surrogate that it holds")
+            raise UserError(f"{name} is {value!r}: remove the NUL or lone surrogate in it")
     elif isinstance(value, Mapping):
         for key, item in value.items():
             _check_value(name, key)

@@ -42,8 +42,8 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
     """logit_difference, probability, log_probability, cross_entropy, kl_divergence (of the run from the clean run), or
     your own function, MODULE:FUNCTION, imported from the working directory."""
     each_position: bool = False
-    """A node is a latent at one position, counted from the start: for prompts that are all of one form. Otherwise it is
-    a latent at all positions together."""
+    """A node is a latent at one position, counted from the start (for prompts of one form); otherwise a latent at all
+    positions together."""
     method: Literal["first-order", "integrated-gradients"] = "integrated-gradients"
     """Gradient method that ranks nodes."""
     edge_method: Literal["first-order", "integrated-gradients", "gim", "relp"] = "integrated-gradients"
@@ -54,9 +54,9 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
     least: float = 0.9
     """Faithfulness on the pairs of `tune` that the number of nodes is chosen for."""
     nodes: int = 0
-    """Number of nodes; 0: as few of the ranking as have a faithfulness of `least`."""
+    """Number of nodes; 0: the fewest, in the order of the ranking, with a faithfulness of `least`."""
     prune: float = 0.0
-    """Then take out nodes one by one, from the output back, where that changes the metric of the pairs of `tune` by
+    """Then remove nodes one by one, from the output back, where that changes the metric on the pairs of `tune` by
     less than this, on average; 0: none."""
     edges: int = 300
     """Number of edges between the circuit's nodes to keep, those with the largest estimates; 0: find none."""
@@ -67,7 +67,7 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
     random: int = 5
     """Number of random circuits with as many nodes at each site, none of them the circuit's own."""
     minimal: int = 100
-    """Number of nodes, those with the largest effects, that are taken out one by one."""
+    """Number of nodes, those with the largest effects, that are removed one by one."""
     batch_size: int = 0
     """Prompts per forward pass; 0: chosen by memory."""
     seed: int = 0

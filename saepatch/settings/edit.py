@@ -26,8 +26,8 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
     n: int = 0
     """Maximum number of requests; 0: all."""
     method: Literal["rome", "rome-original", "memit", "emmet", "alphaedit"] = "rome"
-    """rome: one fact at a time at one layer, with one key throughout (r-ROME); rome-original: with the mixed keys of
-    the first published code; memit, emmet, alphaedit: all facts in one update, spread over layers."""
+    """rome: one fact at a time at one layer, with the same key throughout (r-ROME); rome-original: with the mixed keys
+    of the first published code; memit, emmet, alphaedit: all facts in one update, spread over layers."""
     layers: str = ""
     """Layers to edit: one for rome, as in 5; one or several for the others, as in 3,4,5 or 3-5."""
     token: Literal["subject", "last"] = "subject"
@@ -35,7 +35,7 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
     apply: Literal["together", "each"] = "together"
     """together: one delta with all facts, saved as delta.safetensors; each: every fact alone on the unedited model."""
     delta: str = ""
-    """A delta of the same model to edit on top of, as saved by an earlier run."""
+    """A delta of the same model, saved by an earlier run, to add the edits to."""
     reference: str = ""
     """Texts over which the keys' covariance is measured: a .txt file (one text per line), .jsonl, .csv, .parquet or
     .json (column text); empty: the embedded model's own texts."""
@@ -50,7 +50,7 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
     prefixes: int = -1
     """Number of sampled prefixes before each prompt, of 10 tokens; 0: the bare prompt alone; -1: as published."""
     clamp: float = 0.0
-    """Largest length of a change of a value, in lengths of the value; 0: 4 for rome, 0.75 for the others."""
+    """Largest norm of a value's change, relative to the value's own norm; 0: 4 for rome, 0.75 for the others."""
     steps: int = 20
     """Largest number of steps in the search for each value."""
     tokens: int = 20
@@ -97,5 +97,5 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
                 raise UserError(f"layers {self.layers!r}: give --layers, as in 5, 3,4,5 or 3-5")
             numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
         if not numbers:
-            raise UserError(f"layers {self.layers!r} name no layer: give the first before the last, as in 3-5")
+            raise UserError(f"layers {self.layers!r} name no layer: put the lower number first, as in 3-5")
         return tuple(sorted(numbers))

@@ -15,7 +15,7 @@ class InspectConfig(Output, DictionarySettings, ModelSettings):
         "saepatch inspect gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --json",
     )
 
-    model: str = field()  # required: the mixin's default is taken away
+    model: str = field()  # required: overrides the mixin's default
     """The embedded model (organism, organism-base), a folder, or a Hugging Face id."""
     sae: str = ""
     """Dictionaries to check against the model: organism, a folder, or RELEASE/SAE_ID."""

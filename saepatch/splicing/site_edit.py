@@ -82,7 +82,7 @@ class SiteEdit:
         return chosen[..., None]
 
     def _known(self, chosen: Bool[Tensor, "batch pos"], positions: Positions, seen: Pass) -> Bool[Tensor, "batch pos"]:
-        """The chosen positions where the dictionary was trained; generated tokens are left out without a word."""
+        """The chosen positions where the dictionary was trained; generated tokens are left out silently."""
         known = without_tokens(seen.input_ids, chosen, self.excluded)
         self.dictionary.editable(self.model, seen.input_ids, chosen & seen.in_prompt, positions)
         return known

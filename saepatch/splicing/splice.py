@@ -71,13 +71,13 @@ def splice(
 
     With the error term kept and no intervention the model is unchanged: an edit Δf adds exactly `Δf · W_dec` to the
     site. With the error term dropped the dictionary is a bottleneck: every position carries only the reconstruction,
-    but BOS, padding and tokens that the dictionary was not trained on (`Dictionary.excluded_tokens`). Of these, only
-    BOS is ever edited, if positions include it explicitly. Works inside `model.hf.generate`, with or without a KV
+    except BOS, padding and tokens that the dictionary was not trained on (`Dictionary.excluded_tokens`). Of these,
+    only BOS is ever edited, if positions include it explicitly. Works inside `model.hf.generate`, with or without a KV
     cache. Unused latents are not encoded. Not differentiable: see `saepatch.measure.attribution`.
 
     Args:
         dictionaries: One dictionary, several, or a mapping from sites to dictionaries. A `sae_lens.SAE` is wrapped
-            (`wrap_sae`), at the site that its metadata name.
+            (`wrap_sae`), at the site named in its metadata.
         interventions: One intervention, or several, applied in order.
         record: Keep the unedited latents of the last pass in the yielded value.
 
@@ -127,7 +127,7 @@ def _report_idle(run: Splice, intervention: Intervention | Restore) -> None:
 
 def _edit(run: Splice, edit: SiteEdit, x: Tensor) -> Tensor:
     assert run.seen is not None
-    # some models run their last blocks only at positions whose logits are asked for
+    # some models run their last blocks only at positions whose logits are requested
     at_end = x.shape[1] == run._logits_to_keep < run.seen.input_ids.shape[1]
     return edit(x, run.seen.ending(x.shape[1]) if at_end else run.seen)
 

@@ -169,7 +169,7 @@ class Generations(Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the texts."""
+        """Heading shown above the texts."""
         return f"Without and with {self.edit}: {self.changed} of {len(self)} prompts continued differently"
 
     def __repr__(self) -> str:

@@ -60,7 +60,7 @@ class SeparatingLatents(Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the table."""
+        """Heading shown above the table."""
         return f"{len(self)} latents at {self.site} that separate the prompts"
 
     def __repr__(self) -> str:

@@ -41,7 +41,7 @@ def test_an_and_is_found_with_its_edges(model):
 def test_what_cannot_be_found_is_refused(model):
     for how, message in (
         (FindOptions(size=9999), "ask for fewer"),
-        (FindOptions(prune=1e6), "takes out all"),
+        (FindOptions(prune=1e6), "removes all"),
     ):
         with pytest.raises(UserError, match=message):
             find_circuit(model, [identity(0)], PAIRS, how=how)

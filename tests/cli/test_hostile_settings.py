@@ -35,7 +35,7 @@ def refused(capsys, arguments, run=main):
     ("text", "message"),
     [
         ("pairs: ioi\nmin_gap:\n", "min_gap has no value"),
-        ("pairs: ioi\npairs: facts\n", "key 'pairs' stands twice"),
+        ("pairs: ioi\npairs: facts\n", "key 'pairs' appears twice"),
         (f"pairs: ioi\nn: {'7' * 5000}\n", "4300 digits"),
         (f"pairs: {'[' * 3000}{']' * 3000}\n", "nested deeper"),
         ("pairs: ioi\nn: !!int ''\n", "index out of range"),
@@ -91,7 +91,7 @@ def test_a_value_that_is_missing_under_a_section():
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud83db", "\udcff"])
 def test_texts_that_no_file_takes(text):
-    with pytest.raises(UserError, match="out is .* take out the NUL"):
+    with pytest.raises(UserError, match="out is .* remove the NUL"):
         PatchConfig(pairs="ioi", out=text)
     with pytest.raises(UserError, match="sites is "):
         TrainingConfig(sites=["resid_post.0", text])

@@ -52,7 +52,7 @@ def changed(folder, **values):
         ({"k": 0}, "has k 0 and 48 latents"),
         ({"k": "many"}, "has k .many. and 48 latents"),
         ({"d_in": None}, "cannot read"),
-        ({"metadata": {"hook_name": 5}}, "hook_name is 5, which is no text; or give its site"),
+        ({"metadata": {"hook_name": 5}}, "hook_name is 5, not a text; or give its site"),
         ({"metadata": {"hook_name": "model.layers.1.mlp"}}, "cannot read site 'model.layers.1.mlp'.*give its site"),
     ],
 )

@@ -181,7 +181,7 @@ def test_dictionaries_of_several_sites(tmp_path):
 def test_dictionaries_that_cannot_be_loaded(tmp_path, caplog):
     with pytest.raises(UserError, match="unknown dictionary 'nosuch': use 'organism', 'organism-shared', a folder"):
         load_sae("nosuch")
-    with pytest.raises(UserError, match="'nosuch/deeper' is no folder, and 'nosuch' is not a release"):
+    with pytest.raises(UserError, match="'nosuch/deeper' is not a folder, and 'nosuch' is not a release"):
         load_sae("nosuch/deeper")
     with pytest.raises(UserError, match="has no dictionary"):
         load_sae(str(tmp_path), "resid_post.0")
@@ -189,7 +189,7 @@ def test_dictionaries_that_cannot_be_loaded(tmp_path, caplog):
         load_sae(str(tmp_path), "layer 3")
     folder = save_sae(random_sae(), tmp_path / "sae")
     assert load_sae(str(folder), "resid_post.0").site == Site(0)
-    assert "states that it was trained at resid_post.1: used at resid_post.0, as asked" in caplog.text
+    assert "states training at resid_post.1: used at resid_post.0, as requested" in caplog.text
     weights = load_file(folder / "sae_weights.safetensors")
     broken = {name: value.clone() for name, value in weights.items()}
     broken["W_dec"][0, 0] = torch.inf

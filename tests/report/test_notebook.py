@@ -43,7 +43,7 @@ def test_a_figure_is_saved_as_svg(tmp_path):
     assert repr(figure) == "Figure: Bars (.save('figure.svg') writes it)"
     assert "<svg" in figure._repr_html_()
     assert figure.save(str(tmp_path / "deep" / "bars.svg")).read_text(encoding="utf-8").strip() == figure.svg()
-    with pytest.raises(UserError, match=r"'bars.png' does not say: end the name in .svg"):
+    with pytest.raises(UserError, match=r"end the name 'bars.png' in .svg"):
         figure.save("bars.png")
 
 

@@ -81,5 +81,5 @@ def test_what_sae_lens_says_is_read_as_sae_lens_means_it(model):
     dictionary = dictionary_of(True)
     assert dictionary.excluded_tokens(chat) == tuple(sorted(get_special_token_ids(tokenizer))) == (0, 1, 2)
     assert dictionary_of(False).excluded_tokens(chat) == dictionary_of(None).excluded_tokens(chat) == ()
-    with pytest.raises(UserError, match="exclude_special_tokens = 'yes', which is no list of token ids"):
+    with pytest.raises(UserError, match="exclude_special_tokens = 'yes', which is not a list of token ids"):
         dictionary_of("yes").excluded_tokens(chat)

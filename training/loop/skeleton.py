@@ -1,4 +1,4 @@
-"""What a run checks before it trains, checked without weights: the model is built on the meta device."""
+"""The checks that a run makes before it trains, without weights: the model is built on the meta device."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .evaluate import held_out_rows
 
 
 def check_run(config: TrainingConfig, others: Sequence[TrainingConfig] = ()) -> tuple[LanguageModel, str]:
-    """Check all that a run checks before it trains.
+    """Make all the checks that a run makes before it trains.
 
     Args:
         config: The run.
@@ -54,7 +54,7 @@ def check_run(config: TrainingConfig, others: Sequence[TrainingConfig] = ()) -> 
 
 
 def _identity(config: TrainingConfig, sites: Sequence[Any]) -> dict[str, Any] | None:
-    """What the run that `resume` goes on with was started with; None where there is none."""
+    """The identity of the run that `resume` would continue; None where there is none."""
     done = saving.finished(config.out, sites)
     return checkpoints.newest_state(config.out) if done is None else done.identity
 

@@ -56,7 +56,7 @@ class AttributionGraph:
         return float(np.abs(self.weight.sum(1) - self.value).max() / np.abs(self.value).max())
 
     def influence(self) -> Float[ndarray, "vertices"]:
-        """p (N + N² + …): what reaches the logits of each node, with N the row-normalised sizes of edges.
+        """p (N + N² + …): how much of each node reaches the logits, with N the row-normalised sizes of edges.
 
         p are the logits' probabilities. The series ends, since the graph has no cycles.
         """
@@ -71,9 +71,9 @@ class AttributionGraph:
         return np.divide(sizes, total, out=np.zeros_like(sizes), where=total > 0)
 
     def pruned(self, nodes: float = 0.8, edges: float = 0.98) -> Bool[ndarray, "readers vertices"]:
-        """Which edges are left when nodes, then edges, are kept up to a share of their summed influence.
+        """The edges that remain when nodes, then edges, are kept up to a share of their total influence.
 
-        Logits and embeddings always stay. Then goes what leads nowhere, and what latents no edge leads to.
+        Logits and embeddings always stay. Nodes that lead nowhere, and latents without incoming edges, go.
 
         Raises:
             UserError: a share is not above 0 and at most 1.

@@ -1,6 +1,6 @@
 """Modified backward passes for linear estimates: GIM and RelP. Forward passes keep their values.
 
-Every modification counts the places where it acted and refuses none at all.
+Every modification counts where it acted, and raises an error if that is nowhere.
 """
 
 from collections import Counter
@@ -104,7 +104,7 @@ def _frozen_norm(counts: Counts, module: nn.Module, plain: Callable[[Tensor], Te
     centred = x - x.mean(-1, keepdim=True) if linear.centres else x
     counts["norm"] += 1
     bias = getattr(module, "bias", None)
-    shifted = centred * linear.gain if bias is None else centred * linear.gain + bias  # so that it has a gradient, too
+    shifted = centred * linear.gain if bias is None else centred * linear.gain + bias  # so it has a gradient too
     return with_slope(out, shifted.to(out.dtype))
 
 

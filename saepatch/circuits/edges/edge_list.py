@@ -22,8 +22,8 @@ class Edges(PairGaps):
 
     Column i of `names` is an edge's pair and, for both nodes, the component (an index into `parts`: site and kind),
     unit and position. Of each pair, those with the largest estimates are kept, of `total` in all; none of the others
-    of pair p is estimated larger than `dropped[p]`, and means count them as 0. `paths` says what lies open between
-    nodes beside the residual stream, `acted` how often each modification of backward passes acted. `checked` are the
+    of pair p is estimated larger than `dropped[p]`, and means count them as 0. `paths` says what is open between
+    nodes besides the residual stream, `acted` how often each modification of backward passes acted. `checked` are the
     edges that were path-patched, in the order of `verified`.
     """
 

@@ -1,8 +1,8 @@
-"""The metric when only some edges carry what happens in the clean run: circuits of edges, by path patching.
+"""The metric when only some edges carry the clean run: circuits of edges, by path patching.
 
-A node is what it is when every upstream site holds its counterfactual value, but for what the node's own incoming edges
-carry: each adds what its upstream node, itself in the circuit, writes beyond its counterfactual value. Every node of
-the circuit thus has a pass of its own, from the sites before it to its site; the logits read last.
+A node has the value it takes when every upstream site holds its counterfactual value plus what the node's own incoming
+edges carry: each adds what its upstream node, itself in the circuit, writes beyond its counterfactual value. So every
+node of the circuit has a pass of its own, from the sites before it to its site; the logits come last.
 """
 
 from collections.abc import Mapping, Sequence
@@ -133,7 +133,7 @@ class EdgeRuns:
         into: Mapping[Node, Sequence[Node]],
         beyond: Mapping[Node, Float[Tensor, "rows width"]],
     ) -> dict[Node, Float[Tensor, "rows width"]]:
-        """What some nodes of one site write beyond their counterfactual values."""
+        """What nodes of one site write beyond their counterfactual values."""
         n, sites = len(part), upstream(self.nodes, node.site)
         where = known_where(self.model, node.components[0], part)
         if sites:

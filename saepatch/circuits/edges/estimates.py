@@ -40,10 +40,10 @@ PAIRS = 8  # pairs in a batch; the products of a batch are chunked further
 class Linear:
     """How edges are estimated: by gradients at the base run, or (`steps`) by mean gradients along a line.
 
-    With `steps`, the gradient of the metric at a downstream site is the mean over the way of that site from base to
-    source, and the derivative of the downstream node the mean over the way of the upstream site, all else being at the
-    base run: for each downstream node, the edges from all nodes of one site sum to what setting that site does to it,
-    times the mean gradient. `backward` modifies backward passes: `saepatch.circuits.edges.backward.gim` or `relp`.
+    With `steps`, the gradient of the metric at a downstream site is its mean while that site moves from base to source,
+    and the derivative of the downstream node its mean while the upstream site moves, with everything else at the base
+    run: the edges from all nodes of one site into a node sum to the effect of setting that site on it, times the mean
+    gradient. `backward` modifies backward passes: `saepatch.circuits.edges.backward.gim` or `relp`.
     """
 
     steps: int = 0
@@ -63,7 +63,7 @@ class Linear:
 
     @property
     def shares(self) -> list[float]:
-        """Places on the way from base to source at which gradients are taken."""
+        """Points between base and source at which gradients are taken."""
         return [(step + 0.5) / self.steps for step in range(self.steps)] or [0.0]
 
 
@@ -73,7 +73,7 @@ class EdgeOptions:
 
     Attributes:
         method: How edges are estimated.
-        paths: Which parts of the model lie open between nodes.
+        paths: Which parts of the model are open between nodes.
         among: Nodes that edges join, at one position or (None) at all; empty: every node. The logits are always one.
         keep: Number of edges of each pair to keep, those with the largest estimates.
         verify: Number of edges with the largest estimates to path-patch exactly.
@@ -235,7 +235,7 @@ class _Estimates:
                     for component, some in zip(node.components, changes, strict=True)
                 ]
             movers[node.site] = Movers.of(node.site, changes, base.values[node.site])
-        # nothing before the first column that differs can be moved by anything
+        # columns before the first difference cannot change
         after = differs.cumsum(-1).bool()
         places = {site: where & after for site, where in places.items()}
         with self.how.method.modified(self.model) as counts:
@@ -251,7 +251,7 @@ class _Estimates:
         self.counts.update(counts)
 
     def _among(self, site: Site, kind: str, runs: TwoRuns, row: Tensor, column: Tensor, unit: Tensor) -> Tensor:
-        """Which of some units, given by row and column of a batch, are among the nodes asked for."""
+        """Which units, given by row and column of a batch, are among the requested nodes."""
         width = runs.base.width
         mine = [node for node in self.how.among if (node.site, node.kind) == (site, kind)]
         mine = [node for node in mine if node.position is None or node.position < width]
@@ -273,7 +273,7 @@ class _Estimates:
         places: Mapping[Site, Tensor],
         ledger: Ledger,
     ) -> None:
-        """The edges into the nodes of one site. With steps, each upstream site goes its way alone."""
+        """The edges into the nodes of one site. With steps, each upstream site moves alone."""
         for together in [ups] if not self.how.method.steps else [[up] for up in ups]:
             graphs = [self._graph(node.site, [up.site for up in together], runs, share) for share in self._shares]
             values = [graph.whole.detach() for graph in graphs]

@@ -1,6 +1,6 @@
 """Linear estimates of all edges into one site, by batched vector-Jacobian products.
 
-A downstream node reads its site's value x; with G the gradient of the metric at the site, what it writes is worth
+A downstream node reads its site's value x; with G the gradient of the metric at the site, the node contributes
 `⟨G, written(x)⟩` to the metric. The gradient of that at an upstream site, times the change of an upstream node, is the
 edge. Rows of a batch do not act on each other, so each product carries one node of every row; nodes at one position
 share a graph in which queries and MLPs of the last block run at that position alone.
@@ -26,7 +26,7 @@ SLOPES = {"standard", "jumprelu", "topk", "abstopk", "gated"}  # encoders that a
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """Nodes of one component downstream, and the gradient at their site of what each of them is worth to the metric."""
+    """Nodes of one downstream component, and the gradient at their site of each node's contribution to the metric."""
 
     component: Component
     row: Int[Tensor, "nodes"]
@@ -57,7 +57,7 @@ class Readers:
         return encoder_slopes(self.component.dictionary, self.x[self.row[:4], self.pos[:4]])
 
     def cotangents(self, some: Int[Tensor, "some"]) -> Float[Tensor, "some width"]:
-        """Gradients at the site of what these nodes are worth."""
+        """Gradients at the site of these nodes' contributions."""
         g = self.gradient[self.row[some], self.pos[some]]
         component, unit = self.component, self.unit[some]
         if isinstance(component, Heads):

@@ -1,4 +1,4 @@
-"""The edges that are kept while estimates stream by: each pair's largest, and a uniform random draw of all."""
+"""Edges kept from a stream of estimates: each pair's largest, and a uniform random draw of all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class Ledger:
         self._draw(made, scores, flat, up, down)
         self.total += len(flat)
         large = scores.abs() > self._least.to(scores.device)[:, None, None]
-        # an estimate that is not a number has to be seen, not dropped
+        # NaN estimates are kept, so that they are reported
         chosen = (there & (large | scores.isnan())).flatten().nonzero().flatten()
         passed = (scores.abs() * (there & ~large)).nan_to_num(0).amax((0, 2, 3)).to(self.dropped)
         self.dropped = torch.maximum(self.dropped, passed)

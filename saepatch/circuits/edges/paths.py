@@ -1,7 +1,7 @@
 """Exact path patches: the effect of a node on the metric through one other node, run by the model's own blocks.
 
-A node's change is written at its site of the base run; the pass runs on to the other node's site with everything held
-that is not open (`Paths`); what the other node changes there is written, alone, into the base run. Both spans are
+A node's change is written at its site in the base run, and the pass continues to the other node's site with everything
+held that is not open (`Paths`). The change of the other node is then written, alone, into the base run. Both spans are
 batched over edges.
 """
 

@@ -116,14 +116,14 @@ _REFUSED = "its logits cannot be attributed directly"
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """How far sums may be from what they add up to, relative to their largest part."""
+    """Allowed error of sums, relative to their largest part."""
     return EXACT if dtype in (torch.float32, torch.float64) else ROUNDED
 
 
 def _read_norm(
     norm: nn.Module | None, x: Float[Tensor, "pos d_model"]
 ) -> tuple[Callable[[Tensor], Tensor], Float[Tensor, "d_model"], Float[Tensor, "d_model"], bool]:
-    """The norm in float32, its γ and β, and whether it subtracts the mean; all read from what it does to vectors."""
+    """The norm in float32, its γ and β, and whether it subtracts the mean; read from its outputs."""
     ones = torch.ones_like(x[0], dtype=torch.float64)
     if norm is None:
         return torch.Tensor.double, ones, torch.zeros_like(ones), False

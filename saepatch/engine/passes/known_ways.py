@@ -1,4 +1,4 @@
-"""Checks of how passes resume, remembered for as long as nothing changes that decides how the model computes.
+"""Checks of how passes resume, remembered until something changes that affects what the model computes.
 
 A way of resuming is compared with whole passes before it is used (`KeptRun.way`). The result holds for the next sweep
 too, unless the model was changed in between: its weights, hooks, modules, config or attention, in place or not. The
@@ -44,7 +44,7 @@ class KnownWays:
 
 
 def signature(model: LanguageModel) -> Signature | None:
-    """What decides how a model computes, to be compared with `==`; None where some weights are not in memory."""
+    """Everything that affects what a model computes, to compare with `==`; None if some weights are not in memory."""
     weights = []
     for name, tensor in (*model.hf.named_parameters(), *model.hf.named_buffers()):
         for part in stored_tensors(tensor):
@@ -84,14 +84,14 @@ def _of_module(module: nn.Module) -> Signature:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return (
         type(module),
-        tuple(tuple(some) for some in hooks),  # the numbers of hooks, which are never given twice
+        tuple(tuple(some) for some in hooks),  # ids of hooks, which are never reused
         tuple((name, value) for name, value in own.items() if isinstance(value, PLAIN)),
         tuple((name, *_identity(value)) for name, value in own.items() if callable(value)),
     )
 
 
 def _identity(value: Any) -> Signature:
-    """Equal for the same object alone, which is not kept alive: a replaced `forward` often refers to its model."""
+    """Equal only for the same object, without keeping it alive: a replaced `forward` often refers to its model."""
     parts = (value.__func__, value.__self__) if isinstance(value, MethodType) else (value,)
     try:
         return tuple((id(part), weakref.ref(part)) for part in parts)
@@ -114,7 +114,7 @@ def _of_config(config: Any) -> Signature:
 
 
 def _surroundings() -> Signature:
-    """What decides the results of torch, besides the model; and the code that resumes."""
+    """Everything besides the model that affects torch's results, and the code that resumes."""
     return (
         tuple(torch_module._global_forward_hooks),
         tuple(torch_module._global_forward_pre_hooks),

@@ -1,7 +1,7 @@
 """Computation that the first and the last block of a resumed pass can skip, found by probing blocks, not by family.
 
 Only the next token's logits are needed, so in the last block a linear map whose output affects only its own position
-(the output projection, the MLP, mostly the queries too) runs only at the last position. And where a single position of
+(the output projection, the MLP, usually the queries too) runs only at the last position. And where a single position of
 the site is edited, a linear map of the first block whose input depends only on its own position (queries, keys, values;
 the MLP as well where it runs parallel to attention) runs only at that position; elsewhere it returns the kept run's
 output.

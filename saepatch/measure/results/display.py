@@ -1,4 +1,4 @@
-"""Effects as they are shown: a line, a table as text and as blocks of a report, figures."""
+"""Display of effects: a line, tables as text and as blocks of a report, figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ INTERVALS = "Intervals: 95 % over pairs."
 
 @dataclass(frozen=True)
 class TopEdit:
-    """One of the largest edits, with all that its line in a table says."""
+    """One of the largest edits, with the contents of its table row."""
 
     edit: Edit
     effect: Interval
@@ -120,7 +120,7 @@ def _name(edit: Edit) -> str:
 
 
 def effects_blocks(effects: Effects, k: int = 10) -> list[Simple]:
-    """The ends of the scale, and the largest edits."""
+    """The metric of both runs, and the largest edits."""
     ends = {"metric": effects.metric.replace("_", " "), "clean runs": number(float(effects.clean.mean()))}
     ends |= {"corrupted runs": number(float(effects.corrupted.mean())), "positions": effects.positions}
     facts = Facts(ends)

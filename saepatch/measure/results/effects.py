@@ -117,7 +117,7 @@ class Effects(PairGaps, Shown):
     def controls(self, edit: Edit | int, role: str, seed: int = 0) -> Interval | None:
         """Ratio of means for the average of an edit's controls ("random" or "matched"); None where there are none.
 
-        The interval is over pairs, for these sets: see `about_sets` for what they say of all such sets.
+        The interval is over pairs, for these sets: see `about_sets` for what they say about all such sets.
         """
         columns = self._control_columns(edit, role)
         return self.ratio(self.change[:, columns].mean(1), seed) if columns else None
@@ -207,11 +207,11 @@ class Effects(PairGaps, Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the effects where they are shown."""
+        """Heading shown above the effects."""
         return f"Effects on {len(self.clean)} pairs ({self.direction}, {self.metric.replace('_', ' ')})"
 
     def blocks(self) -> list[Simple]:
-        """The ends of the scale and the largest edits."""
+        """The metric of both runs, and the largest edits."""
         from saepatch.measure.results.display import effects_blocks
 
         return effects_blocks(self)
@@ -233,7 +233,7 @@ class Effects(PairGaps, Shown):
         return effects_figure(self, k)
 
     def to_frame(self, intervals: bool = True, seed: int = 0) -> Any:
-        """A pandas frame with a row for every edit: the headline effect with all that is to be read beside it.
+        """A pandas frame with a row for every edit: the headline effect with everything needed to interpret it.
 
         Columns: site, component, units (text), latent (the number of a single unit), role, position (missing: all
         together), token (of the base prompt; "…" where pairs differ), direction, metric, ratio_of_means with low, high

@@ -162,7 +162,7 @@ def _shared(tokens: Sequence[Sequence[str]], pairs: Iterable[int], at: int) -> s
 
 
 def _attrs(result: Effects | Attribution) -> dict[str, Any]:
-    """What holds for every row, as `frame.attrs`."""
+    """Facts about all rows, for `frame.attrs`."""
     return {
         "direction": result.direction,
         "metric": result.metric,

@@ -36,7 +36,7 @@ class Map(Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the map."""
+        """Heading shown above the map."""
         about = ", ".join(filter(None, (self.direction, self.metric.replace("_", " "))))
         return "Effects by unit and position" + (f" ({about})" if about else "")
 

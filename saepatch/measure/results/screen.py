@@ -282,11 +282,11 @@ class Attribution(PairGaps, Shown):
 
     @property
     def title(self) -> str:
-        """What stands above the screen where it is shown."""
+        """Heading shown above the screen."""
         return f"Estimated effects on {len(self.clean)} pairs ({self.direction}, {self.metric.replace('_', ' ')})"
 
     def blocks(self) -> list[Simple]:
-        """The largest estimates, and what the exact runs say of them."""
+        """The largest estimates, and the result of verification."""
         from saepatch.measure.results.screen_display import screen_blocks
 
         return screen_blocks(self)

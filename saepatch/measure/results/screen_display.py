@@ -1,4 +1,4 @@
-"""Screens as they are shown: a line, blocks of a report, estimated against exact effects."""
+"""Display of screens: a line, blocks of a report, estimated against exact effects."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def screen_line(screen: Attribution) -> str:
 
 
 def screen_blocks(screen: Attribution, k: int = 10) -> list[Simple]:
-    """The ends of the scale, the largest estimates, and the result of verification."""
+    """The metric of both runs, the largest estimates, and the result of verification."""
     ends = {"metric": screen.metric.replace("_", " "), "clean runs": number(float(screen.clean.mean()))}
     ends |= {"corrupted runs": number(float(screen.corrupted.mean())), "nodes": f"{len(screen):,}"}
     facts = Facts(ends | {"estimates": screen.method})

@@ -1,25 +1,25 @@
-"""What a token is called, wherever one is shown: in cards, rows, axes and messages."""
+"""Names of tokens for display: in cards, rows, axes and messages."""
 
 import re
 from functools import cache
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACE = "▁"  # what SentencePiece writes for a space (Kudo and Richardson, 2018)
-_END = "</w>"  # what the BPE of Sennrich et al. (2016) writes at the end of a word
+_SPACE = "▁"  # SentencePiece's space (Kudo and Richardson, 2018)
+_END = "</w>"  # end of a word in the BPE of Sennrich et al. (2016)
 
 
 def token_name(tokenizer: Any, token: int) -> str:
-    """The text that a token stands for in the middle of a text, so that ` she` and `she` differ in every vocabulary.
+    """A token's text as it appears mid-sentence, so that ` she` and `she` differ in every vocabulary.
 
-    A byte of a vocabulary with byte fallback is shown as ⟨0A⟩, also where it is a character by itself, for such
-    vocabularies hold that character as another token. A token that is part of a character shows its bytes, as in
-    ⟨E2 80⟩; one that no text can be made of, its piece; an id without a token, ⟨id 5000⟩.
+    A byte token of a vocabulary with byte fallback is shown as ⟨0A⟩ even where it is a character by itself, since such
+    vocabularies have another token for that character. A token that is part of a character shows its bytes, as in
+    ⟨E2 80⟩; a token without text, its piece; an id without a token, ⟨id 5000⟩.
     """
     try:
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         piece = tokenizer.convert_ids_to_tokens(token)
-    except (IndexError, OverflowError, TypeError):  # an unembedding has more rows than its tokenizer has tokens
+    except (IndexError, OverflowError, TypeError):  # an unembedding may have more rows than its tokenizer has tokens
         return f"⟨id {token}⟩"
     if piece is None:
         return f"⟨id {token}⟩"
@@ -39,7 +39,7 @@ def token_name(tokenizer: Any, token: int) -> str:
 
 @cache
 def _byte_signs() -> dict[str, int]:
-    """The signs that byte-level BPE (Radford et al., 2019) writes bytes as."""
+    """The characters by which byte-level BPE (Radford et al., 2019) represents bytes."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(rest)}

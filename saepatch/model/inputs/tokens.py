@@ -46,7 +46,7 @@ class Tokens:
         return not bool(self.attention_mask.all())
 
     def without(self, excluded: Collection[int]) -> "Tokens":
-        """The same batch, none of these tokens being ordinary."""
+        """The same batch, with these tokens no longer ordinary."""
         if not excluded:
             return self
         return replace(self, ordinary=without_tokens(self.input_ids, self.ordinary, excluded))
@@ -82,7 +82,7 @@ def ordinary(
 def without_tokens(
     input_ids: Int[Tensor, "batch pos"], chosen: Bool[Tensor, "batch pos"], excluded: Collection[int]
 ) -> Bool[Tensor, "batch pos"]:
-    """The chosen positions, those left out that hold one of the excluded tokens."""
+    """The chosen positions, except those that hold an excluded token."""
     if not excluded:
         return chosen
     ids = torch.tensor(sorted(excluded), dtype=torch.long, device=input_ids.device)

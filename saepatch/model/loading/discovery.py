@@ -1,9 +1,8 @@
-"""Where the blocks of a model are and, for families that no table lists, which of their modules emit which stream.
+"""Finds the blocks of a model and, for families that are not listed, the modules that emit each stream.
 
-The latter is seen in one forward pass. A block of most models adds to the stream what its attention gives, and then
-what its MLP gives. So the two modules whose outputs are together what the block adds are `attn_out` and `mlp_out`; in
-a block that holds one of them alone, its output is all that is added. `z` and `neurons` are what enters the linear map
-at the end of either.
+Streams are found in one forward pass. In most models a block adds the output of its attention to the stream, then that
+of its MLP. The two modules whose outputs add up to what the block adds are therefore `attn_out` and `mlp_out`; a block
+with only one of them adds its output alone. `z` and `neurons` are the inputs of the linear map at the end of each.
 """
 
 import logging
@@ -23,17 +22,17 @@ from saepatch.model.inputs.padding import FAILURES
 
 log = logging.getLogger(__name__)
 
-MOST_PARTS = 60  # modules of a block that emit something as wide as the stream; of more, the outermost are compared
+MOST_PARTS = 60  # modules of a block as wide as the stream; of more, the outermost are compared
 _MLP = re.compile("mlp|moe|ffn|feed|expert", re.IGNORECASE)
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-PREFERRED = {2: 0, 1: 1, 3: 2}  # how many modules write into the stream in one block, the likeliest first
-UNSUMMED = "what their modules give does not add up to what they write"
+PREFERRED = {2: 0, 1: 1, 3: 2}  # possible numbers of modules that write into the stream in one block, most likely first
+UNSUMMED = "the outputs of their modules do not add up to what they write"
 
 
 def layout_of(hf: nn.Module, config: Any) -> Layout:
-    """Find the blocks of a Hugging Face causal LM, and of a family that `FAMILIES` lists the streams inside.
+    """Find the blocks of a Hugging Face causal LM and, for a family listed in `FAMILIES`, its streams.
 
-    The blocks of another are the one `ModuleList` of its decoder with as many members as the config says.
+    In other families, the blocks are the only `ModuleList` of the decoder whose length is the number of layers.
 
     Raises:
         UserError: the blocks cannot be told apart from other modules.
@@ -49,7 +48,7 @@ def layout_of(hf: nn.Module, config: Any) -> Layout:
 def _find_blocks(hf: Any, config: Any) -> str:
     text = config.get_text_config(decoder=True)
     n_layers = getattr(text, "decoder_layers", None) or text.num_hidden_layers  # an encoder may have another depth
-    decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else hf  # beside it there may be a model of images
+    decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else hf  # there may be an image encoder beside it
     names = [name for name, module in hf.named_modules() if module is decoder]
     inside = tuple(f"{name}." for name in names if name) or ("",)
     every = [n for n, module in hf.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
@@ -68,7 +67,7 @@ def _find_blocks(hf: Any, config: Any) -> str:
 
 @torch.no_grad()
 def _run_on_text(hf: nn.Module, blocks: nn.Module) -> bool:
-    """Whether all blocks run in a pass over token ids alone: those of an encoder of images do not."""
+    """Whether all blocks run in a pass over token ids alone; those of an image encoder do not."""
     ran: set[nn.Module] = set()
     members = list(blocks.children())
     ids = torch.arange(6).unsqueeze(0).to(next(hf.parameters()).device)
@@ -82,7 +81,7 @@ def _run_on_text(hf: nn.Module, blocks: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a module inside a block: what it received and gave, copied, for models add in place."""
+    """One call of a module inside a block: copies of its input and output, since models may add in place."""
 
     path: str
     module: nn.Module
@@ -93,7 +92,7 @@ class _Call:
         return self.path == other.path or self.path.startswith(other.path + ".")
 
 
-Writers = tuple[_Call, ...]  # the calls whose outputs, added, are what the block writes
+Writers = tuple[_Call, ...]  # the calls whose outputs add up to what the block writes
 
 
 SeeBlock = Callable[[int, Writers, float, list[_Call]], None]
@@ -101,13 +100,13 @@ SeeBlock = Callable[[int, Writers, float, list[_Call]], None]
 
 @torch.no_grad()
 def see_writers(hf: nn.Module, layout: Layout, inputs: Mapping[str, Any], see_block: SeeBlock) -> None:
-    """Show for every block, in one forward pass, the modules that write into the stream, and what multiplies them.
+    """Report, for every block in one forward pass, the modules that write into the stream and their multiplier.
 
     Args:
         layout: The blocks.
         inputs: Arguments of `hf` for a row without padding.
         see_block: Gets the layer, the calls of the writing modules (none where no modules add up to what the block
-            writes), the factor by which the stream gets what they give, and all calls inside the block.
+            writes), the factor that multiplies their outputs, and all calls inside the block.
     """
     number = {block: layer for layer, block in enumerate(layout.blocks)}
     path_of = {module: name for block in layout.blocks for name, module in block.named_modules() if name}
@@ -149,10 +148,10 @@ def discover(
     Args:
         layout: The blocks, with the residual stream alone.
         inputs: Arguments of `hf` for a row without padding.
-        n_heads: Heads of a layer; 0 where that is not known, and no `z` is looked for.
+        n_heads: Heads of a layer; 0: unknown, and `z` is not searched for.
 
     Returns:
-        The layout with the streams' paths, and by reason the layers where none was found.
+        The layout with the streams' paths, and the layers without streams, by reason.
     """
     paths, reasons = [dict(offered) for offered in layout.paths], dict[str, list[int]]()
 
@@ -170,7 +169,7 @@ def discover(
 def _writers(
     calls: Sequence[_Call], entered: Tensor, left: Tensor, known: Sequence[tuple[str, ...]]
 ) -> tuple[Writers, float]:
-    """The modules whose outputs are what a block adds, the outermost if several give the same, and its multiplier."""
+    """The modules whose outputs add up to what a block adds (the outermost of equal ones), and their multiplier."""
     wrote = left.float() - entered.float()
     exact = left.dtype == torch.float32
     rounding = 4 * torch.finfo(left.dtype).eps * float(left.float().norm() + entered.float().norm())
@@ -189,7 +188,7 @@ def _writers(
     candidates += combinations([call for call in parts if "." not in call.path], 3)  # an MLP of two modules, say
     gaps = [float((_total(some) - wrote).norm()) for some in candidates]
     best = min(gaps, default=tolerance + 1)
-    if best <= tolerance:  # of those as good as the best, by number, then the outermost, then the first
+    if best <= tolerance:  # among ties: the fewest modules, then the outermost, then the first
         good = [some for some, gap in zip(candidates, gaps, strict=True) if gap <= 2 * best + rounding]
         return min(good, key=lambda some: (PREFERRED[len(some)], sum(call.path.count(".") for call in some))), 1.0
     for some in candidates:
@@ -205,9 +204,9 @@ def _total(writers: Writers) -> Tensor:
 
 
 def stream_paths(writers: Writers, calls: Sequence[_Call], n_heads: int) -> dict[str, str]:
-    """The paths of the streams that writers have, by stream. Of several, the first to run is attention.
+    """The paths of the writers' streams. Where there are several writers, the first to run is attention.
 
-    An MLP that is the sum of two modules is none: no module emits what it writes.
+    An MLP that is the sum of two modules has no stream, since no module emits what it writes.
     """
     paths = {}
     mlps = [call for call in writers if _MLP.search(type(call.module).__name__) or _MLP.search(call.path)]
@@ -231,7 +230,7 @@ def stream_paths(writers: Writers, calls: Sequence[_Call], n_heads: int) -> dict
 
 
 def _projection(writer: _Call, calls: Sequence[_Call]) -> _Call | None:
-    """The linear map that gives what a writer emits, or what it receives where it is a norm behind such a map."""
+    """The linear map whose output is what a writer emits or, if the writer is a norm, what it receives."""
     ends = [writer.emitted] + ([] if writer.received is None else [writer.received])
     for call in calls:
         weight = getattr(call.module, "weight", None)
@@ -243,5 +242,5 @@ def _projection(writer: _Call, calls: Sequence[_Call]) -> _Call | None:
 
 
 def _attends(call: _Call, calls: Sequence[_Call]) -> bool:
-    """Whether a linear map belongs to a module that is called attention."""
+    """Whether a linear map belongs to a module named as attention."""
     return any(_ATTENTION.search(type(other.module).__name__) for other in calls if call.inside(other))

@@ -92,7 +92,7 @@ def load_model(
 def _from_pretrained(
     name: str, source: str, dtype: torch.dtype, options: Mapping[str, Any], placement: Mapping[str, Any]
 ) -> tuple[Any, Any, list[str]]:
-    """The model, its tokenizer, and the names of weights that its files lack."""
+    """The model, its tokenizer, and the names of weights missing from its files."""
     from transformers import AutoConfig
 
     try:
@@ -116,7 +116,7 @@ def _from_pretrained(
 
 
 def load_tokenizer(source: str, options: Mapping[str, Any]) -> Any:
-    """A model's tokenizer. transformers makes an empty one where some types have no files for it.
+    """A model's tokenizer. For some model types without tokenizer files, transformers makes an empty one.
 
     Raises:
         ValueError: there are no such files; transformers raises other errors where they cannot be read.
@@ -132,7 +132,7 @@ def load_tokenizer(source: str, options: Mapping[str, Any]) -> Any:
 def class_for(config: Any) -> Any:
     """The class that loads a model: the causal one, or that for images and text where its type has no causal one.
 
-    Of a type that has neither (as the text part of some models), the class that its config names.
+    For a type with neither (such as the text part of some models), the class that its config names.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -191,7 +191,7 @@ def wrap_model(hf: Any, tokenizer: Any = None, name: str = "") -> LanguageModel:
     hf, tokenizer, name = inner_model(hf, tokenizer, name)
     if hasattr(hf, "_orig_mod") or getattr(hf, "_compiled_call_impl", None) is not None:
         raise UserError(
-            f"model {name!r} is compiled, and compiled code passes hooks by: give the model itself (its _orig_mod), "
+            f"model {name!r} is compiled, and compiled code bypasses hooks: give the model itself (its _orig_mod), "
             "not compiled"
         )
     for parameter, value in hf.named_parameters():
@@ -272,10 +272,10 @@ def _checked_sites(model: LanguageModel, tokens: Tokens) -> LanguageModel:
 
 
 def _layout_seen(model: LanguageModel, tokens: Tokens) -> Layout:
-    """The layout with what one forward pass shows: what blocks return and, of a family that is not listed, streams.
+    """The layout completed by one forward pass: what blocks return and, for families not listed, the streams.
 
     Raises:
-        UserError: a block that does not run, or does not give the one stream that it receives.
+        UserError: a block does not run, or does not return a single stream.
     """
     emitted: dict[nn.Module, Any] = {}
     layout, inputs = model.layout, model.inputs(tokens)
@@ -288,8 +288,8 @@ def _layout_seen(model: LanguageModel, tokens: Tokens) -> Layout:
         streams = next((n for n in (*shape[:1], *shape[2:3]) if n != 1), 0) if len(shape) == 4 else 0
         several = f"the model keeps {streams} residual streams side by side" if streams else "that is no stream"
         raise UserError(
-            f"the blocks of {model.name!r} give tensors of shape {shape}, not {expected}: {several}, and a site is one "
-            "stream of shape [batch, pos, width]"
+            f"the blocks of {model.name!r} give tensors of shape {shape}, not {expected}: {several}, and a site is "
+            "one stream of shape [batch, pos, width]"
         )
     layout = replace(layout, tuple_blocks=isinstance(emitted[layout.blocks[0]], tuple | list))
     if model.config.model_type in FAMILIES:
@@ -318,9 +318,9 @@ def _emitted(model: LanguageModel, tokens: Tokens, last: bool = False) -> tuple[
 
 
 def _last_alone(model: LanguageModel, tokens: Tokens, seen: Mapping[Site, Tensor]) -> bool:
-    """Whether sites hold what they hold in a whole pass where the last logits alone are asked for.
+    """Whether sites have the values of a whole pass when only the last logits are requested.
 
-    A model may not run its last blocks at other positions then.
+    A model may then run its last blocks only at the last position.
     """
     try:
         again, _ = _emitted(model, tokens, last=True)
@@ -330,7 +330,7 @@ def _last_alone(model: LanguageModel, tokens: Tokens, seen: Mapping[Site, Tensor
 
 
 def _not_offered(model: LanguageModel, seen: Mapping[Site, Tensor]) -> set[Site]:
-    """The sites that do not hold what their streams are defined to hold.
+    """The sites whose values do not match the definition of their stream.
 
     Raises:
         UserError: a site that should have the width of the residual stream has another shape.

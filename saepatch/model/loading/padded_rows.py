@@ -55,5 +55,5 @@ def _generates_padded(model: LanguageModel) -> bool:
 
 
 def run_pass(model: LanguageModel, tokens: Tokens, start: int, cache: Any) -> Tensor:
-    """Logits of a pass, its arguments by position."""
+    """Logits of a pass, with positional arguments."""
     return model.call(tokens, start, cache=cache)

@@ -199,7 +199,7 @@ class CircuitPage:
         if not results.random:
             warnings.append("There are no random circuits: too few nodes are left beside the circuit.")
         elif self._random_at_most > results.faithfulness["nodes"].value / 2:
-            warnings.append("A random circuit of this size does half as well or better: the circuit is not specific.")
+            warnings.append("A random circuit of this size is at least half as faithful: the circuit is not specific.")
         kept, nodes = results.faithfulness["kept"].value, results.faithfulness["nodes"].value
         if abs(kept - nodes) > 0.2:
             warnings.append(
@@ -297,7 +297,7 @@ class CircuitPage:
         ]
         columns = ["nodes taken out", "circuit", "whole model", "difference"]
         text = (
-            "Random nodes of the circuit taken out of it and of the whole model: of a complete circuit, both are alike."
+            "Random nodes of the circuit removed from it and from the whole model: for a complete circuit, both agree."
         )
         blocks.append(Table(columns, knocked, text, dict.fromkeys(columns[1:], ".3f")))
         return Section("Measures", "", blocks)
@@ -313,7 +313,7 @@ class CircuitPage:
             nodes.append([name, label, effects.get(node), cell(losses.get(str(node)))])
         note = (
             "Effect: the mean estimate on the pairs the circuit was found on. Loss: what the circuit's share loses "
-            f"on the reported pairs when the node alone is taken out. {INTERVALS}"
+            f"on the reported pairs when only this node is removed. {INTERVALS}"
         )
         table = Table(["node", "most active at", "effect", "loss"], nodes, note, {"loss": ".3f"})
         listed = sorted(zip(circuit.edges, circuit.weights, strict=True), key=lambda pair: -abs(pair[1]))

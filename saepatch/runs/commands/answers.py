@@ -82,7 +82,7 @@ class Answers:
         rows = [
             [self.label(share), *(share.outcomes[name] for name in OUTCOMES), f"{share.score.value:.2f}"]
             for share in shown
-            if share.group or len(kinds) == 1  # shares over both kinds together answer no question
+            if share.group or len(kinds) == 1  # shares over both kinds together mean nothing
         ]
         lines = [text_table(["", *OUTCOMES, "refusal score"], rows)]
         return "\n".join([*lines, f"{self.shares[0].prompts} prompts. {WILSON}"])

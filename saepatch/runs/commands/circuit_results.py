@@ -86,7 +86,7 @@ class CircuitResults:
 
     @cached_property
     def losses(self) -> dict[str, Interval]:
-        """What each node contributes to the circuit's share, by its name, largest first."""
+        """Each node's contribution to the circuit's share, by name, largest first."""
         own, whole, empty = _columns(self._by_key[_Key("circuit", "nodes", 0, "")])
         losses = {}
         for key, rows in self._by_key.items():
@@ -149,7 +149,7 @@ class CircuitResults:
             rows.append([f"{len(self.random)} random circuits, at most", f"{max(r.value for r in self.random):.3f}"])
         if self.losses:
             node, loss = next(reversed(self.losses.items()))
-            rows.append([f"smallest loss by taking out one node: {node}", str(loss)])
+            rows.append([f"smallest loss from removing one node: {node}", str(loss)])
         rows.append(["circuit and model without some of its nodes, at most", f"{self._gap:.3f}"])
         size = f"{len(self.nodes)} of {selected['candidates']} nodes, {len(self.circuit.edges)} edges"
         lines = [text_table([size, "share"], rows, left=1)]

@@ -159,7 +159,7 @@ class CircuitRun:
         return self._measured(runs, variants, "nodes", pairs)
 
     def _taken_out(self, members: Sequence[Node]) -> list[Node]:
-        """The nodes that are taken out one by one, those with the largest effects first."""
+        """The nodes that are removed one by one, largest effects first."""
         effects = dict(zip(self.plan.circuit.nodes, self.plan.circuit.effects, strict=True))
         return sorted(members, key=lambda node: -abs(effects[node]))[: self.config.minimal]
 
@@ -216,7 +216,7 @@ class CircuitRun:
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """A run: which members act, and what else does."""
+    """A run: which members act, and what happens to the rest."""
 
     name: str
     act: Bool[Tensor, "members"]

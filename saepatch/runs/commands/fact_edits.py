@@ -86,7 +86,7 @@ def _norms(delta: Delta, model: LanguageModel) -> dict[str, float]:
 
 
 def _known_before(model: LanguageModel, requests: Sequence[EditRequest]) -> list[str]:
-    """Names of requests whose target is what the model answers already."""
+    """Names of requests whose target is already the model's answer."""
     scores = score_answers(model, [(request.text, request.target) for request in requests])
     return [request.example for request, score in zip(requests, scores, strict=True) if score.accuracy == 1]
 
@@ -115,7 +115,7 @@ def prepare(config: EditConfig) -> FactEdits:
             f"weights {model.fingerprint}: load the model that was edited"
         )
     if known := _known_before(model, requests):
-        what = "the target is already the model's answer in %d of %d requests, such as %s: they test no edit"
+        what = "the target is already the model's answer in %d of %d requests, such as %s: they do not test the edit"
         log.warning(what, len(known), len(requests), known[0])
     own = requests[place.shard :: place.shards]
     record = Record(
@@ -148,7 +148,7 @@ def _make_delta(
     record: Record,
     place: Place,
 ) -> Delta:
-    """The delta of all requests; one that a stopped run made of the first of them is continued."""
+    """The delta of all requests; continues a delta of the first ones that a stopped run has saved."""
     path, before = place.folder / DELTA, () if earlier is None else earlier.examples
     started = bool(place.records) and path.exists()
     delta = Delta.load(path) if started else earlier

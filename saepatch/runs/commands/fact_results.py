@@ -19,7 +19,7 @@ class EditResults:
     """Results of a run: questions before and after, texts, and the size of the change.
 
     Attributes:
-        texts: Each prompt, and what the model writes after it before and after the edit.
+        texts: Each prompt, with its continuation before and after the edit.
         norms: ‖ΔW‖/‖W‖ by layer; means over deltas where each fact is edited alone.
         known_before: Requests whose target was the model's answer already.
     """
@@ -59,7 +59,7 @@ class EditResults:
         ]
         if self.known_before:
             lines.append(
-                f"the target was the answer before in {len(self.known_before)}: {', '.join(self.known_before)}"
+                f"the target was already the answer in {len(self.known_before)}: {', '.join(self.known_before)}"
             )
         return "\n".join(lines)
 
