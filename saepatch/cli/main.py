@@ -10,6 +10,7 @@ from saepatch.cli.commands.demo import demo
 from saepatch.cli.commands.inspect import inspect
 from saepatch.cli.commands.latent import latent
 from saepatch.cli.commands.merge import merge
+from saepatch.cli.commands.play import play
 from saepatch.cli.commands.push import push
 from saepatch.cli.commands.report import report
 from saepatch.cli.commands.runs import runs
@@ -26,6 +27,7 @@ from saepatch.settings.finished.report import ReportConfig
 from saepatch.settings.finished.runs import RunsConfig
 from saepatch.settings.inspect import InspectConfig
 from saepatch.settings.latent import LatentConfig
+from saepatch.settings.play import PlayConfig
 from saepatch.settings.push import PushConfig
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.steer import SteerConfig
@@ -46,6 +48,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "latent": (LatentConfig, latent),
     "push": (PushConfig, push),
     "steer": (SteerConfig, steer),
+    "play": (PlayConfig, play),
 }
 
 # Commands that parse their own arguments: the line in --help, and the function that receives the arguments.

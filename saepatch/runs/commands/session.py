@@ -1,6 +1,6 @@
 """`saepatch steer`: prompts answered with and without an intervention on latents, once or as a chat."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,22 +124,46 @@ def open_session(config: SteerConfig) -> Session:
         UserError: the model or a dictionary cannot be loaded, they do not fit together, or a latent never fires in the
             reference texts.
     """
-    latents = latents_of_sites(config.latent)
+    sites = latents_of_sites(config.latent)
     read_positions(config.positions)
     texts = load_texts(config.reference or "organism") if not config.unit and config.act != "ablate" else []
     model = read_model(config)
     every = config.every_position
-    dictionaries = {site: load_sae(config.sae, site, model.device, every_position=every) for site in latents}
+    dictionaries = {site: load_sae(config.sae, site, model.device, every_position=every) for site in sites}
+
+    def maxima(dictionary: Dictionary, ids: tuple[int, ...]) -> list[float]:
+        return corpus_maxima(model, dictionary, texts, ids).tolist()
+
+    return session_on(model, dictionaries, config, maxima, len(texts))
+
+
+def session_on(
+    model: LanguageModel,
+    dictionaries: Mapping[Site, Dictionary],
+    config: SteerConfig,
+    maxima: Callable[[Dictionary, tuple[int, ...]], Sequence[float]],
+    texts: int,
+) -> Session:
+    """A session on a loaded model. `maxima` gives largest activations over so many texts, where those are the units.
+
+    Raises:
+        UserError: a dictionary is not there or does not fit the model, or a latent never fires in the texts.
+    """
+    latents = latents_of_sites(config.latent)
+    chosen: dict[Site, Dictionary] = {}
     units: dict[Site, tuple[float, ...]] = {}
     for site, ids in latents.items():
-        dictionaries[site].check(model)
-        dictionaries[site].check_ids(ids)
+        if site not in dictionaries:
+            raise UserError(f"there is no dictionary at {site}: use one of {', '.join(map(str, dictionaries))}")
+        chosen[site] = dictionaries[site]
+        chosen[site].check(model)
+        chosen[site].check_ids(ids)
         units[site] = (config.unit or 1.0,) * len(ids)
-        if texts:
-            units[site] = tuple(corpus_maxima(model, dictionaries[site], texts, ids).tolist())
+        if not config.unit and config.act != "ablate":
+            units[site] = tuple(maxima(chosen[site], ids))
             if silent := [latent for latent, unit in zip(ids, units[site], strict=True) if not unit]:
                 raise UserError(
-                    f"latent {silent[0]} of {site} never fires in the {len(texts)} reference texts, so there is no "
+                    f"latent {silent[0]} of {site} never fires in the {texts} reference texts, so there is no "
                     "largest activation to scale its strength by: give other texts with --reference, or --unit 1"
                 )
-    return Session(model, dictionaries, latents, units, config, config.strength)
+    return Session(model, chosen, latents, units, config, config.strength)
