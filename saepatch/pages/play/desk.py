@@ -21,8 +21,8 @@ from saepatch.reading.card_blocks import card_blocks
 from saepatch.reading.cards import PART, Card, ReadText, logit_lens, read_latents, read_texts
 from saepatch.report.notebook import fragment
 from saepatch.report.text import token_text, visible
+from saepatch.runs.commands.session import ACTS, session_on
 from saepatch.runs.interpret import read_model, read_positions
-from saepatch.runs.session import ACTS, session_on
 from saepatch.settings.mixins import latents_of_sites
 from saepatch.settings.play import PlayConfig
 from saepatch.settings.steer import SteerConfig

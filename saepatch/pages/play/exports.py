@@ -7,8 +7,8 @@ from typing import Any
 
 from saepatch.model.positions import At, Positions
 from saepatch.model.sites import Site
+from saepatch.runs.commands.session import Session
 from saepatch.runs.interpret import read_positions
-from saepatch.runs.session import Session
 from saepatch.settings.mixins import DictionarySettings, ModelSettings
 from saepatch.settings.play import PlayConfig
 from saepatch.settings.steer import SteerConfig
