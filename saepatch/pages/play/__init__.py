@@ -2,4 +2,6 @@
 
 Visitors' questions are answered by one model, one after another (`queue`), by the library's own functions (`desk`);
 every answer says the command and the Python that give it (`exports`).
+
+May import the rooms below pages.
 """
