@@ -80,6 +80,9 @@ from .measure.attribution import FirstOrder as FirstOrder
 from .measure.attribution import GradDrop as GradDrop
 from .measure.attribution import IntegratedGradients as IntegratedGradients
 from .measure.attribution import attribute as attribute
+from .measure.long.trace import TraceOptions as TraceOptions
+from .measure.long.trace import trace_attention as trace_attention
+from .measure.long.traced import AttentionTrace as AttentionTrace
 from .measure.patching import patch_components as patch_components
 from .measure.patching import patch_heads as patch_heads
 from .measure.patching import patch_latents as patch_latents

@@ -364,11 +364,11 @@ _ATTENTIONS = count()  # makes the names of registered attention functions uniqu
 
 
 @contextmanager
-def attention_replaced(hf: nn.Module, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+def attention_replaced(hf: nn.Module, attend: Callable[..., Any], mask: Any = None) -> Iterator[None]:
     """Let every attention layer that uses transformers' attention interface call `attend` instead.
 
     `attend` receives `(module, query, key, value, attention_mask, **options)` like transformers' own functions, with
-    the additive mask [batch, 1, queries, keys]. Layers that do not use the interface are unchanged.
+    what `mask` makes, or the additive mask [batch, 1, queries, keys]. Layers without the interface are unchanged.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -379,7 +379,7 @@ def attention_replaced(hf: nn.Module, attend: Callable[..., tuple[Tensor, None]]
         _collect_configs(getattr(module, "config", None), configs)
     before = {key: config._attn_implementation for key, config in configs.items()}
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, eager_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask or eager_mask)
     try:
         for config in configs.values():
             config._attn_implementation = name
