@@ -1,7 +1,7 @@
 """Find a circuit: rank nodes by attribution, choose how many, prune, and estimate the edges between them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,10 +17,12 @@ from saepatch.circuits.nodes import Edge, Node
 from saepatch.circuits.prune import acdc
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import Edit, Patchable
 from saepatch.engine.gradients import FirstOrder, Method
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
 from saepatch.measure.attribution import attribute
+from saepatch.measure.patching import patch_components
 from saepatch.model.language_model import LanguageModel
 
 SIZES = 24  # sizes at which faithfulness is measured
@@ -62,37 +64,70 @@ class FoundCircuit:
 
 def find_circuit(
     model: LanguageModel,
-    dictionaries: Sequence[Dictionary],
+    patchables: Patchable | Sequence[Patchable],
     pairs: Sequence[PromptPair],
     tune: Sequence[PromptPair] | None = None,
     how: FindOptions | None = None,
     options: SweepOptions | None = None,
 ) -> FoundCircuit:
-    """Find a circuit of latents and error terms: nodes and edges on `pairs`, how many nodes on `tune` (None: `pairs`).
+    """Find a circuit of nodes: nodes and edges on `pairs`, how many nodes on `tune` (None: `pairs`).
 
-    Measure it on other pairs: a number of nodes chosen on the pairs they are ranked on is too small for others. Nodes
-    are taken in the order of their signed mean effects; those that work against the clean run's answer come last. Edges
-    lead from one of the circuit's nodes to another or to the logits.
+    `patchables` are as for `edges`: dictionaries, whose latents and error terms are ranked by attribution, and `Heads`
+    and `Stream`, whose nodes are few and are ranked by patching each exactly. Measure the circuit on other pairs: a
+    number of nodes chosen on the pairs that they are ranked on is too small for others. Nodes are taken in the order of
+    their signed mean effects; those that work against the clean run's answer come last. Edges lead from one of the
+    circuit's nodes to another or to the logits.
 
     Raises:
         UserError: pairs are not aligned or do not differ, the metric has no gradient, or no number of nodes reaches
             `least`.
     """
     how, options, tune = how or FindOptions(), options or SweepOptions(), tune or pairs
-    screen = attribute(model, dictionaries, pairs, how.method, options=options)
-    edits, means = screen.means(how.each_position)
-    score = means * np.sign(screen.gap.mean())
-    order = np.argsort(-score, kind="stable")
-    ranked = [Node(edits[i].site, edits[i].units[0], edits[i].position, edits[i].kind) for i in order.tolist()]
+    several = list(patchables) if isinstance(patchables, Sequence) else [patchables]
+    effects, sign = node_effects(model, several, pairs, how, options)
+    ranked = sorted(effects, key=lambda node: -sign * effects[node])
     if not ranked:
         raise UserError("nothing differs between the runs of any pair, so there are no nodes: check the pairs")
-    score = score[order]
-    runs = NodeRuns(model, dictionaries, tune, ranked, options=options)
+    score = sign * np.array([effects[node] for node in ranked])
+    runs = NodeRuns(model, several, tune, ranked, options=options)
     curve = size_curve(runs, score.tolist(), by_size=False, shares=_shares(len(ranked), how.size))
-    chosen = _pruned(model, dictionaries, tune, ranked[: _size(curve, how)], how, options)
-    found = None if how.edges is None else _edges_between(model, dictionaries, pairs, chosen, how, options)
-    effects = dict(zip(ranked, means[order].tolist(), strict=True))
+    chosen = _pruned(model, several, tune, ranked[: _size(curve, how)], how, options)
+    found = None
+    if how.edges is not None:
+        found = edges(model, several, pairs, replace(how.edges, among=tuple(chosen)), options)
     return FoundCircuit(_circuit(chosen, effects, found, how), tuple(ranked), score, curve, found)
+
+
+def node_effects(
+    model: LanguageModel,
+    patchables: Sequence[Patchable],
+    pairs: Sequence[PromptPair],
+    how: FindOptions,
+    options: SweepOptions,
+) -> tuple[dict[Node, float], float]:
+    """The mean effect of every node that differs between the runs, and the sign of the gap between these.
+
+    Nodes of dictionaries are estimated by `how.method`; those of `Heads` and `Stream` are patched exactly.
+    """
+    saes = [some for some in patchables if isinstance(some, Dictionary)]
+    others = [some for some in patchables if not isinstance(some, Dictionary)]
+    effects: dict[Node, float] = {}
+    sign = 0.0
+    if saes:
+        screen = attribute(model, saes, pairs, how.method, options=options)
+        edits, means = screen.means(how.each_position)
+        effects |= {_node(edit): mean for edit, mean in zip(edits, means.tolist(), strict=True)}
+        sign = float(np.sign(screen.gap.mean()))
+    if others:
+        exact = patch_components(model, others, pairs, options=replace(options, each_position=how.each_position))
+        changes = zip(exact.edits, exact.change.mean(0).tolist(), exact.ran.T, strict=True)
+        effects |= {_node(edit): mean for edit, mean, ran in changes if ran.any()}
+        sign = float(np.sign(exact.gap.mean()))
+    return effects, sign
+
+
+def _node(edit: Edit) -> Node:
+    return Node(edit.site, edit.units[0], edit.position, edit.kind)
 
 
 def _shares(total: int, size: int) -> list[float]:
@@ -113,7 +148,7 @@ def _size(curve: SizeCurve, how: FindOptions) -> int:
 
 def _pruned(
     model: LanguageModel,
-    dictionaries: Sequence[Dictionary],
+    patchables: Sequence[Patchable],
     pairs: Sequence[PromptPair],
     chosen: list[Node],
     how: FindOptions,
@@ -121,33 +156,17 @@ def _pruned(
 ) -> list[Node]:
     if not how.prune:
         return chosen
-    (left,) = acdc(NodeRuns(model, dictionaries, pairs, chosen, options=options), [how.prune])
+    (left,) = acdc(NodeRuns(model, patchables, pairs, chosen, options=options), [how.prune])
     if not left.size:
         raise UserError(f"prune = {how.prune:g} removes all {len(chosen)} nodes: use less")
     return [node for node, acts in zip(chosen, left.act.tolist(), strict=True) if acts]
 
 
-def _edges_between(
-    model: LanguageModel,
-    dictionaries: Sequence[Dictionary],
-    pairs: Sequence[PromptPair],
-    chosen: Sequence[Node],
-    how: FindOptions,
-    options: SweepOptions,
-) -> Edges:
-    assert how.edges is not None
-    return edges(model, list(dictionaries), pairs, replace(how.edges, among=tuple(chosen)), options)
-
-
-def _circuit(chosen: Sequence[Node], effects: dict[Node, float], found: Edges | None, how: FindOptions) -> Circuit:
+def _circuit(chosen: Sequence[Node], effects: Mapping[Node, float], found: Edges | None, how: FindOptions) -> Circuit:
     nodes = sorted(chosen, key=lambda node: node.order)
     if found is None:
         return Circuit(tuple(nodes), effects=tuple(effects[node] for node in nodes))
-    weights: dict[Edge, float] = {}
-    for edge, weight in zip(*found.means(), strict=True):
-        if not how.each_position:
-            edge = Edge(replace(edge.up, position=None), replace(edge.down, position=None))
-        weights[edge] = weights.get(edge, 0.0) + float(weight)
+    weights = edge_weights(found, how.each_position)
     largest = sorted(weights, key=lambda edge: -abs(weights[edge]))[: how.keep]
     listed = sorted(largest, key=lambda edge: (edge.up.order, edge.down.order))
     every = (*nodes, TARGET)
@@ -155,11 +174,16 @@ def _circuit(chosen: Sequence[Node], effects: dict[Node, float], found: Edges | 
     return Circuit(every, tuple(listed), of_nodes, tuple(weights[edge] for edge in listed))
 
 
+def edge_weights(found: Edges, each_position: bool) -> dict[Edge, float]:
+    """The mean estimate of every edge, or of all positions of an edge together."""
+    weights: dict[Edge, float] = {}
+    for edge, weight in zip(*found.means(), strict=True):
+        if not each_position:
+            edge = Edge(replace(edge.up, position=None), replace(edge.down, position=None))
+        weights[edge] = weights.get(edge, 0.0) + float(weight)
+    return weights
+
+
 def members_of(circuit: Circuit) -> list[Node]:
     """The nodes of a circuit without its target."""
     return [node for node in circuit.nodes if node.site is not None]
-
-
-def unpositioned(nodes: Sequence[Node]) -> bool:
-    """Whether some of the nodes are at all positions together."""
-    return any(node.position is None for node in nodes)

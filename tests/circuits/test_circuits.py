@@ -1,5 +1,6 @@
 """Circuits of models whose every weight is known, and runs of circuits against plain hooks."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny import random_dictionary, tiny_model
 import saepatch as sp
 from saepatch.circuits.circuit import TARGET, Circuit, random_like
 from saepatch.circuits.edges.edge_runs import EdgeRuns
+from saepatch.circuits.find import edge_weights
 from saepatch.circuits.measures import completeness, faithfulness, knocked_out, minimality, size_curve
 from saepatch.circuits.node_runs import NodeRuns
 from saepatch.circuits.nodes import Edge, Node
@@ -249,6 +251,40 @@ def sample_of(listed, model, dictionaries, one):
         differ |= {Node(d.site, int(u), int(p)) for p, u in change.nonzero().tolist() if p}
         differ |= {Node(d.site, 0, p, "error") for p in (1, 2, 3)}
     return [e for e in listed if e.up in differ and (e.down in differ or e.down.site is None)]
+
+
+@pytest.mark.parametrize("sites", [("resid_post.0", "resid_post.1"), ()])
+def test_an_edge_at_all_positions_is_all_its_edges_at_single_ones(sites):
+    model, pairs = tiny_model("llama"), [sp.PromptPair("cat", "dot", "x", "y"), sp.PromptPair("ca", "da", "x", "y")]
+    dictionaries = [random_dictionary(site, seed=1) for site in sites]
+    patchables = dictionaries or [Stream(Site(0, "resid_pre")), Heads(0, 4), Stream(Site(0, "mlp_out"))]
+    result = sp.edges(model, patchables, pairs, sp.EdgeOptions(verify=0, sample=0))
+    weights = edge_weights(result, each_position=False)
+    order = sorted(weights, key=lambda edge: -abs(weights[edge]))
+    last = [edge for edge in order if edge.down.site is None][:8]
+    read = {edge.up for edge in last}
+    every = last + [edge for edge in order if edge.down in read][:16]
+    assert len(every) > 12
+    single = [
+        Edge(replace(e.up, position=q), replace(e.down, position=None if e.down.site is None else p))
+        for e in every
+        for p in ((1, 2, 3) if e.down.site else (9,))
+        for q in (1, 2, 3)
+        if q <= p
+    ]
+    of_every = {edge: {s for s in single if (s.up.site, s.up.unit, s.down.site, s.down.unit, s.up.kind, s.down.kind)
+                       == (edge.up.site, edge.up.unit, edge.down.site, edge.down.unit, edge.up.kind, edge.down.kind)}
+                for edge in every}  # fmt: skip
+    together, alone = (EdgeRuns(model, patchables, pairs, listed) for listed in (every, single))
+    act = torch.rand(3, len(every), generator=torch.Generator().manual_seed(0)) < 0.7
+    for mask in act:
+        chosen = set().union(*(of_every[edge] for edge, acts in zip(every, mask.tolist(), strict=True) if acts))
+        others = torch.tensor([edge in chosen for edge in alone.members])
+        ours, expected = together.run(mask[None])[0], alone.run(others[None])[0]
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+        assert np.abs(ours - together.empty).max() > 1e-3  # they carry something
+    with pytest.raises(UserError, match="or all of them at all positions"):
+        EdgeRuns(model, patchables, pairs, [every[0], single[0]])
 
 
 def test_random_circuits_have_the_profile_of_the_circuit():

@@ -32,7 +32,10 @@ TOKENS = 4096  # columns in a batch of passes
 
 
 class EdgeRuns:
-    """Runs of a model in which only some of `members`, edges between nodes at one position each, carry the clean run.
+    """Runs of a model in which only some of `members`, edges between nodes, carry the clean run.
+
+    The nodes of an edge are both at one position, or both at all positions: such an edge stands for the edges from the
+    one node, wherever it is, to the other, wherever it is.
 
     With all edges between all nodes that differ, the run is the clean one (up to rounding); with none, what the nodes
     hold is the corrupted run's. What lies before the first site, and parts of the model that are no nodes, are live.
@@ -40,9 +43,9 @@ class EdgeRuns:
     prompt, have no nodes: the site keeps its clean value there, and an edge that ends there carries nothing.
 
     Raises:
-        UserError: an edge joins nodes that are not among those of `patchables`, has no position, or passes a residual
-            stream that has nodes; pairs are not aligned; or positions select tokens that a dictionary was not trained
-            on.
+        UserError: an edge joins nodes that are not among those of `patchables`, or a node at one position and one at
+            all, or passes a residual stream that has nodes; pairs are not aligned; or positions select tokens that a
+            dictionary was not trained on.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class EdgeRuns:
         }
         for edge in self.members:
             self._check(edge)
+        self._check_positions()
         whole = choose_positions(model, batch_pairs(model, pairs), self.options.positions)
         check_known(model, [node.components[0] for node in self.nodes], whole, self.options.positions)
         self._batches = [self._kept(part) for part in same_length_batches(whole, 64)]
@@ -70,10 +74,18 @@ class EdgeRuns:
         for node in (edge.up, edge.down):
             if node.site is not None and (node.site, node.kind) not in self._component:
                 raise UserError(f"{node} is not among the nodes: give its dictionary or component")
-            if node.site is not None and node.position is None:
-                raise UserError(f"{node} has no position: edges of a circuit join nodes at one position")
         if edge.up.site not in [node.site for node in upstream(self.nodes, edge.down.site)]:
             raise UserError(f"{edge} passes a residual stream that has nodes, so it carries nothing: leave it out")
+
+    def _check_positions(self) -> None:
+        """Raises UserError for nodes at all positions beside some at one, of which the former hold the latter."""
+        nodes = [node for edge in self.members for node in (edge.up, edge.down) if node.site is not None]
+        if len({node.position is None for node in nodes}) > 1:
+            one, every = (next(n for n in nodes if (n.position is None) == none) for none in (False, True))
+            raise UserError(
+                f"{one} is at one position and {every} at all: edges of a circuit join nodes at one position each, or "
+                "all of them at all positions"
+            )
 
     def _kept(self, part: PairBatch) -> tuple[PairBatch, KeptRun, Mapping[Site, Tensor]]:
         sites = [node.site for node in self.nodes]
@@ -108,7 +120,7 @@ class EdgeRuns:
             if all(node.position is None or node.position < width for node in (edge.up, edge.down)):
                 into.setdefault(edge.down, []).append(edge.up)
         acting = {node for ups in into.values() for node in ups}  # a node that reaches nothing need not run
-        beyond: dict[Node, Float[Tensor, "rows width"]] = {}
+        beyond: dict[Node, Float[Tensor, "rows *pos width"]] = {}
         for node in self.nodes:
             mine = sorted((n for n in acting if n.site == node.site), key=lambda n: n.order)
             for some in _chunks(mine, max(1, TOKENS // (width * len(part)))):
@@ -131,9 +143,9 @@ class EdgeRuns:
         node: NodeSite,
         some: Sequence[Node],
         into: Mapping[Node, Sequence[Node]],
-        beyond: Mapping[Node, Float[Tensor, "rows width"]],
-    ) -> dict[Node, Float[Tensor, "rows width"]]:
-        """What nodes of one site write beyond their counterfactual values."""
+        beyond: Mapping[Node, Float[Tensor, "rows *pos width"]],
+    ) -> dict[Node, Float[Tensor, "rows *pos width"]]:
+        """What some nodes of one site write beyond their counterfactual values, at their position or at all."""
         n, sites = len(part), upstream(self.nodes, node.site)
         where = known_where(self.model, node.components[0], part)
         if sites:
@@ -147,10 +159,11 @@ class EdgeRuns:
             x = clean.values[node.site].repeat(len(some), 1, 1)
         out = {}
         for number, down in enumerate(some):
-            assert down.position is not None
-            here, there = (v[:, down.position] for v in (other[node.site], x[number * n : (number + 1) * n]))
-            beyond_base = written(self._component[down.site, down.kind], [down.unit] * n, here, there)
-            out[down] = beyond_base * where[:, down.position, None]
+            at = slice(None) if down.position is None else down.position
+            here, there = (v[:, at] for v in (other[node.site], x[number * n : (number + 1) * n]))
+            rows = [v.flatten(0, -2) for v in (here, there)]
+            beyond_base = written(self._component[down.site, down.kind], [down.unit] * len(rows[0]), *rows)
+            out[down] = beyond_base.view_as(here) * where[:, at, None]
         return out
 
     def _values(
@@ -159,7 +172,7 @@ class EdgeRuns:
         other: Mapping[Site, Tensor],
         sites: Sequence[NodeSite],
         ups: Sequence[Sequence[Node]],
-        beyond: Mapping[Node, Float[Tensor, "rows width"]],
+        beyond: Mapping[Node, Float[Tensor, "rows *pos width"]],
     ) -> dict[Site, Float[Tensor, "all pos _"]]:
         """What the upstream sites hold for some downstream nodes, each with its own incoming nodes."""
         n = len(clean.tokens)
@@ -169,7 +182,8 @@ class EdgeRuns:
             for number, mine in enumerate(ups):
                 for up in mine:
                     if up.site == node.site:
-                        x[number * n : (number + 1) * n, up.position] += beyond[up]
+                        at = slice(None) if up.position is None else up.position
+                        x[number * n : (number + 1) * n, at] += beyond[up]
             values[node.site] = x.to(other[node.site].dtype)
         if (begin := entry(sites[0].site)) not in values:
             values[begin] = clean.values[begin].repeat(len(ups), 1, 1)

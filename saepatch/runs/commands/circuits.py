@@ -16,7 +16,7 @@ from saepatch.circuits.circuit import Circuit, random_like
 from saepatch.circuits.edges.backward import gim, relp
 from saepatch.circuits.edges.edge_runs import EdgeRuns
 from saepatch.circuits.edges.estimates import EdgeOptions, Linear
-from saepatch.circuits.find import FindOptions, FoundCircuit, find_circuit, members_of, unpositioned
+from saepatch.circuits.find import FindOptions, FoundCircuit, find_circuit, members_of
 from saepatch.circuits.measures import MemberRuns
 from saepatch.circuits.node_runs import Errors, NodeRuns
 from saepatch.circuits.nodes import Node
@@ -176,7 +176,7 @@ class CircuitRun:
 
     def _of_edges(self, pairs: Sequence[PromptPair]) -> list[CircuitRow]:
         circuit = self.plan.circuit
-        if not circuit.edges or unpositioned(members_of(circuit)):
+        if not circuit.edges:
             return []
         runs = EdgeRuns(self.model, self.dictionaries, pairs, circuit.edges, self.options)
         whole = torch.ones(len(circuit.edges), dtype=torch.bool)
