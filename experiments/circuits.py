@@ -23,12 +23,12 @@ import torch
 from saepatch.circuits.circuit import Circuit, random_like
 from saepatch.circuits.measures import completeness, faithfulness, knocked_out, minimality, size_curve
 from saepatch.circuits.node_runs import NodeRuns
-from saepatch.circuits.nodes import Node
+from saepatch.circuits.nodes import Node, every_component
 from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
-from saepatch.engine.components import Heads, Patchable, Stream
+from saepatch.engine.components import Patchable
 from saepatch.errors import UserError
 from saepatch.measure.attribution import FirstOrder, IntegratedGradients, attribute
 from saepatch.measure.patching import patch_components
@@ -121,23 +121,16 @@ def _attributed(model: LanguageModel, parts: Sequence[Dictionary], pairs: Sequen
 
 
 def _patched(model: LanguageModel, pairs: Sequence[PromptPair]) -> Ranking:
-    effects = patch_components(model, components(model), pairs)
+    effects = patch_components(model, every_component(model), pairs)
     nodes = [Node(edit.site, edit.units[0], None, edit.kind) for edit in effects.edits]
     return nodes, effects.change.mean(0).tolist()
-
-
-def components(model: LanguageModel) -> list[Heads | Stream]:
-    """Every head, every MLP and the token embeddings."""
-    heads = [Heads(site.layer, model.n_heads) for site in model.layout.of_stream("z")]
-    mlps = [Stream(site) for site in model.layout.of_stream("mlp_out")]
-    return [Stream(Site(0, "resid_pre")), *heads, *mlps]
 
 
 @torch.no_grad()
 def active(model: LanguageModel, parts: Sequence[Dictionary], pairs: Sequence[PromptPair]) -> int:
     """Number of nodes that are active in the clean runs: latents active at some token, and every error term."""
     if not parts:
-        return sum(component.units for component in components(model))
+        return sum(component.units for component in every_component(model))
     total = 0
     for dictionary in parts:
         tokens = model.tokenize([pair.clean for pair in pairs])
@@ -155,7 +148,7 @@ def find(
     rank: Callable[[], Ranking],
 ) -> CircuitFound:
     """Rank on `select`, choose a size on `tune`, measure on `report`."""
-    patchables: Sequence[Patchable] = parts or components(model)
+    patchables: Sequence[Patchable] = parts or every_component(model)
     nodes, scores = rank()
     tune, report = (NodeRuns(model, patchables, pairs[split], nodes) for split in ("tune", "report"))
     curve = size_curve(tune, scores, by_size=False, shares=SHARES)

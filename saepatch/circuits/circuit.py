@@ -18,6 +18,7 @@ from saepatch.report.text import number
 
 FORMAT = "saepatch circuit 1"
 TARGET = Node(None, kind=LOGITS)
+STREAM = "whole streams"
 _GRAPHML = "http://graphml.graphdrawing.org/xmlns"
 # attribute names of nodes and edges in GraphML, and their types
 _NODE_KEYS = {"site": "string", "kind": "string", "unit": "int", "position": "int", "effect": "double"}
@@ -194,7 +195,8 @@ def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int =
     """Controls: random sets of candidates outside `chosen`, with as many nodes at each site.
 
     They also have as many of each kind if there are enough; otherwise (an error term at all positions is the only one
-    of its site) other nodes of the site are used.
+    of its site) other nodes of the site are used. Whole streams, each the only node of its site, are drawn from other
+    layers; where too few are left, heads are used.
 
     Raises:
         UserError: fewer than five draws, or a site has too few candidates beside the chosen nodes.
@@ -205,24 +207,32 @@ def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int =
         raise UserError(f"draws = {draws}: use at least 5 random circuits")
     own, rng = set(chosen), np.random.default_rng(seed)
     others = [node for node in candidates if node not in own]
-    profile = Counter((node.site, node.kind) for node in chosen if node.site is not None)
-    sites = sorted({site for site, _ in profile}, key=str)
+    profile = Counter((_place(node), node.kind) for node in chosen if node.site is not None)
+    places = sorted({place for place, _ in profile}, key=lambda place: (place == STREAM, place))  # streams last
     sets = []
     for _ in range(draws):
         drawn: list[Node] = []
-        for site in sites:
-            left = [node for node in others if node.site == site]
-            wanted = sum(n for (at, _), n in profile.items() if at == site)
+        for place in places:
+            left = [node for node in others if _place(node) == place]
+            wanted = sum(n for (at, _), n in profile.items() if at == place)
+            if place == STREAM and len(left) < wanted:
+                left += [node for node in others if node.kind == "head" and node not in set(drawn)]
             if len(left) < wanted:
                 raise UserError(
-                    f"{wanted} nodes at {site}, but {len(left)} candidates beside them: give all candidates, or a "
+                    f"{wanted} nodes at {place}, but {len(left)} candidates beside them: give all candidates, or a "
                     "smaller circuit"
                 )
-            for kind in sorted({kind for at, kind in profile if at == site}):
+            before = len(drawn)
+            for kind in sorted({kind for at, kind in profile if at == place}):
                 mine = [node for node in left if node.kind == kind]
-                drawn += [mine[i] for i in rng.permutation(len(mine))[: profile[site, kind]]]
+                drawn += [mine[i] for i in rng.permutation(len(mine))[: profile[place, kind]]]
                 left = [node for node in left if node not in set(drawn)]
-            missing = wanted - sum(node.site == site for node in drawn)
+            missing = wanted - (len(drawn) - before)
             drawn += [left[i] for i in rng.permutation(len(left))[:missing]]
         sets.append(drawn)
     return sets
+
+
+def _place(node: Node) -> str:
+    """What a random node stands in for: another at the same site, or another whole stream."""
+    return STREAM if node.kind == "stream" else str(node.site)

@@ -129,6 +129,13 @@ def node_sites(model: LanguageModel, patchables: Patchable | Sequence[Patchable]
     return sites
 
 
+def every_component(model: LanguageModel) -> list[Heads | Stream]:
+    """The nodes of a model without dictionaries: every attention head, every MLP and the token embeddings."""
+    heads = [Heads(site.layer, model.n_heads) for site in model.layout.of_stream("z")]
+    mlps = [Stream(site) for site in model.layout.of_stream("mlp_out")]
+    return [Stream(Site(0, "resid_pre")), *heads, *mlps]
+
+
 @dataclass(frozen=True)
 class Paths:
     """Which parts of the model are open between two nodes, besides the residual stream; nodes never are.

@@ -9,14 +9,19 @@ from saepatch.settings.mixins import DictionarySettings, ModelSettings, Output, 
 
 @dataclass(frozen=True)
 class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
-    """Find a circuit of latents and error terms on some pairs, and measure it on others; can be stopped and resumed."""
+    """Find a circuit of latents and error terms, or of heads and MLPs, on some pairs, and measure it on others; can be
+    stopped and resumed."""
 
     command: ClassVar[str] = "circuit"
     examples: ClassVar[tuple[str, ...]] = (
         "saepatch circuit --pairs ioi --site resid_post.2,resid_post.4 --out runs/circuit",
         "saepatch circuit --pairs report.jsonl --select select.jsonl --nodes 40 --edges 100 --out runs/forty",
         "saepatch circuit --pairs ioi --site resid_post.4 --positions last --each_position --out runs/last",
+        "saepatch circuit --pairs ioi --component head --out runs/heads",
     )
+    component: Literal["latent", "head"] = "latent"
+    """Nodes: latent, for the latents and error terms of the dictionaries; or head, for every attention head, every MLP
+    and the token embeddings, without dictionaries."""
     site: str = ""
     """One site or several, as in resid_post.2,resid_post.4; empty: every site that has a dictionary."""
     pairs: str = ""
@@ -45,7 +50,7 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
     """A node is a latent at one position, counted from the start (for prompts of one form); otherwise a latent at all
     positions together."""
     method: Literal["first-order", "integrated-gradients"] = "integrated-gradients"
-    """Gradient method that ranks nodes."""
+    """Gradient method that ranks latents and error terms; heads and MLPs are patched exactly."""
     edge_method: Literal["first-order", "integrated-gradients", "gim", "relp"] = "integrated-gradients"
     """Gradient method that ranks edges between the circuit's nodes; all but integrated-gradients give a latent that is
     inactive in the corrupted run no edges into it."""
@@ -91,6 +96,8 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
                 raise UserError(f"{name} = {getattr(self, name)}: use at least {least}")
         if not 0 < self.least < 1 or self.prune < 0:
             raise UserError(f"least = {self.least}, prune = {self.prune}: use a share between 0 and 1, and at least 0")
+        if self.component == "head" and self.site:
+            raise UserError(f"site = {self.site!r}: heads and MLPs are nodes of all layers, so leave site out")
         check_shard(self.shard)
         if not self.out:
             raise UserError("out is empty: give a folder for the results")

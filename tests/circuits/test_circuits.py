@@ -26,6 +26,7 @@ from saepatch.model.sites import Site
 FIRST, SECOND = Site(0), Site(1)
 PAIRS = [pair("ab.", "..c", "p"), pair("ba.", ".c.", "q")]
 NOTHING = wires()
+COMPONENTS = (("mlp_out", "stream"), ("z", "head"))
 
 
 def network(*units):
@@ -292,6 +293,12 @@ def test_random_circuits_have_the_profile_of_the_circuit():
     chosen = [candidates[0], candidates[1], candidates[-1]]
     drawn = random_like(chosen, candidates, draws=5)
     assert all(sorted(str(n.site) for n in some) == ["resid_post.0", "resid_post.0", "resid_post.1"] for some in drawn)
+    streams, heads = ([Node(Site(i, stream), 0, None, kind) for i in range(4)] for stream, kind in COMPONENTS)
+    for some, kinds in (([*streams[:2], heads[0]], ["head", "stream", "stream"]), (streams, ["head"] * 4)):
+        everything = [*streams, *heads, Node(Site(0, "z"), 1, None, "head")]
+        for drawn_nodes in random_like(some, everything):
+            assert sorted(node.kind for node in drawn_nodes) == kinds
+            assert len(set(drawn_nodes) - set(some)) == len(some)
     with pytest.raises(UserError, match="at least 5"):
         random_like(chosen, candidates, draws=3)
     with pytest.raises(UserError, match="candidates"):

@@ -3,11 +3,14 @@
 import pytest
 from graph_schema import check_graph
 from planted_circuits import ANSWER, identity, pair, planted, relus, wires
+from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
 from saepatch.circuits.circuit import TARGET, Circuit
 from saepatch.circuits.find import FindOptions, find_circuit, members_of
 from saepatch.circuits.neuronpedia import graph_json
+from saepatch.circuits.nodes import every_component
+from saepatch.engine.components import Stream
 from saepatch.engine.gradients import IntegratedGradients
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
@@ -36,6 +39,23 @@ def test_an_and_is_found_with_its_edges(model):
     at_positions = find_circuit(model, dictionaries, PAIRS[:1], how=FindOptions(STEPS, True, size=3))
     assert sp.Node(Site(0), 0, 1) in at_positions.circuit.nodes
     assert sp.Node(Site(0), 1, 2) in at_positions.circuit.nodes
+
+
+def test_heads_and_mlps_are_ranked_by_patching_each():
+    model, one = tiny_model("llama"), [sp.PromptPair("cat", "dot", "x", "y")]
+    found = find_circuit(model, every_component(model), one, how=FindOptions(size=8, edges=EDGES))
+    effects = dict(zip(found.circuit.nodes, found.circuit.effects, strict=True))
+    exact = sp.patch_heads(model, one)
+    of_heads = {(edit.site, edit.units[0]): exact.change[0, i] for i, edit in enumerate(exact.edits)}
+    heads = [node for node in effects if node.kind == "head"]
+    assert heads
+    assert all(effects[node] == pytest.approx(of_heads[node.site, node.unit], abs=1e-5) for node in heads)
+    assert found.score.tolist() == sorted(found.score.tolist(), reverse=True)
+    assert found.curve.faithfulness[-1].value == pytest.approx(1.0, abs=1e-4)
+    assert all(edge.down.site is None or edge.up.site.order < edge.down.site.order for edge in found.circuit.edges)
+    mixed = [random_dictionary("resid_post.0"), Stream(Site(1, "mlp_out"))]
+    ranked = find_circuit(model, mixed, one, how=FindOptions(size=8, edges=None)).ranked
+    assert {node.kind for node in ranked} >= {"latent", "stream"}
 
 
 def test_what_cannot_be_found_is_refused(model):

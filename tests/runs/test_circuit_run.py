@@ -74,6 +74,19 @@ def test_a_run_writes_a_circuit_that_loads(whole, capsys):
     assert "faithfulness/kept" in capsys.readouterr().out
 
 
+def test_a_circuit_of_heads_and_mlps(place):
+    out = place / "heads"
+    assert main([*arguments(place, out), "--component=head", "--nodes=5", "--each_position=false", "--edges=8"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["faithfulness"].keys() == {"nodes", "edges"}
+    assert summary["dictionaries"] == {}
+    circuit = Circuit.read(out / "circuit.json")
+    assert {node.kind for node in circuit.nodes} <= {"head", "stream", "logits"}
+    assert (len(circuit.nodes), len(circuit.edges)) == (6, 8)
+    assert "exact patching" in (out / "report.html").read_text()
+    assert not (out / "neuronpedia.json").exists()
+
+
 def test_the_shares_are_those_of_the_rows(whole):
     rows = [row for row in read_rows(whole / "results.parquet") if row["variant"] == "circuit"]
     rows = [row for row in rows if row["errors"] == "nodes"]

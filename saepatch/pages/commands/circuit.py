@@ -200,11 +200,11 @@ class CircuitPage:
             warnings.append("There are no random circuits: too few nodes are left beside the circuit.")
         elif self._random_at_most > results.faithfulness["nodes"].value / 2:
             warnings.append("A random circuit of this size is at least half as faithful: the circuit is not specific.")
-        kept, nodes = results.faithfulness["kept"].value, results.faithfulness["nodes"].value
-        if abs(kept - nodes) > 0.2:
+        kept, nodes = (results.faithfulness.get(name) for name in ("kept", "nodes"))
+        if kept is not None and nodes is not None and abs(kept.value - nodes.value) > 0.2:
             warnings.append(
-                f"Error terms matter: with all of them kept, the circuit's latents have {number(kept, '.2f')}, with "
-                f"those of the circuit alone {number(nodes, '.2f')}."
+                f"Error terms matter: with all of them kept, the circuit's latents have {number(kept.value, '.2f')}, "
+                f"with those of the circuit alone {number(nodes.value, '.2f')}."
             )
         pearson = results.facts_of_plan["selected"].get("pearson")
         if pearson is not None and pearson < 0.7:
@@ -259,7 +259,9 @@ class CircuitPage:
     def _label(self, node: Node) -> str:
         if node.site is None:
             return "logits"
-        return "error" if node.kind == "error" else self.labels.get((str(node.site), node.unit)) or str(node.unit)
+        if node.kind != "latent":
+            return {"head": f"head {node.unit}", "stream": node.site.stream}.get(node.kind, node.kind)
+        return self.labels.get((str(node.site), node.unit)) or str(node.unit)
 
     def _columns(self, shown: Sequence[Node]) -> tuple[list[str], dict[Node, int]]:
         """The names of the columns, and each node's column; the logits stand in the last."""
@@ -373,7 +375,7 @@ class CircuitPage:
                 "pairs": f"{self.folder.task}, {settings['split']}: {len(self.results.examples):,}",
                 "metric": self._metric,
                 "positions": settings["positions"],
-                "nodes ranked by": settings["method"],
+                "nodes ranked by": settings["method"] if record.dictionaries else "exact patching",
                 "seed": str(settings["seed"]),
                 "finished": self.folder.finished,
                 "command": record.command,

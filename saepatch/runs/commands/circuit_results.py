@@ -72,7 +72,9 @@ class CircuitResults:
     @cached_property
     def faithfulness(self) -> dict[str, Interval]:
         """By what error terms do; and `edges`, of the circuit's edges alone."""
-        shares = {errors: self._share(_Key("circuit", errors, 0, "")) for errors in ERRORS}
+        shares = {
+            errors: self._share(key) for errors in ERRORS if (key := _Key("circuit", errors, 0, "")) in self._by_key
+        }
         edges = _Key("edges", "nodes", 0, "")
         return shares | ({"edges": self._share(edges)} if edges in self._by_key else {})
 

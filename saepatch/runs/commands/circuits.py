@@ -19,9 +19,10 @@ from saepatch.circuits.edges.estimates import EdgeOptions, Linear
 from saepatch.circuits.find import FindOptions, FoundCircuit, find_circuit, members_of
 from saepatch.circuits.measures import MemberRuns
 from saepatch.circuits.node_runs import Errors, NodeRuns
-from saepatch.circuits.nodes import Node
+from saepatch.circuits.nodes import Node, every_component
 from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.components import Patchable
 from saepatch.engine.gradients import FirstOrder, IntegratedGradients
 from saepatch.engine.metrics import read_metric, source_hash
 from saepatch.engine.options import SweepOptions
@@ -125,6 +126,11 @@ class CircuitRun:
     place: Place
     unit: str = "runs"
 
+    @property
+    def patchables(self) -> Sequence[Patchable]:
+        """What the nodes are of."""
+        return self.dictionaries or every_component(self.model)
+
     @cached_property
     def plan(self) -> CircuitPlan:
         assert self.record.edits is not None
@@ -146,7 +152,7 @@ class CircuitRun:
     def _of_nodes(self, pairs: Sequence[PromptPair]) -> list[CircuitRow]:
         plan, members = self.plan, members_of(self.plan.circuit)
         others = [node for some in plan.random for node in some if node not in set(members)]
-        runs = NodeRuns(self.model, self.dictionaries, pairs, [*members, *dict.fromkeys(others)], options=self.options)
+        runs = NodeRuns(self.model, self.patchables, pairs, [*members, *dict.fromkeys(others)], options=self.options)
         circuit = runs.mask(members)
         variants = [_Variant("circuit", circuit), _Variant("complement", ~circuit, others_act=True)]
         variants += [_Variant("random", runs.mask(some), draw=i) for i, some in enumerate(plan.random)]
@@ -165,6 +171,8 @@ class CircuitRun:
 
     def _with_errors(self, pairs: Sequence[PromptPair]) -> list[CircuitRow]:
         """The circuit's latents, with all error terms kept, and with all dropped."""
+        if not self.dictionaries:
+            return []
         latents = [node for node in members_of(self.plan.circuit) if node.kind != "error"]
         rows: list[CircuitRow] = []
         ways: tuple[Errors, ...] = ("kept", "dropped")
@@ -178,7 +186,7 @@ class CircuitRun:
         circuit = self.plan.circuit
         if not circuit.edges:
             return []
-        runs = EdgeRuns(self.model, self.dictionaries, pairs, circuit.edges, self.options)
+        runs = EdgeRuns(self.model, self.patchables, pairs, circuit.edges, self.options)
         whole = torch.ones(len(circuit.edges), dtype=torch.bool)
         return self._measured(runs, [_Variant("edges", whole)], "nodes", pairs)
 
@@ -241,7 +249,8 @@ def prepare(config: CircuitConfig) -> CircuitRun:
     metric, positions = read_metric(config.metric), read_positions(config.positions)
     source, select, tune, pairs = _read_pairs(config)
     model = read_model(config, config.shard)
-    dictionaries = read_dictionaries(config, read_sites(config.site), model)
+    heads = config.component == "head"
+    dictionaries = [] if heads else read_dictionaries(config, read_sites(config.site), model)
     options = SweepOptions(positions=positions, metric=metric, batch_size=config.batch_size or None)
     parts = -(-len(pairs[place.shard :: place.shards]) // config.part)
     record = Record(
@@ -257,7 +266,7 @@ def prepare(config: CircuitConfig) -> CircuitRun:
     )
     record = place.agreed(record)
     if record.edits is None:
-        found = find_circuit(model, dictionaries, select, tune, _how(config), options)
+        found = find_circuit(model, dictionaries or every_component(model), select, tune, _how(config), options)
         log.info(
             "%d of %d nodes, %d edges", len(members_of(found.circuit)), len(found.ranked), len(found.circuit.edges)
         )
