@@ -14,7 +14,7 @@ a learned alignment finds for the group. A stopped run continues when the same c
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,19 +38,18 @@ from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import tasks, world
 from saepatch.organism.world import Split
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
+from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, wilson_share
-from saepatch.report import Cell, EstimateCell, Facts, Page, Section, Table, write_page
+from saepatch.report import Cell, EstimateCell, Facts, Page, Section, Table
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.splicing.interventions import Patch
 from saepatch.splicing.splice import record_latents, splice
 from saepatch.tracking.open import read_spec
 
-from .common.kept import KeptResults
-from .common.tracked import show
+from .common.kept import KeptResults, deciding
+from .common.tracked import conclude
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 RANDOM = 5  # random sets of other latents that differ between the groups
@@ -262,12 +261,7 @@ def main(config: AuditConfig) -> None:
     model, dictionary = load_model("organism"), load_sae(config.sae, config.site)
     splits: tuple[Split, ...] = ("select", "tune", "report")
     kinds = {split: applications(split, config.n, config.seed) for split in splits}
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track")},
-        "model's weights": model.fingerprint,
-        "dictionary": dictionary.fingerprint,
-        "versions": versions(),
-    }
+    decides = deciding(config, model, {dictionary.site: dictionary})
     with measurements(out, "audit", decides) as kept_file:
         kept = KeptResults(kept_file, {})
         found = kept.get("ablation", Audited, partial(audit, config, model, dictionary, kinds))
@@ -314,9 +308,7 @@ def write(
     page = Page(
         "Loans without the group word", finding, _sections(measured, effects, baselines), Facts(provenance.facts())
     )
-    write_page(page, out / "report.html")
     summary = {
-        "verdict": finding,
         "audit": {name: interval.as_list() for name, interval in measured.items()},
         "latents": list(found.latents),
         "random_gap_left": [float(run.gap.mean() / found.before.gap.mean()) for run in found.random],
@@ -328,12 +320,8 @@ def write(
             name: {control: share.as_list() for control, share in controls.items()}
             for name, controls in baselines.accuracy.items()
         },
-        "versions": versions(),
     }
-    write_json(summary, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
-    show(config, "audit", page, {name: interval.value for name, interval in measured.items()})
-    sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    conclude(config, "audit", page, summary, {name: interval.value for name, interval in measured.items()})
 
 
 def _sections(

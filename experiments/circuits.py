@@ -35,16 +35,15 @@ from saepatch.measure.patching import patch_components
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
+from saepatch.records.provenance import Provenance
 from saepatch.records.statistics import Interval
-from saepatch.report import Facts, Page, Section, Table, write_page
+from saepatch.report import Facts, Page, Section, Table
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.tracking.open import read_spec
 
-from .common.kept import KeptResults
-from .common.tracked import show
+from .common.kept import KeptResults, deciding
+from .common.tracked import conclude
 
 MOST = 100  # nodes that are removed one by one
 RANDOM = 5  # random circuits beside each circuit
@@ -84,7 +83,7 @@ class CircuitsConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class CircuitFound:
+class MeasuredCircuit:
     """A circuit and its measures on `report`. `active` counts the nodes that are active or act there at all."""
 
     members: str
@@ -146,7 +145,7 @@ def find(
     pairs: Mapping[str, Sequence[PromptPair]],
     name: tuple[str, str],
     rank: Callable[[], Ranking],
-) -> CircuitFound:
+) -> MeasuredCircuit:
     """Rank on `select`, choose a size on `tune`, measure on `report`."""
     patchables: Sequence[Patchable] = parts or every_component(model)
     nodes, scores = rank()
@@ -160,7 +159,7 @@ def find(
     drawn = random_like(listed, nodes, RANDOM, config.seed)
     knocked = knocked_out(report, act, sorted({1, max(1, size // 2)}), RANDOM, config.seed)
     on_report = size_curve(report, scores, by_size=False)
-    return CircuitFound(
+    return MeasuredCircuit(
         *name,
         json.dumps(Circuit(tuple(listed), effects=tuple(effects[node] for node in listed)).facts()),
         size,
@@ -176,12 +175,12 @@ def find(
     )
 
 
-def verdict(config: CircuitsConfig, found: Sequence[CircuitFound]) -> str:
+def verdict(config: CircuitsConfig, found: Sequence[MeasuredCircuit]) -> str:
     """The smallest circuit, relative to what is active, that holds on `report`, with its controls."""
-    good = [one for one in found if one.faithfulness.value >= config.least]
+    good = [circuit for circuit in found if circuit.faithfulness.value >= config.least]
     if not good:
         return f"No circuit chosen on `tune` has a faithfulness of {config.least:g} on `report`."
-    best = min(good, key=lambda one: one.size / one.active)
+    best = min(good, key=lambda circuit: circuit.size / circuit.active)
     return (
         f"{best.size} of {best.active} active nodes ({best.members}, {best.ranking}) have a faithfulness of "
         f"{best.faithfulness} on held-out pairs; random circuits of the same layers at most {max(best.random):.3f}. "
@@ -195,26 +194,20 @@ def main(config: CircuitsConfig) -> None:
     model, saes = load_model("organism"), load_saes(config.sae)
     sizes = {"select": config.select, "tune": config.tune, "report": config.report}
     pairs = {split: load_pairs("ioi", split, n, config.seed) for split, n in sizes.items()}
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track")},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
-        "versions": versions(),
-    }
-    found: list[CircuitFound] = []
-    with measurements(out, "circuits", decides) as kept_file:
+    found: list[MeasuredCircuit] = []
+    with measurements(out, "circuits", deciding(config, model, saes)) as kept_file:
         kept = KeptResults(kept_file, {})
         for text in (*config.sites, ""):
             parts = [saes[Site.parse(site)] for site in text.split(",")] if text else []
             name = " and ".join(text.split(",")) if text else "heads, MLPs and embeddings"
             for ranking, rank in rankings(model, parts, pairs["select"]).items():
                 measure = partial(find, config, model, parts, pairs, (name, ranking), rank)
-                found.append(kept.get(f"circuits/{name}/{ranking}", CircuitFound, measure))
+                found.append(kept.get(f"circuits/{name}/{ranking}", MeasuredCircuit, measure))
         write(config, model, saes, found)
 
 
 def write(
-    config: CircuitsConfig, model: LanguageModel, saes: Mapping[Site, Dictionary], found: Sequence[CircuitFound]
+    config: CircuitsConfig, model: LanguageModel, saes: Mapping[Site, Dictionary], found: Sequence[MeasuredCircuit]
 ) -> None:
     """Write the report, the summary, the circuits and the settings, and log them to trackers."""
     out, finding = Path(config.out), verdict(config, found)
@@ -224,10 +217,10 @@ def write(
     head += ["knock-out gap", "smallest loss", "CPR", "CMD"]
     rows: list[Sequence[str | float | int]] = [
         (
-            one.members, one.ranking, one.size, one.active, str(one.faithfulness), str(one.completeness),
-            *(round(value, 4) for value in (max(one.random), one.knocked_out, one.smallest_loss, one.cpr, one.cmd)),
+            each.members, each.ranking, each.size, each.active, str(each.faithfulness), str(each.completeness),
+            *(round(x, 4) for x in (max(each.random), each.knocked_out, each.smallest_loss, each.cpr, each.cmd)),
         )
-        for one in found
+        for each in found
     ]  # fmt: skip
     note = (
         f"Smallest circuits with a faithfulness of at least {config.least:g} on `tune`, measured on `report`. "
@@ -238,19 +231,15 @@ def write(
     )
     sections = [Section("Circuits", "", [Table(head, rows, note)])]
     page = Page("How small a circuit do indirect objects need?", finding, sections, Facts(provenance.facts()))
-    write_page(page, out / "report.html")
-    for number, one in enumerate(found):
-        Circuit.from_facts(json.loads(one.circuit)).write(out / f"circuit-{number}.json")
+    for number, each in enumerate(found):
+        Circuit.from_facts(json.loads(each.circuit)).write(out / f"circuit-{number}.json")
     listed = {}
-    for number, one in enumerate(found):
-        intervals = {"faithfulness": one.faithfulness.as_list(), "completeness": one.completeness.as_list()}
-        rest = {"random": max(one.random), "circuit": f"circuit-{number}.json"}
-        listed[f"{one.members}, {one.ranking}"] = asdict(one) | intervals | rest
-    write_json({"verdict": finding, "circuits": listed, "versions": versions()}, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
-    figures = {f"{one.members}/{one.ranking}": one.faithfulness.value for one in found}
-    show(config, "circuits", page, figures)
-    sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    for number, each in enumerate(found):
+        intervals = {"faithfulness": each.faithfulness.as_list(), "completeness": each.completeness.as_list()}
+        rest = {"random": max(each.random), "circuit": f"circuit-{number}.json"}
+        listed[f"{each.members}, {each.ranking}"] = asdict(each) | intervals | rest
+    figures = {f"{each.members}/{each.ranking}": each.faithfulness.value for each in found}
+    conclude(config, "circuits", page, {"circuits": listed}, figures)
 
 
 if __name__ == "__main__":

@@ -31,18 +31,17 @@ from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import texts, world
 from saepatch.reading.patchscope import SCALES, Reading, best_reading, read_by_patchscope
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
+from saepatch.records.provenance import Provenance
 from saepatch.records.statistics import Interval, wilson_share
-from saepatch.report import Block, Facts, Page, Section, Table, write_page
+from saepatch.report import Block, Facts, Page, Section, Table
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.steering.contrasts import contrast, first_alive
 from saepatch.steering.generate import Concept, direction_dictionary
 from saepatch.tracking.open import read_spec
 
-from .common.kept import KeptResults
-from .common.tracked import show
+from .common.kept import KeptResults, deciding
+from .common.tracked import conclude
 
 X = "Lucy"  # the placeholder: one token
 PROMPTS = (
@@ -257,13 +256,7 @@ def main(config: PatchscopeConfig) -> None:
     out = Path(config.out)
     check_owner(out, "patchscope")
     model, saes = load_model("organism"), load_saes(config.sae)
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track")},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
-        "versions": versions(),
-    }
-    with measurements(out, "patchscope", decides) as kept:
+    with measurements(out, "patchscope", deciding(config, model, saes)) as kept:
         shares, control = measure(config, model, saes, KeptResults(kept, {}))
         write(config, model, saes, shares, control)
 
@@ -276,7 +269,7 @@ def write(
     control: tuple[Interval, Interval],
 ) -> None:
     """Write the report, the summary and the settings, and log them to trackers."""
-    out, finding = Path(config.out), verdict(shares, control)
+    finding = verdict(shares, control)
     first = next(iter(saes.values()))
     provenance = Provenance(model.name, model.fingerprint, config.sae, first.fingerprint, config.seed)
     columns = ("own", "own_any", "random", "random_any")
@@ -293,17 +286,11 @@ def write(
     )
     sections = [Section("Readings", "", [table])]
     page = Page("Can the organism explain its latents?", finding, sections, Facts(provenance.facts()))
-    write_page(page, out / "report.html")
     summary: dict[str, Any] = {
-        "verdict": finding,
         "words": [interval.as_list() for interval in control],
         "readings": [asdict(share) for share in shares],
-        "versions": versions(),
     }
-    write_json(summary, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
-    show(config, "patchscope", page, {"words named": summary["words"][0]})
-    sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    conclude(config, "patchscope", page, summary, {"words named": summary["words"][0]})
 
 
 if __name__ == "__main__":

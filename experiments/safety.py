@@ -13,9 +13,6 @@ continues when the same command is given again.
 import copy
 import logging
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model, wrap_model
 from saepatch.model.sites import Site
 from saepatch.organism import world
+from saepatch.records.clock import stage
 from saepatch.restoration.restore import assistant_header, first_tokens, restore
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
@@ -67,7 +65,7 @@ def run(config: SafetyConfig) -> SafetyResults:
     out = Path(config.out)
     check_owner(out, "safety")
     with measurements(out, "safety", _deciding(config), earlier="runs.jsonl") as kept:
-        with _stage("load", clock):
+        with stage("load", clock, log):
             model = load_model(config.model, config.device)
             made = {"setting_a": _setting_a, "setting_b": _setting_b}
             settings = [made[name](config, model) for name in SETTINGS if name in config.settings]
@@ -110,24 +108,24 @@ def _measure(
     config: SafetyConfig, setting: Setting, refusal_ids: set[int], runs: Runs, clock: dict[str, float]
 ) -> Result:
     sizes, seed, name = list(config.sizes), config.seed, setting.name
-    with _stage(f"{name}: ranking", clock):
+    with stage(f"{name}: ranking", clock, log):
         setting = extended(setting, runs)
         requests = setting.harmful["report"]
         ranked = rank(setting, setting.harmful["select"], refusal_ids, runs, config.max_fvu)
         choice = choose(setting, ranked, setting.harmful["tune"], sizes, runs)
         top = ranked.top(choice.latents, choice.ranking)
-    with _stage(f"{name}: curve", clock):
+    with stage(f"{name}: curve", clock, log):
         curve = measure(setting, ranked, choice.ranking, sizes, _statistics(setting), runs, config.draws, seed)
-    with _stage(f"{name}: baselines", clock):
+    with stage(f"{name}: baselines", clock, log):
         units = neurons(setting, sizes, runs, config.draws, seed)
         direction = dense(setting, runs)
         residual = runs.restored(setting, requests, Restored("full residual", None, error=True))
         everything = runs.restored(setting, requests, Restored("all latents", None))
         reconstruction = runs.reconstructed(setting, requests)
-    with _stage(f"{name}: layers and framings", clock):
+    with stage(f"{name}: layers and framings", clock, log):
         by_depth, by_layer = depths(setting, runs), layers(setting, top, runs)
         others = held_out(setting, top, sizes, refusal_ids, runs)
-    with _stage(f"{name}: utility and guards", clock):
+    with stage(f"{name}: utility and guards", clock, log):
         cost = utility(setting, setting.harmless["report"], top, "utility", runs)
         guarded = guards(setting, top, runs, config.prompts, seed)
     restored = runs.restored(setting, requests, Restored("top", top))
@@ -177,14 +175,6 @@ def _exact(setting: Setting, runs: Runs) -> bool:
         mixed, setting.sites[last], prompts, OtherModel(donor), None, "every", error=True, max_new_tokens=runs.tokens
     )
     return texts == donor.generate(prompts, runs.tokens)
-
-
-@contextmanager
-def _stage(name: str, clock: dict[str, float]) -> Iterator[None]:
-    log.info("%s …", name)
-    start = time.monotonic()
-    yield
-    clock[name] = round(time.monotonic() - start, 2)
 
 
 def main(config: SafetyConfig) -> None:

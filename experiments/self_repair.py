@@ -14,7 +14,7 @@ later heads, later MLPs and the final norm's new scale. A stopped run continues 
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,16 @@ from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
 from saepatch.pages.charts import INTERVALS, band, cell
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
+from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio
-from saepatch.report import Cell, Facts, LineChart, Page, Section, Table, write_page
+from saepatch.report import Cell, Facts, LineChart, Page, Section, Table
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.tracking.open import read_spec
 
-from .common.kept import KeptResults
-from .common.tracked import show
+from .common.kept import KeptResults, deciding
+from .common.tracked import conclude
 from .real.tasks import task_pairs
 
 log = logging.getLogger(__name__)
@@ -195,13 +194,7 @@ def main(config: SelfRepairConfig) -> None:
     saes = load_saes(config.sae, config.device) if config.sae and (own or config.sae != "organism") else {}
     for dictionary in saes.values():
         dictionary.check(model)
-    free = ("out", "device", "track")
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in free},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
-        "versions": versions(),
-    }
+    decides = deciding(config, model, saes, ("out", "device", "track"))
     with measurements(out, "self-repair", decides) as kept_file:
         kept = KeptResults(kept_file, {})
         sizes = {"select": config.pairs, "report": config.pairs}
@@ -242,9 +235,7 @@ def write(
     provenance = Provenance(model.name, model.fingerprint, *sae, config.seed)
     write_records([(_rows(config.task, repairs), provenance)], out / "results.parquet")
     page = Page("How much of an ablation is repaired?", finding, _sections(repairs, pools), Facts(provenance.facts()))
-    write_page(page, out / "report.html")
     summary = {
-        "verdict": finding,
         "task": config.task,
         "pairs": next((len(repair.pairs) for repair in repairs.values()), 0),
         "repaired": {how: {name: share.as_list() for name, share in listed.items()} for how, listed in pools.items()},
@@ -253,13 +244,9 @@ def write(
             how: [f"{node.site} {node.kind} {node.unit}" for node in choice.nodes if node not in choice.used(how)]
             for how in ABLATIONS
         },
-        "versions": versions(),
     }
-    write_json(summary, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
     figures = {f"{how}/{name}": share.value for how, listed in pools.items() for name, share in listed.items()}
-    show(config, "self-repair", page, figures)
-    sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    conclude(config, "self-repair", page, summary, figures)
 
 
 def _facts(node: RepairNode, ablation: str, repair: SelfRepair) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -106,11 +105,4 @@ def clock_of(device: str) -> Clock:
 
 def all_versions() -> dict[str, str]:
     """Versions of all libraries that results depend on, including those compared with."""
-    return versions() | {library: _version(library) for library in LIBRARIES}
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return versions(*LIBRARIES)

@@ -6,13 +6,17 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import numpy as np
 
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.records.provenance import versions
 from saepatch.runs.measurements import Measurements
 
 log = logging.getLogger(__name__)
@@ -26,6 +30,18 @@ class KeptValues(Protocol):
     """JSON values by name; those of an earlier start are not measured again."""
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any: ...
+
+
+def deciding(
+    config: Any, model: LanguageModel, saes: Mapping[Site, Dictionary], free: tuple[str, ...] = ("out", "track")
+) -> dict[str, Any]:
+    """By name, what must be the same for results to belong to one run: all settings but those in `free`, and hashes."""
+    return {
+        "settings": {name: value for name, value in asdict(config).items() if name not in free},
+        "model's weights": model.fingerprint,
+        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
+        "versions": versions(),
+    }
 
 
 class KeptResults:

@@ -1,12 +1,15 @@
-"""Logging of a finished experiment to trackers: figures, the report's tables and charts, dictionaries."""
+"""The end of an experiment: its files, and logging to trackers."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from saepatch.pages.tracked import track_dictionaries, track_page
-from saepatch.report import Page
+from saepatch.records.files import write_json, write_yaml
+from saepatch.records.provenance import versions
+from saepatch.report import Page, write_page
 from saepatch.runs.kinds import flat, numbers
 from saepatch.tracking.open import RunDescription, open_tracker
 
@@ -21,6 +24,26 @@ class TrackedSettings(Protocol):
     def track(self) -> str: ...
     @property
     def sae(self) -> str: ...
+
+
+def conclude(
+    config: TrackedSettings, run: str, page: Page, summary: Mapping[str, Any], figures: Mapping[str, Any]
+) -> None:
+    """Write report, summary and settings, log them to trackers, and print the verdict, which is the page's lead.
+
+    Args:
+        config: The experiment's settings.
+        run: The run's name.
+        page: The report.
+        summary: Content of summary.json besides the verdict and the versions.
+        figures: Figures for the trackers, as for `show`.
+    """
+    out = Path(config.out)
+    write_page(page, out / "report.html")
+    write_json({"verdict": page.lead, **summary, "versions": versions()}, out / "summary.json")
+    write_yaml(asdict(cast(Any, config)), out / "config.yaml")
+    show(config, run, page, figures)
+    sys.stdout.write(f"{page.lead}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
 
 
 def show(config: TrackedSettings, run: str, page: Page, summary: Mapping[str, Any]) -> None:

@@ -1,25 +1,21 @@
 """The report, summary and rows of the experiment on facts."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saepatch.facts.evaluation import EditEvaluation
 from saepatch.model.language_model import LanguageModel
 from saepatch.pages.charts import cell
-from saepatch.records.files import write_json, write_yaml
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import EditRow, write_rows
-from saepatch.report import Block, Cell, Facts, HeatMap, LineChart, Page, Section, Series, Table, write_page
+from saepatch.report import Block, Cell, Facts, HeatMap, LineChart, Page, Section, Series, Table
 
-from ..common.tracked import show
+from ..common.tracked import conclude
 from .claims import FactClaim
+from .settings import FactsConfig
 from .stages import LayerTrace, MeasuredSequence, correlation
-
-if TYPE_CHECKING:
-    from .study import FactsConfig
 
 KINDS = ("efficacy", "paraphrase", "neighbourhood", "reversal", "ripple")
 
@@ -46,16 +42,16 @@ class FactResults:
 
     def correlations(self) -> dict[str, float]:
         """Pearson correlation over layers of what an MLP restores with what an edit of it achieves."""
-        found = {}
+        by_token = {}
         for trace in self.traces:
             for token in ("subject", "last"):
                 if len(edits := self.edited_at(token)) > 2:
                     restored = [trace.of(token)[layer] for layer in edits]
-                    found[f"{trace.corruption}, {token}"] = correlation(restored, list(edits.values()))
-        return found
+                    by_token[f"{trace.corruption}, {token}"] = correlation(restored, list(edits.values()))
+        return by_token
 
 
-def write(config: "FactsConfig", model: LanguageModel, results: FactResults, more: Mapping[str, Any]) -> None:
+def write(config: FactsConfig, model: LanguageModel, results: FactResults) -> None:
     """Write the report, summary, rows and settings, and log them to trackers."""
     out = Path(config.out)
     provenance = Provenance(
@@ -63,36 +59,27 @@ def write(config: "FactsConfig", model: LanguageModel, results: FactResults, mor
     )
     rows: list[EditRow] = [row for each in results.singles.values() for row in each.rows]
     write_rows([(rows, provenance)], out / "results.parquet", kind=EditRow)
-    verdict = headline(results)
     given = {name: text for name, text in provenance.facts().items() if config.sae or name != "dictionary"}
-    page = Page("Editing facts", verdict, _sections(results), Facts(given))
-    write_page(page, out / "report.html")
-    write_json(
-        {
-            "verdict": verdict,
-            "known": results.known,
-            "requests": results.requests,
-            "token": results.token,
-            "layer": results.layer,
-            "correlations": results.correlations(),
-            "by_layer": {name: _figures(each) for name, each in results.by_layer.items()},
-            "single_edits": {name: _figures(each) for name, each in results.singles.items()},
-            "sequences": {
-                run.method: {
-                    str(step.edits): _figures(step.evaluation) | {"loss": step.loss, "norms": step.norms}
-                    for step in run.steps
-                }
-                for run in results.sequences
-            },
-            "left_out": dict(results.left_out),
-            "claims": [{**asdict(each), "figure": each.figure.as_list()} for each in results.claims],
-            **more,
+    page = Page("Editing facts", headline(results), _sections(results), Facts(given))
+    summary = {
+        "known": results.known,
+        "requests": results.requests,
+        "token": results.token,
+        "layer": results.layer,
+        "correlations": results.correlations(),
+        "by_layer": {name: _figures(each) for name, each in results.by_layer.items()},
+        "single_edits": {name: _figures(each) for name, each in results.singles.items()},
+        "sequences": {
+            run.method: {
+                str(step.edits): _figures(step.evaluation) | {"loss": step.loss, "norms": step.norms}
+                for step in run.steps
+            }
+            for run in results.sequences
         },
-        out / "summary.json",
-    )
-    write_yaml(asdict(config), out / "config.yaml")
-    show(config, "facts", page, {"correlations": results.correlations()})
-    sys.stdout.write(f"{verdict}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+        "left_out": dict(results.left_out),
+        "claims": [{**asdict(each), "figure": each.figure.as_list()} for each in results.claims],
+    }
+    conclude(config, "facts", page, summary, {"correlations": results.correlations()})
 
 
 def headline(results: FactResults) -> str:

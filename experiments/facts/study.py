@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from saepatch.data.edit_requests import EditRequest, load_edit_requests
 from saepatch.data.texts import load_texts
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
-from saepatch.facts.contexts import FactToken, Sampled
+from saepatch.facts.contexts import FactToken
 from saepatch.facts.covariances import Covariances
 from saepatch.facts.evaluation import EditEvaluation, evaluate_edit, joined
 from saepatch.facts.generation import FluencySettings
@@ -28,15 +27,15 @@ from saepatch.facts.methods import AlphaEdit, EditMethod, Rome
 from saepatch.facts.values import ValueSearch
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
-from saepatch.records.provenance import json_hash, versions
+from saepatch.records.provenance import json_hash
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
-from saepatch.tracking.open import read_spec
 
 from ..common.kept import KeptResults
 from .claims import claims
 from .latents import latent_edits, latents_of_answers
 from .page import FactResults, write
+from .settings import FactsConfig
 from .stages import (
     CORRUPTIONS,
     TOKENS,
@@ -50,61 +49,6 @@ from .stages import (
 )
 
 HELD_OUT = 0.2  # share of the reference texts on which the loss is measured
-
-
-@dataclass(frozen=True)
-class FactsConfig:
-    """Trace facts, edit them by weights and by latents, and measure what the edits break."""
-
-    out: str = "runs/facts"
-    """Folder for summary.json, report.html, results.parquet and config.yaml."""
-    model: str = "organism"
-    """The embedded model, a folder, or a Hugging Face id."""
-    requests: str = "organism"
-    """Facts: organism, or a file or dataset as for `saepatch edit`."""
-    reference: str = "organism"
-    """Texts for the covariance of keys and, a fifth of them, for the held-out loss."""
-    sae: str = "organism"
-    """Dictionary of the edits by latents: organism, a folder or RELEASE/SAE_ID; empty: none."""
-    site: str = "resid_post.3"
-    """Site of that dictionary."""
-    layers: tuple[int, ...] = ()
-    """Layers at which single edits are tried; empty: all."""
-    choose: int = 12
-    """Facts on which layer and token are chosen."""
-    singles: int = 30
-    """Facts edited one by one, for the comparison of methods."""
-    checkpoints: tuple[int, ...] = (1, 3, 10, 30)
-    """Numbers of edits after which a sequence is measured."""
-    prefixes: int = 0
-    """Sampled prefixes of 10 tokens before each prompt, beside the bare prompt."""
-    steps: int = 25
-    """Largest number of steps in the search for each value."""
-    weight: float = 100.0
-    """λ of MEMIT."""
-    threshold: float = 0.05
-    """Eigenvalues of the covariance below this span AlphaEdit's null space."""
-    ridge: float = 0.0
-    """Share of the mean diagonal that is added to the covariance, where texts are few."""
-    token: Literal["", "subject", "last"] = ""
-    """Token at which facts are edited; empty: the better of both."""
-    dtype: str = "float32"
-    """Precision of the model."""
-    device: str = "cpu"
-    """Where to run."""
-    seed: int = 0
-    """Seed of noise, prefixes, sampled texts and bootstrap draws."""
-    track: str = "none"
-    """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
-
-    def __post_init__(self) -> None:
-        read_spec(self.track)
-        if min(self.choose, self.singles) < 2 or self.steps < 1 or self.prefixes < 0 or not self.checkpoints:
-            raise UserError("give at least 2 facts to choose on, 2 single edits, 1 step and 1 checkpoint")
-
-    @property
-    def sampled(self) -> Sampled:
-        return Sampled(((10, self.prefixes),) if self.prefixes else (), apart=False, seed=self.seed)
 
 
 def main(config: FactsConfig) -> None:
@@ -156,7 +100,7 @@ def main(config: FactsConfig) -> None:
             left_out=left_out,
             claims=tuple(claims(singles, sequences, ("MEMIT, 1 layer", "MEMIT"))),
         )
-    write(config, model, results, {"versions": versions()})
+    write(config, model, results)
 
 
 def best(by_layer: Mapping[str, EditEvaluation]) -> tuple[FactToken, int]:

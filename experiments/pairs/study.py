@@ -31,12 +31,12 @@ from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
 from saepatch.pages import track_page
 from saepatch.records.clock import stage
-from saepatch.records.provenance import json_hash, versions
+from saepatch.records.provenance import json_hash
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.tracking.open import RunDescription, open_tracker
 
-from ..common.kept import KeptResults
+from ..common.kept import KeptResults, deciding
 from . import stages
 from .findings import StudyResults, printed, unsure
 from .page import write
@@ -103,14 +103,9 @@ def _deciding(
     config: StudyConfig, model: LanguageModel, saes: Sequence[Dictionary], framed: Sequence[FramedPair]
 ) -> dict[str, Any]:
     """By name, what must be the same for results to belong to one run."""
-    free = ("out", "device", "track")
-    return {
-        "settings": {name: value for name, value in asdict(config).items() if name not in free},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(dictionary.site): dictionary.fingerprint for dictionary in saes},
-        "pairs' texts": json_hash([[*astuple(each.pair), each.frame] for each in framed]),
-        "versions": versions(),
-    }
+    by_site = {dictionary.site: dictionary for dictionary in saes}
+    texts = json_hash([[*astuple(each.pair), each.frame] for each in framed])
+    return deciding(config, model, by_site, ("out", "device", "track")) | {"pairs' texts": texts}
 
 
 def _measure(

@@ -51,9 +51,9 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results can depend on."""
-    return {"python": platform.python_version()} | {library: _version(library) for library in LIBRARIES}
+def versions(*others: str) -> dict[str, str]:
+    """Versions of Python, of the libraries that results can depend on, and of other libraries."""
+    return {"python": platform.python_version()} | {library: _version(library) for library in (*LIBRARIES, *others)}
 
 
 @cache  # asked for each part of a long run
