@@ -8,10 +8,12 @@ and values of earlier positions.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
@@ -52,8 +54,15 @@ class Swept:
     @property
     def noise_share(self) -> float:
         """The noise as a share of the mean gap."""
-        gap = float(np.abs(self.clean - self.corrupted).mean())
-        return (self.noise or 0.0) / gap if gap else 0.0
+        return share_of_gap(self.noise, self.clean, self.corrupted)
+
+
+def share_of_gap(
+    noise: float | None, clean: Float[np.ndarray, "pairs"], corrupted: Float[np.ndarray, "pairs"]
+) -> float:
+    """A noise of the metric as a share of the mean gap; 0 where it was not measured or there is no gap."""
+    gap = float(np.abs(clean - corrupted).mean())
+    return (noise or 0.0) / gap if gap else 0.0
 
 
 def sweep(
@@ -95,8 +104,10 @@ def sweep(
                 part = replace(part, clean_logits=clean.logits)
             base, source = (corrupted, clean) if options.denoises else (clean, corrupted)
             base.checked = ways.of(base)
-            if swept.noise is None or base.tokens.padded:
-                swept.noise = max(swept.noise or 0.0, _batch_noise(model, base, part, options))
+            bare = clean if corruption is not None else base  # a corrupted pass has no counterpart alone
+            if swept.noise is None or bare.tokens.padded:
+                measured = partial(metric_values, options.metric, batch=part)
+                swept.noise = max(swept.noise or 0.0, batch_noise(model, bare, measured, len(part)))
             index = part.index.tolist()
             ends = [metric_values(options.metric, run.logits, part) for run in (clean, corrupted)]
             np.add.at(swept.clean, index, ends[0] / samples)
@@ -139,25 +150,30 @@ def _two_runs(
     return clean, options.corruption.run(model, part, components, clean, denoise)
 
 
-def _batch_noise(model: LanguageModel, run: KeptRun, part: PairBatch, options: SweepOptions) -> float:
-    """How much the metric changes when the row with most padding runs alone instead of in its batch.
+def batch_noise(model: LanguageModel, run: KeptRun, measured: Callable[[Tensor], np.ndarray], rows: int) -> float:
+    """How much a metric changes when the row with most padding runs alone instead of in its batch.
 
     Kernels may round differently by batch, and quantisation may use one scale for all of it. One row's logits give as
     many differences as the batch has pairs of answers.
+
+    Args:
+        measured: The metric of next-token logits of all rows.
+        rows: Number of rows whose answers `measured` knows.
 
     Raises:
         UserError: the logits differ by so much that padding changes the model's results.
     """
     row = int(run.tokens.lengths.argmin())
     alone = Tokens(*(t[row : row + 1, run.tokens.attention_mask[row].bool()] for t in vars(run.tokens).values()))
-    expected, inside = model.next_logits(alone).to(run.logits), run.logits[row : row + 1]
-    worst = float((inside.float() - expected.float()).abs().max())
-    if run.tokens.padded and worst > (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max()):
-        raise UserError(
-            f"padding changes the results of {model.name} (logits differ by {worst:.1e}): give pairs of equal length "
-            "(align='equal'), or one pair at a time"
-        )
-    values = [metric_values(options.metric, logits.expand(len(part), -1), part) for logits in (expected, inside)]
+    with torch.no_grad():
+        expected, inside = model.next_logits(alone).to(run.logits), run.logits[row : row + 1]
+        worst = float((inside.float() - expected.float()).abs().max())
+        if run.tokens.padded and worst > (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max()):
+            raise UserError(
+                f"padding changes the results of {model.name} (logits differ by {worst:.1e}): give pairs of equal "
+                "length (align='equal'), or one pair at a time"
+            )
+        values = [measured(logits.expand(rows, -1)) for logits in (expected, inside)]
     return float(np.abs(values[0] - values[1]).max())
 
 

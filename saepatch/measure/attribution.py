@@ -7,6 +7,7 @@ runs the largest estimates, and a random sample of the others, exactly.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -42,6 +43,7 @@ from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import Metric, as_metric, logit_difference
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.engine.passes.kept_run import KeptRun
+from saepatch.engine.sweep import batch_noise, share_of_gap
 from saepatch.errors import UserError
 from saepatch.measure.patching import base_tokens, patch_edits
 from saepatch.measure.recall import verify_to_recall
@@ -118,7 +120,7 @@ def attribute(
         score=columns["score"],
         sizes=screen.absolute,
         precision=precision,
-        rounding=rounding,
+        rounding=max(rounding, 2 * screen.noise_share),
         tokens=base_tokens(model, pairs, chosen),
         **chosen.labels,
     )
@@ -176,6 +178,12 @@ class _Screen:
     total: Float[ndarray, "sites pairs"]
     parts: list[dict[str, ndarray]] = field(default_factory=list)
     absolute: bool = False
+    noise: float | None = None  # of the metric, between a row alone and in its batch
+
+    @property
+    def noise_share(self) -> float:
+        """The noise as a share of the mean gap."""
+        return share_of_gap(self.noise, self.clean, self.corrupted)
 
     def columns(self, sign: float) -> dict[str, ndarray]:
         """Columns of all nodes, averaged over the samples of a pair."""
@@ -246,12 +254,16 @@ def _screen_part(
     if corruption is None:
         tokens, others = (part.corrupted, part.clean) if denoise else (part.clean, part.corrupted)
         with readout.running(model):
-            source = KeptRun(model, others, sites, keep_cache=False)
+            source = bare = KeptRun(model, others, sites, keep_cache=False)
     else:
-        clean = KeptRun(model, part.clean, sites, keep_cache=False)
+        clean = bare = KeptRun(model, part.clean, sites, keep_cache=False)
         corrupted = corruption.run(model, part, components, clean, False)
         runs = (corrupted, clean) if denoise else (clean, corrupted)
         tokens, source = runs[0].tokens, runs[1]
+    if screen.noise is None or bare.tokens.padded:
+        with readout.running(model) if corruption is None else nullcontext():
+            noise = batch_noise(model, bare, lambda logits: _numpy(readout(logits)), len(part))
+        screen.noise = max(screen.noise or 0.0, noise)
     where = {dictionary.site: known_where(model, LatentUnits(dictionary), part) for dictionary in dictionaries}
     alike = (tokens.input_ids == source.tokens.input_ids) & (tokens.attention_mask == source.tokens.attention_mask)
     alike = alike.cumprod(-1).bool()

@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from tiny import random_dictionary, tiny_model
 from torch import nn
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
+from saepatch.engine.corruptions import GaussianNoise, Zero
 from saepatch.measure.attribution import attribute
 from saepatch.measure.patching import patch_latents
 from saepatch.splicing.interventions import Patch
@@ -63,6 +65,16 @@ def test_rounding_that_depends_on_the_batch_is_stated():
     assert row.rounding > 10 * exact.rows("t")[0].rounding
 
 
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("corruption", [Zero(), GaussianNoise((1, 2), samples=2)], ids=["zero", "noise"])
+def test_what_a_corruption_changes_is_no_rounding(corruption, direction):
+    """The corrupted run of equal prompts differs from a bare pass by all that the corruption did."""
+    model, dictionary = tiny_model("qwen2", seed=6), random_dictionary("resid_post.0", "standard")
+    of = {"corruption": corruption, "direction": direction}
+    assert patch_latents(model, dictionary, PAIRS, [1, 4], controls=0, **of).rounding == 1e-4
+    assert attribute(model, dictionary, PAIRS, **of).rounding == 1e-4
+
+
 def test_effects_within_rounding_are_marked():
     model, dictionary = tiny_model("qwen2", seed=6), random_dictionary("resid_post.0", "standard")
     effects = patch_latents(model, dictionary, PAIRS, [1, 4, 9], controls=0)
@@ -84,3 +96,9 @@ def test_attribution_states_its_precision():
     screen = attribute(model, dictionary, PAIRS)
     row = screen.rows("t")[0]
     assert (row.precision, row.rounding) == ("float32", 1e-4 * np.abs(screen.gap).mean())
+    for layer in model.hf.model.layers:
+        layer.mlp.up_proj = Rounded(layer.mlp.up_proj).eval()
+    rounded = attribute(model, dictionary, PAIRS)
+    alone = [attribute(model, dictionary, [pair]) for pair in PAIRS]
+    worst = max(abs(float(one.clean[0] - rounded.clean[row])) for row, one in enumerate(alone))
+    assert 1e-3 < worst / np.abs(rounded.gap).mean() < 3 * rounded.rounding
