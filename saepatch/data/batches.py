@@ -62,7 +62,8 @@ def batch_pairs(
     if not pairs:
         raise UserError("there are no prompt pairs: give at least one")
     if other := [pair for pair in pairs if not isinstance(pair, PromptPair)]:
-        raise UserError(f"a pair is a {type(other[0]).__name__}, not a PromptPair: write PromptPair(clean, corrupted, answer, counter)")
+        kind = type(other[0]).__name__
+        raise UserError(f"a pair is a {kind}, not a PromptPair: write PromptPair(clean, corrupted, answer, counter)")
     if align not in ("equal", "right"):
         raise UserError(f"unknown alignment {align!r}: use 'equal' or 'right'")
     if align == "right":

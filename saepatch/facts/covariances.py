@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saepatch.data.texts import token_batches
@@ -18,7 +17,7 @@ from saepatch.errors import UserError
 from saepatch.facts.projections import projection
 from saepatch.model.language_model import LanguageModel, refuse_training
 from saepatch.model.sites import Site
-from saepatch.records.files import atomic, output_folder
+from saepatch.records.files import output_folder, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +72,7 @@ class Covariances:
                 known[layer] = sums[layer], tokens
                 if cache is not None:
                     output_folder(cache)
-                    with atomic(paths[layer]) as temporary:
-                        save_file({"covariance": sums[layer].cpu()}, temporary, {"tokens": json.dumps(tokens)})
+                    write_tensors({"covariance": sums[layer].cpu()}, paths[layer], {"tokens": json.dumps(tokens)})
         matrices = {layer: known[layer][0].to(model.device) for layer in layers}
         return cls(model.fingerprint, matrices, min(known[layer][1] for layer in layers), ridge)
 

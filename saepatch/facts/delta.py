@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saepatch.errors import UserError
 from saepatch.facts.projections import Projection, projection
 from saepatch.model.hooks import is_spliced
 from saepatch.model.language_model import LanguageModel
-from saepatch.records.files import atomic
+from saepatch.records.files import write_tensors
 
 FORMAT = "saepatch delta 1"
 
@@ -102,8 +101,7 @@ class Delta:
         }
         facts = {"model": self.model, "model_hash": self.model_hash, "method": self.method, "examples": self.examples}
         try:
-            with atomic(Path(path)) as temporary:
-                save_file(tensors, temporary, {"format": FORMAT, "delta": json.dumps(facts)})
+            write_tensors(tensors, Path(path), {"format": FORMAT, "delta": json.dumps(facts)})
         except OSError as error:
             raise UserError(f"cannot write {str(path)!r} ({error.strerror}): give another path") from error
 

@@ -8,10 +8,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saepatch.errors import UserError
 from saepatch.records.secrets import redacted_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -27,6 +30,21 @@ def write_yaml(value: Mapping[str, Any], path: Path) -> None:
     with atomic(path) as temporary:
         text = yaml.safe_dump(redacted_values(dict(value)), sort_keys=False, allow_unicode=True)
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically. Raises OSError where it cannot be written, as other writers do."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:  # its text alone says which error of the system it was
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                code = int(number[1])
+                raise OSError(code, os.strerror(code), str(path)) from error
+            raise
 
 
 def plain(value: Any) -> Any:

@@ -27,4 +27,4 @@ def write_whole(path: Path, text: str, what: str) -> None:
             fresh.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {what} to {str(path)!r} ({reason}): choose another --out") from error
+        raise UserError(f"cannot write {what} to {str(path)!r} ({reason}): choose another place") from error

@@ -169,3 +169,9 @@ def test_sources_that_are_not_there(monkeypatch):
         load_pairs("nosuch")
     with pytest.raises(UserError, match="n = -1 asks for no pairs"):
         load_pairs("ioi", n=-1)
+
+
+def test_a_row_in_place_of_a_pair_is_named():
+    row = {"clean": "my pig ran", "corrupted": "my fox ran", "answer": "x", "counter": "y"}
+    with pytest.raises(UserError, match="a pair is a dict, not a PromptPair"):
+        batch_pairs(tiny_model("llama"), [row])

@@ -2,8 +2,12 @@
 
 import fcntl
 import json
+import resource
 
-from saepatch.records.files import check_writable, write_json
+import pytest
+import torch
+
+from saepatch.records.files import check_writable, write_json, write_tensors
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
@@ -41,3 +45,18 @@ def test_a_folder_that_is_looked_at_stays_empty(tmp_path, monkeypatch):
     check_writable(tmp_path)
     assert seen == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_system(tmp_path):
+    """As on a full disk: commands say so in a line, and leave the file as it was."""
+    path = tmp_path / "delta.safetensors"
+    write_tensors({"a": torch.zeros(3)}, path, {})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors({"a": torch.zeros(100_000)}, path, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -423,7 +423,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     target.unlink()
     target.mkdir()
     (target / "occupied").touch()
-    with pytest.raises(UserError, match="choose another --out") as caught:
+    with pytest.raises(UserError, match="choose another place") as caught:
         write_page(page_of(), target)
     assert "\n" not in str(caught.value)
     assert [path.name for path in target.parent.iterdir()] == ["report.html"]  # no leavings
