@@ -81,9 +81,9 @@ kills: $(STAMP)  ## kill commands at random moments and run them again (half an 
 	PYTHONPATH=.:tests:tests/common $(BIN)/python -m kills
 
 audit: $(STAMP)  ## security lint and known vulnerabilities of dependencies (uses PyPI)
-	$(BIN)/ruff check --select S saepatch training experiments
+	$(BIN)/ruff check saepatch training experiments
 	@$(PIP) -e '.[audit]' $(OR_SHOW)
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 zoo: $(STAMP)  ## check all model types in transformers; writes docs/models.md (30 min)
 	@PYTHONPATH=.:tests:tests/common $(BIN)/python -m zoo
