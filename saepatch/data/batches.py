@@ -61,7 +61,8 @@ def batch_pairs(
     """
     if not pairs:
         raise UserError("there are no prompt pairs: give at least one")
-    if other := [pair for pair in pairs if not isinstance(pair, PromptPair)]:
+    given: Sequence[object] = pairs
+    if other := [pair for pair in given if not isinstance(pair, PromptPair)]:
         kind = type(other[0]).__name__
         raise UserError(f"a pair is a {kind}, not a PromptPair: write PromptPair(clean, corrupted, answer, counter)")
     if align not in ("equal", "right"):
