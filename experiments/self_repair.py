@@ -3,9 +3,9 @@
     python -m experiments.self_repair --out runs/self-repair
     python -m experiments.self_repair --model google/gemma-3-270m --pairs 24 --out runs/self-repair-gemma
 
-Ablated, one at a time and at the last position alone, are every attention layer and MLP, and of each layer the head,
-and of each dictionary the latent, with the largest direct effect on the answer's logit. They take their values in the
-pair's corrupted prompt (resampled) or their mean over the prompts of `select`. Nodes are used where they lose a direct
+Every attention layer and MLP is ablated, one at a time, at the last position; so are, of each layer, the head and, of
+each dictionary, the latent with the largest direct effect on the answer's logit. An ablated node has its value in the
+pair's corrupted prompt (resampled) or its mean over the prompts of `select`. Nodes are used where they lose a direct
 effect on `select`, which also chooses the backups that are ablated jointly; everything is reported on `report`. Repair
 is the change of the logit that is not the node's own direct effect, as a share of the direct effect that is lost: by
 later heads, later MLPs and the final norm's new scale. A stopped run continues when the same command is given again.
@@ -104,7 +104,7 @@ class RepairNode:
 
 @dataclass(frozen=True, eq=False)
 class RepairChoice:
-    """What nodes lose on `select`, by ablation: means of the answer's logit with their intervals."""
+    """Direct effects that nodes lose on `select`, by ablation: means of the answer's logit with their intervals."""
 
     nodes: tuple[RepairNode, ...]
     lost: dict[str, tuple[Interval, ...]]
@@ -118,7 +118,7 @@ Repairs = Mapping[tuple[RepairNode, str], SelfRepair]
 
 
 def choose(model: LanguageModel, saes: Mapping[Site, Dictionary], pairs: Sequence[PromptPair]) -> RepairChoice:
-    """The nodes to ablate, and what each of them loses on `select`. Heads are chosen by resample ablation."""
+    """The nodes to ablate, and the direct effect that each loses on `select`. Heads are chosen by resample ablation."""
     runs, prompts = RepairRuns(model, pairs), _prompts(pairs)
 
     def lost(node: RepairNode, over: Sequence[str]) -> Interval:
@@ -183,7 +183,7 @@ def verdict(pools: Mapping[str, Mapping[str, Interval]]) -> str:
         named = {name: share for name, share in listed.items() if name.startswith(("attention", "MLP"))}
         parts = [f"{name} {share}" for name, share in named.items() if not share.reason]
         sentences += [f"By {ablation}, {', '.join(parts)} of the lost direct effect is repaired."] if parts else []
-    return " ".join(sentences) or "No node has a share of its lost direct effect that could be told from others."
+    return " ".join(sentences) or "No node has a share of its lost direct effect that differs from others."
 
 
 def main(config: SelfRepairConfig) -> None:

@@ -1,7 +1,7 @@
-"""Attention masks as rules: which keys each query sees, asked for the few that are needed.
+"""Attention masks as rules: which keys a query sees, evaluated only where needed.
 
-transformers hands the mask of a layer to attention as one matrix of all queries and keys. Registered in place of the
-function that makes it, `mask_rule` hands on what the matrix would be made from: a function of two positions.
+transformers passes a layer's mask to attention as one matrix of all queries and keys. Registered in place of the
+function that builds it, `mask_rule` passes the function of two positions from which the matrix would be built.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def mask_rule(
     if batch_size != 1 or (attention_mask is not None and not bool(attention_mask.all())):
         raise UserError("attention is traced in one prompt at a time, without padding: give one text")
     if others.get("use_vmap") or others.get("kv_offset"):
-        raise UserError("the model masks attention in a way of its own, which sparse tracing does not follow")
+        raise UserError("the model has its own kind of attention mask, which sparse tracing does not support")
     return MaskRule(mask_function, int(others.get("q_offset", 0)), q_length, kv_length, torch.device(device))
 
 

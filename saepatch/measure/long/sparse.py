@@ -1,4 +1,4 @@
-"""Attention over few key blocks, and exactly what share of the whole attention these hold."""
+"""Attention over few key blocks, and the exact share of the whole attention on them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field

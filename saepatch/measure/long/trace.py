@@ -21,7 +21,7 @@ from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 
 log = logging.getLogger(__name__)
 
-COMPARED = 8192  # tokens of a prompt up to which the whole model runs too, unless asked otherwise
+COMPARED = 8192  # longest prompt, in tokens, on which the whole model runs too by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def trace_attention(
     options: TraceOptions | None = None,
     **keywords: Unpack[TraceKeywords],
 ) -> AttentionTrace:
-    """Run the model on one prompt, each head reading few blocks of it, and say what is lost and which blocks are read.
+    """Run the model on one prompt with each head reading few blocks, and report what is lost and which blocks are read.
 
     For each head and each block of queries, a hierarchical search chooses `k` blocks of keys
     (`saepatch.measure.long.choosing`). The prompt's first block (the attention sink), the own block, the one before it
@@ -84,8 +84,8 @@ def trace_attention(
     positions: it goes through transformers' attention interface, and masks are rules of positions. Where `k` is at
     least the number of blocks, the pass equals the model's own up to rounding.
 
-    That the next token is kept says little. So the softmax mass that each query lost is measured exactly, against the
-    log-sum-exp over all keys, for the query blocks that `measured` asks for; and, where `compare` runs the whole
+    That the next token is kept is weak evidence. The softmax mass that each query lost is therefore measured exactly,
+    against the log-sum-exp over all keys, for the query blocks given by `measured`; and, where `compare` runs the whole
     model, the divergence of the next token's distribution and the change of the logit difference.
 
     Args:
@@ -96,7 +96,7 @@ def trace_attention(
 
     Raises:
         UserError: there are several prompts or padding, an option is invalid, the model is in training mode or inside
-            a splice, or its attention cannot be replaced: it does not use transformers' interface, is no softmax of
+            a splice, or its attention cannot be replaced: it does not use transformers' interface, is not a softmax of
             scaled dot products (position biases), or is not causal within a window.
     """
     chosen = with_keywords(options or TraceOptions(), keywords)
@@ -158,7 +158,7 @@ def _check(model: LanguageModel, tokens: Tokens, options: TraceOptions) -> None:
     few = tokens.columns(min(tokens.width, max(4 * options.block + 1, 128)))
     try:
         attention, ours = _sparse(model, few, few.width, options, ())
-    except (TypeError, AttributeError, IndexError) as error:  # of code that computes with the mask itself
+    except (TypeError, AttributeError, IndexError) as error:  # from code that computes with the mask itself
         attention, reason = None, f" ({reason_of(error)})"
     if attention is None or not attention.chosen:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a sparse trace found, and how it is shown."""
+"""Results of a sparse trace, and their display."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class AgainstDense:
         kept: Whether the traced pass has the same.
         kl: Divergence of the traced pass from the whole model, in nats.
         compared: The two tokens whose logit difference is compared.
-        difference, difference_traced: It, in the whole model and in the traced pass.
+        difference, difference_traced: That difference, in the whole model and in the traced pass.
     """
 
     next_token: str
