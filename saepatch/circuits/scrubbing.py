@@ -9,20 +9,22 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from saepatch.engine.components import Changes, Component
+from saepatch.engine.components import Changes, Component, ErrorTerm, LatentUnits
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_sites
+from saepatch.model.inputs.tokens import without_tokens
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_ratio
 from saepatch.records.tables import text_table
 
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Feature = Callable[[str], Hashable]
 Draws = Int[ndarray, "examples"]
+Read = TypeVar("Read")
 
 
 class Sampler(Protocol):
@@ -157,12 +160,15 @@ def scrub(
     others: Sampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    apart: Sequence[Component] = (),
 ) -> Scrubbed:
     """Test a hypothesis by causal scrubbing (Chan et al. 2022).
 
     The output runs on an input drawn by `others`, with the images of `claims` set to what they are on inputs drawn by
     each claim's sampler for the reference; an image with children is computed likewise, on a run of its own: the model
-    is evaluated as a tree. All that a run does not name, error terms too, comes from its one drawn input ("together").
+    is evaluated as a tree. All that a run does not name, error terms too, comes from its one drawn input ("together"),
+    except the units of `apart`, each of which is computed on a drawn input of its own ("independent"), which breaks
+    what only matters in combination. Images of dictionaries are not set at tokens that these were not trained on.
 
     Args:
         model: The model.
@@ -172,12 +178,14 @@ def scrub(
         others: Draws the inputs of runs, for all that no claim names; by default `Unconditional`.
         seed: Of all draws.
         batch_size: Prompts per forward pass.
+        apart: Components of few units, such as `Heads`, MLPs as `Stream`, or chosen latents.
 
     Returns:
         Losses, the draws, and `recovered`, whose floor is the model's mean loss on all inputs' labels.
 
     Raises:
-        UserError: prompts differ in length, or labels or images do not fit.
+        UserError: prompts differ in length, labels or images do not fit, an image is at one position and its dictionary
+            was not trained on a token there, or a component of `apart` shares its site with an image of another kind.
     """
     refuse_training(model)
     tokens = model.tokenize(list(inputs))
@@ -185,7 +193,9 @@ def scrub(
         raise UserError("inputs differ in their number of tokens: causal scrubbing swaps positions, give equal lengths")
     if len(labels) != len(inputs):
         raise UserError(f"{len(labels)} labels for {len(inputs)} inputs: give one each")
-    tree = _Tree(model, tokens, list(inputs), others or Unconditional(), np.random.default_rng(seed), batch_size)
+    others, rng = others or Unconditional(), np.random.default_rng(seed)
+    tree = _Tree(model, tokens, list(inputs), others, rng, batch_size, tuple(apart))
+    tree.check(_all(claims))
     references = np.arange(len(inputs))
     wanted = torch.tensor(list(labels), device=model.device)
     own = torch.cat([model.next_logits(part) for part in tokens.batches(batch_size)]).double().log_softmax(-1)
@@ -197,9 +207,7 @@ def scrub(
         model=-own.gather(1, wanted[:, None])[:, 0].cpu().numpy(),
         scrubbed=-scrubbed.gather(1, wanted[:, None])[:, 0].cpu().numpy(),
         random=-own[:, wanted].mean(1).cpu().numpy(),
-        samplers=tuple(
-            dict.fromkeys([*(claim.sampler.name for claim in _all(claims)), f"{tree.others.name} together"])
-        ),
+        samplers=tuple(dict.fromkeys([*(claim.sampler.name for claim in _all(claims)), *tree.of_others])),
         vacuous=tuple(vacuous),
         draws=tuple(tree.draws),
     )
@@ -219,7 +227,35 @@ class _Tree:
     others: Sampler
     rng: np.random.Generator
     batch_size: int
+    apart: tuple[Component, ...] = ()
     draws: list[tuple[str, Draws]] = field(default_factory=list)
+
+    def check(self, claims: Sequence[HypothesisNode]) -> None:
+        """Raises UserError for images that do not fit the model, the inputs or the components that are drawn apart."""
+        for component in (*(claim.image for claim in claims), *self.apart):
+            component.check(self.model)
+        for claim in claims:
+            for other in self.apart:
+                if (other.site, other.kind) != (claim.image.site, claim.image.kind) and other.site == claim.image.site:
+                    raise UserError(
+                        f"{claim} shares its site with the {other.kind} drawn apart: give one kind of units"
+                    )
+            if claim.position is not None and not bool(self._known(claim.image, self.tokens)[:, claim.position].all()):
+                raise UserError(
+                    f"{claim}: the dictionary was not trained on a token that is there in some inputs: leave these "
+                    "out, or load it with every_position=True"
+                )
+
+    @property
+    def of_others(self) -> list[str]:
+        return [f"{self.others.name} together", *([f"{self.others.name} independent"] if self.apart else [])]
+
+    def _known(self, image: Component, tokens: Tokens) -> Bool[Tensor, "batch pos"]:
+        """Where an image can be set: its dictionary, if it has one, was trained on the token."""
+        everywhere = torch.ones_like(tokens.input_ids, dtype=torch.bool)
+        if not isinstance(image, LatentUnits | ErrorTerm):
+            return everywhere
+        return without_tokens(tokens.input_ids, everywhere, image.dictionary.excluded_tokens(self.model))
 
     def alone(self, claim: HypothesisNode) -> float:
         """Share of inputs whose matching set has one member; 0 for samplers that match nothing."""
@@ -229,50 +265,96 @@ class _Tree:
         return float(np.mean([counts[feature] == 1 for feature in features]))
 
     def output(self, claims: Sequence[HypothesisNode], references: Draws) -> Float[Tensor, "examples vocab"]:
-        return self._run(claims, references, self.model.next_logits)
+        return torch.cat(self._run(claims, references, self.model.next_logits))
 
-    def _value(self, claim: HypothesisNode, references: Draws) -> Float[Tensor, "examples pos values"]:
+    def _image(self, claim: HypothesisNode, references: Draws) -> "_DrawnImage":
         """The values of a claim's units for references."""
-        claim.image.check(self.model)
         site, features = claim.image.site, [claim.feature(text) for text in self.inputs]
         drawn = claim.sampler.draw(references, features, self.rng)
         self.draws.append((str(claim), drawn))
 
-        def read(tokens: Tokens) -> Tensor:
-            return claim.image.read(self.model.capture(tokens, [site])[site])
+        def read(tokens: Tokens) -> tuple[Tensor, Tensor]:
+            value = claim.image.read(self.model.capture(tokens, [site])[site])
+            return value, self._known(claim.image, tokens)
 
         if claim.children:
-            return self._run(claim.children, drawn, read)
-        return torch.cat([read(part) for part in self.tokens.rows(drawn.tolist()).batches(self.batch_size)])
+            parts = self._run(claim.children, drawn, read, site)
+        else:
+            parts = [read(part) for part in self.tokens.rows(drawn.tolist()).batches(self.batch_size)]
+        values, known = (torch.cat(some) for some in zip(*parts, strict=True))
+        return _DrawnImage(claim, values, known)
 
-    def _run(self, claims: Sequence[HypothesisNode], references: Draws, read: Callable[[Tokens], Tensor]) -> Tensor:
+    def _independent(self, claims: Sequence[HypothesisNode], before: Site | None) -> list[HypothesisNode]:
+        """A claim for each unit that is drawn apart, on an input of its own, in a run up to a site."""
+        mine = [some for some in self.apart if before is None or some.site.order < before.order]
+        named = {(c.image.site, c.image.kind, unit) for c in claims if c.position is None for unit in _ids_of(c)}
+        every = [
+            HypothesisNode(some, _nothing, (unit,), sampler=self.others) for some in mine for unit in range(some.units)
+        ]
+        return [one for one in every if (one.image.site, one.image.kind, *_ids_of(one)) not in named]
+
+    def _run(
+        self,
+        claims: Sequence[HypothesisNode],
+        references: Draws,
+        read: Callable[[Tokens], Read],
+        before: Site | None = None,
+    ) -> list[Read]:
         """What `read` gives on inputs drawn for all that is not named, with the claims' images set."""
-        values = [self._value(claim, references) for claim in claims]
+        images = [self._image(claim, references) for claim in (*claims, *self._independent(claims, before))]
         base = self.others.draw(references, [None] * len(self.inputs), self.rng)
         out = []
         for start in range(0, len(base), self.batch_size):
             part = self.tokens.rows(base[start : start + self.batch_size].tolist())
-            named = [
-                (claim, value[start : start + self.batch_size]) for claim, value in zip(claims, values, strict=True)
-            ]
+            some = [image.rows(slice(start, start + self.batch_size)) for image in images]
+            some = [replace(image, known=image.known & self._known(image.claim.image, part)) for image in some]
             edits = {
-                site: partial(_set, [some for some in named if some[0].image.site == site])
-                for site in dict.fromkeys(claim.image.site for claim in claims)
+                site: partial(_set, [image for image in some if image.claim.image.site == site])
+                for site in dict.fromkeys(image.claim.image.site for image in some)
             }
             with edit_sites(self.model.layout, edits) if edits else nullcontext():
                 out.append(read(part))
-        return torch.cat(out)
+        return out
 
 
-def _set(
-    named: Sequence[tuple[HypothesisNode, Tensor]], x: Float[Tensor, "batch pos width"]
-) -> Float[Tensor, "batch pos width"]:
+@dataclass(frozen=True, eq=False)
+class _DrawnImage:
+    """The values of a claim's units for each reference, and where they can be set."""
+
+    claim: HypothesisNode
+    value: Float[Tensor, "examples pos values"]
+    known: Bool[Tensor, "examples pos"]
+
+    def rows(self, some: slice) -> "_DrawnImage":
+        return replace(self, value=self.value[some], known=self.known[some])
+
+
+def _nothing(text: str) -> Hashable:
+    return None
+
+
+def _ids_of(claim: HypothesisNode) -> list[int]:
+    """A claim's units, latents by their number in the dictionary."""
+    image, units = claim.image, claim.units
+    ids = list(image.ids) if isinstance(image, LatentUnits) and image.ids is not None else list(range(image.units))
+    return ids if units is None else [ids[unit] for unit in units]
+
+
+def _set(images: Sequence[_DrawnImage], x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
     """The site's value with the claims' units set; all read the same value before any acts."""
     out = x
-    for claim, value in named:
+    taken: dict[int, Tensor] = {}  # where earlier claims have set a unit
+    for image in images:
+        claim = image.claim
         where = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         where[:, slice(None) if claim.position is None else claim.position] = True
-        changes = claim.image.write(x, value, where)
+        named = where[0].clone()
+        if claim.feature is _nothing:
+            (unit,) = _ids_of(claim)
+            where &= ~taken.get(unit, torch.zeros_like(named))
+        else:
+            taken |= {unit: named | taken.get(unit, torch.zeros_like(named)) for unit in _ids_of(claim)}
+        changes = claim.image.write(x, image.value, where & image.known)
         if claim.units is not None:
             mine = torch.isin(changes.unit, torch.tensor(claim.units, device=x.device)).nonzero().flatten()
             vectors = partial(_some_vectors, changes.vectors, mine)

@@ -1,5 +1,7 @@
 """Direct logit attribution: rows that sum to the logit in every family, and formulas written out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +191,19 @@ def test_models_and_dictionaries_whose_rows_would_not_sum_are_refused():
     ):
         with pytest.raises(sp.UserError, match=phrase):
             sp.direct_attribution(model, [], PROMPTS, targets)
+
+
+def test_a_token_that_a_dictionary_was_not_trained_on_is_its_error_term():
+    model, partly = tiny_model("llama"), random_dictionary("resid_post.1")
+    partly.sae.cfg.metadata.exclude_special_tokens = model.encode("b")[1:]
+    ours = sp.direct_attribution(model, partly, ["abc"], [model.encode("x")[1:]], positions="all")
+    whole = sp.direct_attribution(
+        model, replace(partly, every_position=True), ["abc"], [model.encode("x")[1:]], positions="all"
+    )
+    assert set(ours.position[ours.latents[0]]) == {1, 3}
+    assert set(whole.position[whole.latents[0]]) == {1, 2, 3}
+    np.testing.assert_allclose(ours.total, ours.logit, atol=1e-4)
+    at, known = ours.position.tolist().index(2), ours.position.tolist().index(3)
+    names = [str(part) for part in ours.parts]
+    assert ours.effect[at, names.index("resid_post.1 b_dec"), 0] == 0
+    np.testing.assert_allclose(ours.effect[known], whole.effect[known], atol=1e-6)

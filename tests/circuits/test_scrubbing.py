@@ -91,6 +91,52 @@ def test_children_run_on_inputs_of_their_own(model):
     assert scrub(model, one, INPUTS, labels(model)).recovered.value < 0.9
 
 
+def test_units_drawn_apart_no_longer_go_together():
+    """`a` and `b` always come together, and the model answers their AND: independent draws show that both matter."""
+    both = planted("abc", [wires(), (wires((0, 3, 1.0), (1, 4, 1.0)), *relus(({3: 1.0, 4: 1.0}, -1.0, {ANSWER: 6.0})))])
+    inputs = ["ab", "cc"] * 20
+    ids = [both.encode("x" if text == "ab" else "y")[-1] for text in inputs]
+    letters = LatentUnits(identity(0), ids=(0, 1))
+    apart = scrub(both, [], inputs, ids, apart=[letters])
+    draws = dict(apart.draws)
+    assert apart.samplers == ("unconditional together", "unconditional independent")
+    first, second = (draws[f"resid_post.0 latent {unit}"] for unit in (0, 1))
+    assert not np.array_equal(first, second)
+    on = [[inputs[i] == "ab" for i in drawn] for drawn in (first, second)]
+    with torch.no_grad():
+        logits = torch.stack([
+            both.next_logits(both.tokenize(["ab" if a and b else "cc"]))[0] for a, b in zip(*on, strict=True)
+        ])  # fmt: skip
+    expected = -logits.double().log_softmax(-1)[range(40), ids].numpy()
+    np.testing.assert_allclose(apart.scrubbed, expected, atol=1e-5)
+    assert sum(a and b for a, b in zip(*on, strict=True)) < 15  # a quarter, not a half
+    named = [
+        HypothesisNode(letters, lambda text: text, units=(0, 1))
+    ]  # what a claim names is drawn for the claim alone
+    np.testing.assert_allclose(scrub(both, named, inputs, ids, apart=[letters]).scrubbed, apart.model, atol=1e-5)
+    # named at one position, drawn apart at the others, where it is 0 in all inputs
+    placed = [HypothesisNode(letters, lambda text: text, units=(unit,), position=1 + unit) for unit in (0, 1)]
+    np.testing.assert_allclose(scrub(both, placed, inputs, ids, apart=[letters]).scrubbed, apart.model, atol=1e-5)
+    with pytest.raises(sp.UserError, match="shares its site with the stream drawn apart"):
+        scrub(both, named, inputs, ids, apart=[Stream(Site(0))])
+
+
+def test_images_at_tokens_that_a_dictionary_was_not_trained_on_are_left_out(model):
+    partly = identity(0)
+    partly.sae.cfg.metadata.exclude_special_tokens = model.encode("a")[1:]
+    inputs = ["ab", "cb", "ac", "cc"]
+    ids = model.encode("xyxy")[1:]
+    image = LatentUnits(partly, ids=(0, 1, 2))
+    moved = HypothesisNode(
+        image, len, sampler=Fixed(2)
+    )  # from "ac": its first token is unknown, so `b` alone is replaced
+    ours = scrub(model, [moved], inputs, ids, others=Exact())
+    expected = -losses(model, ["ac", "cc", "ac", "cc"])[range(4), ids].numpy()
+    np.testing.assert_allclose(ours.scrubbed, expected, atol=1e-5)
+    with pytest.raises(sp.UserError, match="not trained on a token that is there"):
+        scrub(model, [HypothesisNode(image, len, position=1)], inputs, ids)
+
+
 def test_samplers_and_seeds(model):
     claims = [HypothesisNode(OR, either, position=-1)]
     first, again, other = (scrub(model, claims, INPUTS, labels(model), seed=seed) for seed in (0, 0, 1))

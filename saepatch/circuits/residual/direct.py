@@ -1,6 +1,6 @@
 """Direct logit attribution: what each part of the residual stream adds to a logit through the final norm alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,8 +116,8 @@ def direct_attribution(
     The final norm's scale keeps its value in the run, which makes the logit linear in the stream after the last block:
     `z_t = W_U[t] · (γ ⊙ P x / σ + β) + b_U[t]`, with the model's logit multiplier. Rows are the embeddings, what
     attention and MLP of every block write, β and b_U. A dictionary at attn_out or mlp_out replaces that row, and one in
-    the residual stream all rows before it, by its active latents, `b_dec` and the error term. Logits are those before a
-    soft cap.
+    the residual stream all rows before it, by its active latents, `b_dec` and the error term; by the error term alone
+    at BOS, padding and tokens that it was not trained on. Logits are those before a soft cap.
 
     Args:
         model: Any model whose blocks write sums of module outputs.
@@ -256,7 +256,8 @@ class _LogitSums:
         toward = torch.stack([sign * read.directions(sigma, ids) for sign, ids in sides]).sum(0)
         logits = [read.logits(x, ids) for _, ids in sides]
         emitted = [run.logits[row, column].double().gather(1, ids) for _, ids in sides]
-        effects, entries = self._rows(run, row, column, toward)
+        known = {d.site: d.known(self.parts.model, tokens).ordinary[row, column] for d in self._dictionaries}
+        effects, entries = self._rows(run, row, column, known, toward)
         constants = zip(*([sign * some for some in read.constants(ids)] for sign, ids in sides), strict=True)
         for name, both in zip(("final norm bias", "unembedding bias"), constants, strict=True):
             effects[StreamPart(name)] = torch.stack(both).sum(0)
@@ -290,6 +291,7 @@ class _LogitSums:
         run: StreamRun,
         row: Int[Tensor, "positions"],
         column: Int[Tensor, "positions"],
+        known: Mapping[Site, Bool[Tensor, "positions"]],
         toward: Float[Tensor, "positions targets d_model"],
     ) -> tuple[dict[StreamPart, Float[Tensor, "positions targets"]], list[tuple[Tensor, Tensor, Tensor]]]:
         """Effects of all parts, and of each dictionary's active latents: places, activations and effects."""
@@ -309,7 +311,7 @@ class _LogitSums:
             else:
                 effects[part] = _along(toward, value[row, column])
         for dictionary, value in values:
-            more, active = _of_dictionary(dictionary, value[row, column], toward)
+            more, active = _of_dictionary(dictionary, value[row, column], known[dictionary.site], toward)
             effects |= more
             active[0][1] = self._dictionaries.index(dictionary)
             entries.append(active)
@@ -343,20 +345,24 @@ def _along(
 
 
 def _of_dictionary(
-    dictionary: Dictionary, x: Float[Tensor, "positions d_model"], toward: Float[Tensor, "positions targets d_model"]
+    dictionary: Dictionary,
+    x: Float[Tensor, "positions d_model"],
+    known: Bool[Tensor, "positions"],
+    toward: Float[Tensor, "positions targets d_model"],
 ) -> tuple[dict[StreamPart, Float[Tensor, "positions targets"]], tuple[Tensor, Tensor, Tensor]]:
     """Effects of a dictionary's b_dec (with what its normalisation adds) and error term, and of its active latents."""
     latents = dictionary.encode(x[:, None])
-    acts = latents.acts[:, 0].to(toward)
+    acts = latents.acts[:, 0].to(toward) * known[:, None]  # elsewhere the whole value is the error term
     at, latent = acts.nonzero(as_tuple=True)
     used, place = latent.unique(return_inverse=True)
     by_row = torch.einsum("ntd,kd->ntk", toward, latents.rows[used].to(toward))
     activation = acts[at, latent]
     written = activation if latents.scale is None else activation * latents.scale[at, 0, 0].to(toward)
     effect = written[:, None] * by_row[at, :, place]
+    rebuilt = latents.reconstruction[:, 0].to(toward) * known[:, None]
     total = torch.zeros_like(toward[..., 0]).index_add_(0, at, effect)
-    error = _along(toward, x.to(toward) - latents.reconstruction[:, 0].to(toward))
-    constant = _along(toward, latents.reconstruction[:, 0]) - total
+    error = _along(toward, x.to(toward) - rebuilt)
+    constant = _along(toward, rebuilt) - total
     places = torch.stack([at, torch.zeros_like(at), latent])
     parts = {StreamPart("b_dec", None, dictionary.site): constant, StreamPart("error", None, dictionary.site): error}
     return parts, (places, activation, effect)
