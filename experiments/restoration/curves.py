@@ -189,7 +189,7 @@ def measure(
         if points and size == points[-1].latents:  # the ranking is exhausted
             break
         later = _window(ranked.top(2 * k, by), top)
-        random, matched = _controls(top, statistics, draws, seed)
+        random, matched = control_latents(top, statistics, draws, seed)
         enough = sum(map(len, later.values())) == size
         sets = {"random": random, "matched": matched, "later ranks": [later] if enough else []}
         answers = runs.restored(setting, requests, Restored("top", top))
@@ -218,7 +218,9 @@ def _window(twice: Latents, top: Latents) -> dict[Site, tuple[int, ...]]:
 Sets = list[dict[Site, tuple[int, ...]]]
 
 
-def _controls(top: Latents, statistics: tuple[Statistics, Statistics], draws: int, seed: int) -> tuple[Sets, Sets]:
+def control_latents(
+    top: Latents, statistics: tuple[Statistics, Statistics], draws: int, seed: int
+) -> tuple[Sets, Sets]:
     """Random and matched sets with as many latents at each site; empty where there are too few other latents."""
     made: list[Sets] = []
     for number, stats in enumerate(statistics):

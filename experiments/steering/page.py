@@ -27,6 +27,7 @@ from saepatch.report import (
     write_page,
 )
 
+from .baselines import FADE, ONE_TOKEN, PROBE
 from .results import SteeringConfig, SteeringResult
 from .stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
 
@@ -130,8 +131,8 @@ def _measures(point: Point) -> tuple[float, ...]:
 
 
 def _lines(steered: SteeringResult) -> list[Point]:
-    prompting = [] if steered.prompting is None else [steered.prompting]
-    return [steered.unsteered, *steered.chosen.values(), *prompting]
+    prefixed = [point for point in (steered.prompting, steered.one_token) if point is not None]
+    return [steered.unsteered, *steered.chosen.values(), *prefixed]
 
 
 # Report
@@ -155,20 +156,24 @@ def _method(config: SteeringConfig) -> Section:
         "at equal divergence, draws that cannot reach it are replaced. "
         f"{DENSE.capitalize()}: the direction between the site's means with and without the concept. "
         f"{PROMPTING.capitalize()}: a prefix that asks for the concept or demonstrates it, the best on `tune` of those "
-        "tried; the perplexity of its continuations is computed without it.",
+        "tried; the perplexity of its continuations is computed without it. "
+        f"{ONE_TOKEN.capitalize()}: the best on `tune` of the tokens that most texts with the concept have and others "
+        f"lack. {PROBE.capitalize()}: of a logistic regression on states with and without the concept. Fading at kept "
+        f"norm: α/(1 + {FADE:g} t) at generated token t, the site rescaled to its norm.",
     )
 
 
 def _section(steered: SteeringResult, config: SteeringConfig) -> Section:
-    columns = ["method", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated"]
+    columns = ["method", "strength", "success", "degenerate", "perplexity", "KL", "distinct-2", "repeated", "overall"]
     table = Table(
         columns,
         [(p.way, p.norm, cell(p.success), p.degenerate.value, cell(p.perplexity), p.kl.value,
-          p.distinct(2).value, p.repetition.value) for p in _lines(steered)],
+          p.distinct(2).value, p.repetition.value, cell(steered.overall[p.way])) for p in _lines(steered)],
         f"Each at the strength chosen on `tune`; n = {len(steered.concept.report)} report prompts. Success: 95 % "
-        "Wilson score intervals; others: 95 % (t and studentised bootstrap).",
+        "Wilson score intervals; others: 95 % (t and studentised bootstrap). Overall: mean over continuations of the "
+        "harmonic mean of concept, instruction and fluency, each from 0 to 2.",
         {"success": ".0%", "degenerate": ".0%", "perplexity": ".2f", "KL": ".2f", "strength": ".2g",
-         "distinct-2": ".2f", "repeated": ".2f"},
+         "distinct-2": ".2f", "repeated": ".2f", "overall": ".2f"},
     )  # fmt: skip
     share = level(config.sizes)
     gaps = Table(
@@ -195,7 +200,8 @@ def _section(steered: SteeringResult, config: SteeringConfig) -> Section:
     )
     if steered.prompting is not None:
         text += f" Prefix for prompting: `{steered.prefix.strip()}`"
-    blocks: list[Block] = [table, *charts(steered, config).values(), gaps, *_choices(steered, config)]
+    blocks: list[Block] = [table, *charts(steered, config).values(), gaps, _predicted(steered)]
+    blocks += _choices(steered, config)
     bare = steered.unsteered
     columns_of = [
         bare,
@@ -207,6 +213,29 @@ def _section(steered: SteeringResult, config: SteeringConfig) -> Section:
         for i, prompt in enumerate(steered.concept.report[:4])
     ]
     return Section(f"Towards {steered.concept.name}", text, blocks)
+
+
+def _predicted(steered: SteeringResult) -> Table:
+    columns = ["latent", "output score", "KL", "success", "perplexity"]
+    return Table(
+        columns,
+        [(p.latent, p.output_score, p.kl, p.success, p.perplexity) for p in steered.predictions],
+        "Before steering, on `tune`: output score, and KL at one unit of strength (nats per token). Then each latent "
+        f"alone on `report`, at the strength of top-1 ({steered.chosen['top-1'].norm:g}). Spearman correlation of "
+        f"output score and success {rank_correlation(steered, 'output_score', 'success'):.2f}, of KL and perplexity "
+        f"{rank_correlation(steered, 'kl', 'perplexity'):.2f}.",
+        {"output score": ".3f", "KL": ".3f", "success": ".0%", "perplexity": ".2f"},
+    )
+
+
+def rank_correlation(steered: SteeringResult, one: str, other: str) -> float:
+    """Spearman correlation over single latents of two of their figures; NaN where one does not vary."""
+    from scipy import stats  # costs half a second
+
+    values = [[getattr(each, name) for each in steered.predictions] for name in (one, other)]
+    if any(len(set(each)) < 2 for each in values):
+        return math.nan
+    return float(stats.spearmanr(*values).statistic)
 
 
 def _choices(steered: SteeringResult, config: SteeringConfig) -> list[Block]:
@@ -330,7 +359,15 @@ def _figures(steered: SteeringResult, config: SteeringConfig) -> dict[str, Any]:
         "prefix": steered.prefix,
         "chosen": {UNSTEERED: _numbers(steered.unsteered)}
         | {way: _numbers(point) for way, point in steered.chosen.items()}
-        | ({} if steered.prompting is None else {PROMPTING: _numbers(steered.prompting)}),
+        | ({} if steered.prompting is None else {PROMPTING: _numbers(steered.prompting)})
+        | ({} if steered.one_token is None else {ONE_TOKEN: _numbers(steered.one_token)}),
+        "one_token_prefix": steered.one_token_prefix,
+        "overall": {way: each.as_list() for way, each in steered.overall.items()},
+        "predictions": [asdict(each) for each in steered.predictions],
+        "predicted": {
+            "output score and success": rank_correlation(steered, "output_score", "success"),
+            "KL and perplexity": rank_correlation(steered, "kl", "perplexity"),
+        },
         "norms": {way: [_numbers(p) for p in points] for way, points in steered.norms.items()},
         "divergences": {
             way: [None if p is None else _numbers(p) for p in points] for way, points in steered.divergences.items()

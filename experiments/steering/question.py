@@ -39,6 +39,7 @@ from ..common.tracked import show
 from ..pairs.question import StudyConfig
 from ..pairs.study import load
 from . import concepts
+from .baselines import ONE_TOKEN, best_prefix, fading, one_token_prefixes, overall, predictions, probe
 from .page import printed, write
 from .results import SteeringConfig, SteeringResult
 from .stages import Bench, KnownDictionary, choose_order, choose_site, dense, random_way, top
@@ -135,6 +136,7 @@ def _steer(
     unit = site.unit(order[0])
     ways = [top(bench, site, order, k) for k in config.sizes]
     ways += [random_way(bench, site, order, config.draws, config.seed), dense(bench, site.dictionary)]
+    ways += [probe(bench, site.dictionary), fading(bench, site, order)]
     norms, reached, chosen, fluent = {}, {}, {}, {}
     for way in ways:
         log.info("%s: %s …", concept.name, way.name)
@@ -143,10 +145,12 @@ def _steer(
         reached[way.name] = [bench.at_divergence(way, t, unit, config.strengths) for t in config.divergences]
         fluent[way.name] = list(map(bench.fluent, tune))
         chosen[way.name] = norms[way.name][tune.index(bench.best(tune))]
-    prefix = ""
-    if concept.prefixes:
-        tried = {prefix: bench.prompting("tune", prefix) for prefix in concept.prefixes}
-        prefix = max(tried, key=lambda prefix: (tried[prefix].success.value, -tried[prefix].perplexity.value))
+    prefix = best_prefix(bench, concept.prefixes) if concept.prefixes else ""
+    words = one_token_prefixes(bench)
+    word = best_prefix(bench, words) if words else ""
+    bare, prompted = bench.unsteered("report"), bench.prompting("report", prefix) if prefix else None
+    prefixed = replace(bench.prompting("report", word), way=ONE_TOKEN) if word else None
+    judged = [bare, *chosen.values(), *(point for point in (prompted, prefixed) if point is not None)]
     return SteeringResult(
         concept,
         site,
@@ -155,13 +159,17 @@ def _steer(
         name,
         by_site,
         by_order,
-        bench.unsteered("report"),
-        bench.prompting("report", prefix) if prefix else None,
+        bare,
+        prompted,
         prefix,
         norms,
         reached,
         chosen,
         fluent,
+        prefixed,
+        word,
+        predictions(bench, site, order, chosen["top-1"].norm),
+        {point.way: overall(bench, point) for point in judged},
     )
 
 

@@ -11,6 +11,7 @@ from saepatch.records.statistics import Interval, paired_difference
 from saepatch.steering.generate import Concept
 from saepatch.tracking.open import read_spec
 
+from .baselines import Prediction
 from .stages import KnownDictionary, Point
 
 
@@ -85,7 +86,8 @@ class SteeringResult:
 
     `norms` has the points of each method at every strength, `divergences` at every divergence (None: not reachable),
     `chosen` at the strength that was best on `tune`. On `tune`: `fluent` flags the points of `norms` within the limit
-    on perplexity, `by_site` and `by_order` have the best points of each site and ranking.
+    on perplexity, `by_site` and `by_order` have the best points of each site and ranking. `overall` has the harmonic
+    means of `baselines.overall` by method, `predictions` what is known of single latents before they steer.
     """
 
     concept: Concept
@@ -102,6 +104,10 @@ class SteeringResult:
     divergences: Mapping[str, Sequence[Point | None]]
     chosen: Mapping[str, Point]
     fluent: Mapping[str, Sequence[bool]]
+    one_token: Point | None
+    one_token_prefix: str
+    predictions: Sequence[Prediction]
+    overall: Mapping[str, Interval]
 
     def at_equal_norm(self, size: int, level: float) -> Interval:
         """Success rate of `size` latents minus that of one, averaged over the strengths at which both are fluent."""

@@ -18,7 +18,7 @@ from saepatch.measure.controls import random_latents
 from saepatch.measure.quality import LatentStatistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio, wilson_share
-from saepatch.splicing.interventions import Intervention, Steer
+from saepatch.splicing.interventions import Intervention, SteerAtNorm
 from saepatch.splicing.splice import splice, whole_prompt
 from saepatch.steering.contrasts import (
     attribution_contrast,
@@ -71,12 +71,16 @@ class Way:
     maxima: Float[Tensor, "d_sae"]
     positions: str
     spare: tuple[tuple[int, ...], ...] = ()
+    fade: float | None = None  # share of the strength lost with a generated token, the site's norm kept; None: neither
 
     def only(self, latents: tuple[int, ...]) -> "Way":
         return replace(self, sets=(latents,), spare=())
 
-    def steer(self, draw: int, norm: float) -> Steer:
-        return equal_norm_steer(self.dictionary, self.sets[draw], self.maxima, norm, positions=self.positions)
+    def steer(self, draw: int, norm: float) -> Intervention:
+        steer = equal_norm_steer(self.dictionary, self.sets[draw], self.maxima, norm, positions=self.positions)
+        if self.fade is None:
+            return steer
+        return SteerAtNorm(steer.latents, steer.strength, steer.unit, steer.positions, fade=self.fade)
 
 
 @dataclass(frozen=True, eq=False)

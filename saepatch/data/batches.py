@@ -80,8 +80,8 @@ def batch_pairs(
                     f"{_show(model, clean)} against {_show(model, corrupted)}: reword one, "
                     "or align them at the last token (align='right'; --align right)"
                 )
-    answers = [_next_token(model, pair.clean, ids, pair.answer) for pair, (ids, _) in zip(pairs, both, strict=True)]
-    counters = [_next_token(model, pair.clean, ids, pair.counter) for pair, (ids, _) in zip(pairs, both, strict=True)]
+    answers = [answer_token(model, pair.clean, ids, pair.answer) for pair, (ids, _) in zip(pairs, both, strict=True)]
+    counters = [answer_token(model, pair.clean, ids, pair.counter) for pair, (ids, _) in zip(pairs, both, strict=True)]
     n = len(pairs)
     return PairBatch(
         tuple(pairs),
@@ -97,7 +97,12 @@ def _show(model: LanguageModel, ids: Sequence[int]) -> str:
     return "[" + "|".join(model.token_texts(ids)) + "]"
 
 
-def _next_token(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> int:
+def answer_token(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> int:
+    """The token that an answer is after a prompt, whose own tokens are `ids`.
+
+    Raises:
+        UserError: it is not one token there.
+    """
     # Tokenised together with the prompt: alone, " She" may be split differently than in running text.
     whole = model.encode(prompt + answer)
     if whole[: len(ids)] != list(ids) or len(whole) != len(ids) + 1:

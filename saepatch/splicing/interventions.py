@@ -296,3 +296,48 @@ class Steer:
         if context.scale is not None and not self.scaled:
             added = added / context.scale.clamp(min=1e-12)
         return acts + (added if self.decay == 1 else _share_left(self.decay, acts, context) * added)
+
+
+@dataclass(frozen=True)
+class SteerAtNorm:
+    """Add `strength` times `unit` to latents, and rescale the site to the norm that it had.
+
+    At generated token t (from 0) the strength is multiplied by (1 / (1 + `fade` · t))^`power`; the prompt has it in
+    full. Both keep a constant push from running away: the norm over layers, the fading over tokens. All of the site is
+    rescaled, the error term included.
+    """
+
+    latents: Ids
+    strength: float
+    unit: float | tuple[float, ...] = 1.0
+    positions: Positions = "all"
+    site: Site | str | None = None
+    fade: float = 0.0
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.fade < 0 or self.power < 0:
+            raise UserError(f"fade = {self.fade}, power = {self.power}: use numbers of at least 0")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(error=True)
+
+    def edit(self, acts: Float[Tensor, "batch pos k"], context: Context) -> Float[Tensor, "batch pos k"]:
+        return acts  # the site is written through its error term, since rescaling it is no change of latents
+
+    def edit_error(
+        self, error: Float[Tensor, "batch pos d_model"], context: Context
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The error term with which the site is what was described."""
+        before = context.unedited
+        assert before is not None  # needs
+        token = (context.index - context.n_prompt[:, None]).clamp(min=0).to(before.acts.dtype)
+        left = (1 / (1 + self.fade * token)) ** self.power
+        ids = slice(None) if ids_of(self.latents) is None else list(ids_of(self.latents) or ())
+        acts = before.acts.clone()
+        acts[..., ids] += left[..., None] * _in_units(self.strength, self.unit, acts[..., ids])
+        site = before.reconstruction + before.error
+        moved = site + before.delta(acts)
+        size = site.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return error + (moved * size - site)

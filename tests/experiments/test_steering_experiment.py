@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tiny import random_dictionary, random_sae, tiny_model
 
-from experiments.steering import concepts
+from experiments.steering import baselines, concepts
 from experiments.steering import page as steering_page
 from experiments.steering import question as steering
+from experiments.steering.baselines import logistic_direction
 from experiments.steering.stages import Bench, KnownDictionary, Point, random_way
 from saepatch.cli.parser import run_config
 from saepatch.demo.concepts import french, is_french, organism_concepts, shows_polarity
@@ -19,6 +21,7 @@ from saepatch.measure.quality import latent_statistics
 from saepatch.model.loading.load import load_model
 from saepatch.records.rows import read_rows
 from saepatch.runs.measurements import Measurements, measurements
+from saepatch.steering.generate import Concept
 
 pytestmark = pytest.mark.whole
 
@@ -42,9 +45,11 @@ def test_a_small_run(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary["concepts"]) == ["refusal", "positive sentiment", "French"]
     one = summary["concepts"]["refusal"]
-    ways = {"top-1", "top-3", "random latent", "difference of means"}
+    ways = {"top-1", "top-3", "random latent", "difference of means", "probe direction", "fading top-1"}
     assert set(one["norms"]) == set(one["divergences"]) == ways
-    assert set(one["chosen"]) == ways | {"unsteered", "prompting"}
+    assert set(one["chosen"]) == set(one["overall"]) == ways | {"unsteered", "prompting", "one-token prefix"}
+    assert len(one["predictions"]) == 8
+    assert all(0 <= figure[0] <= 2 for figure in one["overall"].values())
     rows = read_rows(finished / "rows.parquet")
     mine = [r for r in rows if (r["concept"], r["way"], r["compared_by"]) == ("refusal", "top-3", "norm")]
     assert len(mine) == 2 * 4
@@ -54,6 +59,8 @@ def test_a_small_run(finished):
         nll, tokens = (sum(r[name] for r in here) for name in ("nll", "tokens"))
         assert np.exp(nll / tokens) == pytest.approx(figures["perplexity"][0])
         assert np.mean([r["kl"] for r in here]) == pytest.approx(figures["kl"][0])
+    alike = [each for each in one["predictions"] if each["latent"] == one["latents"][0]]
+    assert alike[0]["success"] == one["chosen"]["top-1"]["success"][0]
     page = (finished / "report.html").read_text()
     assert "Towards refusal" in page
     assert (finished / "refusal_norm.svg").is_file()
@@ -262,3 +269,26 @@ def test_a_gender_for_any_model():
     assert concept.shown("She saw her dog.") == (concept.name == "she")
     assert not concepts.words_judge(["she"], ["he"])("she he")
     assert not set(concept.tune) & set(concept.report)
+
+
+def test_the_probes_direction_is_that_of_a_planted_difference():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 300, 6, generator=generator).double() * torch.tensor([1.0, 5.0, 1, 1, 1, 1])
+    planted = torch.tensor([1.0, 5.0, 0, 0, 0, 0]).double()  # as far in both, in units of their spread
+    found = logistic_direction(noise[0] + planted, noise[1] - planted)
+    assert found.norm() == pytest.approx(1)
+    weights = torch.tensor([1.0, 1 / 5, 0, 0, 0, 0]).double()
+    assert float(found @ weights / weights.norm()) > 0.98
+    assert float(logistic_direction(noise[1] - planted, noise[0] + planted) @ found) == pytest.approx(-1, abs=1e-3)
+
+
+def test_the_overall_score_is_a_harmonic_mean(monkeypatch):
+    prompts, nll = ("a", "b"), {("a", "b"): [2.0, 8.0], ("b", "a"): [6.0, 4.0]}
+    monkeypatch.setattr(baselines, "continuation_nll", lambda _model, texts, _ids: nll[tuple(texts)])
+    bench = Bench(None, Concept("c", (), (), prompts, prompts, lambda text: True), None, 4, 20.0, lambda: None)
+    usual = {"nll": [1.0, 1.0], "tokens": [2, 2]}
+    monkeypatch.setattr(Bench, "unsteered", lambda self, split: Point("unsteered", 0.0, (usual,)))
+    draw = {"ids": [[1, 2], [3, 4]], "nll": [2.0, 8.0], "tokens": [2, 2], "shown": [True, True]}
+    # the first is likelier after its own prompt, at a lower probability than usual; the second after the other prompt
+    fluency = 2 * np.exp(0.5 - 1.0)
+    assert baselines.overall(bench, Point("x", 1.0, (draw,))).value == pytest.approx(3 / (0.5 + 0.5 + 1 / fluency) / 2)

@@ -18,14 +18,17 @@ EXPERIMENTS = {
     "agreement": ("agreement", "AgreementConfig"),
     "audit": ("audit", "AuditConfig"),
     "circuits": ("circuits", "CircuitsConfig"),
+    "cross-lingual": ("cross_lingual.study", "CrossLingualConfig"),
     "facts": ("facts.study", "FactsConfig"),
     "ioi": ("ioi", "IoiConfig"),
+    "jailbreak": ("jailbreak.study", "JailbreakConfig"),
     "patchscope": ("patchscope", "PatchscopeConfig"),
     "pronouns": ("pronouns", "PronounsConfig"),
     "real": ("real.study", "RealConfig"),
     "safety": ("safety", "SafetyConfig"),
     "self-repair": ("self_repair", "SelfRepairConfig"),
     "steering": ("steering.question", "SteeringConfig"),
+    "two-hop": ("two_hop.study", "TwoHopConfig"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Which latents do languages share, and where are concept and output language decided?"""

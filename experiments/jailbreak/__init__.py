@@ -1,0 +1,1 @@
+"""Does a jailbreak suppress latents, amplify others, or both?"""

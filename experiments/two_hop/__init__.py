@@ -1,0 +1,1 @@
+"""Do facts of two hops compose, and if not, why?"""
