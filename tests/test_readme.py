@@ -99,7 +99,7 @@ def help_of(program: str) -> str:
         contextlib.suppress(SystemExit),
     ):
         if program.startswith("saepatch "):
-            main([*program.split()[1:], "--help"])
+            main([*program.split()[1:], "--help" if "experiment" in program or "train" in program else "--help_all"])
         else:
             argv, sys.argv = sys.argv, [program, "--help"]
             try:
@@ -133,7 +133,7 @@ def test_commands_and_their_settings_exist(name):
 
 def test_settings_that_the_text_names_exist():
     programs = {program for text in TEXTS.values() for program, _ in programs_in(text)}
-    known = set().union(*map(settings_of, programs)) | {"--help", "--version", "--print_completion"}
+    known = set().union(*map(settings_of, programs)) | {"--help", "--help_all", "--version", "--print_completion"}
     for name, text in TEXTS.items():
         for span in SPAN.findall(PLAIN.sub("", text)):
             if not span.startswith(FOREIGN):

@@ -30,6 +30,7 @@ from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.organism import is_checkpoint
+from saepatch.records.bars import progress_bar
 from saepatch.records.provenance import json_hash, versions
 from saepatch.runs.measurements import Measurements, measurements
 from saepatch.runs.ownership import check_owner
@@ -69,7 +70,7 @@ def run(config: SteeringConfig) -> list[SteeringResult]:
     sites = _sites(config, model, saes)
     decides = _deciding(config, model, [site.dictionary for site in sites], wanted)
     with measurements(out, "steering", decides, "cells.jsonl", json_hash(list(decides.values()))) as kept:
-        with tqdm(unit="run", disable=not sys.stderr.isatty()) as bar:
+        with progress_bar(True, unit="run") as bar:
             steered = [_steer(config, model, sites, concept, kept, bar) for concept in wanted]
         show(config, "steering", *write(steered, config, model, out, time.monotonic() - start))
     sys.stdout.write(f"{printed(steered)}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")

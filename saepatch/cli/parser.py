@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saepatch.cli.guard import LOGGERS, guarded, own_process
+from saepatch.cli.help import FIRST_STEPS, formatter, shorten, usage
+from saepatch.cli.places import with_place
 from saepatch.errors import UserError, reason_of
 from saepatch.records.documents import bounded_yaml
 from saepatch.settings.checks import check_values
@@ -38,7 +40,10 @@ def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Co
         if not Path(given[0]).is_file():
             raise UserError(f"no config file {given[0]!r}: give a YAML file first, or settings alone (see --help)")
         given = ["--config", *given]
-    return _instantiate(_parser(config, prog=prog), given, config)
+    try:
+        return _instantiate(_parser(config, prog=prog), given, config)
+    except UserError as error:
+        raise with_place(error, given) from error
 
 
 def run_config(
@@ -70,19 +75,29 @@ def run_commands(
     forwarded = forwarded or {}
     given = list(sys.argv[1:] if arguments is None else arguments)
 
+    full = "--help_all" in given or not {"-h", "--help"} & set(given)  # all settings take part where it is no help
+    given = ["--help" if word == "--help_all" else word for word in given]
+
     def run() -> None:
+        try:
+            work()
+        except UserError as error:
+            raise with_place(error, given) from error
+
+    def work() -> None:
         from jsonargparse import ArgumentParser, set_parsing_settings
 
         set_parsing_settings(add_print_completion_argument=True)
         parser = ArgumentParser(
-            prog=prog, description=description, exit_on_error=False, epilog=COMPLETION, formatter_class=_formatter()
+            prog=prog, description=description, exit_on_error=False, epilog=COMPLETION, formatter_class=formatter()
         )
         parser.add_argument("--version", action="version", version=version())
         several = parser.add_subcommands(dest="command", required=True)
         # A command's parser takes 30 ms to build: where the command is known, the others get empty ones.
         only = given[:1] if given and given[0] in commands else commands
         for name, (config, _) in commands.items():
-            settings = _parser(config, positional=True) if name in only else ArgumentParser(exit_on_error=False)
+            empty = name not in only
+            settings = ArgumentParser(exit_on_error=False) if empty else _parser(config, f"{prog} {name}", True, full)
             several.add_subcommand(name, settings, help=(config.__doc__ or "").strip())
         for name, (summary, _) in forwarded.items():
             several.add_subcommand(name, ArgumentParser(exit_on_error=False), help=summary)
@@ -101,8 +116,11 @@ def run_commands(
             sys.stdout.write((_json(result.facts) if as_json else result.text) + "\n")
             sys.stdout.flush()
 
+    if not given:
+        sys.stdout.write(f"{description}\n\n{FIRST_STEPS}")
+        return 0
     with own_process(arguments is None):
-        if given and given[0] in forwarded:
+        if given[0] in forwarded:
             return forwarded[given[0]][1](given[1:])
         return guarded(run, "written files are complete")
 
@@ -116,18 +134,7 @@ def _json(facts: Mapping[str, Any]) -> str:
     return json.dumps(plain(dict(facts)), ensure_ascii=False, allow_nan=False, indent=2)
 
 
-def _formatter() -> type:
-    """argparse's formatter, except that it keeps the line breaks of examples."""
-    from jsonargparse import DefaultHelpFormatter
-
-    class Formatter(DefaultHelpFormatter):
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
-
-    return Formatter
-
-
-def _parser(config: type, prog: str | None = None, positional: bool = False) -> Any:
+def _parser(config: type, prog: str, positional: bool = False, full: bool = True) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     _bound_yaml()
@@ -135,11 +142,16 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
     summary = (config.__doc__ or "").strip().split("\n\n")[0]
     examples = getattr(config, "examples", ())
     epilog = "\n  ".join(["examples:", *examples]) if examples else None
+    optional = getattr(config, "positional", "") if positional else ""  # a field that may be given without its name
     parser = ArgumentParser(
-        prog=prog, description=summary, exit_on_error=False, epilog=epilog, formatter_class=_formatter()
+        prog=prog,
+        usage=usage(config, prog, optional),
+        description=summary,
+        exit_on_error=False,
+        epilog=epilog,
+        formatter_class=formatter(),
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
-    optional = getattr(config, "positional", "") if positional else ""  # a field that may be given without its name
     parser.add_class_arguments(config, as_group=False, as_positional=positional, skip={optional} if optional else set())
     if optional:
         default = getattr(config, optional)
@@ -147,6 +159,8 @@ def _parser(config: type, prog: str | None = None, positional: bool = False) -> 
     for action in parser._actions:
         if getattr(action, "_typehint", None) in (bool, bool | None, bool | str):  # `--quiet` alone means true
             action.nargs, action.const = "?", True
+    if shorten(parser, full):
+        parser.epilog = f"{epilog or ''}\n\nMore settings: {prog} --help_all".strip()
     return parser
 
 

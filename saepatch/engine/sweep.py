@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
@@ -27,6 +26,7 @@ from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.engine.passes.known_ways import KnownWays
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.records.bars import progress_bar
 from saepatch.splicing.splice import choose_positions
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def sweep(
     at_once = _pairs_at_once(components, whole.clean.input_ids.shape[1] * samples, options.batch_size)
     shown = options.progress is True
     ways = KnownWays(model)
-    bar = tqdm(desc=f"{options.direction} {components[0].site}", unit="edit", disable=not shown, leave=False)
+    bar = progress_bar(shown, desc=f"{options.direction} {components[0].site}", unit="edit")
     done = options.progress if callable(options.progress) else bar.update
     with bar:
         for part in same_length_batches(whole, at_once):

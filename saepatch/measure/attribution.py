@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
-from tqdm import tqdm
 from typing_extensions import Unpack
 
 from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
@@ -51,6 +50,7 @@ from saepatch.measure.results.effects import precision_of
 from saepatch.measure.results.screen import ERROR, Attribution, Exact, Verification
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
+from saepatch.records.bars import progress_bar
 from saepatch.splicing.splice import choose_positions
 
 __all__ = [
@@ -221,7 +221,7 @@ def _screen(
     check_known(model, components, whole, options.positions)
     screen = _Screen(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
     at_once = options.batch_size or _pairs_at_once(model, whole.clean.input_ids.shape[1] * samples)
-    bar = tqdm(desc=method.name, total=len(pairs), unit="pair", disable=options.progress is not True, leave=False)
+    bar = progress_bar(options.progress is True, desc=method.name, total=len(pairs), unit="pair")
     done = options.progress if callable(options.progress) else bar.update
     with bar:
         for few in same_length_batches(whole, at_once):

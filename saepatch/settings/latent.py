@@ -17,12 +17,13 @@ class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
         "saepatch latent resid_post.3:281",
         "saepatch latent resid_post.3:281,966,417 --html latents.html",
         'saepatch latent resid_post.3:281 --explain "The meaning of X is"',
-        "saepatch latent resid_pre.8:417 --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --data texts.txt",
+        "saepatch latent resid_pre.8:417 --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre "
+        "--reference texts.txt",
     )
 
     latent: str
     """Site and number, as in resid_post.3:281; several, separated by commas, share one pass over the texts."""
-    data: str = ""
+    reference: str = ""
     """Texts to search for examples, one per line; empty: the embedded model's own."""
     explain: str = ""
     """A prompt by which the model explains the latent (Patchscope), with an X where the latent is written in, as in
@@ -32,7 +33,9 @@ class LatentConfig(Output, PageSettings, DictionarySettings, ModelSettings):
         super().__post_init__()
         if len(latents_of_sites(self.latent)) != 1:
             raise UserError(f"latent {self.latent!r}: give latents of one site, as in resid_post.3:281,966")
-        if not self.data and not is_checkpoint(self.model):
-            raise UserError(f"no texts to search for examples of {self.model}: give --data FILE, one text per line")
+        if not self.reference and not is_checkpoint(self.model):
+            raise UserError(
+                f"no texts to search for examples of {self.model}: give --reference FILE, one text per line"
+            )
         if self.explain and not re.search(r"\bX\b", self.explain):
             raise UserError(f"explain {self.explain!r}: put an X where the latent is written in")

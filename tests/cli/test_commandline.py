@@ -1,18 +1,22 @@
 """The command line as a user meets it: quick help, one line and exit code 2 for a mistake, no traceback."""
 
 import inspect
+import io
 import json
+import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 import yaml
 from tiny import random_sae, tiny_model
 
-from saepatch.cli.main import main
+from saepatch.cli.help import SELDOM
+from saepatch.cli.main import COMMANDS, main
 from saepatch.cli.parser import read_config
 from saepatch.errors import UserError
+from saepatch.records.bars import progress_bar
 
 
 def failed(capsys, *arguments):
@@ -54,9 +58,89 @@ def test_mistakes(folders, capsys):
     assert "unknown dictionary 'nowhere'" in failed(capsys, "inspect", model, "--sae", "nowhere")
     assert "unrecognized arguments: --bogus" in failed(capsys, "inspect", model, "--bogus", "1")
     assert "invalid choice: 'conjure'" in failed(capsys, "conjure")
-    assert "not provided" in failed(capsys)
     assert "too few" in failed(capsys, "demo", "--pairs", "3")
     assert "unknown tracker 'clay'" in failed(capsys, "demo", "--track", "clay", "--out", str(folders / "out"))
+
+
+def test_alone_it_says_what_to_do_first(capsys):
+    assert main([]) == 0
+    told = capsys.readouterr().out
+    steps = [
+        shlex.split(line.partition("   ")[0])[1:]
+        for line in map(str.strip, told.splitlines())
+        if line[:8] == "saepatch"
+    ]
+    first = [step for step in steps if "MODEL" not in step and step[0] in COMMANDS]
+    assert {step[0] for step in first} >= {"demo", "play", "latent", "steer", "patch"}
+    for step in first:
+        with pytest.raises(SystemExit) as stopped:
+            main([*step, "--print_config"])
+        assert stopped.value.code == 0, step
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_fits_two_screens(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = {}
+    for word in ("--help", "--help_all"):
+        with pytest.raises(SystemExit):
+            main([command, word])
+        printed[word] = capsys.readouterr().out
+    assert len(printed["--help"].splitlines()) <= 90
+    every = {one.name for one in fields(COMMANDS[command][0])}
+    listed = {name for name in every if f"--{name}" in printed["--help_all"] or f"  {name}" in printed["--help_all"]}
+    assert listed == every
+    hidden = {name for name in every if f"  --{name}" not in printed["--help"]} & every & SELDOM
+    assert ("--help_all" in printed["--help"]) == bool(hidden)
+    assert "More settings" not in printed["--help_all"]
+
+
+@pytest.mark.parametrize(
+    ("command", "yaml_text", "arguments", "line"),
+    [
+        ("steer", "latent: resid_post.3:1\nprompt: a\nstrength: abc\n", (), 3),
+        ("steer", "latent: resid_post.3:1\nprompt: a\ndecay: 2.0\n", (), 3),
+        ("steer", "# a note\nlatent: nowhere\nprompt: a\n", (), 2),
+        ("steer", "latent: resid_post.3:1\nprompt: a\npositions: elsewhere\n", (), 3),
+        ("patch", "pears: ioi\n", (), 1),
+        ("patch", "pairs: ioi\n\nshard: 5/4\n", (), 3),
+        ("patch", "pairs: ioi\nn: -1\n", (), 2),
+        ("patch", "pairs: ioi\nn: -1\n", ("--n", "-2"), None),
+    ],
+)
+def test_an_error_names_its_settings_line_in_the_file(tmp_path, capsys, command, yaml_text, arguments, line):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml_text)
+    told = failed(capsys, command, "--config", str(config), *arguments)
+    assert told.endswith(f"(set in {config}, line {line})") if line else "set in" not in told
+
+
+def test_settings_of_sections_have_their_lines(tmp_path):
+    (tmp_path / "c.yaml").write_text("size: 2\ninner:\n  depth: many\n")
+    with pytest.raises(UserError, match=r"line 3\)$"):
+        read_config(Nested, "prog", [str(tmp_path / "c.yaml")])
+
+
+def test_bars_are_lines_in_a_log_file(monkeypatch):
+    for terminal in (False, True):
+        written = io.StringIO()
+        written.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stderr", written)
+        monkeypatch.setattr("saepatch.records.bars.EVERY", 0.0)
+        with progress_bar(True, desc="denoise", total=3, unit="edit") as bar:
+            for _ in range(3):
+                bar.update(1)
+        text = written.getvalue()
+        assert ("\r" in text) == terminal
+        assert "denoise" in text
+        if not terminal:
+            assert [line.split(":")[0] for line in text.splitlines()] == ["denoise"] * len(text.splitlines())
+            assert text.endswith("\n")
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    with progress_bar(False, total=1) as bar:
+        bar.update(1)
+    assert written.getvalue() == ""
 
 
 def test_an_output_folder_that_cannot_be_written(folders, capsys):
@@ -96,7 +180,7 @@ def test_booleans_are_flags(folders, capsys):
     for command in ("patch", "attribute"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        assert "[--quiet [{true,false}]]" in capsys.readouterr().out
+        assert "--json [{true,false}]" in capsys.readouterr().out
 
 
 def test_trusting_code_puts_no_bos_in_front(folders, monkeypatch):
@@ -196,7 +280,7 @@ def test_a_misplaced_setting_is_told_where_it_lives(tmp_path, text, argument, pl
     level = "under 'inner'" if "inner" in text else "at the top level"
     with pytest.raises(UserError) as refused:
         read_config(Nested, "prog", [str(tmp_path / "config.yaml")])
-    assert str(refused.value) == f"{name!r} is not a setting {level}: {place}"
+    assert str(refused.value).startswith(f"{name!r} is not a setting {level}: {place} (set in ")
     with pytest.raises(UserError) as refused:
         read_config(Nested, "prog", [argument, "2"])
     assert str(refused.value) == f"unrecognized arguments: {argument} 2 ({place})"

@@ -81,7 +81,7 @@ def test_every_command_says_json(place, patched, capsys):
     compared = said("compare", str(patched), other)
     assert compared["settings"] == []
     assert all(one["effects"][0] == one["effects"][1] for one in compared["edits"])
-    card = said("latent", "resid_post.1:3", "--model", model, "--sae", saes, "--data", str(place / "texts.txt"))
+    card = said("latent", "resid_post.1:3", "--model", model, "--sae", saes, "--reference", str(place / "texts.txt"))
     assert (card["latent"], card["texts"]) == (3, 2)
     assert said("push", saes, "OWNER/NAME", "--dry_run")["dry_run"] is True
     screened = said(

@@ -116,5 +116,5 @@ def test_a_name_that_begins_like_an_embedded_model_is_another_models():
     assert [organism.is_checkpoint(name) for name in (*MODELS, "organism-other", "organisms", "saes")] == [
         True, True, False, False, False,
     ]  # fmt: skip
-    with pytest.raises(UserError, match="no texts to search for examples of organism-other: give --data"):
+    with pytest.raises(UserError, match="no texts to search for examples of organism-other: give --reference"):
         LatentConfig(latent="resid_post.3:281", model="organism-other")

@@ -173,7 +173,7 @@ def test_the_command_prints_a_card(tmp_path, capsys):
     page = tmp_path / "card.html"
     texts = tmp_path / "texts.txt"
     texts.write_text("Then Julia and Victor met at the beach, and Julia passed the hat to\nThe film was great.\n")
-    assert main(["latent", "resid_post.3:100", "--data", str(texts), "--html", str(page)]) == 0
+    assert main(["latent", "resid_post.3:100", "--reference", str(texts), "--html", str(page)]) == 0
     told = capsys.readouterr().out
     assert "latent 100 at resid_post.3" in told
     assert "in 2 texts" in told
@@ -185,22 +185,22 @@ def test_the_command_prints_a_card(tmp_path, capsys):
     assert f"Output score {score}: how far" in source
     assert "In the model" not in source
     explained = ["--explain", "The <i>meaning</i> of X is"]
-    assert main(["latent", "resid_post.3:100", "--data", str(texts), "--html", str(page), *explained]) == 0
+    assert main(["latent", "resid_post.3:100", "--reference", str(texts), "--html", str(page), *explained]) == 0
     best = re.search(r"^said +\* (\S+) ", capsys.readouterr().out, re.M)[1]
     rows = re.findall(r"<tr>(.*?)</tr>", page.read_text().partition("In the model")[2].partition("<tbody>")[2])
     cells = [re.findall(r"<bdi>(.*?)</bdi>", row) for row in rows]
     assert [float(scale) for _, scale, chosen in cells if chosen == "yes"] == [float(best)]
-    assert main(["latent", "resid_post.3:100,7", "--data", str(texts), "--html", str(page)]) == 0
+    assert main(["latent", "resid_post.3:100,7", "--reference", str(texts), "--html", str(page)]) == 0
     both = capsys.readouterr().out
     alone = told.partition("\n\nPage")[0]
     assert both.startswith(alone + "\n\nlatent 7 at resid_post.3")
     shown = page.read_text()
     assert "latent-resid_post.3-100" in shown
     assert "latent-resid_post.3-7" in shown
-    assert main(["latent", "resid_post.3:100,7", "--data", str(texts), "--json"]) == 0
+    assert main(["latent", "resid_post.3:100,7", "--reference", str(texts), "--json"]) == 0
     assert [one["latent"] for one in json.loads(capsys.readouterr().out)["latents"]] == [100, 7]
-    assert main(["latent", "resid_post.3:100,", "--data", str(texts)]) == 2
-    assert main(["latent", "resid_post.3:9999", "--data", str(texts)]) == 2
+    assert main(["latent", "resid_post.3:100,", "--reference", str(texts)]) == 2
+    assert main(["latent", "resid_post.3:9999", "--reference", str(texts)]) == 2
     assert main(["latent", "resid_post.3"]) == 2
-    assert main(["latent", "resid_post.3:1", "--data", str(tmp_path / "no.txt")]) == 2
+    assert main(["latent", "resid_post.3:1", "--reference", str(tmp_path / "no.txt")]) == 2
     assert "text per line" in capsys.readouterr().err

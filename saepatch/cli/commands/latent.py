@@ -20,7 +20,7 @@ def latent(config: LatentConfig) -> CommandResult:
         libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
         facts = {
             "model": f"{config.model} ({latents[0].model_hash})",
-            "texts": config.data or "the embedded model's own",
+            "texts": config.reference or "the embedded model's own",
         }
         facts |= {"command": command_line(), "versions": libraries}
         page = latent_page(latents, facts)

@@ -47,7 +47,7 @@ def read_named(config: LatentConfig) -> list[ReadLatent]:
         UserError: the model, dictionary or texts cannot be read, or do not fit.
     """
     ((site, ids),) = latents_of_sites(config.latent).items()
-    texts = load_texts(config.data or "organism")
+    texts = load_texts(config.reference or "organism")
     model = read_model(config)
     dictionary = load_sae(config.sae, site, model.device, every_position=config.every_position)
     cards = read_latents(model, dictionary, ids, texts)

@@ -1,0 +1,58 @@
+"""Where in a YAML file a setting stands that an error names."""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from saepatch.errors import UserError
+
+
+def with_place(error: UserError, given: Sequence[str]) -> UserError:
+    """The error, with the file and line of the setting it names, where a config file sets it last."""
+    places = {name: place for path in _configs(given) for name, place in _settings(path).items()}
+    overridden = {word.removeprefix("--").partition("=")[0] for word in given if word.startswith("--")}
+    message = str(error)
+    for name, (where, value) in places.items():
+        if name not in overridden and _names(message, name, value):
+            return UserError(f"{message} (set in {where})")
+    return error
+
+
+def _configs(given: Sequence[str]) -> list[Path]:
+    """The config files among arguments, in their order."""
+    named = [word.partition("=")[2] for word in given if word.startswith("--config=")]
+    named += [path for word, path in pairwise(given) if word == "--config"]
+    return [Path(name) for name in named if Path(name).is_file()]
+
+
+def _settings(path: Path) -> dict[str, tuple[str, Any]]:
+    """Each setting of a YAML file, those of a section as `section.key`: its place, and its value as written."""
+    import yaml
+
+    found: dict[str, tuple[str, Any]] = {}
+
+    def walk(node: Any, before: str) -> None:
+        for key, value in node.value:
+            name = f"{before}{key.value}"
+            found[name] = (f"{path}, line {key.start_mark.line + 1}", getattr(value, "value", None))
+            if isinstance(value, yaml.MappingNode):
+                walk(value, f"{name}.")
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError):  # told by whoever reads it for good
+        return {}
+    if isinstance(root, yaml.MappingNode):
+        walk(root, "")
+    return found
+
+
+def _names(message: str, name: str, value: Any) -> bool:
+    """Whether a message names a setting: as an option, with a value, as its subject, or by its value in quotes."""
+    own, word = re.escape(name), re.escape(name.rpartition(".")[2])
+    if re.search(rf"--{own}(?![\w.])|(?<![\w.-]){word} = |^{own} (is|has|takes)\b|^'{word}' is not a setting", message):
+        return True
+    quoted = isinstance(value, str) and value != "" and repr(value) in message
+    return quoted and (len(value) > 2 or re.search(rf"(?<![\w.-]){word}(?![\w.])", message) is not None)
