@@ -131,6 +131,14 @@ class Scrubbed:
     vacuous: tuple[tuple[str, float], ...]
     draws: tuple[tuple[str, Draws], ...]
 
+    def __repr__(self) -> str:
+        vacuous = f", {len(self.vacuous)} claims vacuous in part" if self.vacuous else ""
+        means = ", ".join(f"{loss.mean():.3g}" for loss in (self.model, self.scrubbed, self.random))
+        return (
+            f"Scrubbed: {self.recovered} of the loss recovered on {len(self.model)} examples{vacuous}\n"
+            f"mean loss of the model, scrubbed, with random labels: {means} (summary() has more)"
+        )
+
     @property
     def recovered(self) -> Interval:
         """The share of the loss that the hypothesis recovers, a ratio of means with its interval over examples."""

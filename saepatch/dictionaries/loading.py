@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from saepatch.model.sites import Site
 from saepatch.records.documents import parse_json
 
 log = logging.getLogger(__name__)
+
+Given = Dictionary | nn.Module  # a dictionary, or the sae_lens.SAE of one
 
 OF_TRAINING = ("batchtopk", "matryoshka_batchtopk")  # architectures that sae_lens exports as another one
 
@@ -215,6 +218,16 @@ def wrap_sae(sae: Any, site: str | Site | None = None, name: str = "") -> Dictio
     if architecture in OF_TRAINING:
         raise UserError(f"{name!r} is a dictionary in training ({architecture}): save it with save_inference_model")
     return _finish(sae, metadata.get("hook_name"), None if site is None else Site.parse(site), name)
+
+
+def as_dictionaries(given: Given | Sequence[Given]) -> list[Dictionary]:
+    """One dictionary or several as a list; a `sae_lens.SAE` among them is wrapped, at the site named in its metadata.
+
+    Raises:
+        UserError: as for `wrap_sae`.
+    """
+    several = list(given) if isinstance(given, Sequence) else [given]
+    return [item if isinstance(item, Dictionary) else wrap_sae(item) for item in several]
 
 
 def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:

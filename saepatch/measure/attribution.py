@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import Given, as_dictionaries
 from saepatch.engine.components import (
     Changes,
     Component,
@@ -72,7 +73,7 @@ PAIRS_MEMORY = 2**30  # limit in bytes for the activations of a batch of pairs
 
 def attribute(
     model: LanguageModel,
-    dictionaries: Dictionary | Sequence[Dictionary],
+    dictionaries: Given | Sequence[Given],
     pairs: Sequence[PromptPair],
     method: Method = FIRST_ORDER,
     verify: int = 0,
@@ -89,7 +90,8 @@ def attribute(
     are written in the base run's scale, as in exact patching; the effect of the change of scale belongs to no node.
 
     Args:
-        dictionaries: One, or several at different sites, whose gradients come from the same passes.
+        dictionaries: One, or several at different sites, whose gradients come from the same passes; a `sae_lens.SAE` is
+            wrapped (`wrap_sae`), at the site named in its metadata.
         method: `FirstOrder()`, `IntegratedGradients(steps)` or `GradDrop()`.
         verify: Number of nodes to run exactly (`saepatch.measure.patching`): those with the largest absolute estimates.
         sample: Number of further nodes to run exactly, drawn at random from all others.
@@ -102,7 +104,7 @@ def attribute(
             gradient or not one value per pair, the model is in training mode, or an option is unknown.
     """
     chosen = with_keywords(options or SweepOptions(), keywords)
-    several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
+    several = as_dictionaries(dictionaries)
     precision, rounding = precision_of(model.dtype)
     screen = _screen(model, several, pairs, method, chosen)
     columns = screen.columns(1.0 if chosen.denoises or screen.absolute else -1.0)

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
+from saepatch.dictionaries.loading import Given, as_dictionaries
 from saepatch.engine.components import Component, Edit, EditPart, Heads, Key, Patchable, Stream, as_components
 from saepatch.engine.edited_runs import Piece, Stage, Wanted
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
@@ -27,7 +28,7 @@ Wished = Sequence[Together] | Mapping[Site | str, Sequence[int | Sequence[int]]]
 
 def patch_latents(
     model: LanguageModel,
-    dictionaries: Dictionary | Sequence[Dictionary],
+    dictionaries: Given | Sequence[Given],
     pairs: Sequence[PromptPair],
     latents: Wished | None = None,
     controls: int = DRAWS,
@@ -42,6 +43,7 @@ def patch_latents(
     for how the sites of a group over several sites interact.
 
     Args:
+        dictionaries: One or several; a `sae_lens.SAE` is wrapped (`wrap_sae`), at the site named in its metadata.
         latents: Single latents, or groups to patch together. For several dictionaries, by site, as in
             `{site: [3, 17]}`; or groups over several sites, as in `[{site: [281], other: [5, 7]}]`. The groups of
             a `LatentSet` are patched one by one, a `LatentSet` in a list as one group. None: every latent, one by one.
@@ -55,7 +57,7 @@ def patch_latents(
         UserError: a latent or an option is unknown, or pairs are not aligned.
     """
     chosen = with_keywords(options or SweepOptions(), keywords)
-    several = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
+    several = as_dictionaries(dictionaries)
     if latents is None:
         return _effects(model, as_components(model, several), pairs, None, chosen)
     if controls < 0:

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
-from saepatch.dictionaries.loading import wrap_sae
+from saepatch.dictionaries.loading import Given, as_dictionaries
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
 from saepatch.model.forward import cache_among, columns_in, tells_columns
@@ -36,9 +36,7 @@ log = logging.getLogger(__name__)
 
 SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options of `generate`
 
-Dictionaries = (
-    Dictionary | nn.Module | Sequence[Dictionary | nn.Module] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
-)
+Dictionaries = Given | Sequence[Given] | Mapping[Site, Dictionary] | Mapping[str, Dictionary]
 Interventions = Intervention | Restore | Sequence[Intervention | Restore]
 
 
@@ -191,14 +189,11 @@ def by_site(model: LanguageModel, dictionaries: Dictionaries) -> dict[Site, Dict
     Raises:
         UserError: a dictionary does not fit the model or site, two are for the same tensor, or there are none.
     """
-    if isinstance(dictionaries, Dictionary | nn.Module):
-        dictionaries = [dictionaries]
     named: Iterable[tuple[Site | str, Dictionary]]
     if isinstance(dictionaries, Mapping):
         named = dictionaries.items()
     else:
-        wrapped = [item if isinstance(item, Dictionary) else wrap_sae(item) for item in dictionaries]
-        named = [(dictionary.site, dictionary) for dictionary in wrapped]
+        named = [(dictionary.site, dictionary) for dictionary in as_dictionaries(dictionaries)]
     sites: dict[Site, Dictionary] = {}
     for name, dictionary in named:
         site = Site.parse(name)

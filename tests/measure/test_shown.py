@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from tiny import random_dictionary, tiny_model
+from tiny import random_dictionary, random_sae, tiny_model
 
+import saepatch as sp
 from saepatch.circuits.circuit import TARGET, Circuit
 from saepatch.circuits.nodes import Edge, Node
 from saepatch.data.pairs import PromptPair
+from saepatch.engine.components import Heads
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
 from saepatch.measure.attribution import attribute
@@ -161,3 +163,32 @@ def test_a_metric_may_be_given_by_name(model):
         patch_latents(model, random_dictionary(), PAIRS[:1], metric="probabilty")
     with pytest.raises(UserError, match="is a int: give a function"):
         SweepOptions(metric=3)
+
+
+def test_results_on_circuits_are_a_few_lines(model):
+    sites = [random_dictionary(f"resid_post.{layer}") for layer in (0, 1)]
+    found = [
+        sp.edges(model, sites, PAIRS[:2], sp.EdgeOptions(verify=2)),
+        sp.direct_attribution(model, sites[1:], PAIRS[:2]),
+        sp.self_repair(model, Heads(0, model.n_heads), 1, PAIRS),
+        sp.scrub(
+            model, [sp.HypothesisNode(Heads(0, model.n_heads), len, position=-1)], ["abc", "abd", "bcd"], [1, 2, 3]
+        ),
+    ]
+    for value, kind in zip(found, ("Edges", "DirectAttribution", "SelfRepair", "Scrubbed"), strict=True):
+        assert repr(value).startswith(kind)
+        assert 1 < len(lines(value)) <= 10
+        assert max(map(len, lines(value))) < 300
+    edge, mean = found[0].top(1)[0]
+    assert f"{edge} ({mean:.3g})" in repr(found[0])
+
+
+def test_the_saes_of_sae_lens_are_taken_as_they_are(model):
+    sae, dictionary = random_sae(), random_dictionary()
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.load_state_dict(dictionary.sae.state_dict())
+    for run in (patch_latents, attribute):
+        theirs, ours = (run(model, given, PAIRS).to_pandas() for given in (sae, dictionary))
+        assert theirs.equals(ours)
+    with pytest.raises(UserError, match="names no site"):
+        patch_latents(model, random_sae(), PAIRS)

@@ -48,6 +48,15 @@ class Edges(PairGaps):
     def __len__(self) -> int:
         return len(self.score)
 
+    def __repr__(self) -> str:
+        largest = "; ".join(f"{edge} ({mean:.3g})" for edge, mean in self.top(3))
+        what = f"{len(self):,} of {self.total:,} on {len(self.examples)} pairs by {self.method}"
+        checked = "" if self.verified is None else f", {len(self.checked):,} run exactly"
+        return (
+            f"Edges: {what}, {self.direction}, {self.metric}{checked}\nlargest means: {largest}\n"
+            "summary() has shares of the gap and the verification; means() every edge"
+        )
+
     @property
     def pair(self) -> Int[ndarray, "edges"]:
         return self.names[0]

@@ -53,6 +53,22 @@ class DirectAttribution:
     activation: Float[ndarray, "entries"]
     latent_effect: Float[ndarray, "entries targets"]
 
+    def __repr__(self) -> str:
+        means = self._means()
+        largest = sorted(means.items(), key=lambda item: -abs(item[1]))[:4]
+        cells = f"{len(self.prompt)} positions × {self.target.shape[1]} targets, {self.logit.mean():.3g} on average"
+        named = "; ".join(f"{name} ({mean:.3g})" for name, mean in largest)
+        return f"DirectAttribution: logits of {cells}, as a sum of {len(means):,} rows\nlargest means: {named}"
+
+    def _means(self) -> dict[str, float]:
+        """The mean effect of each part and latent over all positions and targets."""
+        cells = self.target.size
+        means = {str(part): float(self.effect[:, j].sum()) / cells for j, part in enumerate(self.parts)}
+        for (_, place, latent), effect in zip(self.latents.T.tolist(), self.latent_effect.sum(1).tolist(), strict=True):
+            name = f"{self.sites[place]} latent {latent}"
+            means[name] = means.get(name, 0.0) + effect / cells
+        return means
+
     @property
     def total(self) -> Float[ndarray, "positions targets"]:
         """The sum of all rows, which is `logit` up to rounding."""
@@ -86,13 +102,8 @@ class DirectAttribution:
 
     def summary(self, k: int = 12) -> str:
         """The parts and latents with the largest mean effects over all positions and targets, as a table."""
-        cells = self.target.size
-        means = {str(part): float(self.effect[:, j].sum()) / cells for j, part in enumerate(self.parts)}
-        for (_, place, latent), effect in zip(self.latents.T.tolist(), self.latent_effect.sum(1).tolist(), strict=True):
-            name = f"{self.sites[place]} latent {latent}"
-            means[name] = means.get(name, 0.0) + effect / cells
+        means, what = self._means(), "logit" if self.counter is None else "logit difference"
         largest = sorted(means.items(), key=lambda item: -abs(item[1]))[:k]
-        what = "logit" if self.counter is None else "logit difference"
         lines = [text_table(["part", f"mean part of the {what}"], [[name, f"{mean:.4f}"] for name, mean in largest])]
         lines.append(f"{len(means)} rows sum to the {what}, {self.logit.mean():.4f} on average")
         if self.cap is not None:

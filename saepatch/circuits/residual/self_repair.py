@@ -50,6 +50,14 @@ class SelfRepair:
     joint: Float[ndarray, "pairs"] | None = None
     backups_alone: Float[ndarray, "pairs"] | None = None
 
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{name} {share}" for name, share in self.shares().items())
+        return (
+            f"SelfRepair of {self.node} ({self.ablation}) on {len(self.pairs)} pairs: the logit changes by "
+            f"{self.change.mean():.3g}, directly by {self.direct.mean():.3g}\n"
+            f"repaired share of the lost direct effect: {shares}"
+        )
+
     @property
     def repair(self) -> Float[ndarray, "pairs 3"]:
         """What attention layers ("heads"), MLPs and the final norm add after the ablation, in the order of `SHARES`.
