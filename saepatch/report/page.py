@@ -251,7 +251,7 @@ def _token_styles(tokens: ColouredTokens) -> list[tuple[str, str, str]]:
         if not finite(value):
             return "none", "0", MISSING
         share = abs(value) / top if top else 0.0
-        return ("positive" if value >= 0 else "negative"), f"{60 * share:.0f}", number(value, spec)
+        return ("positive" if value >= 0 else "negative"), f"{50 * share:.0f}", number(value, spec)
 
     return [style(value) for value in tokens.values]
 

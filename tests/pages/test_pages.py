@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from accessibility import serious_findings
 from tiny import random_sae, tiny_model
 
 import saepatch.model.loading.load
@@ -579,3 +580,15 @@ def test_only_runs_whose_page_needs_the_model_are_read_again(tmp_path, capsys):
         "holds a run of steering: --read loads the model of a run of patch, attribute, circuit, restore again" in error
     )
     assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kept", ["attribute", "patch", "restore"])
+def test_reports_are_accessible(browser, tmp_path, kept, scheme):
+    folder = shutil.copytree(Path(__file__).parents[1] / "runs" / "folders" / kept, tmp_path / kept)
+    assert main(["report", str(folder)]) == 0
+    browser.get((folder / "report.html").as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert serious_findings(browser, scheme) == []

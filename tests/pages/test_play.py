@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from accessibility import serious_findings
 
 from saepatch.cli.main import main
 from saepatch.errors import UserError
@@ -365,6 +366,15 @@ def test_page_searches_steers_patches_and_is_shared(browser, address, record_pro
     settle(browser)
     assert {name: text(browser, name) for name in shown} == shown
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 420)])
+def test_page_is_accessible(browser, address, scheme, width):
+    browser.get(address)
+    settle(browser)
+    browser.execute_script("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert serious_findings(browser, scheme, width) == []
 
 
 @pytest.mark.browser

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from accessibility import serious_findings
 
 from saepatch.errors import UserError
 from saepatch.report import (
@@ -521,6 +522,15 @@ def test_a_graph_has_its_nodes_in_rows_from_bottom_to_top():
     assert [(e["class"], e["data-weight"]) for e in edges] == [("edge", "0.25"), ("edge negative", "-1")]
     assert float(edges[1]["stroke-width"]) > float(edges[0]["stroke-width"])
     assert node_graph(NodeGraph("nothing", [], [], [], [])).width > 0
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 420)])
+def test_every_block_is_accessible(browser, tmp_path, scheme, width):
+    path = write_page(page_of(*every_block("plain text"), text="Some words."), tmp_path / "r.html")
+    browser.get(path.as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert serious_findings(browser, scheme, width) == []
 
 
 @pytest.mark.browser

@@ -143,7 +143,7 @@ function colour(id, tokens, most) {
   const end = $(id).querySelector("small");
   $(id).replaceChildren(...tokens.map(([text, act]) => {
     const token = make("span", text.replaceAll("␣", " "), { class: "token", title: `${round(act)}` });
-    token.style.setProperty("--strength", `${Math.round((60 * Math.abs(act)) / most)}%`);
+    token.style.setProperty("--strength", `${Math.round((50 * Math.abs(act)) / most)}%`);
     return token;
   }));
   if (end) $(id).append(end);
@@ -170,7 +170,7 @@ function showTokens() {
   const pressed = chosen(), had = document.activeElement && document.activeElement.dataset.at;
   $("tokens").replaceChildren(...lastRead.tokens.map((text, at) => {
     const token = make("button", text, { type: "button", class: "token", "aria-pressed": at === pressed, title: round(lastRead.acts[at]), "data-at": at });
-    token.style.setProperty("--strength", `${Math.round((60 * Math.abs(lastRead.acts[at])) / most)}%`);
+    token.style.setProperty("--strength", `${Math.round((50 * Math.abs(lastRead.acts[at])) / most)}%`);
     token.addEventListener("click", () => set({ at: state.at === at ? -1 : at }));
     return token;
   }));
