@@ -1,4 +1,4 @@
-"""What `--help` prints: two screens at most, the settings that one seldom needs under `--help_all`."""
+"""The text of `--help`: at most two screens; settings that are seldom needed are under `--help_all`."""
 
 import argparse
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def usage(config: type, prog: str, optional: str = "") -> str:
 
 
 def shorten(parser: Any, full: bool) -> bool:
-    """Name values by their kind and, unless `full`, hide settings that are seldom needed; returns whether any was."""
+    """Name values by their kind and, unless `full`, hide settings that are seldom needed; returns whether any are."""
     hidden = False
     for action in parser._actions:
         kind = getattr(action, "_typehint", None) or action.type

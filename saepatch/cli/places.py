@@ -1,4 +1,4 @@
-"""Where in a YAML file a setting stands that an error names."""
+"""The place in a YAML file of the setting that an error names."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from saepatch.errors import UserError
 
 
 def with_place(error: UserError, given: Sequence[str]) -> UserError:
-    """The error, with the file and line of the setting it names, where a config file sets it last."""
+    """The error, with the file and line of the setting it names if a config file sets it last."""
     places = {name: place for path in _configs(given) for name, place in _settings(path).items()}
     overridden = {word.removeprefix("--").partition("=")[0] for word in given if word.startswith("--")}
     message = str(error)
@@ -21,7 +21,7 @@ def with_place(error: UserError, given: Sequence[str]) -> UserError:
 
 
 def _configs(given: Sequence[str]) -> list[Path]:
-    """The config files among arguments, in their order."""
+    """The config files among the arguments, in order."""
     named = [word.partition("=")[2] for word in given if word.startswith("--config=")]
     named += [path for word, path in pairwise(given) if word == "--config"]
     return [Path(name) for name in named if Path(name).is_file()]
@@ -42,7 +42,7 @@ def _settings(path: Path) -> dict[str, tuple[str, Any]]:
 
     try:
         root = yaml.compose(path.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError):  # told by whoever reads it for good
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError):  # reported by the code that reads the file
         return {}
     if isinstance(root, yaml.MappingNode):
         walk(root, "")

@@ -1,4 +1,4 @@
-"""How far states stand for an entity, by layer: what tells "computed late" from "never computed"."""
+"""How far states represent an entity, by layer: distinguishes "computed late" from "never computed"."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, wilson_share
 from saepatch.splicing.splice import whole_prompt
 
-ROUNDING = 1e-6  # of a state's norm: differences below it are of rounding
+ROUNDING = 1e-6  # share of a state's norm below which differences are rounding
 
 
 @dataclass(frozen=True)
 class Mention:
-    """A prompt and the position (its last token, where several) whose state should stand for an entity."""
+    """A prompt and the position (the last, if several) whose state should represent an entity."""
 
     prompt: str
     at: Positions = "last"
@@ -69,13 +69,13 @@ def cosine_lens(
     """Cosines between held-out states and the centroids of entities' states, at some sites.
 
     All states have the mean over entities' centroids subtracted: without it, every cosine in a residual stream is
-    large. Held-out states have their own mean subtracted (with each entity counting once), since other prompts, or
-    another position, have another one. Where states do not differ at all, cosines are 0. States of an entity that is
+    large. Held-out states have their own mean subtracted (with each entity counting once), since other prompts and
+    positions have other means. Where states do not differ at all, cosines are 0. States of an entity that is
     never computed are nearest to its centroid no more often than by chance, at any site; those of one computed late
     are from some layer on.
 
     Args:
-        mentions: For each of at least two entities, at least two prompts in which a state should stand for it.
+        mentions: For each of at least two entities, at least two prompts in which a state should represent it.
         held_out: Other prompts, for the same entities or some of them.
         sites: Sites of the residual stream.
 
@@ -104,7 +104,7 @@ def cosine_lens(
 
 
 def _without(middle: Float[Tensor, "width"], states: Float[Tensor, "states width"]) -> Float[Tensor, "states width"]:
-    """States less their middle, and zeros where they differ from it by rounding alone."""
+    """States minus their centre; zeros where they differ from it only by rounding."""
     centred = states - middle
     return centred * (centred.norm(dim=-1, keepdim=True) > ROUNDING * states.norm(dim=-1, keepdim=True))
 

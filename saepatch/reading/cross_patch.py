@@ -25,10 +25,10 @@ ROWS = 64  # prompts in a batch, and edited passes in another
 
 @dataclass(frozen=True)
 class CrossQuery:
-    """A prompt whose states are read, one into which they are written, and the answers that matter there.
+    """A prompt whose states are read, a prompt into which they are written, and the answers to compare there.
 
     `wanted` is the answer that the target gives if it takes over what was read; `own` is the target's own. Positions
-    select as many tokens of both prompts. For back- and forward-patching both prompts are one.
+    select as many tokens of both prompts. For back- and forward-patching, both are the same prompt.
     """
 
     source: str
@@ -42,7 +42,7 @@ class CrossQuery:
 
 @dataclass(frozen=True)
 class Move:
-    """The site at which the source is read, and the one at which its value is written into the target."""
+    """The site where the source is read, and the site where its value is written into the target."""
 
     read: Site
     write: Site
@@ -53,7 +53,7 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class CrossPatched:
-    """What each query's target answers after each move, and unpatched.
+    """Answers of each query's target after each move, and unpatched.
 
     Attributes:
         queries: The queries, in order.
@@ -149,9 +149,9 @@ def cross_queries(
 ) -> Crossed:
     """All pairs of a source and a target: success is the answer of the target's relation for the source's bridge.
 
-    `known` has these answers, by relation and bridge. Pairs whose bridges are equal, whose answer would be the target's
-    own, or of which no answer is known, are left out and counted: they could not tell a transfer from the target's own
-    answer.
+    `known` has these answers, by relation and bridge. Pairs with equal bridges, pairs whose answer would be the
+    target's own, and pairs without a known answer are left out and counted: they cannot distinguish a transfer from the
+    target's own answer.
     """
     queries, left_out = [], Counter[str]({"equal bridges": 0, "the target's own answer": 0, "no answer known": 0})
     for source in sources:
@@ -181,7 +181,7 @@ def cross_patch(
     latents: Sequence[int] | None = None,
     rows: int = ROWS,
 ) -> CrossPatched:
-    """Write states of each query's source into its target, by every move, one move a run.
+    """Write states of each query's source into its target, by every move, one per run.
 
     Args:
         queries: Prompts and the positions that are read and written.
@@ -212,7 +212,7 @@ def cross_patch(
     log_p, likeliest = np.zeros((*shape, len(names))), np.zeros(shape, dtype=int)
     plain, plain_likeliest = np.zeros((shape[0], len(names))), np.zeros(shape[0], dtype=int)
     columns = [_columns(model, query.target, query.write) for query in queries]
-    checked: Checked = {}  # what groups learn of ways to resume
+    checked: Checked = {}  # ways of resuming, shared by the groups
     for group in _groups(prompts, columns, rows):
         run = KeptRun(model, model.pad([prompts[i] for i in group], "left"), {move.write for move in moves})
         run.checked = checked
@@ -318,7 +318,7 @@ def _taken_over(
     dictionary: Dictionary | None,
     latents: Sequence[int] | None,
 ) -> Float[Tensor, "positions width"]:
-    """What is added to `old` so that it, or only some latents of it, take over `value`."""
+    """What to add to `old` so that it, or only some of its latents, has the values of `value`."""
     if dictionary is None:
         return value - old
     ids = slice(None) if latents is None else list(latents)

@@ -11,7 +11,7 @@ EVERY = 30.0  # seconds between lines
 
 
 class _Lines(io.TextIOBase):
-    """Standard error, for a bar: what would be drawn over the last drawing becomes a line."""
+    """Standard error for a bar, with each redrawing on a line of its own."""
 
     def write(self, text: str) -> int:
         if drawn := text.strip("\r\n\x1b[A "):

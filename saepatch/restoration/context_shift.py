@@ -1,4 +1,4 @@
-"""Latents that a context shifts, by a paired test on the same requests with and without it, and the shift undone."""
+"""Latents that a context shifts, found by a paired test on requests with and without it; and the shift undone."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from saepatch.splicing.splice import Dictionaries, by_site
 
 @dataclass(frozen=True, eq=False)
 class ContextShift:
-    """What each latent loses or gains by a context, at the ends of prompts.
+    """How a context changes each latent, at the ends of prompts.
 
     Attributes:
         lost: By site, the mean over requests of a latent without the context, less with it: above 0 the context
@@ -49,7 +49,7 @@ class ContextShift:
     ) -> list[Steer]:
         """Interventions that add to every significant latent what it lost, at the ends of prompts and in the answer.
 
-        Shifts of several sites add up: what an earlier site regains changes the later ones, too. None: all sites.
+        Shifts of several sites add up: what an earlier site regains changes later sites as well. None: all sites.
         """
         edits = []
         for site, ids in self.significant(level=level).items():

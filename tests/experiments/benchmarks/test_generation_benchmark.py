@@ -57,7 +57,7 @@ def test_nnsight_writes_our_tokens(tmp_path):
     if why := peers.missing("nnsight"):
         pytest.skip(why)
     command = [sys.executable, "-m", "experiments.benchmarks.generation", *arguments(tmp_path, ["nnsight"])]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)  # it patches torch
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)  # it patches torch
     assert done.returncode == 0, done.stderr
     check(tmp_path, ["nnsight"])
 

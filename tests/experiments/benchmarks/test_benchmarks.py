@@ -70,7 +70,7 @@ def test_nnsight_gives_our_numbers(tmp_path):
     if why := peers.missing("nnsight"):
         pytest.skip(why)
     command = [sys.executable, "-m", "experiments.benchmarks.patching", *arguments(tmp_path, NNSIGHT, lengths="[8]")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check(tmp_path, NNSIGHT, lengths=(8,))
 
