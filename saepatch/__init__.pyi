@@ -11,6 +11,7 @@ from .circuits.edges.estimates import Linear as Linear
 from .circuits.edges.estimates import edges as edges
 from .circuits.edges.frozen_graph import attribution_graph as attribution_graph
 from .circuits.edges.frozen_graph import head_loadings as head_loadings
+from .circuits.edges.score_split import score_split as score_split
 from .circuits.find import FindOptions as FindOptions
 from .circuits.find import FoundCircuit as FoundCircuit
 from .circuits.find import find_circuit as find_circuit
@@ -24,6 +25,8 @@ from .circuits.nodes import Node as Node
 from .circuits.nodes import Paths as Paths
 from .circuits.residual.direct import DirectAttribution as DirectAttribution
 from .circuits.residual.direct import direct_attribution as direct_attribution
+from .circuits.residual.readers import ReadingHeads as ReadingHeads
+from .circuits.residual.readers import reading_heads as reading_heads
 from .circuits.residual.self_repair import RepairRuns as RepairRuns
 from .circuits.residual.self_repair import SelfRepair as SelfRepair
 from .circuits.residual.self_repair import self_repair as self_repair

@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from bare_hooks import forward
+from planted import saturated_model, split_dictionary
 from tiny import random_dictionary, tiny_model
 
+import saepatch as sp
 from saepatch.circuits.edges.attribution_graph import AttributionGraph, Vertex
 from saepatch.circuits.edges.frozen_graph import attribution_graph, head_loadings
+from saepatch.circuits.edges.score_split import score_split
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 
@@ -53,6 +57,66 @@ def test_the_heads_of_an_edge_sum_to_it(family):
             assert len([part for part in parts.values() if abs(part) > 1e-6]) > 2
     with pytest.raises(UserError, match="no edge"):
         head_loadings(model, dictionaries, "cats", Vertex("latent", Site(2), 0, 1), graph.vertices[graph.reader[0]])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "qwen3"])
+def test_the_pairs_of_an_attention_score_sum_to_it(family):
+    """Differences of scores are the log-ratios of transformers' own patterns: norms of queries, soft caps and all."""
+    model, prompt, query = tiny_model(family), "cats", 4
+    model.hf.set_attn_implementation("eager")
+    tokens = model.tokenize([prompt])
+    with torch.no_grad():
+        patterns = model.hf(input_ids=tokens.input_ids, output_attentions=True).attentions
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    for dictionaries, layer in (([], 0), ([random_dictionary("resid_post.0", seed=1)], 1), ([], 2)):
+        for head in (1, 2):
+            near, far = (score_split(model, dictionaries, prompt, (layer, head), query, key) for key in (3, 1))
+            scores = [split.score if cap is None else cap * np.tanh(split.score / cap) for split in (near, far)]
+            row = patterns[layer][0, head, query].double()
+            assert scores[0] - scores[1] == pytest.approx(float((row[3] / row[1]).log()), abs=1e-4)
+            assert near.attention == pytest.approx(float(row[3]), abs=1e-5)
+            for split in (near, far):
+                for sides in (split.by_query, split.by_key):
+                    assert sides.sum() == pytest.approx(split.score, abs=1e-4)
+                top = split.top(3)
+                assert abs(top[0][2]) == pytest.approx(
+                    np.abs(split.scaling * split.query @ split.key.T).max(), rel=1e-6
+                )
+                assert split.of(*top[1][:2]) == pytest.approx(top[1][2])
+            own = [
+                vertex
+                for vertex, value in zip(near.vertices, near.by_key, strict=True)
+                if value and vertex.position == 4
+            ]
+            assert not own  # the key lies before
+
+
+def test_what_looks_for_a_token_and_what_is_found_are_the_pair():
+    """The planted head's query is 40 at `q`, its key 1 at `A`: all of the score is that pair of embeddings."""
+    split = score_split(saturated_model(), [], "Aq", (0, 0), 2, 1)
+    q, a = (next(v for v in split.vertices if v.kind == "embedding" and v.position == p) for p in (2, 1))
+    assert split.score == pytest.approx(40.0)
+    assert split.of(q, a) == pytest.approx(40.0)
+    assert split.top(1) == [(q, a, pytest.approx(40.0))]
+    assert sum(abs(value) > 1e-6 for _, _, value in split.top(9)) == 1
+    assert split.attention == pytest.approx(1.0, abs=1e-6)
+    for head, query, key, message in (((0, 1), 2, 1, "no head 1"), ((0, 0), 1, 2, "no attention from token 1")):
+        with pytest.raises(UserError, match=message):
+            score_split(saturated_model(), [], "Aq", head, query, key)
+
+
+def test_the_heads_that_read_a_latents_token_are_found():
+    """The planted head attends from `q` to `A`, where one latent is active and another is not."""
+    model, dictionary = saturated_model(), split_dictionary("resid_pre.0", 9)
+    read = sp.reading_heads(model, dictionary, 2 * 5, ["aAq", "aq", "bbAq"])  # what `A` and `a` hold at dimension 5
+    assert read.prompt.tolist() == [0, 1, 2]
+    assert read.position.tolist() == [1, 1, 3]
+    assert read.heads == ((0, 0),)
+    np.testing.assert_allclose(read.attention[2], 1.0, atol=1e-6)
+    assert read.attention[0, 0] < 1e-6  # the first of two equal tokens, which the head does not look for
+    assert "head" in read.summary()
+    with pytest.raises(UserError, match="active in none"):
+        sp.reading_heads(model, dictionary, 2 * 8, ["aAq"])
 
 
 def test_what_is_not_linear_under_freezing_is_refused():

@@ -45,7 +45,7 @@ def attribution_graph(
             model's norms or attention cannot be frozen; there are too many nodes; or edges do not sum to a reader's
             value.
     """
-    made = _FrozenModel.of(model, dictionaries, prompt)
+    made = FrozenModel.of(model, dictionaries, prompt)
     with made.frozen():
         for node in made.nodes:
             made.read_latents(node)
@@ -70,12 +70,12 @@ def head_loadings(
         UserError: there is no such edge between a source and an active latent.
     """
     sites = list(model.layout.of_stream("z"))
-    made = _FrozenModel.of(model, dictionaries, prompt, sites)
+    made = FrozenModel.of(model, dictionaries, prompt, sites)
     if up.site is None or down.kind != "latent" or not {up, down} <= set(made.vertices):
         raise UserError(f"no edge from {up} to {down}: give a source with a site and an active latent of the graph")
     site, target = up.site, down.site
     assert target is not None
-    leaves = made._leaves(target)
+    leaves = made.leaves(target)
     if site not in leaves:
         raise UserError(f"no edge from {up} to {down}: it starts after it, or before a stream that has nodes")
     heads = [z for z in sites if site.order < z.order < target.order]
@@ -95,16 +95,17 @@ def head_loadings(
     return parts
 
 
-class _FrozenModel:
+class FrozenModel:
     """A prompt's run, its sources, and gradients while nonlinearities are frozen."""
 
     @classmethod
     def of(
         cls, model: LanguageModel, dictionaries: Sequence[Dictionary], prompt: str, also: Sequence[Site] = ()
-    ) -> "_FrozenModel":
+    ) -> "FrozenModel":
         refuse_training(model)
         taken = {dictionary.site for dictionary in dictionaries}
-        streams = [Stream(site) for site in (EMBEDDINGS, *model.layout.of_stream("mlp_out")) if site not in taken]
+        mlps = [site for site in model.layout.all_sites if site.stream == "mlp_out"]
+        streams = [Stream(site) for site in (EMBEDDINGS, *mlps) if site not in taken]
         if any(site.same_tensor(EMBEDDINGS) for site in taken):
             streams = streams[1:]
         nodes = node_sites(model, [*streams, *dictionaries])
@@ -202,7 +203,7 @@ class _FrozenModel:
     def read_latents(self, node: NodeSite) -> None:
         """The edges into a dictionary's active latents: into their pre-activations."""
         first = node.components[0]
-        if not isinstance(first, LatentUnits) or node.site.stream == "mlp_out" or not self._leaves(node.site):
+        if not isinstance(first, LatentUnits) or node.site.stream == "mlp_out" or not self.leaves(node.site):
             return
         dictionary, x = first.dictionary, self.base.values[node.site]
         sae = self._saes[node.site]
@@ -212,7 +213,7 @@ class _FrozenModel:
                 "W_enc x + b_enc, so it has no edges under freezing: use a standard, TopK or JumpReLU dictionary"
             )
         columns = sae.W_enc.detach().T.float()
-        graph = SpanGraph(self.base, self._leaves(node.site), node.site)
+        graph = SpanGraph(self.base, self.leaves(node.site), node.site)
         readers = [i for i, v in enumerate(self.vertices) if v.kind == "latent" and v.site == node.site]
         constants = [(self._vertex(Vertex("bias", node.site, name="b_enc")), sae.b_enc.detach().float())]
         if dictionary.cfg.apply_b_dec_to_input:
@@ -221,7 +222,7 @@ class _FrozenModel:
         for some in np.array_split(readers, max(1, -(-len(readers) // AT_ONCE))):
             listed = [self.vertices[i] for i in some.tolist()]
             units = torch.tensor([vertex.unit for vertex in listed])
-            rows = self._pulled(graph, self.cotangent(*listed))
+            rows = self.pulled(graph, self.cotangent(*listed))
             positions = [vertex.position for vertex in listed]
             value = (x[0, positions].float() * columns[units]).sum(-1)
             for vertex, constant in constants:
@@ -238,7 +239,7 @@ class _FrozenModel:
         targets = likely.indices[:count]
         x, graph = self.base.values.get(last), None
         if x is None:
-            graph = SpanGraph(self.base, self._leaves(None), last)
+            graph = SpanGraph(self.base, self.leaves(None), last)
             x = graph.whole.detach()
         sigma = unembedding.sigma(x[0, -1:])
         every = torch.arange(len(unembedding.weight), device=x.device)[None]
@@ -246,7 +247,7 @@ class _FrozenModel:
         directions = unembedding.directions(sigma, targets[None])[0] - mean
         cotangents = x.new_zeros(count, 1, *x.shape[1:])
         cotangents[:, 0, -1] = directions.to(x.dtype)
-        rows = self._rows({last: cotangents}, (), count) if graph is None else self._pulled(graph, cotangents)
+        rows = self._rows({last: cotangents}, (), count) if graph is None else self.pulled(graph, cotangents)
         logits = unembedding.logits(x[0, -1:], every)[0]
         for name, constant in zip(("final norm", "unembedding"), unembedding.constants(every), strict=True):
             if bool(constant.any()):
@@ -259,15 +260,15 @@ class _FrozenModel:
             value = float(logits[token] - logits.mean())
             self.rows.append((vertex, rows[number], value, float(probability[token])))
 
-    def _leaves(self, down: Site | None) -> dict[Site, Tensor]:
+    def leaves(self, down: Site | None) -> dict[Site, Tensor]:
         return {up.site: self.base.values[up.site] for up in upstream(self.nodes, down)}
 
-    def _pulled(
-        self, graph: SpanGraph, cotangents: Float[Tensor, "readers 1 pos width"]
+    def pulled(
+        self, graph: SpanGraph, cotangents: Float[Tensor, "readers *shape"], of: Float[Tensor, "*shape"] | None = None
     ) -> Float[Tensor, "readers vertices"]:
-        """What every vertex adds to some readers of the graph's target."""
+        """What every vertex adds to some readers of the graph's target, or of another value in the graph."""
         gradients = torch.autograd.grad(
-            graph.whole,
+            graph.whole if of is None else of,
             [*graph.leaves.values(), *self.biases.values()],
             cotangents,
             is_grads_batched=True,
