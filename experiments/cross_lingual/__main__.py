@@ -4,7 +4,8 @@ import sys
 
 from saepatch.cli.parser import run_config
 
-from .study import CrossLingualConfig, main
+from .results import CrossLingualConfig
+from .study import main
 
 if __name__ == "__main__":
     sys.exit(run_config(CrossLingualConfig, main, "python -m experiments.cross_lingual"))

@@ -1,31 +1,27 @@
 """The report, summary and rows of the experiment on languages."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from saepatch.model.language_model import LanguageModel
 from saepatch.pages.charts import INTERVALS, WILSON, band, cell
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
+from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records
 from saepatch.records.statistics import Interval
-from saepatch.report import Block, Cell, Facts, LineChart, Page, Section, Table, write_page
+from saepatch.report import Block, Cell, Facts, LineChart, Page, Section, Table
 
-from ..common.tracked import show
-from .study import CrossLingualConfig, CrossLingualResults, DepthOf
+from ..common.tracked import conclude
+from .results import CrossLingualConfig, CrossLingualResults, DepthOf
 
 NAMES = ("own", "transfer", "matched", "home")
 
 
 def write(config: CrossLingualConfig, model: LanguageModel, results: CrossLingualResults) -> None:
     """Write the report, summary, rows and settings, and log them to trackers."""
-    out, finding = Path(config.out), verdict(results)
     provenance = Provenance(model.name, model.fingerprint, config.sae, "", config.seed)
-    write_records([(rows(results), provenance)], out / "results.parquet")
+    write_records([(rows(results), provenance)], Path(config.out) / "results.parquet")
     figures: dict[str, Any] = {
-        "verdict": finding,
         "pairs": dict(results.counts),
         "left_out": dict(results.left_out),
         "shared": {
@@ -39,15 +35,10 @@ def write(config: CrossLingualConfig, model: LanguageModel, results: CrossLingua
             }
             for name, each in results.depth.items()
         },
-        "versions": versions(),
     }
     given = {name: text for name, text in provenance.facts().items() if config.sae or name != "dictionary"}
-    page = Page("What do languages share?", finding, _sections(results), Facts(given))
-    write_page(page, out / "report.html")
-    write_json(figures, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
-    show(config, "cross_lingual", page, {"depth": figures["depth"]})
-    sys.stdout.write(f"{finding}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    page = Page("What do languages share?", verdict(results), _sections(results), Facts(given))
+    conclude(config, "cross_lingual", page, figures, {"depth": figures["depth"]})
 
 
 def _figures(shared: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ again.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -37,111 +36,24 @@ from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import tasks, world
 from saepatch.reading.cross_patch import CrossPatched, CrossQuery, Move, cross_patch
-from saepatch.records.provenance import versions
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
-from saepatch.tracking.open import read_spec
 
-from ..common.kept import KeptResults
+from ..common.kept import KeptResults, deciding
 from .capitals import CAPITAL, COUNTRIES
+from .page import write
+from .results import (
+    FEWEST,
+    CrossLingualConfig,
+    CrossLingualResults,
+    DepthOf,
+    LanguageLatents,
+    ParallelPairs,
+    SharedLatents,
+)
 
 SPLITS = ("select", "report")
-FEWEST = 8  # parallel pairs of a split
-
-
-@dataclass(frozen=True)
-class CrossLingualConfig:
-    """Find the latents that languages share, and the depths at which concept and output language are decided."""
-
-    out: str = "runs/cross_lingual"
-    """Folder for summary.json, report.html, results.parquet and config.yaml."""
-    model: str = "organism"
-    """The embedded model, a folder, or a Hugging Face id."""
-    sae: str = "organism"
-    """Dictionaries: organism, or a folder with one sub-folder per site; empty: none."""
-    latents: int = 16
-    """Number of first latents of each language."""
-    pairs: int = 40
-    """Maximum number of parallel pairs of a split."""
-    seed: int = 0
-    """Seed of pairs and controls."""
-    device: str = "cpu"
-    """Where to run."""
-    dtype: str = "float32"
-    """Precision of the model."""
-    track: str = "none"
-    """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
-
-    def __post_init__(self) -> None:
-        read_spec(self.track)
-        if self.latents < 1 or self.pairs < FEWEST:
-            raise UserError(f"latents = {self.latents}, pairs = {self.pairs}: use at least 1 and {FEWEST}")
-
-
-@dataclass(frozen=True)
-class ParallelPairs:
-    """By split and language, pairs of prompts on the same countries in the same order; and what was left out.
-
-    `cut` has, by language, the beginnings of prompts on the countries of `report` (clean, corrupted), up to the copula
-    in `copulas`; with it, they ask for the capital.
-    """
-
-    pairs: Mapping[str, Mapping[str, tuple[PromptPair, ...]]]
-    left_out: Mapping[str, int]
-    cut: Mapping[str, tuple[tuple[str, ...], ...]]
-    copulas: Mapping[str, str]
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        return tuple(self.pairs["report"])
-
-
-@dataclass(frozen=True)
-class LanguageLatents:
-    """At one site, first latents on `select`: of each language, and of each half of its pairs."""
-
-    first: dict[str, tuple[int, ...]]
-    halves: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class SharedLatents:
-    """At one site and for one ordered pair of languages: overlaps of first latents, and what they restore.
-
-    `overlap` is the share of language A's first latents, found on one half of the countries' pairs, that are among B's
-    on the other half; `chance` that among latents matched with B's in frequency and size; `ceiling` the same within A.
-    `own`, `transfer` and `matched` are
-    normalised effects in B of B's latents, of A's, and of latents matched with A's; `home` is the effect of A's in A.
-    """
-
-    overlap: float
-    chance: float
-    ceiling: float
-    own: Interval
-    transfer: Interval
-    matched: Interval
-    home: Interval
-
-
-@dataclass(frozen=True)
-class DepthOf:
-    """By layer, what the last token's state of another language and country brings along; and without a patch."""
-
-    layers: tuple[int, ...]
-    concept: tuple[Interval, ...]
-    language: tuple[Interval, ...]
-    unpatched: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class CrossLingualResults:
-    """All results, by site and ordered pair of languages ("A → B")."""
-
-    counts: Mapping[str, int]
-    left_out: Mapping[str, int]
-    shared: Mapping[str, Mapping[str, SharedLatents]]
-    depth: Mapping[str, DepthOf]
 
 
 def organism_pairs(n: int, seed: int) -> ParallelPairs:
@@ -323,8 +235,6 @@ def _plain(found: CrossPatched) -> float:
 
 
 def main(config: CrossLingualConfig) -> None:
-    from .page import write
-
     out = Path(config.out)
     check_owner(out, "cross_lingual")
     model = load_model(config.model, config.device, config.dtype)
@@ -335,12 +245,7 @@ def main(config: CrossLingualConfig) -> None:
     )
     if (fewest := min(len(some) for each in parallel.pairs.values() for some in each.values())) < FEWEST:
         raise UserError(f"{fewest} parallel pairs fit {model.name}, fewer than {FEWEST}: use another model")
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track", "device")},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
-        "versions": versions(),
-    }
+    decides = deciding(config, model, saes, ("out", "track", "device"))
     with measurements(out, "cross_lingual", decides) as kept_file:
         results = measure(config, model, saes, parallel, KeptResults(kept_file, {}))
     write(config, model, results)

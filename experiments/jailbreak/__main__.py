@@ -4,7 +4,8 @@ import sys
 
 from saepatch.cli.parser import run_config
 
-from .study import JailbreakConfig, main
+from .results import JailbreakConfig
+from .study import main
 
 if __name__ == "__main__":
     sys.exit(run_config(JailbreakConfig, main, "python -m experiments.jailbreak"))

@@ -1,6 +1,5 @@
 """The report, summary and rows of the experiment on both halves of a jailbreak."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,17 +9,15 @@ import numpy as np
 from jaxtyping import Float
 
 from saepatch.pages.charts import WILSON, cell
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import versions
 from saepatch.records.rows import write_records
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
-from saepatch.report import Cell, Facts, Page, Section, Table, write_page
+from saepatch.report import Cell, Facts, Page, Section, Table
 from saepatch.restoration.answering import Answered
 from saepatch.restoration.restore import judge
 
-from ..common.tracked import show
+from ..common.tracked import conclude
 from ..restoration.settings import Setting
-from .study import BOTH, DONE, HALVES, SHIFT, JailbreakConfig, JailbreakResults
+from .results import BOTH, DONE, HALVES, SHIFT, JailbreakConfig, JailbreakResults
 
 
 def share(several: Sequence[Answered]) -> Interval:
@@ -76,30 +73,27 @@ def _percent(interval: Interval) -> str:
 
 def write(config: JailbreakConfig, setting: Setting, results: JailbreakResults) -> None:
     """Write the report, summary, rows and settings, and log them to trackers."""
-    out, finding, refused = Path(config.out), verdict(results), shares(results)
+    refused = shares(results)
     provenance = setting.provenance(config.sae, config.seed)
-    write_records([(_rows(setting, results), provenance)], out / "results.parquet")
+    write_records([(_rows(setting, results), provenance)], Path(config.out) / "results.parquet")
     differences = {
         f"{one} less {other}": gap(results, one, other)
         for one, other in ((DONE["suppressed"], SHIFT), (BOTH, DONE["suppressed"]), (BOTH, DONE["amplified"]))
     }
     summary: dict[str, Any] = {
-        "verdict": finding,
         "halves": asdict(results.found) | {"sizes": dict(results.sizes)},
         "shift": asdict(results.shift),
         "refused": {name: {c: i.as_list() for c, i in some.items()} for name, some in refused.items()},
         "differences": {name: each.as_list() for name, each in differences.items()},
         "kl": {name: each.as_list() for name, each in results.costs.items()},
-        "versions": versions(),
     }
     page = Page(
-        "Both halves of a jailbreak", finding, _sections(results, refused, differences), Facts(provenance.facts())
+        "Both halves of a jailbreak",
+        verdict(results),
+        _sections(results, refused, differences),
+        Facts(provenance.facts()),
     )
-    write_page(page, out / "report.html")
-    write_json(summary, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
-    show(config, "jailbreak", page, {"refused": summary["refused"]})
-    sys.stdout.write(f"{finding}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    conclude(config, "jailbreak", page, summary, {"refused": summary["refused"]})
 
 
 def _rows(setting: Setting, results: JailbreakResults) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ A stopped run continues when the same command is given again.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,12 @@ import numpy as np
 
 from saepatch import organism
 from saepatch.dictionaries.loading import load_saes
-from saepatch.errors import UserError
-from saepatch.measure.controls import DRAWS
 from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.organism import world
-from saepatch.records.provenance import versions
-from saepatch.records.statistics import Interval, bootstrap_mean
+from saepatch.records.statistics import bootstrap_mean
 from saepatch.restoration.answering import Answered
 from saepatch.restoration.context_shift import ContextShift, find_context_shift
 from saepatch.restoration.ranking import find_safety_latents
@@ -40,92 +37,16 @@ from saepatch.runs.ownership import check_owner
 from saepatch.splicing.donors import CleanPrompts
 from saepatch.splicing.interventions import Ablate
 from saepatch.splicing.splice import Interventions, splice
-from saepatch.tracking.open import read_spec
 
-from ..common.kept import KeptResults
+from ..common.kept import KeptResults, deciding
 from ..restoration.curves import ENOUGH, control_latents
 from ..restoration.settings import PairedPrompts, Setting, two_prompts
+from .page import write
+from .results import BOTH, DONE, HALVES, SHIFT, Cost, HalvesFound, JailbreakConfig, JailbreakResults, ShiftChoice
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 Latents = Mapping[Site, tuple[int, ...]]
-HALVES = ("suppressed", "amplified")
-DONE = {"suppressed": "suppressed restored", "amplified": "amplified ablated"}
-BOTH, SHIFT = "both", "CC-Delta"
 STRENGTHS = (1.0, 2.0, 4.0)  # of CC-Delta
-
-
-@dataclass(frozen=True)
-class JailbreakConfig:
-    """Find and test apart the latents that a jailbreak suppresses and those that it amplifies."""
-
-    out: str = "runs/jailbreak"
-    """Folder for summary.json, report.html, results.parquet and config.yaml."""
-    sae: str = "organism"
-    """Dictionaries: organism, or a folder with one sub-folder per site."""
-    prompts: int = 48
-    """Number of harmful requests per split, and of harmless ones."""
-    tokens: int = 16
-    """Maximum number of tokens of an answer."""
-    draws: int = DRAWS
-    """Number of random sets of latents, and of matched sets."""
-    seed: int = 0
-    """Seed of requests and of controls."""
-    track: str = "none"
-    """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
-
-    def __post_init__(self) -> None:
-        read_spec(self.track)
-        if self.prompts < 6 or self.tokens < 4 or self.draws < 1:
-            raise UserError(
-                f"prompts = {self.prompts}, tokens = {self.tokens}, draws = {self.draws}: use at least 6, 4 and 1"
-            )
-
-
-@dataclass(frozen=True)
-class HalvesFound:
-    """The first latents of each half in the order of their change, and how much of the change each half is.
-
-    `ranked` has (site, latent) by half, `share` the half's share of the sum of absolute mean changes times row norms,
-    `significant` the numbers of latents that pass the paired test with this sign, `active` those that are ever on.
-    """
-
-    ranked: dict[str, tuple[tuple[str, int], ...]]
-    share: dict[str, float]
-    significant: dict[str, int]
-    active: int
-
-    def top(self, half: str, k: int) -> dict[Site, tuple[int, ...]]:
-        chosen: dict[Site, list[int]] = {}
-        for site, latent in self.ranked[half][:k]:
-            chosen.setdefault(Site.parse(site), []).append(latent)
-        return {site: tuple(ids) for site, ids in chosen.items()}
-
-
-@dataclass(frozen=True)
-class ShiftChoice:
-    """Where CC-Delta adds what was lost, how many times, and whether in the answer, too."""
-
-    site: str
-    strength: float
-    in_answer: bool
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Divergence from the unedited model over its own answers to harmless requests, in nats per token."""
-
-    kl: Interval
-
-
-@dataclass(frozen=True)
-class JailbreakResults:
-    """Answers by prompts and condition; the chosen numbers of latents; costs by condition."""
-
-    found: HalvesFound
-    sizes: Mapping[str, int]
-    shift: ShiftChoice
-    answers: Mapping[str, Mapping[str, Sequence[Answered]]]
-    costs: Mapping[str, Interval]
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,8 +210,6 @@ def measure(run: _Run) -> JailbreakResults:
 
 
 def main(config: JailbreakConfig) -> None:
-    from .page import write
-
     out = Path(config.out)
     check_owner(out, "jailbreak")
     model, saes = load_model("organism"), load_saes(config.sae)
@@ -298,12 +217,6 @@ def main(config: JailbreakConfig) -> None:
     assert header is not None  # the embedded model's chat template opens an assistant's turn
     setting = two_prompts(model, saes, header, config.prompts, config.seed)
     refusal_ids = first_tokens(model, world.chat("a"), [f" {text}" for text in world.REFUSAL_OPENINGS])
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track")},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
-        "versions": versions(),
-    }
-    with measurements(out, "jailbreak", decides) as kept:
+    with measurements(out, "jailbreak", deciding(config, model, saes)) as kept:
         results = measure(_Run(config, setting, refusal_ids, KeptResults(kept, {})))
     write(config, setting, results)

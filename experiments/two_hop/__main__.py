@@ -4,7 +4,8 @@ import sys
 
 from saepatch.cli.parser import run_config
 
-from .study import TwoHopConfig, main
+from .results import TwoHopConfig
+from .study import main
 
 if __name__ == "__main__":
     sys.exit(run_config(TwoHopConfig, main, "python -m experiments.two_hop"))

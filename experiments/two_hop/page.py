@@ -1,46 +1,35 @@
 """The report, summary and rows of the study of two-hop facts."""
 
-import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from saepatch.model.language_model import LanguageModel
 from saepatch.pages.charts import WILSON, band, cell
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
+from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records
 from saepatch.records.statistics import Interval
-from saepatch.report import Block, Cell, Facts, HeatMap, LineChart, Page, Reference, Section, Table, write_page
+from saepatch.report import Block, Cell, Facts, HeatMap, LineChart, Page, Reference, Section, Table
 
-from ..common.tracked import show
-
-if TYPE_CHECKING:
-    from .study import Sweep, TwoHopConfig, TwoHopResults
+from ..common.tracked import conclude
+from .results import Sweep, TwoHopConfig, TwoHopResults
 
 OWN = "the same question"
 SHARE = ".0%"
 
 
-def write(config: "TwoHopConfig", model: LanguageModel, results: "TwoHopResults") -> None:
+def write(config: TwoHopConfig, model: LanguageModel, results: TwoHopResults) -> None:
     """Write the report, summary, rows and settings, and log them to trackers."""
-    out = Path(config.out)
     provenance = Provenance(model.name, model.fingerprint, config.sae, "", config.seed)
-    write_records([(rows(results), provenance)], out / "results.parquet")
-    finding = verdict(results)
+    write_records([(rows(results), provenance)], Path(config.out) / "results.parquet")
     given = {name: text for name, text in provenance.facts().items() if config.sae or name != "dictionary"}
-    page = Page("Do two hops compose?", finding, _sections(results, config.seed), Facts(given))
-    write_page(page, out / "report.html")
+    page = Page("Do two hops compose?", verdict(results), _sections(results, config.seed), Facts(given))
     figures = summary(results, config.seed)
-    write_json({"verdict": finding, **figures, "versions": versions()}, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
-    show(config, "two_hop", page, {"shares": figures["shares"]})
-    sys.stdout.write(f"{finding}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    conclude(config, "two_hop", page, figures, {"shares": figures["shares"]})
 
 
-def rows(results: "TwoHopResults") -> list[dict[str, Any]]:
+def rows(results: TwoHopResults) -> list[dict[str, Any]]:
     """One row for each kind of moves, split, query and move."""
     made = []
     for sweep in results.sweeps:
@@ -58,7 +47,7 @@ def rows(results: "TwoHopResults") -> list[dict[str, Any]]:
     return made
 
 
-def summary(results: "TwoHopResults", seed: int) -> dict[str, Any]:
+def summary(results: TwoHopResults, seed: int) -> dict[str, Any]:
     sweeps = {}
     for sweep in results.sweeps:
         move, share = sweep.chosen()
@@ -91,7 +80,7 @@ def summary(results: "TwoHopResults", seed: int) -> dict[str, Any]:
 BOTH = {"back": True, "forward": False}
 
 
-def _listed(sweep: "Sweep", back: bool, seed: int) -> dict[str, Any]:
+def _listed(sweep: Sweep, back: bool, seed: int) -> dict[str, Any]:
     move, share = sweep.chosen(back)
     some, null, gap = sweep.any_of(back, seed)
     return {
@@ -103,7 +92,7 @@ def _listed(sweep: "Sweep", back: bool, seed: int) -> dict[str, Any]:
     }
 
 
-def verdict(results: "TwoHopResults") -> str:
+def verdict(results: TwoHopResults) -> str:
     """What the measurements say, in the order of the question."""
     shares = results.shares
     text = f"Of questions whose hops the model knows one by one, it answers {_percent(shares.composed)}"
@@ -136,7 +125,7 @@ def _percent(interval: Interval) -> str:
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
-def _sections(results: "TwoHopResults", seed: int) -> list[Section]:
+def _sections(results: TwoHopResults, seed: int) -> list[Section]:
     shares: list[list[Cell]] = [
         [name, cell(each)]
         for name, each in (
@@ -175,7 +164,7 @@ LATENTS = (
 )
 
 
-def _lens_chart(results: "TwoHopResults") -> Block:
+def _lens_chart(results: TwoHopResults) -> Block:
     series = [band(name, range(len(lens.sites)), lens.nearest) for name, lens in results.lenses.items()]
     chances = sorted({round(lens.chance, 3) for lens in results.lenses.values()})
     return LineChart(
@@ -190,7 +179,7 @@ def _lens_chart(results: "TwoHopResults") -> Block:
     )
 
 
-def _lens_table(results: "TwoHopResults") -> Block:
+def _lens_table(results: TwoHopResults) -> Block:
     table: list[list[Cell]] = [
         [name, site, cell(nearest), alignment, cohesion]
         for name, lens in results.lenses.items()
@@ -203,7 +192,7 @@ def _lens_table(results: "TwoHopResults") -> Block:
     return Table(columns, table, caption, {"nearest": SHARE, "alignment": ".2f", "cohesion": ".2f"})
 
 
-def _moves_table(results: "TwoHopResults") -> Block:
+def _moves_table(results: TwoHopResults) -> Block:
     table: list[list[Cell]] = []
     for sweep in results.sweeps:
         move, share = sweep.chosen()
@@ -214,7 +203,7 @@ def _moves_table(results: "TwoHopResults") -> Block:
     return Table(columns, table, WILSON, {"success": SHARE, "unpatched": SHARE})
 
 
-def _map(sweep: "Sweep") -> Block:
+def _map(sweep: Sweep) -> Block:
     found = sweep.report
     reads, writes = (list(dict.fromkeys(getattr(move, end) for move in found.moves)) for end in ("read", "write"))
     share = {(m.read, m.write): value for m, value in zip(found.moves, found.given().mean(0).tolist(), strict=True)}
@@ -231,7 +220,7 @@ def _map(sweep: "Sweep") -> Block:
     )
 
 
-def _back_table(results: "TwoHopResults", seed: int) -> Block:
+def _back_table(results: TwoHopResults, seed: int) -> Block:
     table: list[list[Cell]] = []
     for sweep in results.sweeps:
         for name, back in BOTH.items() if sweep.name.startswith(OWN) else ():
@@ -242,7 +231,7 @@ def _back_table(results: "TwoHopResults", seed: int) -> Block:
     return Table(columns, table, WILSON, dict.fromkeys(columns[3:6], SHARE) | {"difference": ".2f"})
 
 
-def _latents_table(results: "TwoHopResults") -> Block:
+def _latents_table(results: TwoHopResults) -> Block:
     columns = ["site", "whole", "chosen", "random", "unpatched"]
     table = [[site, *(cell(getattr(each, name)) for name in columns[1:])] for site, each in results.latents.items()]
     return Table(

@@ -12,13 +12,13 @@ stands beside the same search for a random wrong answer. A stopped run continues
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
@@ -28,174 +28,28 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
 from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
-from saepatch.reading.cosine_lens import Mention, cosine_lens
+from saepatch.reading.cosine_lens import Mention
 from saepatch.reading.cross_patch import CrossPatched, CrossQuery, Move, TwoHop, cross_patch, cross_queries
-from saepatch.records.provenance import versions
-from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
+from saepatch.records.statistics import Interval, wilson_share
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.splicing.splice import record_latents
-from saepatch.tracking.open import read_spec
 
-from ..common.kept import KeptResults
+from ..common.kept import KeptResults, deciding
+from .page import write
 from .questions import QuestionSet, last_of, likeliest, organism_questions, right, written_questions
+from .results import HopShares, KeptSweep, LensAt, MovedLatents, Sweep, TwoHopConfig, TwoHopResults
 
-WRONG = 20  # random wrong answers of each question, for the null of a maximum
 EMBEDDING = Site(0, "resid_pre")
 SUBJECT, LAST = "subject", "last token"
 
 
-@dataclass(frozen=True)
-class TwoHopConfig:
-    """Ask why questions of two hops fail or succeed: cosine lens, cross-, back- and forward-patching."""
-
-    out: str = "runs/two_hop"
-    """Folder for summary.json, report.html, results.parquet and config.yaml."""
-    model: str = "organism"
-    """The embedded model, a folder, or a Hugging Face id."""
-    sae: str = "organism"
-    """Dictionaries whose latents are moved: organism, or a folder with one sub-folder per site; empty: none."""
-    queries: int = 24
-    """Maximum number of questions, or pairs of prompts, of each kind and split."""
-    layer_step: int = 1
-    """States are moved from and to every so many layers."""
-    latents: int = 16
-    """Number of latents that are moved."""
-    device: str = "cpu"
-    """Where to run."""
-    dtype: str = "float32"
-    """Precision of the model."""
-    seed: int = 0
-    """Seed of the choice of questions, of random latents and of wrong answers."""
-    track: str = "none"
-    """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
-
-    def __post_init__(self) -> None:
-        read_spec(self.track)
-        if self.queries < 6 or min(self.layer_step, self.latents) < 1:
-            raise UserError(
-                f"queries = {self.queries}, layer_step = {self.layer_step}, latents = {self.latents}: use at least 6, "
-                "1 and 1"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class KeptSweep:
-    """The arrays of a `CrossPatched`, and how many pairs were left out, by reason."""
-
-    answers: tuple[str, ...]
-    log_p: Float[np.ndarray, "queries moves answers"]
-    likeliest: Int[np.ndarray, "queries moves"]
-    plain_log_p: Float[np.ndarray, "queries answers"]
-    plain_likeliest: Int[np.ndarray, "queries"]
-    ids: Int[np.ndarray, "queries answers"]
-
-
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """One kind of moves on both splits: what was moved, from and to where."""
-
-    name: str
-    split: Mapping[str, CrossPatched]
-    left_out: Mapping[str, int]
-
-    @property
-    def report(self) -> CrossPatched:
-        return self.split["report"]
-
-    def among(self, back: bool | None = None) -> list[int]:
-        """The moves to an earlier site (back), to a later one (False), or all."""
-        orders = [(move.read.order, move.write.order) for move in self.report.moves]
-        return [i for i, (read, write) in enumerate(orders) if back is None or (read > write if back else read < write)]
-
-    def chosen(self, back: bool | None = None) -> tuple[Move, Interval]:
-        """The best of these moves on `select`, ties broken by the answer's probability, and its share on `report`."""
-        mine, select = self.among(back), self.split["select"]
-        p = np.exp(select.log_p[np.arange(len(select.queries)), :, select.places()]).mean(0)
-        score = select.given().mean(0) + 1e-3 * p
-        best = mine[int(score[mine].argmax())]
-        return self.report.moves[best], self.report.share(best)
-
-    def any_of(self, back: bool, seed: int) -> tuple[Interval, Interval, Interval]:
-        """Share of questions that some move repairs; of wrong answers that some move yields; and their difference."""
-        mine, found = self.among(back), self.report
-        hits = found.given()[:, mine].any(1).astype(float)
-        random, null = Random(seed), np.zeros(len(hits))
-        for _ in range(WRONG):
-            wrong = [random.choice([a for a in found.answers if a not in (q.wanted, q.own)]) for q in found.queries]
-            null += found.given(wrong)[:, mine].any(1)
-        null /= WRONG
-        return wilson_share(hits), wilson_share(null), bootstrap_mean(hits - null, seed=seed)
-
-
-@dataclass(frozen=True, eq=False)
-class LensAt:
-    """The cosine lens of one form of the bridge at one position of the questions on `report`."""
-
-    sites: tuple[str, ...]
-    nearest: tuple[Interval, ...]
-    alignment: tuple[float, ...]
-    cohesion: tuple[float, ...]
-    chance: float
-
-    @classmethod
-    def measured(
-        cls,
-        model: LanguageModel,
-        mentions: Mapping[str, Sequence[Mention]],
-        held_out: Mapping[str, Sequence[Mention]],
-        sites: Sequence[Site],
-    ) -> "LensAt":
-        lens = cosine_lens(model, mentions, held_out, sites)
-        means = [tuple(values.mean(1).tolist()) for values in (lens.alignment, lens.cohesion)]
-        nearest = tuple(lens.share_nearest())
-        return cls(tuple(map(str, lens.sites)), nearest, means[0], means[1], 1 / len(lens.entities))
-
-
-@dataclass(frozen=True, eq=False)
-class HopShares:
-    """Shares of questions of `report` answered right, by kind, and answered with the bridge."""
-
-    composed: Interval
-    recalled: Interval | None
-    bridge: Interval
-
-
-@dataclass(frozen=True)
-class MovedLatents:
-    """Shares of questions that take over the source's answer, from one site of the last token into the same site."""
-
-    whole: Interval
-    chosen: Interval
-    random: Interval
-    unpatched: Interval
-
-
-@dataclass(frozen=True, eq=False)
-class TwoHopResults:
-    """All results of the study."""
-
-    asked: Mapping[str, int]
-    left_out: Mapping[str, int]
-    shares: HopShares
-    lenses: Mapping[str, LensAt]
-    sweeps: Sequence[Sweep]
-    latents: Mapping[str, MovedLatents]
-
-
 def main(config: TwoHopConfig) -> None:
-    from .page import write
-
     out = Path(config.out)
     check_owner(out, "two_hop")
     model = load_model(config.model, config.device, config.dtype)
     saes = load_saes(config.sae, config.device) if config.sae else {}
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track", "device")},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
-        "versions": versions(),
-    }
+    decides = deciding(config, model, saes, ("out", "track", "device"))
     questions = organism_questions(model) if config.model == "organism" else written_questions(model)
     with measurements(out, "two_hop", decides) as kept:
         results = study(config, model, saes, questions, KeptResults(kept, {}))
@@ -283,8 +137,8 @@ class _Run:
         if len({hops.relation for hops in two}) > 1:
             for position in (SUBJECT, LAST):
                 kinds[f"another question, {position} → {position}"] = partial(self._other_relations, position=position)
-        for read, write in ((SUBJECT, SUBJECT), (LAST, LAST), (LAST, SUBJECT)):
-            kinds[f"the same question, {read} → {write}"] = partial(self._own, read=read, write=write)
+        for source, target in ((SUBJECT, SUBJECT), (LAST, LAST), (LAST, SUBJECT)):
+            kinds[f"the same question, {source} → {target}"] = partial(self._own, read=source, write=target)
         return kinds
 
     def _firsts(self, one: Mapping[str, Sequence[str]], position: str) -> list[TwoHop]:
