@@ -145,6 +145,7 @@ from .steering.contrasts import attribution_contrast as attribution_contrast
 from .steering.contrasts import auroc_contrast as auroc_contrast
 from .steering.contrasts import contrast as contrast
 from .steering.contrasts import corpus_maxima as corpus_maxima
+from .steering.contrasts import corpus_units as corpus_units
 from .steering.contrasts import output_scores as output_scores
 from .steering.generate import Generations as Generations
 from .steering.generate import compare_generations as compare_generations

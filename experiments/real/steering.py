@@ -93,7 +93,7 @@ def rank(config: RealConfig, model: LanguageModel, dictionary: Dictionary, conce
     scores = contrast(model, dictionary, concept.present, concept.absent, concept.positions)
     candidates = first_alive(scores, statistics, count)
     lengths = unit / dictionary.rows.norm(dim=-1).clamp(min=1e-6)
-    output = output_scores(model, dictionary, candidates, lengths, concept.tune[:2])
+    output = output_scores(model, dictionary, candidates, lengths, concept.tune[:2], 1.0)
     latents = refine(candidates, output, min(count, max(SEVERAL, count // 2)))
     random = random_latents(statistics.alive, candidates, 1, config.draws, config.seed)
     weights = statistics.mean_active.float().cpu().numpy()

@@ -122,7 +122,7 @@ def predictions(bench: Bench, site: KnownDictionary, order: Sequence[int], norm:
     """The first latents of a ranking, each alone at the same norm."""
     some, unit = list(order[:LATENTS]), site.unit(order[0])
     scores = output_scores(
-        bench.model, site.dictionary, some, site.statistics.maximum, bench.concept.tune[:NEUTRAL], 1.5,
+        bench.model, site.dictionary, some, site.units, bench.concept.tune[:NEUTRAL], 1.5,
         bench.concept.positions,
     )  # fmt: skip
     made = []

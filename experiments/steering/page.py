@@ -141,10 +141,11 @@ def _lines(steered: SteeringResult) -> list[Point]:
 def _method(config: SteeringConfig) -> Section:
     return Section(
         "What is compared",
-        "The top K latents are added in proportion to their largest activations, so that together they move the site "
-        "by a given norm, in units of the first latent's largest activation times the norm of its decoder row. At "
-        "equal norm, all methods move the site equally far. At equal divergence, the norm of each method is solved for "
-        "such that KL(model ‖ steered) over the unsteered continuations of `tune` is the same, in nats per token.\n\n"
+        f"The top K latents are added in proportion to each one's {config.unit_name}, so that together they move the "
+        f"site by a given norm, in units of the first latent's {config.unit_name} times the norm of its decoder row. "
+        "At equal norm, all methods move the site equally far. At equal divergence, the norm of each method is solved "
+        "for such that KL(model ‖ steered) over the unsteered continuations of `tune` is the same, in nats per "
+        "token.\n\n"
         "Latents are ranked by contrast on prompts that are not continued; output scores are measured on the first "
         f"{NEUTRAL} prompts of `tune`. Site and ranking (both by the average over numbers of latents, so that none is "
         "favoured) and each method's strength are chosen on `tune`, among strengths whose perplexity there is at most "

@@ -98,7 +98,7 @@ def _sites(config: SteeringConfig, model: LanguageModel, saes: Mapping[Site, Dic
         raise UserError(f"there is no dictionary for {config.site}: there are {', '.join(map(str, saes))}")
     texts = load_texts(config.reference or "organism")[: config.reference_texts]
     tokens = model.pad([model.encode(text)[:LONGEST] for text in texts])
-    return [KnownDictionary(dictionary, latent_statistics(model, dictionary, tokens)) for dictionary in wanted]
+    return [KnownDictionary(each, latent_statistics(model, each, tokens), config.largest) for each in wanted]
 
 
 def _deciding(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -31,13 +32,16 @@ class SteeringConfig:
     concepts: str = ""
     """YAML file of concepts; empty: refusal, sentiment and French for organism, a character's gender for others."""
     reference: str = ""
-    """Texts over which maxima are taken: a .txt file (one per line) or .jsonl (column text); organism has its own."""
+    """Texts over which units are taken: a .txt file (one per line) or .jsonl (column text); organism has its own."""
+    unit: Literal["default", "quantile", "largest"] = "default"
+    """A latent's unit: the 0.95 quantile of its positive activations, or the largest; default: the largest for the
+    embedded model, which has no outliers, and the quantile for others."""
     reference_texts: int = 1000
     """Maximum number of reference texts."""
     sizes: tuple[int, ...] = (1, 2, 5, 10, 20)
     """Numbers of latents that steer together."""
     strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
-    """Norms of the perturbation, in units of the first latent's largest activation times its length."""
+    """Norms of the perturbation, in units of the first latent's unit times its length."""
     divergences: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     """Divergences at which methods are compared, in nats per token."""
     prompts: int = 100
@@ -77,7 +81,17 @@ class SteeringConfig:
         if self.limit < 1:
             raise UserError(f"limit = {self.limit}: use at least 1")
         if not self.reference and not is_checkpoint(self.model):
-            raise UserError(f"latents' maxima in {self.model} need reference texts: give --reference FILE")
+            raise UserError(f"latents' units in {self.model} need reference texts: give --reference FILE")
+
+    @property
+    def largest(self) -> bool:
+        """Whether latents are measured by their largest activation."""
+        return self.unit == "largest" or (self.unit == "default" and is_checkpoint(self.model))
+
+    @property
+    def unit_name(self) -> str:
+        """What a latent's unit is, in words."""
+        return "largest activation" if self.largest else "0.95 quantile of its positive activations"
 
 
 @dataclass(frozen=True, eq=False)

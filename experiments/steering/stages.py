@@ -48,14 +48,23 @@ REFINED = "mean difference, refined by output score"
 
 @dataclass(frozen=True, eq=False)
 class KnownDictionary:
-    """A dictionary with the statistics of its latents over the reference texts."""
+    """A dictionary with the statistics of its latents over the reference texts.
+
+    With `largest`, latents are measured by their largest activation, or else by the 0.95 quantile of the positive ones.
+    """
 
     dictionary: Dictionary
     statistics: LatentStatistics
+    largest: bool = False
+
+    @property
+    def units(self) -> Float[Tensor, "d_sae"]:
+        """Activation that stands for each latent."""
+        return self.statistics.maximum if self.largest else self.statistics.unit
 
     def unit(self, latent: int) -> float:
-        """Norm of the perturbation by one latent at its largest activation."""
-        return float(self.statistics.reach[latent])
+        """Norm of the perturbation by one latent at that activation."""
+        return float((self.statistics.reach if self.largest else self.statistics.unit_reach)[latent])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +77,7 @@ class Way:
     name: str
     dictionary: Dictionary
     sets: tuple[tuple[int, ...], ...]
-    maxima: Float[Tensor, "d_sae"]
+    units: Float[Tensor, "d_sae"]
     positions: str
     spare: tuple[tuple[int, ...], ...] = ()
     fade: float | None = None  # share of the strength lost with a generated token, the site's norm kept; None: neither
@@ -77,7 +86,7 @@ class Way:
         return replace(self, sets=(latents,), spare=())
 
     def steer(self, draw: int, norm: float) -> Intervention:
-        steer = equal_norm_steer(self.dictionary, self.sets[draw], self.maxima, norm, positions=self.positions)
+        steer = equal_norm_steer(self.dictionary, self.sets[draw], self.units, norm, positions=self.positions)
         if self.fade is None:
             return steer
         return SteerAtNorm(steer.latents, steer.strength, steer.unit, steer.positions, fade=self.fade)
@@ -87,7 +96,7 @@ class Way:
 class Point:
     """Results of one method at one strength: measurements of each draw on the same prompts.
 
-    `norm` is the norm of the perturbation, in units of the first latent at its largest activation. Values per prompt
+    `norm` is the norm of the perturbation, in units of the first latent's (`KnownDictionary.unit`). Values per prompt
     are means over draws.
     """
 
@@ -276,14 +285,14 @@ class Bench:
 
 def top(bench: Bench, site: KnownDictionary, order: Sequence[int], k: int) -> Way:
     chosen = tuple(order[:k])
-    return Way(f"top-{k}", site.dictionary, (chosen,), site.statistics.maximum, bench.concept.positions)
+    return Way(f"top-{k}", site.dictionary, (chosen,), site.units, bench.concept.positions)
 
 
 def random_way(bench: Bench, site: KnownDictionary, order: Sequence[int], draws: int, seed: int) -> Way:
     drawn = random_latents(site.statistics.alive, order[:CANDIDATES], 1, (1 + SPARE) * draws, seed)
     sets = drawn[:draws]
     spare = [latents for latents in dict.fromkeys(drawn[draws:]) if latents not in sets]
-    return Way(RANDOM, site.dictionary, tuple(sets), site.statistics.maximum, bench.concept.positions, tuple(spare))
+    return Way(RANDOM, site.dictionary, tuple(sets), site.units, bench.concept.positions, tuple(spare))
 
 
 @torch.no_grad()
@@ -319,7 +328,7 @@ def orders(bench: Bench, site: KnownDictionary, k: int) -> dict[str, list[int]]:
         bench.model,
         site.dictionary,
         candidates,
-        site.statistics.maximum,
+        site.units,
         concept.tune[:NEUTRAL],
         1.5,
         concept.positions,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from saepatch.data.texts import token_batches
+from saepatch.dictionaries.active_values import ActiveValues
 from saepatch.dictionaries.checks import warn_of_threshold
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
@@ -107,16 +108,20 @@ class LatentStatistics:
         frequency: Share of ordinary positions where the latent is active (not 0).
         mean_active: Mean activation where it is active; 0 for a latent that never is.
         maximum: Largest activation (a_max); 0 for a latent that is never active.
+        unit: The 0.95 quantile of the positive activations, which outliers do not move, as a unit of strength.
         norm: Length of the direction one unit of the latent adds to the site, before a normalising dictionary's scale.
         reach: Largest length that the latent writes to the site: maximum of activation times scale, times `norm`.
+        unit_reach: The 0.95 quantile of that length, where the latent is positive.
         tokens: Number of ordinary positions measured.
     """
 
     frequency: Float[Tensor, "d_sae"]
     mean_active: Float[Tensor, "d_sae"]
     maximum: Float[Tensor, "d_sae"]
+    unit: Float[Tensor, "d_sae"]
     norm: Float[Tensor, "d_sae"]
     reach: Float[Tensor, "d_sae"]
+    unit_reach: Float[Tensor, "d_sae"]
     tokens: int
 
     @property
@@ -199,8 +204,8 @@ class _SiteSums:
     x: Float[Tensor, "d_model"]
     active: Float[Tensor, "d_sae"]
     acts: Float[Tensor, "d_sae"]
-    maximum: Float[Tensor, "d_sae"]
-    furthest: Float[Tensor, "d_sae"]
+    values: ActiveValues
+    written: ActiveValues | None  # activations times the scale, where the dictionary normalises its input
     xx: float = 0.0
     residual: float = 0.0
     n: int = 0
@@ -208,7 +213,9 @@ class _SiteSums:
     @classmethod
     def of(cls, dictionary: Dictionary) -> "_SiteSums":
         zeros = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=_accurate(dictionary.W_dec[:1]).device)
-        return cls(zeros.new_zeros(dictionary.d_in), zeros, zeros.clone(), zeros.clone(), zeros.clone())
+        values = ActiveValues(dictionary.d_sae)
+        written = ActiveValues(dictionary.d_sae) if dictionary.normalises else None
+        return cls(zeros.new_zeros(dictionary.d_in), zeros, zeros.clone(), values, written)
 
     @torch.no_grad()
     def add(self, latents: Latents, x: Float[Tensor, "batch pos d_model"], batch: Tokens) -> None:
@@ -219,21 +226,24 @@ class _SiteSums:
         # float32 is accurate enough within a batch, but not over many.
         self.active += _accurate((acts != 0).sum(0))
         self.acts += _accurate(acts.sum(0))
-        if len(acts):
-            self.maximum = torch.maximum(self.maximum, _accurate(acts.amax(0)))
-            written = acts if latents.scale is None else acts * latents.scale[batch.ordinary]
-            self.furthest = torch.maximum(self.furthest, _accurate(written.amax(0)))
+        self.values.add(acts)
+        if self.written is not None:
+            self.written.add(acts if latents.scale is None else acts * latents.scale[batch.ordinary])
         self.n += len(acts)
 
     def statistics(self, dictionary: Dictionary) -> LatentStatistics:
         warn_of_threshold(dictionary, float(self.active.sum()) / self.n)
         device, norm = dictionary.W_dec.device, dictionary.rows.float().norm(dim=-1)
+        unit = self.values.quantile().to(device)
+        written = self.values if self.written is None else self.written
         return LatentStatistics(
             frequency=(self.active / self.n).float().to(device),
             mean_active=(self.acts / self.active.clamp(min=1)).float().to(device),
-            maximum=self.maximum.float().to(device),
+            maximum=self.values.maximum.to(device),
+            unit=unit,
             norm=norm,
-            reach=self.furthest.float().to(device) * norm,
+            reach=written.maximum.to(device) * norm,
+            unit_reach=(unit if self.written is None else self.written.quantile().to(device)) * norm,
             tokens=self.n,
         )
 

@@ -1,10 +1,13 @@
 """Activity of latents over a stream of texts: counts, histograms, and the stretches where they peak."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from saepatch.dictionaries.active_values import ActiveValues
 
 BINS = 20  # bins of a displayed histogram
 FINE = 2048  # bins for counting activations of one sign
@@ -40,6 +43,7 @@ class Activity:
         self.count = torch.zeros(latents, dtype=torch.long)
         self.total = torch.zeros(latents, dtype=torch.float64)
         self.maximum = torch.full((latents,), -torch.inf)
+        self.values = ActiveValues(latents)
         self.minimum = torch.full((latents,), torch.inf)
         self.peaks: list[list[Peak]] = [[] for _ in range(latents)]
         self._enough = torch.zeros(latents)  # largest activations above this are kept
@@ -62,6 +66,8 @@ class Activity:
         largest = acts.masked_fill(~real[..., None], -torch.inf).amax(1)
         self.count += (acts != 0).sum((0, 1))
         self.total += acts.sum((0, 1), dtype=torch.float64)
+        self.values.add(acts.flatten(0, 1))
+        self.__dict__.pop("units", None)
         self.maximum = torch.maximum(self.maximum, largest.amax(0))
         self.minimum = torch.minimum(self.minimum, acts.masked_fill(~real[..., None], torch.inf).amin((0, 1)))
         self._count_values(acts)
@@ -69,6 +75,11 @@ class Activity:
             self._keep_peaks(ids, real, acts, largest)
         self.texts += len(ids)
         self.tokens += int(ordinary.sum())
+
+    @cached_property
+    def units(self) -> Float[Tensor, "latents"]:
+        """The 0.95 quantile of each latent's positive activations so far."""
+        return self.values.quantile()
 
     def _count_values(self, acts: Float[Tensor, "batch pos latents"]) -> None:
         magnitude = acts.abs().amax((0, 1))

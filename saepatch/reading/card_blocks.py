@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from saepatch.dictionaries.active_values import QUANTILE
 from saepatch.reading.cards import Card
 from saepatch.report.blocks import Chips, ColouredTokens, Details, Facts, Histogram, Link, Simple
 from saepatch.report.text import number, token_text
@@ -25,9 +26,12 @@ def card_blocks(card: Card, known: set[str]) -> list[Simple]:
         "dictionary": f"{card.dictionary} ({card.dictionary_hash})",
         "fires at": f"{number(card.frequency, '.2%')} of {card.tokens:,} tokens",
         "largest": number(card.maximum),
+        f"unit of strength ({QUANTILE:g} quantile where it fires)": number(card.unit),
         "mean where it fires": number(card.mean_active),
         "length of its direction": number(card.norm),
     }
+    if card.warning:
+        facts["warning"] = card.warning
     blocks: list[Simple] = [Facts(facts)]
     for place, example in enumerate(card.examples):
         caption = f"up to {number(max(example.acts))}, text {example.text + 1}"

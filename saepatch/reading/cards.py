@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saepatch.data.texts import token_batches
+from saepatch.dictionaries.active_values import StrengthUnits
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
@@ -53,6 +54,8 @@ class Card(Shown):
     frequency: float
     """Share of positions where it is not 0."""
     maximum: float
+    unit: float
+    """The 0.95 quantile of its positive activations, which outliers do not move; NaN in runs of older versions."""
     mean_active: float
     """Mean over the positions where it is not 0; NaN if there are none."""
     norm: float
@@ -73,6 +76,11 @@ class Card(Shown):
     def dead(self) -> bool:
         """Whether it never fired in the texts read."""
         return self.frequency == 0
+
+    @property
+    def warning(self) -> str:
+        """Says where its largest activation is far above its unit; else empty."""
+        return "".join(StrengthUnits(torch.tensor([self.unit]), torch.tensor([self.maximum])).warnings([self.latent]))
 
     @property
     def anchor(self) -> str:
@@ -103,7 +111,10 @@ class Card(Shown):
         nan = float("nan")
         examples = tuple(Example(e["text"], tuple(e["tokens"]), tuple(e["acts"])) for e in content["examples"])
         pairs = {key: tuple((pair[0], pair[1]) for pair in content[key]) for key in ("raises", "lowers", "neighbours")}
-        numbers = {key: nan if content[key] is None else content[key] for key in ("mean_active", "maximum", "norm")}
+        numbers = {
+            key: nan if (value := content.get(key)) is None else value
+            for key in ("mean_active", "maximum", "unit", "norm")
+        }
         plain = {"edges": tuple(content["edges"]), "counts": tuple(content["counts"]), "examples": examples}
         return Card(**content | numbers | plain | pairs)
 
@@ -187,6 +198,7 @@ def _card(
         tokens=activity.tokens,
         frequency=count / max(1, activity.tokens),
         maximum=float(activity.maximum[column]),
+        unit=float(activity.units[column]),
         mean_active=float(activity.total[column]) / count if count else float("nan"),
         norm=float(dictionary.rows[latent].float().norm()),
         edges=tuple(round(edge, 4) for edge in edges),

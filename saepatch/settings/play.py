@@ -18,7 +18,7 @@ class PlayConfig(DictionarySettings, ModelSettings):
     )
 
     reference: str = ""
-    """Texts over which largest activations and cards are taken: .txt (one per line), .jsonl or .json (column text);
+    """Texts over which units of strength and cards are taken: .txt (one per line), .jsonl or .json (column text);
     empty: the embedded model's own texts; for another model none, and strengths are plain activations."""
     port: int = 0
     """Port of 127.0.0.1; 0: one that is free."""

@@ -26,7 +26,7 @@ class SteerConfig(Output, PageSettings, DictionarySettings, ModelSettings):
     prompt: str = ""
     """Text to continue or to answer."""
     strength: float = 1.0
-    """Steering strength, in units of the latent's largest activation in the reference texts."""
+    """Steering strength, in units of a large activation of the latent in the reference texts (see quantile)."""
     act: Literal["add", "clamp", "at-least", "ablate"] = "add"
     """Add the strength to the latent, set it to that, raise it to that where it is lower, or set it to 0."""
     positions: str = "all"
@@ -42,10 +42,12 @@ class SteerConfig(Output, PageSettings, DictionarySettings, ModelSettings):
     temperature: float = 0.0
     """0: greedy decoding; above 0: tokens are sampled."""
     reference: str = ""
-    """Texts over which largest activations are taken: .txt (one per line), .jsonl or .json (column text); empty: the
-    embedded model's own texts."""
+    """Texts over which units are taken: .txt (one per line), .jsonl or .json (column text); empty: the embedded model's
+    own texts."""
+    quantile: float = 0.95
+    """Share of its positive activations that a latent's unit is not below; 1: its largest, even if it is an outlier."""
     unit: float = 0.0
-    """Activation that one unit of strength means for every latent, instead of its largest activation."""
+    """Activation that one unit of strength means for every latent, instead of that quantile."""
     seed: int = 0
     """Seed for sampling."""
 
@@ -60,6 +62,8 @@ class SteerConfig(Output, PageSettings, DictionarySettings, ModelSettings):
             raise UserError(f"strength = {self.strength}: use a finite number")
         if self.unit < 0:
             raise UserError(f"unit = {self.unit}: use a number above 0, or leave it out")
+        if not 0 < self.quantile <= 1:
+            raise UserError(f"quantile = {self.quantile}: use a share above 0 and at most 1 (the largest activation)")
         if not 0 < self.decay <= 1:
             raise UserError(f"decay = {self.decay}: use a number above 0 and at most 1")
         if self.max_new_tokens < 1 or self.temperature < 0:
@@ -70,5 +74,5 @@ class SteerConfig(Output, PageSettings, DictionarySettings, ModelSettings):
         if not (own or self.reference or self.unit or self.act == "ablate"):
             raise UserError(
                 f"no unit for a strength of {self.strength:g} in {self.model}: give --reference FILE, texts over which "
-                "largest activations are taken, or --unit 1 for strengths in plain activations"
+                "activations are read, or --unit 1 for strengths in plain activations"
             )

@@ -231,7 +231,7 @@ def _share_left(decay: float, acts: Float[Tensor, "batch pos k"], seen: Pass) ->
 
 @dataclass(frozen=True)
 class Clamp:
-    """Set latents to `value` times `unit`; corpus maxima as units make strengths comparable between latents.
+    """Set latents to `value` times `unit`; units as of `corpus_units` make strengths comparable between latents.
 
     `unit` is one number, or one per latent. The change is multiplied by `decay` with every generated token after the
     first.
@@ -267,7 +267,7 @@ class AtLeast(Clamp):
 class Steer:
     """Add `strength` times `unit` to latents.
 
-    `unit` is one number, or one per latent (such as corpus maxima). The strength is multiplied by `decay` with every
+    `unit` is one number, or one per latent (as of `corpus_units`). The strength is multiplied by `decay` with every
     generated token after the first, since a constant strength can make text repetitive; the prompt and the first
     generated token get the full strength.
 

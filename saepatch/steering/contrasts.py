@@ -1,4 +1,4 @@
-"""Choosing latents for steering: contrasts of two sets of prompts, the output score, and maxima over a corpus.
+"""Choosing latents for steering: contrasts of two sets of prompts, the output score, and units of strength.
 
 Every contrast gives one score per latent, larger for latents associated with the concept: `contrast` (difference of
 means), `auroc_contrast` and `attribution_contrast`. `first_alive` ranks by a score; `refine` keeps latents that also
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.data.texts import CONTEXT, token_batches
+from saepatch.dictionaries.active_values import QUANTILE, ActiveValues, StrengthUnits, check_quantile
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics
@@ -24,6 +25,7 @@ from saepatch.model.sites import Site
 from saepatch.splicing.splice import record_latents, whole_prompt
 
 AT_ONCE = 64  # latents per pass
+SCORED = 1.5  # units of output scores: about the largest activation of latents without outliers
 NEUTRAL = ("In my opinion,",)  # the prompt used in the paper that introduced the output score
 
 
@@ -181,20 +183,22 @@ def output_scores(
     model: LanguageModel,
     dictionary: Dictionary,
     latents: Sequence[int],
-    maxima: Float[Tensor, "d_sae"],
+    units: Float[Tensor, "d_sae"],
     prompts: Sequence[str] = NEUTRAL,
-    strength: float = 1.0,
+    strength: float = SCORED,
     positions: Positions = "all",
     top: int = 20,
 ) -> Float[Tensor, "latents"]:
     """Output score of latents: whether adding a latent promotes its own tokens, `(1 − best rank / V) · largest p`.
 
     A latent's tokens are the `top` of the logit lens of what it adds to the residual stream; their ranks (from 0) and
-    probabilities are those of the next token after a neutral prompt with `strength` times the latent's maximum added.
+    probabilities are those of the next token after a neutral prompt with `strength` times the latent's unit added.
     Mean over prompts, between 0 and 1. Latents that only detect their input score low, and steer badly.
 
     Args:
-        maxima: Largest activation of every latent over a corpus, as from `latent_statistics(…).maximum`.
+        units: Activation that one unit of strength means for every latent, as from `latent_statistics(…).unit` (the
+            paper: `.maximum`, which massive activations can make meaningless).
+        strength: In units; the default is near the largest activation of latents without outliers.
         positions: Positions of the prompt at which the latent is added.
 
     Raises:
@@ -206,7 +210,7 @@ def output_scores(
     dictionary.check_ids(tuple(latents))
     ids = torch.tensor(list(latents), dtype=torch.long, device=dictionary.rows.device)
     words = lens_tokens(model, stream_directions(model, dictionary.site, dictionary.rows[ids]), top)
-    steps = (strength * maxima.to(ids.device)[ids])[:, None] * dictionary.rows[ids]
+    steps = (strength * units.to(ids.device)[ids])[:, None] * dictionary.rows[ids]
     total = torch.zeros(len(ids), dtype=torch.float64)
     for prompt in prompts:
         tokens = model.tokenize([prompt])
@@ -278,6 +282,45 @@ def refine(candidates: Sequence[int], scores: Float[Tensor, "candidates"], keep:
 
 
 @torch.no_grad()
+def corpus_units(
+    model: LanguageModel,
+    dictionary: Dictionary,
+    texts: Iterable[str],
+    latents: Sequence[int] | None = None,
+    quantile: float = QUANTILE,
+    batch_size: int = 32,
+    max_tokens: int = CONTEXT,
+) -> StrengthUnits:
+    """Units of strength of some or all latents over a corpus, in one pass that streams batches.
+
+    Long texts are read in rows of at most `max_tokens` tokens; BOS and padding do not count. 0 for a latent that never
+    fires.
+
+    Args:
+        quantile: Share of a latent's positive activations that its unit is not below; 1: the unit is the maximum.
+
+    Raises:
+        UserError: there is no text, a latent is unknown, or the quantile is no share.
+    """
+    dictionary.check(model)
+    dictionary.check_ids(tuple(latents or ()))
+    check_quantile(quantile)
+    few = None if latents is None else dictionary.alone(latents)
+    width = dictionary.d_sae if few is None else len(latents or ())
+    values, rows = ActiveValues(dictionary.d_sae if latents is None else len(latents)), 0
+    for tokens in token_batches(model, texts, batch_size, max(width, model.d_model), max_tokens):
+        x = model.capture(tokens, [dictionary.site])[dictionary.site]
+        acts = (few or dictionary).activations(x)[0]
+        if latents is not None and few is None:
+            acts = acts[..., list(latents)]
+        values.add(acts[dictionary.known(model, tokens).ordinary])
+        rows += len(tokens)
+    if not rows:
+        raise UserError("the corpus contains no text: give at least one document")
+    device = dictionary.W_dec.device
+    return StrengthUnits(values.quantile(quantile).to(device), values.maximum.to(device), quantile)
+
+
 def corpus_maxima(
     model: LanguageModel,
     dictionary: Dictionary,
@@ -286,29 +329,8 @@ def corpus_maxima(
     batch_size: int = 32,
     max_tokens: int = CONTEXT,
 ) -> Float[Tensor, "latents"]:
-    """Largest activation (a_max) of some or all latents over a corpus, in one pass that streams batches.
-
-    Long texts are read in rows of at most `max_tokens` tokens; BOS and padding do not count. 0 for a latent that never
-    fires.
-
-    Raises:
-        UserError: there is no text, or a latent is unknown.
-    """
-    dictionary.check(model)
-    dictionary.check_ids(tuple(latents or ()))
-    few = None if latents is None else dictionary.alone(latents)
-    maxima: Tensor | None = None
-    width = dictionary.d_sae if few is None else len(latents or ())
-    for tokens in token_batches(model, texts, batch_size, max(width, model.d_model), max_tokens):
-        x = model.capture(tokens, [dictionary.site])[dictionary.site]
-        acts = (few or dictionary).activations(x)[0]
-        if latents is not None and few is None:
-            acts = acts[..., list(latents)]
-        here = (acts * dictionary.known(model, tokens).ordinary[..., None]).amax((0, 1)).clamp(min=0).float()
-        maxima = here if maxima is None else torch.maximum(maxima, here)
-    if maxima is None:
-        raise UserError("the corpus contains no text: give at least one document")
-    return maxima
+    """Largest activation (a_max) of some or all latents over a corpus: `corpus_units(…).maximum`."""
+    return corpus_units(model, dictionary, texts, latents, 1.0, batch_size, max_tokens).maximum
 
 
 def _check_sets(with_concept: Sequence[str], without: Sequence[str]) -> None:

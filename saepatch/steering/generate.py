@@ -27,12 +27,14 @@ from saepatch.steering.fluency import continuation_nll
 def equal_norm_steer(
     dictionary: Dictionary,
     latents: Sequence[int],
-    maxima: Float[Tensor, "d_sae"],
+    units: Float[Tensor, "d_sae"],
     norm: float,
     strength: float = 1.0,
     positions: Positions = "all",
 ) -> Steer:
-    """Add latents in proportion to their corpus maxima, so that together they move the site by `strength · norm`.
+    """Add latents in proportion to their units of strength (`latent_statistics(…).unit`, or `.maximum`).
+
+    Together they move the site by `strength · norm`.
 
     With equal `norm`, one latent and ten perturb the residual stream equally far, so that only the direction differs.
     The norm is that at the site, independent of a dictionary's normalisation of its input.
@@ -41,11 +43,13 @@ def equal_norm_steer(
         UserError: none of the latents fires in the reference corpus.
     """
     ids = list(latents)
-    together = (maxima[ids, None] * dictionary.rows[ids]).sum(0).norm()
+    together = (units[ids, None] * dictionary.rows[ids]).sum(0).norm()
     if not float(together) > 0:
-        raise UserError(f"latents {ids} never fire in the reference corpus, so they have no maximum: choose others")
+        raise UserError(
+            f"latents {ids} never fire in the reference corpus, so they have no unit of strength: choose others"
+        )
     factor = norm / float(together)
-    return Steer(tuple(ids), strength, tuple(factor * float(maxima[i]) for i in ids), positions, scaled=False)
+    return Steer(tuple(ids), strength, tuple(factor * float(units[i]) for i in ids), positions, scaled=False)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from saepatch.organism import is_checkpoint
 from saepatch.report.blocks import Cell, Simple, Table
 from saepatch.report.notebook import Shown
 from saepatch.report.text import token_text
-from saepatch.steering.contrasts import auroc_contrast, contrast, corpus_maxima, lens_tokens, output_scores
+from saepatch.steering.contrasts import auroc_contrast, contrast, corpus_units, lens_tokens, output_scores
 
 MEANING = (
     "Contrast: difference of the sets' mean activations, times the length of the latent's row. AUROC: the latent's "
@@ -33,8 +33,8 @@ MEANING = (
 class SeparatingLatents(Shown):
     """Latents that fire differently on two sets of prompts, with each score; largest contrast first.
 
-    `maximum` is each latent's largest activation over the reference texts (a unit for `Steer`), `promotes` the tokens
-    that its direction raises most.
+    `unit` is the 0.95 quantile of each latent's positive activations over the reference texts (a unit for `Steer`),
+    `maximum` the largest one, `promotes` the tokens that its direction raises most.
     """
 
     site: Site
@@ -42,6 +42,7 @@ class SeparatingLatents(Shown):
     contrast: Float[Tensor, "latents"]
     auroc: Float[Tensor, "latents"]
     output_score: Float[Tensor, "latents"]
+    unit: Float[Tensor, "latents"]
     maximum: Float[Tensor, "latents"]
     promotes: tuple[tuple[str, ...], ...]
 
@@ -70,19 +71,19 @@ class SeparatingLatents(Shown):
     def blocks(self, k: int = 20) -> list[Simple]:
         """The table, and what its columns mean."""
         rows: list[list[Cell]] = []
-        columns = (self.contrast, self.auroc, self.output_score, self.maximum)
+        columns = (self.contrast, self.auroc, self.output_score, self.unit, self.maximum)
         for latent, tokens, *values in zip(self.latents[:k].tolist(), self.promotes, *(c.tolist() for c in columns)):
             rows.append([latent, *values, " ".join(token_text(token) for token in tokens[:4])])
-        names = ["latent", *SCORES.values(), "largest activation", "promotes"]
+        names = ["latent", *SCORES.values(), "unit (0.95 quantile)", "largest activation", "promotes"]
         formats = {"latent": "d", "contrast": ".2f", "AUROC": ".3f", "output score": ".3f"}
         return [Table(names, rows, MEANING, formats)]
 
     def to_pandas(self) -> Any:
-        """A pandas frame: latent (`Int64`), contrast, auroc, output_score, maximum (`float64`), promotes (`string`)."""
+        """A pandas frame: latent (`Int64`), promotes (`string`), and contrast, auroc, output_score, unit, maximum."""
         import pandas as pd
 
         frame = pd.DataFrame({"latent": pd.array(self.latents.tolist(), dtype="Int64")})
-        for name in ("contrast", "auroc", "output_score", "maximum"):
+        for name in ("contrast", "auroc", "output_score", "unit", "maximum"):
             frame[name] = getattr(self, name).double().cpu().numpy()
         promotes = [" ".join(token_text(token) for token in tokens) for tokens in self.promotes]
         return frame.assign(promotes=pd.array(promotes, dtype="string"))
@@ -107,8 +108,8 @@ def separating_latents(
         without: Prompts that do not.
         k: Number of latents by each of the two scores.
         positions: Positions of the prompts to compare.
-        reference: Texts over which the largest activation of each latent is taken; default: the embedded model's texts
-            for the embedded model, otherwise both sets of prompts.
+        reference: Texts over which the unit and the largest activation of each latent are taken; default: the embedded
+            model's texts for the embedded model, otherwise both sets of prompts.
 
     Raises:
         UserError: a set is empty, or `k` is below 1.
@@ -121,11 +122,12 @@ def separating_latents(
     ids = sorted(chosen, key=lambda latent: -float(contrasts[latent]))
     if reference is None:
         reference = load_texts("organism") if is_checkpoint(model.name) else [*with_concept, *without]
-    maxima = torch.zeros(dictionary.d_sae)
-    maxima[ids] = corpus_maxima(model, dictionary, reference, ids).cpu()
-    scores = output_scores(model, dictionary, ids, maxima)
+    measured = corpus_units(model, dictionary, reference, ids)
+    units = torch.zeros(dictionary.d_sae)
+    units[ids] = measured.unit.cpu()
+    scores = output_scores(model, dictionary, ids, units)
     words = lens_tokens(model, stream_directions(model, dictionary.site, dictionary.rows[ids]), 6)
     promotes = tuple(tuple(model.token_texts(row)) for row in words.tolist())
     where = torch.tensor(ids)
-    parts = (contrasts.cpu()[where], aurocs.cpu()[where], scores.cpu(), maxima[where])
+    parts = (contrasts.cpu()[where], aurocs.cpu()[where], scores.cpu(), units[where], measured.maximum.cpu())
     return SeparatingLatents(dictionary.site, where, *parts, promotes)

@@ -15,12 +15,18 @@ from tiny import random_dictionary, random_sae, tiny_model
 from saepatch.cli.columns import Live, columns
 from saepatch.cli.main import main
 from saepatch.data.texts import load_texts
+from saepatch.dictionaries.active_values import StrengthUnits
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.measure.quality import latent_statistics
 from saepatch.model.loading.load import load_model
-from saepatch.pages.commands.steered import listen, notices
+from saepatch.model.sites import Site
+from saepatch.pages.commands.latent import ReadLatent, latent_lines
+from saepatch.pages.commands.steered import listen, notices, steered_page
+from saepatch.reading.card_blocks import card_blocks
+from saepatch.reading.cards import read_latents
 from saepatch.report.text import number
+from saepatch.runs.commands import session as opening
 from saepatch.runs.commands.session import open_session, texts_of
 from saepatch.settings.steer import SteerConfig
 from saepatch.splicing.interventions import Ablate, Clamp, Steer
@@ -143,7 +149,7 @@ def test_columns_from_the_command(capsys, monkeypatch):
     assert "[…]" in out
 
 
-def test_strength_is_in_units_of_the_largest_activation(tmp_path, capsys):
+def test_strength_is_in_units_of_a_quantile_or_of_the_largest_activation(tmp_path, capsys):
     model, sae = tiny_model(), random_sae()
     model.hf.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
@@ -153,16 +159,45 @@ def test_strength_is_in_units_of_the_largest_activation(tmp_path, capsys):
     given = ["steer", "--model", str(tmp_path / "model"), "--sae", str(tmp_path / "saes"), "--prompt", "ab", "--json"]
     given += ["--reference", str(tmp_path / "t.jsonl"), "--max_new_tokens", "4"]
     dictionary = random_dictionary()
-    maximum = latent_statistics(model, dictionary, model.tokenize(["the cat", "a dog"])).maximum
+    tokens = model.tokenize(["the cat", "a dog"])
+    maximum = latent_statistics(model, dictionary, tokens).maximum
     latent, dead = int(maximum.argmax()), int(maximum.argmin())
-    assert main([*given, "--latent", f"resid_post.1:{latent}", "--strength", "2"]) == 0
+    assert main([*given, "--latent", f"resid_post.1:{latent}", "--strength", "2", "--quantile", "1"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["units"]["resid_post.1"] == [pytest.approx(float(maximum[latent]), rel=1e-5)]
+    assert (said["quantile"], said["maxima"]) == (1.0, said["units"])
     with splice(model, dictionary, Steer(latent, 2.0, float(maximum[latent]))):
         assert model.generate(["ab"], 4)[0].startswith(said["after"])
+    assert main([*given, "--latent", f"resid_post.1:{latent}", "--quantile", "0.5"]) == 0
+    at_most = json.loads(capsys.readouterr().out)
+    x = model.capture(tokens, [dictionary.site])[dictionary.site]
+    fires = sorted(value for value in dictionary.activations(x)[0][tokens.ordinary][:, latent].tolist() if value > 0)
+    assert at_most["units"]["resid_post.1"] == [pytest.approx(fires[(len(fires) - 1) // 2], rel=1 / 512)]
+    assert at_most["maxima"] == said["maxima"]
+    assert main([*given, "--latent", f"resid_post.1:{latent}", "--quantile", "0"]) == 2
+    assert "quantile = 0.0" in capsys.readouterr().err
     assert float(maximum[dead]) == 0
     assert main([*given, "--latent", f"resid_post.1:{dead}"]) == 2
     assert "never fires in the 2 reference texts" in capsys.readouterr().err
+
+
+def test_a_unit_far_below_the_largest_activation_is_warned_about(caplog, monkeypatch):
+    far = StrengthUnits(torch.tensor([2.0]), torch.tensor([30.0]))
+    monkeypatch.setattr(opening, "corpus_units", lambda *_: far)
+    session = open_session(SteerConfig(latent="resid_post.3:966", prompt="The film was", chat=False))
+    assert session.units == {Site(3): (2.0,)}
+    assert session.maxima == {Site(3): (30.0,)}
+    (warning,) = session.warnings
+    assert warning in caplog.text
+    assert "latent 966: its largest activation, 30, is 15 times the 0.95 quantile of its activations, 2:" in warning
+    both = list(session.answer("The film was"))[-1]
+    page = steered_page(session, [listen(session, "The film was", both, texts_of(both))], ())
+    assert warning in str(page.sections[0].blocks[-1])
+    (card,) = read_latents(session.model, session.dictionaries[Site(3)], [966], ["The film was"])
+    assert not card.warning
+    odd = ReadLatent(replace(card, unit=2.0, maximum=30.0), 0.5, session.model.fingerprint)
+    assert f"warning    {warning}" in list(latent_lines(odd))
+    assert warning in str(card_blocks(odd.card, set())[0])
 
 
 def test_a_page_of_answers(tmp_path, capsys, monkeypatch):

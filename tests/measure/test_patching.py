@@ -203,14 +203,17 @@ def test_matched_controls_fire_and_write_like_the_top_set():
     generator = torch.Generator().manual_seed(0)
     frequency = torch.rand(400, generator=generator)
     mean = torch.rand(400, generator=generator)
-    stats = LatentStatistics(frequency, mean, mean, torch.ones(400), mean, 1000)
+    stats = LatentStatistics(frequency, mean, mean, mean, torch.ones(400), mean, mean, 1000)
     chosen = list(range(8))
     random, matched = control_sets(chosen, 8, stats, seed=3)
     assert len(random) == len(matched) == DRAWS
     assert control_sets(chosen, 8, stats, seed=4)[1] != matched
     ones = torch.ones(400)
     # what latents write is their mean times their row's norm
-    assert control_sets(chosen, 8, LatentStatistics(frequency, ones, ones, mean, ones, 1000), seed=3)[1] == matched
+    assert (
+        control_sets(chosen, 8, LatentStatistics(frequency, ones, ones, ones, mean, ones, ones, 1000), seed=3)[1]
+        == matched
+    )
 
     def gap(sets, values):
         return float(np.mean([(values[list(s)] - values[chosen]).abs().mean() for s in sets]))

@@ -1,5 +1,7 @@
 """Quality of a splice: dictionaries whose figures are known beforehand, and the same figures by plain arithmetic."""
 
+import math
+
 import pytest
 import torch
 from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
@@ -263,6 +265,23 @@ def test_latent_statistics(model):
     torch.testing.assert_close(statistics.norm, dictionary.W_dec.norm(dim=-1))
     assert torch.equal(statistics.alive, on.any(0))
     assert statistics.tokens == int(tokens.ordinary.sum())
+    torch.testing.assert_close(statistics.unit, _quantile(acts), rtol=1 / 512, atol=0)
+    torch.testing.assert_close(statistics.unit_reach, statistics.unit * statistics.norm)
+
+
+def test_what_a_normalising_dictionary_writes_is_measured_with_its_scale(model):
+    dictionary = random_dictionary("resid_post.1", normalize_activations="layer_norm")
+    tokens = model.tokenize(TEXTS)
+    statistics = latent_statistics(model, dictionary, tokens, batch_size=2)
+    written = dictionary.written(model.capture(tokens, [SITE])[SITE])[tokens.ordinary]
+    torch.testing.assert_close(statistics.reach, written.amax(0) * statistics.norm)
+    torch.testing.assert_close(statistics.unit_reach, _quantile(written) * statistics.norm, rtol=1 / 512, atol=0)
+
+
+def _quantile(acts, share=0.95):
+    """By sorting: the smallest value that the share of the positive activations does not exceed."""
+    columns = [sorted(value for value in column if value > 0) for column in acts.T.tolist()]
+    return torch.tensor([column[math.ceil(share * len(column)) - 1] if column else 0.0 for column in columns])
 
 
 def test_bad_input(model):

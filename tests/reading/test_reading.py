@@ -1,6 +1,7 @@
 """Cards of latents against direct computation."""
 
 import json
+import math
 import re
 from dataclasses import asdict
 
@@ -46,6 +47,9 @@ def test_a_card_says_what_the_latent_does(model):
         assert (card.latent, card.site, card.texts, card.tokens) == (latent, "resid_post.1", 5, len(whole))
         assert card.frequency == pytest.approx(len(active) / len(whole))
         assert card.maximum == pytest.approx(float(acts.max().clamp(min=0)), abs=1e-5)
+        positive = sorted(active[active > 0].tolist())
+        expected = positive[math.ceil(0.95 * len(positive)) - 1] if positive else 0
+        assert card.unit == pytest.approx(expected, rel=1 / 512)
         if len(active):
             assert card.mean_active == pytest.approx(float(active.mean()), abs=1e-5)
         assert sum(card.counts) == len(active)
@@ -68,8 +72,12 @@ def test_a_latent_that_never_fires(model, tmp_path):
     assert card.dead
     assert (card.counts, card.examples, card.maximum) == ((), (), 0.0)
     write_json(asdict(card), tmp_path / "card.json")
-    again = Card.read(json.loads((tmp_path / "card.json").read_text()))
+    stored = json.loads((tmp_path / "card.json").read_text())
+    again = Card.read(stored)
     assert again.mean_active != again.mean_active
+    del stored["unit"]  # as in runs of older versions
+    assert math.isnan(Card.read(stored).unit)
+    assert not Card.read(stored).warning
     assert repr(again) == repr(card)
 
 

@@ -1,4 +1,4 @@
-"""Choosing latents by contrast, by what they write, and the maxima that strengths are measured in."""
+"""Choosing latents by contrast, by what they write, and the units that strengths are measured in."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from saepatch.steering.contrasts import (
     attribution_contrast,
     auroc_contrast,
     corpus_maxima,
+    corpus_units,
     first_alive,
     latent_means,
     lens_tokens,
@@ -117,5 +118,8 @@ def test_corpus_maxima_in_one_stream(architecture):
     torch.testing.assert_close(corpus_maxima(model, dictionary, texts, batch_size=4), statistics.maximum)
     some = corpus_maxima(model, dictionary, [*WITH, *WITHOUT], [5, 40])
     torch.testing.assert_close(some, statistics.maximum[[5, 40]])
+    units = corpus_units(model, dictionary, [*WITH, *WITHOUT], batch_size=1)
+    torch.testing.assert_close((units.unit, units.maximum), (statistics.unit, statistics.maximum))
+    assert torch.equal(corpus_units(model, dictionary, WITH, quantile=1.0).unit, corpus_maxima(model, dictionary, WITH))
     with pytest.raises(UserError, match="contains no text"):
         corpus_maxima(model, dictionary, [])

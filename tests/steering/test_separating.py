@@ -8,7 +8,7 @@ from tiny import random_dictionary, tiny_model
 
 from saepatch.errors import UserError
 from saepatch.splicing.interventions import Ablate, Steer
-from saepatch.steering.contrasts import auroc_contrast, contrast, corpus_maxima, output_scores
+from saepatch.steering.contrasts import auroc_contrast, contrast, corpus_units, output_scores
 from saepatch.steering.generate import compare_generations
 from saepatch.steering.separating import separating_latents
 
@@ -23,8 +23,9 @@ def test_one_table_has_every_score_of_the_best_latents():
     assert set(ids) == {*contrasts.topk(4).indices.tolist(), *aurocs.topk(4).indices.tolist()}
     torch.testing.assert_close(table.contrast, contrasts[ids])
     torch.testing.assert_close(table.auroc, aurocs[ids])
-    maxima = corpus_maxima(model, dictionary, [*WITH, *WITHOUT])
-    torch.testing.assert_close(table.output_score, output_scores(model, dictionary, ids, maxima))
+    units = corpus_units(model, dictionary, [*WITH, *WITHOUT])
+    torch.testing.assert_close((table.unit, table.maximum), (units.unit[ids], units.maximum[ids]))
+    torch.testing.assert_close(table.output_score, output_scores(model, dictionary, ids, units.unit))
     assert table.best() == int(contrasts.argmax())
     assert table.best("output_score") in ids
     frame = table.to_pandas()

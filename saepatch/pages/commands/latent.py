@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from saepatch.data.texts import load_texts
+from saepatch.dictionaries.active_values import QUANTILE
 from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
@@ -51,9 +52,9 @@ def read_named(config: LatentConfig) -> list[ReadLatent]:
     model = read_model(config)
     dictionary = load_sae(config.sae, site, model.device, every_position=config.every_position)
     cards = read_latents(model, dictionary, ids, texts)
-    maxima = torch.zeros(dictionary.d_sae)
-    maxima[list(ids)] = torch.tensor([card.maximum for card in cards])
-    scores = output_scores(model, dictionary, ids, maxima).tolist()
+    units = torch.zeros(dictionary.d_sae)
+    units[list(ids)] = torch.tensor([card.unit for card in cards])
+    scores = output_scores(model, dictionary, ids, units).tolist()
     readings: Sequence[Sequence[Reading]] = [()] * len(ids)
     if config.explain:
         readings = read_by_patchscope(model, dictionary, ids, config.explain, _placeholder(model, config.explain))
@@ -77,8 +78,11 @@ def latent_lines(latent: ReadLatent) -> Iterator[str]:
     yield f"latent {card.latent} at {card.site} of {card.dictionary} ({card.dictionary_hash})"
     yield (
         f"fires at {number(card.frequency, '.2%')} of {card.tokens:,} tokens in {card.texts:,} texts, mean "
-        f"{number(card.mean_active)} where active, maximum {number(card.maximum)}; norm {number(card.norm)}"
+        f"{number(card.mean_active)} where active, {QUANTILE:g} quantile {number(card.unit)}, maximum "
+        f"{number(card.maximum)}; norm {number(card.norm)}"
     )
+    if card.warning:
+        yield f"warning    {card.warning}"
     if card.counts:
         top = max(card.counts)
         bars = "".join(BLOCKS[-(-8 * count // top)] for count in card.counts)
@@ -126,7 +130,7 @@ def _score(latent: ReadLatent) -> str:
     return (
         f"Output score {number(latent.output_score)}: how far adding it raises the tokens it promotes (0 to 1)."
         if math.isfinite(latent.output_score)
-        else "No output score: it is measured at the latent's largest activation, and the latent never fires."
+        else "No output score: it is measured at one unit of the latent's activation, and the latent never fires."
     )
 
 

@@ -86,7 +86,7 @@ def steered_page(session: Session, answers: Sequence[SteeredAnswer], cards: Sequ
         "Marked: words that differ from the answer before. Below, both texts in the bare model. Colours: activation of "
         "the edited latents of one site at each token."
     )
-    sections = [headline_section(items, notices(answers), ""), Section("Answers", text, blocks)]
+    sections = [headline_section(items, [*session.warnings, *notices(answers)], ""), Section("Answers", text, blocks)]
     if cards:
         sections.append(cards_section(cards, "The edited latents", "reference texts", ""))
     return Page("Steered answers", lead, sections, _facts(session))
@@ -115,13 +115,18 @@ def _facts(session: Session) -> Facts:
         str(site): {"name": dictionary.name, "hash": dictionary.fingerprint}
         for site, dictionary in session.dictionaries.items()
     }
-    units = "; ".join(f"{site}: {', '.join(map(number, some))}" for site, some in session.units.items())
+    units, largest = (
+        "; ".join(f"{site}: {', '.join(map(number, some))}" for site, some in each.items())
+        for each in (session.units, session.maxima)
+    )
+    taken = f" ({config.quantile:g} quantile of the positive activations in the reference texts)" if largest else ""
     return Facts(
         {"model": f"{session.model.name} ({session.model.fingerprint})"}
         | dictionary_facts(dictionaries)
         | {
             "intervention": session.title,
-            "one unit of strength": "–" if config.act == "ablate" else units,
+            "one unit of strength": "–" if config.act == "ablate" else units + taken,
+            "largest activation": largest or "–",
             "positions": config.positions,
             "decay": number(config.decay),
             "sampling": f"temperature {config.temperature:g}" if config.temperature else "most likely token",

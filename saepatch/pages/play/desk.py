@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saepatch.data.pairs import PromptPair
 from saepatch.data.texts import load_texts
+from saepatch.dictionaries.active_values import QUANTILE, StrengthUnits
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
@@ -29,7 +30,7 @@ from saepatch.settings.steer import SteerConfig
 from saepatch.settings.sweeps import PatchConfig
 from saepatch.splicing.interventions import Patch
 from saepatch.splicing.splice import record_latents, splice
-from saepatch.steering.contrasts import corpus_maxima
+from saepatch.steering.contrasts import corpus_units
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Desk:
         self.dictionaries = load_saes(config.sae, self.model.device, every_position=config.every_position)
         for dictionary in self.dictionaries.values():
             dictionary.check(self.model)
-        self._maxima: dict[Site, Tensor] = {}
+        self._measured: dict[Site, StrengthUnits] = {}
         self._raised: dict[Site, dict[int, tuple[tuple[str, float], ...]]] = {site: {} for site in self.dictionaries}
         self._cards: dict[tuple[Site, int], Card] = {}
         if self.texts:  # so that the first visitor need not wait for it
@@ -106,7 +107,7 @@ class Desk:
             "model": f"{self.model.name} ({self.model.fingerprint})",
             "sites": {str(site): dictionary.d_sae for site, dictionary in self.dictionaries.items()},
             "chats": chats,
-            "unit": f"largest activation in {len(self.texts)} texts" if self.texts else "",
+            "unit": f"{QUANTILE:g} quantile of its activations in {len(self.texts)} texts" if self.texts else "",
             "begin": begin,
         }
 
@@ -266,10 +267,10 @@ class Desk:
         unit = 0.0 if self.texts else 1.0
         return SteerConfig(**shared_settings(self.config), reference=self.config.reference, unit=unit, **given)
 
-    def _units(self, dictionary: Dictionary, ids: tuple[int, ...]) -> list[float]:
-        if dictionary.site not in self._maxima:
-            self._maxima[dictionary.site] = corpus_maxima(self.model, dictionary, self.texts)
-        return self._maxima[dictionary.site][list(ids)].tolist()
+    def _units(self, dictionary: Dictionary, ids: tuple[int, ...]) -> StrengthUnits:
+        if dictionary.site not in self._measured:
+            self._measured[dictionary.site] = corpus_units(self.model, dictionary, self.texts)
+        return self._measured[dictionary.site].of(ids)
 
     def _names(self, dictionary: Dictionary, latents: Sequence[int] | set[int]) -> dict[int, list[str]]:
         """The tokens that latents are named by; empty where the unembedding cannot be read."""

@@ -1,10 +1,12 @@
 """`saepatch steer`: prompts answered with and without an intervention on latents, once or as a chat."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from saepatch.data.texts import load_texts
+from saepatch.dictionaries.active_values import StrengthUnits
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.dictionaries.loading import load_sae
@@ -15,8 +17,10 @@ from saepatch.runs.interpret import read_model, read_positions
 from saepatch.settings.mixins import latents_of_sites
 from saepatch.settings.steer import SteerConfig
 from saepatch.splicing.interventions import Ablate, AtLeast, Clamp, Intervention, Steer
-from saepatch.steering.contrasts import corpus_maxima
+from saepatch.steering.contrasts import corpus_units
 from saepatch.steering.streaming import Sampling, Written, side_by_side
+
+log = logging.getLogger(__name__)
 
 ACTS: dict[str, type[Steer] | type[Clamp] | type[AtLeast]] = {"add": Steer, "clamp": Clamp, "at-least": AtLeast}
 ENDED = {"loop": " […: it repeats itself]", "length": " […]", "context": " […: the model's context is full]"}
@@ -30,6 +34,10 @@ class Session:
     dictionaries: dict[Site, Dictionary]
     latents: dict[Site, tuple[int, ...]]
     units: dict[Site, tuple[float, ...]]
+    maxima: dict[Site, tuple[float, ...]]
+    """Largest activations in the reference texts; empty where none were read."""
+    warnings: list[str]
+    """What is odd about the units, a sentence each."""
     config: SteerConfig
     strength: float
     turns: tuple[list[dict[str, str]], list[dict[str, str]]] = field(default_factory=lambda: ([], []))
@@ -102,6 +110,8 @@ class Session:
             "latents": LatentSet.of(self.latents).facts(),
             "strength": self.strength,
             "units": {str(site): list(units) for site, units in self.units.items()},
+            "quantile": self.config.quantile if self.maxima else None,
+            "maxima": {str(site): list(maxima) for site, maxima in self.maxima.items()},
             "positions": self.config.positions,
             "decay": self.config.decay,
             "chat": self.chats,
@@ -118,7 +128,9 @@ def texts_of(both: tuple[Written, Written]) -> list[str]:
 
 
 def open_session(config: SteerConfig) -> Session:
-    """Load the model and the dictionaries, and measure the latents' largest activations.
+    """Load the model and the dictionaries, and measure the latents' units of strength.
+
+    Units that are far below a latent's largest activation are warned about.
 
     Raises:
         UserError: the model or a dictionary cannot be loaded, they do not fit together, or a latent never fires in the
@@ -131,20 +143,23 @@ def open_session(config: SteerConfig) -> Session:
     every = config.every_position
     dictionaries = {site: load_sae(config.sae, site, model.device, every_position=every) for site in sites}
 
-    def maxima(dictionary: Dictionary, ids: tuple[int, ...]) -> list[float]:
-        return corpus_maxima(model, dictionary, texts, ids).tolist()
+    def measured(dictionary: Dictionary, ids: tuple[int, ...]) -> StrengthUnits:
+        return corpus_units(model, dictionary, texts, ids, config.quantile)
 
-    return session_on(model, dictionaries, config, maxima, len(texts))
+    session = session_on(model, dictionaries, config, measured, len(texts))
+    for warning in session.warnings:
+        log.warning("%s", warning)
+    return session
 
 
 def session_on(
     model: LanguageModel,
     dictionaries: Mapping[Site, Dictionary],
     config: SteerConfig,
-    maxima: Callable[[Dictionary, tuple[int, ...]], Sequence[float]],
+    measured: Callable[[Dictionary, tuple[int, ...]], StrengthUnits],
     texts: int,
 ) -> Session:
-    """A session on a loaded model. `maxima` gives largest activations over so many texts, where those are the units.
+    """A session on a loaded model. `measured` gives latents' units over so many texts, where the settings give none.
 
     Raises:
         UserError: a dictionary is not there or does not fit the model, or a latent never fires in the texts.
@@ -152,6 +167,8 @@ def session_on(
     latents = latents_of_sites(config.latent)
     chosen: dict[Site, Dictionary] = {}
     units: dict[Site, tuple[float, ...]] = {}
+    maxima: dict[Site, tuple[float, ...]] = {}
+    warnings: list[str] = []
     for site, ids in latents.items():
         if site not in dictionaries:
             raise UserError(f"there is no dictionary at {site}: use one of {', '.join(map(str, dictionaries))}")
@@ -160,10 +177,12 @@ def session_on(
         chosen[site].check_ids(ids)
         units[site] = (config.unit or 1.0,) * len(ids)
         if not config.unit and config.act != "ablate":
-            units[site] = tuple(maxima(chosen[site], ids))
+            found = measured(chosen[site], ids)
+            units[site], maxima[site] = tuple(found.unit.tolist()), tuple(found.maximum.tolist())
+            warnings += found.warnings(ids)
             if silent := [latent for latent, unit in zip(ids, units[site], strict=True) if not unit]:
                 raise UserError(
                     f"latent {silent[0]} of {site} never fires in the {texts} reference texts, so there is no "
-                    "largest activation to scale its strength by: give other texts with --reference, or --unit 1"
+                    "activation to scale its strength by: give other texts with --reference, or --unit 1"
                 )
-    return Session(model, chosen, latents, units, config, config.strength)
+    return Session(model, chosen, latents, units, maxima, warnings, config, config.strength)
