@@ -1,20 +1,17 @@
 """The checks that a run makes before it trains, without weights: the model is built on the meta device."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from saepatch import organism
 from saepatch.errors import UserError, reason_of
 from saepatch.model.inputs.tokens import name_bos
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.discovery import layout_of
-from saepatch.model.loading.load import class_for, load_tokenizer
+from saepatch.model.loading.sources import class_for, load_tokenizer, source_of
 
 from ..config import TrainingConfig
 from ..data.texts import on_the_hub, split, texts
@@ -82,14 +79,12 @@ def skeleton(
     resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
-    source = _source(name)
-    if source is None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{name!r} is neither a folder nor a Hugging Face id: use 'organism', a folder, or OWNER/NAME")
-    if source is not None and revision:
-        raise UserError(f"revision {revision!r}: {name!r} is a folder, which has no revisions: leave it out")
-    options = {"revision": revision or "main", "trust_remote_code": config.trust_remote_code}
+    source = source_of(name)
+    if source.local and revision:
+        raise UserError(f"revision {revision!r}: {name!r} is on this machine and has no revisions: leave it out")
+    options = {"revision": revision or "main", "trust_remote_code": config.trust_remote_code, **source.files}
     try:
-        described = AutoConfig.from_pretrained(str(source or name), **options)
+        described = AutoConfig.from_pretrained(source.path, **options)
         with torch.device("meta"):
             hf: nn.Module = class_for(described).from_config(
                 described, dtype=resolved, trust_remote_code=config.trust_remote_code
@@ -100,7 +95,7 @@ def skeleton(
             f"cannot read the config of model {name!r} (use 'organism', a folder with config.json, or an id on the hub "
             f"that can be reached): {reason}"
         ) from error
-    tokenizer, missing = _tokenizer(str(source or name), options)
+    tokenizer, missing = _tokenizer(source.path, options)
     if tokenizer is not None and isinstance(config.prepend_bos, str):
         name_bos(tokenizer, config.prepend_bos)
     text: Any = described.get_text_config()
@@ -121,8 +116,3 @@ def _tokenizer(source: str, options: dict[str, Any]) -> tuple[Any, str]:
         return load_tokenizer(source, options), ""
     except Exception as error:  # of damaged files, and of the hub's client
         return None, reason_of(error).splitlines()[0]
-
-
-def _source(name: str) -> Path | None:
-    folder = organism.path(name) if organism.is_checkpoint(name) else Path(name).expanduser()
-    return folder if folder.is_dir() else None

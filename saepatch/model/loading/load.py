@@ -1,20 +1,17 @@
 """Load a causal language model and its tokenizer, and check its sites by a real forward pass."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from saepatch import organism
-from saepatch.errors import UserError, reason_of
+from saepatch.errors import UserError
 from saepatch.model.families import FAMILIES, Layout
 from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.finite import all_finite
@@ -25,6 +22,7 @@ from saepatch.model.inputs.tokens import Tokens, name_bos
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.discovery import discover, layout_of
 from saepatch.model.loading.padded_rows import padding_of, run_pass
+from saepatch.model.loading.sources import from_pretrained, source_of, with_adapter
 from saepatch.model.other_tools import inner_model
 from saepatch.model.sites import Site
 
@@ -49,115 +47,52 @@ def load_model(
     trust_remote_code: bool = False,
     *,
     revision: str | None = None,
+    merge_adapter: bool = False,
     **spread: Unpack[Spread],
 ) -> LanguageModel:
-    """Load `organism`, `organism-base`, a local folder or a Hugging Face id, and check its sites by a real forward.
+    """Load a model and check its sites by a real forward.
 
     Args:
+        name: `organism`, `organism-base`, a Hugging Face id, a folder of a model, a .gguf file (its weights are
+            expanded, and its quantisation becomes part of the model's name in results; needs `saepatch[gguf]`), or a
+            folder of a PEFT adapter such as LoRA, whose config names the model below it (needs `saepatch[peft]`).
         device: Device for the weights; unused with `device_map`.
         prepend_bos: Prepend a BOS to every text where the tokenizer does not (as GPT-2's), since many dictionaries were
             trained that way; for a tokenizer without a BOS (as Qwen's), the text of the token to use instead.
         revision: Branch, tag or commit of the model's repository on the hub; None: its main branch.
+        merge_adapter: Add an adapter's weights to the model's instead of computing them beside, which is faster.
         **spread: `device_map` (such as "auto") spreads a model that one device cannot hold over several and, within
             `max_memory`, over main memory and `offload_folder`, as transformers and accelerate do.
 
     Raises:
-        UserError: there is no such model, revision, device or option, weights are missing, damaged or NaN, or the
-            blocks cannot be found.
+        UserError: there is no such model, revision, device or option, weights are missing, damaged, NaN or quantised in
+            a way that transformers does not know, or the blocks cannot be found.
     """
     if unknown := [option for option in spread if option not in Spread.__annotations__]:
         raise UserError(f"unknown option {unknown[0]!r}: use one of {', '.join(Spread.__annotations__)}")
-    folder = _folder_of(name)
+    source = source_of(name)
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise UserError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     device = usable_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
-        if folder:
-            raise UserError(f"revision {revision!r}: {name!r} is a folder, which has no revisions: leave it out")
+        if source.local:
+            raise UserError(f"revision {revision!r}: {name!r} is on this machine and has no revisions: leave it out")
         options["revision"] = revision
     spreads = spread.get("device_map") is not None
     placement = {key: value for key, value in spread.items() if spreads and value is not None}
-    hf, tokenizer, missing = _from_pretrained(name, folder or name, resolved, options, placement)
+    hf, tokenizer, missing = from_pretrained(source, resolved, options, placement)
     if isinstance(prepend_bos, str):
         name_bos(tokenizer, prepend_bos)
     if missing:
         raise UserError(
             f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …): its files are incomplete, fetch them again"
         )
-    return replace(wrap_model(hf if placement else hf.to(device), tokenizer, name), prepend_bos=bool(prepend_bos))
-
-
-def _from_pretrained(
-    name: str, source: str, dtype: torch.dtype, options: Mapping[str, Any], placement: Mapping[str, Any]
-) -> tuple[Any, Any, list[str]]:
-    """The model, its tokenizer, and the names of weights missing from its files."""
-    from transformers import AutoConfig
-
-    try:
-        tokenizer = load_tokenizer(source, options)
-        with _quiet_progress():
-            both: Any = class_for(AutoConfig.from_pretrained(source, **options)).from_pretrained(
-                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placement
-            )
-    except ImportError as error:
-        raise UserError(
-            f"model {name!r} needs a package that is missing here, or of another version ({reason_of(error)}): install "
-            "it, or load a checkpoint that is not quantised"
-        ) from error
-    except Exception as error:  # of damaged configs, tokenizers and weights, and of the hub's client
-        raise UserError(
-            f"cannot load model {name!r} (use 'organism', 'organism-base', a folder with config.json and safetensors "
-            f"weights, or a Hugging Face id): {reason_of(error)}"
-        ) from error
-    hf, loaded = both
-    return hf, tokenizer, sorted(loaded["missing_keys"])
-
-
-def load_tokenizer(source: str, options: Mapping[str, Any]) -> Any:
-    """A model's tokenizer. For some model types without tokenizer files, transformers makes an empty one.
-
-    Raises:
-        ValueError: there are no such files; transformers raises other errors where they cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        raise ValueError("the files of its tokenizer are missing")
-    return tokenizer
-
-
-def class_for(config: Any) -> Any:
-    """The class that loads a model: the causal one, or that for images and text where its type has no causal one.
-
-    For a type with neither (such as the text part of some models), the class that its config names.
-    """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
-
-    causal, both = (
-        config.model_type in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
-        for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
-    )
-    own = getattr(transformers, next(iter(config.architectures or ()), ""), None)
-    if not (causal or both) and isinstance(own, type) and own.__name__.endswith("ForCausalLM"):
-        return own
-    return AutoModelForImageTextToText if both and not causal else AutoModelForCausalLM
-
-
-def _folder_of(name: str) -> str | None:
-    """The folder of the model; None for a Hugging Face id."""
-    folder = organism.path(name) if organism.is_checkpoint(name) else Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"folder {name!r} has no config.json: give the folder of a Hugging Face model")
-        return str(folder)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{name!r} is neither a folder nor a Hugging Face id: use 'organism', a folder, or OWNER/NAME")
-    return None
+    hf = hf if placement else hf.to(device)
+    if source.adapter:
+        hf = with_adapter(hf, source, merge_adapter)
+    return replace(wrap_model(hf, tokenizer, source.title), prepend_bos=bool(prepend_bos))
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -381,17 +316,3 @@ def _streams_add_up(model: LanguageModel, seen: Mapping[Site, Tensor]) -> bool:
         if (added - wrote).norm() > tolerance * (wrote.norm() + seen[before].float().norm()):
             return False
     return True
-
-
-@contextmanager
-def _quiet_progress() -> Iterator[None]:
-    # Hide transformers' progress bar, which takes one line per model.
-    from transformers.utils import logging as hf_logging
-
-    was_on = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            hf_logging.enable_progress_bar()
