@@ -1,8 +1,12 @@
 """Texts to measure on, from a file or the embedded model's own, and their tokens in batches of bounded size."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from saepatch import organism
 from saepatch.data.files import TABLES, FileRow, read_rows
@@ -50,11 +54,16 @@ def text_rows(model: LanguageModel, texts: Iterable[str], context: int = CONTEXT
     Raises:
         UserError: `context` leaves no room for a token besides BOS.
     """
+    return (ids for _, ids in _numbered_rows(model, texts, context))
+
+
+def _numbered_rows(model: LanguageModel, texts: Iterable[str], context: int) -> Iterator[tuple[int, list[int]]]:
+    """The rows of texts, each with its text's number."""
     limit = min(context, model.context or context)
     if limit < 2:
         raise UserError(f"a context of {limit} tokens holds no token besides BOS: use at least 2")
     said = False
-    for text in texts:
+    for number, text in enumerate(texts):
         ids = model.encode(text)
         start = ids[:1] if ids[:1] == [model.bos_id] else []
         body, step = ids[len(start) :], limit - len(start)
@@ -62,7 +71,43 @@ def text_rows(model: LanguageModel, texts: Iterable[str], context: int = CONTEXT
             log.info("texts of more than %d tokens are read in rows of that length", limit)
             said = True
         for first in range(0, len(body), step):
-            yield [*start, *body[first : first + step]]
+            yield number, [*start, *body[first : first + step]]
+
+
+def prompt_batches(
+    model: LanguageModel, texts: Tokens | Sequence[str], whole: bool, size: int = 32, width: int = 1
+) -> Iterator[tuple[Tokens, Int[Tensor, "rows"]]]:
+    """Batches of prompts, as `token_batches` bounds them, with the number of the prompt that each row belongs to.
+
+    Args:
+        whole: Refuse texts that are longer than the model's context. Otherwise they take several rows, of at most 1,024
+            tokens.
+
+    Raises:
+        UserError: a text is empty or, if `whole`, too long; or there is none.
+    """
+    if isinstance(texts, str) or (not isinstance(texts, Tokens) and not texts):
+        model.tokenize(texts)  # says what is wrong
+    if isinstance(texts, Tokens):
+        rows = max(1, min(size, CELLS // width // texts.width))
+        for start in range(0, len(texts), rows):
+            part = texts.rows(slice(start, start + rows))
+            yield part, torch.arange(start, start + len(part))
+        return
+    if whole:
+        numbered = [(number, model.tokenize([text]).input_ids[0].tolist()) for number, text in enumerate(texts)]
+    else:
+        numbered = list(_numbered_rows(model, texts, CONTEXT))
+        if empty := sorted(set(range(len(texts))) - {number for number, _ in numbered}):
+            model.tokenize([texts[empty[0]]])
+    held: list[tuple[int, list[int]]] = []
+    for row in numbered:
+        longest = max(len(ids) for _, ids in [*held, row])
+        if held and (len(held) == size or (len(held) + 1) * longest > CELLS // width):
+            yield model.pad([ids for _, ids in held]), torch.tensor([number for number, _ in held])
+            held = []
+        held.append(row)
+    yield model.pad([ids for _, ids in held]), torch.tensor([number for number, _ in held])
 
 
 def token_batches(

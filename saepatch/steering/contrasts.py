@@ -5,13 +5,13 @@ means), `auroc_contrast` and `attribution_contrast`. `first_alive` ranks by a sc
 promote their own tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from saepatch.data.texts import CONTEXT, token_batches
+from saepatch.data.texts import CONTEXT, prompt_batches, token_batches
 from saepatch.dictionaries.active_values import QUANTILE, ActiveValues, StrengthUnits, check_quantile
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
@@ -40,15 +40,18 @@ def latent_means(
 ) -> Float[Tensor, "sequences d_sae"]:
     """Mean of each latent over each sequence's chosen positions ("all" excludes BOS and padding).
 
-    With `written`, activations of a dictionary that normalises its input are multiplied by their decoding scale.
+    With `written`, activations of a dictionary that normalises its input are multiplied by their decoding scale. With
+    positions "all", texts that are longer than the model's context, or than 1,024 tokens, are read in several rows.
     """
-    means = []
-    for part in model.as_tokens(tokens).batches(batch_size):
+    total = torch.zeros(len(tokens), dictionary.d_sae, dtype=torch.float64)
+    count = torch.zeros(len(tokens), dtype=torch.float64)
+    for part, numbers in prompt_batches(model, tokens, positions != "all", batch_size, dictionary.d_sae):
         latents = record_latents(model, dictionary, part)
         acts = latents.acts * latents.scale if written and latents.scale is not None else latents.acts
-        weight = whole_prompt(model, part).select(positions)[..., None].to(acts.dtype)
-        means.append((acts * weight).sum(1) / weight.sum(1).clamp(min=1))
-    return torch.cat(means)
+        where = whole_prompt(model, part).select(positions)
+        total.index_add_(0, numbers, (acts * where[..., None]).sum(1).cpu().double())
+        count.index_add_(0, numbers, where.sum(1).cpu().double())
+    return (total / count.clamp(min=1)[:, None]).to(dictionary.rows)
 
 
 def contrast(
@@ -65,8 +68,7 @@ def contrast(
     """
     _check_sets(with_concept, without)
     means = [
-        latent_means(model, dictionary, model.tokenize(texts), positions, written=True).mean(0)
-        for texts in (with_concept, without)
+        latent_means(model, dictionary, texts, positions, written=True).mean(0) for texts in (with_concept, without)
     ]
     return (means[0] - means[1]) * dictionary.rows.norm(dim=-1)
 
@@ -89,15 +91,7 @@ def auroc_contrast(
         UserError: a set is empty.
     """
     _check_sets(with_concept, without)
-    ours, theirs = (
-        torch.cat(
-            [
-                acts.masked_fill(~where[..., None], -torch.inf).amax(1)
-                for acts, where in _activations(model, dictionary, texts, positions, batch_size)
-            ]
-        )
-        for texts in (with_concept, without)
-    )
+    ours, theirs = (_largest(model, dictionary, texts, positions, batch_size) for texts in (with_concept, without))
     ours, theirs = ours.T.contiguous(), theirs.T.sort(-1).values.contiguous()
     below, up_to = (torch.searchsorted(theirs, ours, right=right) for right in (False, True))
     return (below + up_to).float().mean(-1) / (2 * theirs.shape[-1])
@@ -129,7 +123,7 @@ def attribution_contrast(
     if not float(toward.abs().sum()) > 1e-6:
         raise UserError("the model predicts the same after prompts with and without the concept: give other prompts")
     total = torch.zeros(dictionary.d_in, dtype=torch.float64)
-    for part in theirs.batches(batch_size):
+    for part, _ in prompt_batches(model, theirs, True, batch_size, max(model.vocabulary, model.d_model)):
         where = whole_prompt(model, part).select(positions)
         gradient = _gradients(model, dictionary.site, part, toward)
         total += (gradient.float() * where[..., None]).sum((0, 1)).cpu().double()
@@ -338,11 +332,16 @@ def _check_sets(with_concept: Sequence[str], without: Sequence[str]) -> None:
         raise UserError("a set of prompts is empty: a contrast needs prompts with and without the concept")
 
 
-def _activations(
+def _largest(
     model: LanguageModel, dictionary: Dictionary, texts: Sequence[str], positions: Positions, batch_size: int
-) -> Iterator[tuple[Float[Tensor, "batch pos d_sae"], Bool[Tensor, "batch pos"]]]:
-    """Latents of batches of prompts, and masks of the chosen positions."""
+) -> Float[Tensor, "texts d_sae"]:
+    """The largest activation of each latent over each text's chosen positions."""
     dictionary.check(model)
-    for part in model.tokenize(texts).batches(batch_size):
+    largest = torch.full((len(texts), dictionary.d_sae), -torch.inf, device=dictionary.W_dec.device)
+    for part, numbers in prompt_batches(model, texts, positions != "all", batch_size, dictionary.d_sae):
         x = model.capture(part, [dictionary.site])[dictionary.site]
-        yield dictionary.activations(x)[0], whole_prompt(model, part).select(positions)
+        where = whole_prompt(model, part).select(positions)
+        acts = dictionary.activations(x)[0].float().masked_fill(~where[..., None], -torch.inf).amax(1)
+        for number, row in zip(numbers.tolist(), acts.to(largest.device), strict=True):
+            largest[number] = torch.maximum(largest[number], row)
+    return largest

@@ -10,7 +10,7 @@ from saepatch.data.texts import text_rows, token_batches
 from saepatch.errors import UserError
 from saepatch.measure.quality import latent_statistics, splice_quality
 from saepatch.reading.cards import read_latents
-from saepatch.steering.contrasts import corpus_maxima
+from saepatch.steering.contrasts import auroc_contrast, contrast, corpus_maxima, latent_means
 
 LONG = "the quick brown fox jumps over the lazy dog, " * 5  # 225 tokens and BOS; the model has 64 positions
 TEXTS = ["a cat", LONG, "", "one more short text", LONG[7:150]]
@@ -68,3 +68,30 @@ def test_every_reader_takes_long_texts_and_batches_do_not_matter(model, monkeypa
     np.testing.assert_allclose(
         corpus_maxima(model, dictionary, TEXTS, [5], max_tokens=64), statistics.maximum[[5]], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("cells", [1, 5_000, 2**27])
+def test_contrasts_read_long_texts_in_rows_and_batches_do_not_matter(model, monkeypatch, cells):
+    """A text's mean and maximum are those over all of its rows, each run alone."""
+    dictionary, texts = random_dictionary(), [LONG, "a cat", LONG[7:150], "one more"]
+    means, largest = [], []
+    for text in texts:
+        acts = []
+        for row in text_rows(model, [text]):
+            tokens = model.pad([row])
+            acts.append(dictionary.activations(model.capture(tokens, [dictionary.site])[dictionary.site])[0][0, 1:])
+        whole = torch.cat(acts)
+        assert len(whole) == len(model.encode(text)) - 1
+        means.append(whole.mean(0))
+        largest.append(whole.amax(0))
+    monkeypatch.setattr(data, "CELLS", cells)
+    torch.testing.assert_close(latent_means(model, dictionary, texts), torch.stack(means), rtol=1e-4, atol=1e-5)
+    found = contrast(model, dictionary, texts[:2], texts[2:])
+    expected = (means[0] + means[1] - means[2] - means[3]) / 2 * dictionary.rows.norm(dim=-1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    wins = sum((a > b).float() + (a == b).float() / 2 for a in largest[:2] for b in largest[2:]) / 4
+    torch.testing.assert_close(auroc_contrast(model, dictionary, texts[:2], texts[2:]), wins)
+    with pytest.raises(UserError, match="longer than the context of 64"):
+        contrast(model, dictionary, texts[:2], texts[2:], positions="last")
+    with pytest.raises(UserError, match="empty prompt ''"):
+        contrast(model, dictionary, ["a", ""], ["b"])
