@@ -191,8 +191,9 @@ class Restorer:
         """Answers on `report` with the dense direction, and as many residual dimensions and neurons, restored."""
         answers = {DENSE: self.answers("report", f"{DENSE}/{site}", lambda: {site: self.dense(site)}, [None])}
         others = {DIMENSIONS: [site]}
-        if "neurons" in self.model.layout.streams:
-            others[NEURONS] = [each for each in self.model.layout.of_stream("neurons") if each.layer <= site.layer]
+        every = self.model.layout.all_sites
+        if neurons := [each for each in every if each.stream == "neurons" and each.layer <= site.layer]:
+            others[NEURONS] = neurons
         for name, sites in others.items():
             units = partial(_units, self.model, sites)
             first = self.ranked(f"{name}/{site}", units).first

@@ -306,6 +306,7 @@ def test_the_whole_last_site_restores_the_asking_prompts_answers(monkeypatch):
     monkeypatch.setattr(restoration, "LEAST", -2.0)
     monkeypatch.setattr(restoration, "translations", short_translations)
     restored = restoration.restoration(config, model, {dictionary.site: dictionary}, UNKEPT)
+    assert {restoration.NEURONS, restoration.DIMENSIONS} <= restored.answers.keys()
     answers = {name: each.texts for name, each in restored.answers.items()}
     assert answers[restoration.WHOLE] == answers[restoration.ASKED] != answers[restoration.SUPPRESSED]
     assert len(answers[restoration.RANDOM]) == 2 * 4
