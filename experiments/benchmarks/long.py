@@ -6,7 +6,8 @@ Random models of 2 layers: a small Llama shape, and Gemma 3 270M's shape (of its
 one without). Each pass runs in a process of its own, after one over a short prompt. Seconds are processor time of one
 thread; memory is the peak of the process beyond what it held before the pass (its weights and libraries), and, for the
 whole, with them. "patterns kept" is eager attention with `output_attentions=True`. With --model a folder's model is
-measured instead.
+measured instead. Attribution is first order, of every latent of a random TopK dictionary at the first block's output,
+at every position of two prompts that differ in the middle; patching is of 8 latents, each at all positions.
 """
 
 import multiprocessing
@@ -24,18 +25,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from saepatch.cli.parser import run_config
+from saepatch.data.pairs import PromptPair
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.loading import adopt
 from saepatch.engine.passes.pieces import next_logits_in_pieces
 from saepatch.errors import UserError
+from saepatch.measure.attribution import attribute
 from saepatch.measure.long.trace import trace_attention
+from saepatch.measure.patching import patch_latents
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.loading.load import load_model, wrap_model
+from saepatch.model.sites import Site
 from saepatch.records.files import check_writable
 from saepatch.records.tables import text_table
 
 from .measuring import all_versions, check_counts, write_results
 
 SHORT = 600  # tokens of the pass before the measured one
-WAYS = ("trace", "trace, every query measured", "whole model", "patterns kept")
+WAYS = ("trace", "trace, every query measured", "whole model", "patterns kept", "attribution", "8 latents patched")
+LATENTS = 4096  # of the dictionary at the first block's output
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class LongTimes:
     def ratios(self) -> dict[str, float]:
         """How time and memory grow with the prompt, and against attention with patterns kept."""
         config, name = self.config, self.config.model or "small"
-        trace, every, _, patterns = (LongPass(name, config.shortest, way) for way in WAYS)
+        trace, every, _, patterns, *_ = (LongPass(name, config.shortest, way) for way in WAYS)
         long = replace(trace, tokens=config.longest)
         return {
             f"time, {config.longest:,} over {config.shortest:,} tokens": self.seconds[long] / self.seconds[trace],
@@ -122,9 +130,9 @@ def passes(config: LongBenchmarkConfig) -> list[LongPass]:
     """The passes to measure."""
     name = config.model or "small"
     some = [LongPass(name, config.shortest, way) for way in WAYS]
-    some += [LongPass(name, config.longest, "trace"), LongPass(name, config.longest, "whole model")]
+    some += [LongPass(name, config.longest, way) for way in WAYS if way not in (WAYS[1], WAYS[3])]
     if config.gemma and not config.model:
-        some += [LongPass("gemma", config.gemma, "trace")]
+        some += [LongPass("gemma", config.gemma, way) for way in ("trace", "attribution", "8 latents patched")]
     return some
 
 
@@ -166,10 +174,35 @@ def _act(way: str, config: LongBenchmarkConfig) -> Callable[[LanguageModel, Toke
         model.hf.set_attn_implementation("eager")  # type: ignore[operator]
         return model.hf(input_ids=tokens.input_ids, output_attentions=True, logits_to_keep=1, use_cache=False)
 
+    def attribution(model: LanguageModel, tokens: Tokens) -> Any:
+        return attribute(model, _dictionary(model, config.seed), [_pair(model, tokens)])
+
+    def latents(model: LanguageModel, tokens: Tokens) -> Any:
+        return patch_latents(model, _dictionary(model, config.seed), [_pair(model, tokens)], range(8), controls=0)
+
     ways: tuple[Callable[[LanguageModel, Tokens], Any], ...] = (
-        trace, lambda model, tokens: trace(model, tokens, None), next_logits_in_pieces, patterns,
+        trace, lambda model, tokens: trace(model, tokens, None), next_logits_in_pieces, patterns, attribution, latents,
     )  # fmt: skip
     return dict(zip(WAYS, ways, strict=True))[way]
+
+
+def _pair(model: LanguageModel, tokens: Tokens) -> PromptPair:
+    """Two prompts of these tokens that differ in the middle one, and two words to compare."""
+    words = [f"w{number}" for number in tokens.input_ids[0].tolist()]
+    other = [*words]
+    other[len(words) // 2] = "w1" if words[len(words) // 2] != "w1" else "w2"
+    return PromptPair(" ".join(words), " ".join(other), " w3", " w4", "long")
+
+
+def _dictionary(model: LanguageModel, seed: int) -> Dictionary:
+    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+    sae: Any = TopKSAE(TopKSAEConfig(d_in=model.d_model, d_sae=LATENTS, k=32))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
+    return adopt(sae, Site(0, "resid_post"), "random topk")
 
 
 def _memory(what: str) -> float:

@@ -10,6 +10,7 @@ from saepatch.cli.commands.demo import demo
 from saepatch.cli.commands.inspect import inspect
 from saepatch.cli.commands.latent import latent
 from saepatch.cli.commands.merge import merge
+from saepatch.cli.commands.plan import plan
 from saepatch.cli.commands.play import play
 from saepatch.cli.commands.push import push
 from saepatch.cli.commands.report import report
@@ -27,6 +28,7 @@ from saepatch.settings.finished.report import ReportConfig
 from saepatch.settings.finished.runs import RunsConfig
 from saepatch.settings.inspect import InspectConfig
 from saepatch.settings.latent import LatentConfig
+from saepatch.settings.plan import PlanConfig
 from saepatch.settings.play import PlayConfig
 from saepatch.settings.push import PushConfig
 from saepatch.settings.restore import RestoreConfig
@@ -49,6 +51,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "push": (PushConfig, push),
     "steer": (SteerConfig, steer),
     "play": (PlayConfig, play),
+    "plan": (PlanConfig, plan),
 }
 
 # Commands that parse their own arguments: the line in --help, and the function that receives the arguments.

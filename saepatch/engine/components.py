@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
@@ -266,19 +265,6 @@ class Directions:
         row, pos, unit = change.nonzero(as_tuple=True)
         value = change[row, pos, unit]
         return Changes(row, pos, unit, lambda some: value[some, None] * rows[unit[some]])
-
-
-def between(component: Component, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> Changes:
-    """The changes when each unit is patched from the source into the base run, at the positions in `where`.
-
-    Where one of the runs is an ablation of the other, its units have the values that the ablation wrote: encoding the
-    site again could give others, since edited latents do not pass through the encoder's nonlinearity.
-    """
-    site = component.site
-    if base.written is not None:
-        return component.write(source.values[site], base.written, where).reversed()
-    values = component.read(source.values[site]) if source.written is None else source.written
-    return component.write(base.values[site], values, where)
 
 
 Patchable = Dictionary | Component

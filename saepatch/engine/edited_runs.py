@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.data.batches import PairBatch
-from saepatch.engine.components import Changes, Component, LatentUnits, between
+from saepatch.engine.changes import between
+from saepatch.engine.components import Changes, Component, LatentUnits
 from saepatch.engine.known import known_where
 from saepatch.engine.metrics import Metric, answers_only, checked
 from saepatch.engine.options import SweepOptions

@@ -12,7 +12,8 @@ from torch import Tensor
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes
 from saepatch.engine.metrics import Metric, answers_only, checked, metric_name, needs_clean_logits
-from saepatch.engine.passes.kept_run import KeptRun, entry
+from saepatch.engine.passes.kept_run import ON_CACHE, KeptRun, entry
+from saepatch.engine.passes.pieces import runs_in_pieces
 from saepatch.engine.passes.shortcuts import quick_activations
 from saepatch.errors import UserError, reason_of
 from saepatch.model.finite import check_finite
@@ -143,6 +144,27 @@ class Base:
                 )
         return metric, emitted, dropped
 
+    def in_pieces(
+        self, x: Mapping[Site, Tensor] | None = None
+    ) -> tuple[Tensor, dict[Site, Tensor], dict[Site, Tensor]] | None:
+        """The metric, values and gradients of a long prompt, in pieces; None: the pass has to run whole.
+
+        With `x`, the site that it names is set to it, and the gradient there is wanted.
+        """
+        first = next(iter(x)) if x else self.sites[0]
+        if not runs_in_pieces(self.model, self.tokens.width) or (self._run is not None and not self._run.has_cache):
+            return None
+        run = self.plain()
+        if run.way(first) not in ON_CACHE:
+            return None
+        rows = torch.arange(len(self.tokens), device=self.model.device)
+        pieces, starts = run.pieces(first, rows), {entry(first): run.values[entry(first)], first: run.values[first]}
+        with self.readout.running(self.model):
+            if x is None:
+                return pieces.gradients(starts, self.sites, self.readout, run.cache_layers[first.enters :])
+            starts |= x
+            return pieces.gradients(starts, [first], self.readout, pieces.logits(starts)[1])
+
     @contextmanager
     def _from(self, site: Site, run: KeptRun, x: Tensor) -> Iterator[None]:
         """Start passes at a site, set to `x`; the residual stream entering its block is that of the run."""
@@ -158,7 +180,8 @@ class Base:
         """The run without a graph."""
         if self._run is None:
             with self.readout.running(self.model):
-                self._run = KeptRun(self.model, self.tokens, self.sites, keep_cache=False)
+                long = runs_in_pieces(self.model, self.tokens.width)
+                self._run = KeptRun(self.model, self.tokens, self.sites, keep_cache=long)
         return self._run
 
     def gradient_at(self, site: Site, x: Float[Tensor, "batch pos _"]) -> Float[Tensor, "batch pos _"]:
@@ -169,6 +192,8 @@ class Base:
         self, site: Site, x: Float[Tensor, "batch pos _"]
     ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch pos _"]]:
         """The metric with a site set to `x`, and the gradient there (see `gradient_at`)."""
+        if (long := self.in_pieces({site: x})) is not None:
+            return long[0], long[2][site]
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), self.readout.running(self.model), self._from(site, self.plain(), leaf):
             metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
@@ -221,6 +246,8 @@ class FirstOrder:
         return "first order"
 
     def take(self, base: Base, source: Mapping[Site, Tensor], where: Mapping[Site, Tensor]) -> Gradients:
+        if (long := base.in_pieces()) is not None:
+            return Gradients(long[0], long[1], {site: gradient[None] for site, gradient in long[2].items()})
         metric, emitted, _ = base.graph()
         gradients = base.backward(metric, list(emitted.values()))
         return Gradients(

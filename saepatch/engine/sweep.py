@@ -24,6 +24,7 @@ from saepatch.engine.metrics import needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.engine.passes.known_ways import KnownWays
+from saepatch.engine.passes.pieces import next_logits_in_pieces
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.records.bars import progress_bar
@@ -166,7 +167,8 @@ def batch_noise(model: LanguageModel, run: KeptRun, measured: Callable[[Tensor],
     row = int(run.tokens.lengths.argmin())
     alone = Tokens(*(t[row : row + 1, run.tokens.attention_mask[row].bool()] for t in vars(run.tokens).values()))
     with torch.no_grad():
-        expected, inside = model.next_logits(alone).to(run.logits), run.logits[row : row + 1]
+        piece = run.piece // 2 if run.piece else alone.width  # of a long prompt: other pieces round differently, too
+        expected, inside = next_logits_in_pieces(model, alone, piece).to(run.logits), run.logits[row : row + 1]
         worst = float((inside.float() - expected.float()).abs().max())
         if run.tokens.padded and worst > (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max()):
             raise UserError(

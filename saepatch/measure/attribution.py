@@ -21,13 +21,13 @@ from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_le
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import Given, as_dictionaries
+from saepatch.engine.changes import between
 from saepatch.engine.components import (
     Changes,
     Component,
     ErrorTerm,
     LatentUnits,
     as_components,
-    between,
 )
 from saepatch.engine.gradients import (
     Base,

@@ -9,7 +9,8 @@ logged.
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from saepatch.engine.passes.pieces import Pieces, next_logits_in_pieces, piece_of, real_start, runs_in_pieces
 from saepatch.engine.passes.shortcuts import at_edited, at_last, find_maps, forget_maps, kept_outputs, quick_activations
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 Ways = tuple[str, ...]
 WAYS: Ways = ("shortcuts", "cache", "blocks", "whole")  # fastest first; the last is always right
 ON_CACHE = ("shortcuts", "cache")  # these skip columns, too; "blocks" skips only the blocks before the site
+PROBED = 1024  # columns of a long prompt on which ways of resuming are checked, in four pieces
 Checked = dict[tuple[tuple[Site, ...], bool], tuple[str, bool, int]]
 # Edits of sites downstream of the one that a pass resumes from: functions of the site's value from column `first` on.
 Later = Mapping[Site, Edit]
@@ -49,6 +52,7 @@ class KeptRun:
         sites: Collection[Site],
         edits: Mapping[Site, Edit] | None = None,
         keep_cache: bool = True,
+        piece: int | None = None,
     ) -> None:
         refuse_training(model)
         if is_spliced(model.layout):
@@ -56,19 +60,21 @@ class KeptRun:
         if not bool(tokens.attention_mask[:, -1].all()):
             raise ValueError("resuming needs prompts that end in the last column: pad on the left")
         self.model, self.tokens = model, tokens
+        # columns per pass of a long prompt; edits of whole prompts are not cut
+        self.piece = piece or (piece_of(tokens.width) if runs_in_pieces(model, tokens.width) and not edits else None)
         self.values: dict[Site, Tensor] = {}
         # By edited sites and whether few logits are asked for: the way that agrees with whole passes, whether it does
         # when few logits are unembedded, and up to how many tokens this was checked. Sweeps share it (`KnownWays`).
         self.checked: Checked = {}
         self.written: Tensor | None = None  # the values that an ablation wrote into the component's units
         wanted = {*sites, *(entry(site) for site in sites)}
-        changed = dict(edits or {})
+        changed, parts = dict(edits or {}), dict[Site, list[Tensor]]()
 
         def keep(site: Site) -> Edit:
             def see(x: Tensor) -> Tensor:
                 new = changed[site](x) if site in changed else x
                 if site in wanted:
-                    self.values[site] = new.to(model.device)  # a model may be spread over several
+                    parts.setdefault(site, []).append(new.to(model.device))  # a model may be spread over several
                 return new
 
             return see
@@ -76,6 +82,7 @@ class KeptRun:
         hooks = {site: keep(site) for site in {*wanted, *changed}}
         with edit_sites(model.layout, hooks):
             self._cache, self.logits = self._first_pass(keep_cache)
+        self.values = {site: some[0] if len(some) == 1 else torch.cat(some, 1) for site, some in parts.items()}
         for site, value in self.values.items():
             check_finite(model, site, value, tokens)
         self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # outputs of the first block's maps, by site
@@ -85,10 +92,10 @@ class KeptRun:
         if keep_cache and model.takes_cache:
             cache = DynamicCache()  # keys and values of every column; unusable for models with recurrent states
             try:
-                return cache, model.call(tokens, last=True, cache=cache)[:, -1]
+                return cache, next_logits_in_pieces(model, tokens, self.piece or tokens.width, cache)
             except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
                 log.info("%s does not run with a key-value cache (%s): no columns are skipped", model.name, error)
-        return None, model.call(tokens, last=True)[:, -1]
+        return None, next_logits_in_pieces(model, tokens, self.piece or tokens.width)
 
     def split(self, n: int) -> tuple["KeptRun", "KeptRun"]:
         """The first `n` rows and the other rows, as separate runs that share this run's memory."""
@@ -97,6 +104,7 @@ class KeptRun:
     def _part(self, rows: slice) -> "KeptRun":
         part: KeptRun = object.__new__(KeptRun)
         part.model, part.tokens, part.logits = self.model, self.tokens.rows(rows), self.logits[rows]
+        part.piece = self.piece
         part.values = {site: value[rows] for site, value in self.values.items()}
         part.checked, part.written, part._kept, part._cache = {}, None, {}, None
         if self._cache is not None and all(getattr(kept, "keys", None) is not None for kept in self._cache.layers):
@@ -107,6 +115,11 @@ class KeptRun:
     def width(self) -> int:
         """Number of columns of the batch."""
         return self.tokens.width
+
+    @property
+    def cache_layers(self) -> list[Any]:
+        """Keys and values of every column, by layer."""
+        return [] if self._cache is None else list(self._cache.layers)
 
     @property
     def has_cache(self) -> bool:
@@ -136,6 +149,10 @@ class KeptRun:
         """The fastest way of resuming from a site that agrees with whole passes: one of `WAYS`."""
         return self._way((site,), False)[0]
 
+    def pieces(self, site: Site, rows: Int[Tensor, "edits"]) -> Pieces:
+        """Passes of some rows in pieces that start at a site."""
+        return Pieces(self.model, self.tokens.rows(rows), partial(self.cache_before, rows), site.enters, self.piece)
+
     def cache_before(self, rows: Int[Tensor, "edits"], first: int) -> Cache:
         """The keys and values of some rows before column `first`, for passes that start there."""
         return cache_before([self._cache], rows, first)
@@ -159,6 +176,10 @@ class KeptRun:
         edited = {site: (old + change).to(old.dtype)}
         if entry(site) != site:
             edited[entry(site)] = self.values[entry(site)][rows, first:]
+        if way in ON_CACHE and self.piece and change.shape[1] > self.piece and not later:
+            with only_logits_of(model.hf, only) if only is not None else nullcontext():
+                logits = self.pieces(site, rows).logits(edited, first)[0]
+            return logits if only is None or logits.shape[-1] == len(only) else logits[:, only]
         cache = self.cache_before(rows, first) if first else None
         with ExitStack() as stack:
             if way != "whole":
@@ -212,7 +233,11 @@ class KeptRun:
     def _way(self, sites: tuple[Site, ...], few: bool) -> tuple[str, bool]:
         """The fastest way that agrees with whole passes on one row; and whether it may unembed few logits, if asked."""
         way, may, width = self.checked.get((sites, few), ("", False, 0))
-        if width < self.width:
+        if width < self.width and self.piece and self.width > PROBED and self._cache is not None:
+            start = real_start(self.tokens, PROBED)
+            way, may = KeptRun(self.model, start, list(self.values), piece=PROBED // 4)._way(sites, few)
+            self.checked[sites, few] = (way, may, self.width)
+        elif width < self.width:
             probes = self._probes(sites)
             candidates = [way for way in WAYS if self._cache is not None or way not in ON_CACHE]
             verified = (self._verified(way, sites, probes, few) for way in candidates)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-NUMBERS = 2**23  # numbers that are gathered at a time
+NUMBERS = 2**18  # numbers that are gathered at a time
 NONE = -1e30  # the score of no span
 
 
@@ -51,13 +51,21 @@ class Scores:
         return torch.cat([scores, sink.to(scores)], -1).softmax(-1, dtype=torch.float32)[..., :-1]
 
 
-def span_keys(blocks: Float[Tensor, "kv blocks block width"], most: int) -> list[SpanKeys]:
+def block_keys(blocks: Float[Tensor, "kv blocks block width"], known: SpanKeys | None = None) -> SpanKeys:
+    """Representatives of single blocks; those of the first ones may be known."""
+    done = 0 if known is None else known.mean.shape[1]
+    new = blocks[:, done:].float()
+    mean = new.mean(2)
+    farthest = (new - mean[:, :, None]).square_().sum(-1).argmax(-1)
+    far = new.gather(2, farthest[:, :, None, None].expand(-1, -1, 1, new.shape[-1]))[:, :, 0]
+    if known is not None:
+        mean, far = torch.cat([known.mean, mean], 1), torch.cat([known.far, far], 1)
+    return SpanKeys(mean, far, blocks.shape[2])
+
+
+def span_keys(blocks: SpanKeys, most: int) -> list[SpanKeys]:
     """Representatives of single blocks, of pairs, of fours and so on, until at most `most` spans are left."""
-    blocks = blocks.float()
-    mean = blocks.mean(2)
-    farthest = (blocks - mean[:, :, None]).square_().sum(-1).argmax(-1)
-    far = blocks.gather(2, farthest[:, :, None, None].expand(-1, -1, 1, blocks.shape[-1]))[:, :, 0]
-    levels = [SpanKeys(mean, far, blocks.shape[2])]
+    levels = [blocks]
     while levels[-1].mean.shape[1] > most:
         below = levels[-1]
         even = below.mean.shape[1] // 2 * 2

@@ -99,7 +99,8 @@ def _ranges(rule: MaskRule, block: int) -> BlockRanges:
     edges = torch.tensor(cut, device=rule.device)
     edges = torch.where((edges == 0) | (edges >= own[:, None] - 1), -1, edges)  # forced anyway
     sink = torch.where(own >= 2, 0, -1)
-    forced = torch.stack([sink, *edges.T, own - 1, own], 1)
+    cuts = edges.T if bool((edges >= 0).any()) else ()
+    forced = torch.stack([sink, *cuts, own - 1, own], 1)
     return BlockRanges(forced, torch.minimum(lowest, high), high)
 
 

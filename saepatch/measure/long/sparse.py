@@ -11,7 +11,7 @@ from transformers.masking_utils import causal_mask_function
 
 from saepatch.engine.softmax import LEAST
 from saepatch.errors import UserError
-from saepatch.measure.long.choosing import NUMBERS, Scores, choose, span_keys
+from saepatch.measure.long.choosing import NUMBERS, Scores, SpanKeys, block_keys, choose, span_keys
 from saepatch.measure.long.masks import BlockRanges, MaskRule
 from saepatch.model.language_model import LanguageModel
 
@@ -73,6 +73,7 @@ class SparseAttention:
         measured: Numbers of the query blocks whose whole attention is measured, in time linear in the prompt for each.
         chosen: The chosen key blocks by layer; −1: fewer were seen.
         exact: The measurements by layer.
+        known: Representatives of the blocks so far, by layer.
     """
 
     model: LanguageModel
@@ -81,6 +82,7 @@ class SparseAttention:
     measured: Collection[int] = ()
     chosen: dict[int, list[Int[Tensor, "heads blocks k"]]] = field(default_factory=dict)
     exact: dict[int, list[BlockAttention]] = field(default_factory=dict)
+    known: dict[int, SpanKeys] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers = {m: layer for layer, block in enumerate(self.model.layout.blocks) for m in block.modules()}
@@ -113,7 +115,8 @@ class SparseAttention:
         ranges, keys = rule.ranges(self.block), BlockedKeys.of(key, value, self.block)
         queries = _blocked(query[0], self.block)
         real = _positions(rule, self.block) < rule.keys
-        tree = span_keys(keys.key[:, 1 : max(1, keys.full)], 2 * self.k)
+        known = self.known[layer] = block_keys(keys.key[:, 1 : max(1, keys.full)], self.known.get(layer))
+        tree = span_keys(known, 2 * self.k)
         low, high = ((x - 1).clamp(min=0) for x in (ranges.low, ranges.high))
         chosen = choose(queries, real, tree, low, high, self.k, scores)
         chosen = torch.where(chosen < 0, -1, chosen + 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from saepatch.engine.options import with_keywords
-from saepatch.engine.passes.pieces import PIECE, next_logits_in_pieces
+from saepatch.engine.passes.pieces import next_logits_in_pieces
 from saepatch.errors import UserError, reason_of
 from saepatch.measure.long.masks import mask_rule
 from saepatch.measure.long.sparse import SparseAttention
@@ -47,7 +47,7 @@ class TraceOptions:
     compare: bool | None = None
     answer: str | None = None
     counter: str | None = None
-    piece: int = PIECE
+    piece: int = 1024
 
     def __post_init__(self) -> None:
         for name in ("block", "piece"):
@@ -131,9 +131,13 @@ def trace_attention(
     )
 
 
+def _blocks(tokens: Tokens, options: TraceOptions) -> int:
+    return -(-tokens.width // options.block)
+
+
 def _measured(tokens: Tokens, options: TraceOptions) -> set[int]:
     """Numbers of the query blocks that are measured: the last, and some evenly spaced ones."""
-    blocks = -(-tokens.width // options.block)
+    blocks = _blocks(tokens, options)
     if options.measured is None or options.measured >= blocks - 1:
         return set(range(blocks))
     return {*(number * (blocks - 1) // max(1, options.measured) for number in range(options.measured)), blocks - 1}
@@ -142,7 +146,7 @@ def _measured(tokens: Tokens, options: TraceOptions) -> set[int]:
 def _sparse(
     model: LanguageModel, tokens: Tokens, k: int, options: TraceOptions, measured: Collection[int]
 ) -> tuple[SparseAttention, Float[Tensor, "1 vocab"]]:
-    attention = SparseAttention(model, k, options.block, measured)
+    attention = SparseAttention(model, min(k, _blocks(tokens, options)), options.block, measured)
     with attention_replaced(model.hf, attention, mask_rule):
         logits = next_logits_in_pieces(model, tokens, options.piece)
     return attention, logits
@@ -176,7 +180,7 @@ def _check(model: LanguageModel, tokens: Tokens, options: TraceOptions) -> None:
 
 def _least(model: LanguageModel, tokens: Tokens, options: TraceOptions, token: int) -> tuple[int, dict[int, bool]]:
     """The least k found that keeps the next token: by doubling, then by bisection between the last two."""
-    blocks, tried = -(-tokens.width // options.block), dict[int, bool]()
+    blocks, tried = _blocks(tokens, options), dict[int, bool]()
 
     def keeps(k: int) -> bool:
         tried[k] = int(_sparse(model, tokens, k, options, ())[1].argmax()) == token

@@ -9,7 +9,7 @@ from tiny import FAMILIES, random_dictionary, tiny_model
 import saepatch as sp
 from saepatch.errors import UserError
 from saepatch.measure.attention import attention_patterns
-from saepatch.measure.long.choosing import Scores, choose, span_keys
+from saepatch.measure.long.choosing import Scores, block_keys, choose, span_keys
 from saepatch.measure.long.masks import EDGES
 
 WINDOWED = ("mistral", "gemma2", "gemma3_text")
@@ -143,7 +143,7 @@ def test_ranges_hold_each_block_once_and_only_seen_ones():
         low = torch.randint(0, 37, (25,), generator=generator)
         high = torch.minimum(low + torch.randint(0, 38, (25,), generator=generator), torch.tensor(37))
         query, real = torch.randn(4, 25, 4, 8, generator=generator), torch.ones(25, 4, dtype=torch.bool)
-        chosen = choose(query, real, span_keys(keys, 2 * k), low, high, k, Scores(0.3))
+        chosen = choose(query, real, span_keys(block_keys(keys), 2 * k), low, high, k, Scores(0.3))
         for head in range(4):
             for number in range(25):
                 mine = [at for at in chosen[head, number].tolist() if at >= 0]
@@ -158,7 +158,7 @@ def test_a_single_level_keeps_the_spans_with_the_best_bound():
     chosen = choose(
         query,
         torch.ones(1, 4, dtype=torch.bool),
-        span_keys(keys, 6),
+        span_keys(block_keys(keys), 6),
         torch.tensor([0]),
         torch.tensor([6]),
         3,
