@@ -282,6 +282,7 @@ KINDS = (
     Kind("circuits", ("circuits",), _verdict, _experiment),
     Kind("cross-lingual", ("shared", "depth"), _verdict, _experiment),
     Kind("jailbreak", ("halves", "refused"), _verdict, _experiment),
+    Kind("letters", ("letters", "carried"), _verdict, _experiment),
     Kind("two-hop", ("moves", "lens"), _verdict, _experiment),
     Kind("self-repair", ("repaired", "nodes"), _verdict, _experiment),
     Kind("benchmark:training", ("ratios", "quality_by_rate"), _benchmark_headline, _experiment),

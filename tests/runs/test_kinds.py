@@ -32,6 +32,7 @@ EXPERIMENTS = {
     "facts": ({"single_edits": {}, "correlations": {"last": 0.5}, "verdict": "All."}, "All."),
     "cross-lingual": ({"shared": {}, "depth": {"a": {"concept": {"0": [1.0, 0.9, 1.0]}}}, "verdict": "All."}, "All."),
     "jailbreak": ({"halves": {}, "refused": {"jailbroken": {"both": [1.0, 0.9, 1.0]}}, "verdict": "Both."}, "Both."),
+    "letters": ({"letters": {"A": 0.25}, "carried": {}, "right": [0.3, 0.2, 0.4], "verdict": "No."}, "No."),
     "two-hop": ({"moves": {"same": {"share": [0.1, 0.0, 0.3]}}, "lens": {}, "verdict": "Too late."}, "Too late."),
     "audit": ({"audit": {"gap before": [3.0, 2.5, 3.5]}, "parts": {}, "verdict": "No gap."}, "No gap."),
     "circuits": ({"circuits": {"resid_post.4": {"size": 52}}, "verdict": "52 nodes."}, "52 nodes."),

@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "facts": ("facts.study", "FactsConfig"),
     "ioi": ("ioi", "IoiConfig"),
     "jailbreak": ("jailbreak.study", "JailbreakConfig"),
+    "letters": ("letters", "LettersConfig"),
     "patchscope": ("patchscope", "PatchscopeConfig"),
     "pronouns": ("pronouns", "PronounsConfig"),
     "real": ("real.study", "RealConfig"),
