@@ -38,7 +38,7 @@ def write(config: CrossLingualConfig, model: LanguageModel, results: CrossLingua
     }
     given = {name: text for name, text in provenance.facts().items() if config.sae or name != "dictionary"}
     page = Page("What do languages share?", verdict(results), _sections(results), Facts(given))
-    conclude(config, "cross_lingual", page, figures, {"depth": figures["depth"]})
+    conclude(config, "cross-lingual", page, figures, {"depth": figures["depth"]})
 
 
 def _figures(shared: dict[str, Any]) -> dict[str, Any]:

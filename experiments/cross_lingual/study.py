@@ -236,7 +236,7 @@ def _plain(found: CrossPatched) -> float:
 
 def main(config: CrossLingualConfig) -> None:
     out = Path(config.out)
-    check_owner(out, "cross_lingual")
+    check_owner(out, "cross-lingual")
     model = load_model(config.model, config.device, config.dtype)
     saes = load_saes(config.sae, config.device) if config.sae else {}
     embedded = config.model == "organism"
@@ -246,7 +246,7 @@ def main(config: CrossLingualConfig) -> None:
     if (fewest := min(len(some) for each in parallel.pairs.values() for some in each.values())) < FEWEST:
         raise UserError(f"{fewest} parallel pairs fit {model.name}, fewer than {FEWEST}: use another model")
     decides = deciding(config, model, saes, ("out", "track", "device"))
-    with measurements(out, "cross_lingual", decides) as kept_file:
+    with measurements(out, "cross-lingual", decides) as kept_file:
         results = measure(config, model, saes, parallel, KeptResults(kept_file, {}))
     write(config, model, results)
 

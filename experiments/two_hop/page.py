@@ -26,7 +26,7 @@ def write(config: TwoHopConfig, model: LanguageModel, results: TwoHopResults) ->
     given = {name: text for name, text in provenance.facts().items() if config.sae or name != "dictionary"}
     page = Page("Do two hops compose?", verdict(results), _sections(results, config.seed), Facts(given))
     figures = summary(results, config.seed)
-    conclude(config, "two_hop", page, figures, {"shares": figures["shares"]})
+    conclude(config, "two-hop", page, figures, {"shares": figures["shares"]})
 
 
 def rows(results: TwoHopResults) -> list[dict[str, Any]]:

@@ -46,12 +46,12 @@ SUBJECT, LAST = "subject", "last token"
 
 def main(config: TwoHopConfig) -> None:
     out = Path(config.out)
-    check_owner(out, "two_hop")
+    check_owner(out, "two-hop")
     model = load_model(config.model, config.device, config.dtype)
     saes = load_saes(config.sae, config.device) if config.sae else {}
     decides = deciding(config, model, saes, ("out", "track", "device"))
     questions = organism_questions(model) if config.model == "organism" else written_questions(model)
-    with measurements(out, "two_hop", decides) as kept:
+    with measurements(out, "two-hop", decides) as kept:
         results = study(config, model, saes, questions, KeptResults(kept, {}))
     write(config, model, results)
 
