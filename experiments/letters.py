@@ -12,7 +12,7 @@ command is given again.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -34,17 +34,16 @@ from saepatch.measure.quality import latent_statistics
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
 from saepatch.pages.charts import INTERVALS, WILSON, cell
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
+from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records
 from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
-from saepatch.report import Block, Cell, Facts, Page, Section, Table, write_page
+from saepatch.report import Block, Cell, Facts, Page, Section, Table
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 from saepatch.tracking.open import read_spec
 
-from .common.kept import KeptResults
-from .common.tracked import show
+from .common.kept import KeptResults, deciding
+from .common.tracked import conclude
 from .real.tasks import CAPITALS
 
 LETTERS = "ABCD"
@@ -235,12 +234,7 @@ def main(config: LettersConfig) -> None:
     model = load_model(config.model, config.device, config.dtype)
     saes = load_saes(config.sae, config.device) if config.sae else {}
     shown, asked = choices(config.seed)
-    decides = {
-        "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track", "device")},
-        "model's weights": model.fingerprint,
-        "dictionaries": {str(site): dictionary.fingerprint for site, dictionary in saes.items()},
-        "versions": versions(),
-    }
+    decides = deciding(config, model, saes, ("out", "track", "device"))
     with measurements(out, "letters", decides) as kept_file:
         kept = KeptResults(kept_file, {})
         every = [choice for some in asked.values() for choice in some]
@@ -275,7 +269,6 @@ def verdict(results: LettersResults) -> str:
 
 def write(config: LettersConfig, model: LanguageModel, results: LettersResults) -> None:
     """Write the report, summary, rows and settings, and log them to trackers."""
-    out, finding = Path(config.out), verdict(results)
     provenance = Provenance(model.name, model.fingerprint, config.sae, "", config.seed)
     carried = {"heads": results.heads, **{f"latents of {site}": each for site, each in results.latents.items()}}
     rows: list[dict[str, Any]] = [
@@ -293,7 +286,7 @@ def write(config: LettersConfig, model: LanguageModel, results: LettersResults) 
         for kind, some in of.effects.items()
         for name, each in some.items()
     ]
-    write_records([(rows, provenance)], out / "results.parquet")
+    write_records([(rows, provenance)], Path(config.out) / "results.parquet")
     share: list[list[Cell]] = [["right", cell(results.accuracy.right)]]
     blocks: list[Block] = [Table(["answers", "share"], share, WILSON, {"share": ".0%"})]
     if rows:
@@ -306,10 +299,8 @@ def write(config: LettersConfig, model: LanguageModel, results: LettersResults) 
         ]
         blocks.append(Table(["part", "what", "pairs", "effect"], table, f"Denoising, on `report`. {INTERVALS}"))
     given = {name: text for name, text in provenance.facts().items() if config.sae or name != "dictionary"}
-    page = Page("Letters of multiple choice", finding, [Section("Results", "", blocks)], Facts(given))
-    write_page(page, out / "report.html")
+    page = Page("Letters of multiple choice", verdict(results), [Section("Results", "", blocks)], Facts(given))
     summary: dict[str, Any] = {
-        "verdict": finding,
         "right": results.accuracy.right.as_list(),
         "letters": dict(zip(LETTERS, results.accuracy.letters, strict=True)),
         "carried": {
@@ -317,12 +308,8 @@ def write(config: LettersConfig, model: LanguageModel, results: LettersResults) 
             for part, of in carried.items()
             if of is not None
         },
-        "versions": versions(),
     }
-    write_json(summary, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
-    show(config, "letters", page, {"right": summary["right"]})
-    sys.stdout.write(f"{finding}\n\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    conclude(config, "letters", page, summary, {"right": summary["right"]})
 
 
 if __name__ == "__main__":
