@@ -81,7 +81,8 @@ class ActiveValues:
 
 def check_quantile(share: float) -> None:
     """Raises UserError for a share that is not above 0 and at most 1."""
-    if not (isinstance(share, int | float) and 0 < share <= 1):
+    given: object = share
+    if not (isinstance(given, int | float) and 0 < given <= 1):
         raise UserError(f"quantile = {share!r}: use a share above 0 and at most 1 (the largest activation)")
 
 

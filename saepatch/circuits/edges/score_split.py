@@ -109,10 +109,11 @@ def score_split(
             )
         shared = seen.query.shape[1] // seen.key.shape[1]
         sides = seen.query[0, number, query], seen.key[0, number // shared, key]
-        parts = [made.pulled(graph, torch.eye(len(side)).to(side), side).T.numpy() for side in sides]
+        by_query, by_key = (made.pulled(graph, torch.eye(len(side)).to(side), side).T.numpy() for side in sides)
     whole = [side.detach().double().cpu().numpy() for side in sides]
     score = float(seen.scaling * whole[0] @ whole[1])
-    split = ScoreSplit(tuple(made.vertices), *parts, seen.scaling, score, float(seen.pattern[0, number, query, key]))
+    attention = float(seen.pattern[0, number, query, key])
+    split = ScoreSplit(tuple(made.vertices), by_query, by_key, seen.scaling, score, attention)
     size = seen.scaling * float(np.linalg.norm(whole[0]) * np.linalg.norm(whole[1]))
     if not abs(split.by_query.sum() - score) <= tolerance_of(model.dtype) * max(size, 1e-6):
         raise UserError(
