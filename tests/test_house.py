@@ -72,6 +72,16 @@ def test_no_two_classes_share_a_name():
     assert [name for name, n in names.items() if n > 1] == []
 
 
+def test_protocols_can_be_checked_at_run_time():
+    """Else `make test-typed` fails where one is a parameter's type."""
+    protocols = [node for _, node in definitions() if isinstance(node, ast.ClassDef) and _bases(node) & {"Protocol"}]
+    assert [node.name for node in protocols if not node.decorator_list] == []
+
+
+def _bases(node: ast.ClassDef) -> set[str]:
+    return {base.id for base in node.bases if isinstance(base, ast.Name)}
+
+
 def test_the_packages_top_level_stays_small():
     entries = [path.name for path in (ROOT / "saepatch").iterdir() if not path.name.startswith("__")]
     assert len(entries) <= ENTRIES, entries

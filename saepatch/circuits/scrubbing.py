@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ Draws = Int[ndarray, "examples"]
 Read = TypeVar("Read")
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws a replacement input for every reference; `name` identifies it in results."""
 
