@@ -7,10 +7,9 @@ from typing import Any
 import saepatch
 from saepatch.cli.commands.compare import compare
 from saepatch.cli.commands.demo import demo
-from saepatch.cli.commands.inspect import inspect
+from saepatch.cli.commands.inspect import inspect, plan
 from saepatch.cli.commands.latent import latent
 from saepatch.cli.commands.merge import merge
-from saepatch.cli.commands.plan import plan
 from saepatch.cli.commands.play import play
 from saepatch.cli.commands.push import push
 from saepatch.cli.commands.report import report
@@ -26,9 +25,8 @@ from saepatch.settings.finished.compare import CompareConfig
 from saepatch.settings.finished.merge import MergeConfig
 from saepatch.settings.finished.report import ReportConfig
 from saepatch.settings.finished.runs import RunsConfig
-from saepatch.settings.inspect import InspectConfig
+from saepatch.settings.inspect import InspectConfig, PlanConfig
 from saepatch.settings.latent import LatentConfig
-from saepatch.settings.plan import PlanConfig
 from saepatch.settings.play import PlayConfig
 from saepatch.settings.push import PushConfig
 from saepatch.settings.restore import RestoreConfig

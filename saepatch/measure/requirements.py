@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from saepatch import organism
+from saepatch.engine.passes.pieces import PIECE, piece_of
 from saepatch.errors import UserError, reason_of
 from saepatch.model.loading.discovery import layout_of
 from saepatch.model.sites import Site
 from saepatch.records.tables import text_table
-from saepatch.settings.plan import BYTES, PlanConfig
+from saepatch.settings.inspect import BYTES, PlanConfig
 
 GB = 1e9
 
@@ -83,12 +84,12 @@ class Requirements:
         names = ("weights", "caches", "kept", "dictionaries", "latents", "activations", "total")
         rows = [
             [f"{number}: blocks {needs.blocks[0]} to {needs.blocks[1] - 1}"]
-            + [f"{getattr(needs, name) / GB:,.2f}" for name in names]
+            + [gigabytes(getattr(needs, name)) for name in names]
             for number, needs in enumerate(self.devices)
         ]
         config = self.config
         lines = [
-            f"{config.model}: {self.parameters / 1e9:,.2f} billion parameters, {config.dtype}; {config.work}, "
+            f"{config.model}: {self.parameters / 1e9:,.4g} billion parameters, {config.dtype}; {config.work}, "
             f"{config.rows} × {config.tokens} tokens at a time",
             text_table(["device (GB)", *names], rows),
             text_table(["shape", ""], [[name, " × ".join(map(str, shape))] for name, shape in self.shapes.items()]),
@@ -111,6 +112,11 @@ class Requirements:
         )
 
 
+def gigabytes(size: int) -> str:
+    """Bytes as GB, with two digits or more."""
+    return f"{size / GB:,.2f}" if size >= GB or not size else f"{size / GB:.2g}"
+
+
 def requirements(config: PlanConfig) -> Requirements:
     """What a sweep needs of each device; nothing is loaded but the config.
 
@@ -131,6 +137,9 @@ def requirements(config: PlanConfig) -> Requirements:
     heads = int(text.num_attention_heads)
     head = int(getattr(text, "head_dim", None) or width // heads)
     kv = int(getattr(text, "num_key_value_heads", None) or heads)
+    long = config.tokens > PIECE
+    piece = piece_of(config.tokens) if long else config.tokens
+    twice = 2 if long and config.work == "attribute" else 1  # keys and values, and their gradients
     first = min((site.layer for site in sites), default=0)
     needs = []
     for number, (start, end) in enumerate(_spread([_count(block) for block in blocks], config.devices)):
@@ -145,11 +154,12 @@ def requirements(config: PlanConfig) -> Requirements:
             DeviceNeeds(
                 blocks=(start, end),
                 weights=weights * size,
-                caches=2 * (end - start) * tokens * kv * head * size,
+                caches=twice * 2 * (end - start) * tokens * kv * head * size,
                 kept=2 * len(sites) * tokens * width * size if here else 0,
                 dictionaries=len(sites) * (2 * width * config.latents + config.latents + width) * 4 if here else 0,
                 latents=3 * bool(sites) * tokens * config.latents * 4 if here else 0,
-                activations=_activations(text, tokens, size) * max(1, runs),
+                activations=_activations(text, config.rows * piece, size) * max(1, runs)
+                + (5 * piece * config.tokens if long else 0),
             )
         )
     parameters = sum(p.numel() for p in hf.parameters())

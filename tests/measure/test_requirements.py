@@ -13,7 +13,7 @@ from saepatch.errors import UserError
 from saepatch.measure.attribution import attribute
 from saepatch.measure.requirements import requirements
 from saepatch.model.sites import Site
-from saepatch.settings.plan import PlanConfig
+from saepatch.settings.inspect import PlanConfig
 
 # From the published configs: layers, width, inner width, heads, key-value heads, head width, vocabulary.
 LLAMA = ("llama", 80, 8192, 28672, 64, 8, 128, 128256)
@@ -68,6 +68,13 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     assert found["devices"][0]["dictionaries"] == 4 * (2 * 8192 * 65536 + 65536 + 8192)
     assert found["devices"][0]["activations"] == 40 * 128 * (8 * 8192 + 4 * 8192 + 3 * 28672) * 2
     assert found["seconds"] == pytest.approx(3 * found["operations"] / 2e14)
+
+
+def test_long_prompts_hold_one_piece_and_the_caches_twice(tmp_path):
+    path = config_file(tmp_path, *QWEN)
+    short, long = (requirements(PlanConfig(path, work="attribute", tokens=n)).devices[0] for n in (4096, 32768))
+    assert long.caches == 2 * 8 * short.caches
+    assert long.activations == short.activations // 4 + 5 * 1024 * 32768
 
 
 def test_a_small_models_plan_is_what_its_passes_hold(tmp_path):

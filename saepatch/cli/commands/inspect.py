@@ -1,7 +1,7 @@
-"""`saepatch inspect`."""
+"""`saepatch inspect` and `saepatch plan`."""
 
 from saepatch.cli.parser import CommandResult
-from saepatch.settings.inspect import InspectConfig
+from saepatch.settings.inspect import InspectConfig, PlanConfig
 
 
 def inspect(config: InspectConfig) -> CommandResult:
@@ -13,3 +13,10 @@ def inspect(config: InspectConfig) -> CommandResult:
     dictionaries = load_saes(config.sae, model.device, every_position=config.every_position) if config.sae else {}
     inspected = inspection.inspect(model, dictionaries)
     return CommandResult(inspected.text(), inspected.facts())
+
+
+def plan(config: PlanConfig) -> CommandResult:
+    from saepatch.measure.requirements import requirements
+
+    found = requirements(config)
+    return CommandResult(found.text(), found.facts())
