@@ -19,6 +19,7 @@ from saepatch.dictionaries.checks import (
     refuse_transcoder,
 )
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.foreign import FILES, read_foreign
 from saepatch.errors import UserError, reason_of
 from saepatch.model.families import FAMILIES
 from saepatch.model.loading.load import usable_device
@@ -42,6 +43,8 @@ def load_sae(
     """Load one SAE: `organism` or `organism-shared` (with a site), a folder, a folder of `SITE/` sub-folders, or
     `RELEASE/SAE_ID`.
 
+    A folder is in sae_lens' format, or as dictionary_learning or sparsify saves it, with weights in safetensors.
+
     The site is read from the SAE's metadata; where the metadata names none, it must be given.
 
     With `every_position` it counts as trained on all tokens, including special ones that its metadata exclude
@@ -60,7 +63,7 @@ def _load(spec: str, site: str | Site | None, device: str | torch.device, dtype:
     root = _root(spec)
     if not root.is_dir():
         return _load_release(spec, wanted, device, dtype)
-    if (root / "cfg.json").is_file():
+    if _holds_one(root):
         return _load_folder(root, str(spec), wanted, device, dtype)
     folders = _site_folders(root, spec)
     if wanted is None:
@@ -81,10 +84,15 @@ def load_saes(
         UserError: as for `load_sae`.
     """
     root = _root(spec)
-    if root.is_dir() and not (root / "cfg.json").is_file():
+    if root.is_dir() and not _holds_one(root):
         return {site: load_sae(spec, site, device, dtype, every_position) for site in _site_folders(root, spec)}
     only = load_sae(spec, device=device, dtype=dtype, every_position=every_position)
     return {only.site: only}
+
+
+def _holds_one(folder: Path) -> bool:
+    """Whether a folder is that of one dictionary, not of a sub-folder per site."""
+    return any((folder / file).is_file() for file in ("cfg.json", *FILES))
 
 
 def _root(spec: str) -> Path:
@@ -109,6 +117,9 @@ def _site_folders(root: Path, spec: str) -> dict[Site, Path]:
 def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | torch.device, dtype: str) -> Dictionary:
     from sae_lens import SAE
 
+    if (foreign := read_foreign(folder, name)) is not None:
+        sae, at = foreign
+        return _finish(sae.to(device, getattr(torch, dtype)), at, wanted, name)
     for part in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / part).is_file():
             raise UserError(f"{name!r} lacks {part}: expected a folder in sae_lens' format")
