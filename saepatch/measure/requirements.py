@@ -163,7 +163,7 @@ def requirements(config: PlanConfig) -> Requirements:
             )
         )
     parameters = sum(p.numel() for p in hf.parameters())
-    shapes = {"residual stream": (config.rows, config.tokens, width)}
+    shapes: dict[str, tuple[int, ...]] = {"residual stream": (config.rows, config.tokens, width)}
     shapes["keys, values of a block"] = (2, config.rows, kv, config.tokens, head)
     if sites:
         shapes |= {"latents": (config.rows, config.tokens, config.latents), "decoder": (config.latents, width)}
