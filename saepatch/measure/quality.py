@@ -135,12 +135,15 @@ class LatentStatistics:
 
 
 def splice_quality(
-    model: LanguageModel, dictionary: Dictionary, tokens: Tokens | Sequence[str], batch_size: int = 32
+    model: LanguageModel, dictionary: Dictionary, tokens: Tokens | Sequence[str], batch_size: int = 32, first: int = 0
 ) -> SpliceQuality:
     """Measure what is lost when a site is replaced by its reconstruction.
 
     Two passes over the tokens, or over texts in rows of at most 1,024 tokens, in batches of at most `batch_size` rows;
     memory: the logits of one batch under at most three runs, which bounds the batch for large vocabularies.
+
+    The `first` tokens of each row, BOS included, keep the model's own value and count in no figure (`splice` has the
+    same): massive activations often stand there.
 
     Raises:
         UserError: the dictionary does not fit the model, or no ordinary token follows another.
@@ -148,11 +151,15 @@ def splice_quality(
     Source: the loss recovered of Bricken et al. 2023 ("Towards Monosemanticity"), as in sae_lens' `evals.py` and in the
     core evaluation of SAEBench (Karvonen et al. 2025), both of which zero every position; with two other ablations.
     """
-    return splice_qualities(model, [dictionary], tokens, batch_size)[0][0]
+    return splice_qualities(model, [dictionary], tokens, batch_size, first)[0][0]
 
 
 def splice_qualities(
-    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens | Sequence[str], batch_size: int = 32
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    tokens: Tokens | Sequence[str],
+    batch_size: int = 32,
+    first: int = 0,
 ) -> list[tuple[SpliceQuality, LatentStatistics]]:
     """`splice_quality` and `latent_statistics` of several dictionaries, each spliced separately.
 
@@ -163,9 +170,9 @@ def splice_qualities(
     """
     for dictionary in dictionaries:
         dictionary.check(model)
-    means = _means(model, dictionaries, tokens, batch_size)
+    means = _means(model, dictionaries, tokens, batch_size, first)
     width = max(model.vocabulary, *(dictionary.d_sae for dictionary in dictionaries))
-    measures = [_Measure(model, each, mean) for each, mean in zip(dictionaries, means, strict=True)]
+    measures = [_Measure(model, each, mean, first) for each, mean in zip(dictionaries, means, strict=True)]
     for batch in token_batches(model, tokens, batch_size, width):
         kept = whole_pass(model, [d.site for d in dictionaries], batch)
         for measure in measures:
@@ -255,7 +262,11 @@ def _accurate(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _means(
-    model: LanguageModel, dictionaries: Sequence[Dictionary], tokens: Tokens | Sequence[str], batch_size: int
+    model: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    tokens: Tokens | Sequence[str],
+    batch_size: int,
+    first: int,
 ) -> list[Float[Tensor, "d_model"]]:
     """Mean of each dictionary's site over the ordinary positions it was trained on; one pass, up to the last site."""
     sums, counts = [torch.zeros(()) for _ in dictionaries], [0 for _ in dictionaries]
@@ -263,7 +274,7 @@ def _means(
         values = model.capture(batch, {d.site for d in dictionaries})
         for place, dictionary in enumerate(dictionaries):
             check_finite(model, dictionary.site, values[dictionary.site], batch)
-            known = dictionary.known(model, batch).ordinary
+            known = dictionary.known(model, batch).after(first).ordinary
             total = _accurate(values[dictionary.site][known]).sum(0)
             sums[place], counts[place] = sums[place].to(total) + total, counts[place] + int(known.sum())
     if not all(counts):
@@ -274,8 +285,10 @@ def _means(
 class _Measure:
     """Sums over batches for the splice quality of one dictionary."""
 
-    def __init__(self, model: LanguageModel, dictionary: Dictionary, mean: Float[Tensor, "d_model"]) -> None:
-        self.model, self.dictionary, self.mean = model, dictionary, mean
+    def __init__(
+        self, model: LanguageModel, dictionary: Dictionary, mean: Float[Tensor, "d_model"], first: int
+    ) -> None:
+        self.model, self.dictionary, self.mean, self.first = model, dictionary, mean, first
         self.sums = _SiteSums.of(dictionary)
         self.ce: dict[str, float] = {}
         self.kl = self.identity = 0.0
@@ -286,7 +299,7 @@ class _Measure:
     def add(self, kept: WholePass) -> None:
         batch, x = kept.tokens, kept.values[self.dictionary.site]
         latents = self.dictionary.encode(x)
-        known = self.dictionary.known(self.model, batch)
+        known = self.dictionary.known(self.model, batch).after(self.first)
         self.sums.add(latents, x, known)
         # The target is one column to the right of the predicting token, whichever side is padded.
         counted = known.ordinary[:, :-1] & batch.ordinary[:, 1:]

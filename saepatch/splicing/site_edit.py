@@ -32,6 +32,7 @@ class SiteEdit:
     site: Site
     interventions: Sequence[Intervention]
     drop_error: bool = False
+    first: int = 0  # with `drop_error`: first tokens of each prompt that keep the model's own value
     record: Callable[[Latents], None] | None = None
 
     def __post_init__(self) -> None:
@@ -145,6 +146,6 @@ class SiteEdit:
         edited = self._edited(latents.acts, where, seen, latents.scale, latents)
         change = latents.delta(edited) + (kept - latents.error)
         if self.drop_error:
-            known = without_tokens(seen.input_ids, seen.ordinary, self.excluded)
+            known = without_tokens(seen.input_ids, seen.ordinary & (seen.index >= self.first), self.excluded)
             change = torch.where(known[..., None], change - latents.error, change)
         return x + change.to(x.dtype)

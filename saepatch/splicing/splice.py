@@ -64,6 +64,7 @@ def splice(
     interventions: Interventions = (),
     error: Literal["keep", "drop"] = "keep",
     record: bool = False,
+    first: int = 0,
 ) -> Iterator[Splice]:
     """Splice dictionaries into the model, at one or several sites, for every forward pass inside the context.
 
@@ -78,6 +79,8 @@ def splice(
             (`wrap_sae`), at the site named in its metadata.
         interventions: One intervention, or several, applied in order.
         record: Keep the unedited latents of the last pass in the yielded value.
+        first: With the error term dropped, number of first tokens of each prompt, BOS included, that keep the model's
+            own value: massive activations often stand there.
 
     Raises:
         UserError: a dictionary does not fit the model or site, a latent is unknown, an intervention is on a site that
@@ -88,6 +91,8 @@ def splice(
     sites = by_site(model, dictionaries)
     if error not in ("keep", "drop"):
         raise UserError(f"error term {error!r}: use 'keep' or 'drop'")
+    if first < 0 or (first and error == "keep"):
+        raise UserError(f"first = {first}: use 0 or more, with error='drop', which it is an exception from")
     chosen, run = list(interventions) if isinstance(interventions, Sequence) else [interventions], Splice(model)
     placed = [(_site_of(intervention, sites), intervention) for intervention in chosen]
     for site, item in placed:
@@ -102,7 +107,7 @@ def splice(
     for site, dictionary in sites.items():
         own = [intervention for other, intervention in acting if other == site]
         keep = partial(run.latents.__setitem__, site) if record else None
-        edits[site] = SiteEdit(model, dictionary, site, own, drop_error=error == "drop", record=keep)
+        edits[site] = SiteEdit(model, dictionary, site, own, error == "drop", first, record=keep)
     with ExitStack() as stack:
         stack.enter_context(splice_noted(model.layout))
         stack.enter_context(before_forward(model.hf, model.layout, partial(_before_forward, run)))

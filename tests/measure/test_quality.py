@@ -284,6 +284,36 @@ def _quantile(acts, share=0.95):
     return torch.tensor([column[math.ceil(share * len(column)) - 1] if column else 0.0 for column in columns])
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_first_tokens_can_be_left_out_of_a_bottleneck_and_of_its_figures(model, side):
+    """Beside a plain hook that writes the reconstruction from the third token on."""
+    dictionary, tokens = random_dictionary("resid_post.1"), model.tokenize(TEXTS, side)
+    place = tokens.attention_mask.cumsum(-1) - 1
+    later = (place >= 3) & tokens.attention_mask.bool()
+    seen = {}
+
+    def bottleneck(x):
+        seen["x"] = x
+        return torch.where(later[..., None], dictionary.sae.decode(dictionary.sae.encode(x)), x)
+
+    with edit_sites(model.layout, {SITE: bottleneck}):
+        expected = model.logits(tokens)
+    with splice(model, dictionary, error="drop", first=3):
+        real = tokens.attention_mask.bool()
+        torch.testing.assert_close(model.logits(tokens)[real], expected[real], rtol=1e-4, atol=1e-4)
+    quality = splice_quality(model, dictionary, tokens, batch_size=3, first=3)
+    assert quality.tokens == int(later.sum()) < splice_quality(model, dictionary, tokens).tokens
+    x = seen["x"][later]
+    gone = ((x - dictionary.sae.decode(dictionary.sae.encode(x))) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert quality.fvu == pytest.approx(float(gone), rel=1e-4)
+    counted = later[:, :-1] & later[:, 1:]
+    loss = expected[:, :-1].log_softmax(-1).gather(-1, tokens.input_ids[:, 1:, None])[..., 0]
+    assert quality.ce_spliced == pytest.approx(float(-loss[counted].mean()), rel=1e-4)
+    with pytest.raises(UserError, match="first = 3"):
+        with splice(model, dictionary, first=3):
+            pass
+
+
 def test_bad_input(model):
     tokens = model.tokenize(TEXTS)
     with pytest.raises(UserError, match="reads width 8"):

@@ -51,6 +51,12 @@ class Tokens:
             return self
         return replace(self, ordinary=without_tokens(self.input_ids, self.ordinary, excluded))
 
+    def after(self, first: int) -> "Tokens":
+        """The same batch, with the first tokens of each row, BOS included, no longer ordinary."""
+        if first <= 0:
+            return self
+        return replace(self, ordinary=self.ordinary & (self.attention_mask.cumsum(-1) > first))
+
     def rows(self, index: Sequence[int] | Int[Tensor, "n"] | slice) -> "Tokens":
         return Tokens(self.input_ids[index], self.attention_mask[index], self.ordinary[index])
 
