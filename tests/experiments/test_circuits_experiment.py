@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.circuits import CircuitsConfig, main
+from experiments.circuits.settings import CircuitsConfig
+from experiments.circuits.study import main
 from experiments.self_repair import HALVES, RepairNode, SelfRepairConfig, pooled, verdict
 from experiments.self_repair import main as repair_main
 from saepatch.circuits.circuit import Circuit
@@ -17,14 +18,22 @@ from saepatch.model.sites import Site
 
 @pytest.mark.slow
 def test_circuits_are_found_written_and_kept(tmp_path, capsys):
-    config = CircuitsConfig(str(tmp_path), sites=("resid_post.4",), select=40, tune=8, report=10)
+    sizes = {"select": 40, "tune": 8, "report": 10, "few": 6, "steps": 4}
+    config = CircuitsConfig(tasks=("ioi",), sites=("resid_post.4",), out=str(tmp_path), **sizes)
     main(config)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    latents = summary["circuits"]["resid_post.4, integrated gradients"]
+    latents = summary["circuits"]["ioi, resid_post.4, integrated gradients"]
     assert latents["faithfulness"][0] > 0.8
     assert latents["random"] < latents["faithfulness"][0] / 2
     assert latents["size"] * 3 < latents["active"]
     assert len(Circuit.read(tmp_path / latents["circuit"]).nodes) == latents["size"]
+    assert {"ioi, resid_post.4, exact patching", "ioi, resid_post.4, DBM"} < summary["circuits"].keys()
+    assert summary["circuits"]["ioi, resid_post.4, DBM"]["accuracy"][0] > 0.5
+    for members in ("resid_post.4", "heads, MLPs and embeddings"):
+        for method in ("first order", "integrated gradients", "GIM", "RelP"):
+            edges = summary["edges"][f"ioi, {members}, {method}"]
+            assert 0 < edges["size"] <= edges["possible"]
+            assert edges["whole"][0] > 0.8
     assert "held-out pairs" in capsys.readouterr().out
     before = (tmp_path / "summary.json").read_text()
     main(config)

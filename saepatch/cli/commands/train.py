@@ -17,7 +17,7 @@ from saepatch.cli.parser import run_config
 EXPERIMENTS = {
     "agreement": ("agreement", "AgreementConfig"),
     "audit": ("audit", "AuditConfig"),
-    "circuits": ("circuits", "CircuitsConfig"),
+    "circuits": ("circuits.study", "CircuitsConfig"),
     "cross-lingual": ("cross_lingual.study", "CrossLingualConfig"),
     "facts": ("facts.study", "FactsConfig"),
     "ioi": ("ioi", "IoiConfig"),

@@ -1,0 +1,134 @@
+"""The report, the summary and the circuits that the experiment writes."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saepatch.circuits.circuit import Circuit
+from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.model.language_model import LanguageModel
+from saepatch.model.sites import Site
+from saepatch.pages.charts import INTERVALS, cell
+from saepatch.records.files import write_json, write_yaml
+from saepatch.records.provenance import Provenance, versions
+from saepatch.report import Cell, Facts, Page, Section, Table, write_page
+
+from ..common.tracked import show
+from .edges import EdgesFound
+from .nodes import MOST, CircuitFound
+from .settings import CircuitsConfig
+
+
+def verdict(config: CircuitsConfig, found: Sequence[CircuitFound], of_edges: Sequence[EdgesFound]) -> str:
+    """Of each task, the smallest circuit, relative to what is active, that holds on `report`, with its controls."""
+    sentences = []
+    for task in config.tasks:
+        good = [one for one in found if one.task == task and one.faithfulness.value >= config.least]
+        if not good:
+            sentences.append(f"{task}: no circuit chosen on `tune` has a faithfulness of {config.least:g} on `report`.")
+            continue
+        best = min(good, key=lambda one: one.size / one.active)
+        sentences.append(
+            f"{task}: {best.size} of {best.active} active nodes ({best.members}, {best.ranking}) have a faithfulness "
+            f"of {best.faithfulness} on held-out pairs; random circuits of the same layers at most "
+            f"{best.random_at_most:.3f}. Without them {best.completeness} is left."
+        )
+        few = [one for one in of_edges if one.task == task and one.faithfulness.value >= config.least]
+        if few:
+            least = min(few, key=lambda one: one.size)
+            sentences.append(
+                f"{least.size} of {least.possible} edges between {least.nodes} nodes ({least.members}, {least.method}) "
+                f"have {least.faithfulness}."
+            )
+    return " ".join(sentences)
+
+
+def write(
+    config: CircuitsConfig,
+    model: LanguageModel,
+    saes: Mapping[Site, Dictionary],
+    found: Sequence[CircuitFound],
+    of_edges: Sequence[EdgesFound],
+) -> None:
+    """Write the report, the summary, the circuits and the settings, and log them to trackers."""
+    out, finding = Path(config.out), verdict(config, found, of_edges)
+    first = next(iter(saes.values()), None)
+    sae = ("", "") if first is None else (config.sae, first.fingerprint)
+    provenance = Provenance(model.name, model.fingerprint, *sae, config.seed)
+    sections = [section for task in config.tasks for section in _sections(config, task, found, of_edges)]
+    page = Page("How small a circuit does a behaviour need?", finding, sections, Facts(provenance.facts()))
+    write_page(page, out / "report.html")
+    for number, one in enumerate(found):
+        Circuit.from_facts(json.loads(one.circuit)).write(out / f"circuit-{number}.json")
+    listed: dict[str, Any] = {}
+    for number, one in enumerate(found):
+        rest = {"random": one.random_at_most, "circuit": f"circuit-{number}.json"}
+        listed[f"{one.task}, {one.members}, {one.ranking}"] = _plain(one) | rest
+    edges = {f"{one.task}, {one.members}, {one.method}": _plain(one) for one in of_edges}
+    write_json({"verdict": finding, "circuits": listed, "edges": edges, "versions": versions()}, out / "summary.json")
+    write_yaml(asdict(config), out / "config.yaml")
+    figures = {f"{one.task}/{one.members}/{one.ranking}": one.faithfulness.value for one in found}
+    show(config, "circuits", page, figures)
+    sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+
+
+def _plain(one: CircuitFound | EdgesFound) -> dict[str, Any]:
+    """The fields of a result, intervals as [value, low, high]."""
+    intervals = {name: value.as_list() for name, value in vars(one).items() if hasattr(value, "as_list")}
+    return asdict(one) | intervals
+
+
+def _sections(
+    config: CircuitsConfig, task: str, found: Sequence[CircuitFound], of_edges: Sequence[EdgesFound]
+) -> list[Section]:
+    head = ["members", "ranking", "nodes", "active", "faithfulness", "completeness", "random, at most"]
+    head += ["knock-out gap", "smallest loss", "CPR", "CMD", "interchange accuracy"]
+    rows: list[list[Cell]] = []
+    for one in found:
+        if one.task == task:
+            figures = (one.random_at_most, one.knocked_out, one.smallest_loss, one.cpr, one.cmd)
+            rows.append([
+                one.members, one.ranking, one.size, one.active, cell(one.faithfulness), cell(one.completeness),
+                *(None if np.isnan(value) else round(value, 4) for value in figures), cell(one.accuracy),
+            ])  # fmt: skip
+    note = (
+        f"Smallest circuits with a faithfulness of at least {config.least:g} on `tune`, measured on `report`. "
+        "Everything else, error terms too, has its value of the pair's corrupted run; before the first site with nodes "
+        "everything is live. Knock-out gap: the largest difference between circuit and model without random nodes of "
+        "the circuit. Smallest loss: of a single node taken out (of circuits "
+        f"of up to {MOST} nodes). CPR ranks by signed score, CMD by size. DBM: the latents of a learned mask. "
+        f"{INTERVALS}"
+    )
+    head_edges = [
+        "members",
+        "ranked by",
+        "edges",
+        "of",
+        "between nodes",
+        "faithfulness",
+        "all edges",
+        "random, at most",
+    ]
+    head_edges += ["Pearson with path patches"]
+    edge_rows: list[list[Cell]] = [
+        [
+            one.members, one.method, one.size, one.possible, one.nodes, cell(one.faithfulness), cell(one.whole),
+            max(one.random, default=None), None if np.isnan(one.pearson) else round(one.pearson, 3),
+        ]
+        for one in of_edges
+        if one.task == task
+    ]  # fmt: skip
+    edge_note = (
+        "Edges between nodes at all positions: a node reads only what its edges carry. Nodes are as few of the ranking "
+        f"by integrated gradients (of heads and MLPs: by exact patching) as have a faithfulness of "
+        f"{(1 + config.least) / 2:g} on `tune`; {config.few} pairs of each split. Random: as many of the other edges."
+    )
+    return [
+        Section(f"Nodes: {task}", "", [Table(head, rows, note)]),
+        Section(f"Edges: {task}", "", [Table(head_edges, edge_rows, edge_note)]),
+    ]
