@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
+from numpy import ndarray
+from torch import Tensor
 
 from saepatch.circuits.edges.backward import gim, relp
 from saepatch.circuits.edges.edge_runs import EdgeRuns
@@ -77,7 +80,7 @@ def find_edges(
     order, rng = np.argsort(-np.asarray(scores), kind="stable"), np.random.default_rng(config.seed)
     draws = [rng.choice(order[size:], size, replace=False) for _ in range(RANDOM)] if len(order) >= 2 * size else []
 
-    def acting(chosen: np.ndarray) -> torch.Tensor:
+    def acting(chosen: Int[ndarray, "chosen"]) -> Bool[Tensor, "edges"]:
         act = torch.zeros(len(listed), dtype=torch.bool)
         act[torch.from_numpy(np.ascontiguousarray(chosen))] = True
         return act

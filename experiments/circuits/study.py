@@ -98,7 +98,8 @@ def _of_members(
 ) -> tuple[list[CircuitFound], list[EdgesFound]]:
     """The circuits of one kind of members, by every ranking."""
     ranks = {name: cache(rank) for name, rank in rankings(config, model, kind, pairs["select"]).items()}
-    place, found = f"{task}/{kind.name}", []
+    place = f"{task}/{kind.name}"
+    found: list[CircuitFound] = []
     for name, rank in ranks.items():
         log.info("%s: nodes, %s", place, name)
         measure = partial(find, config, model, kind, pairs, (task, name), rank)
@@ -113,7 +114,7 @@ def _of_members(
         effects = best()
         return {node: effects[node] for node in room(config, model, kind, pairs, effects)}
 
-    edges = []
+    edges: list[EdgesFound] = []
     for name in METHODS:
         log.info("%s: edges, %s", place, name)
 
