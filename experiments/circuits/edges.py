@@ -23,6 +23,7 @@ from saepatch.records.statistics import Interval
 from .nodes import RANDOM, SHARES, STEPS, MemberKind, Ranking, Splits
 from .settings import CircuitsConfig
 
+# Integrated gradients find edges into silent latents; heads and MLPs have none, and their many sites would go one by one.
 METHODS: Mapping[str, Linear] = {
     "first order": Linear(),
     "integrated gradients": Linear(steps=STEPS),

@@ -115,7 +115,7 @@ def _of_members(
         return {node: effects[node] for node in room(config, model, kind, pairs, effects)}
 
     edges: list[EdgesFound] = []
-    for name in METHODS:
+    for name in (name for name, method in METHODS.items() if kind.parts or not method.steps):
         log.info("%s: edges, %s", place, name)
 
         def ranked(name: str = name) -> EdgesFound:

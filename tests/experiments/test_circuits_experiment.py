@@ -29,11 +29,10 @@ def test_circuits_are_found_written_and_kept(tmp_path, capsys):
     assert len(Circuit.read(tmp_path / latents["circuit"]).nodes) == latents["size"]
     assert {"ioi, resid_post.4, exact patching", "ioi, resid_post.4, DBM"} < summary["circuits"].keys()
     assert summary["circuits"]["ioi, resid_post.4, DBM"]["accuracy"][0] > 0.5
-    for members in ("resid_post.4", "heads, MLPs and embeddings"):
-        for method in ("first order", "integrated gradients", "GIM", "RelP"):
-            edges = summary["edges"][f"ioi, {members}, {method}"]
-            assert 0 < edges["size"] <= edges["possible"]
-            assert edges["whole"][0] > 0.8
+    assert len(summary["edges"]) == 7  # by integrated gradients, those between latents alone
+    for edges in summary["edges"].values():
+        assert 0 < edges["size"] <= edges["possible"]
+        assert edges["whole"][0] > 0.8
     assert "held-out pairs" in capsys.readouterr().out
     before = (tmp_path / "summary.json").read_text()
     main(config)
