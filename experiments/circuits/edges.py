@@ -23,7 +23,7 @@ from saepatch.records.statistics import Interval
 from .nodes import RANDOM, SHARES, STEPS, MemberKind, Ranking, Splits
 from .settings import CircuitsConfig
 
-# Integrated gradients find edges into silent latents; heads and MLPs have none, and their many sites would go one by one.
+# Integrated gradients find edges into silent latents. Heads and MLPs are never silent, and their many sites are slow.
 METHODS: Mapping[str, Linear] = {
     "first order": Linear(),
     "integrated gradients": Linear(steps=STEPS),
