@@ -133,7 +133,7 @@ class Base:
             emitted = stack.enter_context(graph_through(layout, self.sites))
             logits = self.model.call(self.tokens, last=True)[:, -1]
             for site, x in emitted.items():
-                check_finite(self.model, site, x.detach(), self.tokens)
+                check_finite(self.model, site, x.detach().to(self.model.device), self.tokens)
             metric = self.readout(logits)
         if self._run is not None:
             expected = self.readout(self._run.logits)
@@ -214,7 +214,8 @@ class Base:
                 f"{metric_name(self.readout.metric)} has no gradient: use a smooth metric, or patch exactly"
             )
         try:
-            return torch.autograd.grad(metric.sum(), at, retain_graph=True, allow_unused=True, materialize_grads=True)
+            taken = torch.autograd.grad(metric.sum(), at, retain_graph=True, allow_unused=True, materialize_grads=True)
+            return tuple(gradient.to(self.model.device) for gradient in taken)  # a model may be spread over several
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # some models change in place what gradients need
@@ -252,7 +253,7 @@ class FirstOrder:
         gradients = base.backward(metric, list(emitted.values()))
         return Gradients(
             metric.detach(),
-            {site: x.detach() for site, x in emitted.items()},
+            {site: x.detach().to(base.model.device) for site, x in emitted.items()},
             {site: g[None] for site, g in zip(emitted, gradients, strict=True)},
         )
 
@@ -317,7 +318,7 @@ class GradDrop:
                 by_site[site].append(g)
         return Gradients(
             metric.detach(),
-            {site: x.detach() for site, x in emitted.items()},
+            {site: x.detach().to(base.model.device) for site, x in emitted.items()},
             {site: torch.stack(gradients) for site, gradients in by_site.items()},
             absolute=True,
         )

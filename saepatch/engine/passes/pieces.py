@@ -144,7 +144,7 @@ class Pieces:
                 [out for out, _ in ends], wanted, [due for _, due in ends], allow_unused=True, materialize_grads=True
             )
             for (site, x), gradient in zip(emitted.items(), taken, strict=False):
-                found[site].append((x.detach(), gradient))
+                found[site].append((x.detach().to(self.model.device), gradient.to(self.model.device)))
             for due, gradient in zip((x for pair in owed for x in pair), taken[len(emitted) :], strict=True):
                 due[:, :, :start] += gradient
         assert result is not None
