@@ -8,6 +8,7 @@ padding; both sides leave BOS out, SAEBench as it leaves out special tokens.
 """
 
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -101,8 +102,10 @@ class Subject(nn.Module):
 
 def theirs(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_size: int) -> dict[str, float]:
     """SAEBench's figures, by its names."""
-    from sae_bench.evals.core.eval_config import CoreEvalConfig
-    from sae_bench.evals.core.main import run_evals
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, at its classes
+        from sae_bench.evals.core.eval_config import CoreEvalConfig
+        from sae_bench.evals.core.main import run_evals
     from transformer_lens import HookedTransformer
 
     case: Any = SimpleNamespace(subject=SimpleNamespace(hf=model.hf, model=model))

@@ -577,6 +577,50 @@ def test_a_graph_is_read_by_pointer_and_keyboard(browser, tmp_path):
 
 
 @pytest.mark.browser
+def test_cards_are_searched_and_sorted(browser, tmp_path):
+    said = {
+        "resid_post.3 40": "fires at 2.0 % of tokens, raises ␣she",
+        "resid_post.3 7": "fires at 11.5 % of tokens",
+        "resid_post.2 9": "never fired here",
+        "resid_post.3 100": "fires at 0.3 % of tokens, raises ␣he",
+    }
+    words = [Chips("words", [(EVIL, 1.0)])]
+    cards = [Details(f"c{n}", name, line, words) for n, (name, line) in enumerate(said.items())]
+    few = [Details(f"d{n}", "A card", "", words) for n in range(3)]
+    path = write_page(Page("t", "", [Section("One", "", few), Section("Cards", "", cards)]), tmp_path / "r.html")
+
+    def shown():
+        names = browser.find_elements("css selector", "section:last-of-type details.card:not([hidden]) h3")
+        return [name.text.removeprefix("resid_post.") for name in names]
+
+    def enter(selector, value):
+        browser.execute_script(
+            "const e = document.querySelector(arguments[0]); e.value = arguments[1];"
+            "e.dispatchEvent(new Event(e.matches('select') ? 'change' : 'input'))",
+            f"section:last-of-type .tools {selector}", value,
+        )  # fmt: skip
+
+    browser.get(path.as_uri())
+    assert browser.find_elements("css selector", "section:first-of-type .tools") == []  # so few need no search
+    assert shown() == ["3 40", "3 7", "2 9", "3 100"]
+    enter("select", "name")
+    assert shown() == ["2 9", "3 7", "3 40", "3 100"]
+    enter("select", "how often they fire")
+    assert shown() == ["3 7", "3 40", "3 100", "2 9"]
+    enter("input", "RAISES")
+    assert shown() == ["3 40", "3 100"]
+    assert browser.find_element("css selector", "section:last-of-type .count").text == "2 of 4"
+    there = browser.current_url
+    browser.get("about:blank")
+    browser.get(there)
+    assert shown() == ["3 40", "3 100"]  # the address holds the view
+    browser.get("about:blank")
+    browser.get(f"{there.split('#')[0]}#c2&{there.split('&', 1)[1]}")  # a link to a card that the search leaves out
+    assert shown() == ["3 40", "3 100", "2 9"]
+    assert browser.execute_script("return window.hit") is None
+
+
+@pytest.mark.browser
 def test_paper_has_the_top_of_long_tables_and_open_cards(browser, tmp_path):
     """What is filtered away takes no room of it, and the page is afterwards what it was."""
     table = Table(["name", "even"], [[f"row {n}", "yes" if n % 2 == 0 else "no"] for n in range(120)], "All.")

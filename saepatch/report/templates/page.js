@@ -337,11 +337,44 @@ for (const card of all("details.card")) {
     remember("open", all("details.card[open]").map((one) => one.id).join(" "));
   });
 }
+// Four or more are searched, in all that they say, and sorted: by name, or by how often they fire as their line says.
+for (const section of all("section")) {
+  const cards = all(":scope > details.card", section);
+  if (cards.length < 4) continue;
+  const name = (card) => card.querySelector("h3").textContent;
+  const rate = (card) => Number(card.querySelector("summary span")?.textContent.match(/fires at ([\d.]+)/)?.[1] ?? -1);
+  const orders = [
+    ["as listed", () => 0],
+    ["name", (a, b) => name(a).localeCompare(name(b), "en", { numeric: true })],
+    ["how often they fire", (a, b) => rate(b) - rate(a)],
+  ];
+  const query = make("input", { type: "search", autocomplete: "off", spellcheck: false });
+  const order = make("select", { autocomplete: "off" }, ...orders.map(([label]) => make("option", { textContent: label })));
+  const count = make("span", { className: "count" });
+  count.setAttribute("aria-live", "polite");
+  const tools = make("div", { className: "tools" }, make("label", {}, "Search cards ", query), make("label", {}, "Sort by ", order), count);
+  const end = document.createComment("");
+  cards[0].before(tools);
+  cards.at(-1).after(end);
+  const show = () => {
+    const wanted = query.value.trim().toLowerCase();
+    for (const card of [...cards].sort(orders[order.selectedIndex][1])) {
+      card.hidden = !card.textContent.toLowerCase().includes(wanted);
+      section.insertBefore(card, end);
+    }
+    count.textContent = wanted ? `${cards.filter((card) => !card.hidden).length} of ${cards.length}` : "";
+  };
+  query.value = state.get(`${section.id}.cq`) ?? "";
+  order.selectedIndex = Math.min(Number(state.get(`${section.id}.cs`)) || 0, orders.length - 1);
+  query.addEventListener("input", () => { show(); remember(`${section.id}.cq`, query.value); });
+  order.addEventListener("change", () => { show(); remember(`${section.id}.cs`, order.selectedIndex ? String(order.selectedIndex) : ""); });
+  show();
+}
 function go(name) {
   const target = name && document.getElementById(name);
   if (!target) return;
   const card = target.closest("details.card");
-  if (card) card.open = true;
+  if (card) { card.open = true; card.hidden = false; }
   target.scrollIntoView();
   (card?.querySelector("summary") ?? target).focus({ preventScroll: true });
 }
