@@ -108,9 +108,9 @@ def from_pretrained(
     """
     from transformers import AutoConfig, GgufConfig
 
-    name, placement = source.name, dict(placement)
+    name, placed = source.name, dict(placement)
     if source.gguf:
-        placement["quantization_config"] = GgufConfig(dequantize=True)
+        placed["quantization_config"] = GgufConfig(dequantize=True)
     try:
         folder = source.adapter if (Path(source.adapter or ".") / "tokenizer_config.json").is_file() else ""
         tokenizer = load_tokenizer(folder or source.path, {**options, **source.files})
@@ -124,7 +124,7 @@ def from_pretrained(
                 output_loading_info=True,
                 **options,
                 **source.files,
-                **placement,
+                **placed,
             )
     except UserError:
         raise
