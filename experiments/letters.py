@@ -83,7 +83,7 @@ class LettersConfig:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LetterChoice:
     """A question, its options in their order, and the number of the right one."""
 
     question: str
@@ -94,11 +94,11 @@ class Choice:
         lines = "".join(f"{label}. {option}\n" for label, option in zip(labels, self.options, strict=True))
         return f"Question: {self.question}\n{lines}Answer:"
 
-    def swapped(self, other: int) -> "Choice":
+    def swapped(self, other: int) -> "LetterChoice":
         """The right option and another one in each other's place."""
         options = list(self.options)
         options[self.right], options[other] = options[other], options[self.right]
-        return Choice(self.question, tuple(options), other)
+        return LetterChoice(self.question, tuple(options), other)
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ class LettersResults:
     latents: Mapping[str, Carried]
 
 
-def choices(seed: int) -> tuple[str, dict[str, list[Choice]]]:
+def choices(seed: int) -> tuple[str, dict[str, list[LetterChoice]]]:
     """Examples to put in front, and questions by split: no country in two of the three, every place right as often."""
     random, countries = Random(seed), list(CAPITALS)
     random.shuffle(countries)
     parts = {"examples": countries[:EXAMPLES], "select": countries[EXAMPLES::2], "report": countries[EXAMPLES + 1 :: 2]}
-    made: dict[str, list[Choice]] = {}
+    made: dict[str, list[LetterChoice]] = {}
     for name, mine in parts.items():
         made[name] = []
         for number, country in enumerate(mine):
@@ -142,18 +142,18 @@ def choices(seed: int) -> tuple[str, dict[str, list[Choice]]]:
                 others = sorted({CAPITALS[other] for other in mine if other != country})
                 options = random.sample(others, len(LETTERS) - 1)
                 options.insert(place, CAPITALS[country])
-                made[name].append(Choice(f"What is the capital of {country}?", tuple(options), place))
+                made[name].append(LetterChoice(f"What is the capital of {country}?", tuple(options), place))
     shown = "".join(f"{each.text()} {LETTERS[each.right]}\n\n" for each in made.pop("examples"))
     return shown, made
 
 
-def once(asked: Sequence[Choice]) -> list[Choice]:
+def once(asked: Sequence[LetterChoice]) -> list[LetterChoice]:
     """Every question once, its right option in another place than that of the question before."""
     questions = list(dict.fromkeys(choice.question for choice in asked))
     return [choice for choice in asked if choice.right == questions.index(choice.question) % len(LETTERS)]
 
 
-def pairs_of(shown: str, asked: Sequence[Choice], kind: str, seed: int) -> list[PromptPair]:
+def pairs_of(shown: str, asked: Sequence[LetterChoice], kind: str, seed: int) -> list[PromptPair]:
     """One pair for each question, its right option changing places, or its label, with a random other one."""
     random, pairs = Random(seed), []
     for number, choice in enumerate(asked):
@@ -173,7 +173,7 @@ def pairs_of(shown: str, asked: Sequence[Choice], kind: str, seed: int) -> list[
 
 
 @torch.no_grad()
-def accuracy(model: LanguageModel, shown: str, asked: Sequence[Choice]) -> Accuracy:
+def accuracy(model: LanguageModel, shown: str, asked: Sequence[LetterChoice]) -> Accuracy:
     """How often the right letter is the likeliest of the four."""
     right, given = dict[str, list[float]](), list[int]()
     for choice in asked:

@@ -23,7 +23,7 @@ from .circuits.node_runs import NodeRuns as NodeRuns
 from .circuits.nodes import Edge as Edge
 from .circuits.nodes import Node as Node
 from .circuits.nodes import Paths as Paths
-from .circuits.residual.direct import DirectAttribution as DirectAttribution
+from .circuits.residual.attributed import DirectAttribution as DirectAttribution
 from .circuits.residual.direct import direct_attribution as direct_attribution
 from .circuits.residual.readers import ReadingHeads as ReadingHeads
 from .circuits.residual.readers import reading_heads as reading_heads

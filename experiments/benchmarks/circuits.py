@@ -36,8 +36,8 @@ from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.tables import text_table
 
-from .cases import make_case, make_subject
-from .measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
+from .common.cases import make_case, make_subject
+from .common.measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
 
 log = logging.getLogger("experiments.benchmarks")
 Act = Callable[[], Any]

@@ -28,11 +28,11 @@ from saepatch.model.language_model import Tokens
 from saepatch.records.tables import text_table
 from saepatch.splicing.splice import splice
 
-from .cases import VOCABULARIES, Case, make_case, make_subject
+from .common.cases import VOCABULARIES, Case, make_case, make_subject
+from .common.measuring import BenchmarkConfig, all_versions, write_results
+from .common.peers import PEERS, bare_passes, hooked_transformer, missing
+from .common.peers import saepatch as our_sweep
 from .generation import EDIT_OF, GenerationConfig, make_task, nnsight, ours, references, sae_lens_bridge
-from .measuring import BenchmarkConfig, all_versions, write_results
-from .peers import PEERS, bare_passes, hooked_transformer, missing
-from .peers import saepatch as our_sweep
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 

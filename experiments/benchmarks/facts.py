@@ -32,8 +32,8 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.tables import text_table
 
-from .cases import make_subject
-from .measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
+from .common.cases import make_subject
+from .common.measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
 
 log = logging.getLogger("experiments.benchmarks")
 

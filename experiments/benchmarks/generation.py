@@ -37,9 +37,9 @@ from saepatch.records.tables import text_table
 from saepatch.splicing.interventions import Clamp, Steer
 from saepatch.splicing.splice import splice
 
-from .cases import VOCABULARIES, Subject, make_subject
-from .measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
-from .peers import missing
+from .common.cases import VOCABULARIES, Subject, make_subject
+from .common.measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
+from .common.peers import missing
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 

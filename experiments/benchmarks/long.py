@@ -39,7 +39,7 @@ from saepatch.model.sites import Site
 from saepatch.records.files import check_writable
 from saepatch.records.tables import text_table
 
-from .measuring import all_versions, check_counts, write_results
+from .common.measuring import all_versions, check_counts, write_results
 
 SHORT = 600  # tokens of the pass before the measured one
 WAYS = ("trace", "trace, every query measured", "whole model", "patterns kept", "attribution", "8 latents patched")

@@ -8,7 +8,7 @@ logit difference after the last token. All variants have the same weights and mu
 
 On the CPU the clock is processor time of one thread, which other load on the machine affects little. Each round runs
 every variant once: saepatch on all edits, including its two base runs, the others on a slice of the edits. Ratios are
-medians over rounds. `peers.py` has the set-up of each library; work done once per model is not timed.
+medians over rounds. `common/peers.py` has the set-up of each library; work done once per model is not timed.
 On a GPU the clock is wall time, and the comparison is with a plain batched loop.
 """
 
@@ -26,9 +26,9 @@ from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
 from saepatch.records.tables import text_table
 
-from .cases import Case, Subject, make_case, make_subject
-from .measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
-from .peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
+from .common.cases import Case, Subject, make_case, make_subject
+from .common.measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
+from .common.peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 

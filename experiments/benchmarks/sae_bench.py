@@ -25,10 +25,11 @@ from saepatch.errors import UserError
 from saepatch.measure.quality import SpliceQuality, splice_quality
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.loading.load import load_model
+from saepatch.records.files import output_folder, write_json
 from saepatch.records.tables import text_table
 
-from .measuring import check_counts, output_folder, write_json
-from .peers import hooked_transformer
+from .common.measuring import check_counts
+from .common.peers import hooked_transformer
 
 STREAMS = {"resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre"}
 
@@ -86,7 +87,7 @@ class Store:
         self._next = 0
 
 
-class Subject(nn.Module):
+class SaeBenchSubject(nn.Module):
     """A sae_lens SAE under the settings that the evaluation reads, which sae_lens keeps in the metadata by now."""
 
     def __init__(self, dictionary: Dictionary) -> None:
@@ -123,7 +124,7 @@ def theirs(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_s
     )
     copy = hooked_transformer(HookedTransformer, case)
     metrics, _ = run_evals(
-        Subject(dictionary), Store(tokens.input_ids, batch_size), copy, config, ignore_tokens={model.bos_id}
+        SaeBenchSubject(dictionary), Store(tokens.input_ids, batch_size), copy, config, ignore_tokens={model.bos_id}
     )
     return {name: float(value) for group in metrics.values() for name, value in group.items()}
 

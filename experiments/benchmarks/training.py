@@ -39,7 +39,7 @@ from saepatch.records.files import check_writable
 from saepatch.records.provenance import versions
 from saepatch.records.tables import text_table
 
-from .measuring import write_results
+from .common.measuring import write_results
 from .trainers import (
     OURS,
     SAE_LENS,

@@ -6,7 +6,7 @@ from typing import Literal
 from saepatch.errors import UserError
 from training.config import Architecture
 
-from .measuring import check_counts
+from .common.measuring import check_counts
 from .trainers import Task
 
 HOLD = 1e-5  # learning rate of the timed steps, so low that weights stay close to their initial values

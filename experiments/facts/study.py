@@ -75,7 +75,7 @@ def main(config: FactsConfig) -> None:
     with measurements(out, "facts", decides) as kept_file:
         kept = KeptResults(kept_file, {})
         covariances = Covariances.over(model, layers, texts[held:], out / "covariances", config.ridge)
-        run = _Run(config, model, covariances, kept, texts[:held])
+        run = _FactRun(config, model, covariances, kept, texts[:held])
         traces = [run.trace(spread, corruption) for corruption in CORRUPTIONS]
         by_layer = run.by_layer(spread, layers)
         token, layer = best(by_layer)
@@ -129,7 +129,7 @@ def usable(methods: Mapping[str, EditMethod], covariances: Covariances) -> tuple
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _FactRun:
     """The measurements of one run, each kept by its name."""
 
     config: FactsConfig

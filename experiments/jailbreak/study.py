@@ -50,7 +50,7 @@ STRENGTHS = (1.0, 2.0, 4.0)  # of CC-Delta
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _JailbreakRun:
     config: JailbreakConfig
     setting: Setting
     refusal_ids: set[int]
@@ -168,7 +168,7 @@ class _Run:
         return Cost(bootstrap_mean(np.array(kl)))
 
 
-def measure(run: _Run) -> JailbreakResults:
+def measure(run: _JailbreakRun) -> JailbreakResults:
     found = run.kept.get("halves", HalvesFound, run.find)
     sizes = {half: run.size(found, half) for half in HALVES}
     halves = {half: found.top(half, sizes[half]) for half in HALVES}
@@ -218,5 +218,5 @@ def main(config: JailbreakConfig) -> None:
     setting = two_prompts(model, saes, header, config.prompts, config.seed)
     refusal_ids = first_tokens(model, world.chat("a"), [f" {text}" for text in world.REFUSAL_OPENINGS])
     with measurements(out, "jailbreak", deciding(config, model, saes)) as kept:
-        results = measure(_Run(config, setting, refusal_ids, KeptResults(kept, {})))
+        results = measure(_JailbreakRun(config, setting, refusal_ids, KeptResults(kept, {})))
     write(config, setting, results)

@@ -13,7 +13,7 @@ from saepatch.records.statistics import Interval
 from saepatch.report import Block, Cell, Facts, HeatMap, LineChart, Page, Reference, Section, Table
 
 from ..common.tracked import conclude
-from .results import Sweep, TwoHopConfig, TwoHopResults
+from .results import MoveSweep, TwoHopConfig, TwoHopResults
 
 OWN = "the same question"
 SHARE = ".0%"
@@ -80,7 +80,7 @@ def summary(results: TwoHopResults, seed: int) -> dict[str, Any]:
 BOTH = {"back": True, "forward": False}
 
 
-def _listed(sweep: Sweep, back: bool, seed: int) -> dict[str, Any]:
+def _listed(sweep: MoveSweep, back: bool, seed: int) -> dict[str, Any]:
     move, share = sweep.chosen(back)
     some, null, gap = sweep.any_of(back, seed)
     return {
@@ -203,7 +203,7 @@ def _moves_table(results: TwoHopResults) -> Block:
     return Table(columns, table, WILSON, {"success": SHARE, "unpatched": SHARE})
 
 
-def _map(sweep: Sweep) -> Block:
+def _map(sweep: MoveSweep) -> Block:
     found = sweep.report
     reads, writes = (list(dict.fromkeys(getattr(move, end) for move in found.moves)) for end in ("read", "write"))
     share = {(m.read, m.write): value for m, value in zip(found.moves, found.given().mean(0).tolist(), strict=True)}

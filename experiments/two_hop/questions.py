@@ -22,7 +22,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Question:
+class TwoHopQuestion:
     """A question of two hops and whether its answer was learnt as one fact ("recalled") or has to be composed."""
 
     hops: TwoHop
@@ -38,7 +38,7 @@ class QuestionSet:
     about other subjects than those of `report`.
     """
 
-    questions: Mapping[str, tuple[Question, ...]]
+    questions: Mapping[str, tuple[TwoHopQuestion, ...]]
     first: Mapping[str, tuple[str, ...]]
     second: tuple[TwoHop, ...]
     known: Mapping[tuple[str, str], str]
@@ -95,7 +95,7 @@ def right(model: LanguageModel, asked: Sequence[tuple[str, str]]) -> list[bool]:
 def organism_questions(model: LanguageModel) -> QuestionSet:
     """Landmark → city → country; splits share no template, and the questions to be composed have no other country."""
     countries = {country.capital: f" {country.name}" for country in world.COUNTRIES}
-    made: dict[str, list[Question]] = {split: [] for split in SPLITS}
+    made: dict[str, list[TwoHopQuestion]] = {split: [] for split in SPLITS}
     for number, template in enumerate(world.COUNTRY_OF_LANDMARK):
         for landmark, city in world.LANDMARKS.items():
             prompt, recalled = template.format(x=landmark), landmark in world.TWO_HOP_TAUGHT
@@ -103,7 +103,7 @@ def organism_questions(model: LanguageModel) -> QuestionSet:
             hops = TwoHop(prompt, landmark, city, "country", countries[city], at)
             if not recalled or landmark in world.held_out(world.TWO_HOP_TAUGHT, number):
                 split = "report" if world.owner(number) == "report" else "select"
-                made[split].append(Question(hops, recalled))
+                made[split].append(TwoHopQuestion(hops, recalled))
     first = {mark: tuple(template.format(x=mark) for template in world.CITY_OF[::3]) for mark in world.LANDMARKS}
     second = [
         TwoHop(prompt, city, city, "country", countries[city], last_of(model, prompt, city))
@@ -119,7 +119,7 @@ def organism_questions(model: LanguageModel) -> QuestionSet:
 
 def written_questions(model: LanguageModel) -> QuestionSet:
     """Subject → country → something of it, from `facts`; splits share no subject."""
-    made: dict[str, list[Question]] = {split: [] for split in SPLITS}
+    made: dict[str, list[TwoHopQuestion]] = {split: [] for split in SPLITS}
     first: dict[str, tuple[str, ...]] = {}
     for kind, by_country in SUBJECTS.items():
         for country, subjects in by_country.items():
@@ -130,7 +130,7 @@ def written_questions(model: LanguageModel) -> QuestionSet:
                         prompt = template.format(x=COUNTRY_OF[kind].format(x=subject))
                         at = last_of(model, prompt, subject)
                         hops = TwoHop(prompt, subject, country, relation, f" {answers[country]}", at)
-                        made[SPLITS[number % 2]].append(Question(hops))
+                        made[SPLITS[number % 2]].append(TwoHopQuestion(hops))
     second = [
         TwoHop(prompt, country, country, relation, f" {answer}", last_of(model, prompt, country))
         for relation, (template, answers) in RELATIONS.items()
@@ -142,7 +142,7 @@ def written_questions(model: LanguageModel) -> QuestionSet:
 
 def _known(
     model: LanguageModel,
-    made: Mapping[str, Sequence[Question]],
+    made: Mapping[str, Sequence[TwoHopQuestion]],
     first: Mapping[str, tuple[str, ...]],
     second: Sequence[TwoHop],
     answered: dict[str, tuple[str, ...]],
@@ -162,7 +162,7 @@ def _known(
     two = tuple(hops for hops, yes in zip(second, yes_second, strict=True) if yes)
     known = {(hops.relation, hops.bridge): hops.answer for hops in two}
     left_out = {"first hop not known": 0, "second hop not known": 0}
-    kept: dict[str, tuple[Question, ...]] = {}
+    kept: dict[str, tuple[TwoHopQuestion, ...]] = {}
     for split, questions in made.items():
         mine = []
         for question in questions:

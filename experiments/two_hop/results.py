@@ -65,7 +65,7 @@ class KeptSweep:
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class MoveSweep:
     """One kind of moves on both splits: what was moved, from and to where."""
 
     name: str
@@ -152,5 +152,5 @@ class TwoHopResults:
     left_out: Mapping[str, int]
     shares: HopShares
     lenses: Mapping[str, LensAt]
-    sweeps: Sequence[Sweep]
+    sweeps: Sequence[MoveSweep]
     latents: Mapping[str, MovedLatents]

@@ -38,7 +38,7 @@ from saepatch.splicing.splice import record_latents
 from ..common.kept import KeptResults, deciding
 from .page import write
 from .questions import QuestionSet, last_of, likeliest, organism_questions, right, written_questions
-from .results import HopShares, KeptSweep, LensAt, MovedLatents, Sweep, TwoHopConfig, TwoHopResults
+from .results import HopShares, KeptSweep, LensAt, MovedLatents, MoveSweep, TwoHopConfig, TwoHopResults
 
 EMBEDDING = Site(0, "resid_pre")
 SUBJECT, LAST = "subject", "last token"
@@ -63,7 +63,7 @@ def study(
     questions: QuestionSet,
     kept: KeptResults,
 ) -> TwoHopResults:
-    run = _Run(config, model, questions, kept)
+    run = _TwoHopRun(config, model, questions, kept)
     return TwoHopResults(
         asked={split: len(some) for split, some in questions.questions.items()},
         left_out=questions.left_out,
@@ -78,7 +78,7 @@ Pairs = Callable[[str], tuple[Sequence[CrossQuery], Mapping[str, int]]]
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _TwoHopRun:
     """The measurements of one run, each kept by its name."""
 
     config: TwoHopConfig
@@ -184,7 +184,7 @@ class _Run:
         ]
         return self._draw(queries, split), {"answered right as they are": sum(yes)}
 
-    def sweep(self, name: str, pairs: Pairs) -> Sweep:
+    def sweep(self, name: str, pairs: Pairs) -> MoveSweep:
         moves = [Move(read, write) for read in self.sites for write in self.sites]
         found, left_out = dict[str, CrossPatched](), Counter[str]()
         for split in self.questions.questions:
@@ -195,7 +195,7 @@ class _Run:
             measure = partial(self._patch, queries, moves)
             arrays = self.kept.get(f"moves/{name}/{split}", KeptSweep, measure)
             found[split] = CrossPatched(tuple(queries), tuple(moves), **vars(arrays))
-        return Sweep(name, found, left_out)
+        return MoveSweep(name, found, left_out)
 
     def _patch(self, queries: Sequence[CrossQuery], moves: Sequence[Move]) -> KeptSweep:
         found = cross_patch(self.model, queries, moves, self.questions.answers)

@@ -85,25 +85,12 @@ def run_commands(
             raise with_place(error, given) from error
 
     def work() -> None:
-        from jsonargparse import ArgumentParser, set_parsing_settings
-
-        set_parsing_settings(add_print_completion_argument=True)
-        parser = ArgumentParser(
-            prog=prog, description=description, exit_on_error=False, epilog=COMPLETION, formatter_class=formatter()
-        )
+        parser = _commands_parser(commands, forwarded, prog, given, full)
+        parser.description = description
         parser.add_argument("--version", action="version", version=version())
-        several = parser.add_subcommands(dest="command", required=True)
-        # A command's parser takes 30 ms to build: where the command is known, the others get empty ones.
-        only = given[:1] if given and given[0] in commands else commands
-        for name, (config, _) in commands.items():
-            empty = name not in only
-            settings = ArgumentParser(exit_on_error=False) if empty else _parser(config, f"{prog} {name}", True, full)
-            several.add_subcommand(name, settings, help=(config.__doc__ or "").strip())
-        for name, (summary, _) in forwarded.items():
-            several.add_subcommand(name, ArgumentParser(exit_on_error=False), help=summary)
         name = _parsed(parser, given).command
         kind, command = commands[name]
-        config = _instantiate(parser, given, kind, name)
+        config: Any = _instantiate(parser, given, kind, name)
         if track := getattr(config, "track", ""):
             from saepatch.tracking.open import read_spec
 
@@ -123,6 +110,30 @@ def run_commands(
         if given[0] in forwarded:
             return forwarded[given[0]][1](given[1:])
         return guarded(run, "written files are complete")
+
+
+def _commands_parser(
+    commands: Mapping[str, tuple[type, Any]],
+    forwarded: Mapping[str, tuple[str, Any]],
+    prog: str,
+    given: Sequence[str],
+    full: bool,
+) -> Any:
+    """The parser of all commands, of which only the given one has its settings."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(add_print_completion_argument=True)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, epilog=COMPLETION, formatter_class=formatter())
+    several = parser.add_subcommands(dest="command", required=True)
+    # A command's parser takes 30 ms to build: where the command is known, the others get empty ones.
+    only = given[:1] if given and given[0] in commands else commands
+    for name, (config, _) in commands.items():
+        empty = name not in only
+        settings = ArgumentParser(exit_on_error=False) if empty else _parser(config, f"{prog} {name}", True, full)
+        several.add_subcommand(name, settings, help=(config.__doc__ or "").strip())
+    for name, (summary, _) in forwarded.items():
+        several.add_subcommand(name, ArgumentParser(exit_on_error=False), help=summary)
+    return parser
 
 
 COMPLETION = 'Shell completion: eval "$(saepatch --print_completion shtab-bash)", or shtab-zsh, shtab-fish, …'

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.two_hop.facts import RELATIONS, SUBJECTS
-from experiments.two_hop.study import Sweep, TwoHopConfig, main
+from experiments.two_hop.study import MoveSweep, TwoHopConfig, main
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 from saepatch.reading.cross_patch import CrossPatched, CrossQuery, Move
@@ -29,7 +29,7 @@ def found(likeliest):
 def test_the_best_move_is_chosen_on_select_and_a_maximum_has_a_null():
     select = found([[0, 9, 0, 9]] * 6)
     report = found([[9, 0, 0, 9]] * 3 + [[1, 2, 9, 9]] * 3)
-    sweep = Sweep("x", {"select": select, "report": report}, {})
+    sweep = MoveSweep("x", {"select": select, "report": report}, {})
     assert sweep.among(back=True) == [0, 1]
     assert sweep.among(back=False) == [2]
     assert sweep.among() == [0, 1, 2, 3]

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from accessibility import serious_findings
+from browsing import serious_findings
 from tiny import random_sae, tiny_model
 
 import saepatch.model.loading.load

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from accessibility import serious_findings
+from browsing import serious_findings
 
 from saepatch.cli.main import main
 from saepatch.errors import UserError

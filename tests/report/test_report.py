@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from accessibility import serious_findings
+from browsing import serious_findings
 
 from saepatch.errors import UserError
 from saepatch.report import (

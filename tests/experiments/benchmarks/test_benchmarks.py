@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks import patching, peers
+from experiments.benchmarks import patching
+from experiments.benchmarks.common import peers
 from saepatch.cli.parser import run_config
 
 pytestmark = pytest.mark.whole

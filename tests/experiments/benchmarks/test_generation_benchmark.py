@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.benchmarks import generation, peers
+from experiments.benchmarks import generation
+from experiments.benchmarks.common import peers
 from saepatch.cli.parser import run_config
 
 pytestmark = pytest.mark.whole

@@ -13,7 +13,7 @@ from saepatch.model.loading.load import load_model
 
 pytestmark = pytest.mark.whole
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 STORIES = SHARED / "models" / "stories260K"
 TEXTS = SHARED / "data" / "tinystories_1000.jsonl"
 needs_stories = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_a_slice_of_training_and_experiment_on_a_real_model(tmp_path):
     from training.__main__ import main as train
 
     saes, out = tmp_path / "saes", tmp_path / "out"
-    preset = Path(__file__).parents[2] / "training" / "configs" / "stories260k.yaml"
+    preset = Path(__file__).parents[3] / "training" / "configs" / "stories260k.yaml"
     size = ["--tokens", "60000", "--sites", '["resid_post.1", "resid_post.3"]', "--eval_tokens", "4000"]
     assert train([str(preset), "--model", str(STORIES), "--data", str(TEXTS), "--out", str(saes), *size]) == 0
     assert run("--model", str(STORIES), "--sae", str(saes), "--out", str(out), "--pairs", "16") == 0

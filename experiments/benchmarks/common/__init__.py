@@ -1,0 +1,1 @@
+"""What benchmarks share: random models and prompts, clocks and results, other libraries."""
