@@ -18,7 +18,7 @@ from saepatch.circuits.nodes import Node, every_component
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import ErrorTerm, LatentUnits, Patchable
-from saepatch.engine.gradients import FirstOrder, IntegratedGradients
+from saepatch.engine.gradients import FirstOrder, IntegratedGradients, Method
 from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_components
@@ -82,8 +82,8 @@ def rankings(
     exact = partial(_patched, model, kind, pairs[: config.few] if kind.parts else pairs)
     if not kind.parts:
         return {EXACT: exact}
-    methods = {"first order": FirstOrder(), INTEGRATED: IntegratedGradients(STEPS)}
-    by_gradients = {
+    methods: dict[str, Method] = {"first order": FirstOrder(), INTEGRATED: IntegratedGradients(STEPS)}
+    by_gradients: dict[str, Callable[[], Ranking]] = {
         name: partial(_attributed, model, kind, pairs, FindOptions(method)) for name, method in methods.items()
     }
     return by_gradients | {EXACT: exact}
