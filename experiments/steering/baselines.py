@@ -90,7 +90,7 @@ def one_token_prefixes(bench: Bench) -> list[str]:
     for token, more in counts.most_common():
         if more <= 0 or len(prefixes) == WORDS:
             break
-        word = model.tokenizer.decode([token])
+        word = model.continuation([token])
         for prefix in (word, f"{word.strip()} "):
             if len(model.encode(with_prefix(model, prefix, prompt))) == len(model.encode(prompt)) + 1:
                 prefixes.append(prefix)

@@ -41,6 +41,7 @@ def test_an_and_is_found_with_its_edges(model):
     assert sp.Node(Site(0), 1, 2) in at_positions.circuit.nodes
 
 
+@pytest.mark.slow
 def test_heads_and_mlps_are_ranked_by_patching_each():
     model, one = tiny_model("llama"), [sp.PromptPair("cat", "dot", "x", "y")]
     found = find_circuit(model, every_component(model), one, how=FindOptions(size=8, edges=EDGES))

@@ -231,6 +231,10 @@ def test_words_follow_from_numbers():
         "by_site": {},
         "by_order": {},
         "prefix": "",
+        "one_token": None,
+        "one_token_prefix": "",
+        "predictions": [],
+        "overall": {},
     }
     model, dictionary = tiny_model(), random_dictionary()
     site = KnownDictionary(dictionary, latent_statistics(model, dictionary, model.tokenize(["ab"])))

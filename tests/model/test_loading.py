@@ -261,7 +261,7 @@ def test_model_and_dictionary_from_a_hub(model_folder, tmp_path, capsys):
 
 
 def test_a_folder_has_no_revisions(model_folder):
-    with pytest.raises(UserError, match="revision 'v2': .*is a folder"):
+    with pytest.raises(UserError, match="revision 'v2': .*has no revisions"):
         load_model(str(model_folder), revision="v2")
 
 

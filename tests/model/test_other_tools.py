@@ -48,7 +48,7 @@ def test_a_sae_of_sae_lens_is_spliced_as_it_is():
     expected = spliced(model, tokens, random_dictionary())
     assert torch.equal(spliced(model, tokens, sae), expected)
     assert torch.equal(spliced(model, tokens, [sae]), expected)
-    with pytest.raises(UserError, match="a Linear is no dictionary"):
+    with pytest.raises(UserError, match="a Linear is not a dictionary"):
         wrap_sae(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="wrapped already"):
         wrap_sae(random_dictionary())

@@ -1,6 +1,6 @@
 """Makes the attribution graph of a prompt, and splits its edges by attention heads: gradients under freezing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -105,6 +105,7 @@ class FrozenModel:
         refuse_training(model)
         taken = {dictionary.site for dictionary in dictionaries}
         mlps = [site for site in model.layout.all_sites if site.stream == "mlp_out"]
+        _refuse_hidden_mlps(model, {site.layer for site in mlps})
         streams = [Stream(site) for site in (EMBEDDINGS, *mlps) if site not in taken]
         if any(site.same_tensor(EMBEDDINGS) for site in taken):
             streams = streams[1:]
@@ -299,3 +300,15 @@ class FrozenModel:
         weight = np.stack([nn.functional.pad(row, (0, width - len(row))).numpy() for _, row, _, _ in self.rows])
         reader, value, probability = (np.array([row[i] for row in self.rows]) for i in (0, 2, 3))
         return AttributionGraph(tuple(self.vertices), reader, weight, value, probability)
+
+
+def _refuse_hidden_mlps(model: LanguageModel, layers: Collection[int]) -> None:
+    """Raises UserError for a block outside `layers` with weights beside its attention's: they would not be frozen."""
+    for layer, block in enumerate(model.layout.blocks):
+        attention, offered = Site(layer, "attn_out"), model.layout.all_sites
+        inside = {id(p) for p in model.layout.module(attention).parameters()} if attention in offered else set()
+        if layer not in layers and any(p.dim() > 1 and id(p) not in inside for p in block.parameters()):
+            raise UserError(
+                f"layer {layer} of {model.name} offers no mlp_out, so its MLP cannot be frozen: an attribution graph "
+                "needs it in every layer that has an MLP"
+            )
