@@ -206,8 +206,8 @@ STEER = ["--unit", "2", "--max_new_tokens", "4", "--prompt", "abc"]
 @pytest.mark.parametrize(("command", "more"), [("steer", STEER), ("latent", [])])
 def test_pages_of_single_answers_and_latents_are_shown(place, command, more):
     (place / "texts.txt").write_text("abc\nbcd\n")
-    page, texts = place / "study" / "one.html", "--reference" if command == "steer" else "--data"
-    given = ["--model", place / "model", "--sae", place / "saes", texts, place / "texts.txt", "--html", page]
+    page = place / "study" / "one.html"
+    given = ["--model", place / "model", "--sae", place / "saes", "--reference", place / "texts.txt", "--html", page]
     latent = ["--latent", "resid_post.1:3"] if command == "steer" else ["resid_post.1:3"]
     assert main([command, *latent, *map(str, given), *more, "--json", "--track", "wandb:offline"]) == 0
     (folder,) = (place / "study" / "one.html.log" / "wandb").glob("offline-run-*")
