@@ -215,6 +215,9 @@ KINDS = {
 }
 
 
+RENAMED = {"data": "reference"}  # former names of settings, of `latent`
+
+
 def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:
     """Rewrite the parser's message in terms of the command line instead of Python types."""
     if match := re.search(r'Parser key "([^"]+)":.*?Expected an? (.+?)\. Got value: (.*)$', message):
@@ -246,6 +249,8 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
 def _place(key: str, keys: Sequence[str]) -> str:
     """Where a misplaced key belongs, or the key that was probably meant; empty if no key is similar."""
     names = {known: known.rpartition(".")[2] for known in keys}
+    if key in RENAMED and RENAMED[key] in keys:
+        return f"it is called --{RENAMED[key]} now"
     near = difflib.get_close_matches(key.rpartition(".")[2], sorted(set(names.values())), 1)
     if not near:
         return ""

@@ -238,6 +238,7 @@ def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
         (("patch", "--n", "1.5"), "--n takes a whole number, not '1.5'"),
         (("patch", "--config", str(other)), "--sae takes a text, not a mapping (is the file for another command?)"),
         (("patch", "--pairz", "ioi"), "(did you mean --pairs?)"),
+        (("latent", "resid_post.3:281", "--data", "texts.txt"), "(it is called --reference now)"),
         (("compare", "runs/a"), "'other' is missing: see --help"),
     ):
         text = failed(capsys, *arguments)
