@@ -81,7 +81,8 @@ def find_context_shift(
         batch_size: Prompts per forward pass.
 
     Raises:
-        UserError: fewer than two requests, not one clean prompt for each, or a template below 1.
+        UserError: fewer than two requests, not one clean prompt for each, or a template below 1 or longer than a
+            prompt.
 
     Source: CC-Delta, which compares latents of harmful requests with and without a jailbreak's context and steers by
     the mean difference of those that pass a paired test.
@@ -96,7 +97,10 @@ def find_context_shift(
     parts: dict[Site, list[list[Float[np.ndarray, "batch _"]]]] = {site: [[], []] for site in sites}
     for side, texts in enumerate((clean, prompts)):
         for start in range(0, len(texts), batch_size):
-            held = model.capture(model.tokenize(texts[start : start + batch_size], "left"), sites)
+            tokens = model.tokenize(texts[start : start + batch_size], "left")
+            if (shortest := int(tokens.lengths.min())) < template:
+                raise UserError(f"template of {template} positions: a prompt has {shortest} tokens, so use fewer")
+            held = model.capture(tokens, sites)
             for site, dictionary in sites.items():
                 acts = dictionary.activations(held[site][:, -template:])[0].float().mean(1)
                 parts[site][side].append(acts.double().cpu().numpy())

@@ -61,3 +61,5 @@ def test_mistakes():
         find_context_shift(model, dictionary, PROMPTS, CLEAN[:3])
     with pytest.raises(UserError, match="at least 1"):
         find_context_shift(model, dictionary, PROMPTS, CLEAN, template=0)
+    with pytest.raises(UserError, match="a prompt has .* tokens, so use fewer"):
+        find_context_shift(model, dictionary, PROMPTS, CLEAN, template=100)
