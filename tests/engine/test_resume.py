@@ -608,3 +608,25 @@ def test_a_small_effect_that_a_way_loses_is_not_hidden_by_a_large_one(monkeypatc
         given = iter([lost, whole[1:]])
         monkeypatch.setattr(KeptRun, "_go", lambda *_, given=given: next(given))
         assert run._agrees("cache", (site,), probes, None) == agrees
+
+
+@pytest.mark.parametrize(("piece", "fails"), [(None, 1), (4, 2)])
+def test_values_of_a_pass_that_failed_are_not_kept(piece, fails):
+    """The blocks before the failing one have run: their values of that pass are dropped."""
+    model, site = tiny_model(), Site(0)
+    tokens = model.tokenize(["abc abc abc"])
+    right, calls = KeptRun(model, tokens, [site]), []
+
+    def fail(*_):
+        calls.append(None)
+        if len(calls) == fails:
+            raise NotImplementedError("no cache for you")
+
+    handle = model.layout.blocks[-1].register_forward_pre_hook(fail)
+    try:
+        run = KeptRun(model, tokens, [site], piece=piece)
+    finally:
+        handle.remove()
+    assert not run.has_cache
+    torch.testing.assert_close(run.values[site], right.values[site])
+    torch.testing.assert_close(run.logits, right.logits)

@@ -74,20 +74,23 @@ class KeptRun:
             def see(x: Tensor) -> Tensor:
                 new = changed[site](x) if site in changed else x
                 if site in wanted:
-                    parts.setdefault(site, []).append(new.to(model.device))  # a model may be spread over several
+                    before = parts.get(site, []) if self.piece else []  # a block that runs twice: its last value
+                    parts[site] = [*before, new.to(model.device)]  # a model may be spread over several
                 return new
 
             return see
 
         hooks = {site: keep(site) for site in {*wanted, *changed}}
         with edit_sites(model.layout, hooks):
-            self._cache, self.logits = self._first_pass(keep_cache)
+            self._cache, self.logits = self._first_pass(keep_cache, parts)
         self.values = {site: some[0] if len(some) == 1 else torch.cat(some, 1) for site, some in parts.items()}
         for site, value in self.values.items():
             check_finite(model, site, value, tokens)
         self._kept: dict[Site, dict[nn.Module, Tensor]] = {}  # outputs of the first block's maps, by site
 
-    def _first_pass(self, keep_cache: bool) -> tuple[Any, Float[Tensor, "batch vocab"]]:
+    def _first_pass(
+        self, keep_cache: bool, parts: dict[Site, list[Tensor]]
+    ) -> tuple[Any, Float[Tensor, "batch vocab"]]:
         model, tokens = self.model, self.tokens
         if keep_cache and model.takes_cache:
             cache = DynamicCache()  # keys and values of every column; unusable for models with recurrent states
@@ -95,6 +98,7 @@ class KeptRun:
                 return cache, next_logits_in_pieces(model, tokens, self.piece or tokens.width, cache)
             except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
                 log.info("%s does not run with a key-value cache (%s): no columns are skipped", model.name, error)
+                parts.clear()  # of the pass that failed
         return None, next_logits_in_pieces(model, tokens, self.piece or tokens.width)
 
     def split(self, n: int) -> tuple["KeptRun", "KeptRun"]:
