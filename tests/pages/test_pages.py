@@ -484,6 +484,7 @@ def rows_shown(table):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_a_view_comes_back_with_its_address(browser, swept):
     browser.get((swept / "report.html").as_uri())
     table = next(t for t in all_of(browser, "figure.table") if t.find_elements("css selector", "input"))

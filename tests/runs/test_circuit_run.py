@@ -74,6 +74,7 @@ def test_a_run_writes_a_circuit_that_loads(whole, capsys):
     assert "faithfulness/kept" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_circuit_of_heads_and_mlps(place):
     out = place / "heads"
     assert main([*arguments(place, out), "--component=head", "--nodes=5", "--each_position=false", "--edges=8"]) == 0

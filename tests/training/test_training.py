@@ -197,6 +197,7 @@ def test_presets_are_valid():
 # A model nobody here made
 
 
+@pytest.mark.slow
 def test_real_model_from_the_command_line(tmp_path, capsys):
     if not (STORIES.is_dir() and STORY_TEXTS.is_file()):
         pytest.skip(f"no real model at {STORIES}")
