@@ -21,7 +21,7 @@ LOG := $(VENV)/setup.log
 PIP = $(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt $(PIP_ARGS)
 OR_SHOW = >>$(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; echo "set-up failed; the whole log is in $(LOG)" >&2; exit 1; }
 
-.PHONY: help setup demo picture docs test lint format types test-fast test-typed test-slow fuzz kills audit zoo bench crosscheck bench-generation bench-training real organism \
+.PHONY: help setup demo picture docs test lint format types test-fast test-typed test-slow fuzz mutants kills audit zoo bench crosscheck bench-generation bench-training real organism \
 	constraints clean
 
 help:  ## list the targets
@@ -76,6 +76,9 @@ test-slow: $(STAMP)  ## tests that take minutes, such as retraining the embedded
 
 fuzz: $(STAMP)  ## more than 20,000 hostile settings, files and texts (minutes)
 	SAEPATCH_FUZZ=100 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
+
+mutants: $(STAMP)  ## put errors into the numeric code, each of which a test has to notice (15 min)
+	PYTHONPATH=tests $(BIN)/python -m mutants
 
 kills: $(STAMP)  ## kill commands at random moments and run them again (half an hour)
 	PYTHONPATH=.:tests:tests/common $(BIN)/python -m kills

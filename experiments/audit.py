@@ -231,9 +231,9 @@ def learned(
     return LearnedControls(accuracy)
 
 
-def figures(found: Audited) -> dict[str, Interval]:
+def figures(audited: Audited) -> dict[str, Interval]:
     """What the audit reports: gap, approval and slope, before and after."""
-    before, after = found.before, found.after
+    before, after = audited.before, audited.after
     approved = {name: (run.group > 0).astype(float) for name, run in (("before", before), ("after", after))}
     out = {
         "gap before": bootstrap_mean(before.gap),
@@ -249,7 +249,7 @@ def figures(found: Audited) -> dict[str, Interval]:
         out |= {f"four-fifths ratio {name}": bootstrap_ratio(both[:, 1], both[:, 0])}
         out |= {f"flips for the favoured {name}": wilson_share((both[:, 0] > both[:, 1]).astype(float))}
         out |= {f"flips for the other {name}": wilson_share((both[:, 0] < both[:, 1]).astype(float))}
-        income = (getattr(found, name).income > 0).astype(float)
+        income = (getattr(audited, name).income > 0).astype(float)
         follow = (income[:, 0] > income[:, 1]).astype(float)
         out |= {f"decisions that follow income {name}": wilson_share(follow)}
     return out
@@ -264,19 +264,19 @@ def main(config: AuditConfig) -> None:
     decides = deciding(config, model, {dictionary.site: dictionary})
     with measurements(out, "audit", decides) as kept_file:
         kept = KeptResults(kept_file, {})
-        found = kept.get("ablation", Audited, partial(audit, config, model, dictionary, kinds))
+        audited = kept.get("ablation", Audited, partial(audit, config, model, dictionary, kinds))
         parts = kept.get("parts", PartSigns, partial(signs, model, kinds["report"]["group"].pairs))
         baselines = kept.get("learned", LearnedControls, partial(learned, config, model, dictionary, kinds))
-        write(config, model, dictionary, kinds["report"], found, parts, baselines)
+        write(config, model, dictionary, kinds["report"], audited, parts, baselines)
 
 
-def verdict(found: Audited) -> str:
+def verdict(audited: Audited) -> str:
     """What the ablation does to the gap and to the slope, beside random latents."""
-    measured, gap = figures(found), found.before.gap.mean()
-    random = max(abs(1 - run.gap.mean() / gap) for run in found.random)
+    measured, gap = figures(audited), audited.before.gap.mean()
+    random = max(abs(1 - run.gap.mean() / gap) for run in audited.random)
     return (
-        f"With {len(found.latents)} latents at their mean over groups, {measured['share of the gap left']} of the gap "
-        f"between groups is left, and {measured['share of the slope left']} of the slope on income; as many others "
+        f"With {len(audited.latents)} latents at their mean over groups, {measured['share of the gap left']} of the "
+        f"gap between groups is left, and {measured['share of the slope left']} of the slope on income; as many others "
         f"that differ change the gap by at most {random:.0%}."
     )
 
@@ -286,17 +286,17 @@ def write(
     model: LanguageModel,
     dictionary: Dictionary,
     kinds: Mapping[str, Applications],
-    found: Audited,
+    audited: Audited,
     parts: PartSigns,
     baselines: LearnedControls,
 ) -> None:
     """Write the report, the summary, the rows and the settings, and log them to trackers."""
-    out, finding, measured = Path(config.out), verdict(found), figures(found)
+    out, finding, measured = Path(config.out), verdict(audited), figures(audited)
     provenance = Provenance(model.name, model.fingerprint, dictionary.name, dictionary.fingerprint, config.seed)
     rows = [
         {"kind": kind, "example": pair.example, "run": run, "favoured": float(some[i, 0]), "other": float(some[i, 1])}
-        for run, made in [("before", found.before), ("after", found.after)]
-        + [(f"random {i}", random) for i, random in enumerate(found.random)]
+        for run, made in [("before", audited.before), ("after", audited.after)]
+        + [(f"random {i}", random) for i, random in enumerate(audited.random)]
         for kind, some in (("group", made.group), ("income", made.income))
         for i, pair in enumerate(kinds[kind].pairs)
     ]
@@ -310,8 +310,8 @@ def write(
     )
     summary = {
         "audit": {name: interval.as_list() for name, interval in measured.items()},
-        "latents": list(found.latents),
-        "random_gap_left": [float(run.gap.mean() / found.before.gap.mean()) for run in found.random],
+        "latents": list(audited.latents),
+        "random_gap_left": [float(run.gap.mean() / audited.before.gap.mean()) for run in audited.random],
         "parts": {
             name: {"direct": direct.as_list(), "patched": patched.as_list()}
             for name, (direct, patched) in effects.items()

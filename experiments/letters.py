@@ -44,7 +44,7 @@ from saepatch.tracking.open import read_spec
 
 from .common.kept import KeptResults, deciding
 from .common.tracked import conclude
-from .real.tasks import CAPITALS
+from .real.stages.tasks import CAPITALS
 
 LETTERS = "ABCD"
 CHANCE = 1 / len(LETTERS)
@@ -194,8 +194,8 @@ def of_heads(model: LanguageModel, pairs: Mapping[str, Mapping[str, Sequence[Pro
     first = np.argsort(-mean, kind="stable")[:HEADS].tolist()
     effects = {}
     for kind, some in pairs["report"].items():
-        found = patch_heads(model, some)
-        named = {f"{found.edits[i].site.layer}.{found.edits[i].units[0]}": found.of(i) for i in first}
+        patched = patch_heads(model, some)
+        named = {f"{patched.edits[i].site.layer}.{patched.edits[i].units[0]}": patched.of(i) for i in first}
         effects[kind] = named
     return Carried(effects)
 
@@ -220,9 +220,9 @@ def of_latents(
         _, matched = control_sets(first, len(first), statistics, seed, DRAWS)
         groups = [Edit(dictionary.site, ids, role="given") for ids in (first, *matched)]
         for kind, report in pairs["report"].items():
-            found = patch_components(model, dictionary, report, groups)
-            each = found.change / (found.clean - found.corrupted)[:, None]
-            at = [found.edits.index(edit) for edit in groups]
+            patched = patch_components(model, dictionary, report, groups)
+            each = patched.change / patched.gap[:, None]
+            at = [patched.edits.index(edit) for edit in groups]
             effects[kind][f"ranked where {ranked_on}"] = bootstrap_mean(each[:, at[0]])
             effects[kind][f"matched, ranked where {ranked_on}"] = bootstrap_mean(each[:, at[1:]].mean(1))
     return Carried(effects)
@@ -238,9 +238,9 @@ def main(config: LettersConfig) -> None:
     with measurements(out, "letters", decides) as kept_file:
         kept = KeptResults(kept_file, {})
         every = [choice for some in asked.values() for choice in some]
-        found = kept.get("accuracy", Accuracy, partial(accuracy, model, shown, every))
+        measured = kept.get("accuracy", Accuracy, partial(accuracy, model, shown, every))
         heads, latents = None, {}
-        if found.above_chance:
+        if measured.above_chance:
             pairs = {
                 split: {kind: pairs_of(shown, once(some), kind, config.seed) for kind in (CONTENTS, LABELS)}
                 for split, some in asked.items()
@@ -249,7 +249,7 @@ def main(config: LettersConfig) -> None:
             for site, dictionary in saes.items():
                 measure = partial(of_latents, model, dictionary, pairs, config.latents, config.seed)
                 latents[str(site)] = kept.get(f"latents/{site}", Carried, measure)
-    write(config, model, LettersResults(found, heads, latents))
+    write(config, model, LettersResults(measured, heads, latents))
 
 
 def verdict(results: LettersResults) -> str:

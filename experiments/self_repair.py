@@ -45,7 +45,7 @@ from saepatch.tracking.open import read_spec
 
 from .common.kept import KeptResults, deciding
 from .common.tracked import conclude
-from .real.tasks import task_pairs
+from .real.stages.tasks import task_pairs
 
 log = logging.getLogger(__name__)
 

@@ -104,8 +104,8 @@ class LongTimes:
 
     def summary(self) -> dict[str, Any]:
         passes = [
-            asdict(one) | {"seconds": self.seconds[one], "added_mb": self.added_mb[one], "peak_mb": self.peak_mb[one]}
-            for one in self.seconds
+            asdict(run) | {"seconds": self.seconds[run], "added_mb": self.added_mb[run], "peak_mb": self.peak_mb[run]}
+            for run in self.seconds
         ]
         return {
             "ratios": self.ratios(),
@@ -116,9 +116,9 @@ class LongTimes:
 
     def table(self) -> str:
         rows = [
-            [f"{one.model}, {one.tokens:,} tokens: {one.way}", f"{self.seconds[one]:.2f}"]
-            + [f"{memory[one]:,.0f}" for memory in (self.added_mb, self.peak_mb)]
-            for one in self.seconds
+            [f"{run.model}, {run.tokens:,} tokens: {run.way}", f"{self.seconds[run]:.2f}"]
+            + [f"{memory[run]:,.0f}" for memory in (self.added_mb, self.peak_mb)]
+            for run in self.seconds
         ]
         ratios = [[name, f"{value:.2f}"] for name, value in self.ratios().items()]
         return "\n\n".join(
@@ -145,22 +145,22 @@ def run(config: LongBenchmarkConfig) -> None:
     times = LongTimes(config)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as alone:
-        for one in passes(config):
-            times.seconds[one], times.added_mb[one], times.peak_mb[one] = alone.submit(measured, one, config).result()
+        for run in passes(config):
+            times.seconds[run], times.added_mb[run], times.peak_mb[run] = alone.submit(measured, run, config).result()
     write_results(times, config.out)
 
 
-def measured(one: LongPass, config: LongBenchmarkConfig) -> tuple[float, float, float]:
+def measured(run: LongPass, config: LongBenchmarkConfig) -> tuple[float, float, float]:
     """Seconds of a pass, MB that it adds at its peak, and the peak of the process with weights and libraries."""
     torch.set_num_threads(1)
-    model = random_model(one.model, config.seed) if one.model in ("small", "gemma") else load_model(one.model)
-    act = _act(one.way, config)
+    model = random_model(run.model, config.seed) if run.model in ("small", "gemma") else load_model(run.model)
+    act = _act(run.way, config)
     with torch.no_grad():
-        act(model, random_tokens(model, min(SHORT, one.tokens), config.seed))
+        act(model, random_tokens(model, min(SHORT, run.tokens), config.seed))
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted anew from here
         start = time.process_time()
-        kept = act(model, random_tokens(model, one.tokens, config.seed))
+        kept = act(model, random_tokens(model, run.tokens, config.seed))
         seconds, peak = time.process_time() - start, _memory("VmHWM")
         del kept
     return seconds, max(peak - before, 0.1), peak

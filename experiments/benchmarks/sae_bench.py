@@ -147,14 +147,14 @@ def main(config: SaeBenchConfig) -> None:
             raise UserError(f"{library} is not installed: pip install --no-deps {library.replace('_', '-')}")
     model = load_model(config.model)
     tokens = rows_of(config, model)
-    found, rows = {}, []
+    by_site, rows = {}, []
     for site, dictionary in load_saes(config.sae).items():
         ours, their = splice_quality(model, dictionary, tokens), theirs(model, dictionary, tokens, config.batch_size)
-        found[str(site)] = {"ours": asdict(ours) | {"site": str(site)}, "sae_bench": their}
+        by_site[str(site)] = {"ours": asdict(ours) | {"site": str(site)}, "sae_bench": their}
         rows += [[str(site), name, f"{mine:.5f}", f"{other:.5f}"] for name, mine, other in compared(ours, their)]
     sys.stdout.write(text_table(["site", "figure", "saepatch", "SAEBench"], rows) + "\n")
     if config.out:
-        write_json({"config": asdict(config), "sites": found}, output_folder(config.out) / "summary.json")
+        write_json({"config": asdict(config), "sites": by_site}, output_folder(config.out) / "summary.json")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ VERIFIED = 20  # edges with the largest estimates, and as many at random, that a
 
 
 @dataclass(frozen=True, eq=False)
-class EdgesFound:
+class MeasuredEdges:
     """As few edges of a ranking as are faithful, between `nodes` nodes. `whole` is the faithfulness of all edges."""
 
     task: str
@@ -65,7 +65,7 @@ def find_edges(
     pairs: Splits,
     name: tuple[str, str],
     nodes: Sequence[Node],
-) -> EdgesFound:
+) -> MeasuredEdges:
     """Edges between nodes: ranked on `select`, their number chosen on `tune`, measured on `report`.
 
     `name` is the task and the method.
@@ -87,7 +87,7 @@ def find_edges(
         return act
 
     verified = estimated.verified
-    return EdgesFound(
+    return MeasuredEdges(
         name[0],
         kind.name,
         name[1],

@@ -51,7 +51,7 @@ class MemberKind:
 
 
 @dataclass(frozen=True, eq=False)
-class CircuitFound:
+class MeasuredCircuit:
     """A circuit and its measures on `report`. `active` counts the nodes that are active or act there at all."""
 
     task: str
@@ -120,7 +120,7 @@ def find(
     pairs: Splits,
     name: tuple[str, str],
     rank: Callable[[], Ranking],
-) -> CircuitFound:
+) -> MeasuredCircuit:
     """The smallest circuit of a ranking; `name` is the task and the ranking."""
     effects = rank()
     nodes, scores = list(effects), list(effects.values())
@@ -143,14 +143,14 @@ def _measured(
     chosen: Sequence[Node],
     tuned: float,
     areas: tuple[float, float],
-) -> CircuitFound:
+) -> MeasuredCircuit:
     listed, act = sorted(chosen, key=lambda node: node.order), report.mask(chosen)
     try:
         drawn = random_like(listed, list(effects), RANDOM, config.seed)
     except UserError:  # too few nodes are left beside the circuit
         drawn = []
     knocked = knocked_out(report, act, sorted({1, max(1, len(listed) // 2)}), RANDOM, config.seed)
-    return CircuitFound(
+    return MeasuredCircuit(
         name[0],
         kind.name,
         name[1],
@@ -174,7 +174,7 @@ def learned(
     pairs: Splits,
     task: str,
     rank: Callable[[], Ranking],
-) -> CircuitFound:
+) -> MeasuredCircuit:
     """The latents of a learned mask, beside the rankings: of two sparsities, the fewest that are faithful on `tune`.
 
     Masks are learned on `select` for interchanges at all positions; error terms are no part of them. `accuracy` is that
@@ -190,10 +190,10 @@ def learned(
         mask = fit_dbm(model, LatentUnits(dictionary), pairs["select"], how)
         nodes = [Node(dictionary.site, unit) for unit in mask.units]
         tried.append((faithfulness(tune, tune.mask(nodes)).value, nodes, mask))
-    enough = [one for one in tried if one[0] >= config.least]
-    tuned, nodes, mask = min(enough, key=lambda one: len(one[1])) if enough else max(tried, key=lambda one: one[0])
+    enough = [(value, nodes, mask) for value, nodes, mask in tried if value >= config.least]
+    tuned, nodes, mask = min(enough, key=lambda each: len(each[1])) if enough else max(tried, key=lambda each: each[0])
     if not nodes:
         raise UserError(f"no latent of {kind.name} is in a learned mask: give more --steps")
     none = (math.nan, math.nan)
-    found = _measured(config, model, kind, report, (task, DBM), effects, nodes, tuned, none)
-    return replace(found, accuracy=mask.accuracy(model, pairs["report"]))
+    measured = _measured(config, model, kind, report, (task, DBM), effects, nodes, tuned, none)
+    return replace(measured, accuracy=mask.accuracy(model, pairs["report"]))

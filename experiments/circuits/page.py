@@ -19,28 +19,28 @@ from saepatch.records.provenance import Provenance, versions
 from saepatch.report import Cell, Facts, Page, Section, Table, write_page
 
 from ..common.tracked import show
-from .edges import EdgesFound
-from .nodes import MOST, CircuitFound
+from .edges import MeasuredEdges
+from .nodes import MOST, MeasuredCircuit
 from .settings import CircuitsConfig
 
 
-def verdict(config: CircuitsConfig, found: Sequence[CircuitFound], of_edges: Sequence[EdgesFound]) -> str:
+def verdict(config: CircuitsConfig, circuits: Sequence[MeasuredCircuit], of_edges: Sequence[MeasuredEdges]) -> str:
     """Of each task, the smallest circuit, relative to what is active, that holds on `report`, with its controls."""
     sentences = []
     for task in config.tasks:
-        good = [one for one in found if one.task == task and one.faithfulness.value >= config.least]
+        good = [each for each in circuits if each.task == task and each.faithfulness.value >= config.least]
         if not good:
             sentences.append(f"{task}: no circuit chosen on `tune` has a faithfulness of {config.least:g} on `report`.")
             continue
-        best = min(good, key=lambda one: one.size / one.active)
+        best = min(good, key=lambda each: each.size / each.active)
         sentences.append(
             f"{task}: {best.size} of {best.active} active nodes ({best.members}, {best.ranking}) have a faithfulness "
             f"of {best.faithfulness} on held-out pairs; random circuits of the same layers at most "
             f"{best.random_at_most:.3f}. Without them {best.completeness} is left."
         )
-        few = [one for one in of_edges if one.task == task and one.faithfulness.value >= config.least]
+        few = [each for each in of_edges if each.task == task and each.faithfulness.value >= config.least]
         if few:
-            least = min(few, key=lambda one: one.size)
+            least = min(few, key=lambda each: each.size)
             sentences.append(
                 f"{least.size} of {least.possible} edges between {least.nodes} nodes ({least.members}, {least.method}) "
                 f"have {least.faithfulness}."
@@ -52,49 +52,49 @@ def write(
     config: CircuitsConfig,
     model: LanguageModel,
     saes: Mapping[Site, Dictionary],
-    found: Sequence[CircuitFound],
-    of_edges: Sequence[EdgesFound],
+    circuits: Sequence[MeasuredCircuit],
+    of_edges: Sequence[MeasuredEdges],
 ) -> None:
     """Write the report, the summary, the circuits and the settings, and log them to trackers."""
-    out, finding = Path(config.out), verdict(config, found, of_edges)
+    out, finding = Path(config.out), verdict(config, circuits, of_edges)
     first = next(iter(saes.values()), None)
     sae = ("", "") if first is None else (config.sae, first.fingerprint)
     provenance = Provenance(model.name, model.fingerprint, *sae, config.seed)
-    sections = [section for task in config.tasks for section in _sections(config, task, found, of_edges)]
+    sections = [section for task in config.tasks for section in _sections(config, task, circuits, of_edges)]
     page = Page("How small a circuit does a behaviour need?", finding, sections, Facts(provenance.facts()))
     write_page(page, out / "report.html")
-    for number, one in enumerate(found):
-        Circuit.from_facts(json.loads(one.circuit)).write(out / f"circuit-{number}.json")
+    for number, each in enumerate(circuits):
+        Circuit.from_facts(json.loads(each.circuit)).write(out / f"circuit-{number}.json")
     listed: dict[str, Any] = {}
-    for number, one in enumerate(found):
-        rest = {"random": one.random_at_most, "circuit": f"circuit-{number}.json"}
-        listed[f"{one.task}, {one.members}, {one.ranking}"] = _plain(one) | rest
-    edges = {f"{one.task}, {one.members}, {one.method}": _plain(one) for one in of_edges}
+    for number, each in enumerate(circuits):
+        rest = {"random": each.random_at_most, "circuit": f"circuit-{number}.json"}
+        listed[f"{each.task}, {each.members}, {each.ranking}"] = _plain(each) | rest
+    edges = {f"{each.task}, {each.members}, {each.method}": _plain(each) for each in of_edges}
     write_json({"verdict": finding, "circuits": listed, "edges": edges, "versions": versions()}, out / "summary.json")
     write_yaml(asdict(config), out / "config.yaml")
-    figures = {f"{one.task}/{one.members}/{one.ranking}": one.faithfulness.value for one in found}
+    figures = {f"{each.task}/{each.members}/{each.ranking}": each.faithfulness.value for each in circuits}
     show(config, "circuits", page, figures)
     sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
 
 
-def _plain(one: CircuitFound | EdgesFound) -> dict[str, Any]:
+def _plain(each: MeasuredCircuit | MeasuredEdges) -> dict[str, Any]:
     """The fields of a result, intervals as [value, low, high]."""
-    intervals = {name: value.as_list() for name, value in vars(one).items() if hasattr(value, "as_list")}
-    return asdict(one) | intervals
+    intervals = {name: value.as_list() for name, value in vars(each).items() if hasattr(value, "as_list")}
+    return asdict(each) | intervals
 
 
 def _sections(
-    config: CircuitsConfig, task: str, found: Sequence[CircuitFound], of_edges: Sequence[EdgesFound]
+    config: CircuitsConfig, task: str, circuits: Sequence[MeasuredCircuit], of_edges: Sequence[MeasuredEdges]
 ) -> list[Section]:
     head = ["members", "ranking", "nodes", "active", "faithfulness", "completeness", "random, at most"]
     head += ["knock-out gap", "smallest loss", "CPR", "CMD", "interchange accuracy"]
     rows: list[list[Cell]] = []
-    for one in found:
-        if one.task == task:
-            figures = (one.random_at_most, one.knocked_out, one.smallest_loss, one.cpr, one.cmd)
+    for each in circuits:
+        if each.task == task:
+            figures = (each.random_at_most, each.knocked_out, each.smallest_loss, each.cpr, each.cmd)
             rows.append([
-                one.members, one.ranking, one.size, one.active, cell(one.faithfulness), cell(one.completeness),
-                *(None if np.isnan(value) else round(value, 4) for value in figures), cell(one.accuracy),
+                each.members, each.ranking, each.size, each.active, cell(each.faithfulness), cell(each.completeness),
+                *(None if np.isnan(value) else round(value, 4) for value in figures), cell(each.accuracy),
             ])  # fmt: skip
     note = (
         f"Smallest circuits with a faithfulness of at least {config.least:g} on `tune`, measured on `report`. "
@@ -117,11 +117,11 @@ def _sections(
     head_edges += ["Pearson with path patches"]
     edge_rows: list[list[Cell]] = [
         [
-            one.members, one.method, one.size, one.possible, one.nodes, cell(one.faithfulness), cell(one.whole),
-            max(one.random, default=None), None if np.isnan(one.pearson) else round(one.pearson, 3),
+            each.members, each.method, each.size, each.possible, each.nodes, cell(each.faithfulness), cell(each.whole),
+            max(each.random, default=None), None if np.isnan(each.pearson) else round(each.pearson, 3),
         ]
-        for one in of_edges
-        if one.task == task
+        for each in of_edges
+        if each.task == task
     ]  # fmt: skip
     edge_note = (
         "Edges between nodes at all positions: a node reads only what its edges carry. Nodes are as few of the ranking "

@@ -29,14 +29,14 @@ from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 
 from ..common.kept import KeptResults
-from ..real.tasks import task_pairs
-from .edges import METHODS, EdgesFound, find_edges, room
+from ..real.stages.tasks import task_pairs
+from .edges import METHODS, MeasuredEdges, find_edges, room
 from .nodes import (
     COMPONENTS,
     DBM,
     EXACT,
     INTEGRATED,
-    CircuitFound,
+    MeasuredCircuit,
     MemberKind,
     Ranking,
     Splits,
@@ -80,46 +80,46 @@ def main(config: CircuitsConfig) -> None:
         "versions": versions(),
     }
     sizes = {"select": config.select, "tune": config.tune, "report": config.report}
-    found: list[CircuitFound] = []
-    of_edges: list[EdgesFound] = []
+    circuits: list[MeasuredCircuit] = []
+    of_edges: list[MeasuredEdges] = []
     with measurements(out, "circuits", decides) as kept_file:
         kept = KeptResults(kept_file, {})
         for task in config.tasks:
             pairs = task_pairs(config.model, model, task, sizes, config.seed, kept)
             for kind in members(config, saes):
                 nodes, edges = _of_members(config, model, kind, pairs, task, kept)
-                found += nodes
+                circuits += nodes
                 of_edges += edges
-        write(config, model, saes, found, of_edges)
+        write(config, model, saes, circuits, of_edges)
 
 
 def _of_members(
     config: CircuitsConfig, model: LanguageModel, kind: MemberKind, pairs: Splits, task: str, kept: KeptResults
-) -> tuple[list[CircuitFound], list[EdgesFound]]:
+) -> tuple[list[MeasuredCircuit], list[MeasuredEdges]]:
     """The circuits of one kind of members, by every ranking."""
     ranks = {name: cache(rank) for name, rank in rankings(config, model, kind, pairs["select"]).items()}
     place = f"{task}/{kind.name}"
-    found: list[CircuitFound] = []
+    circuits: list[MeasuredCircuit] = []
     for name, rank in ranks.items():
         log.info("%s: nodes, %s", place, name)
         measure = partial(find, config, model, kind, pairs, (task, name), rank)
-        found.append(kept.get(f"nodes/{place}/{name}", CircuitFound, measure))
+        circuits.append(kept.get(f"nodes/{place}/{name}", MeasuredCircuit, measure))
     best = ranks[INTEGRATED if kind.parts else EXACT]
     if len(kind.parts) == 1 and config.steps:
         mask = partial(learned, config, model, kind, pairs, task, lambda: dict(best()))
-        found.append(kept.get(f"nodes/{place}/{DBM}", CircuitFound, mask))
+        circuits.append(kept.get(f"nodes/{place}/{DBM}", MeasuredCircuit, mask))
 
     @cache
     def between() -> Ranking:
         effects = best()
         return {node: effects[node] for node in room(config, model, kind, pairs, effects)}
 
-    edges: list[EdgesFound] = []
+    edges: list[MeasuredEdges] = []
     for name in (name for name, method in METHODS.items() if kind.parts or not method.steps):
         log.info("%s: edges, %s", place, name)
 
-        def ranked(name: str = name) -> EdgesFound:
+        def ranked(name: str = name) -> MeasuredEdges:
             return find_edges(config, model, kind, pairs, (task, name), list(between()))
 
-        edges.append(kept.get(f"edges/{place}/{name}", EdgesFound, ranked))
-    return found, edges
+        edges.append(kept.get(f"edges/{place}/{name}", MeasuredEdges, ranked))
+    return circuits, edges

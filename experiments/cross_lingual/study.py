@@ -158,13 +158,13 @@ def shared_latents(
     model: LanguageModel,
     dictionary: Dictionary,
     report: Mapping[str, Sequence[PromptPair]],
-    found: LanguageLatents,
+    ranked: LanguageLatents,
     languages: tuple[str, str],
     seed: int,
 ) -> SharedLatents:
     """What one language's first latents share with another's, and restore in it."""
     one, other = languages
-    mine, theirs = found.first[one], found.first[other]
+    mine, theirs = ranked.first[one], ranked.first[other]
     if not mine or not theirs:
         raise UserError(f"no latent of {dictionary.site} has a positive effect in {one} or {other}: use another site")
 
@@ -172,7 +172,7 @@ def shared_latents(
         texts = [text for pair in report[language] for text in (pair.clean, pair.corrupted)]
         return latent_statistics(model, dictionary, model.tokenize(texts))
 
-    crossed = [(found.halves[one][i], found.halves[other][1 - i]) for i in (0, 1)]  # no pair of countries in both
+    crossed = [(ranked.halves[one][i], ranked.halves[other][1 - i]) for i in (0, 1)]  # no pair of countries in both
     like_theirs = [control_sets(some, len(some), statistics(other), seed, DRAWS)[1] for _, some in crossed]
     _, like_mine = control_sets(mine, len(mine), statistics(other), seed, DRAWS)
     effects = _effects(model, dictionary, report[other], [theirs, mine, *like_mine])
@@ -182,7 +182,7 @@ def shared_latents(
         chance=float(
             np.mean([overlap(own, some) for (own, _), sets in zip(crossed, like_theirs, strict=True) for some in sets])
         ),
-        ceiling=overlap(*found.halves[one]),
+        ceiling=overlap(*ranked.halves[one]),
         own=bootstrap_mean(effects[0]),
         transfer=bootstrap_mean(effects[1]),
         matched=bootstrap_mean(effects[2:].mean(0)),
@@ -197,7 +197,7 @@ def _effects(
     edits = [Edit(dictionary.site, tuple(some), role="given") for some in sets]
     effects = patch_components(model, dictionary, pairs, edits)
     at = [effects.edits.index(edit) for edit in edits]
-    return (effects.change[:, at] / (effects.clean - effects.corrupted)[:, None]).T
+    return (effects.change[:, at] / effects.gap[:, None]).T
 
 
 def depth(model: LanguageModel, parallel: ParallelPairs, one: str, other: str) -> DepthOf:
@@ -215,23 +215,23 @@ def depth(model: LanguageModel, parallel: ParallelPairs, one: str, other: str) -
         for ((_, source), (target, _)), pair in zip(texts, pairs, strict=True)
     ]
     language = [CrossQuery(source, target, copulas[one], copulas[other]) for (_, source), (target, _) in texts]
-    found = [cross_patch(model, queries, moves) for queries in (concept, language)]
-    shares = [_shares(each) for each in found]
-    return DepthOf(tuple(range(model.n_layers)), shares[0], shares[1], (_plain(found[0]), _plain(found[1])))
+    crossed = [cross_patch(model, queries, moves) for queries in (concept, language)]
+    shares = [_shares(each) for each in crossed]
+    return DepthOf(tuple(range(model.n_layers)), shares[0], shares[1], (_plain(crossed[0]), _plain(crossed[1])))
 
 
-def _shares(found: CrossPatched) -> tuple[Interval, ...]:
+def _shares(result: CrossPatched) -> tuple[Interval, ...]:
     """By move, how often the wanted answer is likelier than the target's own."""
-    rows = np.arange(len(found.queries))
-    own = [query.own for query in found.queries]
-    ahead = found.log_p[rows, :, found.places()] > found.log_p[rows, :, found.places(own)]
+    rows = np.arange(len(result.queries))
+    own = [query.own for query in result.queries]
+    ahead = result.log_p[rows, :, result.places()] > result.log_p[rows, :, result.places(own)]
     return tuple(wilson_share(column.astype(float)) for column in ahead.T)
 
 
-def _plain(found: CrossPatched) -> float:
-    rows, own = np.arange(len(found.queries)), [query.own for query in found.queries]
-    plain = found.plain_log_p
-    return float((plain[rows, found.places()] > plain[rows, found.places(own)]).mean())
+def _plain(result: CrossPatched) -> float:
+    rows, own = np.arange(len(result.queries)), [query.own for query in result.queries]
+    plain = result.plain_log_p
+    return float((plain[rows, result.places()] > plain[rows, result.places(own)]).mean())
 
 
 def main(config: CrossLingualConfig) -> None:
@@ -261,11 +261,11 @@ def measure(
     both, shared = list(permutations(parallel.languages, 2)), dict[str, dict[str, SharedLatents]]()
     for site, dictionary in saes.items():
         find = partial(first_latents, model, dictionary, parallel.pairs["select"], config.latents)
-        found = kept.get(f"first/{site}", LanguageLatents, find)
+        ranked = kept.get(f"first/{site}", LanguageLatents, find)
         shared[str(site)] = {}
         for one, other in both:
             compare = partial(
-                shared_latents, model, dictionary, parallel.pairs["report"], found, (one, other), config.seed
+                shared_latents, model, dictionary, parallel.pairs["report"], ranked, (one, other), config.seed
             )
             shared[str(site)][_named(one, other)] = kept.get(f"shared/{site}/{one}/{other}", SharedLatents, compare)
     depths = {

@@ -44,12 +44,12 @@ def gap(results: JailbreakResults, one: str, other: str) -> Interval:
 
 def verdict(results: JailbreakResults) -> str:
     """What each half of the jailbreak is, does alone, and does in the other direction."""
-    found, refused = results.found, shares(results)
+    ranked, refused = results.found, shares(results)
     jailbroken, benign = refused["jailbroken"], refused["benign"]
     text = (
-        f"Of {found.active} latents that are on from the assistant's turn on, the jailbreak suppresses "
-        f"{found.significant['suppressed']} and amplifies {found.significant['amplified']} (paired test, q < 0.05); "
-        f"{found.share['suppressed']:.0%} of the change is suppression. Jailbroken requests refused: "
+        f"Of {ranked.active} latents that are on from the assistant's turn on, the jailbreak suppresses "
+        f"{ranked.significant['suppressed']} and amplifies {ranked.significant['amplified']} (paired test, q < 0.05); "
+        f"{ranked.share['suppressed']:.0%} of the change is suppression. Jailbroken requests refused: "
         f"{_percent(jailbroken['nothing'])}; "
     )
     for half in HALVES:
@@ -117,17 +117,17 @@ def _sections(
     table: list[list[Cell]] = [
         [name, condition, cell(each)] for name, some in refused.items() for condition, each in some.items()
     ]
-    found = results.found
+    ranked = results.found
     halves: list[list[Cell]] = [
-        [half, found.significant[half], found.share[half], results.sizes[half],
-         ", ".join(f"{site}: {latent}" for site, latent in found.ranked[half][:8])]
+        [half, ranked.significant[half], ranked.share[half], results.sizes[half],
+         ", ".join(f"{site}: {latent}" for site, latent in ranked.ranked[half][:8])]
         for half in HALVES
     ]  # fmt: skip
     columns = ["half", "significant", "share of change", "chosen", "first latents"]
     others: list[list[Cell]] = [[name, cell(each)] for name, each in differences.items()]
     costs: list[list[Cell]] = [[name, cell(each)] for name, each in results.costs.items()]
     return [
-        Section("The halves", "", [Table(columns, halves, f"{found.active} latents are on.", {columns[2]: ".0%"})]),
+        Section("The halves", "", [Table(columns, halves, f"{ranked.active} latents are on.", {columns[2]: ".0%"})]),
         Section(
             "Refusals",
             "Jailbroken, benign: harmful requests of `report`; harmless: requests in jailbreak framings; nested: one "

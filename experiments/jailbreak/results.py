@@ -43,7 +43,7 @@ class JailbreakConfig:
 
 
 @dataclass(frozen=True)
-class HalvesFound:
+class RankedHalves:
     """The first latents of each half in the order of their change, and how much of the change each half is.
 
     `ranked` has (site, latent) by half, `share` the half's share of the sum of absolute mean changes times row norms,
@@ -82,7 +82,7 @@ class Cost:
 class JailbreakResults:
     """Answers by prompts and condition; the chosen numbers of latents; costs by condition."""
 
-    found: HalvesFound
+    found: RankedHalves
     sizes: Mapping[str, int]
     shift: ShiftChoice
     answers: Mapping[str, Mapping[str, Sequence[Answered]]]

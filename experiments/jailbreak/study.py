@@ -42,7 +42,7 @@ from ..common.kept import KeptResults, deciding
 from ..restoration.curves import ENOUGH, control_latents
 from ..restoration.settings import PairedPrompts, Setting, two_prompts
 from .page import write
-from .results import BOTH, DONE, HALVES, SHIFT, Cost, HalvesFound, JailbreakConfig, JailbreakResults, ShiftChoice
+from .results import BOTH, DONE, HALVES, SHIFT, Cost, JailbreakConfig, JailbreakResults, RankedHalves, ShiftChoice
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 Latents = Mapping[Site, tuple[int, ...]]
@@ -60,7 +60,7 @@ class _JailbreakRun:
     def model(self) -> LanguageModel:
         return self.setting.model
 
-    def find(self) -> HalvesFound:
+    def find(self) -> RankedHalves:
         """Rank both halves on `select`."""
         some = self.setting.harmful["select"]
         donor = CleanPrompts(some.clean, self.setting.template)
@@ -78,7 +78,7 @@ class _JailbreakRun:
             share[half] = sum(float(value.clamp(min=0).sum()) for value in signed.values()) / total
         significant = {h: sum(map(len, shift.significant(s).values())) for h, s in zip(HALVES, (1, -1), strict=True)}
         active = sum(int((~np.isnan(q)).sum()) for q in shift.q.values())
-        return HalvesFound(ranked, share, significant, active)
+        return RankedHalves(ranked, share, significant, active)
 
     def shift(self) -> ContextShift:
         some = self.setting.harmful["select"]
@@ -119,7 +119,7 @@ class _JailbreakRun:
         assert isinstance(edits, list)
         return [d for site, d in self.setting.sites.items() if any(each.site == site for each in edits)]
 
-    def size(self, found: HalvesFound, half: str) -> int:
+    def size(self, ranked: RankedHalves, half: str) -> int:
         """The fewest latents that bring `ENOUGH` of the gap in refusals back on `tune`, or those that do most."""
         some = self.setting.harmful["tune"]
         clean = replace(some, prompts=some.clean)
@@ -127,7 +127,7 @@ class _JailbreakRun:
                        (("nothing", some), ("benign", clean)))  # fmt: skip
         rates = []
         for k in SIZES:
-            top = found.top(half, k)
+            top = ranked.top(half, k)
             edits = self.edits(some, top, None) if half == "suppressed" else self.edits(some, None, top)
             answered = self.answers(f"tune/{half}/{k}", some, edits)
             rates.append((float(answered.refused.mean()), float(np.mean(answered.scores))))
@@ -169,9 +169,9 @@ class _JailbreakRun:
 
 
 def measure(run: _JailbreakRun) -> JailbreakResults:
-    found = run.kept.get("halves", HalvesFound, run.find)
-    sizes = {half: run.size(found, half) for half in HALVES}
-    halves = {half: found.top(half, sizes[half]) for half in HALVES}
+    ranked = run.kept.get("halves", RankedHalves, run.find)
+    sizes = {half: run.size(ranked, half) for half in HALVES}
+    halves = {half: ranked.top(half, sizes[half]) for half in HALVES}
     report, harmless = run.setting.harmful["report"], run.setting.harmless["report"]
     answers: dict[str, dict[str, list[Answered]]] = {}
 
@@ -206,7 +206,7 @@ def measure(run: _JailbreakRun) -> JailbreakResults:
         for name, (edits,) in run.conditions(harmless, halves, shift).items()
         if name != "nothing"
     }
-    return JailbreakResults(found, sizes, shift, answers, costs)
+    return JailbreakResults(ranked, sizes, shift, answers, costs)
 
 
 def main(config: JailbreakConfig) -> None:

@@ -11,14 +11,14 @@ from saepatch.records.statistics import Interval
 
 from ..pairs.stages import DENSE
 from ..steering.stages import PROMPTING, RANDOM
-from .dictionaries import LATENTS, TaskLatents, pearson_over_pairs
-from .heads import INHIBITION, MOVER, NEGATIVE, HeadRole, direction_gap
-from .patching import PatchingStage, beyond_random
-from .restoration import DIMENSIONS, RestoredBehaviour
-from .restoration import NEURONS as ALL_NEURONS
-from .restoration import RANDOM as RANDOM_LATENTS
-from .steering import ONE_LATENT, ONE_TOKEN, SEVERAL_LATENTS, SteeredConcept, success_gap
-from .tracing import NOISE, TOKENS, Tracing, noise_over_tokens, subject_over_last
+from .stages.dictionaries import LATENTS, TaskLatents, pearson_over_pairs
+from .stages.heads import INHIBITION, MOVER, NEGATIVE, HeadRole, direction_gap
+from .stages.patching import PatchingStage, beyond_random
+from .stages.restoration import DIMENSIONS, RestoredBehaviour
+from .stages.restoration import NEURONS as ALL_NEURONS
+from .stages.restoration import RANDOM as RANDOM_LATENTS
+from .stages.steering import ONE_LATENT, ONE_TOKEN, SEVERAL_LATENTS, SteeredConcept, success_gap
+from .stages.tracing import NOISE, TOKENS, Tracing, noise_over_tokens, subject_over_last
 
 AGREES = 0.9  # a correlation above this is called agreement
 SHOWN, OPPOSITE, NOT_SHOWN = "shown", "the opposite is shown", "not shown"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,7 @@ from saepatch.report import KEPT, BarChart, Block, Facts, HeatMap, Page, Section
 
 from ..pairs.findings import NAMES
 from .claims import Claim, OtherRun
-from .heads import LEAST, ROLES
-from .patching import PatchingStage, TaskMap
-from .rows import write_results
+from .results import RealResults, write_results
 from .sections import (
     dictionaries_section,
     direction_figures,
@@ -29,14 +27,13 @@ from .sections import (
     steering_figures,
     steering_section,
 )
-from .tasks import SPLITS, TASKS
-from .tracing import Tracing
+from .stages.heads import LEAST, ROLES
+from .stages.patching import PatchingStage, TaskMap
+from .stages.tasks import SPLITS, TASKS
+from .stages.tracing import Tracing
 
-if TYPE_CHECKING:
-    from .study import RealResults
 
-
-def write(results: "RealResults", out: Path) -> tuple[Page, dict[str, Any]]:
+def write(results: RealResults, out: Path) -> tuple[Page, dict[str, Any]]:
     """Write settings, report and summary; returns the report and the summary."""
     drawn, facts = page(results), summary(results)
     write_yaml(asdict(results.config), out / "config.yaml")
@@ -47,7 +44,7 @@ def write(results: "RealResults", out: Path) -> tuple[Page, dict[str, Any]]:
     return drawn, facts
 
 
-def printed(results: "RealResults") -> str:
+def printed(results: RealResults) -> str:
     """The claims as a table, and what was left out."""
     columns = ["claim", "figure", "verdict"]
     rows: list[tuple[str, ...]] = [(claim.claim, str(claim.figure), claim.verdict) for claim in results.claims]
@@ -58,7 +55,7 @@ def printed(results: "RealResults") -> str:
     return "\n".join([text_table(columns, rows), *left])
 
 
-def summary(results: "RealResults") -> dict[str, Any]:
+def summary(results: RealResults) -> dict[str, Any]:
     """The figures for other programs: intervals are [value, low, high]."""
     patched = results.patched
     return {
@@ -111,7 +108,7 @@ def _by_unit(effects: Effects) -> dict[str, list[float]]:
     }
 
 
-def page(results: "RealResults") -> Page:
+def page(results: RealResults) -> Page:
     model = results.model
     provenance = Provenance(model.name, model.fingerprint, results.config.sae, "", results.config.seed)
     time = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results.seconds.items())
@@ -130,7 +127,7 @@ def page(results: "RealResults") -> Page:
     )
 
 
-def _lead(results: "RealResults") -> str:
+def _lead(results: RealResults) -> str:
     """The verdicts in a few sentences."""
     counts = {verdict: sum(c.verdict == verdict for c in results.claims) for verdict in ("shown", "not shown")}
     return (
@@ -159,7 +156,7 @@ def claims_section(claims: Sequence[Claim], beside: OtherRun | None = None) -> S
     return Section("Claims and verdicts", "", [table])
 
 
-def _tasks(results: "RealResults") -> Section:
+def _tasks(results: RealResults) -> Section:
     rows = [
         (TASKS[name].title, TASKS[name].prompts, *(cell(task.accuracy.get(split)) for split in SPLITS),
          len(task.framed.get("report", ())), task.reason)

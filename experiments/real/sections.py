@@ -7,10 +7,10 @@ from saepatch.pages.charts import INTERVALS, WILSON, cell
 from saepatch.report import Section, Table
 
 from ..pairs.findings import NAMES
-from .dictionaries import LATENTS, MASSIVE, DictionaryQuality, TaskLatents
-from .restoration import RestoredBehaviour
-from .steering import SteeredConcept
-from .tasks import TASKS
+from .stages.dictionaries import LATENTS, MASSIVE, DictionaryQuality, TaskLatents
+from .stages.restoration import RestoredBehaviour
+from .stages.steering import SteeredConcept
+from .stages.tasks import TASKS
 
 # Published dictionaries of residual streams of comparable models: name, L0, FVU by depth, where the figures stand.
 REFERENCES = (

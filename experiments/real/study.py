@@ -10,8 +10,8 @@ out with its reason. Every result is kept as it is measured, and the same comman
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from saepatch.runs.ownership import check_owner
 from ..common.kept import KeptResults
 from ..common.tracked import show
 from .claims import (
-    Claim,
     OtherRun,
     direction_claims,
     latents_claims,
@@ -40,37 +39,20 @@ from .claims import (
     steering_claims,
     tracing_claims,
 )
-from .dictionaries import DictionaryQuality, TaskLatents, dictionaries, qualities, task_latents
-from .patching import PatchingStage, patching
-from .restoration import RestoredBehaviour, restoration
+from .page import printed, write
+from .results import RealResults
 from .settings import QUICK, RealConfig
-from .steering import SteeredConcept, steer
-from .tasks import TASKS, TaskPairs, read_task
-from .texts import concepts
-from .tracing import Tracing, trace
+from .stages.dictionaries import dictionaries, qualities, task_latents
+from .stages.patching import patching
+from .stages.restoration import RestoredBehaviour, restoration
+from .stages.steering import SteeredConcept, steer
+from .stages.tasks import TASKS, read_task
+from .stages.texts import concepts
+from .stages.tracing import trace
 
 log = logging.getLogger(__name__)
 
 UNREACHED = "neither steering nor a prompt makes the model show it, as far as the list of words tells"
-
-
-@dataclass(frozen=True, eq=False)
-class RealResults:
-    """Everything that the page and the summary show; `left_out` has the reasons by part of the study."""
-
-    config: RealConfig
-    model: LanguageModel
-    tasks: Mapping[str, TaskPairs]
-    patched: PatchingStage
-    traced: Tracing | None
-    qualities: Sequence[DictionaryQuality]
-    latents: Mapping[str, Sequence[TaskLatents]]
-    steered: Sequence[SteeredConcept]
-    restored: RestoredBehaviour | None
-    claims: list[Claim]
-    beside: OtherRun | None
-    left_out: Mapping[str, str]
-    seconds: Mapping[str, float]
 
 
 def run(config: RealConfig) -> RealResults:
@@ -80,8 +62,6 @@ def run(config: RealConfig) -> RealResults:
         UserError: an output folder that cannot be written or holds another run, a model that cannot be loaded, or a
             model that gets too few pairs of every task right.
     """
-    from .page import printed, write
-
     config = replace(config, **QUICK) if config.quick else config  # type: ignore[arg-type]
     torch.manual_seed(config.seed)
     out, seconds = Path(config.out), dict[str, float]()

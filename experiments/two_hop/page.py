@@ -33,16 +33,16 @@ def rows(results: TwoHopResults) -> list[dict[str, Any]]:
     """One row for each kind of moves, split, query and move."""
     made = []
     for sweep in results.sweeps:
-        for split, found in sweep.split.items():
-            given, places = found.given(), found.places()
-            for i, query in enumerate(found.queries):
-                for j, move in enumerate(found.moves):
+        for split, patched in sweep.split.items():
+            given, places = patched.given(), patched.places()
+            for i, query in enumerate(patched.queries):
+                for j, move in enumerate(patched.moves):
                     made.append(
                         {"moves": sweep.name, "split": split, "example": query.example, "source": query.source,
                          "target": query.target, "read": str(move.read), "write": str(move.write),
                          "wanted": query.wanted, "given": bool(given[i, j]),
-                         "log_p": float(found.log_p[i, j, places[i]]),
-                         "unpatched_log_p": float(found.plain_log_p[i, places[i]])}
+                         "log_p": float(patched.log_p[i, j, places[i]]),
+                         "unpatched_log_p": float(patched.plain_log_p[i, places[i]])}
                     )  # fmt: skip
     return made
 
@@ -204,9 +204,9 @@ def _moves_table(results: TwoHopResults) -> Block:
 
 
 def _map(sweep: MoveSweep) -> Block:
-    found = sweep.report
-    reads, writes = (list(dict.fromkeys(getattr(move, end) for move in found.moves)) for end in ("read", "write"))
-    share = {(m.read, m.write): value for m, value in zip(found.moves, found.given().mean(0).tolist(), strict=True)}
+    patched = sweep.report
+    reads, writes = (list(dict.fromkeys(getattr(move, end) for move in patched.moves)) for end in ("read", "write"))
+    share = {(m.read, m.write): value for m, value in zip(patched.moves, patched.given().mean(0).tolist(), strict=True)}
     return HeatMap(
         sweep.name[0].upper() + sweep.name[1:],
         list(map(str, reads)),

@@ -157,16 +157,16 @@ def _known(
     bridges = {question.hops.subject: question.hops.bridge for some in made.values() for question in some}
     asked = [(prompt, f" {bridges[name]}") for name, some in first.items() if name in bridges for prompt in some]
     knows = {prompt for (prompt, _), yes in zip(asked, right(model, asked), strict=True) if yes}
-    one = {subject: tuple(prompt for prompt in some if prompt in knows) for subject, some in first.items()}
+    first_hops = {subject: tuple(prompt for prompt in some if prompt in knows) for subject, some in first.items()}
     yes_second = right(model, [(hops.prompt, hops.answer) for hops in second])
-    two = tuple(hops for hops, yes in zip(second, yes_second, strict=True) if yes)
-    known = {(hops.relation, hops.bridge): hops.answer for hops in two}
+    second_hops = tuple(hops for hops, yes in zip(second, yes_second, strict=True) if yes)
+    known = {(hops.relation, hops.bridge): hops.answer for hops in second_hops}
     left_out = {"first hop not known": 0, "second hop not known": 0}
     kept: dict[str, tuple[TwoHopQuestion, ...]] = {}
     for split, questions in made.items():
         mine = []
         for question in questions:
-            if not one[question.hops.subject]:
+            if not first_hops[question.hops.subject]:
                 left_out["first hop not known"] += 1
             elif (question.hops.relation, question.hops.bridge) not in known:
                 left_out["second hop not known"] += 1
@@ -181,5 +181,5 @@ def _known(
     if not answered:
         of_select = {question.hops.subject: question.hops.bridge for question in kept["select"]}
         for subject, bridge in of_select.items():
-            answered[bridge] = (*answered.get(bridge, ()), *one[subject])
-    return QuestionSet(kept, one, two, known, left_out, answered)
+            answered[bridge] = (*answered.get(bridge, ()), *first_hops[subject])
+    return QuestionSet(kept, first_hops, second_hops, known, left_out, answered)

@@ -91,12 +91,12 @@ class MoveSweep:
 
     def any_of(self, back: bool, seed: int) -> tuple[Interval, Interval, Interval]:
         """Share of questions that some move repairs; of wrong answers that some move yields; and their difference."""
-        mine, found = self.among(back), self.report
-        hits = found.given()[:, mine].any(1).astype(float)
+        mine, patched = self.among(back), self.report
+        hits = patched.given()[:, mine].any(1).astype(float)
         random, null = Random(seed), np.zeros(len(hits))
         for _ in range(WRONG):
-            wrong = [random.choice([a for a in found.answers if a not in (q.wanted, q.own)]) for q in found.queries]
-            null += found.given(wrong)[:, mine].any(1)
+            wrong = [random.choice([a for a in patched.answers if a not in (q.wanted, q.own)]) for q in patched.queries]
+            null += patched.given(wrong)[:, mine].any(1)
         null /= WRONG
         return wilson_share(hits), wilson_share(null), bootstrap_mean(hits - null, seed=seed)
 

@@ -111,7 +111,7 @@ class _TwoHopRun:
     def lenses(self) -> dict[str, LensAt]:
         """By form of the bridge and position: where the bridge stands in questions that have to be composed."""
         every = [EMBEDDING, *(Site(layer) for layer in range(self.model.n_layers))]
-        found = {}
+        lenses = {}
         for form, mentions in (("mention", self.questions.mentions()), ("answer", self.questions.as_answers())):
             for position in (SUBJECT, LAST):
                 held: dict[str, list[Mention]] = {}
@@ -123,28 +123,28 @@ class _TwoHopRun:
                 name = f"as {form}, at the {position}"
                 if len(among) > 1:
                     measure = partial(LensAt.measured, self.model, among, held, every)
-                    found[name] = self.kept.get(f"lens/{name}", LensAt, measure)
-        return found
+                    lenses[name] = self.kept.get(f"lens/{name}", LensAt, measure)
+        return lenses
 
     def kinds(self) -> dict[str, Pairs]:
         """The kinds of moves, by name: functions of a split that give queries and what was left out."""
-        one, two = self.questions.first, self.questions.second
+        first, second = self.questions.first, self.questions.second
         kinds: dict[str, Pairs] = {
-            "a mention of another bridge → subject": lambda split: self._across(two, split),
-            "first hop, subject → subject": lambda split: self._across(self._firsts(one, SUBJECT), split),
-            "first hop, last token → subject": lambda split: self._across(self._firsts(one, LAST), split),
+            "a mention of another bridge → subject": lambda split: self._across(second, split),
+            "first hop, subject → subject": lambda split: self._across(self._firsts(first, SUBJECT), split),
+            "first hop, last token → subject": lambda split: self._across(self._firsts(first, LAST), split),
         }
-        if len({hops.relation for hops in two}) > 1:
+        if len({hops.relation for hops in second}) > 1:
             for position in (SUBJECT, LAST):
                 kinds[f"another question, {position} → {position}"] = partial(self._other_relations, position=position)
         for source, target in ((SUBJECT, SUBJECT), (LAST, LAST), (LAST, SUBJECT)):
             kinds[f"the same question, {source} → {target}"] = partial(self._own, read=source, write=target)
         return kinds
 
-    def _firsts(self, one: Mapping[str, Sequence[str]], position: str) -> list[TwoHop]:
+    def _firsts(self, first: Mapping[str, Sequence[str]], position: str) -> list[TwoHop]:
         """Prompts of the first hop alone, as sources of bridges; none of a subject whose answer is recalled."""
         asked = [q.hops for some in self.questions.questions.values() for q in some if not q.recalled]
-        prompts = {hops.subject: (prompt, hops.bridge) for hops in asked for prompt in one[hops.subject][:1]}
+        prompts = {hops.subject: (prompt, hops.bridge) for hops in asked for prompt in first[hops.subject][:1]}
 
         def at(prompt: str, subject: str) -> Positions:
             return last_of(self.model, prompt, subject) if position == SUBJECT else "last"
@@ -186,7 +186,7 @@ class _TwoHopRun:
 
     def sweep(self, name: str, pairs: Pairs) -> MoveSweep:
         moves = [Move(read, write) for read in self.sites for write in self.sites]
-        found, left_out = dict[str, CrossPatched](), Counter[str]()
+        patched, left_out = dict[str, CrossPatched](), Counter[str]()
         for split in self.questions.questions:
             queries, reasons = pairs(split)
             left_out.update(reasons)
@@ -194,12 +194,12 @@ class _TwoHopRun:
                 raise UserError(f"no {split} queries of kind {name!r}: use a model that knows more, or more --queries")
             measure = partial(self._patch, queries, moves)
             arrays = self.kept.get(f"moves/{name}/{split}", KeptSweep, measure)
-            found[split] = CrossPatched(tuple(queries), tuple(moves), **vars(arrays))
-        return MoveSweep(name, found, left_out)
+            patched[split] = CrossPatched(tuple(queries), tuple(moves), **vars(arrays))
+        return MoveSweep(name, patched, left_out)
 
     def _patch(self, queries: Sequence[CrossQuery], moves: Sequence[Move]) -> KeptSweep:
-        found = cross_patch(self.model, queries, moves, self.questions.answers)
-        return KeptSweep(**{name: getattr(found, name) for name in KeptSweep.__dataclass_fields__})
+        patched = cross_patch(self.model, queries, moves, self.questions.answers)
+        return KeptSweep(**{name: getattr(patched, name) for name in KeptSweep.__dataclass_fields__})
 
     def latents(self, dictionary: Dictionary) -> MovedLatents:
         """The last token's latents, between questions: what is transferred is what the model concluded there."""
@@ -231,10 +231,10 @@ class _TwoHopRun:
         rng, move = np.random.default_rng(self.config.seed), [Move(dictionary.site, dictionary.site)]
 
         def hits(latents: Sequence[int] | None) -> Float[np.ndarray, "queries"]:
-            found = cross_patch(
+            patched = cross_patch(
                 self.model, report, move, self.questions.answers, None if latents is None else dictionary, latents
             )
-            return found.given()[:, 0].astype(float)
+            return patched.given()[:, 0].astype(float)
 
         draws = [rng.choice(others, min(count, len(others)), replace=False).tolist() for _ in range(DRAWS)]
         tokens = likeliest(self.model, [query.target for query in report])

@@ -180,8 +180,8 @@ def _from_graphml(text: str) -> dict[str, Any]:
 
     def data(element: ET.Element, keys: Mapping[str, str]) -> dict[str, Any]:
         read = {"string": str, "int": int, "double": float}
-        found = {d.attrib["key"]: d.text or "" for d in element.findall(f"{{{_GRAPHML}}}data")}
-        return {name: read[keys[name]](value) for name, value in found.items()}
+        texts = {d.attrib["key"]: d.text or "" for d in element.findall(f"{{{_GRAPHML}}}data")}
+        return {name: read[keys[name]](value) for name, value in texts.items()}
 
     nodes = [{"site": "", "position": None} | data(n, _NODE_KEYS) for n in graph.findall(f"{{{_GRAPHML}}}node")]
     edges = [

@@ -92,10 +92,10 @@ def find_circuit(
     runs = NodeRuns(model, several, tune, ranked, options=options)
     curve = size_curve(runs, score.tolist(), by_size=False, shares=_shares(len(ranked), how.size))
     chosen = _pruned(model, several, tune, ranked[: _size(curve, how)], how, options)
-    found = None
+    joined = None
     if how.edges is not None:
-        found = edges(model, several, pairs, replace(how.edges, among=tuple(chosen)), options)
-    return FoundCircuit(_circuit(chosen, effects, found, how), tuple(ranked), score, curve, found)
+        joined = edges(model, several, pairs, replace(how.edges, among=tuple(chosen)), options)
+    return FoundCircuit(_circuit(chosen, effects, joined, how), tuple(ranked), score, curve, joined)
 
 
 def node_effects(
@@ -162,11 +162,11 @@ def _pruned(
     return [node for node, acts in zip(chosen, left.act.tolist(), strict=True) if acts]
 
 
-def _circuit(chosen: Sequence[Node], effects: Mapping[Node, float], found: Edges | None, how: FindOptions) -> Circuit:
+def _circuit(chosen: Sequence[Node], effects: Mapping[Node, float], joined: Edges | None, how: FindOptions) -> Circuit:
     nodes = sorted(chosen, key=lambda node: node.order)
-    if found is None:
+    if joined is None:
         return Circuit(tuple(nodes), effects=tuple(effects[node] for node in nodes))
-    weights = edge_weights(found, how.each_position)
+    weights = edge_weights(joined, how.each_position)
     largest = sorted(weights, key=lambda edge: -abs(weights[edge]))[: how.keep]
     listed = sorted(largest, key=lambda edge: (edge.up.order, edge.down.order))
     every = (*nodes, TARGET)
@@ -174,10 +174,10 @@ def _circuit(chosen: Sequence[Node], effects: Mapping[Node, float], found: Edges
     return Circuit(every, tuple(listed), of_nodes, tuple(weights[edge] for edge in listed))
 
 
-def edge_weights(found: Edges, each_position: bool) -> dict[Edge, float]:
+def edge_weights(joined: Edges, each_position: bool) -> dict[Edge, float]:
     """The mean estimate of every edge, or of all positions of an edge together."""
     weights: dict[Edge, float] = {}
-    for edge, weight in zip(*found.means(), strict=True):
+    for edge, weight in zip(*joined.means(), strict=True):
         if not each_position:
             edge = Edge(replace(edge.up, position=None), replace(edge.down, position=None))
         weights[edge] = weights.get(edge, 0.0) + float(weight)

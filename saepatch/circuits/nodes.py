@@ -120,12 +120,12 @@ def node_sites(model: LanguageModel, patchables: Patchable | Sequence[Patchable]
     for component in as_components(model, listed):
         by_site.setdefault(component.site, []).append(component)
     sites = sorted((NodeSite(site, tuple(parts)) for site, parts in by_site.items()), key=lambda some: some.site.order)
-    for number, one in enumerate(sites):
+    for number, here in enumerate(sites):
         for other in sites[:number]:
-            if one.site.same_tensor(other.site):
-                raise UserError(f"{other.site} and {one.site} are one tensor: give nodes of one of them")
-        if len({type(part) for part in one.components} & {LatentUnits, Heads, Stream}) > 1:
-            raise UserError(f"{one.site} has nodes of several kinds that overlap: give one of them")
+            if here.site.same_tensor(other.site):
+                raise UserError(f"{other.site} and {here.site} are one tensor: give nodes of one of them")
+        if len({type(part) for part in here.components} & {LatentUnits, Heads, Stream}) > 1:
+            raise UserError(f"{here.site} has nodes of several kinds that overlap: give one of them")
     return sites
 
 

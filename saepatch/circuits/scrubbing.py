@@ -300,7 +300,7 @@ class _Tree:
         every = [
             HypothesisNode(some, _nothing, (unit,), sampler=self.others) for some in mine for unit in range(some.units)
         ]
-        return [one for one in every if (one.image.site, one.image.kind, *_ids_of(one)) not in named]
+        return [claim for claim in every if (claim.image.site, claim.image.kind, *_ids_of(claim)) not in named]
 
     def _run(
         self,

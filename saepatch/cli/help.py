@@ -28,7 +28,7 @@ All commands: saepatch --help. The settings of one: saepatch COMMAND --help.
 
 def usage(config: type, prog: str, optional: str = "") -> str:
     """The first line of a command's help."""
-    required = [one.name.upper() for one in fields(config) if one.default is MISSING and one.default_factory is MISSING]
+    required = [f.name.upper() for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     given = [*required, *([f"[{optional.upper()}]"] if optional else [])]
     return " ".join([prog.replace("%", "%%"), *given, "[--config FILE.yaml] [--SETTING VALUE ...]"])
 
@@ -61,7 +61,7 @@ def formatter() -> type:
                 return action.help or ""
             if action.required:
                 return f"{action.help} (required)"
-            said = not any(action.default is one for one in (None, False, argparse.SUPPRESS)) and action.default != ""
-            return f"{action.help} (default: %(default)s)" if said else action.help or ""
+            shown = not any(action.default is no for no in (None, False, argparse.SUPPRESS)) and action.default != ""
+            return f"{action.help} (default: %(default)s)" if shown else action.help or ""
 
     return Formatter

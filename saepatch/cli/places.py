@@ -31,12 +31,12 @@ def _settings(path: Path) -> dict[str, tuple[str, Any]]:
     """Each setting of a YAML file, those of a section as `section.key`: its place, and its value as written."""
     import yaml
 
-    found: dict[str, tuple[str, Any]] = {}
+    places: dict[str, tuple[str, Any]] = {}
 
     def walk(node: Any, before: str) -> None:
         for key, value in node.value:
             name = f"{before}{key.value}"
-            found[name] = (f"{path}, line {key.start_mark.line + 1}", getattr(value, "value", None))
+            places[name] = (f"{path}, line {key.start_mark.line + 1}", getattr(value, "value", None))
             if isinstance(value, yaml.MappingNode):
                 walk(value, f"{name}.")
 
@@ -46,7 +46,7 @@ def _settings(path: Path) -> dict[str, tuple[str, Any]]:
         return {}
     if isinstance(root, yaml.MappingNode):
         walk(root, "")
-    return found
+    return places
 
 
 def _names(message: str, name: str, value: Any) -> bool:

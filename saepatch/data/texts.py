@@ -62,14 +62,14 @@ def _numbered_rows(model: LanguageModel, texts: Iterable[str], context: int) -> 
     limit = min(context, model.context or context)
     if limit < 2:
         raise UserError(f"a context of {limit} tokens holds no token besides BOS: use at least 2")
-    said = False
+    logged = False
     for number, text in enumerate(texts):
         ids = model.encode(text)
         start = ids[:1] if ids[:1] == [model.bos_id] else []
         body, step = ids[len(start) :], limit - len(start)
-        if len(body) > step and not said:
+        if len(body) > step and not logged:
             log.info("texts of more than %d tokens are read in rows of that length", limit)
-            said = True
+            logged = True
         for first in range(0, len(body), step):
             yield number, [*start, *body[first : first + step]]
 

@@ -125,12 +125,12 @@ def _sae(architecture: str, weights: Mapping[str, Tensor], name: str, **options:
     cfg = cfg_class(d_in=d_in, d_sae=d_sae, dtype="float32", device="cpu", **options)
     sae: nn.Module = sae_class(cfg)
     expected = {part: tuple(value.shape) for part, value in sae.state_dict().items()}
-    found = {part: tuple(value.shape) for part, value in weights.items()}
-    if expected != found:
-        wrong = sorted(part for part in expected.keys() | found.keys() if expected.get(part) != found.get(part))
+    shapes = {part: tuple(value.shape) for part, value in weights.items()}
+    if expected != shapes:
+        wrong = sorted(part for part in expected.keys() | shapes.keys() if expected.get(part) != shapes.get(part))
         raise UserError(
             f"the weights of {name!r} do not fit its architecture, {architecture}: {wrong[0]} has shape "
-            f"{found.get(wrong[0])}, not {expected.get(wrong[0])}"
+            f"{shapes.get(wrong[0])}, not {expected.get(wrong[0])}"
         )
     with torch.no_grad():
         sae.load_state_dict(dict(weights))

@@ -11,9 +11,9 @@ from experiments.jailbreak.study import (
     DONE,
     HALVES,
     SHIFT,
-    HalvesFound,
     JailbreakConfig,
     JailbreakResults,
+    RankedHalves,
     ShiftChoice,
     main,
 )
@@ -24,7 +24,7 @@ from saepatch.restoration.answering import Answered
 
 pytestmark = pytest.mark.whole
 
-FOUND = HalvesFound(
+FOUND = RankedHalves(
     {
         "suppressed": (("resid_post.3", 4), ("resid_post.2", 9), ("resid_post.3", 1)),
         "amplified": (("resid_post.1", 2),),

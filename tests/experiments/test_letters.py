@@ -12,7 +12,7 @@ from tiny import random_dictionary, tiny_model
 
 from experiments import letters
 from experiments.letters import CONTENTS, LABELS, LETTERS, Accuracy, Carried, LettersConfig, LettersResults
-from experiments.real.tasks import CAPITALS
+from experiments.real.stages.tasks import CAPITALS
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_heads

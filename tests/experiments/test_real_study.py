@@ -11,10 +11,11 @@ from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
 from experiments.pairs import question
-from experiments.real import dictionaries, heads, restoration, steering, study, tasks, texts, tracing
+from experiments.real import study
 from experiments.real.claims import Claim, OtherRun, chosen_site, verdict_of
-from experiments.real.patching import direct_effects, patching
 from experiments.real.settings import RealConfig
+from experiments.real.stages import dictionaries, heads, restoration, steering, tasks, texts, tracing
+from experiments.real.stages.patching import direct_effects, patching
 from saepatch.cli.parser import run_config
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
@@ -139,7 +140,7 @@ def test_a_finished_run_measures_nothing_again_and_another_is_refused(finished, 
     monkeypatch.setattr(study, "concepts", only_praise)
     before = (finished / "summary.json").read_text()
     for name in ("patch_heads", "patch_streams", "patch_components"):
-        monkeypatch.setattr(f"experiments.real.patching.{name}", lambda *_, **__: pytest.fail("measured again"))
+        monkeypatch.setattr(f"experiments.real.stages.patching.{name}", lambda *_, **__: pytest.fail("measured again"))
     monkeypatch.setattr(LanguageModel, "generate_ids", lambda *_, **__: pytest.fail("generated again"))
     given = ["--model", str(STORIES), "--data", str(TEXTS), "--out", str(finished)]
     assert run(*given, "--beside", str(finished / "summary.json")) == 0

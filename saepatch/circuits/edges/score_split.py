@@ -67,8 +67,8 @@ class ScoreSplit:
             block = self.scaling * self.query[start : start + ROWS] @ self.key.T
             few = np.argsort(-np.abs(block), axis=None, kind="stable")[:k]
             rows, columns = np.unravel_index(few, block.shape)
-            found = zip((start + rows).tolist(), columns.tolist(), block[rows, columns].tolist(), strict=True)
-            best = sorted([*best, *found], key=lambda pair: -abs(pair[2]))[:k]
+            largest = zip((start + rows).tolist(), columns.tolist(), block[rows, columns].tolist(), strict=True)
+            best = sorted([*best, *largest], key=lambda pair: -abs(pair[2]))[:k]
         return [(self.vertices[i], self.vertices[j], value) for i, j, value in best]
 
 

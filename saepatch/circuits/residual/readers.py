@@ -60,7 +60,7 @@ def reading_heads(
         raise UserError(f"latent {latent} is out of range: {dictionary.name} has {dictionary.d_sae}, from 0")
     tokens, site, name = model.tokenize(list(prompts)), dictionary.site, f"{dictionary.site} {latent}"
     unit = LatentUnits(dictionary, ids=(latent,))
-    found: list[tuple[int, int, list[float]]] = []
+    reads: list[tuple[int, int, list[float]]] = []
     heads: list[tuple[int, int]] = []
     for rows, _, part in by_length(tokens):
         for start in range(0, len(rows), batch_size):
@@ -76,9 +76,9 @@ def reading_heads(
                 raise UserError(f"no attention layer comes after {site}, so no head reads {name}")
             last = torch.cat([patterns[layer][:, :, -1] for layer in layers], 1)  # [rows, heads, pos]
             for row in peak.gt(0).nonzero().flatten().tolist():
-                found.append((int(rows[some][row, 0]), int(at[row]), last[row, :, at[row]].tolist()))
-    if not found:
+                reads.append((int(rows[some][row, 0]), int(at[row]), last[row, :, at[row]].tolist()))
+    if not reads:
         raise UserError(f"{name} is active in none of the {len(prompts)} prompts: give others")
-    found.sort()
-    prompt, position, attention = (np.array(column) for column in zip(*found, strict=True))
+    reads.sort()
+    prompt, position, attention = (np.array(column) for column in zip(*reads, strict=True))
     return ReadingHeads(name, prompt, position, tuple(heads), attention)

@@ -77,8 +77,8 @@ class StreamParts:
         ]
         open_layers = cls(model, tuple(listed))._open_layers()
         if open_layers:
-            found = _discovered(model, open_layers)
-            listed = [writer for writer in listed if writer.part.layer not in open_layers] + found
+            discovered = _discovered(model, open_layers)
+            listed = [writer for writer in listed if writer.part.layer not in open_layers] + discovered
         listed.sort(key=lambda writer: writer.part.layer or 0)
         parts = cls(model, tuple(listed))
         if unclosed := parts._open_layers():

@@ -18,5 +18,5 @@ def inspect(config: InspectConfig) -> CommandResult:
 def plan(config: PlanConfig) -> CommandResult:
     from saepatch.measure.requirements import requirements
 
-    found = requirements(config)
-    return CommandResult(found.text(), found.facts())
+    needed = requirements(config)
+    return CommandResult(needed.text(), needed.facts())

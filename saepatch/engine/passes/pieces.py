@@ -122,7 +122,7 @@ class Pieces:
         """
         held = [(layer.keys, layer.values) for layer in kept]
         owed = [tuple(torch.zeros_like(x) for x in pair if x is not None) for pair in held]
-        found: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in sites}
+        by_site: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in sites}
         result: Tensor | None = None
         for start in reversed(range(0, self.tokens.width, self.piece)):
             end = min(start + self.piece, self.tokens.width)
@@ -144,11 +144,13 @@ class Pieces:
                 [out for out, _ in ends], wanted, [due for _, due in ends], allow_unused=True, materialize_grads=True
             )
             for (site, x), gradient in zip(emitted.items(), taken, strict=False):
-                found[site].append((x.detach().to(self.model.device), gradient.to(self.model.device)))
+                by_site[site].append((x.detach().to(self.model.device), gradient.to(self.model.device)))
             for due, gradient in zip((x for pair in owed for x in pair), taken[len(emitted) :], strict=True):
                 due[:, :, :start] += gradient
         assert result is not None
-        whole = {site: [torch.cat(parts[::-1], 1) for parts in zip(*some, strict=True)] for site, some in found.items()}
+        whole = {
+            site: [torch.cat(parts[::-1], 1) for parts in zip(*some, strict=True)] for site, some in by_site.items()
+        }
         return (
             result.detach(),
             {site: values for site, (values, _) in whole.items()},

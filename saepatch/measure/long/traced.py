@@ -160,10 +160,10 @@ class AttentionTrace(Shown):
 
     def _most_read(self, most: int) -> Iterator[tuple[float, int, int, int]]:
         """The largest shares with their layer, head and block; the sink and the last two blocks are left out."""
-        found = []
+        shares = []
         for layer in self.layers:
             far = self.read(layer)[:, 1:-2]
             for at in np.argsort(-far, axis=None, kind="stable")[:most].tolist():
                 head, block = divmod(at, far.shape[1])
-                found.append((float(far[head, block]), layer, head, block + 1))
-        yield from sorted(found, reverse=True)[:most]
+                shares.append((float(far[head, block]), layer, head, block + 1))
+        yield from sorted(shares, reverse=True)[:most]

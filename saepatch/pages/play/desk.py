@@ -142,18 +142,18 @@ class Desk:
         for start in range(0, len(missing), PART):
             self._names(dictionary, missing[start : start + PART])
             yield {"note": f"reading latents: {len(known):,} of {len(every):,}"}
-        found = []
+        matches = []
         for latent in every:
             for rank, (token, logit) in enumerate(known[latent]):
                 bare = token.strip().casefold()
                 if text in bare:
-                    found.append((bare != text, rank, -logit, latent))
+                    matches.append((bare != text, rank, -logit, latent))
                     break
         if text.isdecimal() and int(text) < dictionary.d_sae:
-            found.append((False, -1, 0.0, int(text)))
-        listed = [latent for *_, latent in sorted(found)[:LISTED]]
+            matches.append((False, -1, 0.0, int(text)))
+        listed = [latent for *_, latent in sorted(matches)[:LISTED]]
         names = self._names(dictionary, listed)
-        yield {"latents": [{"latent": latent, "names": names[latent]} for latent in listed], "found": len(found)}
+        yield {"latents": [{"latent": latent, "names": names[latent]} for latent in listed], "found": len(matches)}
 
     def card(self, asked: Mapping[str, Any]) -> Iterator[Message]:
         """A latent's card as HTML. `beside` are latents likely to be asked for next, which the same pass reads."""
@@ -177,9 +177,9 @@ class Desk:
         config = self._steer_config(asked)
         session = session_on(self.model, self.dictionaries, config, self._units, len(self.texts))
         for both in session.answer(config.prompt):
-            yield {"texts": [visible(one.text) for one in both], "ended": [one.ended for one in both]}
+            yield {"texts": [visible(written.text) for written in both], "ended": [written.ended for written in both]}
         site, ids = next(iter(session.latents.items()))
-        named = [(name, read + one.text) for name, read, one in zip("ba", session.prompts, both)]
+        named = [(name, read + written.text) for name, read, written in zip("ba", session.prompts, both)]
         starts = [len(self.model.encode(read)) for read in session.prompts]
         coloured = read_texts(self.model, session.dictionaries[site], ids, named)
         yield {

@@ -19,19 +19,19 @@ LOADED = ("device", "dtype", "prepend_bos", "trust_remote_code", "device_map", "
 
 def shared_settings(config: ModelSettings) -> dict[str, Any]:
     """The settings of a model and its dictionaries, which commands share."""
-    return {one.name: getattr(config, one.name) for kind in (ModelSettings, DictionarySettings) for one in fields(kind)}
+    return {f.name: getattr(config, f.name) for kind in (ModelSettings, DictionarySettings) for f in fields(kind)}
 
 
 def as_command(config: SteerConfig | PatchConfig) -> str:
     """The command with these settings: those that differ from their defaults."""
     words = ["saepatch", "patch" if isinstance(config, PatchConfig) else "steer"]
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if value != one.default:
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if value != setting.default:
             text = (
                 str(value).lower() if isinstance(value, bool) else f"{value:.9g}" if isinstance(value, float) else value
             )
-            words += [f"--{one.name}={text}"] if str(text).startswith("-") else [f"--{one.name}", str(text)]
+            words += [f"--{setting.name}={text}"] if str(text).startswith("-") else [f"--{setting.name}", str(text)]
     return shlex.join(words)
 
 
@@ -89,7 +89,7 @@ def patched_in_python(config: PlayConfig, prompts: tuple[str, str], site: Site, 
 
 def _loading(config: ModelSettings, sites: Sequence[Site], imports: Sequence[str] = ()) -> list[str]:
     settings = shared_settings(config)
-    defaults = {one.name: one.default for one in fields(ModelSettings)}
+    defaults = {f.name: f.default for f in fields(ModelSettings)}
     given = {name: settings[name] for name in LOADED if settings[name] != defaults[name]}
     every: dict[str, Any] = {"every_position": True} if settings["every_position"] else {}
     loads = [

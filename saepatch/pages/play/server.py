@@ -59,10 +59,10 @@ def application(questions: Mapping[str, Question], token: str) -> Any:
     line = Queue()
 
     async def file(request: Request) -> Response:
-        found = FILES.get(request.path_params.get("name", ""))
-        if found is None:
+        served = FILES.get(request.path_params.get("name", ""))
+        if served is None:
             return PlainTextResponse("not found", 404, HEADERS)
-        return FileResponse(found[0], media_type=found[1], headers=HEADERS)
+        return FileResponse(served[0], media_type=served[1], headers=HEADERS)
 
     async def ask(request: Request) -> Response:
         question = questions.get(request.path_params["name"])

@@ -60,17 +60,17 @@ class CircuitPlan:
     """How the circuit was chosen: number of candidates, faithfulness over sizes, agreement of edges with exact ones."""
 
     @classmethod
-    def of(cls, config: CircuitConfig, found: FoundCircuit) -> "CircuitPlan":
-        members, rng = members_of(found.circuit), np.random.default_rng(config.seed)
+    def of(cls, config: CircuitConfig, selected: FoundCircuit) -> "CircuitPlan":
+        members, rng = members_of(selected.circuit), np.random.default_rng(config.seed)
         try:
-            random = random_like(members, found.ranked, config.random, config.seed)
+            random = random_like(members, selected.ranked, config.random, config.seed)
         except UserError as error:
             log.warning("no random circuits: %s", error)
             random = []
         sizes = sorted({1, max(1, len(members) // 2)})
         sets = [rng.choice(len(members), size, replace=False) for size in sizes for _ in range(KNOCKED_OUT)]
         knocked_out = tuple(tuple(members[i] for i in some) for some in sets)
-        return cls(found.circuit, tuple(map(tuple, random)), knocked_out, _selected(found))
+        return cls(selected.circuit, tuple(map(tuple, random)), knocked_out, _selected(selected))
 
     def facts(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -92,10 +92,10 @@ def _nodes(facts: dict[str, Any]) -> tuple[Node, ...]:
     return Circuit.from_facts(facts).nodes
 
 
-def _selected(found: FoundCircuit) -> dict[str, Any]:
-    curve, edges = found.curve, found.edges
+def _selected(selected: FoundCircuit) -> dict[str, Any]:
+    curve, edges = selected.curve, selected.edges
     facts: dict[str, Any] = {
-        "candidates": len(found.ranked),
+        "candidates": len(selected.ranked),
         "sizes": list(curve.sizes),
         "faithfulness": [interval.as_list() for interval in curve.faithfulness],
     }
@@ -266,11 +266,14 @@ def prepare(config: CircuitConfig) -> CircuitRun:
     )
     record = place.agreed(record)
     if record.edits is None:
-        found = find_circuit(model, dictionaries or every_component(model), select, tune, _how(config), options)
+        selected = find_circuit(model, dictionaries or every_component(model), select, tune, _how(config), options)
         log.info(
-            "%d of %d nodes, %d edges", len(members_of(found.circuit)), len(found.ranked), len(found.circuit.edges)
+            "%d of %d nodes, %d edges",
+            len(members_of(selected.circuit)),
+            len(selected.ranked),
+            len(selected.circuit.edges),
         )
-        record = replace(record, edits=[CircuitPlan.of(config, found).facts()])
+        record = replace(record, edits=[CircuitPlan.of(config, selected).facts()])
         write_record(record, place.folder)  # not to be found again
     return CircuitRun(config, source, pairs, model, dictionaries, options, record, place)
 

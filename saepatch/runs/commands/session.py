@@ -177,9 +177,9 @@ def session_on(
         chosen[site].check_ids(ids)
         units[site] = (config.unit or 1.0,) * len(ids)
         if not config.unit and config.act != "ablate":
-            found = measured(chosen[site], ids)
-            units[site], maxima[site] = tuple(found.unit.tolist()), tuple(found.maximum.tolist())
-            warnings += found.warnings(ids)
+            measures = measured(chosen[site], ids)
+            units[site], maxima[site] = tuple(measures.unit.tolist()), tuple(measures.maximum.tolist())
+            warnings += measures.warnings(ids)
             if silent := [latent for latent, unit in zip(ids, units[site], strict=True) if not unit]:
                 raise UserError(
                     f"latent {silent[0]} of {site} never fires in the {texts} reference texts, so there is no "

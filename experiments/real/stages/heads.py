@@ -20,7 +20,7 @@ from saepatch.model.positions import At
 from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.splicing.splice import whole_prompt
 
-from ..pairs.stages import Both
+from ...pairs.stages import Both
 from .tasks import BATCH
 
 LEAST = 0.02  # smallest effect of a head with a role, as a share of the gap

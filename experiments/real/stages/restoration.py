@@ -26,9 +26,9 @@ from saepatch.restoration.ranking import find_safety_latents
 from saepatch.restoration.restore import restore
 from saepatch.splicing.donors import CleanPrompts
 
-from ..common.kept import KeptResults
-from ..steering.concepts import words_judge
-from .settings import RealConfig
+from ...common.kept import KeptResults
+from ...steering.concepts import words_judge
+from ..settings import RealConfig
 from .texts import ENGLISH_WORDS, FRENCH_WORDS, translations
 
 SIZES = (1, 4, 16, 64)  # numbers of latents that are restored together

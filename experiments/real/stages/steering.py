@@ -22,10 +22,10 @@ from saepatch.records.statistics import Interval, bootstrap_mean
 from saepatch.steering.contrasts import contrast, first_alive, output_scores, refine
 from saepatch.steering.generate import Concept
 
-from ..common.kept import KeptResults
-from ..steering.stages import PROMPTING, RANDOM, Bench, Point, Way, dense
+from ...common.kept import KeptResults
+from ...steering.stages import PROMPTING, RANDOM, Bench, Point, Way, dense
+from ..settings import RealConfig
 from .dictionaries import first_rows
-from .settings import RealConfig
 from .texts import ONE_TOKEN_PREFIXES
 
 SEVERAL = 8  # latents that steer together

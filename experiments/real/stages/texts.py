@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from saepatch.steering.generate import Concept
 
-from ..pairs.question import half_of
-from ..steering.concepts import words_judge
+from ...pairs.question import half_of
+from ...steering.concepts import words_judge
 
 # English and French; `half_of` divides them among the splits.
 SENTENCES = (

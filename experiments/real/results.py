@@ -1,22 +1,47 @@
-"""The results of the study as flat rows: exact effects, and generated texts."""
+"""The results of the study, and as flat rows: exact effects, and generated texts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saepatch.measure.results.effects import Effects
+from saepatch.model.language_model import LanguageModel
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records, write_rows
 
-from .restoration import in_french
-
-if TYPE_CHECKING:
-    from .study import RealResults
+from .claims import Claim, OtherRun
+from .settings import RealConfig
+from .stages.dictionaries import DictionaryQuality, TaskLatents
+from .stages.patching import PatchingStage
+from .stages.restoration import RestoredBehaviour, in_french
+from .stages.steering import SteeredConcept
+from .stages.tasks import TaskPairs
+from .stages.tracing import Tracing
 
 ROWS, TEXTS = "results.parquet", "texts.parquet"
 
 
-def write_results(results: "RealResults", out: Path) -> None:
+@dataclass(frozen=True, eq=False)
+class RealResults:
+    """Everything that the page and the summary show; `left_out` has the reasons by part of the study."""
+
+    config: RealConfig
+    model: LanguageModel
+    tasks: Mapping[str, TaskPairs]
+    patched: PatchingStage
+    traced: Tracing | None
+    qualities: Sequence[DictionaryQuality]
+    latents: Mapping[str, Sequence[TaskLatents]]
+    steered: Sequence[SteeredConcept]
+    restored: RestoredBehaviour | None
+    claims: list[Claim]
+    beside: OtherRun | None
+    left_out: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+
+def write_results(results: RealResults, out: Path) -> None:
     """Write `results.parquet`, a row for each edit and pair, and `texts.parquet`, a row for each generated text."""
     model, config = results.model, results.config
     provenance = Provenance(model.name, model.fingerprint, config.sae, "", config.seed)
@@ -25,7 +50,7 @@ def write_results(results: "RealResults", out: Path) -> None:
         write_records([(texts, provenance)], out / TEXTS)
 
 
-def sweeps(results: "RealResults") -> Iterator[tuple[str, Effects]]:
+def sweeps(results: RealResults) -> Iterator[tuple[str, Effects]]:
     """Every sweep with the name in the column `task`: the task, and what was patched where the columns do not say."""
     patched = results.patched
     for task, by_position in patched.maps.items():
@@ -48,7 +73,7 @@ def _both(name: str, by: Mapping[Any, Effects]) -> Iterator[tuple[str, Effects]]
         yield name, effects
 
 
-def generated(results: "RealResults") -> Iterator[dict[str, Any]]:
+def generated(results: RealResults) -> Iterator[dict[str, Any]]:
     for each in results.steered:
         for name, point in {"unsteered": each.unsteered, **each.chosen}.items():
             for draw, texts in enumerate(point.draws):

@@ -13,7 +13,7 @@ from saepatch.measure.results.effects import Effects
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval, bootstrap_mean
 
-from ..common.kept import KeptResults
+from ...common.kept import KeptResults
 from .patching import one_form
 from .tasks import TaskPairs
 

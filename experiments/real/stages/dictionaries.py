@@ -26,9 +26,9 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval
 
-from ..common.kept import KeptResults
-from ..pairs.stages import DENSE, DirectionKind, both, site_values
-from .settings import RealConfig
+from ...common.kept import KeptResults
+from ...pairs.stages import DENSE, DirectionKind, both, site_values
+from ..settings import RealConfig
 from .tasks import TaskPairs
 
 log = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.organism import is_checkpoint
 from saepatch.records.statistics import Interval, wilson_share
 
-from ..agreement import agreement_pairs
-from ..common.kept import KeptResults
-from ..ioi import ioi_pairs
-from ..pairs.question import FramedPair, fitting, half_of
-from ..pronouns import story_pairs
+from ...agreement import agreement_pairs
+from ...common.kept import KeptResults
+from ...ioi import ioi_pairs
+from ...pairs.question import FramedPair, fitting, half_of
+from ...pronouns import story_pairs
 
 FEWEST_RIGHT = 8  # pairs of each split; a task with fewer is left out
 BATCH = 32  # pairs per forward pass

@@ -15,9 +15,9 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval
 
-from ..common.kept import KeptResults
-from ..pairs.question import FramedPair
-from ..pairs.stages import Both, both
+from ...common.kept import KeptResults
+from ...pairs.question import FramedPair
+from ...pairs.stages import Both, both
 from .heads import HeadAttention, HeadRole, head_attention, head_roles
 from .tasks import TaskPairs
 
