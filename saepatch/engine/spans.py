@@ -4,9 +4,10 @@ Both skip the blocks before the first site and, where a cache allows it, the col
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -103,6 +104,18 @@ def reach(
     return out.to(base.model.device)[:, -columns:]
 
 
+class ColumnGraph(NamedTuple):
+    """A later site's value in one column as a function of what it reads: earlier columns by keys and values alone.
+
+    Each is a leaf: `leaves`, the values of the earlier sites in this column, and `cache`, the tensors of
+    `SpanGraph.cache` in the columns before.
+    """
+
+    value: Float[Tensor, "batch 1 width"]
+    leaves: dict[Site, Float[Tensor, "batch 1 _"]]
+    cache: list[Float[Tensor, "batch heads columns _"]]
+
+
 class SpanGraph:
     """A later site's value as a function of earlier sites of a base run, in one autograd graph.
 
@@ -122,6 +135,7 @@ class SpanGraph:
         self._cache: Cache | None = DynamicCache() if way in ON_CACHE else None
         self._all = torch.arange(len(base.tokens), device=base.model.device)
         self._checked = False
+        self._columns: dict[int, ColumnGraph] = {}
         self.whole = self._run(base.tokens, slice(None), self._cache)
 
     def column(self, p: int) -> Float[Tensor, "batch 1 width"]:
@@ -131,12 +145,73 @@ class SpanGraph:
             return whole
         cache = cache_before([self._cache, self.base.cache_before(self._all, p)], self._all, p) if p else None
         alone = self._run(self.base.tokens.columns(p + 1), slice(p, p + 1), cache)
-        if not _close(alone.detach(), whole.detach()) or not (self._checked or self._same_gradients(alone, whole)):
+        if not is_close(alone.detach(), whole.detach()) or not (self._checked or self._same_gradients(alone, whole)):
             log.warning("%s: passes from a cache differ from whole passes, which are used", self.base.model.name)
             self._cache = None
             return whole
         self._checked = True
         return alone
+
+    @property
+    def cache(self) -> list[Float[Tensor, "batch heads pos _"]]:
+        """The keys and values that depend on the leaves, layer by layer; none without a usable cache."""
+        if self._cache is None:
+            return []
+        layers = [layer for layer in list[Any](self._cache.layers) if layer.is_initialized]
+        return [x for layer in layers for x in (layer.keys, layer.values) if x is not None and x.requires_grad]
+
+    def is_local(self) -> bool:
+        """Whether keys and values depend on the leaves in their own column alone, as with one block in the span."""
+        if not (cache := self.cache):
+            return False
+        noise = [torch.zeros_like(x) for x in cache]
+        for x in noise:
+            x[:, :, -1] = torch.randn(x[:, :, -1].shape, generator=torch.Generator().manual_seed(0)).to(x)
+        leaves = list(self.leaves.values())
+        gradients = _gradients(cache, leaves, noise)
+        return all(gradient is None or not bool(gradient[:, :-1].any()) for gradient in gradients)
+
+    def carried(
+        self, site: Site, vectors: Float[Tensor, "batch columns n width"], first: int = 0
+    ) -> Float[Tensor, "batch columns n size"]:
+        """To first order, what vectors added to a leaf, each alone, change in a local `cache`, as by `flat_cache`.
+
+        `first` is the column of the first vectors.
+
+        These are Jacobian-vector products, as the derivative of a vector-Jacobian product by its vector.
+        """
+        leaf, cache = self.leaves[site], [x[:, :, first : first + vectors.shape[1]] for x in self.cache]
+        with torch.enable_grad():
+            weights = [torch.zeros_like(x, requires_grad=True) for x in cache]
+            (pulled,) = _gradients(cache, [leaf], weights, create_graph=True)
+            if pulled is None:
+                return vectors.new_zeros(*vectors.shape[:3], flat_cache(cache).shape[-1])
+            changes = batched_gradients(
+                pulled[:, first : first + vectors.shape[1]], weights, vectors.to(leaf.dtype).movedim(2, 0)
+            )
+        return flat_cache(changes).movedim(0, 2).contiguous()
+
+    def column_on_cache(self, p: int) -> ColumnGraph:
+        """The target's value in column `p` as a function of the leaves there and of `cache` before it."""
+        assert self._cache is not None, "is_local is false without a cache"
+        if p in self._columns:
+            return self._columns[p]
+        held: list[Tensor] = []
+        layers, kept = list[Any](), list[Any](self._cache.layers)
+        for layer in kept:
+            cut = SimpleNamespace(is_initialized=layer.is_initialized, keys=layer.keys, values=layer.values)
+            for name in ("keys", "values"):
+                if layer.is_initialized and (x := getattr(layer, name)).requires_grad:
+                    held.append(x[:, :, :p].detach().requires_grad_())
+                    setattr(cut, name, held[-1])
+            layers.append(cut)
+        leaves = {site: x[:, p : p + 1].detach().requires_grad_() for site, x in self.leaves.items()}
+        known: list[Any] = [SimpleNamespace(layers=layers), self.base.cache_before(self._all, p)]
+        value = self._run(
+            self.base.tokens.columns(p + 1), slice(p, p + 1), cache_before(known, self._all, p) if p else None, leaves
+        )
+        self._columns[p] = ColumnGraph(value, leaves, held)
+        return self._columns[p]
 
     def _same_gradients(self, alone: Tensor, whole: Tensor) -> bool:
         noise = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0)).to(whole)
@@ -145,10 +220,15 @@ class SpanGraph:
             torch.autograd.grad(x, leaves, noise, retain_graph=True, allow_unused=True, materialize_grads=True)
             for x in (alone, whole)
         )
-        return all(_close(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
+        return all(is_close(mine, theirs) for mine, theirs in zip(ours, expected, strict=True))
 
-    def _run(self, tokens: Tokens, columns: slice, cache: Any) -> Float[Tensor, "batch columns width"]:
-        edits = {site: _set_to(x[:, columns]) for site, x in (self._fixed | self.leaves).items()}
+    def _run(
+        self, tokens: Tokens, columns: slice, cache: Any, leaves: Mapping[Site, Tensor] | None = None
+    ) -> Float[Tensor, "batch columns width"]:
+        """The target's value in some columns; `leaves` are of these columns alone, None: those of the whole graph."""
+        values = {site: x[:, columns] for site, x in self._fixed.items()}
+        values |= leaves if leaves is not None else {site: x[:, columns] for site, x in self.leaves.items()}
+        edits = {site: _set_to(x) for site, x in values.items()}
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no batched backward pass
@@ -185,6 +265,26 @@ def _set_to(value: Tensor) -> Edit:
     return lambda x: value.to(x.device)
 
 
-def _close(ours: Tensor, expected: Tensor) -> bool:
+def _gradients(
+    values: Sequence[Tensor], wanted: Sequence[Tensor], cotangents: Sequence[Tensor], **options: bool
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(values, wanted, cotangents, retain_graph=True, allow_unused=True, **options)
+
+
+def batched_gradients(value: Tensor, wanted: Sequence[Tensor], cotangents: Float[Tensor, "n ..."]) -> list[Tensor]:
+    """A vector-Jacobian product for each of `n` cotangents; zeros where the value does not depend on a tensor."""
+    gradients = _gradients([value], wanted, [cotangents], is_grads_batched=True)
+    return [
+        x.new_zeros(len(cotangents), *x.shape) if gradient is None else gradient
+        for x, gradient in zip(wanted, gradients, strict=True)
+    ]
+
+
+def flat_cache(tensors: Sequence[Float[Tensor, "*batch heads pos _"]]) -> Float[Tensor, "*batch pos size"]:
+    """Keys and values of all heads and layers, one vector a position."""
+    return torch.cat([x.transpose(-3, -2).flatten(-2) for x in tensors], -1)
+
+
+def is_close(ours: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
     return bool((ours - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))

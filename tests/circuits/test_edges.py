@@ -12,10 +12,12 @@ from tiny import random_dictionary, tiny_model
 import saepatch as sp
 from saepatch.circuits.circuit import TARGET
 from saepatch.circuits.edges.backward import gim, relp
+from saepatch.circuits.edges.jacobians import EdgeSpan
 from saepatch.circuits.edges.paths import path_patches
 from saepatch.circuits.nodes import Edge, Node, node_sites
 from saepatch.engine.components import Heads, Stream
 from saepatch.engine.metrics import log_probability
+from saepatch.engine.spans import SpanGraph
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 
@@ -140,6 +142,37 @@ def test_estimates_are_those_of_a_loop(family):
     agree(both)
     kinds = {(result.parts[up][1], result.parts[down][1]) for up, down in np.unique(result.names[[1, 4]], axis=1).T}
     assert kinds == {(up, down) for up in ("latent", "error") for down in ("latent", "error", "logits")}
+
+
+@pytest.mark.parametrize(("layer", "local"), [(1, True), (2, False)])
+def test_keys_and_values_stand_for_earlier_columns_over_one_block_only(layer, local, monkeypatch):
+    """Over two blocks, they depend on earlier columns themselves; both ways give what the loop gives."""
+    spans, sites = [], []
+    made, backward = EdgeSpan.products, EdgeSpan._from_leaves
+
+    def noted(span, readers):
+        spans.append(span)
+        return made(span, readers)
+
+    def counted(span, p, cotangent):
+        sites.append(p)
+        return backward(span, p, cotangent)
+
+    monkeypatch.setattr(EdgeSpan, "products", noted)
+    monkeypatch.setattr(EdgeSpan, "_from_leaves", counted)
+    later = random_dictionary(f"resid_post.{layer}", "topk", seed=3)
+    agree(compared(model(), [dictionaries()[0], later], NONE, lambda e: (), by_loop)[1])
+    assert spans
+    assert all(span.graph.is_local() == local for span in spans)
+    assert len(sites) == 1 if local else len(set(sites)) == 3  # once, to check; or at every position
+
+
+def test_a_wrong_short_cut_is_not_taken(monkeypatch, caplog):
+    """Where carried movers do not give what whole passes give, these are used, with a warning."""
+    right = SpanGraph.carried
+    monkeypatch.setattr(SpanGraph, "carried", lambda *given: 1.01 * right(*given))
+    agree(compared(model(), dictionaries(), NONE, lambda e: (), by_loop)[1])
+    assert "differ from those by whole passes" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "topk"])

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from saepatch.circuits.edges.backward import Backward, Counts
 from saepatch.circuits.edges.edge_list import Edges
-from saepatch.circuits.edges.jacobians import Movers, Products, Readers, products, readers_at
+from saepatch.circuits.edges.jacobians import EdgeSpan, Movers, Products, Readers, readers_at
 from saepatch.circuits.edges.ledger import Ledger
 from saepatch.circuits.edges.paths import TwoRuns, path_patches, runs_of_pairs
 from saepatch.circuits.nodes import LOGITS, Edge, Node, NodeSite, Paths, between, changes_at, node_sites, upstream
@@ -276,24 +276,21 @@ class _Estimates:
         """The edges into the nodes of one site. With steps, each upstream site moves alone."""
         for together in [ups] if not self.how.method.steps else [[up] for up in ups]:
             graphs = [self._graph(node.site, [up.site for up in together], runs, share) for share in self._shares]
+            spans = [EdgeSpan(graph, together) for graph in graphs]
             values = [graph.whole.detach() for graph in graphs]
             for number, readers in enumerate(readers_at(node, values[0], gradient, places[node.site], values[1:])):
                 if self.how.among:
                     kind = readers.component.kind
                     readers = readers.only(self._among(node.site, kind, runs, readers.row, readers.pos, readers.unit))
                 if len(readers):
-                    self._products(
-                        graphs, [readers.at(x) for x in values], together, self._number(node.site, number), ledger
-                    )
+                    self._products(spans, [readers.at(x) for x in values], self._number(node.site, number), ledger)
 
     @property
     def _shares(self) -> list[float]:
         return self.how.method.shares
 
-    def _products(
-        self, graphs: Sequence[SpanGraph], readers: Sequence[Readers], ups: Sequence[Movers], down: int, ledger: Ledger
-    ) -> None:
-        streams = [products(graph, mine, ups) for graph, mine in zip(graphs, readers, strict=True)]
+    def _products(self, spans: Sequence[EdgeSpan], readers: Sequence[Readers], down: int, ledger: Ledger) -> None:
+        streams = [span.products(mine) for span, mine in zip(spans, readers, strict=True)]
         for made in zip(*streams, strict=True):
             mean = torch.stack([some.scores for some in made]).mean(0) if len(made) > 1 else made[0].scores
             ledger.add(replace(made[0], scores=mean), self._components(made[0].movers.site), down)

@@ -6,7 +6,8 @@ edge. Rows of a batch do not act on each other, so each product carries one node
 share a graph in which queries and MLPs of the last block run at that position alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from saepatch.circuits.nodes import NodeSite
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import Changes, Component, ErrorTerm, Heads, LatentUnits
-from saepatch.engine.spans import SpanGraph
+from saepatch.engine.spans import SpanGraph, batched_gradients, flat_cache, is_close
 from saepatch.model.sites import Site
+
+log = logging.getLogger(__name__)
 
 MEMORY = 2**28  # limit in bytes for the gradients of one chunk of products
 SLOPES = {"standard", "jumprelu", "topk", "abstopk", "gated"}  # encoders that are linear between changes of activity
@@ -34,27 +37,19 @@ class Readers:
     unit: Int[Tensor, "nodes"]
     x: Float[Tensor, "batch pos width"]
     gradient: Float[Tensor, "batch pos width"]
+    active: Bool[Tensor, "batch pos d_sae"] | None = None  # which latents of a dictionary are, where the value is `x`
+    slopes: Float[Tensor, "d_sae"] | None = None  # of its encoder, as by `encoder_slopes`
 
     def __len__(self) -> int:
         return len(self.row)
 
     def at(self, x: Float[Tensor, "batch pos width"]) -> "Readers":
         """The same nodes where the site's value is `x`."""
-        return replace(self, x=x)
+        return self if x is self.x else replace(self, x=x, active=_active(self.component, x))
 
     def only(self, chosen: Bool[Tensor, "nodes"]) -> "Readers":
         """Some of the nodes."""
         return replace(self, row=self.row[chosen], pos=self.pos[chosen], unit=self.unit[chosen])
-
-    @cached_property
-    def _active(self) -> Bool[Tensor, "nodes"]:
-        """Which latents are active."""
-        return self.component.read(self.x)[self.row, self.pos, self.unit].ne(0)
-
-    @cached_property
-    def _slopes(self) -> Float[Tensor, "d_sae"] | None:
-        assert isinstance(self.component, LatentUnits | ErrorTerm)
-        return encoder_slopes(self.component.dictionary, self.x[self.row[:4], self.pos[:4]])
 
     def cotangents(self, some: Int[Tensor, "some"]) -> Float[Tensor, "some width"]:
         """Gradients at the site of these nodes' contributions."""
@@ -72,9 +67,10 @@ class Readers:
 
     def _of_latents(self, dictionary: Dictionary, some: Int[Tensor, "some"]) -> Float[Tensor, "some width"]:
         row, pos, unit = self.row[some], self.pos[some], self.unit[some]
-        if self._slopes is not None:
+        if self.slopes is not None:
+            assert self.active is not None
             columns = dictionary.sae.W_enc.detach().T[unit]  # type: ignore[operator]
-            return columns * (self._slopes[unit] * self._active[some])[:, None]
+            return columns * (self.slopes[unit] * self.active[row, pos, unit])[:, None]
         with torch.enable_grad():
             x = self.x[row, pos][:, None].detach().to(dictionary.dtype).requires_grad_()
             acts = dictionary.sae.encode(x)  # type: ignore[operator]
@@ -82,15 +78,16 @@ class Readers:
 
     def _of_errors(self, dictionary: Dictionary, some: Int[Tensor, "some"]) -> Float[Tensor, "some width"]:
         """`g − ∂⟨g, reconstruction⟩/∂x`."""
-        x = self.x[self.row[some], self.pos[some]][:, None].detach().to(dictionary.dtype)
-        g = self.gradient[self.row[some], self.pos[some]].to(dictionary.dtype)
-        if self._slopes is not None:
-            node, unit = dictionary.activations(x)[0][:, 0].nonzero(as_tuple=True)
-            worth = (g[node] * dictionary.rows[unit]).sum(-1) * self._slopes[unit]
+        row, pos = self.row[some], self.pos[some]
+        g = self.gradient[row, pos].to(dictionary.dtype)
+        if self.slopes is not None:
+            assert self.active is not None
+            node, unit = self.active[row, pos].nonzero(as_tuple=True)
+            worth = (g[node] * dictionary.rows[unit]).sum(-1) * self.slopes[unit]
             columns = dictionary.sae.W_enc.detach().T[unit]  # type: ignore[operator]
             return g.clone().index_add_(0, node, -worth[:, None] * columns)
         with torch.enable_grad():
-            leaf = x.requires_grad_()
+            leaf = self.x[row, pos][:, None].detach().to(dictionary.dtype).requires_grad_()
             rebuilt = dictionary.sae.decode(dictionary.sae.encode(leaf))  # type: ignore[operator]
             return g - torch.autograd.grad((rebuilt[:, 0] * g).sum(), leaf)[0][:, 0]
 
@@ -123,15 +120,27 @@ def readers_at(
 ) -> list[Readers]:
     """The nodes of a site whose values may move to first order: latents active at one of the values, and all others."""
     out = []
+    first, active, slopes = node.components[0], _active(node.components[0], x), None
+    if isinstance(first, LatentUnits) and bool(where.any()):
+        row, pos = where.nonzero(as_tuple=True)
+        slopes = encoder_slopes(first.dictionary, x[row[:4], pos[:4]])
     for component in node.components:
+        chosen = where[..., None]
         if isinstance(component, LatentUnits):
-            active = torch.stack([component.read(value).ne(0) for value in (x, *also)]).any(0)
-            chosen = active & where[..., None]
+            assert active is not None
+            ever = [active, *(some for value in also if (some := _active(component, value)) is not None)]
+            chosen = torch.stack(ever).any(0) & chosen
         else:
-            chosen = where[..., None].expand(*where.shape, component.units)
+            chosen = chosen.expand(*where.shape, component.units)
         row, pos, unit = chosen.nonzero(as_tuple=True)
-        out.append(Readers(component, row, pos, unit, x, gradient))
+        out.append(Readers(component, row, pos, unit, x, gradient, active, slopes))
     return out
+
+
+def _active(component: Component, x: Float[Tensor, "batch pos width"]) -> Bool[Tensor, "batch pos d_sae"] | None:
+    if not isinstance(component, LatentUnits | ErrorTerm):
+        return None
+    return component.dictionary.activations(x)[0].ne(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,40 +197,90 @@ class Products:
     scores: Float[Tensor, "n batch columns most"]
 
 
-def products(graph: SpanGraph, readers: Readers, movers: Sequence[Movers], at_once: int = 0) -> Iterator[Products]:
-    """Estimates of all edges from `movers` to `readers`, in chunks of bounded memory."""
-    for p in readers.pos.unique().tolist():
-        mine = (readers.pos == p).nonzero().flatten()
-        table = _by_row(mine, readers.row[mine], len(readers.x))
-        column = graph.column(p)
-        for chunk in table.split(at_once or _at_once(readers, p + 1)):
-            cotangent = readers.x.new_zeros(*chunk.shape, 1, readers.x.shape[-1])
-            filled = chunk >= 0
-            cotangent[filled] = readers.cotangents(chunk[filled])[:, None].to(cotangent.dtype)
-            yield from _chunk(graph.leaves, column, cotangent, chunk, readers, movers, p + 1)
+@dataclass(frozen=True, eq=False)
+class EdgeSpan:
+    """The estimates of all edges from some movers to readers of one site, whose value is a graph of the movers' sites.
+
+    Where a column reads earlier ones through keys and values of its own block only, movers are carried forward to
+    these once, and each product goes back no further than to them.
+    """
+
+    graph: SpanGraph
+    movers: Sequence[Movers]
+
+    def products(self, readers: Readers, at_once: int = 0) -> Iterator[Products]:
+        """In chunks of bounded memory."""
+        for p in readers.pos.unique().tolist():
+            mine = (readers.pos == p).nonzero().flatten()
+            table = _by_row(mine, readers.row[mine], len(readers.x))
+            for chunk in table.split(at_once or _at_once(readers, p + 1)):
+                scores = self._scores(p, _cotangents(readers, chunk))
+                for some, of_these in zip(self.movers, scores, strict=True):
+                    yield Products(some, readers, chunk, of_these)
+
+    def _scores(self, p: int, cotangent: Float[Tensor, "n batch 1 width"]) -> list[Float[Tensor, "n batch _ most"]]:
+        if self._carried is None:
+            return self._from_leaves(p, cotangent)
+        return self._from_cache(p, cotangent, self._carried)
+
+    @cached_property
+    def _first(self) -> int:
+        """The first column with a mover."""
+        return min(int(some.there.any(0).any(-1).int().argmax()) for some in self.movers)
+
+    @cached_property
+    def _carried(self) -> list[Float[Tensor, "batch pos most size"]] | None:
+        """What each site's movers change in keys and values, from the first column on; None if that is not all."""
+        if not self.graph.is_local():
+            return None
+        carried = [
+            self.graph.carried(some.site, some.vectors[:, self._first : -1], self._first) for some in self.movers
+        ]
+        last = self.graph.whole.shape[1] - 1
+        noise = torch.randn(self.graph.whole[:, -1:].shape, generator=torch.Generator().manual_seed(0))
+        noise = noise[None].to(self.graph.whole)
+        both = zip(self._from_cache(last, noise, carried), self._from_leaves(last, noise), strict=True)
+        if all(is_close(ours, expected) for ours, expected in both):
+            return carried
+        log.warning("edges by keys and values differ from those by whole passes, which are used")
+        return None
+
+    def _from_cache(
+        self, p: int, cotangent: Float[Tensor, "n batch 1 width"], carried: Sequence[Tensor]
+    ) -> list[Float[Tensor, "n batch columns most"]]:
+        column, first = self.graph.column_on_cache(p), min(self._first, p)
+        wanted = [column.leaves[some.site] for some in self.movers]
+        gradients = batched_gradients(column.value, [*wanted, *column.cache], cotangent)
+        here, before = gradients[: len(wanted)], flat_cache([x[..., first:, :] for x in gradients[len(wanted) :]])
+        scores = [
+            torch.cat([_worth(before, changes[:, : p - first]), _worth(gradient, some.vectors[:, p : p + 1])], 2)
+            for some, changes, gradient in zip(self.movers, carried, here, strict=True)
+        ]
+        return [nn.functional.pad(some, (0, 0, first, 0)) for some in scores]
+
+    def _from_leaves(
+        self, p: int, cotangent: Float[Tensor, "n batch 1 width"]
+    ) -> list[Float[Tensor, "n batch _ most"]]:
+        leaves = [self.graph.leaves[some.site] for some in self.movers]
+        gradients = batched_gradients(self.graph.column(p), leaves, cotangent)
+        return [
+            _worth(gradient[:, :, : p + 1], some.vectors[:, : p + 1])
+            for some, gradient in zip(self.movers, gradients, strict=True)
+        ]
 
 
-def _chunk(
-    leaves: Mapping[Site, Tensor],
-    column: Float[Tensor, "batch 1 width"],
-    cotangent: Float[Tensor, "n batch 1 width"],
-    reader: Int[Tensor, "n batch"],
-    readers: Readers,
-    movers: Sequence[Movers],
-    columns: int,
-) -> Iterator[Products]:
-    wanted = [leaves[some.site] for some in movers]
-    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-        column, wanted, cotangent, is_grads_batched=True, retain_graph=True, allow_unused=True
-    )
-    for some, gradient in zip(movers, gradients, strict=True):
-        vectors = some.vectors[:, :columns]
-        if gradient is None:
-            yield Products(some, readers, reader, vectors.new_zeros(*reader.shape, columns, vectors.shape[2]))
-            continue
-        # [batch, pos, n, width] @ [batch, pos, width, most]
-        by_place = gradient[:, :, :columns].to(vectors.dtype).permute(1, 2, 0, 3) @ vectors.transpose(-1, -2)
-        yield Products(some, readers, reader, by_place.permute(2, 0, 1, 3))
+def _cotangents(readers: Readers, chunk: Int[Tensor, "n batch"]) -> Float[Tensor, "n batch 1 width"]:
+    out = readers.x.new_zeros(*chunk.shape, 1, readers.x.shape[-1])
+    filled = chunk >= 0
+    out[filled] = readers.cotangents(chunk[filled])[:, None].to(out.dtype)
+    return out
+
+
+def _worth(
+    gradient: Float[Tensor, "n batch columns width"], vectors: Float[Tensor, "batch columns most width"]
+) -> Float[Tensor, "n batch columns most"]:
+    by_row = [gradient[:, row].transpose(0, 1).to(own.dtype) @ own.transpose(-1, -2) for row, own in enumerate(vectors)]
+    return torch.stack(by_row).permute(2, 0, 1, 3)
 
 
 def _by_row(numbers: Int[Tensor, "nodes"], row: Int[Tensor, "nodes"], rows: int) -> Int[Tensor, "most rows"]:
