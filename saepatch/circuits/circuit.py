@@ -1,6 +1,7 @@
 """A circuit: nodes, and edges between them, as a value that is written to JSON and GraphML and read back."""
 
 import json
+import math
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from saepatch.circuits.nodes import LOGITS, Edge, Node
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
+from saepatch.records.documents import parse_json
 from saepatch.records.files import atomic
 from saepatch.report.blocks import Cell, Simple, Table
 from saepatch.report.notebook import Shown
@@ -104,23 +106,24 @@ class Circuit(Shown):
         return {"format": FORMAT, "nodes": nodes, "edges": edges}
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> "Circuit":
+    def from_facts(cls, facts: Any) -> "Circuit":
         """The circuit that `facts` describes.
 
         Raises:
             UserError: they do not describe a circuit.
         """
-        if facts.get("format") != FORMAT:
-            raise UserError(f"not a circuit: its format is {facts.get('format')!r}, not {FORMAT!r}")
+        found = facts.get("format") if isinstance(facts, Mapping) else None
+        if found != FORMAT:
+            raise UserError(f"not a circuit: its format is {found!r}, not {FORMAT!r}")
         try:
             nodes = [
-                Node(Site.parse(n["site"]) if n["site"] else None, int(n["unit"]), n["position"], str(n["kind"]))
+                Node(Site.parse(n["site"]) if n["site"] else None, _whole(n, "unit"), _position(n), str(n["kind"]))
                 for n in facts["nodes"]
             ]
-            edges = [Edge(nodes[e["up"]], nodes[e["down"]]) for e in facts["edges"]]
-            effects = tuple(float(n["effect"]) for n in facts["nodes"] if "effect" in n)
-            weights = tuple(float(e["weight"]) for e in facts["edges"] if "weight" in e)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            edges = [Edge(nodes[_whole(e, "up")], nodes[_whole(e, "down")]) for e in facts["edges"]]
+            effects = tuple(_finite(n, "effect") for n in facts["nodes"] if "effect" in n)
+            weights = tuple(_finite(e, "weight") for e in facts["edges"] if "weight" in e)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise UserError(f"a damaged circuit ({type(error).__name__}: {error}): write it again") from error
         return cls(tuple(nodes), tuple(edges), effects, weights)
 
@@ -139,7 +142,7 @@ class Circuit(Shown):
         """
         try:
             text = path.read_text(encoding="utf-8")
-            facts = _from_graphml(text) if path.suffix == ".graphml" else json.loads(text)
+            facts = _from_graphml(text) if path.suffix == ".graphml" else parse_json(text, str(path))
         except (OSError, ValueError, ET.ParseError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{str(path)!r} is not a circuit ({error}): give a file that Circuit.write wrote"
@@ -160,6 +163,24 @@ class Circuit(Shown):
             _with_data(ET.SubElement(graph, "edge", ends), edge, _EDGE_KEYS)
         ET.indent(root)
         return ET.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _whole(facts: Mapping[str, Any], name: str) -> int:
+    value = facts[name]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _position(facts: Mapping[str, Any]) -> int | None:
+    return None if facts["position"] is None else _whole(facts, "position")
+
+
+def _finite(facts: Mapping[str, Any], name: str) -> float:
+    value = float(facts[name])
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def _of(k: int, listed: Sequence[object]) -> str:

@@ -1,6 +1,5 @@
 """Requests to change a fact that a model states, with the questions that measure the change."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from saepatch.data.files import TABLES
 from saepatch.data.sources import is_source, source_rows
 from saepatch.errors import UserError
 from saepatch.organism.edits import edit_rows
+from saepatch.records.documents import parse_json
 
 COLUMNS = ("prompt", "subject", "target", "true")
 KINDS = ("efficacy", "paraphrase", "neighbourhood", "reversal", "ripple")
@@ -141,10 +141,7 @@ def _listed(row: Mapping[str, Any], key: str, where: str, kind: Any) -> Iterator
     """The items of a list that may be missing, or be the JSON text of a cell."""
     value = row.get(key) or []
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise UserError(f"request {where}: {key} is not a JSON list ({error})") from error
+        value = parse_json(value, f"request {where}: {key}", ": write it as a JSON list")
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
         raise UserError(f"request {where}: {key} has to be a list of {_forms(kind)}")
     yield from value

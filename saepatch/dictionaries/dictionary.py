@@ -115,7 +115,7 @@ class Dictionary:
         chosen: Bool[Tensor, "batch pos"],
         positions: Positions,
     ) -> Bool[Tensor, "batch pos"]:
-        """The chosen positions at which it may be edited: those that hold tokens it was trained on.
+        """The chosen positions at which it may be read and edited: those that hold tokens it was trained on.
 
         Logs once that other positions are left out.
 
@@ -131,7 +131,7 @@ class Dictionary:
         which = f"tokens that dictionary {self.name} was not trained on ({names})"
         if not (isinstance(positions, str) and positions in GROUPS):
             raise UserError(
-                f"positions {positions!r} select {which}: choose others, or edit it there as well with "
+                f"positions {positions!r} select {which}: choose others, or use it there as well, with "
                 "every_position=True (--every_position)"
             )
         if not self._notes:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.data.batches import PairBatch
-from saepatch.engine.components import Component, Patchable, as_components
+from saepatch.engine.components import Component, ErrorTerm, LatentUnits, Patchable, as_components
 from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_embeddings, embed_tokens, is_spliced
@@ -174,10 +174,16 @@ class Mean:
                 total = total + values[batch.attention_mask.bool()].unflatten(0, (len(batch), -1)).sum(0)
                 n += len(batch)
             else:
-                total = total + values[batch.ordinary].sum(0)
-                n += int(batch.ordinary.sum())
+                where = batch.ordinary
+                if isinstance(component, LatentUnits | ErrorTerm):
+                    where = component.dictionary.known(model, batch).ordinary
+                total = total + values[where].sum(0)
+                n += int(where.sum())
         if not n:
-            raise UserError("the tokens hold nothing besides BOS and padding: give at least one ordinary token")
+            raise UserError(
+                "the tokens hold nothing besides BOS, padding and what a dictionary was not trained on: give at least "
+                "one ordinary token"
+            )
         return cls((total / n).float(), positions, (component.site, component.kind))
 
     def run(
@@ -220,6 +226,8 @@ def _ablated(
             "the means of the patched component"
         )
     where = _chosen(model, batch, positions)
+    if isinstance(component, LatentUnits | ErrorTerm):
+        where = component.dictionary.editable(model, batch.clean.input_ids, where, positions)
     written = torch.where(where[..., None], values.to(own), own)
     new = component.write(x, written, where).applied(x)
     run = KeptRun(model, batch.clean, {component.site}, {component.site: lambda _: new}, keep_cache)

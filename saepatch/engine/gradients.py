@@ -17,16 +17,9 @@ from saepatch.engine.passes.pieces import runs_in_pieces
 from saepatch.engine.passes.shortcuts import quick_activations
 from saepatch.errors import UserError, reason_of
 from saepatch.model.finite import check_finite
-from saepatch.model.hooks import (
-    Dropped,
-    droppable_blocks,
-    edit_sites,
-    forwards_replaced,
-    graph_through,
-    only_logits_of,
-    skip_blocks,
-)
+from saepatch.model.hooks import Dropped, droppable_blocks, edit_sites, graph_through
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.replaced import forwards_replaced, only_logits_of, skip_blocks
 from saepatch.model.sites import Site
 
 PRODUCTS = 2**22  # numbers in the vectors multiplied with gradients at a time

@@ -20,8 +20,9 @@ from saepatch.engine.gradients import Readout
 from saepatch.engine.metrics import metric_name
 from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, KeptRun, cache_before, entry
 from saepatch.errors import UserError
-from saepatch.model.hooks import Edit, SpliceError, edit_sites, skip_blocks
+from saepatch.model.hooks import Edit, SpliceError, edit_sites
 from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
 
 log = logging.getLogger(__name__)

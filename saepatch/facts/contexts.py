@@ -45,10 +45,10 @@ class Sampled:
         """Sample from a model. Inside an edit or a splice, the edited model is sampled."""
         kinds = []
         for length, number in self.lengths:
-            generators = [torch.Generator().manual_seed(1000 * self.seed + i) for i in range(number)]
+            generators = [torch.Generator().manual_seed((1000 * self.seed + i) % 2**63) for i in range(number)]
             starts = [STARTS[i % len(STARTS)] for i in range(number)]
             new = sample_ids(model, starts, length, self.top_k, generators)
-            texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts = [model.continuation(ids) for ids in new]  # with the space before a first word
             kinds.append(tuple(f"{start}{text}. " for start, text in zip(starts, texts, strict=True)))
         if self.apart:
             return Prefixes((("",), *kinds))

@@ -33,6 +33,17 @@ class WeightChange:
     right: Float[Tensor, "d_mlp rank"]
     keys: Float[Tensor, "d_mlp facts"]
 
+    @classmethod
+    def of(cls, layer: int, left: Tensor, right: Tensor, keys: Tensor) -> "WeightChange":
+        """A change of tensors that were read from a file. Raises ValueError where they do not fit together."""
+        shapes = [tuple(part.shape) for part in (left, right, keys)]
+        floats = all(part.is_floating_point() for part in (left, right, keys))
+        if not floats or any(len(shape) != 2 for shape in shapes):
+            raise ValueError(f"layer {layer} has tensors of {shapes}")
+        if left.shape[1] != right.shape[1] or len(right) != len(keys):
+            raise ValueError(f"layer {layer} has tensors of {shapes}")
+        return cls(layer, left, right, keys)
+
     @property
     def matrix(self) -> Float[Tensor, "out d_mlp"]:
         return self.left @ self.right.T
@@ -120,11 +131,16 @@ class Delta:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 facts: Mapping[str, Any] = json.loads(metadata["delta"])
             changes = [
-                WeightChange(layer, *(tensors[f"{layer}.{part}"] for part in ("left", "right", "keys")))
+                WeightChange.of(layer, *(tensors[f"{layer}.{part}"] for part in ("left", "right", "keys")))
                 for layer in sorted({int(name.partition(".")[0]) for name in tensors})
             ]
-            return cls(facts["model"], facts["model_hash"], facts["method"], tuple(facts["examples"]), tuple(changes))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            texts = [facts[name] for name in ("model", "model_hash", "method")]
+            examples = facts["examples"]
+            if not isinstance(examples, list) or not all(isinstance(text, str) for text in (*texts, *examples)):
+                raise ValueError("a name is no text")
+            name, digits, method = texts
+            return cls(name, digits, method, tuple(examples), tuple(changes))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"cannot read a delta from {str(path)!r} ({error}): check the path, or save it again"
             ) from error
@@ -135,7 +151,8 @@ def edited(model: LanguageModel, delta: Delta) -> Iterator[LanguageModel]:
     """Change the model's weights inside the context; afterwards they are, bit for bit, what they were before.
 
     Changes are added in float64 and rounded once to the weights' dtype, so that bfloat16 weights are not edited in
-    bfloat16. The edit is in the weights themselves: the model generates, is spliced and is saved as edited.
+    bfloat16. The edit is in the weights themselves: the model generates, is spliced and is saved as edited, on every
+    thread that uses it.
 
     Raises:
         UserError: the delta belongs to another model, or the model is inside a splice or another edit.

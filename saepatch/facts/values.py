@@ -13,9 +13,10 @@ from saepatch.data.edit_requests import EditRequest
 from saepatch.errors import UserError
 from saepatch.facts.contexts import Contexts, answer_ids
 from saepatch.facts.projections import Projection
-from saepatch.model.hooks import edit_sites, forwards_replaced, skip_blocks
+from saepatch.model.hooks import edit_sites
 from saepatch.model.inputs.padding import FAILURES
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.replaced import forwards_replaced, skip_blocks
 from saepatch.model.sites import Site
 
 log = logging.getLogger(__name__)

@@ -32,8 +32,9 @@ from saepatch.engine.plan import column_of
 from saepatch.engine.softmax import LEAST, additive_mask, attention_scores, refuse_unusual, repeated_heads
 from saepatch.errors import UserError
 from saepatch.measure.results.screen import Attribution
-from saepatch.model.hooks import attention_replaced, graph_through, is_spliced
+from saepatch.model.hooks import graph_through, is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.replaced import attention_replaced
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import choose_positions
 

@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
 from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -192,16 +191,19 @@ def watching(
     leaving: Iterable[nn.Module],
     leave: Callable[[nn.Module, Any, Any], None],
 ) -> Iterator[None]:
-    """Report calls of modules: `enter` gets the first input before the module runs, `leave` gets input and output."""
+    """Report this thread's calls of modules: `enter` gets the first input before one runs, `leave` input and output."""
+    thread = get_ident()  # on others a hook may lack an argument: torch passes fewer to one that was just removed
 
     def first_argument(args: Any, kwargs: Any) -> Any:
         return args[0] if args else kwargs.get("hidden_states")
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        enter(module, first_argument(args, kwargs))
+    def before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if get_ident() == thread:
+            enter(module, first_argument(args, kwargs))
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        leave(module, first_argument(args, kwargs), output)
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        if get_ident() == thread:
+            leave(module, first_argument(args, kwargs), output)
 
     with ExitStack() as stack:
         for module in entering:
@@ -230,34 +232,6 @@ def before_forward(
         handle.remove()
 
 
-@contextmanager
-def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Override the `forward` of some modules; previous overrides, if any, are restored."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, previous in before.items():
-            del module.__dict__["forward"]
-            module.__dict__.update({} if previous is None else {"forward": previous})
-
-
-def only_logits_of(hf: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
-    """Compute logits of the given vocabulary ids only, in their order; later steps, such as a soft cap, still apply.
-
-    Does nothing where the unembedding is not a plain linear layer in memory without hooks.
-    """
-    head: Any = hf.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
-        return nullcontext()
-    ids = ids.to(head.weight.device)
-    parts = head.state_dict(keep_vars=True)
-    weight, bias = parts["weight"][ids], parts["bias"][ids] if "bias" in parts else None
-    return forwards_replaced({head: lambda x: nn.functional.linear(x, weight, bias)})
-
-
 @torch.no_grad()
 def capture(
     hf: nn.Module,
@@ -284,18 +258,6 @@ def capture(
         with suppress(_StopForward):
             hf(**inputs)
     return seen
-
-
-@contextmanager
-def skip_blocks(layout: Layout, n: int) -> Iterator[None]:
-    """Let the first `n` blocks return their input unchanged; the model still computes masks and rotary embeddings."""
-
-    def passing_through(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        return (x,) if layout.tuple_blocks else x
-
-    with forwards_replaced(dict.fromkeys(layout.blocks[:n], passing_through)):
-        yield
 
 
 @contextmanager
@@ -344,10 +306,12 @@ def droppable_blocks(layout: Layout, layers: Collection[int]) -> Iterator[Droppe
     The yielded value selects the block, and may be changed between backward passes over one forward pass made inside
     the context. Enter it before registering other hooks on the same blocks, so that those see the switch's output.
     """
-    dropped = Dropped()
+    dropped, thread = Dropped(), get_ident()
 
     def switch(layer: int) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+            if get_ident() != thread:
+                return None
             entered = args[0] if args else kwargs["hidden_states"]
             return _with_first(output, _Droppable.apply(entered, first_of(output), layer, dropped))
 
@@ -358,43 +322,3 @@ def droppable_blocks(layout: Layout, layers: Collection[int]) -> Iterator[Droppe
             handle = layout.blocks[layer].register_forward_hook(switch(layer), with_kwargs=True)
             stack.callback(handle.remove)
         yield dropped
-
-
-_ATTENTIONS = count()  # makes the names of registered attention functions unique
-
-
-@contextmanager
-def attention_replaced(hf: nn.Module, attend: Callable[..., Any], mask: Any = None) -> Iterator[None]:
-    """Let every attention layer that uses transformers' attention interface call `attend` instead.
-
-    `attend` receives `(module, query, key, value, attention_mask, **options)` like transformers' own functions, with
-    what `mask` makes, or the additive mask [batch, 1, queries, keys]. Layers without the interface are unchanged.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = f"saepatch_{next(_ATTENTIONS)}"
-    configs: dict[int, Any] = {}
-    for module in hf.modules():
-        _collect_configs(getattr(module, "config", None), configs)
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    ALL_ATTENTION_FUNCTIONS.register(name, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask or eager_mask)
-    try:
-        for config in configs.values():
-            config._attn_implementation = name
-        yield
-    finally:
-        for key, config in configs.items():  # setting a parent also sets its sub-configs, which come later
-            config._attn_implementation = before[key]
-        for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            del table._global_mapping[name]
-
-
-def _collect_configs(config: Any, into: dict[int, Any]) -> None:
-    """Collect the configs that select an attention implementation, parents before their sub-configs."""
-    if config is None or id(config) in into or not hasattr(config, "_attn_implementation"):
-        return
-    into[id(config)] = config
-    for part in getattr(config, "sub_configs", ()):
-        _collect_configs(getattr(config, part, None), into)

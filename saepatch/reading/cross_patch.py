@@ -190,13 +190,15 @@ def cross_patch(
         answers: Candidate answers with their leading space, each one token after every target; those of the queries are
             added.
         dictionary: With it, only `latents` take over the source's values, as this dictionary reads them at both sites;
-            the rest of the target's state, the error term included, stays.
+            the rest of the target's state, the error term included, stays. Tokens that it was not trained on
+            (`Dictionary.excluded_tokens`) are neither read nor written.
         latents: Ids; None: all.
         rows: Prompts, and edited passes, that run together.
 
     Raises:
-        UserError: no queries or moves, positions that select no token or different numbers of them, an answer that is
-            not one token, a site that does not have the residual stream's width, or a dictionary of another width.
+        UserError: no queries or moves, positions that select no token, different numbers of them or one that the
+            dictionary was not trained on, an answer that is not one token, a site that does not have the residual
+            stream's width, or a dictionary of another width.
 
     Source: cross-query semantic patching and back-patching of "Hopping Too Late" (Biran et al. 2024).
     """
@@ -207,11 +209,11 @@ def cross_patch(
         [[answer_token(model, q.target, own, name) for name in names] for q, own in zip(queries, prompts, strict=True)]
     )
     reads = sorted({move.read for move in moves}, key=lambda site: (site.order, site.stream))
-    read = _read(model, queries, reads, rows)
+    read = _read(model, queries, reads, rows, dictionary)
     shape = (len(queries), len(moves))
     log_p, likeliest = np.zeros((*shape, len(names))), np.zeros(shape, dtype=int)
     plain, plain_likeliest = np.zeros((shape[0], len(names))), np.zeros(shape[0], dtype=int)
-    columns = [_columns(model, query.target, query.write) for query in queries]
+    columns = [_columns(model, query.target, query.write, dictionary) for query in queries]
     checked: Checked = {}  # ways of resuming, shared by the groups
     for group in _groups(prompts, columns, rows):
         run = KeptRun(model, model.pad([prompts[i] for i in group], "left"), {move.write for move in moves})
@@ -249,17 +251,22 @@ def _check(
         dictionary.check_ids(tuple(latents or ()))
 
 
-def _columns(model: LanguageModel, prompt: str, positions: Positions) -> list[int]:
-    """The tokens of a prompt that positions select, as indices into its own tokens."""
+def _columns(
+    model: LanguageModel, prompt: str, positions: Positions, dictionary: Dictionary | None = None
+) -> list[int]:
+    """Indices of the tokens that positions select in a prompt, without any that the dictionary was not trained on."""
     tokens = model.tokenize([prompt])
-    chosen: list[int] = whole_prompt(model, tokens).select(positions)[0].nonzero().flatten().tolist()
+    where = whole_prompt(model, tokens).select(positions)
+    if dictionary is not None:
+        where = dictionary.editable(model, tokens.input_ids, where, positions)
+    chosen: list[int] = where[0].nonzero().flatten().tolist()
     if not chosen:
         raise UserError(f"positions {positions!r} select no token of {prompt!r}: choose others")
     return chosen
 
 
 def _read(
-    model: LanguageModel, queries: Sequence[CrossQuery], sites: Sequence[Site], rows: int
+    model: LanguageModel, queries: Sequence[CrossQuery], sites: Sequence[Site], rows: int, dictionary: Dictionary | None
 ) -> list[dict[Site, Float[Tensor, "positions width"]]]:
     """The states of each query's source at the positions that are read; equal sources are run once."""
     wanted: dict[str, Tokens] = {query.source: model.tokenize([query.source]) for query in queries}
@@ -275,8 +282,8 @@ def _read(
                 states[prompt] = {site: value[row] for site, value in held.items()}
     out = []
     for query in queries:
-        read = _columns(model, query.source, query.read)
-        written = _columns(model, query.target, query.write)
+        read = _columns(model, query.source, query.read, dictionary)
+        written = _columns(model, query.target, query.write, dictionary)
         if len(read) != len(written):
             raise UserError(
                 f"{query.read!r} selects {len(read)} tokens of {query.source!r}, and {query.write!r} {len(written)} of "

@@ -81,8 +81,8 @@ def find_context_shift(
         batch_size: Prompts per forward pass.
 
     Raises:
-        UserError: fewer than two requests, not one clean prompt for each, or a template below 1 or longer than a
-            prompt.
+        UserError: fewer than two requests, not one clean prompt for each, or a template below 1, longer than a prompt
+            or with a token that a dictionary was not trained on.
 
     Source: CC-Delta, which compares latents of harmful requests with and without a jailbreak's context and steers by
     the mean difference of those that pass a paired test.
@@ -100,8 +100,9 @@ def find_context_shift(
             tokens = model.tokenize(texts[start : start + batch_size], "left")
             if (shortest := int(tokens.lengths.min())) < template:
                 raise UserError(f"template of {template} positions: a prompt has {shortest} tokens, so use fewer")
-            held = model.capture(tokens, sites)
+            held, last = model.capture(tokens, sites), tokens.input_ids[:, -template:]
             for site, dictionary in sites.items():
+                dictionary.editable(model, last, torch.ones_like(last, dtype=torch.bool), slice(-template, None))
                 acts = dictionary.activations(held[site][:, -template:])[0].float().mean(1)
                 parts[site][side].append(acts.double().cpu().numpy())
     gaps = {site: np.concatenate(both[0]) - np.concatenate(both[1]) for site, both in parts.items()}

@@ -6,6 +6,7 @@ Language Models") applied to latents; attribution is by integrated gradients of 
 from the run to the donor's.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -44,7 +45,8 @@ class SafetyLatents:
         signed: Mean difference, donor minus run, times `‖d_j‖`.
         attribution: Contribution (nats) to the change of the refusal score after the prompt when the donor's site is
             written; mean over prompts. Empty where no refusal tokens were given.
-        positions: Number of positions for `change` and `signed`.
+        positions: Number of positions for `change` and `signed`, at the site with the most; tokens a dictionary was
+            not trained on do not count.
         quality: Splice quality of each dictionary in the model and in the donor; empty where they are the same model.
     """
 
@@ -108,7 +110,8 @@ def find_safety_latents(
 
     Raises:
         UserError: there are no prompts, or not one clean prompt or completion for each, a template is longer than a
-            prompt, a model is inside a splice, a dictionary does not fit both models, or an option is unknown.
+            prompt, a model is inside a splice, a dictionary does not fit both models or was trained on none of the
+            tokens, or an option is unknown.
     """
     chosen = with_keywords(options or AnswerOptions(), keywords)
     batch_size = chosen.batch_size or 32
@@ -126,18 +129,17 @@ def find_safety_latents(
         empty = "every answer of the donor is" if own else "all completions are"
         raise UserError(f"no position to compare: template is 0 and {empty} empty: use a template of at least 1")
     quality = _quality(model, other, sites, model.pad(mine), chosen.max_fvu) if isinstance(donor, OtherModel) else {}
-    squares, sums = _differences(model, other, sites, mine, theirs, counts, batch_size)
+    squares, sums, n = _differences(model, other, sites, mine, theirs, counts, batch_size)
     norms = {site: dictionary.rows.double().norm(dim=-1).cpu() for site, dictionary in sites.items()}
-    n = sum(counts)
     return SafetyLatents(
-        change={site: ((squares[site] / n).sqrt() * norms[site]).float() for site in sites},
-        signed={site: (sums[site] / n * norms[site]).float() for site in sites},
+        change={site: ((squares[site] / n[site]).sqrt() * norms[site]).float() for site in sites},
+        signed={site: (sums[site] / n[site] * norms[site]).float() for site in sites},
         attribution=(
             _attribution(model, other, sites, prompts, asked, donor.template, refusal_ids, steps, batch_size)
             if refusal_ids
             else {}
         ),
-        positions=n,
+        positions=max(n.values()),
         quality=quality,
     )
 
@@ -167,10 +169,14 @@ def clean_means(
     if not sum(counts):
         raise UserError("no position to average: template is 0 and every answer is empty: use a template of at least 1")
     sums = {site: torch.zeros(dictionary.d_sae, dtype=torch.float64) for site, dictionary in sites.items()}
-    for values, n in zip(_rows(model, sites, rows, batch_size), counts, strict=True):
+    seen: Counter[Site] = Counter()
+    for values, row, n in zip(_rows(model, sites, rows, batch_size), rows, counts, strict=True):
         for site, dictionary in sites.items():
-            sums[site] += _tail(dictionary.activations(values[site][None])[0][0], n).sum(0).cpu()
-    means = {site: (total / sum(counts)).to(sites[site].W_dec) for site, total in sums.items()}
+            known = _known(dictionary, model, row, n)
+            sums[site] += _tail(dictionary.activations(values[site][None])[0][0], n)[known].sum(0).cpu()
+            seen[site] += len(known)
+    _check_seen(sites, seen)
+    means = {site: (total / seen[site]).to(sites[site].W_dec) for site, total in sums.items()}
     return CleanMeans(means, template)
 
 
@@ -225,6 +231,21 @@ def _tail(acts: Float[Tensor, "pos d_sae"], n: int) -> Float[Tensor, "n d_sae"]:
     return _wide(acts[len(acts) - n :])
 
 
+def _known(dictionary: Dictionary, model: LanguageModel, row: Sequence[int], n: int) -> list[int]:
+    """Which of the last `n` tokens of a row the dictionary was trained on."""
+    excluded = set(dictionary.excluded_tokens(model))
+    return [place for place, token in enumerate(row[len(row) - n :]) if token not in excluded]
+
+
+def _check_seen(sites: Mapping[Site, Dictionary], seen: Mapping[Site, int]) -> None:
+    for site, dictionary in sites.items():
+        if not seen[site]:
+            raise UserError(
+                f"the compared positions hold only tokens that dictionary {dictionary.name} was not trained on: use a "
+                "longer template, or load it with every_position=True (--every_position)"
+            )
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()  # mps has no float64
 
@@ -237,18 +258,25 @@ def _differences(
     theirs: Sequence[Sequence[int]],
     counts: Sequence[int],
     batch_size: int,
-) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-    """Sums over positions of each latent's squared difference, and of its difference, the other's minus the model's."""
+) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Counter[Site]]:
+    """Sums over positions of each latent's squared difference, and of its difference, the other's minus the model's.
+
+    Last, the number of these positions, without tokens that the dictionary was not trained on, in either run.
+    """
     squares = {site: torch.zeros(dictionary.d_sae, dtype=torch.float64) for site, dictionary in sites.items()}
     sums = {site: torch.zeros_like(total) for site, total in squares.items()}
-    both = zip(_rows(model, sites, mine, batch_size), _rows(other, sites, theirs, batch_size), counts, strict=True)
-    for here, there, n in both:
+    seen: Counter[Site] = Counter()
+    runs = zip(_rows(model, sites, mine, batch_size), _rows(other, sites, theirs, batch_size), strict=True)
+    for (here, there), row, its, n in zip(runs, mine, theirs, counts, strict=True):
         for site, dictionary in sites.items():
-            difference = _tail(dictionary.written(there[site][None])[0], n)
-            difference = difference - _tail(dictionary.written(here[site][None])[0], n)
+            known = sorted({*_known(dictionary, model, row, n)} & {*_known(dictionary, other, its, n)})
+            difference = _tail(dictionary.written(there[site][None])[0], n)[known]
+            difference = difference - _tail(dictionary.written(here[site][None])[0], n)[known]
+            seen[site] += len(known)
             squares[site] += difference.pow(2).sum(0).cpu()
             sums[site] += difference.sum(0).cpu()
-    return squares, sums
+    _check_seen(sites, seen)
+    return squares, sums, seen
 
 
 def _attribution(

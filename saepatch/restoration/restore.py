@@ -104,6 +104,8 @@ def change_scores(
     clean = record_latents(model, dictionary, batch.clean)
     corrupted = record_latents(model, dictionary, batch.corrupted)
     where = whole_prompt(model, batch.clean).select(positions)
+    for tokens in (batch.clean, batch.corrupted):
+        where = dictionary.editable(model, tokens.input_ids, where, positions)
     difference = (_written(clean) - _written(corrupted))[where]
     return difference.pow(2).mean(0).sqrt() * dictionary.rows.norm(dim=-1)
 

@@ -8,7 +8,7 @@ promote their own tokens.
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.data.texts import CONTEXT, prompt_batches, token_batches
@@ -42,13 +42,17 @@ def latent_means(
 
     With `written`, activations of a dictionary that normalises its input are multiplied by their decoding scale. With
     positions "all", texts that are longer than the model's context, or than 1,024 tokens, are read in several rows.
+    Tokens that the dictionary was not trained on (`Dictionary.excluded_tokens`) are left out.
+
+    Raises:
+        UserError: positions select such a token explicitly, or, in some row, no other token.
     """
     total = torch.zeros(len(tokens), dictionary.d_sae, dtype=torch.float64)
     count = torch.zeros(len(tokens), dtype=torch.float64)
     for part, numbers in prompt_batches(model, tokens, positions != "all", batch_size, dictionary.d_sae):
         latents = record_latents(model, dictionary, part)
         acts = latents.acts * latents.scale if written and latents.scale is not None else latents.acts
-        where = whole_prompt(model, part).select(positions)
+        where = _known(model, dictionary, part, positions)
         total.index_add_(0, numbers, (acts * where[..., None]).sum(1).cpu().double())
         count.index_add_(0, numbers, where.sum(1).cpu().double())
     return (total / count.clamp(min=1)[:, None]).to(dictionary.rows)
@@ -124,7 +128,7 @@ def attribution_contrast(
         raise UserError("the model predicts the same after prompts with and without the concept: give other prompts")
     total = torch.zeros(dictionary.d_in, dtype=torch.float64)
     for part, _ in prompt_batches(model, theirs, True, batch_size, max(model.vocabulary, model.d_model)):
-        where = whole_prompt(model, part).select(positions)
+        where = _known(model, dictionary, part, positions)
         gradient = _gradients(model, dictionary.site, part, toward)
         total += (gradient.float() * where[..., None]).sum((0, 1)).cpu().double()
     along = dictionary.rows.float() @ (total / len(theirs)).float().to(dictionary.rows.device)
@@ -208,7 +212,7 @@ def output_scores(
     total = torch.zeros(len(ids), dtype=torch.float64)
     for prompt in prompts:
         tokens = model.tokenize([prompt])
-        where = whole_prompt(model, tokens).select(positions)[..., None]
+        where = _known(model, dictionary, tokens, positions)[..., None]
         for start in range(0, len(ids), AT_ONCE):
             some = slice(start, start + AT_ONCE)
             rows = tokens.rows([0] * len(ids[some]))
@@ -327,6 +331,20 @@ def corpus_maxima(
     return corpus_units(model, dictionary, texts, latents, 1.0, batch_size, max_tokens).maximum
 
 
+def _known(
+    model: LanguageModel, dictionary: Dictionary, tokens: Tokens, positions: Positions
+) -> Bool[Tensor, "batch pos"]:
+    """The chosen positions, without tokens that the dictionary was not trained on."""
+    chosen = whole_prompt(model, tokens).select(positions)
+    known = dictionary.editable(model, tokens.input_ids, chosen, positions)
+    if bool((chosen.any(-1) & ~known.any(-1)).any()):
+        raise UserError(
+            f"positions {positions!r} select only tokens that dictionary {dictionary.name} was not trained on in some "
+            "prompts: leave these out, or load it with every_position=True (--every_position)"
+        )
+    return known
+
+
 def _check_sets(with_concept: Sequence[str], without: Sequence[str]) -> None:
     if not with_concept or not without:
         raise UserError("a set of prompts is empty: a contrast needs prompts with and without the concept")
@@ -340,7 +358,7 @@ def _largest(
     largest = torch.full((len(texts), dictionary.d_sae), -torch.inf, device=dictionary.W_dec.device)
     for part, numbers in prompt_batches(model, texts, positions != "all", batch_size, dictionary.d_sae):
         x = model.capture(part, [dictionary.site])[dictionary.site]
-        where = whole_prompt(model, part).select(positions)
+        where = _known(model, dictionary, part, positions)
         acts = dictionary.activations(x)[0].float().masked_fill(~where[..., None], -torch.inf).amax(1)
         for number, row in zip(numbers.tolist(), acts.to(largest.device), strict=True):
             largest[number] = torch.maximum(largest[number], row)

@@ -4,9 +4,7 @@
 """
 
 import json
-import os
 import shutil
-from collections import Counter
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import partial
@@ -16,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from fuzzing import CASES, CHANGES, NAMES, SCALE, SPECIAL, TEXTS, VALUES, changed, fuzz
 from hypothesis import strategies as st
 from tiny import save_model_and_sae
 
@@ -39,9 +37,6 @@ from saepatch.settings.mixins import check_shard
 from saepatch.tracking.open import read_spec
 from training.config import SAEConfig, TrainingConfig
 
-SCALE = int(os.environ.get("SAEPATCH_FUZZ", "1"))  # 100 under `make fuzz`
-CASES: Counter[str] = Counter()
-
 
 @pytest.fixture(scope="module", autouse=True)
 def count(request):
@@ -49,59 +44,6 @@ def count(request):
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and SCALE > 1:
         reporter.write_line(f"\n{sum(CASES.values()):,} cases: {dict(CASES)}")
-
-
-def fuzz(cases, **strategies):
-    """Run a test on so many cases of the slice; `make fuzz` on a hundred times as many."""
-
-    def decorate(test):
-        limits = settings(
-            max_examples=cases * SCALE,
-            deadline=None,
-            database=None,
-            derandomize=SCALE == 1,
-            suppress_health_check=list(HealthCheck),
-        )
-        return limits(given(**strategies)(test))
-
-    return decorate
-
-
-INTEGERS = st.one_of(st.integers(-3, 300), st.sampled_from([2**31, 2**63 - 1, 2**63, -(2**63), 10**30, 10**4200]))
-FLOATS = st.one_of(st.floats(), st.sampled_from([1e308, 5e-324, -0.0]))
-SPECIAL = [
-    "",
-    " ",
-    "\0",
-    "\ud800",
-    "\ufeff",
-    "1e400",
-    "null",
-    "0/0",
-    "٣",
-    "9" * 5000,
-    "a" * 300,
-    "=cmd",
-    "../..",
-    "$HOME",
-]
-NAMES = [
-    "ioi",
-    "resid_post.3",
-    "resid_post.3: 281; 3,17",
-    "all",
-    "1/4",
-    "at: Mary",
-    "3:7",
-    "-1",
-    "noise: Mary",
-    "wandb",
-]
-TEXTS = st.one_of(st.sampled_from(SPECIAL + NAMES), st.text(max_size=12), st.text("0123456789.:;,|/-abe ", max_size=12))
-SCALARS = st.one_of(st.none(), st.booleans(), INTEGERS, FLOATS, TEXTS)
-VALUES = st.recursive(
-    SCALARS, lambda some: st.one_of(st.lists(some, max_size=3), st.dictionaries(TEXTS, some, max_size=3)), max_leaves=6
-)
 
 
 WHOLE = [-1, 0, 1, 2, 3, 100, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30, 10**4200]
@@ -237,33 +179,6 @@ def run(tmp_path_factory):
     assert main(["patch", *map(str, arguments), "--latents", "3;5", "--quiet", "--out", str(out)]) == 0
     shutil.copytree(out, folder / "whole")
     return folder
-
-
-def paths(value: Any, prefix: tuple = ()) -> list[tuple]:
-    """The paths of all values inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path for key, item in items for path in ((*prefix, key), *paths(item, (*prefix, key)))]
-
-
-def changed(content: Any, changes: list[tuple[int, Any]]) -> str | None:
-    """JSON with some of its values replaced; None where JSON cannot hold them."""
-    content = json.loads(json.dumps(content))
-    for number, value in changes:
-        every = paths(content)
-        if not every:
-            break
-        *before, last = every[number % len(every)]
-        place = content
-        for key in before:
-            place = place[key]
-        place[last] = value
-    try:
-        return json.dumps(content)
-    except ValueError:
-        return None
-
-
-CHANGES = st.lists(st.tuples(st.integers(0, 10_000), VALUES), min_size=1, max_size=3)
 
 
 @fuzz(6, changes=CHANGES)

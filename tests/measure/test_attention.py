@@ -14,7 +14,7 @@ from saepatch.engine.components import Edit
 from saepatch.engine.metrics import answer_rank, kl_divergence, logit_difference
 from saepatch.errors import UserError
 from saepatch.measure.attention import PARTS, attribute_attention, patch_attention
-from saepatch.model.hooks import attention_replaced
+from saepatch.model.replaced import attention_replaced
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import splice
 

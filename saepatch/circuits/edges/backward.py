@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from saepatch.engine.softmax import additive_mask, attention_scores, refuse_unusual, repeated_heads
 from saepatch.errors import UserError
-from saepatch.model.hooks import attention_replaced, forwards_replaced
 from saepatch.model.language_model import LanguageModel
+from saepatch.model.replaced import attention_replaced, forwards_replaced
 from saepatch.model.sites import Site
 
 Counts = Counter[str]  # places where a modification acted in the passes of one context

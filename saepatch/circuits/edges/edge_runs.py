@@ -23,8 +23,9 @@ from saepatch.engine.passes.kept_run import KeptRun, entry
 from saepatch.engine.spans import run_to
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
-from saepatch.model.hooks import edit_sites, skip_blocks
+from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel
+from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import choose_positions
 

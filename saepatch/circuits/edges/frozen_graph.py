@@ -20,8 +20,8 @@ from saepatch.engine.components import LatentUnits, Stream
 from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.engine.spans import SpanGraph
 from saepatch.errors import UserError
-from saepatch.model.hooks import attention_replaced
 from saepatch.model.language_model import LanguageModel, refuse_training
+from saepatch.model.replaced import attention_replaced
 from saepatch.model.sites import Site
 
 MOST = 20_000  # nodes: the matrix of edges is dense

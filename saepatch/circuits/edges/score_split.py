@@ -23,8 +23,8 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.softmax import additive_mask, attention_scores
 from saepatch.engine.spans import SpanGraph
 from saepatch.errors import UserError
-from saepatch.model.hooks import attention_replaced
 from saepatch.model.language_model import LanguageModel
+from saepatch.model.replaced import attention_replaced
 from saepatch.model.sites import Site
 
 ROWS = 256  # vertices of the query side at a time

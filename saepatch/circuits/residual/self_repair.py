@@ -16,7 +16,7 @@ from saepatch.circuits.residual.stream_parts import StreamPart, StreamParts, Str
 from saepatch.circuits.residual.unembedding import Unembedding, read_unembedding, tolerance_of
 from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
 from saepatch.data.pairs import PromptPair
-from saepatch.engine.components import Component, LatentUnits, Patchable, as_components
+from saepatch.engine.components import Component, ErrorTerm, LatentUnits, Patchable, as_components
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel, refuse_training
@@ -141,8 +141,8 @@ def self_repair(
         backups: Number of later parts, those that repair most in the selection, to ablate jointly (by resampling).
 
     Raises:
-        UserError: the unit does not exist or has the same value in all runs, the model cannot be attributed, or the
-            selection does not fit.
+        UserError: the unit does not exist or has the same value in all runs, its dictionary was not trained on a
+            prompt's last token, the model cannot be attributed, or the selection does not fit.
     """
     return RepairRuns(model, pairs, selection).ablate(component, unit, mean_over, most, backups)
 
@@ -176,6 +176,7 @@ class RepairRuns:
         if most is not None and mean_over:
             raise UserError("a mean ablation of the same prompts is no second sample to choose on: leave most out")
         node = _one_unit(self.model, component, unit)
+        _check_known(self.model, node, [*self._of_pairs, *self._of_selection], mean_over)
         ablation = _Ablation(self.model, node, unit, self.parts, self.unembedding, _mean(self.model, node, mean_over))
         if not self.selection:
             return ablation.measure(self._of_pairs, ())
@@ -191,6 +192,17 @@ def _one_unit(model: LanguageModel, component: Patchable, unit: int) -> Componen
     if not 0 <= unit < listed.units:
         raise UserError(f"{listed.kind} {unit} is out of range: {listed.site} has {listed.units}, from 0")
     return replace(listed, ids=(unit,)) if isinstance(listed, LatentUnits) else listed
+
+
+def _check_known(
+    model: LanguageModel, node: Component, batches: Sequence["_BaseRun"], mean_over: Sequence[str]
+) -> None:
+    """Raises UserError where a prompt ends in a token that the node's dictionary was not trained on."""
+    if isinstance(node, LatentUnits | ErrorTerm):
+        prompts = [side for batch in batches for side in (batch.part.clean, batch.part.corrupted)]
+        for tokens in [*prompts, *([model.tokenize(list(mean_over))] if mean_over else [])]:
+            last = tokens.input_ids.gather(1, tokens.last[:, None])
+            node.dictionary.editable(model, last, torch.ones_like(last, dtype=torch.bool), "last")
 
 
 def _mean(model: LanguageModel, node: Component, prompts: Sequence[str]) -> Float[Tensor, "values"] | None:

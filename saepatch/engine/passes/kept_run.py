@@ -23,8 +23,9 @@ from saepatch.engine.passes.pieces import Pieces, next_logits_in_pieces, piece_o
 from saepatch.engine.passes.shortcuts import at_edited, at_last, find_maps, forget_maps, kept_outputs, quick_activations
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
-from saepatch.model.hooks import Edit, edit_sites, forwards_replaced, is_spliced, only_logits_of, skip_blocks
+from saepatch.model.hooks import Edit, edit_sites, is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.replaced import forwards_replaced, only_logits_of, skip_blocks
 from saepatch.model.sites import Site
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from saepatch.model.hooks import Edit, edit_sites, graph_through, skip_blocks
+from saepatch.model.hooks import Edit, edit_sites, graph_through
 from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
 
 PIECE = 4096  # columns: shorter prompts run whole

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saepatch.model.hooks import edit_sites, forwards_replaced, skip_blocks
+from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.replaced import forwards_replaced, skip_blocks
 from saepatch.model.sites import Site
 
 Forward = Callable[..., Any]

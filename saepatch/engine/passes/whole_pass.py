@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saepatch.engine.passes.kept_run import entry
-from saepatch.model.hooks import Edit, edit_sites, skip_blocks
+from saepatch.model.hooks import Edit, edit_sites
 from saepatch.model.language_model import LanguageModel, Tokens
+from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
 
 

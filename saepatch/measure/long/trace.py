@@ -16,8 +16,9 @@ from saepatch.errors import UserError, reason_of
 from saepatch.measure.long.masks import mask_rule
 from saepatch.measure.long.sparse import SparseAttention
 from saepatch.measure.long.traced import AgainstDense, AttentionTrace
-from saepatch.model.hooks import attention_replaced, is_spliced
+from saepatch.model.hooks import is_spliced
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.replaced import attention_replaced
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from saepatch.model.families import FAMILIES, Layout
 from saepatch.model.fingerprint import stored_tensors
 from saepatch.model.finite import all_finite
 from saepatch.model.forward import probe_steps
-from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, only_logits_of, watching
+from saepatch.model.hooks import Edit, SpliceError, edit_sites, first_of, watching
 from saepatch.model.inputs.padding import FAILURES
 from saepatch.model.inputs.tokens import Tokens, name_bos
 from saepatch.model.language_model import LanguageModel
@@ -24,6 +24,7 @@ from saepatch.model.loading.discovery import discover, layout_of
 from saepatch.model.loading.padded_rows import padding_of, run_pass
 from saepatch.model.loading.sources import from_pretrained, source_of, with_adapter
 from saepatch.model.other_tools import inner_model
+from saepatch.model.replaced import only_logits_of
 from saepatch.model.sites import Site
 
 log = logging.getLogger(__name__)
