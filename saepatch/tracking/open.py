@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import secrets
 import subprocess
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from saepatch.errors import UserError
 from saepatch.records.secrets import redacted_values
 from saepatch.tracking.backends import Backend, RunDescription
 from saepatch.tracking.logfiles import ARTIFACTS, METRICS, SUMMARY, cut
+from saepatch.tracking.sender import Starter
 from saepatch.tracking.tracker import Tracker
 
 __all__ = ["SPECS", "RunDescription", "Tracker", "open_tracker", "read_spec"]
@@ -65,12 +65,13 @@ def open_tracker(spec: str, about: RunDescription, *, resume: bool = False, resu
         run_id=about.run_id or secrets.token_hex(4),
         group=about.group or about.out.absolute().parent.name,
     )
-    backends: dict[str, Callable[[], Backend]] = {}
+    backends: dict[str, Starter] = {}
     for tracker in wanted:
         if tracker == "trackio":
-            backends["trackio"] = partial(_start_trackio, about, resumed)
+            backends["trackio"] = Starter(partial(_start_trackio, about, resumed))
         else:
-            backends["W&B"] = partial(_start_wandb, about, resumed, tracker.partition(":")[2] or None)
+            mode = tracker.partition(":")[2] or None
+            backends["W&B"] = Starter(partial(_start_wandb, about, resumed, mode), _give_up_wandb)
     return Tracker(about.out, lines, about.run_id, backends)
 
 
@@ -112,6 +113,12 @@ def _start_wandb(about: RunDescription, resumed: bool, mode: str | None) -> Back
     from saepatch.tracking.wandb import WandbRun
 
     return WandbRun(about, resumed, mode)
+
+
+def _give_up_wandb() -> None:
+    from saepatch.tracking.wandb import leave_service
+
+    leave_service()
 
 
 def _start_trackio(about: RunDescription, resumed: bool) -> Backend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from queue import Full, Queue
 
@@ -12,8 +13,16 @@ from saepatch.tracking.backends import Backend
 
 QUEUE_SIZE = 10_000  # calls that may wait for a backend: minutes of logging, at most about 50 MB
 CALL_TIMEOUT = 60.0  # seconds after which a call that has not returned counts as hanging
-START_TIMEOUT = 25.0  # seconds that a backend may take to start; without a network, W&B would take minutes
+START_TIMEOUT = 20.0  # seconds that a backend may take to start; without a network, W&B would take minutes
 FINISH_TIMEOUT = 60.0  # seconds; without a limit, a lost connection would block a finished run for ever
+
+
+@dataclass(frozen=True)
+class Starter:
+    """How a backend is started, and what else is to be done where it is abandoned before it has."""
+
+    start: Callable[[], Backend]
+    give_up: Callable[[], None] = lambda: None
 
 
 class BackgroundSender:
@@ -23,8 +32,8 @@ class BackgroundSender:
     behind, is abandoned. Both are reported once, through `complain`.
     """
 
-    def __init__(self, start: Callable[[], Backend], complain: Callable[[str], None]) -> None:
-        self._start, self._complain = start, complain
+    def __init__(self, starter: Starter, complain: Callable[[str], None]) -> None:
+        self._starter, self._complain = starter, complain
         self._calls: Queue[tuple[str, Callable[[Backend], None]] | None] = Queue(QUEUE_SIZE)
         self._backend: Backend | None = None
         self._calling_since: float | None = None
@@ -86,7 +95,7 @@ class BackgroundSender:
         self._succeeds("did not finish cleanly", partial(self._backend.finish, self._exit_code))
 
     def _begin(self) -> None:
-        self._backend = self._start()
+        self._backend = self._starter.start()
 
     def _succeeds(self, complaint: str, call: Callable[[], None]) -> bool:
         self._calling_since = time.monotonic()
@@ -105,6 +114,8 @@ class BackgroundSender:
         self._complain(why)
         if self._backend is not None:
             self._backend.abandon()
+        else:
+            self._starter.give_up()
 
 
 def reason(error: Exception) -> str:

@@ -25,7 +25,7 @@ from saepatch.tracking.logfiles import (
     plain_values,
     read_summary,
 )
-from saepatch.tracking.sender import BackgroundSender, reason
+from saepatch.tracking.sender import BackgroundSender, Starter, reason
 
 if TYPE_CHECKING:
     from saepatch.report import Chart
@@ -46,7 +46,7 @@ class Tracker:
         out: Path,
         lines: TextIO,
         run_id: str | None = None,
-        backends: Mapping[str, Callable[[], Backend]] | None = None,
+        backends: Mapping[str, Starter] | None = None,
     ) -> None:
         self.out, self.run_id = out, run_id
         self._lines = lines

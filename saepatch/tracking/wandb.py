@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT = 20.0  # seconds; W&B's default of 90 is too long a wait on a machine without network
+INIT_TIMEOUT = 15.0  # seconds; W&B's default of 90 is too long a wait on a machine without network
 
 
 class WandbRun:
@@ -136,9 +136,7 @@ class WandbRun:
         self._run.finish(exit_code=exit_code)
 
     def abandon(self) -> None:
-        # W&B waits for its service at exit without a limit, and its public API offers no way to skip that.
-        with suppress(Exception):
-            self._run._wl.assert_service()._cleanup()  # type: ignore[union-attr, misc]
+        leave_service()
 
     @contextmanager
     def _staged_with_the_run(self) -> Iterator[None]:
@@ -151,6 +149,17 @@ class WandbRun:
         finally:
             if elsewhere is None:
                 del os.environ["WANDB_DATA_DIR"]
+
+
+def leave_service() -> None:
+    """Let this process end without W&B's service, for which W&B would wait at exit, with no limit.
+
+    W&B's public API offers no way to skip that.
+    """
+    import wandb
+
+    with suppress(Exception):
+        wandb.setup().assert_service()._cleanup()  # type: ignore[misc]
 
 
 def _has_key() -> bool:

@@ -234,6 +234,71 @@ def test_a_server_that_does_not_answer(tmp_path, monkeypatch, caplog):
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_without_a_network_a_run_ends_within_half_a_minute(tmp_path, monkeypatch):
+    """W&B gets less than the time after which it is abandoned, and what is abandoned is not waited for at exit."""
+    given = {}
+
+    def init(**options):
+        given.update(options)
+        raise OSError("no network")
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with open_tracker("wandb:online", RunDescription(tmp_path, "r", {})) as tracker:
+        tracker.log({"loss": 1.0}, step=0)
+    assert given["settings"].init_timeout == wandb_backend.INIT_TIMEOUT < sender.START_TIMEOUT < 30
+
+
+def test_a_backend_that_never_starts_is_given_up(tmp_path, monkeypatch, caplog):
+    release, given_up = threading.Event(), []
+    monkeypatch.setattr(wandb_backend, "WandbRun", lambda *_: release.wait() and Visitor())
+    monkeypatch.setattr(wandb_backend, "leave_service", lambda: given_up.append(1))
+    monkeypatch.setattr(sender, "START_TIMEOUT", 0.05)
+    try:
+        with open_tracker("wandb", RunDescription(tmp_path, "r", {})) as tracker:
+            tracker.log({"x": 0.0}, step=0)
+        assert given_up == [1]
+    finally:
+        release.set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds W&B's service in /proc")
+def test_the_interpreter_exits_though_a_server_never_answers(tmp_path, monkeypatch):
+    """W&B's service still waits for the server then, and Python would wait for the service."""
+    code = """
+import os, pathlib, signal, sys, threading
+from saepatch.tracking import sender, wandb
+from saepatch.tracking.open import RunDescription, open_tracker
+sender.START_TIMEOUT = 0.5
+started = threading.Event()
+class Hanging:
+    def __init__(self, *_):
+        import wandb
+        wandb.setup().ensure_service()
+        tasks = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
+        for pid in {int(pid) for task in tasks for pid in task.read_text().split()}:
+            print(pid, flush=True)
+            os.kill(pid, signal.SIGSTOP)
+        started.set()
+        threading.Event().wait()
+wandb.WandbRun = Hanging
+tracker = open_tracker("wandb:offline", RunDescription(pathlib.Path(sys.argv[1]), "r", {}))
+assert started.wait(60)
+tracker.finish()
+"""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # that of the other tests
+    out, err = tmp_path / "out.txt", tmp_path / "err.txt"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, stdout=stdout, stderr=stderr, timeout=120, check=False)
+    services = out.read_text().split()
+    for pid in services:
+        os.kill(int(pid), signal.SIGKILL)
+    assert done.returncode == 0, err.read_text()
+    assert services
+    assert "did not start within" in err.read_text()
+
+
 @pytest.mark.parametrize("broken", ["log", "summarise", "table", "finish"])
 def test_an_exploding_wandb_does_not_stop_the_run(broken, tmp_path, monkeypatch, caplog):
     calls = []
