@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
-from fuzzing import CASES, CHANGES, NAMES, SCALE, SPECIAL, TEXTS, VALUES, changed, fuzz
+from fuzz.hostile import CASES, CHANGES, NAMES, SCALE, SPECIAL, TEXTS, VALUES, changed, fuzz
 from hypothesis import strategies as st
 from tiny import save_model_and_sae
 

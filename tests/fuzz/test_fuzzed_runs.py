@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from fuzzing import CASES, CHANGES, SCALE, VALUES, changed, fuzz
+from fuzz.hostile import CASES, CHANGES, SCALE, VALUES, changed, fuzz
 from hypothesis import strategies as st
 from restoring_runs import arguments as restoring
 from restoring_runs import make
