@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from tiny import random_dictionary, tiny_model
 
@@ -13,8 +14,9 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Edit
 from saepatch.errors import UserError
 from saepatch.measure.patching import patch_heads, patch_latents, patch_streams
-from saepatch.measure.results.effects import Effects, describe
+from saepatch.measure.results.effects import Effects, describe, precision_of, within_rounding
 from saepatch.model.sites import Site
+from saepatch.records.statistics import bootstrap_ratio
 
 SITE, LATER = Site(1), Site(2)
 PAIRS = [
@@ -73,6 +75,13 @@ def test_effects_are_normalised_by_definition(direction):
     assert effects.mean_of_ratios(0).value == pytest.approx(0.0)
     assert effects.mean_of_ratios(0).n == 3
     assert effects.of(Edit(SITE, (7,))) == effects.of(0)
+    np.testing.assert_allclose(effects.ratios(), [11 / 1.001])
+
+
+def test_the_seed_is_that_of_the_bootstrap():
+    change = np.random.default_rng(3).lognormal(0, 1, (12, 1))
+    effects = effects_of(change, [Edit(SITE, (7,))], gap=np.linspace(1, 3, 12))
+    assert effects.of(0, seed=1) == bootstrap_ratio(change[:, 0], effects.gap, seed=1) != effects.of(0)
 
 
 def test_controls_are_those_drawn_for_the_edit():
@@ -267,6 +276,18 @@ def test_rounding_is_a_share_of_the_size_of_the_gaps():
     effects = effects_of(change, [Edit(SITE, (0,)), Edit(SITE, (1,))], gap=[100.0, 100.0, -100.0] * 4)
     assert effects.q_values()[0] < 0.01
     assert effects.q_values()[1] == 1.0
+    assert [row.rounding for row in effects.rows()] == pytest.approx([0.01] * 24)  # in the metric's units
+    assert [within_rounding(mean, 1e-4, effects) for mean in (0.0099, -0.0099, 0.011, 0.0)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
+def test_rounding_follows_the_precision(dtype, share):
+    assert precision_of(getattr(torch, dtype)) == (dtype, share)
 
 
 def test_controls_are_at_the_edits_own_site_position_and_kind():

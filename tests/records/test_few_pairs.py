@@ -86,3 +86,22 @@ def test_the_studentised_maximum_finds_what_is_there():
     np.testing.assert_array_equal(p, studentised_max_test(change, tested, draws=500))
     change[:, 9] = 0.0
     assert studentised_max_test(change, tested, draws=50)[9] == 1.0
+
+
+def test_the_studentised_maximum_by_definition(monkeypatch):
+    """Draw by draw: rows drawn from the centred changes, |mean / standard error| of each column, the largest of all."""
+    n, draws = 12, 60
+    change = np.random.default_rng(8).lognormal(0, 1, (n, 5)) - [1.2, 1.3, 1.4, 1.5, 1.6]
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
+
+    def size(rows):
+        return np.abs(rows.mean(0)) / (rows.std(0) / np.sqrt(n))
+
+    centred = change - change.mean(0)
+    largest = np.array([size(np.repeat(centred, each, axis=0)).max() for each in counts])
+    expected = [(1 + (largest >= own).sum()) / (1 + draws) for own in size(change)]
+    assert len(set(expected)) > 3
+    everything = np.ones(change.shape, dtype=bool)
+    np.testing.assert_allclose(studentised_max_test(change, everything, draws), expected)
+    monkeypatch.setattr("saepatch.records.statistics.CELLS", 2 * draws)  # two columns at a time
+    np.testing.assert_allclose(studentised_max_test(change, everything, draws), expected)

@@ -59,6 +59,11 @@ def test_what_allows_no_interval_says_why(values, reason):
     assert interval.facts()["reason"] == reason
 
 
+def test_six_examples_are_enough():
+    interval = bootstrap_mean(np.linspace(0.1, 0.6, 6))
+    assert interval.low < interval.value < interval.high
+
+
 def test_an_interval_without_a_reason_is_held_as_before():
     assert Interval(0.5, 0.4, 0.6, 9).facts() == {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
 
@@ -68,6 +73,10 @@ def test_gaps_of_both_signs_whose_mean_may_be_nothing_allow_no_interval():
     interval = bootstrap_ratio(0.5 * gap + np.linspace(-0.1, 0.1, 8), gap)
     assert interval.reason == "no interval: the mean to divide by may be 0"
     assert not bootstrap_ratio(0.5 * gap + np.linspace(-0.1, 0.1, 8), gap + 3).reason
+    # the bound is t · s / √n = 2.3646 · 1.0690 / 2.8284, with s from n - 1
+    for mean, withheld in [(0.88, True), (0.91, False)]:
+        gap = mean + np.array([1.0, -1.0] * 4)
+        assert bool(bootstrap_ratio(0.5 * gap + np.linspace(-0.1, 0.1, 8), gap).reason) == withheld
 
 
 def test_paired_differences_are_those_of_bonett_and_price():
@@ -103,6 +112,7 @@ def test_the_interval_is_the_union_by_definition():
     change = 0.4 * gap + rng.normal(0, 0.3, 12)
     draws = RatioBootstrap(gap, draws=300, seed=7)
     ratio = change.mean() / gap.mean()
+    np.testing.assert_array_equal(draws._counts, np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), 300))
 
     def error(top, bottom):
         return (top - top.mean() / bottom.mean() * bottom).std(ddof=1) / np.sqrt(len(top)) / bottom.mean()
