@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import saepatch
-from saepatch.cli.commands.compare import compare
 from saepatch.cli.commands.demo import demo
+from saepatch.cli.commands.finished.compare import compare
+from saepatch.cli.commands.finished.merge import merge
+from saepatch.cli.commands.finished.push import push
+from saepatch.cli.commands.finished.report import report
+from saepatch.cli.commands.finished.runs import runs
 from saepatch.cli.commands.inspect import inspect, plan
 from saepatch.cli.commands.latent import latent
-from saepatch.cli.commands.merge import merge
 from saepatch.cli.commands.play import play
-from saepatch.cli.commands.push import push
-from saepatch.cli.commands.report import report
-from saepatch.cli.commands.runs import runs
 from saepatch.cli.commands.steer import steer
 from saepatch.cli.commands.sweep import circuit, edit, restore, sweep
 from saepatch.cli.commands.train import experiment, train
@@ -23,12 +23,12 @@ from saepatch.settings.demo import DemoConfig
 from saepatch.settings.edit import EditConfig
 from saepatch.settings.finished.compare import CompareConfig
 from saepatch.settings.finished.merge import MergeConfig
+from saepatch.settings.finished.push import PushConfig
 from saepatch.settings.finished.report import ReportConfig
 from saepatch.settings.finished.runs import RunsConfig
 from saepatch.settings.inspect import InspectConfig, PlanConfig
 from saepatch.settings.latent import LatentConfig
 from saepatch.settings.play import PlayConfig
-from saepatch.settings.push import PushConfig
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.steer import SteerConfig
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig

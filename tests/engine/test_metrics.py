@@ -78,9 +78,15 @@ def test_the_table_holds_every_metric_that_needs_no_more_than_a_batch(case):
     for name, metric in metrics.METRICS.items():
         assert metrics.metric_name(metric) == name
         assert metrics.read_metric(name) is metric
-        assert metric(logits, compared).shape == (2,)
-        assert metrics.answers_only(metric) == (name == "logit_difference")
-        assert metrics.needs_clean_logits(metric) == (name == "kl_divergence")
+        values = metric(logits, compared)
+        assert values.shape == (2,)
+        if metrics.answers_only(metric):
+            used = torch.zeros_like(logits).scatter(1, torch.stack([batch.answer, batch.counter], 1), 1.0) > 0
+            assert torch.equal(metric(logits.where(used, torch.nan), batch), values)
+        elif not metrics.needs_clean_logits(metric):
+            assert torch.equal(metric(logits, batch), values)
+    assert metrics.answers_only(metrics.logit_difference)
+    assert metrics.needs_clean_logits(metrics.METRICS["kl_divergence"])
     assert not metrics.answers_only(margin)
     assert not metrics.needs_clean_logits(margin)
 
@@ -123,7 +129,7 @@ def test_metrics_of_ones_own_are_imported_from_the_working_directory(tmp_path, m
     assert first(torch.tensor([[5.0, 6.0]]), None).tolist() == [5.0]
     assert metrics.source_hash("probability") == "" != metrics.source_hash("metrics_of_a_test:first")
     for text, complaint in [
-        ("perplexity", "unknown metric 'perplexity': use one of answer_rank, .* MODULE:FUNCTION"),
+        ("perplexity", "unknown metric 'perplexity': use one of .*answer_rank, .* MODULE:FUNCTION"),
         ("nothing_of_this_name:first", "no module 'nothing_of_this_name' in "),
         ("metrics_of_a_test:second", "metrics_of_a_test.py has no 'second'"),
         ("metrics_of_a_test:NUMBER", "is a int: name a function"),

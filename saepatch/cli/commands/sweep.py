@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saepatch.cli.commands.merge import merge_and_report, run_result
+from saepatch.cli.commands.finished.merge import merge_and_report, run_result
 from saepatch.cli.parser import CommandResult
 from saepatch.settings.circuit import CircuitConfig
 from saepatch.settings.edit import EditConfig

@@ -1,4 +1,4 @@
-"""Settings of the commands that read finished runs.
+"""Settings of the commands that read finished runs, trained dictionaries among them.
 
 May import settings.mixins and below.
 """

@@ -1,7 +1,7 @@
 """`saepatch push`."""
 
 from saepatch.cli.parser import CommandResult
-from saepatch.settings.push import PushConfig
+from saepatch.settings.finished.push import PushConfig
 
 
 def push(config: PushConfig) -> CommandResult:
