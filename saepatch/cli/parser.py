@@ -41,7 +41,8 @@ def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Co
             raise UserError(f"no config file {given[0]!r}: give a YAML file first, or settings alone (see --help)")
         given = ["--config", *given]
     try:
-        return _instantiate(_parser(config, prog=prog), given, config)
+        parser = _parser(config, prog=prog)
+        return _instantiate(parser, _parsed(parser, given), config)
     except UserError as error:
         raise with_place(error, given) from error
 
@@ -88,9 +89,10 @@ def run_commands(
         parser = _commands_parser(commands, forwarded, prog, given, full)
         parser.description = description
         parser.add_argument("--version", action="version", version=version())
-        name = _parsed(parser, given).command
+        parsed = _parsed(parser, given)
+        name = parsed.command
         kind, command = commands[name]
-        config: Any = _instantiate(parser, given, kind, name)
+        config: Any = _instantiate(parser, parsed, kind, name)
         if track := getattr(config, "track", ""):
             from saepatch.tracking.open import read_spec
 
@@ -145,6 +147,7 @@ def _json(facts: Mapping[str, Any]) -> str:
     return json.dumps(plain(dict(facts)), ensure_ascii=False, allow_nan=False, indent=2)
 
 
+@cache  # none of it changes when arguments are parsed
 def _parser(config: type, prog: str, positional: bool = False, full: bool = True) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
@@ -278,8 +281,7 @@ def _parsers(parser: Any, given: Sequence[str]) -> list[Any]:
     return [parser, *(own for choices in commands for name, own in choices.items() if name in given)]
 
 
-def _instantiate(parser: Any, given: Sequence[str], config: type[Config], command: str | None = None) -> Config:
-    parsed = _parsed(parser, given)
+def _instantiate(parser: Any, parsed: Any, config: type[Config], command: str | None = None) -> Config:
     named = parsed if command is None else parsed[command]
     check_values(config, named.as_dict())
     values = parser.instantiate(parsed)

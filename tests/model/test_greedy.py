@@ -64,9 +64,7 @@ def folder(tmp_path_factory):
 
 
 # One in three alone by default, and all together.
-ALONE = [
-    [name] if number % 3 == 0 else pytest.param([name], marks=pytest.mark.slow) for number, name in enumerate(SETTINGS)
-]
+ALONE = [pytest.param([name], marks=pytest.mark.slow) for name in SETTINGS]
 
 
 @pytest.mark.parametrize("names", [*ALONE, list(SETTINGS)], ids=lambda names: names[0])

@@ -141,7 +141,15 @@ SWEEPS = {
 }
 
 
-MORE_SWEEPS = {"groups with controls", "each position", "streams, from the right", "latents of each site", "mean"}
+MORE_SWEEPS = {
+    "heads",
+    "error terms",
+    "groups with controls",
+    "each position",
+    "streams, from the right",
+    "latents of each site",
+    "mean",
+}
 
 
 @pytest.mark.parametrize(
@@ -178,10 +186,11 @@ CORRUPTIONS = {"noise: sat": "GaussianNoise(subject=At(text='sat'", "zero": "Zer
 )
 def test_corrupted_runs_are_made_as_the_library_makes_them(place, tmp_path, text):
     model, dictionary = load_model(str(place / "model")), load_sae(str(place / "saes"), "resid_post.1")
-    _, pairs = read_pairs(PatchConfig(pairs=str(place / "pairs.jsonl")))
+    _, pairs = read_pairs(PatchConfig(pairs=str(place / "pairs.jsonl"), n=6))
     mean = Mean.over(model, dictionary, model.tokenize([pair.clean for pair in pairs]), by_position=False)
     corruption = {"noise": GaussianNoise(At("sat"), seed=3), "zero": Zero(), "mean": mean}[text.split(":")[0]]
-    options = ("--site", "resid_post.1", "--corruption", text, "--seed", "3", "--direction", "both", "--part", "4")
+    options = ("--site", "resid_post.1", "--corruption", text, "--seed", "3", "--direction", "both")
+    options += ("--n", "6", "--part", "4")
     rows = patch(place, tmp_path / "patch", *options)
     screened = run("attribute", place, tmp_path / "attribute", *options, "--verify", "2", "--sample", "2")
     found = {key[:1] + key[2:6] + key[7:8]: values for key, values in rows.items()}
@@ -209,8 +218,15 @@ def margin(logits, batch):
 """
 
 
-@pytest.mark.parametrize("name", ["kl_divergence", "metrics_of_test_runs:margin"])
-@pytest.mark.parametrize("command", ["patch", "attribute"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("patch", "kl_divergence"),
+        ("attribute", "metrics_of_test_runs:margin"),
+        pytest.param("patch", "metrics_of_test_runs:margin", marks=pytest.mark.slow),
+        pytest.param("attribute", "kl_divergence", marks=pytest.mark.slow),
+    ],
+)
 def test_metrics_by_name_and_of_ones_own(place, tmp_path, capsys, monkeypatch, command, name):
     """Through the command line, both directions and two parts, against the library called directly."""
     monkeypatch.chdir(tmp_path)
@@ -535,7 +551,8 @@ def test_a_stop_that_was_swallowed_comes_again_and_handlers_are_put_back():
 
 def test_logs_that_nobody_watches_get_a_line_now_and_then(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("saepatch.runs.progress.LOG_EVERY", 0.0)
-    command = ["patch", *arguments(place, tmp_path / "run", "--site", "resid_post.0", "--part", "4")]
+    options = ("--site", "resid_post.0", "--latents", "3;5", "--controls", "0", "--part", "4")
+    command = ["patch", *arguments(place, tmp_path / "run", *options)]
     assert main([*command, "--quiet", "false"]) == 0
     told = capsys.readouterr().err
     assert "\r" not in told

@@ -44,7 +44,7 @@ class RunData:
     def settings(self) -> dict[str, Any]:
         return self.folder.settings
 
-    @property
+    @cached_property
     def is_screen(self) -> bool:
         return self.folder.work == "attribute"
 
