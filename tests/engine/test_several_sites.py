@@ -14,7 +14,9 @@ from saepatch.engine.corruptions import Zero
 from saepatch.engine.metrics import log_probability
 from saepatch.engine.passes import kept_run
 from saepatch.errors import UserError
+from saepatch.measure.controls import control_sets
 from saepatch.measure.patching import patch_by_pair, patch_components, patch_edits, patch_latents
+from saepatch.measure.quality import latent_statistics
 from saepatch.model.sites import READ_AT_INPUT, Site
 
 pytestmark = pytest.mark.whole  # type checks at run time would double their time
@@ -274,6 +276,12 @@ def test_a_group_of_latents_over_sites_has_controls_at_each():
         assert all(edit.beside_key == (given if len(edit.parts) == 2 else single).key for edit in drawn)
         assert all(not set(p.units) & set(p.beside) for edit in drawn for p in edit.parts)
         assert effects.controls(given, role) is not None
+    for number, (dictionary, ids) in enumerate([(low, (3, 7, 9)), (high, (5,))]):  # sites draw with seeds of their own
+        prompts = model.tokenize([text for pair in PAIRS for text in (pair.clean, pair.corrupted)])
+        sets = control_sets(ids, len(ids), latent_statistics(model, dictionary, prompts), number, 3)
+        for role, several in zip(("random", "matched"), sets, strict=True):
+            parts = [effects.edits[i].parts[number].units for i in effects.where(role)[:3]]
+            assert parts == [tuple(sorted(some)) for some in several]
     rows = [row for row in effects.rows("t") if row.role == "given" and "|" in row.site]
     assert {(row.site, row.component, row.latent, row.position) for row in rows} == {
         ("resid_post.0 | resid_post.1", "latent", "3,7,9 | 5", "all")

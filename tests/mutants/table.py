@@ -99,8 +99,8 @@ MUTANTS = [
     ),
     *_of(
         "saepatch/measure/controls.py",
-        "tests/records/test_statistics.py tests/measure/test_patching.py tests/measure/test_planted.py "
-        "tests/engine/test_several_sites.py",
+        "tests/records/test_statistics.py tests/measure/test_patching.py "
+        "tests/engine/test_several_sites.py::test_a_group_of_latents_over_sites_has_controls_at_each",
         (
             "np.setdiff1d(among.nonzero().flatten().cpu().numpy(), np.asarray(sorted(exclude), dtype=int))",
             "among.nonzero().flatten().cpu().numpy()",
