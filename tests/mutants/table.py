@@ -226,7 +226,7 @@ MUTANTS = [
     *_of(
         "saepatch/restoration/ranking.py",
         "tests/restoration/test_safety_latents.py",
-        ("(squares[site] / n).sqrt() * norms[site]", "squares[site].sqrt() / n * norms[site]"),
+        ("(squares[site] / n[site]).sqrt() * norms[site]", "squares[site].sqrt() / n[site] * norms[site]"),
         (
             "_tail(dictionary.written(here[site][None])[0], n)",
             "_tail(dictionary.activations(here[site][None])[0][0], n)",
@@ -241,7 +241,8 @@ MUTANTS = [
             "torch.cat([x.new_zeros(len(x), missing, x.shape[2]), x], 1)",
             "torch.cat([x, x.new_zeros(len(x), missing, x.shape[2])], 1)",
         ),
-        ("(total / sum(counts))", "(total / len(counts))"),
+        ("(total / seen[site])", "(total / sum(counts))"),
+        ("& {*_known(dictionary, other, its, n)})", ")"),
         ("(change * along).sum(0)", "(change * along).mean(0)"),
     ),
     *_of(
