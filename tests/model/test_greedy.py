@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
     return path
 
 
-# One in three alone by default, and all together.
+# All together by default; each alone among the slow tests.
 ALONE = [pytest.param([name], marks=pytest.mark.slow) for name in SETTINGS]
 
 
