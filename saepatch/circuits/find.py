@@ -1,12 +1,15 @@
 """Find a circuit: rank nodes by attribution, choose how many, prune, and estimate the edges between them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy import ndarray
+from torch import Tensor
 
 from saepatch.circuits.circuit import TARGET, Circuit
 from saepatch.circuits.edges.edge_list import Edges
@@ -26,6 +29,9 @@ from saepatch.measure.patching import patch_components
 from saepatch.model.language_model import LanguageModel
 
 SIZES = 24  # sizes at which faithfulness is measured
+Keep = Callable[
+    [str, Callable[[], Any]], Any
+]  # the JSON value stored under a name, made and stored where there is none
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,35 @@ class FindOptions:
     keep: int = 300
 
 
+def _unkept(_: str, make: Callable[[], Any]) -> Any:
+    return make()
+
+
+@dataclass(frozen=True, eq=False)
+class _KeptRuns:
+    """Runs whose metrics are kept in the order in which they are asked for: a search asks for the same ones again."""
+
+    runs: NodeRuns
+    keep: Keep
+    stage: str
+    number: Iterator[int] = field(default_factory=count)
+
+    @property
+    def members(self) -> Sequence[Node]:
+        return self.runs.members
+
+    @property
+    def whole(self) -> Float[ndarray, "pairs"]:
+        return self.runs.whole
+
+    @property
+    def empty(self) -> Float[ndarray, "pairs"]:
+        return self.runs.empty
+
+    def run(self, act: Bool[Tensor, "variants members"]) -> Float[ndarray, "variants pairs"]:
+        return np.array(self.keep(f"{self.stage}/{next(self.number)}", lambda: self.runs.run(act).tolist()))
+
+
 @dataclass(frozen=True, eq=False)
 class FoundCircuit:
     """A circuit with its selection: all ranked nodes, and faithfulness over sizes on `tune`."""
@@ -69,6 +104,7 @@ def find_circuit(
     tune: Sequence[PromptPair] | None = None,
     how: FindOptions | None = None,
     options: SweepOptions | None = None,
+    keep: Keep = _unkept,
 ) -> FoundCircuit:
     """Find a circuit of nodes: nodes and edges on `pairs`, how many nodes on `tune` (None: `pairs`).
 
@@ -76,7 +112,8 @@ def find_circuit(
     and `Stream`, whose nodes are few and are ranked by patching each exactly. Measure the circuit on other pairs: a
     number of nodes chosen on the pairs that they are ranked on is too small for others. Nodes are taken in the order of
     their signed mean effects; those that work against the clean run's answer come last. Edges lead from one of the
-    circuit's nodes to another or to the logits.
+    circuit's nodes to another or to the logits. `keep` stores JSON values by name; a search that was stopped continues
+    from those that the same search stored.
 
     Raises:
         UserError: pairs are not aligned or do not differ, the metric has no gradient, or no number of nodes reaches
@@ -84,18 +121,32 @@ def find_circuit(
     """
     how, options, tune = how or FindOptions(), options or SweepOptions(), tune or pairs
     several = list(patchables) if isinstance(patchables, Sequence) else [patchables]
-    effects, sign = node_effects(model, several, pairs, how, options)
+    effects, sign = _kept_effects(keep, lambda: node_effects(model, several, pairs, how, options))
     ranked = sorted(effects, key=lambda node: -sign * effects[node])
     if not ranked:
         raise UserError("nothing differs between the runs of any pair, so there are no nodes: check the pairs")
     score = sign * np.array([effects[node] for node in ranked])
-    runs = NodeRuns(model, several, tune, ranked, options=options)
+    runs = _KeptRuns(NodeRuns(model, several, tune, ranked, options=options), keep, "size")
     curve = size_curve(runs, score.tolist(), by_size=False, shares=_shares(len(ranked), how.size))
-    chosen = _pruned(model, several, tune, ranked[: _size(curve, how)], how, options)
+    chosen = ranked[: _size(curve, how)]
+    if how.prune:
+        chosen = _pruned(_KeptRuns(NodeRuns(model, several, tune, chosen, options=options), keep, "prune"), how)
     joined = None
     if how.edges is not None:
         joined = edges(model, several, pairs, replace(how.edges, among=tuple(chosen)), options)
     return FoundCircuit(_circuit(chosen, effects, joined, how), tuple(ranked), score, curve, joined)
+
+
+def _kept_effects(
+    keep: Keep, measure: Callable[[], tuple[dict[Node, float], float]]
+) -> tuple[dict[Node, float], float]:
+    def facts() -> dict[str, Any]:
+        effects, sign = measure()
+        return {"nodes": Circuit(tuple(effects), effects=tuple(effects.values())).facts(), "sign": sign}
+
+    kept = keep("effects", facts)
+    circuit = Circuit.from_facts(kept["nodes"])
+    return dict(zip(circuit.nodes, circuit.effects, strict=True)), kept["sign"]
 
 
 def node_effects(
@@ -146,20 +197,11 @@ def _size(curve: SizeCurve, how: FindOptions) -> int:
     return size
 
 
-def _pruned(
-    model: LanguageModel,
-    patchables: Sequence[Patchable],
-    pairs: Sequence[PromptPair],
-    chosen: list[Node],
-    how: FindOptions,
-    options: SweepOptions,
-) -> list[Node]:
-    if not how.prune:
-        return chosen
-    (left,) = acdc(NodeRuns(model, patchables, pairs, chosen, options=options), [how.prune])
+def _pruned(runs: _KeptRuns, how: FindOptions) -> list[Node]:
+    (left,) = acdc(runs, [how.prune])
     if not left.size:
-        raise UserError(f"prune = {how.prune:g} removes all {len(chosen)} nodes: use less")
-    return [node for node, acts in zip(chosen, left.act.tolist(), strict=True) if acts]
+        raise UserError(f"prune = {how.prune:g} removes all {len(runs.members)} nodes: use less")
+    return [node for node, acts in zip(runs.members, left.act.tolist(), strict=True) if acts]
 
 
 def _circuit(chosen: Sequence[Node], effects: Mapping[Node, float], joined: Edges | None, how: FindOptions) -> Circuit:

@@ -25,9 +25,10 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all m
 class MemberRuns(Protocol):
     """`NodeRuns` or `EdgeRuns`: the metric when some members act, when everything does, and when nothing does."""
 
-    whole: Float[ndarray, "pairs"]
-    empty: Float[ndarray, "pairs"]
-
+    @property
+    def whole(self) -> Float[ndarray, "pairs"]: ...
+    @property
+    def empty(self) -> Float[ndarray, "pairs"]: ...
     @property
     def members(self) -> Sequence[object]: ...
     def run(self, act: Bool[Tensor, "variants members"]) -> Float[ndarray, "variants pairs"]: ...

@@ -41,7 +41,7 @@ def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Co
             raise UserError(f"no config file {given[0]!r}: give a YAML file first, or settings alone (see --help)")
         given = ["--config", *given]
     try:
-        parser = _parser(config, prog=prog)
+        parser = _parser(config, prog=prog)  # type: ignore[arg-type]  # classes are hashable
         return _instantiate(parser, _parsed(parser, given), config)
     except UserError as error:
         raise with_place(error, given) from error

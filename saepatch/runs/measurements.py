@@ -99,6 +99,10 @@ class Measurements:
             self.known[name] = json.loads(json.dumps(value))
         return self.known[name]
 
+    def forget(self) -> None:
+        """Remove the file, once what the measurements were for is stored elsewhere."""
+        self._path.unlink(missing_ok=True)
+
 
 def _by_name(decides: Mapping[str, Any]) -> dict[str, Any]:
     """With each setting under its own name, so that a refusal names the settings that differ."""

@@ -8,6 +8,7 @@ from graph_schema import check_graph
 from tiny import random_sae, save_model_and_sae
 
 from saepatch.circuits.circuit import Circuit
+from saepatch.circuits.node_runs import NodeRuns
 from saepatch.cli.main import main
 from saepatch.records.rows import read_rows
 
@@ -109,6 +110,39 @@ def test_a_stopped_run_continues_and_finds_nothing_again(place, whole, tmp_path,
     monkeypatch.setattr("saepatch.runs.commands.circuits.find_circuit", refuse)
     assert main(arguments(place, out)) == 0
     assert values(out) == pytest.approx(values(whole), abs=1e-5)
+
+
+def test_a_stopped_search_continues(place, tmp_path, monkeypatch, capsys):
+    """Stopped while it prunes, a search runs nothing again that it ran before, and ends with the same circuit."""
+    run, calls = NodeRuns.run, []
+
+    def counted(runs, act, others_act=False):
+        calls.append(len(act))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return run(runs, act, others_act)
+
+    monkeypatch.setattr(NodeRuns, "run", counted)
+    given = [*arguments(place, tmp_path / "whole"), "--prune=0.002"]
+    stop = 0
+    assert main(given) == 0
+    total, stop = len(calls), 15
+    calls.clear()
+    stopped = [*arguments(place, tmp_path / "stopped"), "--prune=0.002"]
+    assert main(stopped) == 130
+    assert "the same command" in capsys.readouterr().err
+    calls.clear()
+    stop = 0
+    assert main([*stopped, "--steps=3"]) == 2
+    assert "steps (2 there, 3 now)" in capsys.readouterr().err
+    assert calls == []
+    monkeypatch.setattr("saepatch.circuits.find.node_effects", None)  # nor are nodes ranked again
+    assert main(stopped) == 0
+    ends = 2 * 2  # of all nodes, and of those to be pruned: the run in which all act and the one in which none does
+    assert len(calls) == total - (15 - 1 - ends)
+    circuits = [Circuit.read(tmp_path / name / "circuit.json") for name in ("whole", "stopped")]
+    assert circuits[0] == circuits[1]
+    assert list((tmp_path / "stopped").rglob("measurements.jsonl")) == []
 
 
 def test_shards_are_the_whole(place, whole, tmp_path, capsys):

@@ -31,6 +31,7 @@ from saepatch.measure.results.effects import precision_of
 from saepatch.model.language_model import LanguageModel
 from saepatch.organism import tasks
 from saepatch.records.rows import CircuitRow
+from saepatch.runs.catalogue import MEASUREMENTS
 from saepatch.runs.driver import Count, Finished, PartContent, Place, drive, write_record
 from saepatch.runs.interpret import (
     distinct_names,
@@ -40,6 +41,7 @@ from saepatch.runs.interpret import (
     read_positions,
     read_sites,
 )
+from saepatch.runs.measurements import Measurements
 from saepatch.runs.parts import Record
 from saepatch.settings.circuit import CircuitConfig
 from saepatch.tracking.open import Tracker
@@ -266,7 +268,13 @@ def prepare(config: CircuitConfig) -> CircuitRun:
     )
     record = place.agreed(record)
     if record.edits is None:
-        selected = find_circuit(model, dictionaries or every_component(model), select, tune, _how(config), options)
+        decides = {"experiment": "search", **record.decides, "versions": record.versions}
+        search = Measurements(place.folder / MEASUREMENTS, decides)
+        patchables = dictionaries or every_component(model)
+        try:
+            selected = find_circuit(model, patchables, select, tune, _how(config), options, search.get)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the search so far is stored; the same command resumes it") from None
         log.info(
             "%d of %d nodes, %d edges",
             len(members_of(selected.circuit)),
@@ -275,6 +283,7 @@ def prepare(config: CircuitConfig) -> CircuitRun:
         )
         record = replace(record, edits=[CircuitPlan.of(config, selected).facts()])
         write_record(record, place.folder)  # not to be found again
+        search.forget()
     return CircuitRun(config, source, pairs, model, dictionaries, options, record, place)
 
 
