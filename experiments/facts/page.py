@@ -139,8 +139,9 @@ def _where(results: FactResults) -> Section:
     for token in ("subject", "last"):
         if edits := results.edited_at(token):
             series.append(Series(f"edit, {token}", list(map(float, edits)), list(edits.values())))
-            restored = results.traces[0].of(token)
-            series.append(Series(f"trace, {token}", list(map(float, edits)), [restored[layer] for layer in edits]))
+            for trace in results.traces[:1]:
+                restored = [trace.of(token)[layer] for layer in edits]
+                series.append(Series(f"trace, {token}", list(map(float, edits)), restored))
     chart = LineChart(
         "Trace and single edits by layer",
         "layer",

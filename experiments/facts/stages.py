@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 TOKENS: tuple[FactToken, ...] = ("subject", "last")
 CORRUPTIONS = ("token replacement", "Gaussian noise")
-TRACED = 12  # facts of a causal trace
 
 
 @dataclass(frozen=True)
@@ -70,23 +69,27 @@ def known_requests(model: LanguageModel, requests: Sequence[EditRequest]) -> lis
     return [request for request, score in zip(requests, scores, strict=True) if score.accuracy == 1]
 
 
-def trace_layers(model: LanguageModel, requests: Sequence[EditRequest], corruption: str, seed: int) -> LayerTrace:
-    """Trace facts of one template, each with the next one's subject as the corrupted prompt."""
+def trace_layers(
+    model: LanguageModel, requests: Sequence[EditRequest], corruption: str, traced: int, seed: int
+) -> LayerTrace:
+    """Trace `traced` facts of one template, each with another one's subject of the same length in the other prompt."""
     usable = [r for r in requests if len(answer_ids(model, r.text, r.true)) == 1]
+    lengths = [len(model.encode(request.text)) for request in usable]
     pairs, frames = [], []
-    for one, other in zip(usable, [*usable[1:], usable[0]], strict=True):
-        text = one.prompt.replace("{}", other.subject)
-        same = one.prompt == other.prompt and len(model.encode(text)) == len(model.encode(one.text))
-        if same and one.true != other.true:
-            pairs.append(PromptPair(one.text, text, one.true, other.true, one.example))
+    for i, one in enumerate(usable):
+        later = ((i + step) % len(usable) for step in range(1, len(usable)))
+        alike = (j for j in later if usable[j].prompt == one.prompt and lengths[j] == lengths[i])
+        other = next((usable[j] for j in alike if usable[j].true != one.true), None)
+        if other is not None:
+            pairs.append(PromptPair(one.text, other.text, one.true, other.true, one.example))
             frames.append(one.prompt)
-    group = largest_group(model, pairs, frames)[:TRACED]
+    group = largest_group(model, pairs, frames)[:traced]
     plain = trace_fact(model, group, window=1)
     noise = GaussianNoise(list(plain.subject), samples=4, seed=seed)
-    traced = plain if corruption == CORRUPTIONS[0] else trace_fact(model, group, corruption=noise, window=1)
-    maps = (traced.values(kind)[1][:, plain.subject[0] :] for kind in ("states", "MLP outputs"))
+    traced_pairs = plain if corruption == CORRUPTIONS[0] else trace_fact(model, group, corruption=noise, window=1)
+    maps = (traced_pairs.values(kind)[1][:, plain.subject[0] :] for kind in ("states", "MLP outputs"))
     states, mlps = (tuple(map(tuple, table.tolist())) for table in maps)
-    columns = traced.columns[plain.subject[0] :]
+    columns = traced_pairs.columns[plain.subject[0] :]
     return LayerTrace(corruption, len(group), columns, len(plain.subject) - 1, states, mlps)
 
 
@@ -110,10 +113,10 @@ class MethodSettings:
         return {
             "ROME": rome,
             "ROME, original": replace(rome, original=True),
-            "MEMIT, 1 layer": memit,
             "MEMIT": replace(memit, layers=several),
-            "EMMET": Emmet(several, self.prefixes, wide, self.token),
             "AlphaEdit": AlphaEdit(several, self.threshold, prefixes=self.prefixes, search=wide, token=self.token),
+            "EMMET": Emmet(several, self.prefixes, wide, self.token),
+            "MEMIT, 1 layer": memit,
         }
 
 

@@ -1,15 +1,16 @@
 """Where are facts recalled, can they be edited there, and how do edits fail?
 
     python -m experiments.facts --out runs/facts
-    python -m experiments.facts --model FOLDER --requests facts.jsonl --reference texts.txt --sae "" --out runs/real
+    python -m experiments.facts --model FOLDER --requests world --reference texts.txt --sae "" --out runs/real
 
 Only facts that the model knows are used: some of them for the causal trace and for choosing layer and token by single
 edits, the others for what is reported. Methods are compared on single edits and on sequences of edits, beside edits of
 latents that are chosen on facts of other prompts. A stopped run continues when the same command is given again.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,24 +48,44 @@ from .stages import (
     single_edits,
     trace_layers,
 )
+from .vocabulary import only_tokens, probability_of, tokens_of
+from .world import world_requests
 
-HELD_OUT = 0.2  # share of the reference texts on which the loss is measured
+log = logging.getLogger(__name__)
 
 
 def main(config: FactsConfig) -> None:
-    out = Path(config.out)
-    check_owner(out, "facts")
+    check_owner(Path(config.out), "facts")
     model = load_model(config.model, config.device, config.dtype)
-    requests, texts = load_edit_requests(config.requests), load_texts(config.reference)
+    requests = world_requests() if config.requests == "world" else load_edit_requests(config.requests)
+    texts = load_texts(config.reference)
     known = known_requests(model, requests)
     if len(known) < config.choose + config.singles:
         raise UserError(
             f"{model.name} knows {len(known)} of {len(requests)} facts, fewer than choose = {config.choose} plus "
             f"singles = {config.singles}: lower these, or give more facts"
         )
+    if not config.trim:
+        _study(config, model, requests, known, texts)
+        return
+    tokens = tokens_of(model, requests, texts)
+    share = probability_of(model, known[: config.singles], tokens)
+    log.info("%d tokens have %.1f %% of the probability after the facts' prompts", len(tokens), 100 * share)
+    with only_tokens(model, tokens):
+        _study(config, model, requests, known, texts)
+
+
+def _study(
+    config: FactsConfig,
+    model: LanguageModel,
+    requests: Sequence[EditRequest],
+    known: Sequence[EditRequest],
+    texts: list[str],
+) -> None:
+    out = Path(config.out)
     spread = known[:: max(1, len(known) // config.choose)][: config.choose]  # of every relation
     report = [request for request in known if request not in spread]
-    held = max(1, round(HELD_OUT * len(texts)))
+    held = max(1, round(config.held_out * len(texts)))
     decides = {
         "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track", "device")},
         "model's weights": model.fingerprint,
@@ -74,20 +95,19 @@ def main(config: FactsConfig) -> None:
     layers = config.layers or tuple(range(model.n_layers))
     with measurements(out, "facts", decides) as kept_file:
         kept = KeptResults(kept_file, {})
-        covariances = Covariances.over(model, layers, texts[held:], out / "covariances", config.ridge)
+        cache = out / "covariances"
+        near = sorted({n for each in layers for n in _around(each, config.spread, model.n_layers)})
+        covariances = Covariances.over(model, near, texts[held:], cache, config.ridge)
         run = _FactRun(config, model, covariances, kept, texts[:held])
-        traces = [run.trace(spread, corruption) for corruption in CORRUPTIONS]
+        traces = [run.trace(known, corruption) for corruption in CORRUPTIONS if config.traced]
         by_layer = run.by_layer(spread, layers)
         token, layer = best(by_layer)
-        methods = MethodSettings(token, config.steps, config.sampled, config.weight, config.threshold).methods(
-            layer, [each for each in (layer, layer + 1) if each in layers]
-        )
-        methods, left_out = usable(methods, covariances)
+        settings = MethodSettings(token, config.steps, config.sampled, config.weight, config.threshold)
+        methods, left_out = usable(settings.methods(layer, _around(layer, config.spread, model.n_layers)), covariances)
         singles = {name: run.single(report, name, method) for name, method in methods.items()}
         singles |= run.latents(report, requests)
-        sequences = [run.sequence(report, name, method, False) for name, method in methods.items() if name != "EMMET"]
-        batches = [name for name in ("MEMIT", "AlphaEdit") if name in methods]
-        sequences += [run.sequence(report, f"{name}, in batches", methods[name], True) for name in batches]
+        sequences = run.sequences(report, methods)
+        spread_pair = ("MEMIT, 1 layer", "MEMIT") if config.batches == "also" else BATCHED_PAIR
         results = FactResults(
             known=len(known),
             requests=len(requests),
@@ -98,9 +118,15 @@ def main(config: FactsConfig) -> None:
             singles=singles,
             sequences=tuple(sequences),
             left_out=left_out,
-            claims=tuple(claims(singles, sequences, ("MEMIT, 1 layer", "MEMIT"))),
+            claims=tuple(claims(singles, sequences, spread_pair)),
         )
     write(config, model, results)
+
+
+def _around(layer: int, spread: int, layers: int) -> list[int]:
+    """So many layers, of which this is the middle one or the first of two."""
+    first = layer - (spread - 1) // 2
+    return [each for each in range(first, first + spread) if 0 <= each < layers]
 
 
 def best(by_layer: Mapping[str, EditEvaluation]) -> tuple[FactToken, int]:
@@ -128,6 +154,10 @@ def usable(methods: Mapping[str, EditMethod], covariances: Covariances) -> tuple
     return {name: method for name, method in methods.items() if name not in left_out}, left_out
 
 
+BATCHED_PAIR = ("MEMIT, 1 layer, in batches", "MEMIT, in batches")
+SEQUENCE_KINDS = ("paraphrase", "neighbourhood")  # besides efficacy
+
+
 @dataclass(frozen=True, eq=False)
 class _FactRun:
     """The measurements of one run, each kept by its name."""
@@ -139,7 +169,7 @@ class _FactRun:
     held_out: Sequence[str]
 
     def trace(self, requests: Sequence[EditRequest], corruption: str) -> LayerTrace:
-        measure = partial(trace_layers, self.model, requests, corruption, self.config.seed)
+        measure = partial(trace_layers, self.model, requests, corruption, self.config.traced, self.config.seed)
         return self.kept.get(f"trace/{corruption}", LayerTrace, measure)
 
     def by_layer(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[str, EditEvaluation]:
@@ -153,7 +183,8 @@ class _FactRun:
         return measured
 
     def single(self, requests: Sequence[EditRequest], name: str, method: EditMethod) -> EditEvaluation:
-        some, fluent = requests[: self.config.singles], FluencySettings(20, seed=self.config.seed)
+        some, tokens = requests[: self.config.singles], self.config.fluency
+        fluent = FluencySettings(tokens, seed=self.config.seed) if tokens else None
         measure = partial(single_edits, self.model, some, method, self.covariances, fluent)
         return self.kept.get(f"singles/{name}", EditEvaluation, measure)
 
@@ -178,11 +209,26 @@ class _FactRun:
                 measured.setdefault(name, []).append(kept)
         return {name: joined(parts) for name, parts in measured.items()}
 
+    def sequences(self, requests: Sequence[EditRequest], methods: Mapping[str, EditMethod]) -> list[MeasuredSequence]:
+        only = self.config.batches == "only"
+        singly = [name for name, each in methods.items() if name != "EMMET" and (each.one_by_one or not only)]
+        batched = ("MEMIT", "AlphaEdit", "MEMIT, 1 layer") if only else ("MEMIT", "AlphaEdit")
+        return [
+            *(self.sequence(requests, name, methods[name], False) for name in singly),
+            *(
+                self.sequence(requests, f"{name}, in batches", methods[name], True)
+                for name in batched
+                if name in methods
+            ),
+        ]
+
     def sequence(self, requests: Sequence[EditRequest], name: str, method: EditMethod, batch: bool) -> MeasuredSequence:
+        # what a sequence is judged by
+        few = [replace(r, questions=tuple(q for q in r.questions if q.kind in SEQUENCE_KINDS)) for r in requests]
         measure = partial(
             sequence,
             self.model,
-            requests,
+            few,
             name,
             method,
             self.covariances,

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from saepatch.data.edit_requests import EditRequest
 from saepatch.errors import UserError
+from saepatch.model.hooks import is_spliced
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import find_text
 from saepatch.model.sites import Site
@@ -42,7 +44,16 @@ class Sampled:
             )
 
     def prefixes(self, model: LanguageModel) -> "Prefixes":
-        """Sample from a model. Inside an edit or a splice, the edited model is sampled."""
+        """Sample from a model; done once for the same weights. Inside a splice, the spliced model is sampled."""
+        if is_spliced(model.layout):
+            return self._sample(model)
+        known = _SAMPLED.setdefault(model.hf, {})
+        key = model.fingerprint, self
+        if key not in known:
+            known[key] = self._sample(model)
+        return known[key]
+
+    def _sample(self, model: LanguageModel) -> "Prefixes":
         kinds = []
         for length, number in self.lengths:
             generators = [torch.Generator().manual_seed((1000 * self.seed + i) % 2**63) for i in range(number)]
@@ -53,6 +64,9 @@ class Sampled:
         if self.apart:
             return Prefixes((("",), *kinds))
         return Prefixes((("", *(text for kind in kinds for text in kind)),))
+
+
+_SAMPLED: WeakKeyDictionary[nn.Module, dict[tuple[str, Sampled], "Prefixes"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -80,29 +94,36 @@ def sample_ids(
 
     Each prompt has a generator of its own, so that its continuation does not depend on the others.
     """
-    rows = [model.encode(prompt) for prompt in prompts]
+    rows, added = [model.encode(prompt) for prompt in prompts], list[list[int]]()
+    for start in range(0, len(rows), BATCH):
+        part = slice(start, start + BATCH)
+        added += _sampled(model, rows[part], new, top_k, generators[part])
+    return added
+
+
+def _sampled(
+    model: LanguageModel, rows: Sequence[list[int]], new: int, top_k: int, generators: Sequence[torch.Generator]
+) -> list[list[int]]:
     special = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.long)
-    added: list[list[int]] = [[] for _ in rows]
+    tokens, added, read = model.pad(rows, side="left"), [list[int]() for _ in rows], 0
+    # a splice may act on the prompt's last token alone, which is another one in every whole pass
+    cached = model.takes_cache and not is_spliced(model.layout)
+    cached = cached and model.padding.allows(tokens.attention_mask, cached=True)
+    cache = model.new_cache() if cached else None
     for _ in range(new):
-        logits = (
-            torch.cat(
-                [
-                    model.next_logits(
-                        model.pad([a + b for a, b in zip(rows, added, strict=True)][start : start + BATCH])
-                    )
-                    for start in range(0, len(rows), BATCH)
-                ]
-            )
-            .float()
-            .cpu()
-        )
+        if cached:
+            logits, read = model.call(tokens, read, last=True, cache=cache)[:, -1], tokens.width
+        else:
+            logits = model.next_logits(model.pad([row + own for row, own in zip(rows, added, strict=True)]))
+        logits = logits.float().cpu()
         logits[:, special[special < logits.shape[-1]]] = -torch.inf
         values, ids = logits.topk(min(top_k, logits.shape[-1]))
         shares = values.softmax(-1)
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(shares, generators, strict=True)]
-        chosen = torch.stack(drawn)
-        for own, token in zip(added, ids.gather(1, chosen)[:, 0].tolist(), strict=True):
+        chosen = ids.gather(1, torch.stack(drawn))
+        for own, token in zip(added, chosen[:, 0].tolist(), strict=True):
             own.append(token)
+        tokens = tokens.followed_by(model.pad(chosen.tolist()))
     return added
 
 
@@ -175,14 +196,17 @@ class Contexts:
         return replace(self, requests=[self.requests[number]])
 
     def states(self, site: Site, bare: bool = False) -> Float[Tensor, "facts prefixes width"]:
-        """What the site emits at each edited token, in float64; with `bare`, in the bare prompts alone."""
+        """What the site emits at each edited token, in float64; with `bare`, in the bare prompts alone.
+
+        Later tokens are left out: the site does not depend on them.
+        """
         step = len(self.prefixes.texts)
-        rows, last = (self.rows[::step], self.last[::step]) if bare else (self.rows, self.last)
+        located = self._located[::step] if bare else self._located
         parts = []
-        for start in range(0, len(rows), BATCH):
-            tokens = self.model.pad(rows[start : start + BATCH])
+        for start in range(0, len(located), BATCH):
+            tokens = self.model.pad([ids[: index + 1] for ids, index in located[start : start + BATCH]])
             emitted = self.model.capture(tokens, [site])[site]
-            where = torch.tensor(last[start : start + BATCH], device=emitted.device)
+            where = tokens.last.to(emitted.device)
             parts.append(emitted[torch.arange(len(where), device=emitted.device), where].double())
         return torch.cat(parts).unflatten(0, (len(self.requests), 1 if bare else step))
 

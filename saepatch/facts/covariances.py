@@ -21,7 +21,7 @@ from saepatch.records.files import output_folder, write_tensors
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1024  # columns of a matrix that are accumulated at a time
+BLOCK = 256  # rows of a matrix that are accumulated at a time, on and above the diagonal alone
 NULL = 2e-2  # eigenvalues of C below this span AlphaEdit's null space
 
 Square = Float[Tensor, "keys keys"]
@@ -139,13 +139,10 @@ def _accumulate(
     widths = {layer: projection(model, layer).matrix.shape[1] for layer in layers}
     sums = {layer: torch.zeros(n, n, dtype=torch.float64, device=model.device) for layer, n in widths.items()}
     sites, tokens = [Site(layer, "neurons") for layer in layers], 0
-    for batch in token_batches(model, list(texts), batch_size, sum(widths.values())):
+    by_length = sorted(texts, key=len)  # so that batches hold little padding
+    for batch in token_batches(model, by_length, batch_size, sum(widths.values())):
         for site, keys in model.capture(batch, sites).items():
-            own = keys[batch.ordinary].double()
-            total = sums[site.layer]
-            for start in range(0, len(total), BLOCK):  # on and above the diagonal alone
-                rows = slice(start, start + BLOCK)
-                total[rows, start:].addmm_(own[:, rows].T, own[:, start:])
+            _add_products(sums[site.layer], keys[batch.ordinary])
         tokens += int(batch.ordinary.sum())
     if not tokens:
         raise UserError("the reference texts hold no token besides BOS: give other texts")
@@ -157,6 +154,16 @@ def _accumulate(
             total[rows, rows] = corner.triu() + corner.triu(1).T
         total /= tokens
     return sums, tokens
+
+
+def _add_products(total: Square, keys: Float[Tensor, "tokens keys"]) -> None:
+    """Add kᵀk to a float64 sum, on and above the diagonal, a batch's products being summed in float32.
+
+    Their error is relative to each neuron's own size, of the order of the keys' own rounding.
+    """
+    own = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    for start in range(0, len(total), BLOCK):
+        total[start : start + BLOCK, start:] += own[:, start : start + BLOCK].T @ own[:, start:]
 
 
 def _paths(cache: Path, model: LanguageModel, texts: Sequence[str], layers: Collection[int]) -> dict[int, Path]:

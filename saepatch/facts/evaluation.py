@@ -46,21 +46,29 @@ def score_answers(model: LanguageModel, asked: Sequence[tuple[str, str]]) -> lis
     Raises:
         UserError: an answer does not begin with a token of its own.
     """
-    distinct = list(dict.fromkeys(asked))
-    ids = [(model.encode(prompt), answer_ids(model, prompt, answer)) for prompt, answer in distinct]
+    ids = {each: (model.encode(each[0]), answer_ids(model, *each)) for each in dict.fromkeys(asked)}
+    # answers of one token to the same prompt need the same pass
+    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[str, str]]] = {}
+    for each, (prompt, answer) in sorted(ids.items(), key=lambda item: len(item[1][0])):
+        rows.setdefault((tuple(prompt), tuple(answer[:-1])), []).append(each)
     scores: dict[tuple[str, str], AnswerScores] = {}
-    for start in range(0, len(distinct), ROWS):
-        part = ids[start : start + ROWS]
-        logits = model.logits_of_continuations(
-            model.pad([prompt for prompt, _ in part], side="left"), [answer for _, answer in part]
-        )
-        for number, (_, answer) in enumerate(part):
-            own = logits[number, : len(answer)].float().log_softmax(-1).cpu()
-            target = torch.tensor(answer)
-            nll = -own.gather(-1, target[:, None]).double().mean()
-            right = (own.argmax(-1) == target).double().mean()
-            scores[distinct[start + number]] = AnswerScores(float(nll), float(right))
+    keys = list(rows)
+    for start in range(0, len(keys), ROWS):
+        part = keys[start : start + ROWS]
+        answers = [ids[rows[key][0]][1] for key in part]
+        logits = model.logits_of_continuations(model.pad([list(prompt) for prompt, _ in part], side="left"), answers)
+        for number, key in enumerate(part):
+            own = logits[number, : len(answers[number])].float().log_softmax(-1).cpu()
+            for each in rows[key]:
+                scores[each] = _scored(own, ids[each][1])
     return [scores[each] for each in asked]
+
+
+def _scored(log_probabilities: Float[torch.Tensor, "tokens vocab"], answer: Sequence[int]) -> AnswerScores:
+    target = torch.tensor(answer)
+    nll = -log_probabilities.gather(-1, target[:, None]).double().mean()
+    right = (log_probabilities.argmax(-1) == target).double().mean()
+    return AnswerScores(float(nll), float(right))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +190,7 @@ def evaluate_edit(
     fluent: FluencySettings | None = None,
     seed: int = 0,
     edited_with: Sequence[EditRequest] = (),
+    known: dict[tuple[str, str], AnswerScores] | None = None,
 ) -> EditEvaluation:
     """Ask every request's questions of the unedited and of the edited model.
 
@@ -193,6 +202,8 @@ def evaluate_edit(
         fluent: How text is generated to measure fluency; None: it is not measured.
         edited_with: Further requests that a delta makes. A neighbourhood question about a subject that the same delta
             edits is not about a neighbour, and does not count.
+        known: Scores of the unedited model by prompt and answer, which are looked up and added to, so that several
+            evaluations of one model ask it once.
 
     Raises:
         UserError: no requests, two of one name, a delta of another model, or an answer that has no tokens of its own.
@@ -207,10 +218,13 @@ def evaluate_edit(
         raise UserError(f"{times} requests are called {twice!r}: give each an example name of its own")
     name = method or (edit.method if isinstance(edit, Delta) else "edit")
     questions = [(request, question) for request in requests for question in request.all_questions]
-    before = _ask(model, [question for _, question in questions])
-    known = score_answers(model, [pair for _, question in questions for pair in question.conditions])
+    known = {} if known is None else known
+    conditions = [pair for _, question in questions for pair in question.conditions]
+    new = [pair for pair in [*_pairs([q for _, q in questions]), *conditions] if pair not in known]
+    known |= zip(new, score_answers(model, new), strict=True)
+    before = [(known[q.prompt, q.target], known[q.prompt, q.other]) for _, q in questions]
     subjects = {each.subject for each in (*requests, *edited_with)} if isinstance(edit, Delta) else set()
-    held = _conditions([question for _, question in questions], known)
+    held = [all(known[pair].accuracy == 1 for pair in question.conditions) for _, question in questions]
     counted = [holds and not _names(question, subjects) for holds, (_, question) in zip(held, questions, strict=True)]
     groups = [list(requests)] if isinstance(edit, Delta) else [[request] for request in requests]
     after: list[tuple[AnswerScores, AnswerScores]] = []
@@ -262,21 +276,18 @@ def _row(
 
 def _ask(model: LanguageModel, questions: Sequence[FactQuestion]) -> list[tuple[AnswerScores, AnswerScores]]:
     """Scores of the right and of the other answer to each question."""
-    asked = [(question.prompt, answer) for question in questions for answer in (question.target, question.other)]
-    scores = score_answers(model, asked)
+    scores = score_answers(model, _pairs(questions))
     return list(zip(scores[::2], scores[1::2], strict=True))
+
+
+def _pairs(questions: Sequence[FactQuestion]) -> list[tuple[str, str]]:
+    return [(question.prompt, answer) for question in questions for answer in (question.target, question.other)]
 
 
 def _names(question: FactQuestion, subjects: Collection[str]) -> bool:
     """Whether a neighbourhood question is about one of the edited subjects."""
     words = (rf"(?<!\w){re.escape(subject.strip())}(?!\w)" for subject in subjects)
     return question.kind == "neighbourhood" and any(re.search(word, question.prompt) for word in words)
-
-
-def _conditions(questions: Sequence[FactQuestion], known: Sequence[AnswerScores]) -> list[bool]:
-    """Whether each question counts: the model gives every condition's answer token by token."""
-    right = iter(score.accuracy == 1 for score in known)
-    return [False not in [next(right) for _ in question.conditions] for question in questions]
 
 
 def joined(evaluations: Sequence[EditEvaluation]) -> EditEvaluation:

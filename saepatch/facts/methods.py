@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from saepatch.data.edit_requests import EditRequest
+from saepatch.engine.passes.kept_run import Checked
 from saepatch.errors import UserError
 from saepatch.facts.contexts import Contexts, FactToken, Sampled
 from saepatch.facts.covariances import NULL, Covariances
@@ -237,11 +238,12 @@ def edit_facts(
     method: EditMethod,
     covariances: Covariances,
     after: Delta | None = None,
+    checked: Checked | None = None,
 ) -> Delta:
     """Edit requests together, on top of an earlier delta: one update, or (ROME) one after another.
 
     The model is the unedited one, and so is the model of the returned delta, which includes `after`. Weights are as
-    before when this returns.
+    before when this returns. `checked` is what earlier edits of the same model found of its passes: see `find_values`.
 
     Raises:
         UserError: no requests, a layer that does not exist or cannot be edited, covariances or a delta of other
@@ -249,12 +251,15 @@ def edit_facts(
     """
     delta = _checked(model, requests, method, covariances, after)
     warn_of_spaces(requests)
+    checked = {} if checked is None else checked
+    prefixes = method.prefixes.prefixes(model)  # of the unedited model, as in the original code
     for group in [[request] for request in requests] if method.one_by_one else [requests]:
         with applied(model, delta.changes):
-            contexts = Contexts(model, group, method.prefixes.prefixes(model), method.token)
-            values = find_values(contexts, method.place(model), method.search)
+            contexts = Contexts(model, group, prefixes, method.token)
+            values = find_values(contexts, method.place(model), method.search, checked)
             changes = method.changes(Editing(contexts, values, covariances, delta))
         delta = delta.then(changes, [request.example or request.subject for request in group])
+    model.note_restored(delta.model_hash)
     return delta
 
 

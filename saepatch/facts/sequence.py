@@ -8,10 +8,11 @@ import torch
 
 from saepatch.data.edit_requests import EditRequest
 from saepatch.data.texts import token_batches
+from saepatch.engine.passes.kept_run import Checked
 from saepatch.errors import UserError
 from saepatch.facts.covariances import Covariances
 from saepatch.facts.delta import Delta, edited
-from saepatch.facts.evaluation import EditEvaluation, evaluate_edit
+from saepatch.facts.evaluation import AnswerScores, EditEvaluation, evaluate_edit
 from saepatch.facts.methods import EditMethod, edit_facts
 from saepatch.model.language_model import LanguageModel
 
@@ -59,14 +60,14 @@ def edit_in_sequence(
     if not checkpoints or min(checkpoints) < 1 or list(checkpoints) != sorted(set(checkpoints)):
         raise UserError(f"checkpoints {list(checkpoints)}: give numbers of edits from 1 on, in rising order")
     delta: Delta | None = None
-    done = 0
+    done, known, checked = 0, dict[tuple[str, str], AnswerScores](), Checked()
     for edits in (number for number in checkpoints if number <= len(requests)):
         new = requests[done:edits]
         for group in [new] if batch else [[request] for request in new]:
-            delta = edit_facts(model, group, method, covariances, after=delta)
+            delta = edit_facts(model, group, method, covariances, delta, checked)
         done = edits
         assert delta is not None
-        evaluation = evaluate_edit(model, requests[:edits], delta)
+        evaluation = evaluate_edit(model, requests[:edits], delta, known=known)
         norms = delta.relative_norms(model)
         with edited(model, delta):
             loss = text_loss(model, held_out)

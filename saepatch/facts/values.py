@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saepatch.data.edit_requests import EditRequest
+from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, Checked, KeptRun
 from saepatch.errors import UserError
 from saepatch.facts.contexts import Contexts, answer_ids
 from saepatch.facts.projections import Projection
 from saepatch.model.hooks import edit_sites
-from saepatch.model.inputs.padding import FAILURES
-from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.language_model import refuse_training
 from saepatch.model.replaced import forwards_replaced, skip_blocks
 from saepatch.model.sites import Site
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 ESSENCE = "{} is a"  # the prompt at which the model's predictions are kept
 CELLS = 2**26  # logits held for one batch of facts
+COLUMNS = {"cpu": 512}  # run in one pass, by device: larger batches leave a processor's caches
+COLUMNS_ELSEWHERE = 2**14
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
 
@@ -68,29 +70,59 @@ Place = Projection | Site
 """Where δ is added: to an MLP projection's output (ROME), or to a residual stream (MEMIT)."""
 
 
-def find_values(contexts: Contexts, place: Place, search: ValueSearch) -> Values:
-    """Search the values of all facts, many in one batch; only the blocks from the edited one on are run.
+def find_values(contexts: Contexts, place: Place, search: ValueSearch, checked: Checked | None = None) -> Values:
+    """Search the values of all facts, in batches of facts whose passes have about the same length.
+
+    Only the blocks from the edited one on are run, and only the columns from the first edited token on: all else is
+    what it was in one pass before. A model for which such passes do not agree with whole ones runs whole ones.
+
+    Args:
+        contexts: Prompts of the facts.
+        place: Where δ is added.
+        search: Settings.
+        checked: Which passes agree, as found by searches in the same model before; extended.
 
     Raises:
         UserError: an answer does not begin with a token of its own, or a loss is not finite.
     """
-    model = contexts.model
-    refuse_training(model)
-    most = max(len(answer_ids(model, request.text, request.target)) for request in contexts.requests)
-    rows = len(contexts.prefixes.texts) + 1
-    size = max(1, CELLS // (rows * most * model.vocabulary))
+    refuse_training(contexts.model)
+    checked = {} if checked is None else checked
+    numbers: list[int] = []
     parts = []
-    for start in range(0, len(contexts.requests), size):
-        part = replace(contexts, requests=contexts.requests[start : start + size])
-        parts.append(_ValueBatch(part, place, search).run())
-    return Values(*(torch.cat([getattr(part, name) for part in parts]) for name in ("delta", "loss", "steps")))
+    for batch in _batches(contexts):
+        part = replace(contexts, requests=[contexts.requests[number] for number in batch])
+        parts.append(_ValueBatch(part, place, search, checked).run())
+        numbers += batch
+    back = torch.tensor(numbers).argsort()
+    joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("delta", "loss", "steps"))
+    return Values(*(value[back.to(value.device)] for value in joined))
+
+
+def _batches(contexts: Contexts) -> Iterator[list[int]]:
+    """Numbers of the facts of each batch: by the number of columns from the edited token on."""
+    model, each = contexts.model, len(contexts.prefixes.texts)
+    rows, last = contexts.rows, contexts.last
+    answers = [len(answer_ids(model, request.text, request.target)) for request in contexts.requests]
+    after = [
+        max(len(rows[row]) - last[row] for row in range(fact * each, (fact + 1) * each)) + answers[fact] - 1
+        for fact in range(len(answers))
+    ]
+    budget = COLUMNS.get(model.device.type, COLUMNS_ELSEWHERE)
+    most = max(1, CELLS // ((each + 1) * max(answers) * model.vocabulary))
+    batch: list[int] = []
+    for fact in sorted(range(len(after)), key=lambda fact: (after[fact], fact)):
+        if batch and (len(batch) == most or (len(batch) + 1) * (each + 1) * after[fact] > budget):
+            yield batch
+            batch = []
+        batch.append(fact)
+    yield batch
 
 
 class _ValueBatch:
     """One batch of facts: rows of every fact (prefixes, then the essence prompt), padded on the left."""
 
-    def __init__(self, contexts: Contexts, place: Place, search: ValueSearch) -> None:
-        self.model, self.place, self.search = contexts.model, place, search
+    def __init__(self, contexts: Contexts, place: Place, search: ValueSearch, checked: Checked) -> None:
+        self.model, self.place, self.search, self.checked = contexts.model, place, search, checked
         self.facts, self.each = len(contexts.requests), len(contexts.prefixes.texts) + 1
         self.targets = [answer_ids(self.model, request.text, request.target) for request in contexts.requests]
         self.most = max(map(len, self.targets))
@@ -100,11 +132,12 @@ class _ValueBatch:
     def _rows(self, contexts: Contexts) -> tuple[list[list[int]], list[int]]:
         """Token ids of all rows, answers without their last token included, and each edited position."""
         ids, last = [], []
+        rows, places = contexts.rows, contexts.last
         for number, request in enumerate(contexts.requests):
             for prefix in range(self.each - 1):
                 row = number * (self.each - 1) + prefix
-                ids.append(contexts.rows[row] + self.targets[number][:-1])
-                last.append(contexts.last[row])
+                ids.append(rows[row] + self.targets[number][:-1])
+                last.append(places[row])
             essence, position = contexts.located("", ESSENCE, request.subject)
             ids.append(essence)
             last.append(position)
@@ -120,7 +153,9 @@ class _ValueBatch:
         for rows in together:
             tokens = self.model.pad([ids[row] for row in rows], side="left")
             at = [tokens.width - lengths[row] + last[row] for row in rows]
-            groups.append(_ResumedRows(self.model, self.place, tokens, rows, at, min(self.most, tokens.width)))
+            base = KeptRun(self.model, tokens, _read(self.place))
+            base.checked = self.checked
+            groups.append(_ResumedRows(base, self.place, rows, at, min(self.most, tokens.width)))
         return groups
 
     def run(self) -> Values:
@@ -131,19 +166,19 @@ class _ValueBatch:
         loss = torch.full((self.facts,), torch.nan, dtype=torch.float64, device=start.device)
         steps = torch.zeros(self.facts, dtype=torch.long, device=start.device)
         active = list(range(self.facts))
-        with torch.no_grad():
-            before = self._essence(self._logits(delta, active), active)
+        before = self._before()
         for step in range(1, self.search.steps + 1):
-            with torch.enable_grad():
-                leaf = delta.clone().requires_grad_()
+            moves = step < self.search.steps
+            with torch.enable_grad() if moves else torch.no_grad():
+                leaf = delta.clone().requires_grad_(moves)
                 losses = self._losses(leaf, active, before, norm)
-                gradient = torch.autograd.grad(losses.sum(), leaf)[0]
             loss[active], steps[active] = losses.detach().double(), step
             if not bool(torch.isfinite(losses).all()):
                 raise UserError(f"the loss of an edit is not finite at step {step}: use a smaller lr, or float32")
             active = [fact for fact, value in zip(active, losses.tolist(), strict=True) if value >= self.search.stop]
-            if not active or step == self.search.steps:
+            if not active or not moves:
                 break
+            gradient = torch.autograd.grad(losses.sum(), leaf)[0]
             moved = _adam(delta, gradient, moments, step, self.search.lr)
             longest = self.search.clamp * norm
             moved = moved * (longest / moved.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
@@ -154,6 +189,12 @@ class _ValueBatch:
         """What δ is added to in the bare prompts."""
         rows = {row: group.start[i] for group in self.groups for i, row in enumerate(group.numbers)}
         return torch.stack([rows[fact * self.each] for fact in range(self.facts)]).float()
+
+    def _before(self) -> Float[Tensor, "facts vocab"]:
+        """Log-probabilities after the essence prompts in the unedited model."""
+        rows = {row: group.unedited[i] for group in self.groups for i, row in enumerate(group.numbers)}
+        essence = torch.stack([rows[fact * self.each + self.each - 1] for fact in range(self.facts)])
+        return essence.float().log_softmax(-1)
 
     def _logits(self, delta: Tensor, active: Sequence[int]) -> dict[int, Float[Tensor, "columns vocab"]]:
         """Logits of the last columns, by row, of the active facts."""
@@ -186,66 +227,52 @@ class _ValueBatch:
         return torch.stack(nll) + self.search.kl * kl + self.search.decay * own
 
 
+def _read(place: Place) -> set[Site]:
+    """The sites whose values a search needs: where its passes begin, and the key of an MLP projection."""
+    if isinstance(place, Projection):
+        return {Site(place.layer, "resid_pre"), Site(place.layer, "neurons")}
+    return {place}
+
+
 class _ResumedRows:
-    """Rows that run together, resumed at the edited block where that gives the same logits as whole passes."""
+    """Rows that run together, from the edited block and the first edited column on, as far as the model allows it."""
 
-    def __init__(
-        self, model: LanguageModel, place: Place, tokens: Tokens, numbers: list[int], at: list[int], columns: int
-    ) -> None:
-        self.model, self.place, self.tokens, self.numbers = model, place, tokens, numbers
-        self.at, self.columns = torch.tensor(at, device=model.device), columns
-        self.layer = place.layer
-        self.entry = Site(self.layer, "resid_pre") if isinstance(place, Projection) else place
-        sites = {self.entry} | ({Site(self.layer, "neurons")} if isinstance(place, Projection) else set())
-        seen = model.capture(tokens, sites)
-        self.entered = seen[self.entry]
-        picked = torch.arange(len(at), device=model.device), self.at
+    def __init__(self, base: KeptRun, place: Place, numbers: list[int], at: list[int], columns: int) -> None:
+        self.base, self.place, self.numbers, self.columns = base, place, numbers, columns
+        self.entry = Site(place.layer, "resid_pre") if isinstance(place, Projection) else place
+        way = base.way(self.entry)
+        self.skips, self.first = way != WAYS[-1], min(at) if way in ON_CACHE else 0
+        self.entered, self.unedited = base.values[self.entry][:, self.first :], base.logits
+        places = torch.tensor(at, device=base.model.device)
+        self.at = places - self.first
         if isinstance(place, Projection):
-            self.start = place.value(seen[Site(self.layer, "neurons")][picked])
+            keys = base.values[Site(place.layer, "neurons")]
+            self.start = place.value(keys[torch.arange(len(at), device=keys.device), places])
         else:
-            self.start = self.entered[picked]
-        self.skips = self._agrees()
-
-    @torch.no_grad()
-    def _agrees(self) -> bool:
-        """Whether passes that begin at the edited block give the logits of whole passes."""
-        rows = list(range(min(2, len(self.numbers))))
-        zero = torch.zeros(len(rows), self.start.shape[1], device=self.model.device)
-        whole = self._pass(rows, zero, skip=False).float()
-        try:
-            resumed = self._pass(rows, zero, skip=True).float()
-        except FAILURES:
-            return False
-        tolerance = 1e-4 if self.model.dtype == torch.float32 else 5e-2
-        return bool((resumed - whole).abs().max() <= tolerance * whole.abs().max())
+            self.start = self.entered[torch.arange(len(at), device=places.device), self.at]
 
     def logits(self, rows: Sequence[int], delta: Float[Tensor, "rows width"]) -> Float[Tensor, "rows columns vocab"]:
         """Logits of the last columns with δ added at each row's position."""
-        return self._pass(rows, delta, self.skips)
-
-    def _pass(self, rows: Sequence[int], delta: Tensor, skip: bool) -> Tensor:
-        model, tokens = self.model, self.tokens.rows(list(rows))
-        at = torch.arange(len(rows), device=model.device), self.at[list(rows)]
+        model, index = self.base.model, torch.tensor(rows, device=self.at.device)
+        picked = torch.arange(len(rows), device=index.device), self.at[index]
 
         def add(x: Tensor) -> Tensor:
-            where = at[0].to(x.device), at[1].to(x.device)
+            where = picked[0].to(x.device), picked[1].to(x.device)
             shaped = x.reshape(len(rows), -1, x.shape[-1])  # some MLPs flatten batch and positions
             return shaped.index_put(where, delta.to(x), accumulate=True).reshape(x.shape)
 
+        entered = self.entered[index]
         with ExitStack() as stack:
+            if self.skips:
+                stack.enter_context(skip_blocks(model.layout, self.entry.enters))
             if isinstance(self.place, Projection):
                 stack.enter_context(_output_edited(self.place.module, add))
-                if skip:
-                    stack.enter_context(skip_blocks(model.layout, self.layer))
-                    entered = self.entered[list(rows)]
-                    stack.enter_context(edit_sites(model.layout, {self.entry: lambda x: entered.to(x)}))
-            elif skip:
-                stack.enter_context(skip_blocks(model.layout, self.entry.enters))
-                left = self.entered[list(rows)]
-                stack.enter_context(edit_sites(model.layout, {self.entry: lambda x: add(left.to(x))}))
+                enter = (lambda x: entered.to(x)) if self.skips else None
             else:
-                stack.enter_context(edit_sites(model.layout, {self.entry: add}))
-            return model.call(tokens, last=self.columns)
+                enter = (lambda x: add(entered.to(x))) if self.skips else add
+            stack.enter_context(edit_sites(model.layout, {self.entry: enter}) if enter else nullcontext())
+            cache = self.base.cache_before(index, self.first) if self.first else None
+            return model.call(self.base.tokens.rows(index), self.first, last=self.columns, cache=cache)
 
 
 @contextmanager

@@ -175,11 +175,8 @@ def edit_embeddings(hf: nn.Module, edit: Edit) -> Iterator[None]:
         fired = True
         return edit(x)
 
-    handle = _on_output(embed_tokens(hf), run)
-    try:
+    with _on_output(embed_tokens(hf), run):
         yield
-    finally:
-        handle.remove()
     if not fired:
         raise SpliceError("no token was embedded inside the context: run the model inside the context")
 
@@ -225,11 +222,14 @@ def before_forward(
         if kwargs is not None and _level(layout) == level:
             see(args, kwargs)
 
-    handle = hf.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with hf.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
+
+
+def contiguous_head(hf: nn.Module) -> AbstractContextManager[Any]:
+    """Let the unembedding read contiguous values: of a slice, torch multiplies every row by frozen weights apart."""
+    head: Any = getattr(hf, "get_output_embeddings", lambda: None)()
+    return _on_input(head, Tensor.contiguous) if isinstance(head, nn.Linear) else nullcontext()
 
 
 @torch.no_grad()

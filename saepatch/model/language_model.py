@@ -1,6 +1,7 @@
 """A causal language model and its tokenizer: prompts in, logits and text out."""
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -15,7 +16,7 @@ from saepatch.model.families import Layout
 from saepatch.model.fingerprint import adapter_state, fingerprint, weights_of
 from saepatch.model.forward import Forward, note_columns
 from saepatch.model.greedy import end_tokens, greedy_options
-from saepatch.model.hooks import capture, is_spliced
+from saepatch.model.hooks import capture, contiguous_head, is_spliced
 from saepatch.model.inputs.padding import Padding, by_length, positions_of, spread
 from saepatch.model.inputs.token_names import token_name
 from saepatch.model.inputs.tokens import Tokens, appended_tokens, ordinary
@@ -229,7 +230,8 @@ class LanguageModel:
             last: Return only the logits of so many last columns; 0: of all.
             cache: Holds the columns before `start`, and is extended by the others; None: no cache.
         """
-        logits = self.hf(**self.inputs(tokens, start, last, cache)).logits.to(self.device)
+        with contiguous_head(self.hf) if last else nullcontext():
+            logits = self.hf(**self.inputs(tokens, start, last, cache)).logits.to(self.device)
         note_columns(cache, tokens.width)
         return logits[:, -last:] if last else logits
 

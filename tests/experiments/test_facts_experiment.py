@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from tiny import tiny_model
 
 import saepatch as sp
 from experiments.benchmarks import facts as benchmark
 from experiments.facts.claims import NOT_SHOWN, OPPOSITE, SHOWN, claims, judged, paired
 from experiments.facts.stages import MeasuredSequence, SequenceMeasure, correlation
 from experiments.facts.study import FactsConfig, best, main
+from experiments.facts.vocabulary import OTHERS, only_tokens, probability_of, tokens_of
+from experiments.facts.world import world_requests
 from saepatch.facts.evaluation import EditEvaluation
 from saepatch.records.rows import EditRow, read_rows
 from saepatch.records.statistics import Interval
@@ -67,6 +71,38 @@ def test_the_best_place_and_correlations():
     assert best(measured) == ("last", 2)
     assert correlation([0.0, 1.0, 2.0], [1.0, 3.0, 5.0]) == pytest.approx(1)
     assert np.isnan(correlation([0.0, 1.0], [1.0, 1.0]))
+
+
+def test_facts_of_the_world_ask_what_follows_from_them():
+    requests = world_requests()
+    assert len(requests) > 250
+    assert len({request.example for request in requests}) == len(requests)
+    assert len({request.prompt for request in requests[:6]}) == 6  # relations take turns
+    by_name = {request.example: request for request in requests}
+    for request in requests:
+        kinds = [question.kind for question in request.questions]
+        assert (kinds.count("paraphrase"), kinds.count("neighbourhood")) == (1, 2)
+        assert all(question.target != question.other for question in request.questions)
+        assert ("reversal" in kinds) == request.example.startswith(("capital", "landmark"))
+    tower = by_name["landmark-Eiffel Tower"]
+    asked = {question.kind: question for question in tower.questions}
+    assert asked["ripple"].other == " France"
+    assert asked["reversal"].prompt == f"A famous landmark in the city of{tower.target} is the"
+    assert asked["reversal"].target == " Eiffel Tower"
+
+
+def test_tokens_that_are_left_out_have_no_probability():
+    model = tiny_model("llama")
+    request = sp.EditRequest("The {} in", "Ox", " R", " P")
+    tokens = tokens_of(model, [request], ["a cat"])
+    whole = model.next_logits([request.text])[0]
+    with only_tokens(model, tokens):
+        few = model.next_logits([request.text])[0]
+    assert torch.allclose(few[tokens], whole[tokens], atol=1e-5)
+    others = [token for token in range(len(whole)) if token not in tokens]
+    assert (few[others] == OTHERS).all()
+    assert probability_of(model, [request], tokens) == pytest.approx(float(whole.softmax(-1)[tokens].sum()), abs=1e-5)
+    assert torch.equal(model.next_logits([request.text])[0], whole)
 
 
 @pytest.mark.slow

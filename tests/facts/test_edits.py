@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from saepatch import UserError
 from saepatch.data.edit_requests import EditRequest
-from saepatch.facts.contexts import Contexts, Prefixes, Sampled, answer_ids, subject_last
+from saepatch.facts.contexts import Contexts, Prefixes, Sampled, answer_ids, sample_ids, subject_last
 from saepatch.facts.covariances import Covariances
 from saepatch.facts.delta import Delta, WeightChange, applied, edited
 from saepatch.facts.methods import AlphaEdit, Emmet, Memit, Rome, edit_each, edit_facts
@@ -54,18 +54,75 @@ def test_rome_writes_the_searched_value_in_every_layout(family):
     assert (projection(model, 1).value(key) - wanted).abs().max() > 1e-2
 
 
+def literal_value(model, request, prefixes, layer, search, of_mlp):
+    """δ and loss by plain hooks, whole passes of single rows and torch's Adam, at the subject's last token."""
+    target = answer_ids(model, request.text, request.target)
+    rows = [subject_last(model, prefix, request.prompt, request.subject) for prefix in prefixes]
+    rows = [(ids + target[:-1], at) for ids, at in rows] + [subject_last(model, "", "{} is a", request.subject)]
+    module = projection(model, layer).module if of_mlp else model.layout.blocks[layer]
+    delta = torch.zeros(model.d_model, dtype=model.dtype, requires_grad=True)
+    adam, start, before = torch.optim.Adam([delta], lr=search.lr), None, None
+    for step in range(1, search.steps + 1):
+        scores = []
+        for ids, at in rows:
+
+            def add(_module, _inputs, out, at=at):
+                nonlocal start
+                x = out[0] if isinstance(out, tuple) else out
+                start = x[0, at].detach().clone() if start is None else start
+                new = torch.cat([x[:, :at], x[:, at : at + 1] + delta, x[:, at + 1 :]], 1)
+                return (new, *out[1:]) if isinstance(out, tuple) else new
+
+            handle = module.register_forward_hook(add)
+            with torch.enable_grad():
+                scores.append(model.hf(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1))
+            handle.remove()
+        before = scores[-1][-1].detach() if before is None else before
+        new = scores[-1][-1]
+        nll = [-own[-len(target) :].gather(-1, torch.tensor(target)[:, None]).mean() for own in scores[:-1]]
+        loss = torch.stack(nll).mean() + search.kl * (new.exp() * (new - before)).sum()
+        loss = loss + search.decay * delta.norm() / start.norm() ** 2
+        if loss < search.stop or step == search.steps:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            delta.mul_((search.clamp * start.norm() / delta.norm()).clamp(max=1))
+    return delta.detach(), float(loss.detach()), step
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_resumed_from_the_edited_block_is_what_whole_passes_give(family, monkeypatch):
+def test_values_are_those_of_whole_passes_by_plain_hooks(family, monkeypatch):
+    """Columns before the edited one come from a kept pass; facts of several lengths are searched together."""
     model = tiny_model(family)
-    contexts = Contexts(model, [LOUVRE, PRADO], Prefixes((("", "A dog. "),)))
+    prefixes = ("", "A dog. ", "The big old ox. ")
+    contexts = Contexts(model, [PRADO, LOUVRE], Prefixes((prefixes[:1], prefixes[1:])))
     for place in (projection(model, 1), Site(1)):
-        quick = find_values(contexts, place, QUICK)
-        monkeypatch.setattr("saepatch.facts.values._ResumedRows._agrees", lambda self: False)
+        found = find_values(contexts, place, QUICK)
+        for number, request in enumerate((PRADO, LOUVRE)):
+            delta, loss, steps = literal_value(model, request, prefixes, 1, QUICK, not isinstance(place, Site))
+            assert torch.allclose(found.delta[number].float(), delta, atol=2e-3 * float(delta.abs().max()))
+            assert float(found.loss[number]) == pytest.approx(loss, rel=1e-4)
+            assert int(found.steps[number]) == steps
+        monkeypatch.setattr("saepatch.facts.values.KeptRun.way", lambda self, site: "whole")
         whole = find_values(contexts, place, QUICK)
         monkeypatch.undo()
-        assert torch.allclose(quick.delta, whole.delta, atol=1e-3)
-        alone = find_values(contexts.one(1), place, QUICK)
-        assert torch.allclose(quick.delta[1], alone.delta[0], atol=1e-3)
+        assert torch.allclose(found.delta, whole.delta, atol=1e-3)
+
+
+def test_a_search_runs_only_what_depends_on_the_change(monkeypatch):
+    model, request = tiny_model("gpt2"), EditRequest("The big old {} in", "Louvre", " R", " P")
+    contexts = Contexts(model, [request], Prefixes())
+    width, seen = contexts.last[0] + 1, []
+    find_values(contexts, Site(1), replace(QUICK, steps=1))
+    handle = model.layout.blocks[2].register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[1]))
+    find_values(contexts, Site(1), replace(QUICK, steps=3))
+    handle.remove()
+    assert max(seen) > width - 1  # the pass that is kept
+    after = len(model.encode(request.text)) - width + len(answer_ids(model, request.text, request.target))
+    essence = len(model.encode("Louvre is a")) - len(model.encode("Louvre")) + 1
+    assert seen[-3:] == [max(after, essence)] * 3
 
 
 def test_the_search_lowers_the_loss_and_keeps_delta_short():
@@ -273,3 +330,50 @@ def test_the_subjects_last_token_is_found_behind_prefixes():
     assert model.tokenizer.decode(ids[last - 1 : last + 1]) == "Ox"
     assert last == len("The Ox. An Ox")
     assert subject_last(model, "", "Ox {} of the Ox", "Ox")[1] == len("Ox Ox")
+
+
+def test_sampling_on_a_cache_draws_what_whole_passes_draw(monkeypatch):
+    model = tiny_model("gemma3_text")
+    prompts = ["A dog", "The big old ox in the", "I"]
+
+    def drawn():
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        return sample_ids(model, prompts, 6, 3, generators)
+
+    on_cache = drawn()
+    monkeypatch.setattr(type(model), "takes_cache", False)
+    assert drawn() == on_cache
+    assert [len(row) for row in on_cache] == [6, 6, 6]
+
+
+def test_prefixes_are_sampled_once_from_the_same_weights(monkeypatch):
+    model = tiny_model("llama")
+    sampled = Sampled(((3, 2),))
+    first = sampled.prefixes(model)
+    monkeypatch.setattr("saepatch.facts.contexts.sample_ids", lambda *_: pytest.fail("sampled again"))
+    assert sampled.prefixes(model) is first
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.hf.get_output_embeddings().weight.mul_(-1)
+    assert sampled.prefixes(model) != first
+
+
+def test_one_key_writes_the_mean_and_mixed_keys_miss_it():
+    """Behind prefixes, r-ROME meets the mean key; the original's update is scaled to meet the bare prompt's."""
+    model = tiny_model("llama")
+    model.hf.double()
+    reference = covariances(model)
+    sampled = Sampled(((3, 4),), apart=False)
+    contexts, at = Contexts(model, [LOUVRE], sampled.prefixes(model)), projection(model, 1)
+    wanted = find_values(contexts, at, QUICK).delta[0]
+    states = contexts.states(Site(1, "neurons"))[0]
+    bare, mean = states[0], states.mean(0)
+    assert (bare - mean).norm() > 0.01 * mean.norm()
+    by_mean = torch.linalg.solve(reference.matrix(1), mean)
+    for original, met, other in ((False, mean, bare), (True, bare, mean)):
+        rome = Rome(1, original, sampled, QUICK)
+        change = edit_facts(model, [LOUVRE], rome, reference).changes[0].matrix
+        assert torch.allclose(change @ met, wanted, rtol=1e-6, atol=1e-9)
+        assert (change @ other - wanted).norm() > 1e-3 * wanted.norm()
+        scale = (mean @ by_mean) / (bare @ by_mean) if original else 1.0
+        assert torch.allclose(change @ mean, scale * wanted, rtol=1e-6, atol=1e-9)

@@ -174,6 +174,38 @@ def test_loss_of_texts(model):
     assert text_loss(model, texts) == pytest.approx(total / sum(map(len, texts)), abs=1e-4)
 
 
+def test_answers_to_one_prompt_share_a_pass(model, monkeypatch):
+    asked = [("The Louvre in", " R"), ("The Louvre in", " P"), ("A", " R"), ("The Louvre in", " Pa")]
+    run, rows = type(model).logits_of_continuations, []
+
+    def counted(self, prompts, continuations):
+        rows.append(len(prompts))
+        return run(self, prompts, continuations)
+
+    apart = [score_answers(model, [each])[0] for each in asked]
+    monkeypatch.setattr(type(model), "logits_of_continuations", counted)
+    together = score_answers(model, asked)
+    assert [score.nll for score in together] == pytest.approx([score.nll for score in apart], abs=1e-5)
+    assert rows == [len({(prompt, answer[:-1]) for prompt, answer in asked})]
+
+
+def test_known_scores_of_the_unedited_model_are_used_again(model, monkeypatch):
+    known = {}
+    first = sp.evaluate_edit(model, REQUESTS[:1], some_delta(model), known=known)
+    assert len(known) == 10  # four questions of two answers each, two conditions
+    asked = []
+
+    def counted(model, pairs):
+        asked.extend(pairs)
+        return score_answers(model, pairs)
+
+    monkeypatch.setattr("saepatch.facts.evaluation.score_answers", counted)
+    again = sp.evaluate_edit(model, REQUESTS, some_delta(model), known=known)
+    assert [row.target_nll for row in again.rows[:4]] == pytest.approx([row.target_nll for row in first.rows], abs=1e-5)
+    before_and_after = len([pair for pair in asked if pair in known])
+    assert before_and_after == 2 * 12 + len(known) - 10  # the edited model's, and what was not known
+
+
 def test_nothing_to_evaluate_is_refused(model):
     with pytest.raises(sp.UserError, match="no requests"):
         sp.evaluate_edit(model, [], some_delta(model))

@@ -131,3 +131,16 @@ def test_families_list_alternatives(monkeypatch):
         UserError, match=r"site neurons\.1: this layer .*the model has neurons at neurons\.0, neurons\.2"
     ):
         model.layout.module(Site(1, "neurons"))
+
+
+def test_the_unembedding_reads_contiguous_values_when_few_columns_are_asked_for():
+    """Of a slice of columns, torch multiplies every row by frozen weights on its own, which takes many times longer."""
+    model = tiny_model("llama")
+    tokens, head, seen = model.tokenize(["abcd", "bcde"]), model.hf.get_output_embeddings(), []
+    assert not head.weight.requires_grad
+    handle = head.register_forward_hook(lambda _module, args, _out: seen.append(args[0].is_contiguous()))
+    last = model.call(tokens, last=1)
+    handle.remove()
+    assert seen == [True]
+    assert not head._forward_pre_hooks
+    torch.testing.assert_close(last, model.call(tokens)[:, -1:], atol=1e-5, rtol=1e-5)

@@ -58,7 +58,7 @@ def at_last(module: nn.Module, wide: bool) -> Forward:
     def forward(x: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[1] == 1:
             return plain(x)
-        out = plain(x[:, -1:])
+        out = plain(x[:, -1:].contiguous())  # of a slice, torch multiplies every row on its own
         return out.expand(-1, x.shape[1], -1) if wide else out
 
     return forward
