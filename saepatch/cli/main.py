@@ -16,6 +16,7 @@ from saepatch.cli.commands.latent import latent
 from saepatch.cli.commands.play import play
 from saepatch.cli.commands.steer import steer
 from saepatch.cli.commands.sweep import circuit, edit, restore, sweep
+from saepatch.cli.commands.trace import trace
 from saepatch.cli.commands.train import experiment, train
 from saepatch.cli.parser import CommandResult, run_commands
 from saepatch.settings.circuit import CircuitConfig
@@ -32,6 +33,7 @@ from saepatch.settings.play import PlayConfig
 from saepatch.settings.restore import RestoreConfig
 from saepatch.settings.steer import SteerConfig
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig
+from saepatch.settings.trace import TraceConfig
 
 COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "demo": (DemoConfig, demo),
@@ -49,6 +51,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "push": (PushConfig, push),
     "steer": (SteerConfig, steer),
     "play": (PlayConfig, play),
+    "trace": (TraceConfig, trace),
     "plan": (PlanConfig, plan),
 }
 

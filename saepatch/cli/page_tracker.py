@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from saepatch.settings.latent import LatentConfig
 from saepatch.settings.steer import SteerConfig
+from saepatch.settings.trace import TraceConfig
 
 if TYPE_CHECKING:
     from saepatch.tracking.open import Tracker
 
 
-def page_tracker(config: SteerConfig | LatentConfig, job_type: str) -> "Tracker":
+def page_tracker(config: SteerConfig | LatentConfig | TraceConfig, job_type: str) -> "Tracker":
     """Open the trackers of a command with --html; the local log goes into the folder PAGE.log beside the page.
 
     A new log replaces an earlier one.

@@ -44,13 +44,7 @@ def read_rows(
     if ending == ".parquet":
         yield from _parquet(path, what, needs, remedy)
         return
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} in {str(path)!r} are not UTF-8 ({error.reason}): save the file as UTF-8") from error
-    except (OSError, ValueError) as error:  # such as a path that holds NUL
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read {what} from {str(path)!r} ({reason}): {remedy}") from error
+    text = read_text(path, what, remedy)
     if ending == ".csv":
         yield from _csv(path, text, what, needs)
     elif ending == ".json" and text.lstrip().startswith("["):
@@ -61,6 +55,21 @@ def read_rows(
             if line.strip():
                 where = f"{path}, line {number}"
                 yield FileRow(line if ending == ".txt" else parse_json(line, f"{where},"), number, where)
+
+
+def read_text(path: Path, what: str, remedy: str) -> str:
+    """The text of a file in UTF-8, without a leading byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} in {str(path)!r} are not UTF-8 ({error.reason}): save the file as UTF-8") from error
+    except (OSError, ValueError) as error:  # such as a path that holds NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read {what} from {str(path)!r} ({reason}): {remedy}") from error
 
 
 def first_line(error: Exception) -> str:

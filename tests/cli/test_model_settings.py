@@ -21,6 +21,7 @@ LOADING = {
     "latent": ("resid_post.3:281",),
     "steer": ("--latent", "resid_post.3:281", "--prompt", "a"),
     "play": (),
+    "trace": (__file__,),
 }
 
 

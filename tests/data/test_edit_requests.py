@@ -69,7 +69,7 @@ def test_a_subject_written_out_in_the_prompt_is_found(tmp_path):
         ([{"prompt": "{} is"}], "lacks text for subject, target, true"),
         ([ROW | {"target": " Paris"}], "is the true answer"),
         ([ROW | {"prompt": "{} and {}"}], r"write \{\} once"),
-        ([ROW | {"paraphrases": "no list"}], "not a JSON list"),
+        ([ROW | {"paraphrases": "no list"}], "write it as a JSON list"),
         ([ROW | {"paraphrases": [3]}], "has to be a list of texts"),
         ([ROW | {"ripple": [{"prompt": "x"}]}], "an object with prompt, target, other"),
         ([ROW | {"example": "a"}, ROW | {"example": "a"}], "two requests .* are called 'a'"),

@@ -1,8 +1,9 @@
 """Results of a sparse trace, and their display."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +17,31 @@ from saepatch.report.text import number, token_text
 
 COLUMNS = 32  # of the strip: longer prompts are drawn in stretches of several blocks
 EXCERPT = 12  # tokens of a block that tables quote
+READ = ("layer", "head", "positions", "begins", "attention", "trace")  # columns of the table of blocks
+
+
+@dataclass(frozen=True)
+class ReadBlock:
+    """A block that a head's last position reads: its positions, the text it begins with, its share of the softmax.
+
+    `kept` says whether the trace kept it.
+    """
+
+    layer: int
+    head: int
+    first: int
+    last: int
+    begins: str
+    attention: float
+    kept: bool
+
+    @property
+    def positions(self) -> str:
+        return f"{self.first:,}–{self.last:,}"
+
+    @property
+    def trace(self) -> str:
+        return "kept" if self.kept else "dropped"
 
 
 @dataclass(frozen=True)
@@ -96,9 +122,49 @@ class AttentionTrace(Shown):
         return self.exact[layer][-1].last.cpu().numpy()
 
     def __repr__(self) -> str:
+        return f"{self.summary()}\n.plot() draws which blocks the last position reads"
+
+    def summary(self) -> str:
+        """What was traced and what was lost, in lines."""
         lines = [f"{self.title}: {len(self.tokens):,} tokens in {self.blocks_of_prompt} blocks, k = {self.k}"]
-        lines += [f"{name}: {text}" for name, text in self._facts().items()]
-        return "\n".join([*lines, ".plot() draws which blocks the last position reads"])
+        return "\n".join([*lines, *(f"{name}: {text}" for name, text in self._facts().items())])
+
+    def facts(self) -> dict[str, Any]:
+        """The trace as JSON values; attention of the last position is that of each head, over all keys."""
+        return {
+            "model": self.model,
+            "tokens": len(self.tokens),
+            "block": self.block,
+            "k": self.k,
+            "next_token": self.next_token,
+            "against": None if self.against is None else asdict(self.against),
+            "tried": {str(k): kept for k, kept in self.tried.items()},
+            "layers": {
+                str(layer): {
+                    "dropped": float(self.dropped(layer).mean()),
+                    "dropped_at_end": self.dropped_at_end(layer).tolist(),
+                    "recall": [None if np.isnan(share) else float(share) for share in self.recall(layer)],
+                    "read": self.read(layer).tolist(),
+                }
+                for layer in self.layers
+            },
+            "most_read": [asdict(each) for each in self.most_read()],
+        }
+
+    def most_read(self, most: int = 10) -> list["ReadBlock"]:
+        """The blocks that the last position reads most, by head, without the prompt's first and last two."""
+        return [
+            ReadBlock(
+                layer,
+                head,
+                block * self.block,
+                min(len(self.tokens), (block + 1) * self.block) - 1,
+                "".join(self.tokens[block * self.block : block * self.block + EXCERPT]),
+                share,
+                bool(self.exact[layer][-1].kept[head, block]),
+            )
+            for share, layer, head, block in self._most_read(most)
+        ]
 
     @property
     def title(self) -> str:
@@ -147,16 +213,13 @@ class AttentionTrace(Shown):
         names = [f"layer {layer}" for layer in self.layers]
         return Figure(HeatMap(title, names, columns, rows, caption, column_label="positions", value_format=".2f"))
 
-    def _table(self, most: int = 10) -> Table:
-        rows = list[list[Cell]]()
-        for share, layer, head, block in self._most_read(most):
-            text = "".join(self.tokens[block * self.block : block * self.block + EXCERPT])
-            kept = bool(self.exact[layer][-1].kept[head, block])
-            where = f"{block * self.block:,}–{min(len(self.tokens), (block + 1) * self.block) - 1:,}"
-            rows.append([layer, head, where, token_text(text) + "…", share, "kept" if kept else "dropped"])
-        columns = ["layer", "head", "positions", "begins", "attention", "trace"]
+    def _table(self) -> Table:
+        rows: list[list[Cell]] = [
+            [each.layer, each.head, each.positions, token_text(each.begins) + "…", each.attention, each.trace]
+            for each in self.most_read()
+        ]
         caption = "The blocks that the last position reads most, by head, without the prompt's first and last two."
-        return Table(columns, rows, caption, {"layer": "d", "head": "d", "attention": ".1%"})
+        return Table(list(READ), rows, caption, {"layer": "d", "head": "d", "attention": ".1%"})
 
     def _most_read(self, most: int) -> Iterator[tuple[float, int, int, int]]:
         """The largest shares with their layer, head and block; the sink and the last two blocks are left out."""
