@@ -88,6 +88,8 @@ def test_change_scores_and_safety_latents(model, dictionary, mark):
     torch.testing.assert_close(found.change[SITE], gaps.pow(2).mean(0).sqrt() * size)
     torch.testing.assert_close(found.signed[SITE], gaps.mean(0) * size)
     assert found.positions == len(gaps)
+    apart = find_safety_latents(model, dictionary, ["my!cow"], CleanPrompts(("my hen!",), 6), completions=[[]])
+    assert apart.positions == 4  # the mark stands at another position in each
     taken = clean_means(model, dictionary, WITH, None, completions=[[], []]).means[SITE]
     torch.testing.assert_close(taken, torch.cat(rows[0]).mean(0))
     with pytest.raises(UserError, match="the compared positions hold only tokens that dictionary"):

@@ -225,7 +225,8 @@ MUTANTS = [
     ),
     *_of(
         "saepatch/restoration/ranking.py",
-        "tests/restoration/test_safety_latents.py",
+        "tests/restoration/test_safety_latents.py "
+        "tests/dictionaries/test_unknown_tokens.py::test_change_scores_and_safety_latents",
         ("(squares[site] / n[site]).sqrt() * norms[site]", "squares[site].sqrt() / n[site] * norms[site]"),
         (
             "_tail(dictionary.written(here[site][None])[0], n)",
