@@ -1,7 +1,6 @@
 """The report, the summary and the circuits that the experiment writes."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +13,10 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 from saepatch.pages.charts import INTERVALS, cell
-from saepatch.records.files import write_json, write_yaml
-from saepatch.records.provenance import Provenance, versions
-from saepatch.report import Cell, Facts, Page, Section, Table, write_page
+from saepatch.records.provenance import Provenance
+from saepatch.report import Cell, Facts, Page, Section, Table
 
-from ..common.tracked import show
+from ..common.tracked import conclude
 from .edges import MeasuredEdges
 from .nodes import MOST, MeasuredCircuit
 from .settings import CircuitsConfig
@@ -62,7 +60,6 @@ def write(
     provenance = Provenance(model.name, model.fingerprint, *sae, config.seed)
     sections = [section for task in config.tasks for section in _sections(config, task, circuits, of_edges)]
     page = Page("How small a circuit does a behaviour need?", finding, sections, Facts(provenance.facts()))
-    write_page(page, out / "report.html")
     for number, each in enumerate(circuits):
         Circuit.from_facts(json.loads(each.circuit)).write(out / f"circuit-{number}.json")
     listed: dict[str, Any] = {}
@@ -70,11 +67,8 @@ def write(
         rest = {"random": each.random_at_most, "circuit": f"circuit-{number}.json"}
         listed[f"{each.task}, {each.members}, {each.ranking}"] = _plain(each) | rest
     edges = {f"{each.task}, {each.members}, {each.method}": _plain(each) for each in of_edges}
-    write_json({"verdict": finding, "circuits": listed, "edges": edges, "versions": versions()}, out / "summary.json")
-    write_yaml(asdict(config), out / "config.yaml")
     figures = {f"{each.task}/{each.members}/{each.ranking}": each.faithfulness.value for each in circuits}
-    show(config, "circuits", page, figures)
-    sys.stdout.write(f"{finding}\nReport: {out / 'report.html'}   Figures: {out / 'summary.json'}\n")
+    conclude(config, "circuits", page, {"circuits": listed, "edges": edges}, figures)
 
 
 def _plain(each: MeasuredCircuit | MeasuredEdges) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from saepatch.restoration.answering import Answered
 from saepatch.restoration.restore import judge
 
 from ..common.tracked import conclude
+from ..common.words import percent
 from ..restoration.settings import Setting
 from .results import BOTH, DONE, HALVES, SHIFT, JailbreakConfig, JailbreakResults
 
@@ -50,25 +51,19 @@ def verdict(results: JailbreakResults) -> str:
         f"Of {ranked.active} latents that are on from the assistant's turn on, the jailbreak suppresses "
         f"{ranked.significant['suppressed']} and amplifies {ranked.significant['amplified']} (paired test, q < 0.05); "
         f"{ranked.share['suppressed']:.0%} of the change is suppression. Jailbroken requests refused: "
-        f"{_percent(jailbroken['nothing'])}; "
+        f"{percent(jailbroken['nothing'])}; "
     )
     for half in HALVES:
         random = f"random, as many as {half}"
-        beside = f" (random {_percent(jailbroken[random])})" if random in jailbroken else ""
-        text += f"{results.sizes[half]} {DONE[half]}: {_percent(jailbroken[DONE[half]])}{beside}; "
-    text += f"both: {_percent(jailbroken[BOTH])}; CC-Delta at {results.shift.site}: {_percent(jailbroken[SHIFT])}. "
-    text += f"Carried into the benign run, which refuses {_percent(benign['nothing'])}: the suppressed half leaves "
-    text += f"{_percent(benign['suppressed as in the jailbreak'])}, the amplified half "
-    text += (
-        f"{_percent(benign['amplified as in the jailbreak'])}, both {_percent(benign['both as in the jailbreak'])}. "
-    )
+        beside = f" (random {percent(jailbroken[random])})" if random in jailbroken else ""
+        text += f"{results.sizes[half]} {DONE[half]}: {percent(jailbroken[DONE[half]])}{beside}; "
+    text += f"both: {percent(jailbroken[BOTH])}; CC-Delta at {results.shift.site}: {percent(jailbroken[SHIFT])}. "
+    text += f"Carried into the benign run, which refuses {percent(benign['nothing'])}: the suppressed half leaves "
+    text += f"{percent(benign['suppressed as in the jailbreak'])}, the amplified half "
+    text += f"{percent(benign['amplified as in the jailbreak'])}, both {percent(benign['both as in the jailbreak'])}. "
     harmless = refused["harmless"]
-    text += "Harmless requests refused: " + ", ".join(f"{name} {_percent(each)}" for name, each in harmless.items())
+    text += "Harmless requests refused: " + ", ".join(f"{name} {percent(each)}" for name, each in harmless.items())
     return text + "."
-
-
-def _percent(interval: Interval) -> str:
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
 def write(config: JailbreakConfig, setting: Setting, results: JailbreakResults) -> None:

@@ -27,6 +27,7 @@ from saepatch.report import (
     write_page,
 )
 
+from ..common.words import percent
 from .baselines import FADE, ONE_TOKEN, PROBE
 from .results import SteeringConfig, SteeringResult
 from .stages import CANDIDATES, DENSE, NEUTRAL, PROMPTING, RANDOM, UNSTEERED, Point
@@ -99,12 +100,6 @@ def verdict(steered: SteeringResult, sizes: Sequence[int]) -> str:
     return f"{words}. {_compared(norm, 'norm')} {_compared(divergence, 'divergence')}"
 
 
-def _shown(interval: Interval) -> str:
-    if interval.reason:
-        return f"{interval.value:.0%} ({interval.reason})"
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
-
-
 def printed(steered: Sequence[SteeringResult]) -> str:
     """The results as text tables."""
     lines = []
@@ -114,7 +109,7 @@ def printed(steered: Sequence[SteeringResult]) -> str:
             [
                 point.way,
                 f"{point.norm:.2f}",
-                _shown(point.success),
+                percent(point.success),
                 *(f"{value:.2f}" for value in _measures(point)),
             ]
             for point in _lines(result)

@@ -9,10 +9,10 @@ from saepatch.model.language_model import LanguageModel
 from saepatch.pages.charts import WILSON, band, cell
 from saepatch.records.provenance import Provenance
 from saepatch.records.rows import write_records
-from saepatch.records.statistics import Interval
 from saepatch.report import Block, Cell, Facts, HeatMap, LineChart, Page, Reference, Section, Table
 
 from ..common.tracked import conclude
+from ..common.words import percent
 from .results import MoveSweep, TwoHopConfig, TwoHopResults
 
 OWN = "the same question"
@@ -95,10 +95,10 @@ def _listed(sweep: MoveSweep, back: bool, seed: int) -> dict[str, Any]:
 def verdict(results: TwoHopResults) -> str:
     """What the measurements say, in the order of the question."""
     shares = results.shares
-    text = f"Of questions whose hops the model knows one by one, it answers {_percent(shares.composed)}"
+    text = f"Of questions whose hops the model knows one by one, it answers {percent(shares.composed)}"
     if shares.recalled is not None:
-        text += f", and {_percent(shares.recalled)} of those whose answer it has learnt as one fact"
-    text += f"; {_percent(shares.bridge)} get the bridge for an answer. "
+        text += f", and {percent(shares.recalled)} of those whose answer it has learnt as one fact"
+    text += f"; {percent(shares.bridge)} get the bridge for an answer. "
     for form in ("mention", "answer"):
         name, lens = max(
             ((name, lens) for name, lens in results.lenses.items() if name.startswith(f"as {form}")),
@@ -108,21 +108,17 @@ def verdict(results: TwoHopResults) -> str:
         text += (
             f"As {'a mention' if form == 'mention' else 'an answer'} the bridge stands out most {name.split(', ')[1]} "
             f"at {lens.sites[at]} (cosine {lens.alignment[at]:.2f}; nearest to its own centroid in "
-            f"{_percent(lens.nearest[at])}, chance {lens.chance:.0%}). "
+            f"{percent(lens.nearest[at])}, chance {lens.chance:.0%}). "
         )
     for sweep in results.sweeps:
         if not sweep.name.startswith(OWN):
             move, share = sweep.chosen()
-            text += f"{sweep.name[0].upper()}{sweep.name[1:]}: {_percent(share)} by {move}. "
+            text += f"{sweep.name[0].upper()}{sweep.name[1:]}: {percent(share)} by {move}. "
     for name, back in BOTH.items():
         own = [sweep for sweep in results.sweeps if sweep.name.startswith(OWN)]
-        repaired = [f"{_percent(each.chosen(back)[1])} ({each.name.split(', ')[1]})" for each in own]
+        repaired = [f"{percent(each.chosen(back)[1])} ({each.name.split(', ')[1]})" for each in own]
         text += f"{name.capitalize()}-patching repairs {', '.join(repaired)}. "
     return text.strip()
-
-
-def _percent(interval: Interval) -> str:
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
 def _sections(results: TwoHopResults, seed: int) -> list[Section]:

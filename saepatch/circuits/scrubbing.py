@@ -145,12 +145,6 @@ class Scrubbed:
         """The share of the loss that the hypothesis recovers, a ratio of means with its interval over examples."""
         return bootstrap_ratio(self.scrubbed - self.random, self.model - self.random)
 
-    @property
-    def recovered_by_example(self) -> Float[ndarray, "examples"]:
-        """The share of each example; NaN where its floor is the model's own loss."""
-        gap = self.model - self.random
-        return np.divide(self.scrubbed - self.random, gap, out=np.full_like(gap, np.nan), where=gap != 0)
-
     def summary(self) -> str:
         """The losses and the recovered share as a table, the samplers, and the vacuous claims."""
         means = [("model", self.model), ("scrubbed", self.scrubbed), ("random labels", self.random)]

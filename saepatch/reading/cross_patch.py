@@ -94,10 +94,6 @@ class CrossPatched:
         """Whether an answer is the likeliest of the candidates."""
         return self.log_p.argmax(-1) == self.places(answers)[:, None]
 
-    def first_among_unpatched(self, answers: Sequence[str] | None = None) -> Bool[np.ndarray, "queries"]:
-        """`first_among` without a patch."""
-        return self.plain_log_p.argmax(-1) == self.places(answers)
-
     def share(self, move: int) -> Interval:
         """The share of queries in which a move yields the wanted answer, with its Wilson interval."""
         return wilson_share(self.given()[:, move].astype(float))
