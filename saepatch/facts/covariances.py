@@ -71,7 +71,7 @@ class Covariances:
             for layer in missing:
                 known[layer] = sums[layer], tokens
                 if cache is not None:
-                    output_folder(cache)
+                    output_folder(cache, "cache")
                     write_tensors({"covariance": sums[layer].cpu()}, paths[layer], {"tokens": json.dumps(tokens)})
         matrices = {layer: known[layer][0].to(model.device) for layer in layers}
         return cls(model.fingerprint, matrices, min(known[layer][1] for layer in layers), ridge)

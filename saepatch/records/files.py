@@ -114,8 +114,8 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def check_writable(out: str | Path) -> None:
-    """Check that a folder can be written to or created; leaves nothing behind.
+def check_writable(out: str | Path, setting: str = "out") -> None:
+    """Check that a folder, given by a setting, can be written to or created; leaves nothing behind.
 
     Raises:
         UserError: it cannot.
@@ -129,15 +129,17 @@ def check_writable(out: str | Path) -> None:
         for part in made:  # innermost first; created again once there is something to write
             part.rmdir()
     except OSError as error:
-        raise UserError(f"cannot write to {str(out)!r} ({error.strerror}): give another folder with --out") from error
+        raise UserError(
+            f"cannot write to {str(out)!r} ({error.strerror}): give another folder with --{setting}"
+        ) from error
 
 
-def output_folder(out: str | Path) -> Path:
+def output_folder(out: str | Path, setting: str = "out") -> Path:
     """The folder for results, created if needed.
 
     Raises:
         UserError: it cannot be written.
     """
-    check_writable(out)
+    check_writable(out, setting)
     Path(out).mkdir(parents=True, exist_ok=True)
     return Path(out)

@@ -225,7 +225,8 @@ def _run_parts(work: SomeWork, check: Check, conclude: Callable[[SomeWork, Track
     tracker = open_tracker(config.track, description, resume=done > 0)
     keep_run(folder, tracker.run_id)
     with tracker:
-        without_repeats = messages_once("saepatch.engine.sweep", "saepatch.measure.results.screen")
+        noted = ("saepatch.engine.sweep", "saepatch.measure.results.screen", "saepatch.circuits.node_runs")
+        without_repeats = messages_once(*noted)
         with without_repeats, Meter(record.parts, done, before, config, tracker, work.unit) as meter:
             for number in missing:
                 _write_part(work, number, meter, check)

@@ -8,6 +8,8 @@ import torch
 from tiny import random_dictionary, tiny_model
 from torch import nn
 
+from saepatch.circuits.node_runs import NodeRuns
+from saepatch.circuits.nodes import Node
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.corruptions import GaussianNoise, Zero
@@ -63,6 +65,20 @@ def test_rounding_that_depends_on_the_batch_is_stated():
     (row, *_) = rounded.rows("t")
     assert (row.precision, row.rounding) == ("float32", rounded.rounding * np.abs(rounded.gap).mean())
     assert row.rounding > 10 * exact.rows("t")[0].rounding
+
+
+def test_circuits_say_so(caplog):
+    model, dictionary = tiny_model("qwen2", seed=6), random_dictionary("resid_post.0", "standard")
+    members = [Node(dictionary.site, unit) for unit in (1, 4, 9)]
+    assert NodeRuns(model, dictionary, PAIRS, members).rounding < 1e-4
+    assert not caplog.records
+    for layer in model.hf.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, Rounded(getattr(layer.mlp, name)).eval())
+    runs = NodeRuns(model, dictionary, PAIRS, members)
+    alone = NodeRuns(model, dictionary, PAIRS[:1], members)
+    assert runs.rounding * np.abs(runs.whole - runs.empty).mean() > abs(runs.whole[0] - alone.whole[0]) / 4
+    assert "depend on what else is in a batch" in caplog.text
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

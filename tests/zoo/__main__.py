@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIMIT = 240.0  # seconds that one type may take, the imports of a new process included
+LIMIT = 900.0  # seconds that one type may take, the imports of a new process included
 
 
 class Worker:
