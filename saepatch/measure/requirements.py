@@ -133,10 +133,10 @@ def requirements(config: PlanConfig) -> Requirements:
     for site in sites:
         if not 0 <= site.layer < len(blocks):
             raise UserError(f"{site} is no site of a model with {len(blocks)} blocks: use 0 to {len(blocks) - 1}")
-    width, size, tokens = int(text.hidden_size), BYTES[config.dtype], config.rows * config.tokens
-    heads = int(text.num_attention_heads)
-    head = int(getattr(text, "head_dim", None) or width // heads)
-    kv = int(getattr(text, "num_key_value_heads", None) or heads)
+    size, tokens = BYTES[config.dtype], config.rows * config.tokens
+    width, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
+    head = _size(text, "head_dim", width // heads)
+    kv = _size(text, "num_key_value_heads", heads)
     long = config.tokens > PIECE
     piece = piece_of(config.tokens) if long else config.tokens
     twice = 2 if long and config.work == "attribute" else 1  # keys and values, and their gradients
@@ -174,10 +174,26 @@ def requirements(config: PlanConfig) -> Requirements:
 
 def _activations(text: Any, tokens: int, size: int) -> int:
     """Bytes of one block's activations: what a backward pass keeps of it, or what is alive within it."""
-    width, heads = int(text.hidden_size), int(text.num_attention_heads)
-    head = int(getattr(text, "head_dim", None) or width // heads)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
+    width, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
+    head, inner = _size(text, "head_dim", width // heads), _size(text, "intermediate_size", 4 * width)
     return tokens * (8 * width + 4 * heads * head + 3 * inner) * size
+
+
+def _size(text: Any, name: str, otherwise: int = 0) -> int:
+    """A size that the config states, the largest where it states one for each layer.
+
+    Raises:
+        UserError: it states none, or no positive number, and there is no other.
+    """
+    value = getattr(text, name, None) or otherwise
+    if isinstance(value, list | tuple) and value and all(isinstance(each, int) for each in value):
+        value = max(value)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"{type(text).__name__} has {name} = {getattr(text, name, None)!r}: plans are made for models of attention "
+            "whose config states its sizes, so correct it, or measure a run"
+        )
+    return value
 
 
 def _empty_model(name: str) -> Any:
@@ -191,9 +207,9 @@ def _empty_model(name: str) -> Any:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of configs that transformers cannot read or build, in many ways
         raise UserError(
-            f"{name!r} gives no causal language model ({reason_of(error)}): check its model_type"
+            f"{name!r} gives no causal language model ({reason_of(error)}): check its model_type and its sizes"
         ) from error
 
 

@@ -122,3 +122,39 @@ def test_bad_plans_are_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             requirements(PlanConfig(**{"model": path} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"hidden_size": -4}, "negative dimension"),
+        ({"num_attention_heads": 0}, "check its model_type and its sizes"),
+        ({"num_key_value_heads": 0}, "check its model_type and its sizes"),
+        ({"vocab_size": -1}, "check its model_type and its sizes"),
+        ({"rope_parameters": "x"}, "rope_parameters"),
+        (
+            {"model_type": "mamba", "num_attention_heads": None},
+            "MambaConfig has num_attention_heads = None: plans are made for models of attention",
+        ),
+        ({"model_type": "reformer"}, "is_decoder=True"),
+    ],
+)
+def test_hostile_configs_are_refused_in_a_line(tmp_path, capsys, changes, message):
+    path = config_file(tmp_path, *QWEN)
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((tmp_path / "config.json").read_text()), **changes}))
+    assert main(["plan", path]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert message in said[0]
+
+
+def test_a_config_that_is_nested_too_deeply(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 50_000)
+    with pytest.raises(UserError, match="gives no causal language model"):
+        requirements(PlanConfig(model=str(tmp_path)))
+
+
+def test_sizes_by_layer_are_counted_by_the_largest(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text"}))
+    assert requirements(PlanConfig(model=str(tmp_path))).parameters > 1e9

@@ -158,9 +158,13 @@ class Desk:
     def card(self, asked: Mapping[str, Any]) -> Iterator[Message]:
         """A latent's card as HTML. `beside` are latents likely to be asked for next, which the same pass reads."""
         dictionary = self._dictionary(asked)
-        site, (latent, *_) = dictionary.site, self._ids(asked, dictionary)
+        site, ids = dictionary.site, self._ids(asked, dictionary)
+        if not ids:
+            raise UserError(f"latent {asked['latent']!r} is at another site than {site}: name one of {site}")
+        latent, near = ids[0], asked.get("beside")
         if (site, latent) not in self._cards:
-            beside = [i for i in asked.get("beside", []) if type(i) is int and 0 <= i < dictionary.d_sae][:LISTED]
+            listed = near if isinstance(near, list) else []
+            beside = [i for i in listed if type(i) is int and 0 <= i < dictionary.d_sae][:LISTED]
             wanted = [i for i in dict.fromkeys([latent, *beside]) if (site, i) not in self._cards]
             if len(self._cards) > KEPT:
                 self._cards.clear()
@@ -254,7 +258,7 @@ class Desk:
         given: dict[str, Any] = {}
         for name, kind in STEERED.items():
             value = asked.get(name)
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 2**53:
                 value = float(value)
             if type(value) is kind:
                 given[name] = value
