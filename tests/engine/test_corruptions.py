@@ -283,6 +283,7 @@ def test_ablated_latents_are_those_meant_not_those_encoded_again():
     for direction in ("denoise", "noise"):
         effects = patch_latents(model, dictionary, PAIRS[:1], direction=direction, corruption=Zero())
         assert set(effects.ran[0].nonzero()[0].tolist()) == active
+        assert "".join(effects.tokens[0][1:]) == PAIRS[0].clean  # whatever prompt the pair has besides
 
 
 def test_ablation_at_some_positions():

@@ -24,6 +24,7 @@ def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
 
 EFFECTS = "tests/measure/test_effects.py tests/measure/test_gaps.py tests/measure/test_shown.py"
 STATISTICS = "tests/records/test_statistics.py tests/records/test_intervals.py tests/records/test_few_pairs.py"
+ABLATED = "tests/engine/test_corruptions.py::test_ablated_latents_are_those_meant_not_those_encoded_again"
 SWEEP = "tests/engine/test_batch_noise.py tests/measure/test_planted.py tests/engine/test_several_sites.py"
 
 MUTANTS = [
@@ -128,7 +129,8 @@ MUTANTS = [
     ),
     *_of(
         "saepatch/measure/patching.py",
-        f"tests/measure/test_patching.py {SWEEP}",
+        f"tests/engine/test_batch_noise.py {ABLATED} tests/measure/test_planted.py tests/measure/test_patching.py "
+        "tests/engine/test_several_sites.py::test_each_position_alone_and_listed_edits",
         ("2 * swept.noise_share", "swept.noise_share"),
         ("corrupted = options.denoises and options.corruption is None", "corrupted = options.denoises"),
         ("keys |= {(control, at) for control in controls.get(edits[i].key, ())}", "pass"),
