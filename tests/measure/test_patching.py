@@ -7,11 +7,12 @@ from tiny import FAMILIES, random_dictionary, tiny_model
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
+from saepatch.engine.components import Edit
 from saepatch.engine.metrics import DeclaredMetric, kl_divergence, log_probability, logit_difference
 from saepatch.errors import UserError
 from saepatch.measure.controls import DRAWS, control_sets, differing_sets, with_controls
 from saepatch.measure.curves import PairRanking, effect_curve, effect_curve_by_pair
-from saepatch.measure.patching import patch_latents
+from saepatch.measure.patching import patch_by_pair, patch_components, patch_latents
 from saepatch.measure.quality import LatentStatistics, latent_statistics
 from saepatch.records.statistics import bootstrap_ratio
 from saepatch.splicing.interventions import Patch
@@ -120,6 +121,26 @@ def test_prompts_aligned_from_the_right():
     finally:
         handle.remove()
     np.testing.assert_allclose(effects.patched[:, 0], by_hand.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_edits_by_pair_are_those_of_each_pair_alone(direction):
+    model, dictionary = tiny_model(), random_dictionary()
+    edits = [[Edit(dictionary.site, (3, 7))], [Edit(dictionary.site, (5,)), Edit(dictionary.site, (1, 2))]]
+    together = patch_by_pair(model, dictionary, PAIRS[:2], edits, direction=direction)
+    for pair, own, effects in zip(PAIRS, edits, together):
+        alone = patch_components(model, dictionary, [pair], own, direction=direction)
+        np.testing.assert_allclose(effects.patched, alone.patched, atol=1e-5)
+        np.testing.assert_allclose(effects.change, alone.change, atol=1e-5)
+
+
+def test_controls_count_at_every_position_where_their_group_acts():
+    """Also where a control changes nothing: its effect there is 0, not missing."""
+    effects = patch_latents(tiny_model(), random_dictionary(), PAIRS, [(3, 7, 9)], controls=3, each_position=True)
+    given = effects.where("given")
+    assert len(given) > 3
+    assert not effects.ran[:, effects.where("random")].any(0).all()
+    assert {effects.control_sets(i, role) for i in given for role in ("random", "matched")} == {3}
 
 
 def test_batch_size_and_order_of_pairs_change_nothing():
