@@ -31,6 +31,8 @@ class FactsConfig:
     """Layers at which single edits are tried; empty: all."""
     traced: int = 12
     """Facts of the causal trace; 0: no trace."""
+    noise: bool = True
+    """Whether subjects are corrupted by Gaussian noise, too, which takes four times as long as other subjects do."""
     choose: int = 12
     """Facts on which layer and token are chosen."""
     singles: int = 30

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.corruptions import GaussianNoise
 from saepatch.facts.contexts import FactToken, Sampled, answer_ids
 from saepatch.facts.covariances import Covariances
-from saepatch.facts.delta import edited
+from saepatch.facts.delta import Delta, edited
 from saepatch.facts.evaluation import EditEvaluation, evaluate_edit, score_answers
 from saepatch.facts.generation import FluencySettings
 from saepatch.facts.methods import AlphaEdit, EditMethod, Emmet, Memit, Rome, edit_each
@@ -133,23 +134,29 @@ def single_edits(
     return evaluate_edit(model, requests, lambda r: edited(model, named[r.example]), method.name, fluent)
 
 
-def sequence(
-    model: LanguageModel,
-    requests: Sequence[EditRequest],
-    name: str,
-    method: EditMethod,
-    covariances: Covariances,
-    held_out: Sequence[str],
-    checkpoints: Sequence[int],
-    batch: bool,
-) -> MeasuredSequence:
-    """Edits one after another or, with `batch`, in one update between two checkpoints."""
-    steps = edit_in_sequence(model, requests, method, covariances, held_out, checkpoints, batch)
-    measured = [
-        SequenceMeasure(s.edits, s.evaluation, s.loss, {str(layer): norm for layer, norm in s.norms.items()})
-        for s in steps
-    ]
-    return MeasuredSequence(name, tuple(measured))
+@dataclass(frozen=True, eq=False)
+class SequenceRun:
+    """A sequence of edits whose checkpoints are measured one by one, each from the delta that the last one saved."""
+
+    model: LanguageModel
+    requests: Sequence[EditRequest]
+    method: EditMethod
+    covariances: Covariances
+    held_out: Sequence[str]
+    batch: bool
+    folder: Path  # of deltas, by number of edits
+
+    def after(self, edits: int, earlier: int) -> SequenceMeasure:
+        """Measurements after some edits, continued from those after a smaller number, or 0."""
+        start = Delta.load(self._path(earlier)) if earlier else None
+        given = self.model, self.requests, self.method, self.covariances, self.held_out
+        (step,) = edit_in_sequence(*given, (edits,), self.batch, start)
+        step.delta.save(self._path(edits))
+        norms = {str(layer): norm for layer, norm in step.norms.items()}
+        return SequenceMeasure(edits, step.evaluation, step.loss, norms)
+
+    def _path(self, edits: int) -> Path:
+        return self.folder / f"{edits}.safetensors"
 
 
 def correlation(trace: Sequence[float], success: Sequence[float]) -> float:

@@ -8,8 +8,9 @@ edits, the others for what is reported. Methods are compared on single edits and
 latents that are chosen on facts of other prompts. A stopped run continues when the same command is given again.
 """
 
-import logging
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from saepatch.facts.methods import AlphaEdit, EditMethod, Rome
 from saepatch.facts.values import ValueSearch
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
+from saepatch.records.files import output_folder
 from saepatch.records.provenance import json_hash
 from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
@@ -43,15 +45,14 @@ from .stages import (
     LayerTrace,
     MeasuredSequence,
     MethodSettings,
+    SequenceMeasure,
+    SequenceRun,
     known_requests,
-    sequence,
     single_edits,
     trace_layers,
 )
 from .vocabulary import only_tokens, probability_of, tokens_of
 from .world import world_requests
-
-log = logging.getLogger(__name__)
 
 
 def main(config: FactsConfig) -> None:
@@ -59,68 +60,70 @@ def main(config: FactsConfig) -> None:
     model = load_model(config.model, config.device, config.dtype)
     requests = world_requests() if config.requests == "world" else load_edit_requests(config.requests)
     texts = load_texts(config.reference)
-    known = known_requests(model, requests)
-    if len(known) < config.choose + config.singles:
-        raise UserError(
-            f"{model.name} knows {len(known)} of {len(requests)} facts, fewer than choose = {config.choose} plus "
-            f"singles = {config.singles}: lower these, or give more facts"
-        )
-    if not config.trim:
-        _study(config, model, requests, known, texts)
-        return
-    tokens = tokens_of(model, requests, texts)
-    share = probability_of(model, known[: config.singles], tokens)
-    log.info("%d tokens have %.1f %% of the probability after the facts' prompts", len(tokens), 100 * share)
-    with only_tokens(model, tokens):
-        _study(config, model, requests, known, texts)
-
-
-def _study(
-    config: FactsConfig,
-    model: LanguageModel,
-    requests: Sequence[EditRequest],
-    known: Sequence[EditRequest],
-    texts: list[str],
-) -> None:
-    out = Path(config.out)
-    spread = known[:: max(1, len(known) // config.choose)][: config.choose]  # of every relation
-    report = [request for request in known if request not in spread]
-    held = max(1, round(config.held_out * len(texts)))
     decides = {
         "settings": {name: value for name, value in asdict(config).items() if name not in ("out", "track", "device")},
         "model's weights": model.fingerprint,
         "facts": json_hash([asdict(request) for request in requests]),
         "reference's texts": json_hash(texts),
     }
-    layers = config.layers or tuple(range(model.n_layers))
-    with measurements(out, "facts", decides) as kept_file:
+    with measurements(Path(config.out), "facts", decides) as kept_file, ExitStack() as stack:
         kept = KeptResults(kept_file, {})
-        cache = out / "covariances"
-        near = sorted({n for each in layers for n in _around(each, config.spread, model.n_layers)})
-        covariances = Covariances.over(model, near, texts[held:], cache, config.ridge)
-        run = _FactRun(config, model, covariances, kept, texts[:held])
-        traces = [run.trace(known, corruption) for corruption in CORRUPTIONS if config.traced]
-        by_layer = run.by_layer(spread, layers)
-        token, layer = best(by_layer)
-        settings = MethodSettings(token, config.steps, config.sampled, config.weight, config.threshold)
-        methods, left_out = usable(settings.methods(layer, _around(layer, config.spread, model.n_layers)), covariances)
-        singles = {name: run.single(report, name, method) for name, method in methods.items()}
-        singles |= run.latents(report, requests)
-        sequences = run.sequences(report, methods)
-        spread_pair = ("MEMIT, 1 layer", "MEMIT") if config.batches == "also" else BATCHED_PAIR
-        results = FactResults(
-            known=len(known),
-            requests=len(requests),
-            traces=tuple(traces),
-            by_layer=by_layer,
-            token=token,
-            layer=layer,
-            singles=singles,
-            sequences=tuple(sequences),
-            left_out=left_out,
-            claims=tuple(claims(singles, sequences, spread_pair)),
-        )
-    write(config, model, results)
+        names = set(kept.value("known", lambda: [request.example for request in known_requests(model, requests)]))
+        known = [request for request in requests if request.example in names]
+        if len(known) < config.choose + config.singles:
+            raise UserError(
+                f"{model.name} knows {len(known)} of {len(requests)} facts, fewer than choose = {config.choose} plus "
+                f"singles = {config.singles}: lower these, or give more facts"
+            )
+        left_out = {}
+        if config.trim:
+            tokens = tokens_of(model, requests, texts)
+            measure = partial(probability_of, model, known[: config.singles], tokens)
+            share = kept.value("probability of the unembedded tokens", measure)
+            left_out["tokens"] = f"only {len(tokens)} are unembedded; they have {share:.1%} after the facts' prompts"
+            stack.enter_context(only_tokens(model, tokens))
+        results = _study(config, model, (requests, known, texts), kept)
+    write(config, model, replace(results, left_out={**left_out, **results.left_out}))
+
+
+def _study(
+    config: FactsConfig,
+    model: LanguageModel,
+    given: tuple[Sequence[EditRequest], Sequence[EditRequest], list[str]],
+    kept: KeptResults,
+) -> FactResults:
+    """All measurements, from requests, those that the model knows, and texts."""
+    requests, known, texts = given
+    spread = known[:: max(1, len(known) // config.choose)][: config.choose]  # of every relation
+    report = [request for request in known if request not in spread]
+    held = max(1, round(config.held_out * len(texts)))
+    layers = config.layers or tuple(range(model.n_layers))
+    cache = Path(config.out) / "covariances"
+    near = sorted({n for each in layers for n in _around(each, config.spread, model.n_layers)})
+    covariances = Covariances.over(model, near, texts[held:], cache, config.ridge)
+    run = _FactRun(config, model, covariances, kept, texts[:held])
+    corruptions = CORRUPTIONS[: 1 + config.noise] if config.traced else ()
+    traces = [run.trace(known, corruption) for corruption in corruptions]
+    by_layer = run.by_layer(spread, layers)
+    token, layer = best(by_layer)
+    settings = MethodSettings(token, config.steps, config.sampled, config.weight, config.threshold)
+    methods, left_out = usable(settings.methods(layer, _around(layer, config.spread, model.n_layers)), covariances)
+    sequences = run.sequences(report, methods)
+    singles = {name: run.single(report, name, method) for name, method in methods.items()}
+    singles |= run.latents(report, requests)
+    spread_pair = ("MEMIT, 1 layer", "MEMIT") if config.batches == "also" else BATCHED_PAIR
+    return FactResults(
+        known=len(known),
+        requests=len(requests),
+        traces=tuple(traces),
+        by_layer=by_layer,
+        token=token,
+        layer=layer,
+        singles=singles,
+        sequences=tuple(sequences),
+        left_out=left_out,
+        claims=tuple(claims(singles, sequences, spread_pair)),
+    )
 
 
 def _around(layer: int, spread: int, layers: int) -> list[int]:
@@ -225,15 +228,11 @@ class _FactRun:
     def sequence(self, requests: Sequence[EditRequest], name: str, method: EditMethod, batch: bool) -> MeasuredSequence:
         # what a sequence is judged by
         few = [replace(r, questions=tuple(q for q in r.questions if q.kind in SEQUENCE_KINDS)) for r in requests]
-        measure = partial(
-            sequence,
-            self.model,
-            few,
-            name,
-            method,
-            self.covariances,
-            self.held_out,
-            self.config.checkpoints,
-            batch,
-        )
-        return self.kept.get(f"sequences/{name}", MeasuredSequence, measure)
+        folder = output_folder(Path(self.config.out) / "deltas" / re.sub(r"\W+", "-", name))
+        run = SequenceRun(self.model, few, method, self.covariances, self.held_out, batch, folder)
+        checkpoints = [edits for edits in self.config.checkpoints if edits <= len(few)]
+        steps = [
+            self.kept.get(f"sequences/{name}/{edits}", SequenceMeasure, partial(run.after, edits, earlier))
+            for earlier, edits in zip([0, *checkpoints], checkpoints, strict=False)
+        ]
+        return MeasuredSequence(name, tuple(steps))

@@ -48,20 +48,22 @@ def edit_in_sequence(
     held_out: Sequence[str],
     checkpoints: Sequence[int] = CHECKPOINTS,
     batch: bool = False,
+    start: Delta | None = None,
 ) -> Iterator[SequenceStep]:
     """Edit one request after another on top of all earlier edits, and measure after each of `checkpoints` edits.
 
     Covariances stay those of the unedited model. With `batch`, the edits between two checkpoints are made together
-    instead of one by one. Checkpoints beyond the number of requests are left out.
+    instead of one by one. Checkpoints beyond the number of requests are left out. `start`, the delta of an earlier
+    step, continues a sequence that was stopped, after the edits that it holds.
 
     Raises:
         UserError: checkpoints that do not rise from 1, or otherwise as `edit_facts`.
     """
     if not checkpoints or min(checkpoints) < 1 or list(checkpoints) != sorted(set(checkpoints)):
         raise UserError(f"checkpoints {list(checkpoints)}: give numbers of edits from 1 on, in rising order")
-    delta: Delta | None = None
-    done, known, checked = 0, dict[tuple[str, str], AnswerScores](), Checked()
-    for edits in (number for number in checkpoints if number <= len(requests)):
+    delta, done = start, 0 if start is None else len(start.examples)
+    known, checked = dict[tuple[str, str], AnswerScores](), Checked()
+    for edits in (number for number in checkpoints if done < number <= len(requests)):
         new = requests[done:edits]
         for group in [new] if batch else [[request] for request in new]:
             delta = edit_facts(model, group, method, covariances, delta, checked)

@@ -164,6 +164,9 @@ def test_a_sequence_measures_all_edits_so_far(model):
     assert torch.allclose(steps[1].delta.changes[0].matrix, at_once.changes[0].matrix, atol=1e-6)
     assert model.fingerprint == fingerprint
     assert steps[1].norms[1] > 0
+    (last,) = edit_in_sequence(model, REQUESTS, method, reference, texts, (1, 3), start=steps[0].delta)
+    assert (last.edits, last.delta.examples) == (3, steps[1].delta.examples)
+    assert torch.equal(last.delta.changes[0].matrix, steps[1].delta.changes[0].matrix)
     with pytest.raises(sp.UserError, match="rising order"):
         list(edit_in_sequence(model, REQUESTS, method, reference, texts, checkpoints=(3, 1)))
 
