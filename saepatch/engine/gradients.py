@@ -12,7 +12,7 @@ from torch import Tensor
 from saepatch.data.batches import PairBatch
 from saepatch.engine.components import Changes
 from saepatch.engine.metrics import Metric, answers_only, checked, metric_name, needs_clean_logits
-from saepatch.engine.passes.kept_run import ON_CACHE, KeptRun, entry
+from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, KeptRun, entry
 from saepatch.engine.passes.pieces import runs_in_pieces
 from saepatch.engine.passes.shortcuts import quick_activations
 from saepatch.errors import UserError, reason_of
@@ -106,7 +106,8 @@ class Base:
         self, model: LanguageModel, tokens: Tokens, sites: Sequence[Site], readout: Readout, run: KeptRun | None = None
     ) -> None:
         refuse_training(model)
-        self.model, self.tokens, self.readout, self._run = model, tokens, readout, run
+        self.model, self.tokens, self.readout, self._run, self._given = model, tokens, readout, run, run
+        self._skips: dict[Site, int] = {}
         # the graph starts at the first site, so the others must come after it
         self.sites = sorted(sites, key=lambda site: site.order)
 
@@ -117,12 +118,13 @@ class Base:
             UserError: the corruption acts after the first site.
         """
         layout = self.model.layout
+        skipped = 0 if self._run is None else self._skipped(self.sites[0])
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.readout.running(self.model))
             dropped = stack.enter_context(droppable_blocks(layout, droppable))
             if self._run is not None:
-                stack.enter_context(self._from(self.sites[0], self._run, self._run.values[self.sites[0]]))
+                stack.enter_context(self._from(self.sites[0], self._run, self._run.values[self.sites[0]], skipped))
             emitted = stack.enter_context(graph_through(layout, self.sites))
             logits = self.model.call(self.tokens, last=True)[:, -1]
             for site, x in emitted.items():
@@ -159,14 +161,25 @@ class Base:
             return pieces.gradients(starts, [first], self.readout, pieces.logits(starts)[1])
 
     @contextmanager
-    def _from(self, site: Site, run: KeptRun, x: Tensor) -> Iterator[None]:
+    def _from(self, site: Site, run: KeptRun, x: Tensor, skipped: int) -> Iterator[None]:
         """Start passes at a site, set to `x`; the residual stream entering its block is that of the run."""
         layout, starts = self.model.layout, {entry(site): run.values[entry(site)], site: x}
         with (
-            skip_blocks(layout, site.enters),
+            skip_blocks(layout, skipped),
             edit_sites(layout, {s: lambda x, value=value: value.to(x.device) for s, value in starts.items()}),  # type: ignore[misc]
         ):
             yield
+
+    @torch.no_grad()
+    def _skipped(self, site: Site) -> int:
+        """Number of blocks that a pass from a site on leaves out; 0 where blocks hand on more than the stream."""
+        if site not in self._skips:
+            run = self._given
+            if run is None:
+                row = int(self.tokens.lengths.argmin())
+                run = KeptRun(self.model, self.tokens.rows([row]), [site], keep_cache=False)
+            self._skips[site] = 0 if run.way(site) == WAYS[-1] else site.enters
+        return self._skips[site]
 
     @torch.no_grad()
     def plain(self) -> KeptRun:
@@ -187,8 +200,8 @@ class Base:
         """The metric with a site set to `x`, and the gradient there (see `gradient_at`)."""
         if (long := self.in_pieces({site: x})) is not None:
             return long[0], long[2][site]
-        leaf = x.detach().requires_grad_()
-        with torch.enable_grad(), self.readout.running(self.model), self._from(site, self.plain(), leaf):
+        leaf, skipped = x.detach().requires_grad_(), self._skipped(site)
+        with torch.enable_grad(), self.readout.running(self.model), self._from(site, self.plain(), leaf, skipped):
             metric = self.readout(self.model.call(self.tokens, last=True)[:, -1])
             return metric.detach(), self.backward(metric, [leaf])[0]
 

@@ -17,6 +17,7 @@ from saepatch.errors import UserError
 from saepatch.measure.attribution import FirstOrder, GradDrop, IntegratedGradients, attribute, integrated_gradients
 from saepatch.measure.patching import patch_components, patch_latents
 from saepatch.measure.results.screen import ERROR
+from saepatch.model.hooks import edit_sites
 from saepatch.splicing.interventions import Patch
 from saepatch.splicing.splice import record_latents, splice
 
@@ -465,3 +466,45 @@ def test_no_hook_is_left_and_no_weight_has_a_gradient():
         assert not module._forward_pre_hooks
         assert "forward" not in module.__dict__
     assert all(p.grad is None and not p.requires_grad for p in model.hf.parameters())
+
+
+@pytest.fixture
+def handing_on():
+    """A model whose last block also adds what an MLP of the first one emitted."""
+    model, seen = tiny_model("gpt2", seed=5), {}
+    first, last = model.layout.blocks[0].mlp, model.layout.blocks[2].mlp
+    handles = [
+        first.register_forward_hook(lambda _m, _a, output: seen.update(handed=output)),
+        last.register_forward_hook(lambda _m, _a, output: output + 3 * seen.pop("handed", 0)),
+    ]
+    yield model
+    for handle in handles:
+        handle.remove()
+
+
+def test_blocks_that_hand_on_more_than_the_stream_are_not_skipped(handing_on):
+    """Steps of integrated gradients start at the site; without the blocks before, the last would lack a part."""
+    model, dictionary = handing_on, random_dictionary("resid_post.1", "standard")
+    pairs = [PromptPair("my hen ran", "my cow ran", "x", "y")]
+    batch = batch_pairs(model, pairs)
+    found = attribute(model, dictionary, pairs, method=IntegratedGradients(4))
+    source, base = (model.capture(t, [dictionary.site])[dictionary.site] for t in (batch.clean, batch.corrupted))
+    gradient = torch.zeros_like(base)
+    for step in range(4):
+        x = (base + (step + 0.5) / 4 * (source - base)).requires_grad_()
+        with torch.enable_grad(), edit_sites(model.layout, {dictionary.site: lambda _, x=x: x}):
+            logits = model.hf(batch.corrupted.input_ids).logits[0, -1]
+            gradient += torch.autograd.grad(logits[batch.answer[0]] - logits[batch.counter[0]], x)[0] / 4
+    change = dictionary.activations(source)[0] - dictionary.activations(base)[0]
+    expected = (change * (gradient @ dictionary.rows.T)).sum(1)[0]
+    scores = torch.zeros(dictionary.d_sae)
+    for unit, score in zip(found.unit.tolist(), found.score.tolist()):
+        scores[unit] += score * (unit != ERROR)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_models_of_recurrent_states_have_integrated_gradients():
+    model = tiny_model("rwkv", attention_hidden_size=16, context_length=64)
+    pairs = [PromptPair("a hen", "a cow", "x", "y")]
+    found = attribute(model, random_dictionary("resid_post.0"), pairs, method=IntegratedGradients(2))
+    assert found.score.any()

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from saepatch.data.forms import position_labels
 from saepatch.data.pairs import PromptPair
+from saepatch.facts import contexts
+from saepatch.facts.contexts import Sampled
 from saepatch.model.inputs.token_names import token_name
 from saepatch.report import token_text
 
@@ -114,3 +116,16 @@ def test_generated_texts_continue_their_prompts():
     (text,) = model.generate(["he was"], 6)
     (ids,) = model.continue_ids(["he was"], 6)
     assert text == model.continuation(ids)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_sampled_prefixes_keep_their_first_space(monkeypatch, seed):
+    model = replace(tiny_model(), tokenizer=sentencepiece_tokenizer())
+    was, he = PIECES.index("▁was"), PIECES.index("▁he")
+
+    def sampled(*given):
+        assert [generator.initial_seed() >= 0 for generator in given[-1]] == [True]
+        return [[was, he]]
+
+    monkeypatch.setattr(contexts, "sample_ids", sampled)
+    assert Sampled(((2, 1),), seed=seed).prefixes(model).texts == ["", "The was he. "]
