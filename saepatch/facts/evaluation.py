@@ -123,7 +123,7 @@ class EditEvaluation:
     def score(self) -> Interval:
         """Harmonic mean of efficacy, paraphrase and neighbourhood success, over requests that have all three.
 
-        The interval is that of the mean linearised in each request (delta method).
+        The interval is that of the mean linearised in each request (delta method), cut at 0 and 1.
         """
         parts = [self.by_request(kind, lambda row: float(row.success)) for kind in HARMONIC]
         shared = [example for example in parts[0] if all(example in part for part in parts)]
@@ -134,9 +134,11 @@ class EditEvaluation:
         if not means.all():
             return Interval.withheld(0.0, len(shared), "a share is 0")
         harmonic = len(HARMONIC) / (1 / means).sum()
-        return bootstrap_mean(
-            harmonic + ((table - means) * harmonic**2 / len(HARMONIC) / means**2).sum(1), seed=self.seed
-        )
+        linear = harmonic + ((table - means) * harmonic**2 / len(HARMONIC) / means**2).sum(1)
+        interval = bootstrap_mean(linear, seed=self.seed)
+        if interval.reason:
+            return interval
+        return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
 
     def fluency_change(self) -> Interval:
         """Mean change of the entropy of n-grams (bits); NaN where fluency was not measured."""

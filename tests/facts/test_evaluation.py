@@ -130,6 +130,9 @@ def test_figures_are_means_over_requests():
     assert result.success("efficacy", before=True).value == 0
     assert result.score.value == pytest.approx(3 / (1 / 0.5 + 1 / 0.5 + 1))
     assert result.score.low < result.score.value < result.score.high
+    uneven = [row(f"r{i}", "neighbourhood", 0.1, 1.0 if i % 4 == 0 else 0.05) for i in range(10)]
+    spread = EditEvaluation("m", (*(each for each in rows if each.kind != "neighbourhood"), *uneven)).score
+    assert 0 <= spread.low < spread.value < spread.high <= 1
     assert result.magnitude("neighbourhood").value == pytest.approx(np.exp(-0.1) - np.exp(-1))
     assert result.left("ripple") == (1, 2)
     assert "1 of 2" in result.table()
