@@ -13,6 +13,7 @@ from saepatch.engine.components import Edit, EditPart, ErrorTerm, Heads, LatentU
 from saepatch.engine.corruptions import Zero
 from saepatch.engine.metrics import log_probability
 from saepatch.engine.passes import kept_run
+from saepatch.engine.plan import column_of
 from saepatch.errors import UserError
 from saepatch.measure.controls import control_sets
 from saepatch.measure.patching import patch_by_pair, patch_components, patch_edits, patch_latents
@@ -330,3 +331,10 @@ def test_an_edit_moves_to_a_position_without_its_frozen_parts():
     edit = Edit.of([part(Stream(Site(0))), part(Stream(Site(1))), part(Stream(Site(2)), frozen=True)])
     moved = edit.at(3)
     assert [(each.frozen, each.position) for each in moved.parts] == [(False, 3), (False, 3), (True, None)]
+
+
+def test_columns_of_positions_in_prompts_padded_on_the_left():
+    assert [column_of(position, 3, 5) for position in (0, 2, -1, -3)] == [2, 4, 4, 2]
+    for outside in (3, -4):
+        with pytest.raises(UserError, match=f"position {outside} is out of range: the prompt has 3 tokens"):
+            column_of(outside, 3, 5)

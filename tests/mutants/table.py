@@ -157,7 +157,7 @@ MUTANTS = [
     ),
     *_of(
         "saepatch/engine/plan.py",
-        "tests/engine/test_several_sites.py tests/measure/test_patching.py",
+        "tests/engine/test_several_sites.py::test_columns_of_positions_in_prompts_padded_on_the_left",
         ("(width if position < 0 else width - length) + position", "(width if position < 0 else 0) + position"),
         ("if not -length <= position < length", "if not -length <= position <= length"),
     ),
