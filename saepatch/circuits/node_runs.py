@@ -260,7 +260,7 @@ class _SiteNodes:
         self,
         node: NodeSite,
         batch: _Batch,
-        masks: Sequence[tuple[list[int], Bool[Tensor, "variants pos units"]]],
+        masks: Sequence[tuple[list[int], Bool[Tensor, "variants pos _"]]],
         rows: Tensor,
         where: Bool[Tensor, "rows pos"],
         errors: Errors,

@@ -171,6 +171,7 @@ def test_sources_that_are_not_there(monkeypatch):
         load_pairs("ioi", n=-1)
 
 
+@pytest.mark.whole  # types that are checked at run time refuse it first
 def test_a_row_in_place_of_a_pair_is_named():
     row = {"clean": "my pig ran", "corrupted": "my fox ran", "answer": "x", "counter": "y"}
     with pytest.raises(UserError, match="a pair is a dict, not a PromptPair"):
