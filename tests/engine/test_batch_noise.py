@@ -13,6 +13,7 @@ from saepatch.circuits.nodes import Node
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.corruptions import GaussianNoise, Zero
+from saepatch.engine.sweep import share_of_gap
 from saepatch.measure.attribution import attribute
 from saepatch.measure.patching import patch_latents
 from saepatch.splicing.interventions import Patch
@@ -118,3 +119,9 @@ def test_attribution_states_its_precision():
     alone = [attribute(model, dictionary, [pair]) for pair in PAIRS]
     worst = max(abs(float(one.clean[0] - rounded.clean[row])) for row, one in enumerate(alone))
     assert 1e-3 < worst / np.abs(rounded.gap).mean() < 3 * rounded.rounding
+
+
+def test_a_share_of_the_gap_is_of_its_size():
+    clean, corrupted = np.array([2.0, 0.0]), np.array([0.0, 2.0])  # gaps of 2 and -2, whose mean is 0
+    assert share_of_gap(0.5, clean, corrupted) == 0.25
+    assert share_of_gap(None, clean, corrupted) == share_of_gap(0.5, clean, clean) == 0.0
