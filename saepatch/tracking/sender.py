@@ -19,7 +19,7 @@ FINISH_TIMEOUT = 60.0  # seconds; without a limit, a lost connection would block
 
 @dataclass(frozen=True)
 class Starter:
-    """How a backend is started, and what else is to be done where it is abandoned before it has."""
+    """How a backend is started, and what else is to be done where it does not start, or not in time."""
 
     start: Callable[[], Backend]
     give_up: Callable[[], None] = lambda: None
@@ -80,9 +80,11 @@ class BackgroundSender:
 
     def _work(self) -> None:
         began = self._succeeds("could not start", self._begin)
-        self._started.set()
         if not began:
             self._closed = True
+            self._starter.give_up()
+        self._started.set()
+        if not began:
             return
         assert self._backend is not None
         if self._abandoned:

@@ -156,9 +156,9 @@ def leave_service() -> None:
 
     W&B's public API offers no way to skip that.
     """
-    import wandb
-
     with suppress(Exception):
+        import wandb
+
         wandb.setup().assert_service()._cleanup()  # type: ignore[misc]
 
 

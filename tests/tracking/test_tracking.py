@@ -236,7 +236,8 @@ def test_a_server_that_does_not_answer(tmp_path, monkeypatch, caplog):
 
 def test_without_a_network_a_run_ends_within_half_a_minute(tmp_path, monkeypatch):
     """W&B gets less than the time after which it is abandoned, and what is abandoned is not waited for at exit."""
-    given = {}
+    given, left = {}, []
+    monkeypatch.setattr(wandb_backend, "leave_service", lambda: left.append(1))
 
     def init(**options):
         given.update(options)
@@ -247,6 +248,7 @@ def test_without_a_network_a_run_ends_within_half_a_minute(tmp_path, monkeypatch
     with open_tracker("wandb:online", RunDescription(tmp_path, "r", {})) as tracker:
         tracker.log({"loss": 1.0}, step=0)
     assert given["settings"].init_timeout == wandb_backend.INIT_TIMEOUT < sender.START_TIMEOUT < 30
+    assert left == [1]
 
 
 def test_a_backend_that_never_starts_is_given_up(tmp_path, monkeypatch, caplog):
