@@ -18,13 +18,15 @@ from saepatch.records.secrets import redacted
 LOGGERS = ("saepatch", "training", "experiments", "saepatch_training", "saepatch_experiments")  # in a clone; installed
 LONGEST = 2_000  # characters of a message
 STOPPED = (signal.SIGINT, signal.SIGTERM)
+_COMPLAINED: list[str] = []  # lines that commands of this process ended with
 
 
 @contextmanager
 def own_process(whole: bool) -> Iterator[None]:
     """Signal handling when a command is the whole process: no traceback, and signals are ignored once it is done.
 
-    Once the command itself has ended, a signal ends the process at once, whatever Python is doing.
+    Once the command itself has ended, a signal ends the process at once, whatever Python is doing. It says so in a line
+    unless the command ended with one.
     """
     if not whole or threading.current_thread() is not threading.main_thread():
         yield
@@ -33,7 +35,14 @@ def own_process(whole: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_signals(lambda *_: os._exit(130))
+        _set_signals(_leave)
+
+
+def _leave(*_: object) -> None:
+    if not _COMPLAINED:
+        with suppress(OSError):  # not through sys.stderr, which may be in the middle of a line
+            os.write(2, b"interrupted: the command had ended, written files are complete\n")
+    os._exit(130)
 
 
 def _set_signals(handler: Any) -> None:
@@ -144,6 +153,7 @@ def _complain(message: str) -> None:
     if len(line) > LONGEST:
         half = LONGEST // 2 - 20
         line = f"{line[:half]} … {len(line) - 2 * half:,} characters … {line[-half:]}"
+    _COMPLAINED.append(line)
     with suppress(OSError):  # standard error may be a file on a full disk
         sys.stderr.write(line.encode(errors="backslashreplace").decode() + "\n")
 

@@ -87,6 +87,13 @@ sys.exit(program.main())
 """
 
 
+def test_an_interrupt_after_the_command_says_so():
+    program = PROGRAM.replace("    os.kill(os.getpid(), signal.SIGINT)\n", "")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted: the command had ended, written files are complete\n"
+
+
 def test_a_second_interrupt_ends_the_process_at_once():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")
