@@ -63,6 +63,7 @@ def test_one_dictionary_goes_to_the_folder_of_its_site(trained, tmp_path):
     assert hub.push(tmp_path / "mine", "acme/saes", dry_run=True)[0] == "resid_post.1/cfg.json"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the hub client's own
 def test_there_and_back(trained, tmp_path, capsys):
     from sae_lens import SAE

@@ -234,6 +234,7 @@ def test_the_detectors_arithmetic():
     assert (no > threshold_for(yes, no, alarms=0.0)).sum() == 0
 
 
+@pytest.mark.slow
 def test_the_detector_lets_harmless_requests_pass():
     model, n = load_model("organism"), 40
     setting = two_prompts(model, load_saes("organism"), assistant_header(model), n, 0)

@@ -154,6 +154,7 @@ def test_mistakes(capsys, tmp_path):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_model_and_a_concept_from_a_file(tmp_path):
     model = tiny_model("gpt2")
     model.hf.save_pretrained(tmp_path / "model")

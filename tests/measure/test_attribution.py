@@ -50,6 +50,7 @@ def test_completeness(site, positions):
         assert float(latents[row].sum() + errors[row]) == pytest.approx(effect, abs=0.02 * max(1.0, abs(effect)))
 
 
+@pytest.mark.slow
 def test_more_steps_come_closer():
     model, dictionary = tiny_model(), random_dictionary("resid_post.0")
     truth = np.array([site_effect(model, dictionary, pair) for pair in PAIRS])

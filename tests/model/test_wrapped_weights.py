@@ -106,6 +106,7 @@ def test_a_config_that_was_changed(tmp_path, values):
         load_model(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_compiled_code_is_named():
     """It does not see hooks that are put on after it ran."""
     model, dictionary = tiny_model("qwen3"), random_dictionary("resid_post.1", "standard")

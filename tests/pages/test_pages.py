@@ -551,6 +551,7 @@ def test_copies_and_figures(browser, swept, screened):
         quiet(browser)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_narrow_pages_say_what_scrolls(browser, swept, grouped, screened, heads, scheme):

@@ -176,6 +176,7 @@ def test_a_ranking_on_other_prompts(place, tmp_path):
     assert everything.sets == [Set("restored", 0, {Site(0): None, Site(1): None})]  # random sets of all: there are none
 
 
+@pytest.mark.slow
 def test_other_donors(place, tmp_path):
     chosen = {Site(1): (1, 7, 9)}
     base = load_model(str(place / "base"))

@@ -169,6 +169,7 @@ def test_steps_count_answers_and_never_go_back(place, tmp_path, monkeypatch, don
     assert len(read_rows(tmp_path / "results.parquet")) == 5 * conditions
 
 
+@pytest.mark.slow
 def test_what_runs_and_compare_say(place, tmp_path, monkeypatch, capsys):
     for name, ids in (("a", "1,7,9"), ("b", "1,7")):
         assert main(["restore", *arguments(place, tmp_path / name, latents=f"resid_post.1: {ids}", controls=1)]) == 0

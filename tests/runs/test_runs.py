@@ -181,6 +181,7 @@ def test_rows_do_not_depend_on_how_pairs_are_cut(place, tmp_path, capsys, sweep)
 CORRUPTIONS = {"noise: sat": "GaussianNoise(subject=At(text='sat'", "zero": "Zero(", "mean": "Mean("}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["mean", *(pytest.param(text, marks=pytest.mark.slow) for text in ("noise: sat", "zero"))]
 )
@@ -341,6 +342,7 @@ def test_attribute(place, tmp_path, capsys, method):
     assert "command ('attribute' there, 'patch' now)" in failed(capsys, "patch", *arguments(place, out))
 
 
+@pytest.mark.slow
 def test_a_screen_does_not_depend_on_how_pairs_are_cut(place, tmp_path, capsys):
     """Estimates do not; each part has exact rows of its own, and the summary is that of all of them together."""
     options = ("--direction", "both", "--steps", "2", "--n", "7", "--corruption", "noise: sat")

@@ -114,6 +114,7 @@ def test_a_run_goes_on_only_with_the_same_models(models, trained, tmp_path):
         train_saes(model, documents(), config, out, also=[third])
 
 
+@pytest.mark.slow
 def test_models_that_cannot_share(models, tmp_path, capsys):
     model, other = models
     with pytest.raises(UserError, match="is given twice"):

@@ -190,6 +190,7 @@ def command(tmp_path):
     return [str(tmp_path / "config.yaml")]
 
 
+@pytest.mark.slow
 def test_the_command_line(command, tmp_path, capsys, stand_in):
     trained = stand_in(fail="sae.k=2")
     assert main(command) == 2

@@ -80,6 +80,7 @@ def test_a_variant_that_writes_other_tokens_is_found():
         generation.check(task, variants | {"clamp_one": variants["no_edit"]})
 
 
+@pytest.mark.slow
 def test_the_overhead_is_over_the_bare_runs_on_either_side():
     seconds = iter([1.0, 1.2, 1.0, 3.0, 2.0])  # bare, a, bare, b, bare
     now = [0.0]

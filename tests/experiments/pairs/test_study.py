@@ -228,6 +228,7 @@ def in_folders(tmp_path_factory):
     return ["--model", str(place / "model"), "--sae", ",".join(folders)]
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_with_several_dictionaries(tmp_path, capsys, in_folders):
     assert run(agreement, agreement.AgreementConfig, tmp_path / "out", *in_folders) == 0
     summary = check(tmp_path / "out", agreement.QUESTION, 10, heads=True)
