@@ -338,3 +338,10 @@ def test_columns_of_positions_in_prompts_padded_on_the_left():
     for outside in (3, -4):
         with pytest.raises(UserError, match=f"position {outside} is out of range: the prompt has 3 tokens"):
             column_of(outside, 3, 5)
+
+
+def test_a_stream_differs_where_any_of_its_dimensions_does():
+    base = torch.zeros(1, 3, 4)
+    values = base.index_put((torch.tensor(0), torch.tensor(1), torch.tensor(2)), torch.tensor(1.0))
+    changes = Stream(Site(0)).write(base, values, torch.ones(1, 3, dtype=torch.bool))
+    assert (changes.row.tolist(), changes.pos.tolist()) == ([0], [1])
