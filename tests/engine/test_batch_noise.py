@@ -13,6 +13,7 @@ from saepatch.circuits.nodes import Node
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.corruptions import GaussianNoise, Zero
+from saepatch.engine.passes.pieces import next_logits_in_pieces
 from saepatch.engine.sweep import share_of_gap
 from saepatch.measure.attribution import attribute
 from saepatch.measure.patching import patch_latents
@@ -125,3 +126,23 @@ def test_a_share_of_the_gap_is_of_its_size():
     clean, corrupted = np.array([2.0, 0.0]), np.array([0.0, 2.0])  # gaps of 2 and -2, whose mean is 0
     assert share_of_gap(0.5, clean, corrupted) == 0.25
     assert share_of_gap(None, clean, corrupted) == share_of_gap(0.5, clean, clean) == 0.0
+
+
+def test_the_noise_is_the_largest_of_all_batches(monkeypatch):
+    values = iter([0.3, 0.1])
+    monkeypatch.setattr("saepatch.engine.sweep.batch_noise", lambda *_: next(values))
+    pairs = [PromptPair("a cat sat", "the horse sat", "x", "y"), PromptPair("abcdef", "abc", "x", "y")]
+    effects = patch_latents(tiny_model(), random_dictionary(), pairs, [3], controls=0, align="right", direction="noise")
+    assert next(values, None) is None  # the second batch is padded, so it is measured, too
+    assert effects.rounding == pytest.approx(2 * 0.3 / np.abs(effects.gap).mean())
+
+
+def test_the_row_with_most_padding_runs_alone(monkeypatch):
+    widths = []
+    monkeypatch.setattr(
+        "saepatch.engine.sweep.next_logits_in_pieces",
+        lambda model, alone, piece: widths.append(alone.width) or next_logits_in_pieces(model, alone, piece),
+    )
+    pairs = [PromptPair("uvwxyz", "uvwxya", "x", "y"), PromptPair("abc", "abcdef", "x", "y")]
+    patch_latents(tiny_model(), random_dictionary(), pairs, [3], controls=0, align="right", direction="noise")
+    assert widths == [4]  # "abc" and its BOS

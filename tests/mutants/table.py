@@ -25,6 +25,7 @@ def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
 EFFECTS = "tests/measure/test_effects.py tests/measure/test_gaps.py tests/measure/test_shown.py"
 STATISTICS = "tests/records/test_statistics.py tests/records/test_intervals.py tests/records/test_few_pairs.py"
 ABLATED = "tests/engine/test_corruptions.py::test_ablated_latents_are_those_meant_not_those_encoded_again"
+RESUMED = "tests/engine/test_resume.py"
 SWEEP = "tests/engine/test_batch_noise.py tests/measure/test_planted.py tests/engine/test_several_sites.py"
 
 MUTANTS = [
@@ -140,7 +141,8 @@ MUTANTS = [
     ),
     *_of(
         "saepatch/engine/sweep.py",
-        f"{SWEEP} tests/engine/test_corruptions.py tests/measure/test_patching.py",
+        f"{SWEEP} {RESUMED}::test_padding_that_a_model_does_not_know_is_refused "
+        f"{RESUMED}::test_prompts_aligned_from_the_right_name_positions_from_the_end tests/engine/test_corruptions.py",
         ("np.add.at(swept.clean, index, ends[0] / samples)", "np.add.at(swept.clean, index, ends[0])"),
         ("((values - own[rows.numpy()]) / samples)", "(values - own[rows.numpy()])"),
         ("own = ends[1] if options.denoises else ends[0]", "own = ends[1]"),

@@ -90,7 +90,7 @@ def test_the_studentised_maximum_finds_what_is_there():
 
 def test_the_studentised_maximum_by_definition(monkeypatch):
     """Draw by draw: rows drawn from the centred changes, |mean / standard error| of each column, the largest of all."""
-    n, draws = 12, 60
+    n, draws = 12, 500
     change = np.random.default_rng(8).lognormal(0, 1, (n, 5)) - [1.2, 1.3, 1.4, 1.5, 1.6]
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
 
