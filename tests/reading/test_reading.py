@@ -177,6 +177,13 @@ def test_tokens_are_told_apart():
     assert told == ["␣a", "a", "a␣", "␣", "∅", "↵", "↵↵", "⟨U+202E⟩", "</s>", "␣␣x"]
 
 
+@pytest.mark.parametrize("name", ["organism-other", "organism/", "my-organism"])
+def test_a_model_of_a_similar_name_is_not_the_embedded_one(name, capsys):
+    """Whose texts it would be described over."""
+    assert main(["latent", "resid_post.3:100", "--model", name]) == 2
+    assert f"no texts to search for examples of {name}" in capsys.readouterr().err
+
+
 def test_the_command_prints_a_card(tmp_path, capsys):
     page = tmp_path / "card.html"
     texts = tmp_path / "texts.txt"
