@@ -190,7 +190,7 @@ class SpanGraph:
             changes = batched_gradients(
                 pulled[:, first : first + vectors.shape[1]], weights, vectors.to(leaf.dtype).movedim(2, 0)
             )
-        return flat_cache(changes).movedim(0, 2).contiguous()
+        return flat_cache(changes).movedim(0, 2).to(vectors.dtype).contiguous()
 
     def column_on_cache(self, p: int) -> ColumnGraph:
         """The target's value in column `p` as a function of the leaves there and of `cache` before it."""

@@ -145,6 +145,13 @@ def test_a_stopped_search_continues(place, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "stopped").rglob("measurements.jsonl")) == []
 
 
+def test_a_search_that_fails_is_not_in_the_way_of_corrected_settings(place, tmp_path, capsys):
+    given = [*arguments(place, tmp_path / "run"), "--minimal=1"]
+    assert main([*given, "--nodes=100000"]) == 2
+    assert "ask for fewer" in capsys.readouterr().err
+    assert main(given) == 0
+
+
 def test_shards_are_the_whole(place, whole, tmp_path, capsys):
     out = tmp_path / "cut"
     assert main([*arguments(place, out), "--shard=0/2"]) == 0

@@ -273,6 +273,9 @@ def prepare(config: CircuitConfig) -> CircuitRun:
         patchables = dictionaries or every_component(model)
         try:
             selected = find_circuit(model, patchables, select, tune, _how(config), options, search.get)
+        except UserError:
+            search.forget()  # not to be in the way of corrected settings
+            raise
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the search so far is stored; the same command resumes it") from None
         log.info(
