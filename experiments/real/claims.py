@@ -11,7 +11,7 @@ from saepatch.records.statistics import Interval
 
 from ..pairs.stages import DENSE
 from ..steering.stages import PROMPTING, RANDOM
-from .stages.dictionaries import LATENTS, TaskLatents, pearson_over_pairs
+from .stages.dictionaries import LATENTS, TaskLatents, correlation
 from .stages.heads import INHIBITION, MOVER, NEGATIVE, HeadRole, direction_gap
 from .stages.patching import PatchingStage, beyond_random
 from .stages.restoration import DIMENSIONS, RestoredBehaviour
@@ -36,10 +36,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class OtherRun:
-    """The verdicts of another run of the study, by claim and what was measured."""
+    """The verdicts of another run of the study: each claim, what was measured, and the figure with its verdict."""
 
     name: str
-    claims: Sequence[Mapping[str, Any]]
+    claims: Sequence[tuple[str, str, str]]
 
     @classmethod
     def read(cls, path: str) -> "OtherRun":
@@ -50,21 +50,25 @@ class OtherRun:
         """
         try:
             summary = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(summary["config"]["model"], summary["claims"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            claims = [(each["claim"], each["measured"].split(":")[0], _told(each)) for each in summary["claims"]]
+            return cls(summary["config"]["model"], claims)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"cannot read verdicts from {path!r}: give the summary.json of a run of this study"
             ) from error
 
     def verdict(self, claim: Claim) -> str:
         """Figures and verdicts on the same claim, of the same task where the claim has several."""
-        mine = [each for each in self.claims if each["claim"] == claim.claim]
-        of_task = [each for each in mine if each["measured"].split(":")[0] == claim.measured.split(":")[0]]
+        mine = [each for each in self.claims if each[0] == claim.claim]
+        of_task = [each for each in mine if each[1] == claim.measured.split(":")[0]]
         same = mine if len(mine) == 1 else of_task  # a claim on several tasks has a verdict for each
-        return (
-            "; ".join("{:.3f} [{:.3f}, {:.3f}], {}".format(*each["figure"], each["verdict"]) for each in same)
-            or "not measured"
-        )
+        return "; ".join(told for _, _, told in same) or "not measured"
+
+
+def _told(claim: Mapping[str, Any]) -> str:
+    value, low, high = claim["figure"]
+    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{'–' if value is None else format(value, '.3f')}{interval}, {claim['verdict']}"
 
 
 def verdict_of(figure: Interval, bound: float = 0.0) -> str:
@@ -118,7 +122,7 @@ def latents_claims(latents: Mapping[str, Sequence[TaskLatents]]) -> list[Claim]:
         apart = top.low > random.high
         measured = f"{task}: denoising with {k} latents of {best.site}, ranked on select; random ones {random}"
         claims.append(Claim("A few latents restore the answer", measured, top, SHOWN if apart else NOT_SHOWN))
-        agreement = pearson_over_pairs(best.attribution)
+        agreement = correlation(best.attribution)
         measured = f"{task}: Pearson correlation with exact effects at {best.site}, against {AGREES:g}"
         claims.append(
             Claim("Attribution agrees with exact patching", measured, agreement, verdict_of(agreement, AGREES))

@@ -1,7 +1,8 @@
 """Refusals by number of restored latents, with controls, and the smallest share of latents that is enough."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,6 @@ log = logging.getLogger("experiments.safety")
 
 ENOUGH = 0.9  # share of the gap in refusals between bare model and donor that counts as recovered
 SHARE_LIMIT = 0.05  # largest share of the dictionary: the original claim is about 5 % of neurons
-BOOTSTRAP = 2000  # draws
 RANKINGS: tuple[Ranking, ...] = ("change", "signed", "attribution")
 Statistics = Mapping[Site, LatentStatistics]
 
@@ -87,25 +87,48 @@ class RefusalCurve:
     bare: Answered
     donor: Answered
 
-    def share_for(self, enough: float = ENOUGH, seed: int = 0) -> Interval:
+    def share_for(self, enough: float = ENOUGH, level: float = 0.95) -> Interval:
         """The smallest share of the dictionary tried that recovers enough; infinite where none does.
 
-        The interval is a bootstrap over prompts.
+        The interval holds the shares that a test over prompts does not rule out: up to the first share that certainly
+        recovers enough (tested for all of them together, Bonferroni), from the first that may. The margin of a share is
+        its refusals minus the bare model's and `enough` of the gap; its bounds combine Wilson intervals of the three
+        (MOVER; Zou and Donner 2008), which are conservative for runs of the same prompts. A resampled smallest share
+        has no such guarantee: it is a step function of the margins.
         """
-        top = np.array([point.top.refused for point in self.points], dtype=float)
-        low, high = (answered.refused.astype(float) for answered in (self.bare, self.donor))
-        shares = np.array([point.latents / self.total for point in self.points])
+        bare, donor = (answered.refused.astype(float) for answered in (self.bare, self.donor))
+        tops = [point.top.refused.astype(float) for point in self.points]
+        shares = [point.latents / self.total for point in self.points]
+        together = 1 - (1 - level) / len(tops)
+        gap = _bounds([(donor, 1.0), (bare, -1.0)], level)
+        parts = [[(top, 1.0), (bare, enough - 1), (donor, -enough)] for top in tops]
 
-        def smallest(index: ndarray) -> float:
-            way = high[index].mean() - low[index].mean()
-            done = top[:, index].mean(1) - low[index].mean() >= enough * way - 1e-12
-            return float(shares[done.argmax()]) if done.any() and way > 0 else float("inf")
+        def first(enough_at: Iterable[bool]) -> float:
+            return next((share for share, holds in zip(shares, enough_at, strict=True) if holds), float("inf"))
 
-        n = top.shape[1]
-        rng = np.random.default_rng(seed)
-        draws = np.array([smallest(index) for index in rng.integers(0, n, (BOOTSTRAP, n))])
-        low_end, high_end = np.quantile(draws, [0.025, 0.975], method="inverted_cdf").tolist()
-        return Interval(smallest(np.arange(n)), low_end, high_end, n)
+        return Interval(
+            first(_mean(each) >= -1e-12 and _mean([(donor, 1.0), (bare, -1.0)]) > 0 for each in parts),
+            first(_bounds(each, level)[1] >= 0 for each in parts),
+            first(gap[0] > 0 and _bounds(each, together)[0] >= 0 for each in parts),
+            len(bare),
+        )
+
+
+Weighted = Sequence[tuple[ndarray, float]]
+
+
+def _mean(parts: Weighted) -> float:
+    return float(sum(weight * values.mean() for values, weight in parts))
+
+
+def _bounds(parts: Weighted, level: float) -> tuple[float, float]:
+    """Bounds of a weighted sum of shares: each share's distance to its own Wilson bounds, added in quadrature."""
+    below, above = 0.0, 0.0
+    for values, weight in parts:
+        own = wilson_share(values, level)
+        reach = sorted((weight * (own.low - own.value), weight * (own.high - own.value)))
+        below, above = below + reach[0] ** 2, above + reach[1] ** 2
+    return _mean(parts) - math.sqrt(below), _mean(parts) + math.sqrt(above)
 
 
 def within(sizes: Sequence[int], total: int) -> list[int]:

@@ -5,7 +5,6 @@ edited pass, x' the counterfactual value of the site, w what a node writes. So t
 the current values of earlier sites, and everything else, error terms too, has its value of the counterfactual run.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,12 +20,11 @@ from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import ErrorTerm, Heads, LatentUnits, Patchable
-from saepatch.engine.edited_runs import metric_values
 from saepatch.engine.gradients import Readout
 from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun, entry
-from saepatch.engine.sweep import batch_noise, share_of_gap
+from saepatch.engine.sweep import measured_rounding
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
 from saepatch.model.hooks import edit_sites
@@ -35,11 +33,8 @@ from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
 from saepatch.splicing.splice import choose_positions
 
-log = logging.getLogger(__name__)
-
 Errors = Literal["nodes", "kept", "dropped"]
 TOKENS = 4096  # columns in a batch of passes
-ROUNDED = 1e-3  # share of the mean gap; rounding above it is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +93,8 @@ class NodeRuns:
         if means is not None:
             self._use_means(means)
         self.whole, self.empty = self._ends()
-        self.rounding = self._rounding()
+        first = self._batches[0]
+        self.rounding = measured_rounding(model, first.clean, first.part, self.options.metric, self.whole, self.empty)
 
     @property
     def start(self) -> Site:
@@ -151,23 +147,6 @@ class NodeRuns:
     def _ends(self) -> tuple[Float[np.ndarray, "pairs"], Float[np.ndarray, "pairs"]]:
         none = torch.zeros(1, len(self.members), dtype=torch.bool)
         return self.run(~none, others_act=True)[0], self.run(none)[0]
-
-    def _rounding(self) -> float:
-        """How much the metric of a clean run alone differs from that in its batch, as a share of the mean gap.
-
-        Logs a warning where that is more than float32 rounds.
-        """
-        part = self._batches[0].part
-        measured = partial(metric_values, self.options.metric, batch=part)
-        noise = batch_noise(self.model, self._batches[0].clean, measured, len(part))
-        share = share_of_gap(noise, self.whole, self.empty)
-        if share > ROUNDED:
-            log.warning(
-                "numbers of %s depend on what else is in a batch: the metric of one prompt alone differs by %.2g, "
-                "%.1f %% of the mean gap, so smaller differences say nothing",
-                self.model.name, noise, 100 * share,
-            )  # fmt: skip
-        return share
 
     def mask(self, nodes: Sequence[Node]) -> Bool[Tensor, "members"]:
         """Which members are among some nodes.

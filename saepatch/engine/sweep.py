@@ -20,7 +20,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component
 from saepatch.engine.edited_runs import EditedRuns, Stage, Wanted, metric_values
 from saepatch.engine.known import check_known
-from saepatch.engine.metrics import needs_clean_logits
+from saepatch.engine.metrics import Metric, needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.engine.passes.known_ways import KnownWays
@@ -33,6 +33,7 @@ from saepatch.splicing.splice import choose_positions
 log = logging.getLogger(__name__)
 
 PAIRS_MEMORY = 2**29  # limit in bytes for the latents of one batch of pairs
+ROUNDED = 1e-3  # share of the mean gap; a rounding above it is warned of
 SMALL = 512  # tokens: up to here, clean and corrupted run in one pass, whose time is dominated by reading weights
 
 
@@ -177,6 +178,26 @@ def batch_noise(model: LanguageModel, run: KeptRun, measured: Callable[[Tensor],
             )
         values = [measured(logits.expand(rows, -1)) for logits in (expected, inside)]
     return float(np.abs(values[0] - values[1]).max())
+
+
+def measured_rounding(
+    model: LanguageModel,
+    run: KeptRun,
+    part: PairBatch,
+    metric: Metric,
+    clean: Float[np.ndarray, "pairs"],
+    corrupted: Float[np.ndarray, "pairs"],
+) -> float:
+    """`batch_noise` of a metric as a share of the mean gap, with a warning where it is more than float32 rounds."""
+    noise = batch_noise(model, run, partial(metric_values, metric, batch=part), len(part))
+    share = share_of_gap(noise, clean, corrupted)
+    if share > ROUNDED:
+        log.warning(
+            "numbers of %s depend on what else is in a batch: the metric of one prompt alone differs by %.2g, "
+            "%.1f %% of the mean gap, so smaller differences say nothing",
+            model.name, noise, 100 * share,
+        )  # fmt: skip
+    return share
 
 
 def _pairs_at_once(components: Sequence[Component], width: int, batch_size: int | None) -> int:

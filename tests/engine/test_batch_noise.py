@@ -8,8 +8,10 @@ import torch
 from tiny import random_dictionary, tiny_model
 from torch import nn
 
+import saepatch as sp
+from saepatch.circuits.edges.edge_runs import EdgeRuns
 from saepatch.circuits.node_runs import NodeRuns
-from saepatch.circuits.nodes import Node
+from saepatch.circuits.nodes import Edge, Node
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.corruptions import GaussianNoise, Zero
@@ -77,10 +79,23 @@ def test_circuits_say_so(caplog):
     for layer in model.hf.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(layer.mlp, name, Rounded(getattr(layer.mlp, name)).eval())
+    edges = [Edge(node, Node(None, kind="logits")) for node in members]
+    assert EdgeRuns(model, dictionary, PAIRS, edges).rounding > 1e-3
+    assert "depend on what else is in a batch" in caplog.text
+    caplog.clear()
     runs = NodeRuns(model, dictionary, PAIRS, members)
     alone = NodeRuns(model, dictionary, PAIRS[:1], members)
     assert runs.rounding * np.abs(runs.whole - runs.empty).mean() > abs(runs.whole[0] - alone.whole[0]) / 4
     assert "depend on what else is in a batch" in caplog.text
+
+
+def test_loading_says_so(caplog):
+    model = tiny_model("qwen2", seed=6)
+    sp.wrap_model(model.hf, model.tokenizer)
+    assert "depend on what else" not in caplog.text
+    model.hf.model.layers[0].mlp.up_proj = Rounded(model.hf.model.layers[0].mlp.up_proj)
+    sp.wrap_model(model.hf, model.tokenizer)
+    assert "results of 'Qwen2ForCausalLM' depend on what else is in a batch" in caplog.text
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

@@ -268,9 +268,9 @@ def test_latents_and_attribution_are_those_of_the_library():
     by_hand = sp.patch_latents(model, dictionary, PAIRS, [best.units[0]], controls=0, direction="noise")
     assert curve.top[0].value == pytest.approx(by_hand.of(0).value, abs=1e-5)
     verified = sp.attribute(model, dictionary, PAIRS, verify=20, sample=20)
-    figure = dictionaries.pearson_over_pairs(verified)
+    figure = dictionaries.correlation(verified)
     assert figure.value == pytest.approx(verified.verified.pearson())
-    assert figure.low <= figure.value <= figure.high
+    assert figure.reason == "no interval: a few large nodes decide it"
     assert figure.n == 6
 
 
@@ -384,6 +384,14 @@ def test_verdicts_of_another_run(tmp_path):
     claim = Claim("A", "facts: n", Interval(0, 0, 0, 9), "shown")
     assert other.verdict(claim) == "0.500 [0.400, 0.600], not shown"
     assert other.verdict(replace(claim, claim="B")) == "not measured"
+    (tmp_path / "summary.json").write_text(json.dumps({"config": {"model": "m"}, "claims": [
+        {"claim": "A", "measured": "facts: m", "figure": [0.5, None, None], "verdict": "not shown"}]}))  # fmt: skip
+    assert OtherRun.read(str(tmp_path / "summary.json")).verdict(claim) == "0.500, not shown"
+    for wrong in ([0.5, "a", "b"], [0.5], None, 3):
+        text = json.dumps({"config": {"model": "m"}, "claims": [kept[0] | {"figure": wrong}]})
+        (tmp_path / "summary.json").write_text(text)
+        with pytest.raises(sp.UserError, match="cannot read verdicts"):
+            OtherRun.read(str(tmp_path / "summary.json"))
     with pytest.raises(sp.UserError, match="give the summary.json of a run"):
         OtherRun.read(str(tmp_path))
 

@@ -21,6 +21,7 @@ from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun, entry
 from saepatch.engine.spans import run_to
+from saepatch.engine.sweep import measured_rounding
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
 from saepatch.model.hooks import edit_sites
@@ -70,6 +71,8 @@ class EdgeRuns:
         self._batches = [self._kept(part) for part in same_length_batches(whole, 64)]
         self.whole = self._clean()
         self.empty = self.run(torch.zeros(1, len(self.members), dtype=torch.bool))[0]
+        part, clean, _ = self._batches[0]
+        self.rounding = measured_rounding(model, clean, part, self.options.metric, self.whole, self.empty)
 
     def _check(self, edge: Edge) -> None:
         for node in (edge.up, edge.down):

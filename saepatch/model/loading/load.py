@@ -21,7 +21,7 @@ from saepatch.model.inputs.padding import FAILURES
 from saepatch.model.inputs.tokens import Tokens, name_bos
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.discovery import discover, layout_of
-from saepatch.model.loading.padded_rows import padding_of, run_pass
+from saepatch.model.loading.padded_rows import padding_of, run_pass, warn_of_shared_batches
 from saepatch.model.loading.sources import from_pretrained, source_of, with_adapter
 from saepatch.model.other_tools import inner_model
 from saepatch.model.replaced import only_logits_of
@@ -187,6 +187,7 @@ def _checked_sites(model: LanguageModel, tokens: Tokens) -> LanguageModel:
     steps = probe_steps(partial(run_pass, model), model.new_cache, tokens)
     model = replace(model, step_limit=steps)
     model = replace(model, padding=padding_of(model))
+    warn_of_shared_batches(model)
     seen, overwritten = _emitted(model, tokens)
     model = replace(model, last_alone=_last_alone(model, tokens, seen))
     layout = model.layout.without(_not_offered(model, seen))

@@ -1,4 +1,4 @@
-"""How rows of a loaded model may be padded, in passes, on a cache and in generation."""
+"""How rows of a loaded model may share a batch: how they may be padded, and whether their results stay the same."""
 
 import logging
 from dataclasses import replace
@@ -52,6 +52,23 @@ def _generates_padded(model: LanguageModel) -> bool:
         return False
     tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(alone.std())
     return float((out.logits[0][0].to(alone) - alone).abs().amax()) <= tolerance
+
+
+@torch.no_grad()
+def warn_of_shared_batches(model: LanguageModel) -> None:
+    """Log a warning where a row's logits change with the rows beside it, as where quantisation scales a whole batch."""
+    probe = model.probe()
+    ids = probe.input_ids
+    rows = torch.cat([ids, ids.flip(1), ids[:, -1:].expand_as(ids)])
+    alone = model.call(probe)[0].float()
+    beside = model.call(Tokens(rows, *(mask.expand_as(rows) for mask in (probe.attention_mask, probe.ordinary))))[0]
+    change = float((beside.float() - alone).abs().amax() / alone.std())
+    if change > (1e-3 if model.dtype == torch.float32 else 5e-2):
+        log.warning(
+            "results of %r depend on what else is in a batch: logits of one prompt change by up to %.2g of their "
+            "standard deviation. Sweeps, attribution and circuits state their rounding; elsewhere, smaller differences "
+            "say nothing", model.name, change,
+        )  # fmt: skip
 
 
 def run_pass(model: LanguageModel, tokens: Tokens, start: int, cache: Any) -> Tensor:
