@@ -14,6 +14,9 @@ OUT ?= runs/demo
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
+# Tests start many processes, each of which would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 LOG := $(VENV)/setup.log
