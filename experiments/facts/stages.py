@@ -15,7 +15,7 @@ from saepatch.engine.corruptions import GaussianNoise
 from saepatch.facts.contexts import FactToken, Sampled, answer_ids
 from saepatch.facts.covariances import Covariances
 from saepatch.facts.delta import Delta, edited
-from saepatch.facts.evaluation import EditEvaluation, evaluate_edit, score_answers
+from saepatch.facts.evaluation import AnswerScores, EditEvaluation, evaluate_edit, score_answers
 from saepatch.facts.generation import FluencySettings
 from saepatch.facts.methods import AlphaEdit, EditMethod, Emmet, Memit, Rome, edit_each
 from saepatch.facts.sequence import edit_in_sequence
@@ -127,11 +127,12 @@ def single_edits(
     method: EditMethod,
     covariances: Covariances,
     fluent: FluencySettings | None = None,
+    known: dict[tuple[str, str], AnswerScores] | None = None,
 ) -> EditEvaluation:
-    """Every request edited alone, and its questions."""
+    """Every request edited alone, and its questions; `known` as in `evaluate_edit`."""
     deltas = edit_each(model, requests, method, covariances)
     named = {request.example: delta for request, delta in zip(requests, deltas, strict=True)}
-    return evaluate_edit(model, requests, lambda r: edited(model, named[r.example]), method.name, fluent)
+    return evaluate_edit(model, requests, lambda r: edited(model, named[r.example]), method.name, fluent, known=known)
 
 
 @dataclass(frozen=True, eq=False)

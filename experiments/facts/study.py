@@ -11,7 +11,7 @@ latents that are chosen on facts of other prompts. A stopped run continues when 
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from saepatch.dictionaries.loading import load_sae
 from saepatch.errors import UserError
 from saepatch.facts.contexts import FactToken
 from saepatch.facts.covariances import Covariances
-from saepatch.facts.evaluation import EditEvaluation, evaluate_edit, joined
+from saepatch.facts.evaluation import AnswerScores, EditEvaluation, evaluate_edit, joined
 from saepatch.facts.generation import FluencySettings
 from saepatch.facts.methods import AlphaEdit, EditMethod, Rome
 from saepatch.facts.values import ValueSearch
@@ -158,7 +158,12 @@ def usable(methods: Mapping[str, EditMethod], covariances: Covariances) -> tuple
 
 
 BATCHED_PAIR = ("MEMIT, 1 layer, in batches", "MEMIT, in batches")
-SEQUENCE_KINDS = ("paraphrase", "neighbourhood")  # besides efficacy
+JUDGED_BY = ("paraphrase", "neighbourhood")  # besides efficacy: layers and sequences
+
+
+def _judged_by(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The requests with the questions alone by which layers and sequences are judged."""
+    return [replace(r, questions=tuple(q for q in r.questions if q.kind in JUDGED_BY)) for r in requests]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +175,7 @@ class _FactRun:
     covariances: Covariances
     kept: KeptResults
     held_out: Sequence[str]
+    before: dict[tuple[str, str], AnswerScores] = field(default_factory=dict)  # of the unedited model
 
     def trace(self, requests: Sequence[EditRequest], corruption: str) -> LayerTrace:
         measure = partial(trace_layers, self.model, requests, corruption, self.config.traced, self.config.seed)
@@ -177,18 +183,18 @@ class _FactRun:
 
     def by_layer(self, requests: Sequence[EditRequest], layers: Sequence[int]) -> dict[str, EditEvaluation]:
         search = ValueSearch(steps=self.config.steps)
-        measured = {}
+        few, measured = _judged_by(requests), {}
         for token in [each for each in TOKENS if self.config.token in ("", each)]:
             for layer in layers:
                 rome = Rome(layer, prefixes=self.config.sampled, search=search, token=token)
-                measure = partial(single_edits, self.model, requests, rome, self.covariances)
+                measure = partial(single_edits, self.model, few, rome, self.covariances, known=self.before)
                 measured[f"{token}/{layer}"] = self.kept.get(f"layers/{token}/{layer}", EditEvaluation, measure)
         return measured
 
     def single(self, requests: Sequence[EditRequest], name: str, method: EditMethod) -> EditEvaluation:
         some, tokens = requests[: self.config.singles], self.config.fluency
         fluent = FluencySettings(tokens, seed=self.config.seed) if tokens else None
-        measure = partial(single_edits, self.model, some, method, self.covariances, fluent)
+        measure = partial(single_edits, self.model, some, method, self.covariances, fluent, self.before)
         return self.kept.get(f"singles/{name}", EditEvaluation, measure)
 
     def latents(
@@ -226,8 +232,7 @@ class _FactRun:
         ]
 
     def sequence(self, requests: Sequence[EditRequest], name: str, method: EditMethod, batch: bool) -> MeasuredSequence:
-        # what a sequence is judged by
-        few = [replace(r, questions=tuple(q for q in r.questions if q.kind in SEQUENCE_KINDS)) for r in requests]
+        few = _judged_by(requests)
         folder = output_folder(Path(self.config.out) / "deltas" / re.sub(r"\W+", "-", name))
         run = SequenceRun(self.model, few, method, self.covariances, self.held_out, batch, folder)
         checkpoints = [edits for edits in self.config.checkpoints if edits <= len(few)]

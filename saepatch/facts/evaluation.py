@@ -128,7 +128,8 @@ class EditEvaluation:
         parts = [self.by_request(kind, lambda row: float(row.success)) for kind in HARMONIC]
         shared = [example for example in parts[0] if all(example in part for part in parts)]
         if not shared:
-            return Interval.withheld(float("nan"), 0, "no request has paraphrase and neighbourhood questions")
+            why = "no request has paraphrase and neighbourhood questions that count"
+            return Interval.withheld(float("nan"), 0, why)
         table = np.array([[part[example] for part in parts] for example in shared])
         means = table.mean(0)
         if not means.all():

@@ -13,7 +13,7 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
     """Edit facts in a model's MLP weights, and measure what changes and what breaks; can be stopped and resumed."""
 
     examples: ClassVar[tuple[str, ...]] = (
-        "saepatch edit --requests organism --method memit --layers 1,2 --token last --out runs/edit",
+        "saepatch edit --requests organism --method memit --layers 3,4 --token last --weight 100 --clamp 4",
         "saepatch edit --requests facts.jsonl --method rome --layers 5 --apply each --model gpt2 --reference wiki.txt",
     )
     command: ClassVar[str] = "edit"
@@ -29,7 +29,8 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
     """rome: one fact at a time at one layer, with the same key throughout (r-ROME); rome-original: with the mixed keys
     of the first published code; memit, emmet, alphaedit: all facts in one update, spread over layers."""
     layers: str = ""
-    """Layers to edit: one for rome, as in 5; one or several for the others, as in 3,4,5 or 3-5."""
+    """Layers to edit: one for rome, as in 5; one or several for the others, as in 3,4,5 or 3-5; empty: the one a third
+    of the way up, as published for GPT-2, and for methods that spread up to four below it, too."""
     token: Literal["subject", "last"] = "subject"
     """Token at which facts are edited: the subject's last one, or the prompt's."""
     apply: Literal["together", "each"] = "together"
@@ -85,11 +86,13 @@ class EditConfig(Output, Progress, Tracked, ModelSettings):
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
-        """The layers, in order.
+        """The layers, in order; none where the setting is empty.
 
         Raises:
-            UserError: there are none, or the text cannot be parsed.
+            UserError: the text names no layer, or cannot be parsed.
         """
+        if not self.layers.strip():
+            return ()
         numbers: set[int] = set()
         for part in self.layers.split(","):
             match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from tiny import save_model_and_sae, tiny_model
@@ -10,7 +11,11 @@ from saepatch.cli.main import main
 from saepatch.facts.delta import Delta, edited
 from saepatch.facts.evaluation import score_answers
 from saepatch.model.loading.load import load_model
+from saepatch.pages.commands.edited import _warnings
 from saepatch.records.rows import read_rows
+from saepatch.runs.commands.fact_edits import read_method
+from saepatch.runs.commands.fact_results import read_edits
+from saepatch.settings.edit import EditConfig
 
 pytestmark = pytest.mark.whole
 
@@ -142,6 +147,23 @@ def test_every_method_runs(place, tmp_path, method):
     assert Delta.load(tmp_path / method / "delta.safetensors").layers == ([1] if method == "rome-original" else [0, 1])
 
 
+@pytest.mark.parametrize(("method", "count", "layers"), [("rome", 3, (1,)), ("memit", 12, (0, 1, 2, 3, 4))])
+def test_layers_that_are_not_given_are_a_third_of_the_way_up(caplog, method, count, layers):
+    model = tiny_model("llama", num_hidden_layers=count)
+    with caplog.at_level("INFO", logger="saepatch"):
+        assert tuple(read_method(EditConfig(requests="x", method=method), model).layers) == layers
+    assert "since --layers is empty" in caplog.text
+
+
+def test_a_page_says_what_to_do_where_edits_do_not_hold(whole):
+    results = read_edits(whole)
+    for other, weak in ((9.0, False), (0.0, True)):
+        rows = tuple(replace(row, target_nll=1.0, other_nll=other) for row in results.evaluation.rows)
+        changed = replace(results, evaluation=replace(results.evaluation, rows=rows))
+        assert ("--token last" in changed.table()) == weak
+        assert any("--token last" in line for line in _warnings(changed)) == weak
+
+
 def refused(capsys, flags):
     assert main(flags) == 2
     return capsys.readouterr().err
@@ -153,7 +175,7 @@ def test_what_does_not_fit_is_refused(place, whole, tmp_path, capsys):
     assert "'Louvre' is not in the prompt" in refused(capsys, arguments(place, out, requests=place / "bad.jsonl"))
     assert "the model has 3 layers" in refused(capsys, arguments(place, out, layers=9))
     assert "rome edits one layer" in refused(capsys, arguments(place, out, layers="0,1"))
-    assert "layers ''" in refused(capsys, arguments(place, out, layers=""))
+    assert "layers 'x'" in refused(capsys, arguments(place, out, layers="x"))
     assert "no reference texts" in refused(capsys, arguments(place, out, reference=""))
     other = tmp_path / "other.safetensors"
     Delta.none(tiny_model("llama", seed=5), "rome").save(other)

@@ -18,16 +18,14 @@ def page_of_edits(run: RunFolder) -> Page:
     """The page of a finished run, from its files."""
     results = read_edits(run.path)
     measured, settings = results.evaluation, results.record.settings
-    efficacy = measured.success("efficacy")
-    figures = {"efficacy": estimate_text(efficacy, ".0%")}
-    figures |= {kind: estimate_text(measured.success(kind), ".0%") for kind in measured.kinds if kind != "efficacy"}
-    figures["harmonic mean"] = estimate_text(measured.score, ".0%")
+    estimates = {kind: measured.success(kind) for kind in measured.kinds if measured.left(kind)[0]}
+    if measured.score.n:
+        estimates["harmonic mean"] = measured.score
+    figures = {name: estimate_text(each, ".0%") for name, each in estimates.items()}
     count = results.record.pairs["count"]
+    layers = f"layer{'s' * (len(results.norms) > 1)} {', '.join(results.norms)}"
     how = "in one delta" if settings["apply"] == "together" else "each alone"
-    lead = (
-        f"{count} facts edited {how} by {settings['method']} at layer {settings['layers']} of "
-        f"{results.record.model['name']}."
-    )
+    lead = f"{count} facts edited {how} by {settings['method']} at {layers} of {results.record.model['name']}."
     sections = [
         headline_section(figures, list(_warnings(results)), "Success, with 95 % intervals over facts in brackets."),
         _success(measured, count),
@@ -39,6 +37,8 @@ def page_of_edits(run: RunFolder) -> Page:
 
 def _warnings(results: EditResults) -> Iterator[str]:
     measured = results.evaluation
+    if results.too_weak:
+        yield results.too_weak
     if results.known_before:
         yield f"In {len(results.known_before)} requests the target was the model's answer before the edit."
     for kind in measured.kinds:

@@ -16,6 +16,7 @@ from saepatch.facts.delta import Delta, edited
 from saepatch.facts.evaluation import Around, evaluate_edit, score_answers
 from saepatch.facts.generation import FluencySettings
 from saepatch.facts.methods import AlphaEdit, EditMethod, Emmet, Memit, Rome, edit_each, edit_facts
+from saepatch.facts.projections import projection
 from saepatch.model.language_model import LanguageModel
 from saepatch.organism import is_checkpoint
 from saepatch.records.provenance import json_hash
@@ -104,10 +105,9 @@ def prepare(config: EditConfig) -> FactEdits:
     """
     place = Place.of(config)
     requests = load_edit_requests(config.requests, config.split, config.n)
-    method = read_method(config)
     texts = load_texts(_reference(config))
     model = read_model(config, config.shard)
-    method.place(model)  # raises where there is no such layer
+    method = read_method(config, model)
     earlier = Delta.load(config.delta) if config.delta else None
     if earlier is not None and earlier.model_hash != model.fingerprint:
         raise UserError(
@@ -164,6 +164,15 @@ def _make_delta(
     return delta
 
 
+def _usual_layers(config: EditConfig, model: LanguageModel) -> tuple[int, ...]:
+    """A third of the way up: 8 of GPT-2 medium's 24 layers, 12 of large's 36 (ROME); the layers up to it (MEMIT)."""
+    last = round(model.n_layers / 3)
+    first = last if config.method.startswith("rome") else max(0, last - 4)
+    named = f"layer {last} is" if first == last else f"layers {first} to {last} are"
+    log.info("%s edited, since --layers is empty; a causal trace (trace_fact) shows where facts are recalled", named)
+    return tuple(range(first, last + 1))
+
+
 def _reference(config: EditConfig) -> str:
     if not config.reference and not is_checkpoint(config.model):
         raise UserError(
@@ -173,9 +182,17 @@ def _reference(config: EditConfig) -> str:
     return config.reference or "organism"
 
 
-def read_method(config: EditConfig) -> EditMethod:
-    """The method that the settings describe."""
-    layers, weight = config.layer_numbers, config.weight
+def read_method(config: EditConfig, model: LanguageModel) -> EditMethod:
+    """The method that the settings describe.
+
+    Raises:
+        UserError: the model has no such layer, or one that cannot be edited.
+    """
+    layers, weight = config.layer_numbers or _usual_layers(config, model), config.weight
+    if layers[-1] >= model.n_layers:
+        raise UserError(f"layers {config.layers}: the model has {model.n_layers} layers, 0 to {model.n_layers - 1}")
+    for layer in layers:
+        projection(model, layer)
     method: Rome | Memit | Emmet | AlphaEdit
     if config.method in ("rome", "rome-original"):
         method = Rome(layers[0], original=config.method == "rome-original")

@@ -13,6 +13,8 @@ from saepatch.records.provenance import versions
 from saepatch.records.rows import EditRow, grouped, read_about, read_row, read_rows, write_rows
 from saepatch.runs.parts import Record, complete, part_files
 
+HOLDS = 0.5  # efficacy below this causes a warning
+
 
 @dataclass(frozen=True, eq=False)
 class EditResults:
@@ -29,6 +31,17 @@ class EditResults:
     texts: Sequence[tuple[str, str, str]]
     norms: dict[str, float]
     known_before: Sequence[str]
+
+    @property
+    def too_weak(self) -> str:
+        """What to do where most edits do not hold; empty where they do."""
+        share = self.evaluation.success("efficacy").value
+        if share >= HOLDS:
+            return ""
+        return (
+            f"The new answer is the likelier one in {share:.0%} of the facts: a causal trace (trace_fact) shows where "
+            "to edit them (--layers, --token last); a smaller --weight and a larger --clamp change more."
+        )
 
     def facts(self) -> dict[str, Any]:
         """Content of summary.json."""
@@ -57,6 +70,8 @@ class EditResults:
             self.evaluation.table(),
             "95 % intervals over facts (means of their questions). success: the right answer is the likelier one",
         ]
+        if self.too_weak:
+            lines.append(self.too_weak)
         if self.known_before:
             lines.append(
                 f"the target was already the answer in {len(self.known_before)}: {', '.join(self.known_before)}"
