@@ -124,7 +124,8 @@ class TrainingConfig:
         subset: Configuration of a hub dataset that has several.
         split: Split of a hub dataset.
         streaming: Read a hub dataset during training instead of downloading it first.
-        text_column: Column that holds the text.
+        text_column: Column that holds the text, or messages (role and content, for the model's chat template), or token
+            ids.
         sites: Site strings such as resid_post.3, or `all`: resid_post of every layer.
         out: Folder for the dictionaries, the log, the checkpoints and the summary.
         overwrite: Replace existing dictionaries in `out`.

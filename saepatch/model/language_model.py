@@ -1,6 +1,6 @@
 """A causal language model and its tokenizer: prompts in, logits and text out."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -370,16 +370,22 @@ class LanguageModel:
             raise UserError(f"transformers does not generate with {self.name} ({reason_of(error)})") from error
         return out[:, tokens.input_ids.shape[1] :]
 
-    def chat(self, request: str) -> str:
-        """The text of one user turn in the chat template, up to where the assistant's answer begins.
+    def chat(self, request: str | Sequence[Mapping[str, str]], ready: bool = True) -> str:
+        """A user's request, or a chat's messages (`role` and `content`), in the chat template.
+
+        With `ready`, the text ends where the assistant's answer begins.
 
         Raises:
-            UserError: the tokenizer has no chat template.
+            UserError: the tokenizer has no chat template, or its template refuses the messages.
         """
         if not self.tokenizer.chat_template:
             raise UserError(f"the tokenizer of {self.name!r} has no chat template: write the whole prompt yourself")
-        turns = [{"role": "user", "content": request}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "user", "content": request}] if isinstance(request, str) else list(request)
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready))
+        except Exception as error:  # templates are programs, which raise what they like
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(f"the chat template of {self.name!r} refuses messages by {roles}: {error}") from error
 
 
 def refuse_training(model: LanguageModel) -> None:

@@ -68,11 +68,7 @@ def assistant_header(model: LanguageModel) -> int | None:
     """Number of tokens that the chat template puts before an answer; None without a template or such tokens."""
     if not model.tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": "a"}]
-    closed, opened = (
-        model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready)
-        for ready in (False, True)
-    )
+    closed, opened = (model.chat("a", ready) for ready in (False, True))
     return (len(model.encode(opened)) - len(model.encode(closed))) or None
 
 

@@ -26,8 +26,9 @@ from saepatch.model.sites import Site
 from training.data import activations
 from training.data.activations import START, ActivationStream, Position, forward
 from training.data.cache import RoundCache
+from training.data.document import has_content
 from training.data.rows import rows, token_batches
-from training.data.texts import Streamed, as_documents, fingerprint, has_text, in_order, split, texts
+from training.data.texts import Streamed, as_documents, fingerprint, in_order, split, texts
 from training.ranks import Ranks
 
 pytestmark = pytest.mark.whole
@@ -661,10 +662,10 @@ def test_held_out_text_is_never_trained_on():
     with pytest.raises(UserError, match="none to train on"):
         split(["same", "same"], 0.5, seed=0)
     with pytest.raises(UserError, match="a document is int, not text"):
-        has_text(2)
+        has_content(2)
     with pytest.raises(UserError, match=r"one string \('abc'…\): give a list of strings"):
         as_documents("abc")
-    with pytest.raises(UserError, match="document 1 is NoneType, not text"):
+    with pytest.raises(UserError, match="document 1 is None: leave it out"):
         as_documents(text for text in ["a", None])
 
 

@@ -164,7 +164,7 @@ def test_text_that_is_too_short(model, tmp_path):
         (["--data", "empty.jsonl"], "empty.jsonl"),
         (["--data", "broken.jsonl"], "cannot read data 'broken.jsonl'"),
         (["--data", "blank.jsonl"], "contains no text"),
-        (["--data", "numbers.jsonl"], "holds int, not text"),
+        (["--data", "numbers.jsonl"], "is int, not text"),
         (["--data", "good.jsonl", "--text_column", "body"], r"no column 'body': .*\(text\)"),
         (["--data", "good.jsonl", "--model", "nowhere/at/all"], "'nowhere/at/all'"),
         (["--data", "good.jsonl", "--out", "good.jsonl/run"], "cannot write to 'good.jsonl/run'"),

@@ -19,6 +19,7 @@ from saepatch.model.sites import Site
 from ..config import TrainingConfig
 from ..ranks import ALONE, Ranks
 from .cache import RoundCache, cache_key, model_facts
+from .document import Document
 from .prefetch import ahead, go_on
 from .rows import Body, bos_before, cut, text_positions, token_batches, tokenised
 from .texts import Streamed, fingerprint, in_order, mixed_seed
@@ -86,7 +87,7 @@ class ActivationStream:
     """
 
     model: LanguageModel
-    documents: Sequence[str] | Streamed
+    documents: Sequence[Document] | Streamed
     sites: Sequence[Site]
     config: TrainingConfig
     ranks: Ranks = ALONE

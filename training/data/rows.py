@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from jaxtyping import Bool
 from torch import Tensor
 
+from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
+
+from .document import Document, are_ids, characters, is_chat
 
 _TOKENISED_DOCUMENTS, _TOKENISED_CHARACTERS = 64, 1_000_000  # at a time
 
 
-def rows(model: LanguageModel, documents: Sequence[str], context: int, pack: bool = False) -> list[list[int]]:
+def rows(model: LanguageModel, documents: Sequence[Document], context: int, pack: bool = False) -> list[list[int]]:
     """Token ids of documents, cut to rows of at most `context` tokens.
 
     Each row begins with BOS if the tokenizer adds one. With `pack`, documents are concatenated, each preceded by a BOS,
@@ -72,36 +75,56 @@ def cut(
         yield row, place
 
 
-def tokenised(model: LanguageModel, documents: Iterable[tuple[int, str]]) -> Iterator[tuple[int, list[int]]]:
+def tokenised(model: LanguageModel, documents: Iterable[tuple[int, Document]]) -> Iterator[tuple[int, list[int]]]:
     """Numbered documents as token ids, without a leading BOS."""
     bos = bos_before(model)
     for chunk in _chunks(documents):
-        for (number, _), ids in zip(chunk, _encoded(model, [text for _, text in chunk]), strict=True):
+        for (number, _), ids in zip(chunk, _encoded(model, [document for _, document in chunk]), strict=True):
             yield number, ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
 
-def _chunks(documents: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    chunk: list[tuple[int, str]] = []
-    characters = 0
-    for number, text in documents:
-        chunk.append((number, text))
-        characters += len(text)
-        if len(chunk) == _TOKENISED_DOCUMENTS or characters >= _TOKENISED_CHARACTERS:
+def _chunks(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    chunk: list[tuple[int, Document]] = []
+    size = 0
+    for number, document in documents:
+        chunk.append((number, document))
+        size += characters(document)
+        if len(chunk) == _TOKENISED_DOCUMENTS or size >= _TOKENISED_CHARACTERS:
             yield chunk
-            chunk, characters = [], 0
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
 
-def _encoded(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """`model.encode` of each text, in one call of the tokenizer where the result is the same."""
+def _encoded(model: LanguageModel, documents: Sequence[Document]) -> list[list[int]]:
+    """`token_ids` of each document, in one call of the tokenizer where the result is the same."""
     bos = model.tokenizer.bos_token
-    if model.prepend_bos or (bos and any(text.startswith(bos) for text in texts)):
-        return [model.encode(text) for text in texts]
+    if model.prepend_bos or any(not isinstance(each, str) or (bos and each.startswith(bos)) for each in documents):
+        return [token_ids(model, document) for document in documents]
     ids: list[list[int]] = model.tokenizer(
-        list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False
+        list(documents), return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
     return [row[: len(row) - len(model.appended)] for row in ids]
+
+
+def token_ids(model: LanguageModel, document: Document) -> list[int]:
+    """A document's token ids: of its text, of its messages in the model's chat template, or as they are.
+
+    Raises:
+        UserError: the tokenizer has no chat template or refuses the messages, or a token is not in the vocabulary.
+    """
+    if isinstance(document, str):
+        return model.encode(document)
+    if is_chat(document):
+        return model.encode(model.chat(document, ready=False))
+    assert are_ids(document)
+    ids = list(document)
+    if wrong := [token for token in ids if not 0 <= token < model.vocabulary]:
+        raise UserError(
+            f"token {wrong[0]} is not in the vocabulary of {model.name!r}, whose ids are 0 to {model.vocabulary - 1}: "
+            "give documents that its own tokenizer made"
+        )
+    return ids
 
 
 def bos_before(model: LanguageModel) -> int | None:

@@ -14,6 +14,8 @@ import torch
 
 from saepatch.errors import UserError
 
+from .document import Document, characters, digest, has_content
+
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 # Held-out documents of a stream are chosen from this many at its beginning.
 _FIRST_DOCUMENTS, _FIRST_CHARACTERS = 10_000, 16_000_000
@@ -22,7 +24,7 @@ _MIXED_DOCUMENTS, _MIXED_CHARACTERS = 10_000, 64_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class Documents(Sequence[str]):
+class Documents(Sequence[Document]):
     """A subset of a sequence of documents, by index; nothing is copied.
 
     Attributes:
@@ -31,7 +33,7 @@ class Documents(Sequence[str]):
         fingerprint: Hash of the texts in their order.
     """
 
-    source: Sequence[str]
+    source: Sequence[Document]
     chosen: np.ndarray
     fingerprint: str
 
@@ -65,7 +67,7 @@ class Streamed:
     held_out: frozenset[int] = frozenset()
     mixed: int = 1000
 
-    def read(self, seed: int | None = None, start: int = 0) -> Iterator[tuple[int, str]]:
+    def read(self, seed: int | None = None, start: int = 0) -> Iterator[tuple[int, Document]]:
         """Documents with their numbers, from number `start` on, in their own order or shuffled by a seed.
 
         Omitted documents (blank or held out) are numbered too. Documents before `start` are read and discarded, since
@@ -77,9 +79,9 @@ class Streamed:
         dataset = self.dataset if seed is None else self.dataset.shuffle(seed=seed, buffer_size=self.mixed)
         try:
             for number, record in enumerate(dataset.skip(start) if start else dataset, start):
-                text = record[self.column]
-                if has_text(text) and digest(text) not in self.held_out:
-                    yield number, text
+                document = record[self.column]
+                if has_content(document) and digest(document) not in self.held_out:
+                    yield number, document
         except (UserError, GeneratorExit):
             raise
         except Exception as error:  # files and connections fail in many ways inside `datasets`
@@ -88,14 +90,14 @@ class Streamed:
 
 def texts(
     data: str, text_column: str = "text", subset: str | None = None, split: str = "train", streaming: bool = False
-) -> Sequence[str] | Streamed:
+) -> Sequence[Document] | Streamed:
     """The documents of a file, a folder of files, or a dataset on the hub, read from disk on demand.
 
-    Each line of a .txt file is a document. Records without text are left out.
+    Each line of a .txt file is a document. Records without a document (`Document`) are left out.
 
     Args:
         data: Path or hub id.
-        text_column: Column that holds the text.
+        text_column: Column that holds the documents: text, messages or token ids.
         subset: Configuration of a hub dataset that has several.
         split: Split of a hub dataset.
         streaming: Read during use, without downloading or preparing the data first.
@@ -122,8 +124,7 @@ def texts(
     full = loaded.filter(_keep, input_columns=[text_column], keep_in_memory=True)
     if not len(full):
         raise _no_text(data, text_column)
-    if not isinstance(full[0][text_column], str):
-        raise UserError(f"column {text_column!r} of {data!r} holds {type(full[0][text_column]).__name__}, not text")
+    has_content(full[0][text_column], f"column {text_column!r} of {data!r}")  # raises
     return full[text_column]
 
 
@@ -184,38 +185,30 @@ def _no_text(data: str, column: str) -> UserError:
     return UserError(f"data {data!r} contains no text in column {column!r}: give at least two documents")
 
 
-def _keep(text: object) -> bool:
-    return text is not None and (not isinstance(text, str) or bool(text.strip()))
+def _keep(document: object) -> bool:
+    return document is not None and (bool(document.strip()) if isinstance(document, str) else document != [])
 
 
-def has_text(text: object) -> bool:
-    """Whether a record has a text that is not blank.
-
-    Raises:
-        UserError: its value is not text.
-    """
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"a document is {type(text).__name__}, not text: give strings, or another --text_column")
-    return bool(text and text.strip())
-
-
-def as_documents(given: Iterable[str] | Streamed) -> Sequence[str] | Streamed:
+def as_documents(given: Iterable[Document] | Streamed) -> Sequence[Document] | Streamed:
     """Documents as a sequence or stream; other iterables are read to their end.
 
     Raises:
-        UserError: `given` is a single string, or a document is not a string.
+        UserError: `given` is a single string, or what it holds is no `Document`.
     """
     if isinstance(given, str):
         raise UserError(f"the documents are one string ({given[:20]!r}…): give a list of strings")
     documents = given if isinstance(given, Sequence | Streamed) else list(given)
     if isinstance(documents, list | tuple):
-        for number, text in enumerate(documents):
-            if not isinstance(text, str):
-                raise UserError(f"document {number} is {type(text).__name__}, not text: leave it out")
+        for number, document in enumerate(documents):
+            if document is None:
+                raise UserError(f"document {number} is None: leave it out")
+            has_content(document, f"document {number}")  # raises
     return documents
 
 
-def split(documents: Iterable[str] | Streamed, share: float, seed: int) -> tuple[Sequence[str] | Streamed, list[str]]:
+def split(
+    documents: Iterable[Document] | Streamed, share: float, seed: int
+) -> tuple[Sequence[Document] | Streamed, list[Document]]:
     """Documents to train on, and held-out documents: a share of the distinct texts, each with all of its copies.
 
     From a stream, the first documents are held out: that share of its first 10,000 documents (or of the first 16
@@ -237,20 +230,20 @@ def split(documents: Iterable[str] | Streamed, share: float, seed: int) -> tuple
     return Documents(documents, rest, _hash(digests[rest].tobytes())), [documents[i] for i in held.tolist()]
 
 
-def _split_stream(documents: Streamed, share: float) -> tuple[Streamed, list[str]]:
-    different: dict[int, str] = {}
-    read = characters = 0
-    for _, text in islice(documents.read(), _FIRST_DOCUMENTS):
-        different.setdefault(digest(text), text)
-        read, characters = read + 1, characters + len(text)
-        if characters >= _FIRST_CHARACTERS and len(different) > 1:
+def _split_stream(documents: Streamed, share: float) -> tuple[Streamed, list[Document]]:
+    different: dict[int, Document] = {}
+    read = size = 0
+    for _, document in islice(documents.read(), _FIRST_DOCUMENTS):
+        different.setdefault(digest(document), document)
+        read, size = read + 1, size + characters(document)
+        if size >= _FIRST_CHARACTERS and len(different) > 1:
             break
     held = list(different.items())[: _held(len(different), share)]
-    mixed = max(1, min(_MIXED_DOCUMENTS, _MIXED_CHARACTERS * read // characters))
+    mixed = max(1, min(_MIXED_DOCUMENTS, _MIXED_CHARACTERS * read // size))
     apart = documents.held_out | {key for key, _ in held}
     facts = [len(different), *different, *sorted(apart)]
     mark = _hash(documents.fingerprint.encode() + np.array(facts, dtype=np.uint64).tobytes())
-    return replace(documents, held_out=apart, mixed=mixed, fingerprint=mark), [text for _, text in held]
+    return replace(documents, held_out=apart, mixed=mixed, fingerprint=mark), [document for _, document in held]
 
 
 def _held(different: int, share: float) -> int:
@@ -259,17 +252,11 @@ def _held(different: int, share: float) -> int:
     return min(max(1, round(share * different)), different - 1)
 
 
-def fingerprint(documents: Sequence[str] | Streamed) -> str:
+def fingerprint(documents: Sequence[Document] | Streamed) -> str:
     """Hash of the texts in their order, 16 hexadecimal digits."""
     if isinstance(documents, Documents | Streamed):
         return documents.fingerprint
     return _hash(np.fromiter(map(digest, documents), dtype=np.uint64, count=len(documents)).tobytes())
-
-
-def digest(text: str) -> int:
-    """64 bits of a text's BLAKE2b hash; unlike Python's hash, it is the same in every process."""
-    has_text(text)
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _hash(data: bytes) -> str:
@@ -281,7 +268,9 @@ def mixed_seed(*facts: int | str) -> int:
     return int(_hash(repr(facts).encode()), 16) >> 1
 
 
-def in_order(documents: Sequence[str] | Streamed, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[int, str]]:
+def in_order(
+    documents: Sequence[Document] | Streamed, seed: int, epoch: int, start: int = 0
+) -> Iterator[tuple[int, Document]]:
     """The documents of an epoch with their indices in its order, from index `start` on.
 
     The order depends on the seed and the epoch alone.

@@ -13,6 +13,7 @@ from saepatch.errors import UserError
 from saepatch.measure.quality import LatentStatistics, SpliceQuality, splice_qualities
 from saepatch.model.language_model import LanguageModel, Tokens
 
+from ..data.document import Document
 from ..data.rows import rows
 
 DENSE = 0.1  # share of positions above which a latent counts as dense
@@ -46,7 +47,7 @@ class Evaluation:
     density: Density
 
 
-def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int, eval_tokens: int) -> Tokens:
+def held_out_tokens(model: LanguageModel, documents: Sequence[Document], context: int, eval_tokens: int) -> Tokens:
     """About `eval_tokens` tokens, one row per document, in a padded batch ordered by length.
 
     Raises:
@@ -55,7 +56,9 @@ def held_out_tokens(model: LanguageModel, documents: Sequence[str], context: int
     return model.pad(held_out_rows(model, documents, context, eval_tokens))
 
 
-def held_out_rows(model: LanguageModel, documents: Sequence[str], context: int, eval_tokens: int) -> list[list[int]]:
+def held_out_rows(
+    model: LanguageModel, documents: Sequence[Document], context: int, eval_tokens: int
+) -> list[list[int]]:
     """The rows of `held_out_tokens`."""
     chosen: list[list[int]] = []
     n = 0

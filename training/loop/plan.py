@@ -258,6 +258,7 @@ def _epochs(config: TrainingConfig, model: LanguageModel) -> float | None:
     local = config.data and not config.streaming and Path(config.data).expanduser().exists()
     if not local or model.tokenizer is None:
         return None
+    from ..data.rows import tokenised
     from ..data.texts import texts
 
     documents = texts(config.data, config.text_column)
@@ -265,9 +266,7 @@ def _epochs(config: TrainingConfig, model: LanguageModel) -> float | None:
     stride = max(1, len(documents) // _SAMPLED)
     sampled = [documents[i] for i in range(0, len(documents), stride)][:_SAMPLED]
     special = set(model.tokenizer.all_special_ids)
-    counts = [
-        sum(token not in special for token in ids) for ids in model.tokenizer(sampled, verbose=False)["input_ids"]
-    ]
+    counts = [sum(token not in special for token in ids) for _, ids in tokenised(model, enumerate(sampled))]
     tokens = sum(counts) / len(counts) * len(documents) * (1 - config.held_out)
     return config.steps * config.batch_size / tokens if tokens else None
 

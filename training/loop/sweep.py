@@ -23,6 +23,7 @@ from saepatch.records.files import atomic
 from saepatch.records.tables import text_table
 
 from ..config import TrainingConfig
+from ..data.document import Document
 from ..data.texts import Streamed, as_documents
 from ..ranks import ALONE, Ranks
 
@@ -127,7 +128,7 @@ def _fields(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def run_sweep(
     model: "LanguageModel",
-    texts: Iterable[str] | Streamed,
+    texts: Iterable[Document] | Streamed,
     config: TrainingConfig,
     ranks: Ranks = ALONE,
     also: Sequence["LanguageModel"] = (),

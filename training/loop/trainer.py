@@ -21,6 +21,7 @@ from saepatch.tracking.open import RunDescription, Tracker, open_tracker
 
 from ..config import TrainingConfig
 from ..data.activations import ActivationStream, Batch, Position, forward
+from ..data.document import Document
 from ..data.texts import Streamed, as_documents, split
 from ..ranks import ALONE, Ranks
 from ..steps.finetune import finetune
@@ -55,7 +56,7 @@ class Outcome:
 
 def train_saes(
     model: LanguageModel,
-    texts: Iterable[str] | Streamed,
+    texts: Iterable[Document] | Streamed,
     config: TrainingConfig,
     out: Path,
     ranks: Ranks = ALONE,
@@ -64,22 +65,21 @@ def train_saes(
     """Train one SAE per site and save each as `out/SITE/` in sae_lens' format, with its metrics.
 
     All sites share one stream of activations. A share of the texts is held out for evaluation. `config.model`,
-    `config.also`, `config.data` and `config.out` are only recorded, not used. The log is written to `out` during
-    training; dictionaries, `summary.json` and `config.yaml` appear once all dictionaries are complete. SIGTERM and
-    SIGINT end the run with a checkpoint after the current step; with `config.resume` the same call continues from it,
-    and on the CPU the result is bit for bit that of an uninterrupted run.
+    `config.also`, `config.data` and `config.out` are only recorded. The log is written to `out` during training;
+    dictionaries, `summary.json` and `config.yaml` appear once all are complete. SIGTERM and SIGINT end the run with a
+    checkpoint after the current step; with `config.resume` the same call continues from it, on the CPU bit for bit.
 
     Args:
         model: The model whose activations to train on.
-        texts: Documents; an iterable that is not a sequence is read to its end first.
+        texts: Documents (`Document`); an iterable that is not a sequence is read to its end first.
         config: The run.
         out: Output folder.
         ranks: The processes of the run; each calls this with the same arguments.
         also: Further models to train on. Evaluations during training use `model` only.
 
     Raises:
-        UserError: the model lacks a site, there are too few texts, `out` cannot be written or already holds
-            dictionaries, the checkpoint belongs to another run, or a loss is not finite.
+        UserError: the model lacks a site, there are too few texts, `out` cannot be written or holds dictionaries, the
+            checkpoint belongs to another run, or a loss is not finite.
     """
     with locked(out) if ranks.first else nullcontext():
         return _train(model, texts, config, out, ranks, also)
@@ -87,7 +87,7 @@ def train_saes(
 
 def _train(
     model: LanguageModel,
-    texts: Iterable[str] | Streamed,
+    texts: Iterable[Document] | Streamed,
     config: TrainingConfig,
     out: Path,
     ranks: Ranks,

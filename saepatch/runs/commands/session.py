@@ -1,7 +1,7 @@
 """`saepatch steer`: prompts answered with and without an intervention on latents, once or as a chat."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class Session:
                 raise UserError(f"the tokenizer of {self.model.name!r} has no chat template: leave --chat out")
             for turns in self.turns:
                 turns.append({"role": "user", "content": prompt})
-            prompts = (self._rendered(self.turns[0]), self._rendered(self.turns[1]))
+            prompts = (self.model.chat(self.turns[0]), self.model.chat(self.turns[1]))
         self.prompts = prompts
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, self.config.seed)
         both = (Written(), Written())
@@ -83,9 +83,6 @@ class Session:
             raise
         for turns, written in zip(self.turns, both, strict=True) if self.chats else ():
             turns.append({"role": "assistant", "content": written.text.strip()})
-
-    def _rendered(self, turns: Sequence[dict[str, str]]) -> str:
-        return self.model.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
 
     def reset(self) -> None:
         """Forget the conversation so far."""
