@@ -7,6 +7,8 @@ from saepatch.errors import UserError
 from saepatch.facts.contexts import Sampled
 from saepatch.tracking.open import read_spec
 
+METHODS = ("ROME", "ROME-original", "MEMIT", "MEMIT-1-layer", "AlphaEdit", "EMMET")
+
 
 @dataclass(frozen=True)
 class FactsConfig:
@@ -39,6 +41,9 @@ class FactsConfig:
     """Facts edited one by one, for the comparison of methods."""
     fluency: int = 20
     """Tokens of the texts whose variety is measured for single edits; 0: not measured."""
+    methods: tuple[str, ...] = ()
+    """Methods that are compared, ROME among them; empty: all (ROME, ROME-original, MEMIT, MEMIT-1-layer, AlphaEdit,
+    EMMET)."""
     spread: int = 2
     """Layers of the methods that spread an edit, around the chosen one."""
     batches: Literal["also", "only"] = "also"
@@ -71,6 +76,8 @@ class FactsConfig:
 
     def __post_init__(self) -> None:
         read_spec(self.track)
+        if self.methods and ("ROME" not in self.methods or not set(self.methods) <= set(METHODS)):
+            raise UserError(f"methods {', '.join(self.methods)}: name ROME and any of {', '.join(METHODS[1:])}")
         if not 0 < self.held_out < 1 or self.spread < 1 or self.traced < 0 or self.fluency in (1, 2):
             raise UserError(
                 f"held_out = {self.held_out}, spread = {self.spread}, traced = {self.traced}, fluency = {self.fluency}:"

@@ -107,7 +107,9 @@ def _study(
     by_layer = run.by_layer(spread, layers)
     token, layer = best(by_layer)
     settings = MethodSettings(token, config.steps, config.sampled, config.weight, config.threshold)
-    methods, left_out = usable(settings.methods(layer, _around(layer, config.spread, model.n_layers)), covariances)
+    made = settings.methods(layer, _around(layer, config.spread, model.n_layers))
+    chosen = {name: each for name, each in made.items() if not config.methods or _slug(name) in config.methods}
+    methods, left_out = usable(chosen, covariances)
     sequences = run.sequences(report, methods)
     singles = {name: run.single(report, name, method) for name, method in methods.items()}
     singles |= run.latents(report, requests)
@@ -124,6 +126,11 @@ def _study(
         left_out=left_out,
         claims=tuple(claims(singles, sequences, spread_pair)),
     )
+
+
+def _slug(name: str) -> str:
+    """The name of a method without spaces and commas."""
+    return re.sub(r"\W+", "-", name)
 
 
 def _around(layer: int, spread: int, layers: int) -> list[int]:
@@ -233,7 +240,7 @@ class _FactRun:
 
     def sequence(self, requests: Sequence[EditRequest], name: str, method: EditMethod, batch: bool) -> MeasuredSequence:
         few = _judged_by(requests)
-        folder = output_folder(Path(self.config.out) / "deltas" / re.sub(r"\W+", "-", name))
+        folder = output_folder(Path(self.config.out) / "deltas" / _slug(name))
         run = SequenceRun(self.model, few, method, self.covariances, self.held_out, batch, folder)
         checkpoints = [edits for edits in self.config.checkpoints if edits <= len(few)]
         steps = [

@@ -119,6 +119,12 @@ def test_the_benchmarks_original_agrees_with_ours(capsys, tmp_path):
     assert "original_over_edit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("methods", [("MEMIT",), ("ROME", "ROM")])
+def test_methods_that_cannot_be_compared_are_refused(methods):
+    with pytest.raises(sp.UserError, match="name ROME and any of ROME-original"):
+        FactsConfig(methods=methods)
+
+
 @pytest.mark.slow
 def test_a_small_run_is_reported_and_resumes(tmp_path, monkeypatch):
     config = FactsConfig(
@@ -137,7 +143,7 @@ def test_a_small_run_is_reported_and_resumes(tmp_path, monkeypatch):
     assert {row["kind"] for row in read_rows(tmp_path / "results.parquet")} >= {"efficacy", "ripple"}
     assert set(summary["sequences"]["ROME"]) == {"1", "2"}
     assert "Does the trace tell where to edit?" in (tmp_path / "report.html").read_text()
-    monkeypatch.setattr("experiments.facts.study.single_edits", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("experiments.facts.study.single_edits", lambda *_, **__: pytest.fail("measured again"))
     main(config)
     with pytest.raises(sp.UserError, match="knows 47 of 47 facts"):
         main(FactsConfig(out=str(tmp_path / "more"), choose=40, singles=40))
