@@ -1,11 +1,14 @@
 """`saepatch edit`: facts edited together or one by one, and measured part by part."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from saepatch.data.edit_requests import EditRequest, load_edit_requests
 from saepatch.data.texts import load_texts
@@ -24,6 +27,7 @@ from saepatch.records.rows import EditRow
 from saepatch.runs.driver import Count, Finished, PartContent, Place, drive, write_record
 from saepatch.runs.interpret import read_model
 from saepatch.runs.parts import Record
+from saepatch.runs.progress import LOG_EVERY, shows_bar
 from saepatch.settings.edit import EditConfig
 from saepatch.tracking.open import Tracker
 
@@ -135,11 +139,12 @@ def prepare(config: EditConfig) -> FactEdits:
     covariances = Covariances.over(model, method.layers, texts, cache, config.ridge)
     delta = None
     if config.apply == "together":
-        delta = _make_delta(model, requests, method, covariances, earlier, record, place)
+        delta = _make_delta(config, model, requests, method, covariances, earlier, record, place)
     return FactEdits(config, model, own, requests, method, covariances, delta, record, place)
 
 
 def _make_delta(
+    config: EditConfig,
     model: LanguageModel,
     requests: Sequence[EditRequest],
     method: EditMethod,
@@ -154,10 +159,19 @@ def _make_delta(
     delta = Delta.load(path) if started else earlier
     done = len(delta.examples) - len(before) if delta is not None and started else 0
     groups = [[request] for request in requests] if method.one_by_one else [list(requests)]
-    for group in groups[done if method.one_by_one else (1 if done else 0) :]:
-        delta = edit_facts(model, group, method, covariances, after=delta)
-        write_record(record, place.folder)
-        delta.save(path)
+    left = groups[done if method.one_by_one else (1 if done else 0) :]
+    if done and left:
+        log.info("resuming: %d of %d facts are edited", done, len(requests))
+    last = time.monotonic()
+    with tqdm(total=len(requests), initial=done, unit="fact", disable=not shows_bar(config)) as bar:
+        for group in left:
+            delta = edit_facts(model, group, method, covariances, after=delta)
+            write_record(record, place.folder)
+            delta.save(path)
+            bar.update(len(group))
+            if bar.disable and time.monotonic() - last >= LOG_EVERY:
+                last, edits = time.monotonic(), len(delta.examples) - len(before)
+                log.info("%d of %d facts are edited", edits, len(requests))
     assert delta is not None
     if place.shard == 0 or place.shards == 1:
         delta.save(place.out / DELTA)

@@ -40,7 +40,8 @@ class EditResults:
             return ""
         return (
             f"The new answer is the likelier one in {share:.0%} of the facts: a causal trace (trace_fact) shows where "
-            "to edit them (--layers, --token last); a smaller --weight and a larger --clamp change more."
+            "to edit them (--layers, --token last). More --steps, a larger --clamp and, for memit, a smaller --weight "
+            "change more."
         )
 
     def facts(self) -> dict[str, Any]:
