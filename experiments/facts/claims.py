@@ -54,14 +54,18 @@ def claims(
 
 
 def _degradation(run: MeasuredSequence) -> list[FactClaim]:
-    """Whether the first edits and other facts are worse at the last checkpoint than at the last of up to ten edits."""
+    """Whether the first edits and other facts are worse at the last checkpoint than at the last of up to ten edits.
+
+    An earlier one is compared where too few questions count at the last one, many neighbours being edited by then.
+    """
     early = [step for step in run.steps if step.edits <= 10]
-    if len(run.steps) < 2 or not early or run.steps[-1].edits <= early[-1].edits:
+    late = [step for step in run.steps if step.edits > 10]
+    if not early or not late:
         return []
-    before, after = early[-1], run.steps[-1]
-    made = []
+    before, made = early[-1], []
     for kind in ("efficacy", "neighbourhood"):
-        figure = paired(after.evaluation, before.evaluation, kind)
+        figures = [(step, paired(step.evaluation, before.evaluation, kind)) for step in reversed(late)]
+        after, figure = next((each for each in figures if not each[1].reason), figures[0])
         what = f"{kind}, {run.method}: the first {before.edits} edits after {after.edits} minus after {before.edits}"
         made.append(judged("Editing degrades after about ten", what, figure, 0.0, above=False))
     return made

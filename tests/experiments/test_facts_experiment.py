@@ -60,6 +60,20 @@ def test_verdicts_follow_the_intervals():
     assert judged("c", "m", Interval.withheld(0.9, 2, "few"), 0.5).verdict == NOT_SHOWN
 
 
+def test_degradation_is_judged_where_neighbours_still_count():
+    good, bad = {"efficacy": 0.9, "neighbourhood": 0.9}, {"efficacy": 0.2, "neighbourhood": -0.3}
+    last = evaluation(bad)
+    edited = tuple(replace(row, counted=int(row.kind == "efficacy")) for row in last.rows)
+    run = run_of("ROME", (10, good), (30, bad), (100, bad))
+    steps = (*run.steps[:2], replace(run.steps[2], evaluation=replace(last, rows=edited)))
+    judgements = claims({"ROME": evaluation(good)}, [replace(run, steps=steps)], ("MEMIT, 1 layer", "MEMIT"))
+    texts = [each.measured for each in judgements if each.claim.startswith("Editing degrades")]
+    assert [text.partition(": ")[2] for text in texts] == [
+        "the first 10 edits after 100 minus after 10",
+        "the first 10 edits after 30 minus after 10",
+    ]
+
+
 def test_differences_are_over_the_questions_that_count_in_both():
     early, late = (evaluation({"neighbourhood": gap}) for gap in (0.9, 0.2))
     rows = [replace(row, counted=int(i % 2)) for i, row in enumerate(late.rows)]
