@@ -54,6 +54,8 @@ from .stages import (
 from .vocabulary import only_tokens, probability_of, tokens_of
 from .world import world_requests
 
+PROBED = 10  # facts after whose prompts the probability of the unembedded tokens is measured
+
 
 def main(config: FactsConfig) -> None:
     check_owner(Path(config.out), "facts")
@@ -78,7 +80,7 @@ def main(config: FactsConfig) -> None:
         left_out = {}
         if config.trim:
             tokens = tokens_of(model, requests, texts)
-            measure = partial(probability_of, model, known[: config.singles], tokens)
+            measure = partial(probability_of, model, known[:PROBED], tokens)
             share = kept.value("probability of the unembedded tokens", measure)
             left_out["tokens"] = f"only {len(tokens)} are unembedded; they have {share:.1%} after the facts' prompts"
             stack.enter_context(only_tokens(model, tokens))
