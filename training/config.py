@@ -130,6 +130,8 @@ class TrainingConfig:
         out: Folder for the dictionaries, the log, the checkpoints and the summary.
         overwrite: Replace existing dictionaries in `out`.
         resume: Continue from the newest intact checkpoint in `out`, if there is one.
+        initial: Dictionaries to begin with in place of random ones, such as those of a finished run that gets more
+            tokens: a folder with one for each site, or anything that --sae takes. Optimiser and schedule begin anew.
         sae: Settings of the dictionary.
         tokens: Tokens to train on; a shorter text is read again, each time in another order.
         batch_size: Tokens in a training step, over all processes.
@@ -157,6 +159,7 @@ class TrainingConfig:
         eval_every: Tokens between two evaluations during training; 0: only at the end.
         log_every: Steps between two lines of the log.
         checkpoint_every: Tokens between two checkpoints; 0: only when the run is stopped.
+        save_every: Tokens between two sets of finished dictionaries, in `out/snapshots/TOKENS`; 0: only at the end.
         keep_checkpoints: Number of newest checkpoints to keep.
         seed: Random seed.
         device: Device of the model and the dictionaries, such as cpu or cuda.
@@ -185,6 +188,7 @@ class TrainingConfig:
     out: Path = Path("runs/saes")
     overwrite: bool = False
     resume: bool = False
+    initial: str = ""
     sae: SAEConfig = field(default_factory=SAEConfig)
     tokens: int = 2_000_000
     batch_size: int = 1024
@@ -210,6 +214,7 @@ class TrainingConfig:
     eval_every: int = 0
     log_every: int = 50
     checkpoint_every: int = 2_000_000
+    save_every: int = 0
     keep_checkpoints: int = 2
     seed: int = 0
     device: str = "cpu"
@@ -226,7 +231,7 @@ class TrainingConfig:
         _positive("", tokens=self.tokens, batch_size=self.batch_size, forward_tokens=self.forward_tokens)
         _positive("", lr=self.lr, finetune_lr=self.finetune_lr, eval_tokens=self.eval_tokens, log_every=self.log_every)
         _positive("", keep_checkpoints=self.keep_checkpoints, cache_gb=self.cache_gb)
-        for name in ("checkpoint_every", "eval_every", "finetune_tokens", "clip"):
+        for name in ("checkpoint_every", "save_every", "eval_every", "finetune_tokens", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value}: use 0 or more")

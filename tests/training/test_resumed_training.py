@@ -14,14 +14,16 @@ import pytest
 import torch
 from runs_of_training import documents, small
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import random_dictionary, tiny_model
 
+import saepatch as sp
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 from training.config import SAEConfig
 from training.loop import checkpoints, trainer
 from training.loop.checkpoints import Checkpoint
 from training.loop.trainer import train_saes
+from training.steps.initial import begun, initial_dictionaries
 
 pytestmark = pytest.mark.whole
 
@@ -287,3 +289,94 @@ def test_a_model_in_training_mode_is_refused(tmp_path):
     model.hf.train()
     with pytest.raises(UserError, match="training mode"):
         train_saes(model, documents(), small(), tmp_path)
+
+
+ARCHITECTURES = ["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_initial_dictionary_computes_the_same(architecture, model, tmp_path):
+    """A learner that begins with a saved dictionary gives it back, whatever the scale of activations."""
+    config = small(tokens=1024, sites=["resid_post.1"], sae=SAEConfig(architecture, k=4, d_sae=48))
+    train_saes(model, documents(), config, tmp_path)
+    saved = sp.load_sae(str(tmp_path), site=Site(1))
+    again = replace(config, initial=str(tmp_path))
+    x = 3 * torch.randn(50, model.d_model, generator=torch.Generator().manual_seed(0))
+    known = initial_dictionaries(model, [Site(1)], again)
+    learner = begun(known[Site(1)], x, again)
+    rebuilt = sp.Dictionary(learner.finish(), Site(1), "again")
+    torch.testing.assert_close(rebuilt.encode(x[None]).acts, saved.encode(x[None]).acts, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rebuilt.sae(x), saved.sae(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_an_initial_dictionary_of_others_computes_the_same(architecture, subtracts, model):
+    """Rows of any norm, and encoders that do or do not subtract the decoder's bias."""
+    dictionary = random_dictionary("resid_post.1", architecture, d_sae=48)
+    dictionary.sae.cfg.apply_b_dec_to_input = subtracts
+    with torch.no_grad():
+        if architecture == "topk":
+            dictionary.sae.cfg.rescale_acts_by_decoder_norm = False
+            dictionary.sae.W_dec.div_(dictionary.sae.W_dec.norm(dim=-1, keepdim=True))
+        else:
+            dictionary.sae.W_dec.mul_(1.7)
+    config = small(sae=SAEConfig(architecture, k=4, d_sae=48))
+    x = 3 * torch.randn(50, model.d_model, generator=torch.Generator().manual_seed(1))
+    rebuilt = begun(dictionary, x, config).finish()
+    if architecture == "topk":
+        rebuilt.cfg.k = dictionary.sae.cfg.k
+        rebuilt.activation_fn = dictionary.sae.activation_fn
+    torch.testing.assert_close(rebuilt(x), dictionary.sae(x), rtol=1e-4, atol=1e-4)
+
+
+def test_more_tokens_for_a_finished_run(monkeypatch, model, whole, tmp_path):
+    """It begins where the first ended, resumes, and is another run once those dictionaries change."""
+    config = small(initial=str(whole), seed=1)
+    first = json.loads((whole / "summary.json").read_text())["sites"]
+    stopped_run(monkeypatch, model, tmp_path / "run", 5, config)
+    outcome = train_saes(model, documents(), replace(config, resume=True), tmp_path / "run")
+    train_saes(model, documents(), config, tmp_path / "at once")
+    assert_same_run(tmp_path / "run", tmp_path / "at once")
+    assert all(row["fvu"] < first[str(site)]["fvu"] for site, row in outcome.figures.items())
+    shutil.copytree(tmp_path / "at once", tmp_path / "other")
+    (tmp_path / "again").mkdir()
+    other = replace(config, initial=str(tmp_path / "other"), resume=True)
+    with pytest.raises(UserError, match="holds a run of another initial dictionary"):
+        train_saes(model, documents(), other, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sae": SAEConfig(k=4, d_sae=64)}, r"has 48 latents, not 64: set sae.d_sae to 48"),
+        ({"sae": SAEConfig("gated", d_sae=48)}, r"is topk, not gated"),
+        ({"sites": ["resid_pre.1"]}, r"has no dictionary of resid_pre.1"),
+        ({"initial": "nowhere/at/all"}, r"cannot load dictionary 'all' of 'nowhere/at'"),
+    ],
+)
+def test_initial_dictionaries_that_do_not_fit(changes, message, model, whole, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train_saes(model, documents(), small(**({"initial": str(whole)} | changes)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_dictionaries_on_the_way(monkeypatch, architecture, model, tmp_path):
+    """They are those of a run with as many tokens under the same schedule, and leave training as it is."""
+    monkeypatch.setattr(trainer, "FIRST_TOKENS", 1024)
+    config = small(sae=SAEConfig(architecture, k=4, d_sae=48), warmup=0, decay=0)
+    train_saes(model, documents(), config, tmp_path / "plain")
+    train_saes(model, documents(), replace(config, save_every=4096), tmp_path / "run")
+    snapshots = tmp_path / "run" / "snapshots"
+    assert [path.name for path in snapshots.iterdir()] == [f"{4096:015d}"]
+    assert all(
+        torch.equal(value, weights(tmp_path / "plain")[site][name])
+        for site, tensors in weights(tmp_path / "run").items()
+        for name, value in tensors.items()
+    )
+    train_saes(model, documents(), replace(config, tokens=4096), tmp_path / "short")
+    ours, theirs = weights(snapshots / f"{4096:015d}"), weights(tmp_path / "short")
+    assert all(torch.equal(ours[site][name], value) for site in theirs for name, value in theirs[site].items())
+    about = sp.load_sae(str(snapshots / f"{4096:015d}"), site=Site(1)).cfg.metadata.to_dict()
+    assert about["training_tokens"] == 4096

@@ -13,8 +13,8 @@ from saepatch.model.sites import Site
 from training.__main__ import COLUMNS, main, read
 from training.config import TrainingConfig
 from training.loop import checkpoints, trainer
+from training.loop.saving import Outcome
 from training.loop.sweep import points, run_sweep, share
-from training.loop.trainer import Outcome
 
 pytestmark = pytest.mark.whole
 

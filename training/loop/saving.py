@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
-from saepatch.model.language_model import LanguageModel
+from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 from saepatch.records.figures import renamed_figures
 from saepatch.records.files import check_writable
@@ -23,9 +23,13 @@ from saepatch.runs.catalogue import MEASUREMENTS
 from saepatch.runs.kinds import kind_of
 
 from ..config import TrainingConfig
+from ..data.document import Document
+from ..data.texts import Streamed
 from . import checkpoints
+from .evaluate import evaluate_all
 
 SUMMARY = "summary.json"
+SNAPSHOTS = "snapshots"
 REMEDY = "use its original settings, another --out, or --overwrite true without --resume"
 
 
@@ -36,6 +40,30 @@ class OtherModelQuality:
     model_name: str
     model_fingerprint: str
     figures: dict[Site, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a run.
+
+    Attributes:
+        figures: Content of each site's `metrics.json`; empty if the run was stopped.
+        tokens: Number of tokens trained on.
+        stopped: Whether the run was stopped before its end, after writing a checkpoint.
+        also: The same figures on each further model, by its name.
+    """
+
+    figures: dict[Site, dict[str, float]]
+    tokens: int
+    stopped: bool = False
+    also: dict[str, dict[Site, dict[str, float]]] = field(default_factory=dict)
+
+
+def quality_in(other: LanguageModel, dictionaries: Mapping[Site, Dictionary], held_out: Tokens) -> OtherModelQuality:
+    """Quality of the dictionaries on another model that they were trained on."""
+    evaluations = evaluate_all(other, list(dictionaries.values()), held_out)
+    figures = {site: evaluation.figures for site, evaluation in zip(dictionaries, evaluations, strict=True)}
+    return OtherModelQuality(other.name, other.fingerprint, figures)
 
 
 def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> None:
@@ -97,7 +125,7 @@ def finished(out: Path, sites: Sequence[Site]) -> FinishedRun | None:
 
 
 def begin(out: Path, overwrite: bool) -> None:
-    """With `overwrite`, remove an earlier run's checkpoints and summary; its dictionaries stay until they are replaced.
+    """With `overwrite`, remove an earlier run's checkpoints, snapshots and summary; dictionaries stay until replaced.
 
     Without its summary, the earlier run no longer counts as complete, so that it is not taken for the result of a new
     run that is interrupted.
@@ -106,13 +134,14 @@ def begin(out: Path, overwrite: bool) -> None:
     if overwrite:
         checkpoints.clear(out)
         (out / SUMMARY).unlink(missing_ok=True)
+        shutil.rmtree(out / SNAPSHOTS, ignore_errors=True)
 
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raises UserError if the run in `out` differs in settings, text or model from the one that would continue it."""
-    for name in ("model", "text"):
-        if before[name] != now[name]:
-            raise UserError(f"{str(out)!r} holds a run of another {name}: {REMEDY}")
+    for name, what in (("model", "model"), ("text", "text"), ("initial", "initial dictionary")):
+        if before.get(name) != now.get(name):
+            raise UserError(f"{str(out)!r} holds a run of another {what}: {REMEDY}")
     check_settings(before["config"], now["config"], out)
 
 
@@ -129,7 +158,7 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], out: Path)
             )
 
 
-def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -> dict[str, Any]:
+def notes(model: LanguageModel, config: TrainingConfig, documents: Sequence[Document] | Streamed) -> dict[str, Any]:
     """Metadata shared by all dictionaries of a run."""
     import sae_lens
 
@@ -142,7 +171,7 @@ def notes(model: LanguageModel, config: TrainingConfig, documents: int | None) -
         "model_name": redacted(model.name),
         "model_fingerprint": model.fingerprint,
         "dataset_path": redacted(config.data),
-        "dataset_documents": documents,
+        "dataset_documents": len(documents) if isinstance(documents, Sequence) else None,
         "training_tokens": config.steps * config.batch_size,
         "finetuning_tokens": config.finetune_tokens,
         "context_size": config.context,

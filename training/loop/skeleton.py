@@ -15,6 +15,7 @@ from saepatch.model.loading.sources import class_for, load_tokenizer, source_of
 
 from ..config import TrainingConfig
 from ..data.texts import on_the_hub, split, texts
+from ..steps.initial import initial_dictionaries
 from . import checkpoints, saving
 from .checks import check_also, check_model
 from .evaluate import held_out_rows
@@ -39,6 +40,7 @@ def check_run(config: TrainingConfig, others: Sequence[TrainingConfig] = ()) -> 
         sites = run.sites_of(model.n_layers)
         check_model(model, sites, run)
         check_also(model, also, sites, run)
+        initial_dictionaries(model, sites, run)
         saving.check_folder(run.out, sites, run)
         if run.resume and (before := _identity(run, sites)) is not None:
             saving.check_settings(before["config"], checkpoints.identifying_settings(run), run.out)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,33 +26,18 @@ from ..data.document import Document
 from ..data.texts import Streamed, as_documents, split
 from ..ranks import ALONE, Ranks
 from ..steps.finetune import finetune
+from ..steps.initial import Initial, fingerprints, initial_dictionaries, new_learners
 from ..steps.learner import Learner, reconstruction, schedule
 from . import checkpoints, saving
 from .checkpoints import Checkpoint, identifying_settings
 from .checks import check_also, check_model
 from .evaluate import evaluate_all, held_out_tokens
 from .progress import ProgressBar, StopRequest, deferred_signals
+from .saving import Outcome
 
 log = logging.getLogger(__name__)
 
 FIRST_TOKENS = 16_384  # tokens whose activations determine the scale and the initial decoder bias
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of a run.
-
-    Attributes:
-        figures: Content of each site's `metrics.json`; empty if the run was stopped.
-        tokens: Number of tokens trained on.
-        stopped: Whether the run was stopped before its end, after writing a checkpoint.
-        also: The same figures on each further model, by its name.
-    """
-
-    figures: dict[Site, dict[str, float]]
-    tokens: int
-    stopped: bool = False
-    also: dict[str, dict[Site, dict[str, float]]] = field(default_factory=dict)
 
 
 def train_saes(
@@ -101,7 +87,7 @@ def _train(
         refuse_training(trained_on)
     train, held_out = split(as_documents(texts), config.held_out, config.seed)
     stream = ActivationStream(model, train, sites, config, ranks, also=also)
-    run = Run(model, sites, config, out, ranks, stream)
+    run = Run(model, sites, config, out, ranks, stream, initial_dictionaries(model, sites, config))
     if config.resume and (done := saving.finished(out, sites)) is not None:
         saving.check_identity(done.identity, run.identity(), out)
         if ranks.first:
@@ -117,7 +103,7 @@ def _train(
         run.stop_request = stack.enter_context(deferred_signals())
         if not (run.fit() and run.calibrate() and run.finetune()):
             return Outcome({}, run.tokens, stopped=True)
-        return run.finish(len(train) if isinstance(train, Sequence) else None)
+        return run.finish()
 
 
 @dataclass(eq=False)
@@ -133,6 +119,7 @@ class Run:
     out: Path
     ranks: Ranks
     stream: ActivationStream
+    initial: Initial = field(default_factory=dict)
     learners: dict[Site, Learner] = field(default_factory=dict)
     position: Position = field(default_factory=Position)
     step: int = 0
@@ -209,6 +196,8 @@ class Run:
                 stop = self._stop_requested()
                 if stop or last or self._due(config.checkpoint_every):
                     self.save()
+                if self._due(config.save_every) and not last:
+                    self._snapshot()
                 if last:
                     return True
                 if stop:
@@ -223,10 +212,9 @@ class Run:
             if not self.learners:
                 count = max(1, min(self.config.steps, FIRST_TOKENS // self.config.batch_size))
                 first = list(islice(batches, count))
-                for site in self.sites:
-                    sample = torch.cat([batch[site] for batch, _ in first])
-                    sample = self.ranks.gathered(sample.flatten()).view(-1, sample.shape[-1])
-                    self.learners[site] = Learner.new(sample, self.config, self.config.seed)
+                samples = {site: torch.cat([batch[site] for batch, _ in first]) for site in self.sites}
+                samples = {s: self.ranks.gathered(x.flatten()).view(-1, x.shape[-1]) for s, x in samples.items()}
+                self.learners = new_learners(samples, self.initial, self.config)
                 yield from first
             yield from batches
 
@@ -341,35 +329,45 @@ class Run:
             self.save()
         return True
 
-    def finish(self, documents: int | None) -> Outcome:
-        """Evaluate and save the dictionaries."""
-        if not self.ranks.first:
-            return Outcome({}, self.tokens)
+    def _snapshot(self) -> None:
+        """Save the dictionaries as they are; training is not affected."""
+        learners = self.learners
+        self.learners = {site: copy(learner) for site, learner in learners.items()}  # calibrating sets a threshold
+        try:
+            self.calibrate()
+            if self.ranks.first:
+                self._write(self.out / saving.SNAPSHOTS / f"{self.tokens:015d}")
+        finally:
+            self.learners = learners
+
+    def _write(self, out: Path) -> tuple[dict[Site, dict[str, float]], list[saving.OtherModelQuality]]:
+        """Evaluate the dictionaries and save them in a folder."""
         dictionaries = self._dictionaries()
         # All sites are trained in one loop, so each gets an equal share of its time.
         cost = {"tokens": self.tokens, "seconds": self.seconds / len(self.sites)}
         figures = {}
         with self.stream.paused():  # the stream's thread may still be running
             evaluations = evaluate_all(self.model, list(dictionaries.values()), self.held_out)
-            also = [self._quality_in(other, dictionaries) for other in self.stream.also]
+            also = [saving.quality_in(other, dictionaries, self.held_out) for other in self.stream.also]
         for site, evaluation in zip(dictionaries, evaluations, strict=True):
             figures[site] = {**evaluation.figures, **cost}
             self.tracker.histogram(f"{site}/density", evaluation.density.counts, evaluation.density.edges, self.logged)
-        about = saving.notes(self.model, self.config, documents)
-        saving.write(self.out, dictionaries, figures, about, self.config, self.identity(), also)
+        about = saving.notes(self.model, self.config, self.stream.documents) | {"training_tokens": self.tokens}
+        saving.write(out, dictionaries, figures, about, self.config, self.identity(), also)
+        return figures, also
+
+    def finish(self) -> Outcome:
+        """Evaluate and save the dictionaries."""
+        if not self.ranks.first:
+            return Outcome({}, self.tokens)
+        figures, also = self._write(self.out)
         self.tracker.summarise(
             {f"{site}/{name}": value for site, row in figures.items() for name, value in row.items()}
         )
-        for site in dictionaries:
+        for site in figures:
             self.tracker.artifact(str(site), self.out / str(site), self.config.upload)
         checkpoints.clear(self.out)
         return Outcome(figures, self.tokens, also={other.model_name: other.figures for other in also})
-
-    def _quality_in(self, other: LanguageModel, dictionaries: dict[Site, Dictionary]) -> saving.OtherModelQuality:
-        """Quality of the dictionaries on another model that they were trained on."""
-        evaluations = evaluate_all(other, list(dictionaries.values()), self.held_out)
-        figures = {site: evaluation.figures for site, evaluation in zip(dictionaries, evaluations, strict=True)}
-        return saving.OtherModelQuality(other.name, other.fingerprint, figures)
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -397,4 +395,5 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Settings, model and text, which must be the same for a run to be resumed."""
         models = "+".join(model.fingerprint for model in (self.model, *self.stream.also))
-        return {"config": identifying_settings(self.config), "model": models, "text": self.stream.fingerprint}
+        settings = {"config": identifying_settings(self.config), "model": models, "text": self.stream.fingerprint}
+        return settings | ({"initial": fingerprints(self.initial)} if self.initial else {})

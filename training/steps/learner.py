@@ -70,6 +70,18 @@ def geometric_median(x: Float[Tensor, "n d_in"], iterations: int = 30) -> Float[
     return point
 
 
+def scale_for(sample: Float[Tensor, "n d_in"]) -> float:
+    """The factor that gives activations a mean norm of √d_in.
+
+    Raises:
+        UserError: the sample's norms are 0 or not finite.
+    """
+    norm = float(sample.norm(dim=-1).mean())
+    if not (math.isfinite(norm) and norm > 0):
+        raise UserError(f"the activations have mean norm {norm}, so they cannot be trained on: check the model")
+    return float(sample.shape[-1] ** 0.5 / norm)
+
+
 def schedule(step: int, steps: int, warmup: float, decay: float) -> float:
     """Factor of the learning rate: linear warm-up over the first share of steps, linear decay to 0 over the last."""
     rise = (step + 1) / max(1.0, warmup * steps)
@@ -118,11 +130,7 @@ class Learner:
         Raises:
             UserError: the sample's norms are 0 or not finite, or the dictionary has fewer than `k` latents.
         """
-        config, d_in = run.sae, sample.shape[-1]
-        norm = float(sample.norm(dim=-1).mean())
-        if not (math.isfinite(norm) and norm > 0):
-            raise UserError(f"the activations have mean norm {norm}, so they cannot be trained on: check the model")
-        scale = d_in**0.5 / norm
+        config, d_in, scale = run.sae, sample.shape[-1], scale_for(sample)
         weights = {
             name: value.to(sample.device) for name, value in new_weights(d_in, config.width(d_in), config, seed).items()
         }
