@@ -14,13 +14,13 @@ from saepatch.circuits.edges.backward import gim, relp
 from saepatch.circuits.edges.edge_runs import EdgeRuns
 from saepatch.circuits.edges.estimates import EdgeOptions, Linear, edges
 from saepatch.circuits.find import edge_weights
-from saepatch.circuits.measures import faithfulness, size_curve
+from saepatch.circuits.measures import faithfulness
 from saepatch.circuits.node_runs import NodeRuns
 from saepatch.circuits.nodes import Node
 from saepatch.model.language_model import LanguageModel
 from saepatch.records.statistics import Interval
 
-from .nodes import RANDOM, SHARES, STEPS, MemberKind, Ranking, Splits
+from .nodes import RANDOM, STEPS, MemberKind, Ranking, Splits, smallest
 from .settings import CircuitsConfig
 
 # Integrated gradients find edges into silent latents. Heads and MLPs are never silent, and their many sites are slow.
@@ -54,8 +54,9 @@ def room(config: CircuitsConfig, model: LanguageModel, kind: MemberKind, pairs: 
     """Nodes to look for edges between: as few as leave room for edges to be taken out (halfway from `least` to 1)."""
     order = sorted(effects, key=lambda node: -effects[node])
     tune = NodeRuns(model, kind.patchables(model), pairs["tune"], order)
-    curve = size_curve(tune, [effects[node] for node in order], by_size=False, shares=SHARES)
-    return order[: curve.smallest((1 + config.least) / 2) or curve.smallest(config.least) or len(order)]
+    scores = [effects[node] for node in order]
+    size, value = smallest(tune, scores, (1 + config.least) / 2)
+    return order[: size if value >= (1 + config.least) / 2 else smallest(tune, scores, config.least)[0]]
 
 
 def find_edges(
@@ -76,8 +77,7 @@ def find_edges(
     weights = edge_weights(estimated, each_position=False)
     listed, scores = list(weights), list(weights.values())
     tune, report = (EdgeRuns(model, patchables, few[split], listed) for split in ("tune", "report"))
-    curve = size_curve(tune, scores, by_size=False, shares=SHARES)
-    size = curve.smallest(config.least) or len(listed)
+    size, tuned = smallest(tune, scores, config.least)
     order, rng = np.argsort(-np.asarray(scores), kind="stable"), np.random.default_rng(config.seed)
     draws = [rng.choice(order[size:], size, replace=False) for _ in range(RANDOM)] if len(order) >= 2 * size else []
 
@@ -94,7 +94,7 @@ def find_edges(
         len(nodes),
         size,
         len(listed),
-        next(f.value for n, f in zip(curve.sizes, curve.faithfulness, strict=True) if n >= size),
+        tuned,
         faithfulness(report, acting(order[:size])),
         faithfulness(report, acting(order)),
         tuple(faithfulness(report, acting(draw)).value for draw in draws),

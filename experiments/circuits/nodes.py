@@ -12,7 +12,7 @@ import torch
 from saepatch.circuits.circuit import Circuit, random_like
 from saepatch.circuits.find import FindOptions, node_effects
 from saepatch.circuits.learned import LearningOptions, fit_dbm
-from saepatch.circuits.measures import completeness, faithfulness, knocked_out, minimality, size_curve
+from saepatch.circuits.measures import MemberRuns, completeness, faithfulness, knocked_out, minimality, size_curve
 from saepatch.circuits.node_runs import NodeRuns
 from saepatch.circuits.nodes import Node, every_component
 from saepatch.data.pairs import PromptPair
@@ -113,6 +113,17 @@ def active(model: LanguageModel, kind: MemberKind, pairs: Sequence[PromptPair]) 
     return total
 
 
+def smallest(runs: MemberRuns, scores: Sequence[float], least: float) -> tuple[int, float]:
+    """The smallest size that is faithful (where none is, all), and its faithfulness. Larger ones are not run."""
+    size, value = len(scores), math.nan
+    for part in SHARES:
+        curve = size_curve(runs, scores, by_size=False, shares=(part,))
+        size, value = curve.sizes[0], curve.faithfulness[0].value
+        if value >= least:
+            break
+    return size, value
+
+
 def find(
     config: CircuitsConfig,
     model: LanguageModel,
@@ -125,10 +136,8 @@ def find(
     effects = rank()
     nodes, scores = list(effects), list(effects.values())
     tune, report = (NodeRuns(model, kind.patchables(model), pairs[split], nodes) for split in ("tune", "report"))
-    curve = size_curve(tune, scores, by_size=False, shares=SHARES)
-    size = curve.smallest(config.least) or len(nodes)
+    size, tuned = smallest(tune, scores, config.least)
     order = np.argsort(-np.asarray(scores), kind="stable")[:size].tolist()
-    tuned = next(f.value for n, f in zip(curve.sizes, curve.faithfulness, strict=True) if n >= size)
     areas = (size_curve(report, scores, by_size=False).cpr, size_curve(report, scores, by_size=True).cmd)
     return _measured(config, model, kind, report, (name[0], name[1]), effects, [nodes[i] for i in order], tuned, areas)
 

@@ -6,16 +6,19 @@ node of the circuit has a pass of its own, from the sites before it to its site;
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saepatch.circuits.nodes import Edge, Node, NodeSite, node_sites, upstream, written
+from saepatch.circuits.nodes import Edge, Node, NodeSite, node_sites, upstream
 from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
 from saepatch.data.pairs import PromptPair
-from saepatch.engine.components import Component, Patchable
+from saepatch.engine.components import Component, Heads, LatentUnits, Patchable
 from saepatch.engine.gradients import Readout
 from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
@@ -71,8 +74,8 @@ class EdgeRuns:
         self._batches = [self._kept(part) for part in same_length_batches(whole, 64)]
         self.whole = self._clean()
         self.empty = self.run(torch.zeros(1, len(self.members), dtype=torch.bool))[0]
-        part, clean, _ = self._batches[0]
-        self.rounding = measured_rounding(model, clean, part, self.options.metric, self.whole, self.empty)
+        first = self._batches[0]
+        self.rounding = measured_rounding(model, first.clean, first.part, self.options.metric, self.whole, self.empty)
 
     def _check(self, edge: Edge) -> None:
         for node in (edge.up, edge.down):
@@ -91,18 +94,19 @@ class EdgeRuns:
                 "all of them at all positions"
             )
 
-    def _kept(self, part: PairBatch) -> tuple[PairBatch, KeptRun, Mapping[Site, Tensor]]:
+    def _kept(self, part: PairBatch) -> "_Kept":
         sites = [node.site for node in self.nodes]
         clean = KeptRun(self.model, part.clean, sites, keep_cache=False)
         other = KeptRun(self.model, part.corrupted, sites, keep_cache=False)
         where = {node.site: known_where(self.model, node.components[0], part)[..., None] for node in self.nodes}
-        return part, clean, {site: torch.where(where[site], other.values[site], clean.values[site]) for site in sites}
+        values = {site: torch.where(where[site], other.values[site], clean.values[site]) for site in sites}
+        return _Kept(part, clean, values, where)
 
     def _clean(self) -> Float[np.ndarray, "pairs"]:
         out = np.zeros(len(self.pairs))
-        for part, clean, _ in self._batches:
-            readout = Readout.of(self.options.metric, part, self.model)
-            out[part.index.cpu().numpy()] = readout(clean.logits).double().cpu().numpy()
+        for batch in self._batches:
+            readout = Readout.of(self.options.metric, batch.part, self.model)
+            out[batch.part.index.cpu().numpy()] = readout(batch.clean.logits).double().cpu().numpy()
         return out
 
     @torch.no_grad()
@@ -111,87 +115,124 @@ class EdgeRuns:
         out = np.zeros((len(act), len(self.pairs)))
         for number, mask in enumerate(act.tolist()):
             edges = [edge for edge, acts in zip(self.members, mask, strict=True) if acts]
-            for part, clean, other in self._batches:
-                out[number, part.index.cpu().numpy()] = self._metric(part, clean, other, edges)
+            for batch in self._batches:
+                out[number, batch.part.index.cpu().numpy()] = self._metric(batch, edges)
         return out
 
-    def _metric(
-        self, part: PairBatch, clean: KeptRun, other: Mapping[Site, Tensor], edges: Sequence[Edge]
-    ) -> Float[np.ndarray, "rows"]:
-        width = part.clean.width
+    def _metric(self, batch: "_Kept", edges: Sequence[Edge]) -> Float[np.ndarray, "rows"]:
+        part, width = batch.part, batch.part.clean.width
         into: dict[Node, list[Node]] = {}
         for edge in edges:
             if all(node.position is None or node.position < width for node in (edge.up, edge.down)):
                 into.setdefault(edge.down, []).append(edge.up)
         acting = {node for ups in into.values() for node in ups}  # a node that reaches nothing need not run
-        beyond: dict[Node, Float[Tensor, "rows *pos width"]] = {}
+        beyond: dict[Node, Float[Tensor, "rows pos width"]] = {}
         for node in self.nodes:
             mine = sorted((n for n in acting if n.site == node.site), key=lambda n: n.order)
             for some in _chunks(mine, max(1, TOKENS // (width * len(part)))):
-                beyond |= self._read(part, clean, other, node, some, into, beyond)
+                beyond |= self._read(batch, node, some, into, beyond)
         target = next((down for down in into if down.site is None), None)
         sites = upstream(self.nodes, None)
-        values = self._values(clean, other, sites, [into.get(target, []) if target is not None else []], beyond)
-        first = sites[0].site
+        values = self._values(batch, sites, [into.get(target, []) if target is not None else []], beyond)
         edits = {site: _set_to(x) for site, x in values.items()}
         readout = Readout.of(self.options.metric, part, self.model)
-        skipped = skip_blocks(self.model.layout, first.enters if clean.way(first) != "whole" else 0)
+        skipped = skip_blocks(self.model.layout, batch.skipped(sites[0].site))
         with readout.running(self.model), skipped, edit_sites(self.model.layout, edits):
             return readout(self.model.call(part.clean, last=True)[:, -1]).double().cpu().numpy()
 
     def _read(
         self,
-        part: PairBatch,
-        clean: KeptRun,
-        other: Mapping[Site, Tensor],
+        batch: "_Kept",
         node: NodeSite,
         some: Sequence[Node],
         into: Mapping[Node, Sequence[Node]],
-        beyond: Mapping[Node, Float[Tensor, "rows *pos width"]],
-    ) -> dict[Node, Float[Tensor, "rows *pos width"]]:
+        beyond: Mapping[Node, Float[Tensor, "rows pos width"]],
+    ) -> dict[Node, Float[Tensor, "rows pos width"]]:
         """What some nodes of one site write beyond their counterfactual values, at their position or at all."""
-        n, sites = len(part), upstream(self.nodes, node.site)
-        where = known_where(self.model, node.components[0], part)
+        n, sites, x = len(batch.part), upstream(self.nodes, node.site), batch.clean.values[node.site]
         if sites:
-            values = self._values(clean, other, sites, [into.get(down, []) for down in some], beyond)
-            first = sites[0].site
-            skip = first.enters if clean.way(first) != "whole" else 0
-            tokens = part.clean.rows(torch.arange(n, device=self.model.device).repeat(len(some)))
+            values = self._values(batch, sites, [into.get(down, []) for down in some], beyond)
+            tokens = batch.part.clean.rows(torch.arange(n, device=self.model.device).repeat(len(some)))
             edits = {site: _set_to(x) for site, x in values.items()}
-            x = run_to(self.model, tokens, edits, node.site, skip=skip).to(self.model.device)
-        else:
-            x = clean.values[node.site].repeat(len(some), 1, 1)
+            x = run_to(self.model, tokens, edits, node.site, skip=batch.skipped(sites[0].site)).to(self.model.device)
         out = {}
         for number, down in enumerate(some):
-            at = slice(None) if down.position is None else down.position
-            here, there = (v[:, at] for v in (other[node.site], x[number * n : (number + 1) * n]))
-            rows = [v.flatten(0, -2) for v in (here, there)]
-            beyond_base = written(self._component[down.site, down.kind], [down.unit] * len(rows[0]), *rows)
-            out[down] = beyond_base.view_as(here) * where[:, at, None]
+            component, at = self._component[down.site, down.kind], _columns(down)
+            if isinstance(component, LatentUnits):
+                component = replace(component, ids=self._latents[node.site])
+            before = batch.read(component, "other")[:, at]
+            here = x[number * n : (number + 1) * n, at] if sites else None  # before the first site, all runs are clean
+            now = batch.read(component, "clean")[:, at] if here is None else component.read(here)
+            out[down] = _alone(component, down.unit, now - before) * batch.where[node.site][:, at]
         return out
+
+    @cached_property
+    def _latents(self) -> dict[Site, tuple[int, ...]]:
+        """The latents of each site that are members."""
+        units: dict[Site, set[int]] = {}
+        for node in (node for edge in self.members for node in (edge.up, edge.down)):
+            if node.site is not None and node.kind == "latent":
+                units.setdefault(node.site, set()).add(node.unit)
+        return {site: tuple(sorted(some)) for site, some in units.items()}
 
     def _values(
         self,
-        clean: KeptRun,
-        other: Mapping[Site, Tensor],
+        batch: "_Kept",
         sites: Sequence[NodeSite],
         ups: Sequence[Sequence[Node]],
-        beyond: Mapping[Node, Float[Tensor, "rows *pos width"]],
+        beyond: Mapping[Node, Float[Tensor, "rows pos width"]],
     ) -> dict[Site, Float[Tensor, "all pos _"]]:
         """What the upstream sites hold for some downstream nodes, each with its own incoming nodes."""
-        n = len(clean.tokens)
+        n = len(batch.part)
         values = {}
         for node in sites:
-            x = other[node.site].float().repeat(len(ups), 1, 1)
+            x = batch.other[node.site].float().repeat(len(ups), 1, 1)
             for number, mine in enumerate(ups):
                 for up in mine:
                     if up.site == node.site:
-                        at = slice(None) if up.position is None else up.position
-                        x[number * n : (number + 1) * n, at] += beyond[up]
-            values[node.site] = x.to(other[node.site].dtype)
+                        x[number * n : (number + 1) * n, _columns(up)] += beyond[up]
+            values[node.site] = x.to(batch.other[node.site].dtype)
         if (begin := entry(sites[0].site)) not in values:
-            values[begin] = clean.values[begin].repeat(len(ups), 1, 1)
+            values[begin] = batch.clean.values[begin].repeat(len(ups), 1, 1)
         return values
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Both runs of a batch of pairs: `other` holds the counterfactual values of the sites, `where` their nodes."""
+
+    part: PairBatch
+    clean: KeptRun
+    other: Mapping[Site, Float[Tensor, "rows pos _"]]
+    where: Mapping[Site, Bool[Tensor, "rows pos 1"]]
+    _read: dict[tuple[Site, str, str], Float[Tensor, "rows pos _"]] = field(default_factory=dict)
+
+    def read(self, component: Component, run: Literal["clean", "other"]) -> Float[Tensor, "rows pos _"]:
+        """What a component reads in one of the runs."""
+        key = component.site, component.kind, run
+        if key not in self._read:
+            values = self.clean.values if run == "clean" else self.other
+            self._read[key] = component.read(values[component.site])
+        return self._read[key]
+
+    def skipped(self, first: Site) -> int:
+        """Number of blocks that passes from a site on leave out."""
+        return first.enters if self.clean.way(first) != "whole" else 0
+
+
+def _alone(component: Component, unit: int, change: Float[Tensor, "rows pos _"]) -> Float[Tensor, "rows pos width"]:
+    """What one unit adds to its site, given the change of what the component reads."""
+    if isinstance(component, LatentUnits):
+        assert component.ids is not None
+        return change[..., component.ids.index(unit), None] * component.dictionary.rows[unit]
+    if isinstance(component, Heads):
+        others = torch.arange(component.units, device=change.device) != unit
+        return change.unflatten(-1, (component.units, -1)).masked_fill(others[:, None], 0).flatten(-2)
+    return change
+
+
+def _columns(node: Node) -> slice:
+    return slice(None) if node.position is None else slice(node.position, node.position + 1)
 
 
 def _chunks(listed: Sequence[Node], size: int) -> list[Sequence[Node]]:
