@@ -217,7 +217,8 @@ def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int =
 
     They also have as many of each kind if there are enough; otherwise (an error term at all positions is the only one
     of its site) other nodes of the site are used. Whole streams, each the only node of its site, are drawn from other
-    layers; where too few are left, heads are used.
+    layers; where too few are left, heads are used. Token embeddings that the circuit has stay: without them, no other
+    node differs from the counterfactual run.
 
     Raises:
         UserError: fewer than five draws, or a site has too few candidates beside the chosen nodes.
@@ -228,7 +229,8 @@ def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int =
         raise UserError(f"draws = {draws}: use at least 5 random circuits")
     own, rng = set(chosen), np.random.default_rng(seed)
     others = [node for node in candidates if node not in own]
-    profile = Counter((_place(node), node.kind) for node in chosen if node.site is not None)
+    embeddings = [node for node in chosen if node.kind == "stream" and node.site == Site(0, "resid_pre")]
+    profile = Counter((_place(node), node.kind) for node in own.difference(embeddings) if node.site is not None)
     places = sorted({place for place, _ in profile}, key=lambda place: (place == STREAM, place))  # streams last
     sets = []
     for _ in range(draws):
@@ -250,7 +252,7 @@ def random_like(chosen: Sequence[Node], candidates: Sequence[Node], draws: int =
                 left = [node for node in left if node not in set(drawn)]
             missing = wanted - (len(drawn) - before)
             drawn += [left[i] for i in rng.permutation(len(left))[:missing]]
-        sets.append(drawn)
+        sets.append([*embeddings, *drawn])
     return sets
 
 

@@ -18,11 +18,12 @@ from transformers.cache_utils import Cache
 
 from saepatch.engine.gradients import Readout
 from saepatch.engine.metrics import metric_name
-from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, KeptRun, cache_before, entry
+from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, Before, KeptRun, cache_before, entry
+from saepatch.engine.passes.shortcuts import linear_activations
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit, SpliceError, edit_sites
 from saepatch.model.language_model import LanguageModel, Tokens
-from saepatch.model.replaced import skip_blocks
+from saepatch.model.replaced import forwards_replaced, skip_blocks
 from saepatch.model.sites import Site
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,16 @@ class ColumnGraph(NamedTuple):
     cache: list[Float[Tensor, "batch heads columns _"]]
 
 
+class _Noting(Before):
+    """A layer of a cache that notes the keys and values that a pass adds to it."""
+
+    states: tuple[Tensor, ...] = ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.states = key_states, value_states
+        return super().update(key_states, value_states)
+
+
 class SpanGraph:
     """A later site's value as a function of earlier sites of a base run, in one autograd graph.
 
@@ -181,16 +192,24 @@ class SpanGraph:
 
         These are Jacobian-vector products, as the derivative of a vector-Jacobian product by its vector.
         """
-        leaf, cache = self.leaves[site], [x[:, :, first : first + vectors.shape[1]] for x in self.cache]
+        leaf, cache = self._own_states(site, slice(first, first + vectors.shape[1]))
         with torch.enable_grad():
             weights = [torch.zeros_like(x, requires_grad=True) for x in cache]
             (pulled,) = _gradients(cache, [leaf], weights, create_graph=True)
             if pulled is None:
                 return vectors.new_zeros(*vectors.shape[:3], flat_cache(cache).shape[-1])
-            changes = batched_gradients(
-                pulled[:, first : first + vectors.shape[1]], weights, vectors.to(leaf.dtype).movedim(2, 0)
-            )
+            changes = batched_gradients(pulled, weights, vectors.to(leaf.dtype).movedim(2, 0))
         return flat_cache(changes).movedim(0, 2).to(vectors.dtype).contiguous()
+
+    def _own_states(self, site: Site, columns: slice) -> tuple[Tensor, list[Tensor]]:
+        """A leaf in some columns, and the keys and values of a local `cache` there as functions of it."""
+        assert self._cache is not None, "is_local is false without a cache"
+        leaves = {other: x[:, columns].detach().requires_grad_() for other, x in self.leaves.items()}
+        known: list[Any] = [self._cache, self.base.cache_before(self._all, columns.start)]
+        before = cache_before(known, self._all, columns.start, _Noting)
+        self._run(self.base.tokens.columns(columns.stop), columns, before, leaves)
+        states = [x for layer in list[Any](before.layers) for x in layer.states]
+        return leaves[site], [x for x in states if x.requires_grad]
 
     def column_on_cache(self, p: int) -> ColumnGraph:
         """The target's value in column `p` as a function of the leaves there and of `cache` before it."""
@@ -233,6 +252,9 @@ class SpanGraph:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no batched backward pass
+            if columns != slice(None):  # such graphs are compared with the whole one
+                blocks = self.base.model.layout.blocks[self._skip : self.target.layer + 1]
+                stack.enter_context(forwards_replaced(linear_activations(blocks)))
             start = columns.start or 0
             return run_to(self.base.model, tokens, edits, self.target, start, cache, self._skip)
 

@@ -299,6 +299,9 @@ def test_random_circuits_have_the_profile_of_the_circuit():
         for drawn_nodes in random_like(some, everything):
             assert sorted(node.kind for node in drawn_nodes) == kinds
             assert len(set(drawn_nodes) - set(some)) == len(some)
+    embeddings = Node(Site(0, "resid_pre"), 0, None, "stream")
+    for drawn_nodes in random_like([embeddings, heads[0]], [embeddings, *heads, everything[-1]]):
+        assert drawn_nodes == [embeddings, everything[-1]]
     with pytest.raises(UserError, match="at least 5"):
         random_like(chosen, candidates, draws=3)
     with pytest.raises(UserError, match="candidates"):

@@ -11,8 +11,9 @@ from tiny import random_dictionary, tiny_model
 
 import saepatch as sp
 from saepatch.circuits.circuit import TARGET
+from saepatch.circuits.edges import ledger
 from saepatch.circuits.edges.backward import gim, relp
-from saepatch.circuits.edges.jacobians import EdgeSpan
+from saepatch.circuits.edges.jacobians import EdgeSpan, Movers, Products, Readers
 from saepatch.circuits.edges.paths import path_patches
 from saepatch.circuits.nodes import Edge, Node, node_sites
 from saepatch.engine.components import Heads, Stream
@@ -352,6 +353,30 @@ def test_little_is_kept_and_the_rest_is_bounded():
     np.testing.assert_allclose(np.sort(np.abs(few.score))[::-1], sizes[:30], rtol=1e-4)
     assert few.dropped[0] == pytest.approx(sizes[30], rel=1e-4)
     assert few.total == whole.total
+
+
+def test_of_equal_estimates_the_first_are_kept(monkeypatch):
+    """The ledger against a stable sort of all edges, over several compactions; estimates have many ties."""
+    monkeypatch.setattr(ledger, "AHEAD", 1)
+    rows, columns, most, keep = 2, 3, 4, 9
+    score = torch.randint(-4, 5, (6, 5, rows, columns, most), generator=torch.Generator().manual_seed(0)).float()
+    units = torch.arange(columns * most).view(1, columns, most).expand(rows, -1, -1)
+    movers = Movers(UP, torch.zeros(rows, columns, most, 1), torch.zeros_like(units), units, torch.ones_like(units) > 0)
+    everything = torch.arange(5 * rows)
+    readers = Readers(Stream(DOWN), everything, everything, everything, score, score)
+    held = ledger.Ledger(keep, 0, rows, (0,))
+    for chunk in score:
+        held.add(Products(movers, readers, everything.view(5, rows), chunk), torch.tensor([0]), 1)
+    names, kept = held.kept()
+    for row in range(rows):
+        own = score[:, :, row].flatten()
+        order = own.abs().argsort(descending=True, stable=True)
+        mine = names[0] == row
+        np.testing.assert_array_equal(kept[mine], own[order[:keep]])
+        place = np.stack(np.unravel_index(order[:keep].numpy(), (6, 5, columns * most)))
+        np.testing.assert_array_equal(names[2, mine], place[2])
+        np.testing.assert_array_equal(names[5, mine], place[1] * rows + row)
+        assert float(held.dropped[row]) == float(own[order[keep]].abs())
 
 
 def test_edges_among_some_nodes_are_those_of_all():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saepatch.engine.passes.shortcuts import is_activation, with_slope
 from saepatch.engine.softmax import additive_mask, attention_scores, refuse_unusual, repeated_heads
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
@@ -23,11 +24,6 @@ Counts = Counter[str]  # places where a modification acted in the passes of one 
 Backward = Callable[[LanguageModel], AbstractContextManager[Counts]]
 GIM_TEMPERATURE = 2.0
 GIM_QUERY_KEY, GIM_VALUE = 0.25, 0.5
-
-
-def with_slope(value: Tensor, linear: Tensor) -> Tensor:
-    """`value` going forward, with the derivative of `linear` going backward."""
-    return value.detach() + (linear - linear.detach())
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:
@@ -70,7 +66,7 @@ def relp(model: LanguageModel) -> Iterator[Counts]:
     with ExitStack() as stack:
         stack.enter_context(frozen_norms(model, counts))
         stack.enter_context(attention_replaced(model.hf, partial(frozen_attention, counts)))
-        activations = [m for block in model.layout.blocks for m in block.modules() if _is_activation(m)]
+        activations = [m for block in model.layout.blocks for m in block.modules() if is_activation(m)]
         stack.enter_context(forwards_replaced({m: partial(_through_origin, counts, m.forward) for m in activations}))
         if gated:
             stack.enter_context(_products_halved(model, gated, counts))
@@ -182,11 +178,6 @@ def _scores(
     refuse_unusual(module, options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention_scores(query, key, additive_mask(module, query, key, mask), scaling, softcap)
-
-
-def _is_activation(module: nn.Module) -> bool:
-    known = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU)
-    return isinstance(module, known) or type(module).__module__ == "transformers.activations"
 
 
 def _through_origin(counts: Counts, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -97,22 +97,27 @@ class Ledger:
         if not self._names:
             return
         names, scores = torch.cat(self._names, 1), torch.cat(self._scores)
-        by_size = scores.abs().argsort(descending=True, stable=True)
-        order = by_size[names[0, by_size].argsort(stable=True)]
-        row = names[0, order]
-        starts = torch.searchsorted(row, torch.arange(self.rows, device=row.device))
-        rank = torch.arange(len(row), device=row.device) - starts[row]
-        for some in range(self.rows):
-            sizes = scores[order[row == some]].abs()
-            if len(sizes) > self.keep:
-                self._least[some] = float(sizes[self.keep - 1])
-                self.dropped[some] = max(float(self.dropped[some]), float(sizes[self.keep]))
-        kept = order[rank < self.keep]
+        sizes, chosen = scores.abs(), torch.ones_like(scores, dtype=torch.bool)
+        for row in range(self.rows):
+            mine = (names[0] == row).nonzero().flatten()
+            if (excess := len(mine) - self.keep) <= 0:
+                continue
+            own = sizes[mine].nan_to_num(torch.inf)  # those that are not numbers are kept
+            least = own.kthvalue(excess + 1).values
+            equal = (own == least).nonzero().flatten()  # of these, the first are kept
+            out = torch.cat([(own < least).nonzero().flatten(), equal[self.keep - int((own > least).sum()) :]])
+            chosen[mine[out]] = False
+            self._least[row] = float(least)
+            self.dropped[row] = max(float(self.dropped[row]), float(own[out].max()))
+        kept = chosen.nonzero().flatten()
         self._names, self._scores, self._held = [names[:, kept]], [scores[kept]], len(kept)
 
     def kept(self) -> tuple[Int[ndarray, "7 kept"], Float[ndarray, "kept"]]:
-        """Names and estimates of the edges that were kept."""
+        """Names and estimates of the edges that were kept, by row, the largest first."""
         self._compact()
         if not self._names:
             return np.zeros((len(NAMES), 0), dtype=np.int64), np.zeros(0)
-        return self._names[0].cpu().numpy(), self._scores[0].double().cpu().numpy()
+        names, scores = self._names[0], self._scores[0]
+        by_size = scores.abs().argsort(descending=True, stable=True)
+        order = by_size[names[0, by_size].argsort(stable=True)]
+        return names[:, order].cpu().numpy(), scores[order].double().cpu().numpy()

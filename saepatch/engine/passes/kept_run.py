@@ -113,7 +113,7 @@ class KeptRun:
         part.values = {site: value[rows] for site, value in self.values.items()}
         part.checked, part.written, part._kept, part._cache = {}, None, {}, None
         if self._cache is not None and all(getattr(kept, "keys", None) is not None for kept in self._cache.layers):
-            part._cache = Cache(layers=[_Before(kept, rows) for kept in self._cache.layers])
+            part._cache = Cache(layers=[Before(kept, rows) for kept in self._cache.layers])
         return part
 
     @property
@@ -326,7 +326,7 @@ class _Probes(NamedTuple):
     few: Int[Tensor, "some"]
 
 
-class _Before(DynamicLayer):
+class Before(DynamicLayer):
     """Some rows of a kept run's keys and values before a column, as a layer of a transformers cache.
 
     They are copied only while the block that needs them runs.
@@ -343,22 +343,25 @@ class _Before(DynamicLayer):
             rows = torch.arange(len(self.keys))
         self._before = self.keys, self.values
         self._rows, self._same_row = rows, bool((rows == rows[0]).all())
+        self._every_row = torch.equal(rows.cpu(), torch.arange(len(self.keys)))
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._before
         return self._with(keys, key_states), self._with(values, value_states)
 
     def _with(self, before: Tensor, new: Tensor) -> Tensor:
+        if self._every_row:
+            return torch.cat([before, new], -2)
         mine = before[self._rows[:1]].expand(len(new), -1, -1, -1) if self._same_row else before[self._rows]
         return torch.cat([mine, new], -2)
 
 
-def cache_before(caches: Sequence[Cache], rows: Int[Tensor, "edits"], first: int) -> Cache:
+def cache_before(caches: Sequence[Cache], rows: Int[Tensor, "edits"], first: int, kind: type[Before] = Before) -> Cache:
     """A cache of the columns before `first`, each layer's from the first of the caches that holds it."""
     layers: list[Any] = []
     for number in range(max(len(cache.layers) for cache in caches)):
         held: list[Any] = [cache.layers[number] for cache in caches if number < len(cache.layers)]
-        layers.append(_Before(next(layer for layer in held if layer.is_initialized), rows, first))
+        layers.append(kind(next(layer for layer in held if layer.is_initialized), rows, first))
     return Cache(layers=layers)
 
 
