@@ -101,6 +101,7 @@ from .model.language_model import Tokens as Tokens
 from .model.loading.load import load_model as load_model
 from .model.loading.load import wrap_model as wrap_model
 from .model.positions import At as At
+from .model.positions import Turn as Turn
 from .model.sites import Site as Site
 from .organism import tasks as tasks
 from .pages.loaded import LoadedRun as LoadedRun

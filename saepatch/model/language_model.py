@@ -20,6 +20,7 @@ from saepatch.model.hooks import capture, contiguous_head, is_spliced
 from saepatch.model.inputs.padding import Padding, by_length, positions_of, spread
 from saepatch.model.inputs.token_names import token_name
 from saepatch.model.inputs.tokens import Tokens, appended_tokens, ordinary
+from saepatch.model.inputs.turns import ChatFrame, Span, token_spans, written_chat
 from saepatch.model.other_tools import no_such_attribute
 from saepatch.model.sites import Site
 
@@ -371,21 +372,26 @@ class LanguageModel:
         return out[:, tokens.input_ids.shape[1] :]
 
     def chat(self, request: str | Sequence[Mapping[str, str]], ready: bool = True) -> str:
-        """A user's request, or a chat's messages (`role` and `content`), in the chat template.
-
-        With `ready`, the text ends where the assistant's answer begins.
+        """A request, or messages (`role`, `content`), in the chat template; `ready` for the assistant's answer.
 
         Raises:
             UserError: the tokenizer has no chat template, or its template refuses the messages.
         """
-        if not self.tokenizer.chat_template:
-            raise UserError(f"the tokenizer of {self.name!r} has no chat template: write the whole prompt yourself")
         turns = [{"role": "user", "content": request}] if isinstance(request, str) else list(request)
-        try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready))
-        except Exception as error:  # templates are programs, which raise what they like
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise UserError(f"the chat template of {self.name!r} refuses messages by {roles}: {error}") from error
+        return written_chat(self.tokenizer, self.name, turns, ready)
+
+    def turns(self, ids: Sequence[int]) -> list[Span]:
+        """The turns of a chat prompt, as (role, first token, first token after it).
+
+        Raises:
+            UserError: there is no chat template, turns cannot be told apart in it, or the prompt is not written in it.
+        """
+        return token_spans(self._chat_frame, ids, self.tokenizer.decode)
+
+    @cached_property
+    def _chat_frame(self) -> ChatFrame:
+        # Decoded again, since tokenizers may change spaces.
+        return ChatFrame.of(lambda turns, ready: self.tokenizer.decode(self.encode(self.chat(turns, ready))))
 
 
 def refuse_training(model: LanguageModel) -> None:

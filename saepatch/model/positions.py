@@ -19,11 +19,23 @@ class At:
     occurrence: int = -1
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The content of a turn in a chat prompt, by role: system, user or assistant.
+
+    `occurrence` counts the role's turns from 0, or from the end (-1). What the template writes around contents, such as
+    headers, is not part of a turn.
+    """
+
+    role: str
+    occurrence: int = -1
+
+
 # "all": prompt and generated tokens; "prompt"; "generated"; "last": the prompt's last token. None of these include
 # padding or BOS. "every": all tokens, including BOS. An int, a slice or several ints are indices into the prompt's own
 # tokens, from 0 or from the end (-1); BOS counts and can be selected, padding does not count. A bool tensor
 # [batch, pos] is a mask over the prompt.
-Positions = str | int | slice | Sequence[int] | At | Tensor
+Positions = str | int | slice | Sequence[int] | At | Turn | Tensor
 NAMED = ("all", "prompt", "generated", "last", "every")
 GROUPS = ("all", "prompt", "generated", "every")  # these select no position explicitly
 
@@ -34,7 +46,7 @@ class Pass:
 
     `index` numbers each row's own tokens from 0, over all passes of one generation; the first `n_prompt` of them are
     the prompt. `start` is the column of this pass' first token in the whole padded row; `width` is the number of
-    columns of the padded prompts.
+    columns of the padded prompts. `turns` are a chat's, as role, first token and the first after it.
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -45,6 +57,7 @@ class Pass:
     start: int
     width: int
     decode: Callable[[Sequence[int]], str]
+    turns: Callable[[Sequence[int]], Sequence[tuple[str, int, int]]]
 
     def ending(self, columns: int) -> "Pass":
         """The last columns of this pass alone."""
@@ -65,7 +78,9 @@ class Pass:
         if isinstance(positions, str):
             return self._named(positions)
         if isinstance(positions, At):
-            return self._text(positions)
+            return self._spans(lambda row, ids: _text_span(positions, row, ids, self.decode))
+        if isinstance(positions, Turn):
+            return self._spans(lambda row, ids: _turn_span(positions, row, self.turns(ids)))
         if isinstance(positions, Tensor):
             return self._mask(positions)
         if isinstance(positions, slice):
@@ -86,7 +101,9 @@ class Pass:
             return self.real
         if name == "last":
             return self.in_prompt & (self.index == self.n_prompt[:, None] - 1)
-        raise UserError(f"unknown positions {name!r}: use one of {', '.join(NAMED)}, an index, a span, or At(text)")
+        raise UserError(
+            f"unknown positions {name!r}: use one of {', '.join(NAMED)}, an index, a span, At(text) or Turn(role)"
+        )
 
     def _index(self, position: int) -> Bool[Tensor, "batch pos"]:
         shortest = int(self.n_prompt.min())
@@ -114,21 +131,37 @@ class Pass:
             )
         return from_prompt(mask, self, fill=False) & self.real
 
-    def _text(self, at: At) -> Bool[Tensor, "batch pos"]:
+    def _spans(self, span: Callable[[int, list[int]], tuple[int, int]]) -> Bool[Tensor, "batch pos"]:
+        """A span of each row's prompt, found by its number and token ids."""
         wanted = torch.zeros_like(self.real)
         if self.start >= self.width:
-            return wanted  # a later pass of a cached generation: the text was in the prompt
+            return wanted  # a later pass of a cached generation: the span was in the prompt
         for row, (tokens, inside) in enumerate(zip(self.input_ids, self.in_prompt, strict=True)):
             columns = inside.nonzero().flatten().tolist()
-            spans = find_text(at.text, tokens[inside].tolist(), self.decode)
-            if not -len(spans) <= at.occurrence < len(spans):
-                raise UserError(
-                    f"prompt {row} contains {at.text!r} as whole tokens {len(spans)} times, so there is no occurrence "
-                    f"{at.occurrence}: check the spelling, or give an index"
-                )
-            first, end = spans[at.occurrence]
+            first, end = span(row, tokens[inside].tolist())
             wanted[row, columns[first] : columns[end - 1] + 1] = True
         return wanted
+
+
+def _text_span(at: At, row: int, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[int, int]:
+    spans = find_text(at.text, ids, decode)
+    if not -len(spans) <= at.occurrence < len(spans):
+        raise UserError(
+            f"prompt {row} contains {at.text!r} as whole tokens {len(spans)} times, so there is no occurrence "
+            f"{at.occurrence}: check the spelling, or give an index"
+        )
+    return spans[at.occurrence]
+
+
+def _turn_span(turn: Turn, row: int, turns: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
+    spans = [(first, end) for role, first, end in turns if role == turn.role]
+    if not -len(spans) <= turn.occurrence < len(spans):
+        roles = ", ".join(role for role, _, _ in turns) or "none"
+        raise UserError(
+            f"prompt {row} has {len(spans)} turns of {turn.role!r}, so there is no turn {turn.occurrence}: its turns "
+            f"are {roles}"
+        )
+    return spans[turn.occurrence]
 
 
 def find_text(text: str, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from saepatch.engine.gradients import FirstOrder, GradDrop, IntegratedGradients,
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
-from saepatch.model.positions import NAMED, At, Positions
+from saepatch.model.positions import NAMED, At, Positions, Turn
 from saepatch.model.sites import Site
 from saepatch.records.provenance import json_hash
 from saepatch.settings.mixins import DictionarySettings, ModelSettings
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def read_positions(text: str) -> Positions:
-    """Parse positions: `all`, `last`, `5`, `-1`, `3:7`, `1,4` or `at: Mary`.
+    """Parse positions: `all`, `last`, `5`, `-1`, `3:7`, `1,4`, `at: Mary`, `turn: user` or `turn: user 0`.
 
     Raises:
         UserError: the text is none of these.
@@ -54,8 +54,11 @@ def read_positions(text: str) -> Positions:
         return [int(part) for part in text.split(",")]
     if text.startswith("at:") and text[3:].strip():
         return At(text[3:].strip())
+    if match := re.fullmatch(r"turn:\s*(\w+)(?:\s+(-?\d{1,9}))?", text):
+        return Turn(match[1], int(match[2] or -1))
     raise UserError(
-        f"unknown positions {text!r}: use {', '.join(NAMED)}, an index, a span (3:7), several (1,4), or 'at: TEXT'"
+        f"unknown positions {text!r}: use {', '.join(NAMED)}, an index, a span (3:7), several (1,4), 'at: TEXT', "
+        "or 'turn: ROLE'"
     )
 
 

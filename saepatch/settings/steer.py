@@ -30,7 +30,8 @@ class SteerConfig(Output, PageSettings, DictionarySettings, ModelSettings):
     act: Literal["add", "clamp", "at-least", "ablate"] = "add"
     """Add the strength to the latent, set it to that, raise it to that where it is lower, or set it to 0."""
     positions: str = "all"
-    """Where: all, prompt, generated, last (the prompt's last token), or an index, a span (3:7), "at: TEXT"."""
+    """Where: all, prompt, generated, last (the prompt's last token), or an index, a span (3:7), "at: TEXT",
+    "turn: ROLE" (of a chat)."""
     decay: float = 1.0
     """Factor on the strength for each generated token; 1: no decay."""
     interactive: bool = False

@@ -35,7 +35,7 @@ class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
     mean over the clean prompts (mean)."""
     positions: str = "all"
     """Where to patch: all, last, an index (5, or -1 for the last), a span (3:7, or --positions=-3: with an equals
-    sign), several (1,4), or the tokens of a text ("at: Mary")."""
+    sign), several (1,4), the tokens of a text ("at: Mary"), or a turn of a chat ("turn: user")."""
     direction: Literal["denoise", "noise", "both"] = "denoise"
     """denoise: clean values into the corrupted run; noise: corrupted values into the clean run."""
     metric: str = "logit_difference"

@@ -185,6 +185,7 @@ def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
         start=0,
         width=mask.shape[1],
         decode=model.tokenizer.decode,
+        turns=model.turns,
     )
 
 
@@ -324,6 +325,7 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         start=start,
         width=width,
         decode=run.model.tokenizer.decode,
+        turns=run.model.turns,
     )
     for donor in run._donors.values():
         donor.follow(run.seen)

@@ -19,8 +19,9 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.errors import UserError
 from saepatch.model.inputs.padding import by_length
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
-from saepatch.model.positions import Pass, Positions
+from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
+from saepatch.splicing.splice import whole_prompt
 
 STREAMS = ("resid_pre", "resid_post")
 
@@ -143,10 +144,7 @@ def _places(
 
 
 def _chosen(model: LanguageModel, tokens: Tokens, positions: Positions) -> Bool[Tensor, "batch pos"]:
-    real = tokens.attention_mask.bool()
-    index = (real.cumsum(-1) - 1).clamp(min=0)
-    decode = model.tokenizer.decode
-    whole = Pass(tokens.input_ids, tokens.ordinary, real, index, tokens.lengths, 0, tokens.width, decode)
+    whole = whole_prompt(model, tokens)
     mask = whole.select(positions)
     if not bool(mask.any()):
         raise UserError(f"positions {positions!r} select no token of these prompts: choose others")

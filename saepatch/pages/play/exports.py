@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from saepatch.model.positions import At, Positions
+from saepatch.model.positions import At, Positions, Turn
 from saepatch.model.sites import Site
 from saepatch.runs.commands.session import Session
 from saepatch.runs.interpret import read_positions
@@ -109,4 +109,6 @@ def _arguments(first: str, named: Mapping[str, Any]) -> str:
 
 
 def _positions(positions: Positions) -> str:
+    if isinstance(positions, Turn):
+        return f"sp.Turn({positions.role!r}, {positions.occurrence})"
     return f"sp.At({positions.text!r})" if isinstance(positions, At) else repr(positions)
