@@ -352,7 +352,7 @@ def test_more_tokens_for_a_finished_run(monkeypatch, model, whole, tmp_path):
         ({"sae": SAEConfig(k=4, d_sae=64)}, r"has 48 latents, not 64: set sae.d_sae to 48"),
         ({"sae": SAEConfig("gated", d_sae=48)}, r"is topk, not gated"),
         ({"sites": ["resid_pre.1"]}, r"has no dictionary of resid_pre.1"),
-        ({"initial": "nowhere/at/all"}, r"cannot load dictionary 'all' of 'nowhere/at'"),
+        ({"initial": "./nowhere"}, r"'./nowhere' is not a folder"),
     ],
 )
 def test_initial_dictionaries_that_do_not_fit(changes, message, model, whole, tmp_path):
