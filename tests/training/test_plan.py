@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from hub import serve
-from tiny import byte_tokenizer, tiny_model
+from tiny import byte_tokenizer, random_dictionary, tiny_model
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
@@ -346,6 +346,9 @@ def test_the_dry_run_refuses_what_the_run_refuses(tmp_path, capsys):
     assert "not in the vocabulary" in refused(capsys, *given, texts, "--prepend_bos", "<|end|>")
     assert "1 distinct documents" in refused(capsys, *given, tmp_path / "alike.txt")
     assert "too short to evaluate on" in refused(capsys, *given, tmp_path / "short.txt")
+    random_dictionary("resid_post.1", "topk").sae.save_model(tmp_path / "sae" / "resid_post.1")
+    initial = ["--initial", tmp_path / "sae", "--sites", "[resid_post.1]"]
+    assert "48 latents, not 32: set sae.d_sae to 48" in refused(capsys, *given, texts, *initial, "--sae.d_sae", 32)
     bare = byte_tokenizer()
     bare.bos_token, bare._tokenizer.post_processor = None, processors.TemplateProcessing(single="$A")
     bare.save_pretrained(tmp_path / "model")

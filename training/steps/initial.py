@@ -27,7 +27,7 @@ def initial_dictionaries(model: LanguageModel, sites: Sequence[Site], config: Tr
     """
     if not config.initial:
         return {}
-    known = load_saes(config.initial, model.device if model.device.type != "meta" else "cpu")
+    known = load_saes(config.initial)
     if missing := [str(site) for site in sites if site not in known]:
         raise UserError(f"initial {config.initial!r} has no dictionary of {', '.join(missing)}: leave the site out")
     for site in sites:
