@@ -19,7 +19,7 @@ from saepatch.data.pairs import PromptPair
 from saepatch.engine.components import Component, ErrorTerm, LatentUnits, Patchable, as_components
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_sites
-from saepatch.model.language_model import LanguageModel, refuse_training
+from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio
 from saepatch.records.tables import text_table
@@ -154,6 +154,7 @@ class RepairRuns:
         refuse_training(model)
         self.model, self.pairs, self.selection = model, list(pairs), list(selection)
         self.parts, self.unembedding = StreamParts.of(model), read_unembedding(model)
+        self._of_prompts: dict[tuple[str, ...], _LastValues] = {}
         self._of_pairs, self._of_selection = self._batches(self.pairs), self._batches(self.selection)
 
     @torch.no_grad()
@@ -177,7 +178,8 @@ class RepairRuns:
             raise UserError("a mean ablation of the same prompts is no second sample to choose on: leave most out")
         node = _one_unit(self.model, component, unit)
         _check_known(self.model, node, [*self._of_pairs, *self._of_selection], mean_over)
-        ablation = _Ablation(self.model, node, unit, self.parts, self.unembedding, _mean(self.model, node, mean_over))
+        mean = self._mean(node, tuple(mean_over))
+        ablation = _Ablation(self.model, node, unit, self.parts, self.unembedding, mean)
         if not self.selection:
             return ablation.measure(self._of_pairs, ())
         chosen = ablation.measure(self._of_selection, ())
@@ -185,6 +187,13 @@ class RepairRuns:
         order = [i for i in np.argsort(-sizes, kind="stable")[:backups].tolist() if sizes[i] > 0]
         result = ablation.measure(self._of_pairs, tuple(chosen.parts[i] for i in order), jointly=True)
         return result if most is None else result.only(np.sort(np.argsort(chosen.direct, kind="stable")[:most]))
+
+    def _mean(self, node: Component, prompts: tuple[str, ...]) -> Float[Tensor, "values"] | None:
+        """A node's mean over the last positions of some prompts."""
+        if not prompts:
+            return None
+        kept = self._of_prompts.setdefault(prompts, _LastValues(self.model, self.model.tokenize(list(prompts))))
+        return node.read(kept.at(node.site)).mean((0, 1))
 
 
 def _one_unit(model: LanguageModel, component: Patchable, unit: int) -> Component:
@@ -205,13 +214,20 @@ def _check_known(
             node.dictionary.editable(model, last, torch.ones_like(last, dtype=torch.bool), "last")
 
 
-def _mean(model: LanguageModel, node: Component, prompts: Sequence[str]) -> Float[Tensor, "values"] | None:
-    """A node's mean over the last positions of some prompts."""
-    if not prompts:
-        return None
-    tokens = model.tokenize(list(prompts))
-    x = model.capture(tokens, [node.site])[node.site]
-    return node.read(x[torch.arange(len(x)), tokens.last][:, None]).mean((0, 1))
+class _LastValues:
+    """What sites hold at the last position of prompts. All sites of a stream are read in one pass."""
+
+    def __init__(self, model: LanguageModel, tokens: Tokens) -> None:
+        self.model, self.tokens = model, tokens
+        self._values: dict[Site, Float[Tensor, "rows 1 width"]] = {}
+
+    @torch.no_grad()
+    def at(self, site: Site) -> Float[Tensor, "rows 1 width"]:
+        if site not in self._values:
+            read = self.model.capture(self.tokens, {site, *self.model.layout.of_stream(site.stream)})
+            rows = torch.arange(len(self.tokens.last), device=self.tokens.last.device)
+            self._values |= {other: x[rows, self.tokens.last][:, None] for other, x in read.items()}
+        return self._values[site]
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +238,8 @@ class _BaseRun:
     """
 
     part: PairBatch
+    clean: _LastValues
+    corrupted: _LastValues
     stream: Float[Tensor, "pairs d_model"]
     wrote: Mapping[StreamPart, Float[Tensor, "pairs d_model"]]
     donor: Mapping[StreamPart, Float[Tensor, "pairs d_model"]]
@@ -234,7 +252,8 @@ class _BaseRun:
         x, targets = clean.streams[-1][:, -1], part.answer[:, None]
         toward = unembedding.directions(unembedding.sigma(x), targets)[:, 0]
         wrote, donor = ({p: value[:, -1] for p, value in run.wrote.items()} for run in (clean, corrupted))
-        return cls(part, x, wrote, donor, toward, unembedding.logits(x, targets)[:, 0])
+        last, others = (_LastValues(parts.model, tokens) for tokens in (part.clean, part.corrupted))
+        return cls(part, last, others, x, wrote, donor, toward, unembedding.logits(x, targets)[:, 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,7 +301,7 @@ class _Ablation:
     ) -> dict[str, Tensor]:
         """The change of the answer's logit and its parts, for pairs of one length."""
         part, x = base.part, base.stream
-        moved, edit = self._edit(part)
+        moved, edit = self._edit(base)
 
         def run(edits: Mapping[Site, Any]) -> tuple[StreamRun, Float[Tensor, "pairs"]]:
             with ExitStack() as stack:
@@ -315,22 +334,19 @@ class _Ablation:
             result["backups_alone"] = run(others)[1]
         return result
 
-    def _edit(self, part: PairBatch) -> tuple[Tensor, Any]:
-        """The change of the node's site, and the edit that makes it."""
-        site, captured = self.node.site, self.model.capture
-        x = captured(part.clean, [site])[site]
+    def _edit(self, base: _BaseRun) -> tuple[Tensor, Any]:
+        """The change of the node's site at the last position, and the edit that makes it."""
+        x = base.clean.at(self.node.site)
         if self.mean is None:
-            values = self.node.read(captured(part.corrupted, [site])[site])
+            values = self.node.read(base.corrupted.at(self.node.site))
         else:
             values = self.mean.expand(*x.shape[:2], *self.mean.shape)
-        where = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        where[:, -1] = True
-        changes = self.node.write(x, values, where)
+        changes = self.node.write(x, values, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
         unit = 0 if isinstance(self.node, LatentUnits) else self.unit
         mine = (changes.unit == unit).nonzero().flatten()
         moved = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         moved[changes.row[mine], changes.pos[mine]] = changes.vectors(mine).to(moved.dtype)
-        return moved, lambda value: (value + moved).to(value.dtype)
+        return moved, lambda value: torch.cat([value[:, :-1], (value[:, -1:] + moved).to(value.dtype)], 1)
 
     def _check(
         self,
