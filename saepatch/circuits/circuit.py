@@ -127,19 +127,21 @@ class Circuit(Shown):
             raise UserError(f"a damaged circuit ({type(error).__name__}: {error}): write it again") from error
         return cls(tuple(nodes), tuple(edges), effects, weights)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write to a file, as GraphML where its name ends in .graphml, otherwise as JSON."""
+        path = Path(path)
         text = self._graphml() if path.suffix == ".graphml" else json.dumps(self.facts(), indent=1)
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> "Circuit":
+    def read(cls, path: str | Path) -> "Circuit":
         """Read what `write` wrote.
 
         Raises:
             UserError: the file does not hold a circuit.
         """
+        path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
             facts = _from_graphml(text) if path.suffix == ".graphml" else parse_json(text, str(path))

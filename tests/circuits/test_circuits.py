@@ -48,7 +48,7 @@ def test_a_circuit_is_written_and_read_back(tmp_path):
     circuit = Circuit((u, d, TARGET), (Edge(u, d), Edge(d, TARGET)), (0.5, -0.25, 0.0), (0.125, 1e-7))
     for name in ("circuit.json", "circuit.graphml"):
         circuit.write(tmp_path / name)
-        assert Circuit.read(tmp_path / name) == circuit
+        assert Circuit.read(tmp_path / name) == Circuit.read(str(tmp_path / name)) == circuit
     networkx = pytest.importorskip("networkx")
     graph = networkx.read_graphml(tmp_path / "circuit.graphml")
     assert graph.number_of_edges() == 2
