@@ -13,6 +13,7 @@ import saepatch as sp
 from saepatch.circuits.circuit import TARGET
 from saepatch.circuits.edges import ledger
 from saepatch.circuits.edges.backward import gim, relp
+from saepatch.circuits.edges.edge_runs import EdgeRuns
 from saepatch.circuits.edges.jacobians import EdgeSpan, Movers, Products, Readers
 from saepatch.circuits.edges.paths import path_patches
 from saepatch.circuits.nodes import Edge, Node, node_sites
@@ -353,6 +354,41 @@ def test_little_is_kept_and_the_rest_is_bounded():
     np.testing.assert_allclose(np.sort(np.abs(few.score))[::-1], sizes[:30], rtol=1e-4)
     assert few.dropped[0] == pytest.approx(sizes[30], rel=1e-4)
     assert few.total == whole.total
+
+
+@torch.no_grad()
+def test_a_circuit_of_some_edges_is_that_of_plain_hooks():
+    """Each node reads the corrupted run and what its edges carry of the clean one; written out, one pass a node."""
+    listed = sp.edges(model(), dictionaries(), [PAIR], NONE, ALL)
+    every = [listed.edge(i) for i in np.random.default_rng(1).permutation(len(listed)).tolist()]
+    into = [e for e in every if e.down.site == DOWN][:12]
+    into += [next(e for e in every if e.down.site == DOWN and kind == e.down.kind) for kind in ("latent", "error")]
+    downs = {edge.down for edge in into}
+    onward = [e for e in every if e.down.site is None and e.up in downs]
+    assert len(onward) >= 3
+    by_site = {d.site: d for d in dictionaries()}
+    clean, other = (values(model(), text, [UP, DOWN]) for text in (PAIR.clean, PAIR.corrupted))
+
+    def beyond(node, x):
+        """What a node adds where its site is `x`, less what it adds in the corrupted run."""
+        new, old = (
+            written(node.kind, by_site[node.site], v[:, node.position], node.unit) for v in (x, other[node.site])
+        )
+        return new - old
+
+    site = other[DOWN].clone()
+    for down in {edge.up for edge in onward}:
+        before, reached = other[UP].clone(), {}
+        for edge in (edge for edge in into if edge.down == down):
+            before[:, edge.up.position] += beyond(edge.up, clean[UP])
+        forward(model(), PAIR.corrupted, {UP: lambda x, v=before: v, DOWN: lambda x, r=reached: r.setdefault("x", x)})
+        site[:, down.position] += beyond(down, reached["x"])
+    logits = forward(model(), PAIR.corrupted, {DOWN: lambda x: site})
+    x, y = (model().encode(letter)[-1] for letter in "xy")
+    runs = EdgeRuns(model(), dictionaries(), [PAIR], [*into, *onward])
+    ours = runs.run(torch.ones(1, len(runs.members), dtype=torch.bool))[0, 0]
+    assert ours == pytest.approx(float(logits[x] - logits[y]), abs=1e-5)
+    assert abs(ours - runs.empty[0]) > 1e-3
 
 
 def test_of_equal_estimates_the_first_are_kept(monkeypatch):
