@@ -123,7 +123,7 @@ def _steer(
     kept: Measurements,
     bar: "tqdm[Any]",
 ) -> SteeringResult:
-    bar.set_description(concept.name)
+    bar.set_description_str(concept.name)
 
     def tick() -> None:
         bar.update()
