@@ -20,6 +20,7 @@ from saepatch.engine.components import Component, ErrorTerm, LatentUnits, Patcha
 from saepatch.errors import UserError
 from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
+from saepatch.model.replaced import only_logits_of
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, bootstrap_mean, bootstrap_ratio
 from saepatch.records.tables import text_table
@@ -305,6 +306,7 @@ class _Ablation:
 
         def run(edits: Mapping[Site, Any]) -> tuple[StreamRun, Float[Tensor, "pairs"]]:
             with ExitStack() as stack:
+                stack.enter_context(only_logits_of(self.model.hf, part.answer[:1]))  # those needed are of the stream
                 if edits:
                     stack.enter_context(edit_sites(self.model.layout, edits))
                 edited = self.parts.run(part.clean, last=True)
