@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from saepatch.facts.evaluation import EditEvaluation
-from saepatch.records.statistics import Interval, bootstrap_mean
+from saepatch.records.statistics import Interval, bootstrap_mean, wilson_share
 
-from .stages import MeasuredSequence
+from .stages import MeasuredSequence, SequenceMeasure
 
 SHOWN, OPPOSITE, NOT_SHOWN = "shown", "the opposite is shown", "not shown"
+SEQUENCE_KINDS = ("efficacy", "neighbourhood")  # by which sequences are judged
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _degradation(run: MeasuredSequence) -> list[FactClaim]:
     if not early or not late:
         return []
     before, made = early[-1], []
-    for kind in ("efficacy", "neighbourhood"):
+    for kind in SEQUENCE_KINDS:
         figures = [(step, paired(step.evaluation, before.evaluation, kind)) for step in reversed(late)]
         after, figure = next((each for each in figures if not each[1].reason), figures[0])
         what = f"{kind}, {run.method}: the first {before.edits} edits after {after.edits} minus after {before.edits}"
@@ -79,3 +80,25 @@ def paired(one: EditEvaluation, other: EditEvaluation, kind: str) -> Interval:
         if row.kind == kind and key in second:
             differences.setdefault(row.example, []).append(row.magnitude - second[key].magnitude)
     return bootstrap_mean(np.array([float(np.mean(own)) for own in differences.values()]))
+
+
+def still_hold(step: SequenceMeasure, earlier: int) -> Interval:
+    """Share of a sequence's first edits that hold at a later checkpoint."""
+    names = list(dict.fromkeys(row.example for row in step.evaluation.rows))[:earlier]
+    held = step.evaluation.by_request("efficacy", lambda row: float(row.success))
+    return wilson_share(np.array([held[name] for name in names]))
+
+
+def differences_to_rome(sequences: Sequence[MeasuredSequence]) -> dict[str, dict[int, dict[str, Interval]]]:
+    """By method, number of edits and kind: mean P(right) - P(other) minus the same after as many edits by ROME."""
+    rome = next((run for run in sequences if run.method == "ROME"), None)
+    base = {} if rome is None else {step.edits: step.evaluation for step in rome.steps}
+    return {
+        run.method: {
+            step.edits: {kind: paired(step.evaluation, base[step.edits], kind) for kind in SEQUENCE_KINDS}
+            for step in run.steps
+            if step.edits in base
+        }
+        for run in sequences
+        if run is not rome
+    }

@@ -13,7 +13,7 @@ from saepatch.records.rows import EditRow, write_rows
 from saepatch.report import Block, Cell, Facts, HeatMap, LineChart, Page, Section, Series, Table
 
 from ..common.tracked import conclude
-from .claims import FactClaim
+from .claims import SEQUENCE_KINDS, FactClaim, differences_to_rome, still_hold
 from .settings import FactsConfig
 from .stages import LayerTrace, MeasuredSequence, correlation
 
@@ -71,10 +71,18 @@ def write(config: FactsConfig, model: LanguageModel, results: FactResults) -> No
         "single_edits": {name: _figures(each) for name, each in results.singles.items()},
         "sequences": {
             run.method: {
-                str(step.edits): _figures(step.evaluation) | {"loss": step.loss, "norms": step.norms}
-                for step in run.steps
+                str(step.edits): _figures(step.evaluation)
+                | {"earlier_hold": still_hold(step, earlier).as_list(), "loss": step.loss, "norms": step.norms}
+                for earlier, step in zip([0, *(step.edits for step in run.steps)], run.steps, strict=False)
             }
             for run in results.sequences
+        },
+        "sequences_minus_rome": {
+            method: {
+                str(edits): {kind: figure.as_list() for kind, figure in figures.items()}
+                for edits, figures in steps.items()
+            }
+            for method, steps in differences_to_rome(results.sequences).items()
         },
         "left_out": dict(results.left_out),
         "claims": [{**asdict(each), "figure": each.figure.as_list()} for each in results.claims],
@@ -87,7 +95,8 @@ def headline(results: FactResults) -> str:
     rome = results.singles["ROME"]
     shown = ", ".join(f"{kind} {rome.success(kind).value:.0%}" for kind in rome.kinds if rome.left(kind)[0])
     last = next((run.steps[-1] for run in results.sequences if run.method == "ROME" and run.steps), None)
-    kept = "" if last is None else f" After {last.edits} edits in sequence, {_kept(last.evaluation)}."
+    count = "" if last is None else f"{last.edits} edit{'s' * (last.edits > 1)}"
+    kept = "" if last is None else f" After {count} in sequence, {_kept(last.evaluation)}."
     where = f"layer {results.layer}, the {'subject' if results.token == 'subject' else 'prompt'}'s last token"
     return f"Single edits by ROME at {where}: {shown}.{kept}"
 
@@ -187,19 +196,36 @@ def _in_sequence(results: FactResults) -> Section:
         for run in results.sequences
     ]
     blocks.append(LineChart("Loss of held-out texts", "edits", "nats a token", losses, log_x=True))
-    rows: list[list[Cell]] = [
-        [
-            run.method,
-            step.edits,
-            cell(step.evaluation.success("efficacy")),
-            cell(step.evaluation.success("neighbourhood")) if "neighbourhood" in step.evaluation.kinds else None,
-            step.loss,
-            max(step.norms.values()),
-        ]
-        for run in results.sequences
-        for step in run.steps
-    ]
-    columns = ["edit", "edits", "efficacy", "neighbourhood", "held-out loss", "largest ‖ΔW‖/‖W‖"]
-    formats = {"efficacy": ".0%", "neighbourhood": ".0%", "held-out loss": ".3f", "largest ‖ΔW‖/‖W‖": ".2f"}
-    blocks.append(Table(columns, rows, "", formats))
+    blocks += [_steps(results), _beside_rome(results)]
     return Section("Edits in sequence", "One after another, on top of all earlier edits.", blocks)
+
+
+def _steps(results: FactResults) -> Table:
+    rows: list[list[Cell]] = []
+    for run in results.sequences:
+        for number, step in enumerate(run.steps):
+            each = step.evaluation
+            rows.append([
+                run.method,
+                step.edits,
+                *(cell(each.success(kind)) if kind in each.kinds else None for kind in KINDS[:3]),
+                cell(each.accuracy("efficacy")),
+                cell(still_hold(step, run.steps[number - 1].edits)) if number else None,
+                *(cell(each.magnitude(kind)) if kind in each.kinds else None for kind in SEQUENCE_KINDS),
+                step.loss,
+                max(step.norms.values()),
+            ])  # fmt: skip
+    shares = [*KINDS[:3], "likeliest token", "earlier edits hold"]
+    sizes, norm = [f"P: {kind}" for kind in SEQUENCE_KINDS], "largest ‖ΔW‖/‖W‖"
+    formats = dict.fromkeys(shares, ".0%") | dict.fromkeys([*sizes, norm], ".2f") | {"held-out loss": ".3f"}
+    caption = "Earlier edits: up to the checkpoint before. P: mean P(right) - P(other). 95 % intervals over facts."
+    return Table(["edit", "edits", *shares, *sizes, "held-out loss", norm], rows, caption, formats)
+
+
+def _beside_rome(results: FactResults) -> Table:
+    rows: list[list[Cell]] = []
+    for method, steps in differences_to_rome(results.sequences).items():
+        rows += [[method, edits, *map(cell, figures.values())] for edits, figures in steps.items()]
+    caption = "P(right) - P(other) minus the same after ROME's edits, with 95 % intervals over facts."
+    columns = ["edit, minus ROME", "edits", *SEQUENCE_KINDS]
+    return Table(columns, rows, caption, dict.fromkeys(SEQUENCE_KINDS, ".2f"))

@@ -10,7 +10,16 @@ from tiny import tiny_model
 
 import saepatch as sp
 from experiments.benchmarks import facts as benchmark
-from experiments.facts.claims import NOT_SHOWN, OPPOSITE, SHOWN, claims, judged, paired
+from experiments.facts.claims import (
+    NOT_SHOWN,
+    OPPOSITE,
+    SHOWN,
+    claims,
+    differences_to_rome,
+    judged,
+    paired,
+    still_hold,
+)
 from experiments.facts.stages import MeasuredSequence, SequenceMeasure, correlation
 from experiments.facts.study import FactsConfig, best, main
 from experiments.facts.vocabulary import OTHERS, only_tokens, probability_of, tokens_of
@@ -72,6 +81,29 @@ def test_degradation_is_judged_where_neighbours_still_count():
         "the first 10 edits after 100 minus after 10",
         "the first 10 edits after 30 minus after 10",
     ]
+
+
+def test_earlier_edits_and_differences_to_rome():
+    """Of a sequence of four edits, the first holds, the second does not; MEMIT is better by what is put in."""
+    measured = evaluation({"efficacy": 0.5, "neighbourhood": 0.4}, facts=8)
+    lost = tuple(
+        replace(row, target_nll=row.other_nll, other_nll=row.target_nll) if row.example == "f1" else row
+        for row in measured.rows
+    )
+    step = SequenceMeasure(8, replace(measured, rows=lost), 1.0, {"1": 0.1})
+    assert still_hold(step, 1).value == 1
+    assert still_hold(step, 2).value == 0.5
+    assert still_hold(step, 4).n == 4
+    sequences = [
+        run_of("ROME", (1, {"efficacy": 0.5, "neighbourhood": 0.4}), (10, {"efficacy": 0.5, "neighbourhood": 0.4})),
+        run_of("MEMIT", (10, {"efficacy": 0.8, "neighbourhood": 0.1}), (30, {"efficacy": 0.8, "neighbourhood": 0.1})),
+    ]
+    beside = differences_to_rome(sequences)
+    assert list(beside) == ["MEMIT"]
+    assert list(beside["MEMIT"]) == [10]
+    assert beside["MEMIT"][10]["efficacy"].value == pytest.approx(0.3)
+    assert beside["MEMIT"][10]["neighbourhood"].value == pytest.approx(-0.3)
+    assert differences_to_rome(sequences[1:]) == {"MEMIT": {}}
 
 
 def test_differences_are_over_the_questions_that_count_in_both():
