@@ -157,7 +157,7 @@ def read_metric(text: str) -> Metric:
     return value
 
 
-def as_metric(metric: Metric | str) -> Metric:
+def as_metric(metric: Any) -> Metric:
     """A metric as it is, or by its name.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
 from saepatch.engine.components import PATCH_DIRECTIONS, PatchDirection
 from saepatch.engine.corruptions import Corruption
@@ -20,6 +20,12 @@ class Labels(TypedDict):
     metric: str
     positions: str
     min_gap: float
+
+
+if TYPE_CHECKING:
+    NamedMetric = Metric
+else:
+    NamedMetric = Any  # a metric, or a name that is replaced by it on creation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +51,7 @@ class SweepOptions:
     positions: Positions = "all"
     each_position: bool = False
     direction: PatchDirection = "denoise"
-    metric: Metric = logit_difference
+    metric: NamedMetric = logit_difference
     corruption: Corruption | None = None
     min_gap: float = 1e-2
     align: Align = "equal"

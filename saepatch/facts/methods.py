@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from jaxtyping import Float
+from torch import Tensor
+
 from saepatch.data.edit_requests import EditRequest
 from saepatch.engine.passes.kept_run import Checked
 from saepatch.errors import UserError
@@ -37,7 +40,7 @@ class Editing:
     def model(self) -> LanguageModel:
         return self.contexts.model
 
-    def earlier(self, layer: int, keys: Right) -> Right:
+    def earlier(self, layer: int, keys: Right) -> Float[Tensor, "keys earlier"]:
         """Keys of the facts that were edited before at this layer."""
         change = self.after.at(layer)
         return keys[:, :0] if change is None else change.keys.to(keys.device)

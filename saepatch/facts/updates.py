@@ -58,7 +58,11 @@ def memit_update(residuals: Left, keys: Right, solved: Right, weight: float) -> 
 
 
 def alphaedit_update(
-    residuals: Left, keys: Right, null: Float[Tensor, "keys keys"], previous: Right, weight: float
+    residuals: Left,
+    keys: Right,
+    null: Float[Tensor, "keys keys"],
+    previous: Float[Tensor, "keys earlier"],
+    weight: float,
 ) -> tuple[Left, Right]:
     """Δ = R KᵀP (K KᵀP + K_p K_pᵀP + λI)⁻¹ with λ = `weight`: nothing outside the null space P of C is moved.
 

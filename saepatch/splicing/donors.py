@@ -26,11 +26,11 @@ class CleanPrompts:
     """The same model, unpatched, as a donor on other prompts, each followed by the generated tokens.
 
     There is one donor prompt per prompt. Prompts are aligned from the right: only their last `template` tokens (such as
-    those of a chat template), and all generated tokens, have a counterpart.
+    those of a chat template; None: all), and all generated tokens, have a counterpart.
     """
 
     prompts: tuple[str, ...]
-    template: int = 1
+    template: int | None = 1
 
     def __post_init__(self) -> None:
         _check_template(self.template)

@@ -1,5 +1,6 @@
 """What is replaced in a model acts on the thread that asked for it; other threads run the model as it is."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -18,7 +19,7 @@ from saepatch.model.replaced import forwards_replaced, only_logits_of, skip_bloc
 OPENED = {
     "blocks": lambda model: skip_blocks(model.layout, 2),
     "logits": lambda model: only_logits_of(model.hf, torch.tensor([5, 7])),
-    "norms": lambda model: frozen_norms(model, {"norm": 0}),
+    "norms": lambda model: frozen_norms(model, Counter(norm=0)),
     "dropped": lambda model: droppable_blocks(model.layout, [1]),
 }
 

@@ -126,7 +126,7 @@ class EdgeRuns:
             if all(node.position is None or node.position < width for node in (edge.up, edge.down)):
                 into.setdefault(edge.down, []).append(edge.up)
         acting = {node for ups in into.values() for node in ups}  # a node that reaches nothing need not run
-        beyond: dict[Node, Float[Tensor, "rows pos width"]] = {}
+        beyond: dict[Node, Float[Tensor, "rows _ width"]] = {}
         for node in self.nodes:
             mine = sorted((n for n in acting if n.site == node.site), key=lambda n: n.order)
             for some in _chunks(mine, max(1, TOKENS // (width * len(part)))):
@@ -146,8 +146,8 @@ class EdgeRuns:
         node: NodeSite,
         some: Sequence[Node],
         into: Mapping[Node, Sequence[Node]],
-        beyond: Mapping[Node, Float[Tensor, "rows pos width"]],
-    ) -> dict[Node, Float[Tensor, "rows pos width"]]:
+        beyond: Mapping[Node, Float[Tensor, "rows _ width"]],
+    ) -> dict[Node, Float[Tensor, "rows _ width"]]:
         """What some nodes of one site write beyond their counterfactual values, at their position or at all."""
         n, sites, x = len(batch.part), upstream(self.nodes, node.site), batch.clean.values[node.site]
         if sites:
@@ -180,7 +180,7 @@ class EdgeRuns:
         batch: "_Kept",
         sites: Sequence[NodeSite],
         ups: Sequence[Sequence[Node]],
-        beyond: Mapping[Node, Float[Tensor, "rows pos width"]],
+        beyond: Mapping[Node, Float[Tensor, "rows _ width"]],
     ) -> dict[Site, Float[Tensor, "all pos _"]]:
         """What the upstream sites hold for some downstream nodes, each with its own incoming nodes."""
         n = len(batch.part)
@@ -220,7 +220,7 @@ class _Kept:
         return first.enters if self.clean.way(first) != "whole" else 0
 
 
-def _alone(component: Component, unit: int, change: Float[Tensor, "rows pos _"]) -> Float[Tensor, "rows pos width"]:
+def _alone(component: Component, unit: int, change: Float[Tensor, "rows pos _"]) -> Float[Tensor, "rows _ width"]:
     """What one unit adds to its site, given the change of what the component reads."""
     if isinstance(component, LatentUnits):
         assert component.ids is not None

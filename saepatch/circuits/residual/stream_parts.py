@@ -51,7 +51,7 @@ class StreamRun:
 
     wrote: Mapping[StreamPart, Float[Tensor, "batch pos d_model"]]
     streams: Sequence[Float[Tensor, "batch pos d_model"]]
-    logits: Float[Tensor, "batch pos vocab"]
+    logits: Float[Tensor, "batch last vocab"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -332,7 +332,7 @@ class Before(DynamicLayer):
     They are copied only while the block that needs them runs.
     """
 
-    def __init__(self, kept: DynamicLayer, rows: Int[Tensor, "edits"] | slice, first: int | None = None) -> None:
+    def __init__(self, kept: Any, rows: Int[Tensor, "edits"] | slice, first: int | None = None) -> None:
         super().__init__()
         assert kept.keys is not None, "the kept run filled its cache"
         assert kept.values is not None
@@ -356,8 +356,11 @@ class Before(DynamicLayer):
         return torch.cat([mine, new], -2)
 
 
-def cache_before(caches: Sequence[Cache], rows: Int[Tensor, "edits"], first: int, kind: type[Before] = Before) -> Cache:
-    """A cache of the columns before `first`, each layer's from the first of the caches that holds it."""
+def cache_before(caches: Sequence[Any], rows: Int[Tensor, "edits"], first: int, kind: type[Before] = Before) -> Cache:
+    """A cache of the columns before `first`, each layer's from the first of the caches that holds it.
+
+    `caches` are of transformers, or hold `layers` like theirs.
+    """
     layers: list[Any] = []
     for number in range(max(len(cache.layers) for cache in caches)):
         held: list[Any] = [cache.layers[number] for cache in caches if number < len(cache.layers)]
