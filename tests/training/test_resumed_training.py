@@ -380,3 +380,10 @@ def test_dictionaries_on_the_way(monkeypatch, architecture, model, tmp_path):
     assert all(torch.equal(ours[site][name], value) for site in theirs for name, value in theirs[site].items())
     about = sp.load_sae(str(snapshots / f"{4096:015d}"), site=Site(1)).cfg.metadata.to_dict()
     assert about["training_tokens"] == 4096
+
+
+def test_dictionaries_on_the_way_are_not_fine_tuned_yet(model, tmp_path):
+    config = small(tokens=2048, sites=["resid_post.1"], finetune_tokens=512, save_every=1024)
+    train_saes(model, documents(), config, tmp_path)
+    for folder, tuned in ((tmp_path / "snapshots" / f"{1024:015d}", 0), (tmp_path, 512)):
+        assert sp.load_sae(str(folder), site=Site(1)).cfg.metadata.to_dict()["finetuning_tokens"] == tuned

@@ -172,8 +172,6 @@ def notes(model: LanguageModel, config: TrainingConfig, documents: Sequence[Docu
         "model_fingerprint": model.fingerprint,
         "dataset_path": redacted(config.data),
         "dataset_documents": len(documents) if isinstance(documents, Sequence) else None,
-        "training_tokens": config.steps * config.batch_size,
-        "finetuning_tokens": config.finetune_tokens,
         "context_size": config.context,
         "prepend_bos": bool(sample) and sample[0] == model.bos_id,
         "normalization": "activations were scaled to a mean norm of sqrt(d_in); the scale is folded into the biases",

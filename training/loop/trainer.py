@@ -352,7 +352,8 @@ class Run:
         for site, evaluation in zip(dictionaries, evaluations, strict=True):
             figures[site] = {**evaluation.figures, **cost}
             self.tracker.histogram(f"{site}/density", evaluation.density.counts, evaluation.density.edges, self.logged)
-        about = saving.notes(self.model, self.config, self.stream.documents) | {"training_tokens": self.tokens}
+        so_far = {"training_tokens": self.tokens, "finetuning_tokens": self.finetuned and self.config.finetune_tokens}
+        about = saving.notes(self.model, self.config, self.stream.documents) | so_far
         saving.write(out, dictionaries, figures, about, self.config, self.identity(), also)
         return figures, also
 
