@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.transcoder import refuse_transcoder
 from saepatch.engine.components import (
     Changes,
     Component,
@@ -99,6 +100,7 @@ def node_sites(model: LanguageModel, patchables: Patchable | Sequence[Patchable]
     listed: list[Component] = []
     for item in given:
         if isinstance(item, Dictionary):
+            refuse_transcoder(item, "circuits")
             if item.normalises:
                 raise UserError(
                     f"dictionary {item.name} normalises its input, so its latents and error term do not make up "

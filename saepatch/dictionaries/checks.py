@@ -26,14 +26,13 @@ _WARNED: set[tuple[int, int]] = set()  # (dictionary, model) ids that were warne
 
 
 def check_weights(sae: nn.Module, name: str) -> None:
-    """Raises UserError for weights that are not finite, a normalisation that is not folded in, or a transcoder."""
+    """Raises UserError for weights that are not finite, a normalisation that is not folded in, or an impossible k."""
     cfg: Any = sae.cfg
     if cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise UserError(
             f"dictionary {name!r} expects {cfg.normalize_activations} inputs that are not folded into its weights: "
             "fold them with sae_lens (fold_activation_norm_scaling_factor or fold_activation_whitening), then save it"
         )
-    refuse_transcoder(cfg.architecture(), name)
     k, d_sae = getattr(cfg, "k", None), cfg.d_sae
     if k is not None and not (isinstance(k, int | float) and 0 < k <= d_sae):
         raise UserError(f"dictionary {name!r} has k {k!r} and {d_sae} latents: correct k in its cfg.json")
@@ -54,18 +53,12 @@ def check_stored(file: Path, name: str) -> None:
                 raise UserError(_NO_FLOATS.format(name=name, key=key, dtype=dtype))
 
 
-def refuse_transcoder(architecture: str, name: str) -> None:
-    """Raises UserError for a dictionary that writes another site than it reads."""
-    if "transcoder" in architecture:
-        raise UserError(f"{name!r} is a {architecture}, which reads one site and writes another: load an autoencoder")
-
-
 def check_architecture(architecture: str, name: str) -> None:
     """Raises UserError for an architecture that the installed sae_lens cannot load."""
     from sae_lens.registry import SAE_CLASS_REGISTRY
 
     if architecture not in SAE_CLASS_REGISTRY:
-        known = ", ".join(kind for kind in sorted(SAE_CLASS_REGISTRY) if "transcoder" not in kind)
+        known = ", ".join(sorted(SAE_CLASS_REGISTRY))
         raise UserError(
             f"{name!r} is of architecture {architecture!r}, which the installed sae_lens does not load: "
             f"use one of {known}"

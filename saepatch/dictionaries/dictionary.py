@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,11 @@ class Dictionary:
     @property
     def d_in(self) -> int:
         return int(self.cfg.d_in)
+
+    @property
+    def writes(self) -> slice:
+        """The columns of the site's value that it reconstructs: all, but for a transcoder."""
+        return slice(None)
 
     @property
     def d_sae(self) -> int:
@@ -215,13 +220,13 @@ class Dictionary:
         chosen = torch.tensor(list(ids), device=self.W_dec.device)
         weights: dict[str, Any] = dict(self.sae._parameters)
         for name, weight in weights.items():
-            if weight is not None and name != "b_dec":
+            if weight is not None and name not in ("b_dec", "W_skip"):
                 few = weight.detach().index_select(1 if name == "W_enc" else 0, chosen)
                 weights[name] = nn.Parameter(few, requires_grad=False)
         sae.__dict__["_parameters"] = weights
         sae.cfg = copy(self.cfg)
         sae.cfg.d_sae = len(ids)
-        return Dictionary(sae, self.site, self.name)
+        return replace(self, sae=sae)
 
     @cached_property
     def _separable(self) -> bool:

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from saepatch.dictionaries.checks import check_stored, refuse_transcoder
+from saepatch.dictionaries.checks import check_stored
 from saepatch.errors import UserError
 from saepatch.model.families import FAMILIES
+from saepatch.model.sites import TRANSCODED, Site
 from saepatch.records.documents import parse_json
 
 FILES = ("ae.pt", "ae.safetensors", "sae.safetensors")
@@ -80,15 +81,30 @@ def _dictionary_learning(folder: Path, name: str) -> tuple[nn.Module, str | None
 
 def _sparsify(folder: Path, name: str) -> tuple[nn.Module, str | None]:
     cfg = _read(folder / "cfg.json", name)
-    if cfg.get("transcode") or cfg.get("skip_connection"):
-        refuse_transcoder("skip_transcoder" if cfg.get("skip_connection") else "transcoder", name)
     if (activation := cfg.get("activation", "topk")) != "topk":
         raise UserError(f"{name!r} was trained by sparsify with activation {activation!r}: only topk is supported")
     weights = _weights(folder / "sae.safetensors", name)
     blocks = {family.blocks.rpartition(".")[2] for family in FAMILIES.values()}
-    match = re.fullmatch(r"(\w+)\.(\d{1,9})", folder.name)  # sparsify names folders after the module that it read
-    stated = f"blocks.{match[2]}.hook_resid_post" if match and match[1] in blocks else None
+    # sparsify names folders after the module: a transcoder reads its input, another dictionary its output
+    match = re.fullmatch(r"(\w+)\.(\d{1,9})(\.mlp)?", folder.name)
+    if cfg.get("transcode"):
+        at = Site(int(match[2]), TRANSCODED).hook_name if match and match[3] else None
+        return _transcoder(weights, name, cfg.get("k")), at
+    stated = f"blocks.{match[2]}.hook_resid_post" if match and match[1] in blocks and not match[3] else None
     return _sae("topk", weights, name, apply_b_dec_to_input=True, k=cfg.get("k")), stated
+
+
+def _transcoder(weights: Mapping[str, Tensor], name: str, k: Any) -> nn.Module:
+    """A transcoder with the k largest latents, for which sae_lens has no architecture of its own."""
+    from sae_lens.saes.topk_sae import TopK
+
+    d_sae, d_out = weights["W_dec"].shape
+    if type(k) is not int or not 0 < k <= d_sae:
+        raise UserError(f"{name!r} has k {k!r} and {d_sae} latents: correct k in its cfg.json")
+    kind = "skip_transcoder" if "W_skip" in weights else "transcoder"
+    sae = _sae(kind, weights, name, apply_b_dec_to_input=False, d_in=len(weights["W_enc"]), d_out=d_out)
+    sae.activation_fn = TopK(k)
+    return sae
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:
@@ -121,8 +137,8 @@ def _sae(architecture: str, weights: Mapping[str, Tensor], name: str, **options:
     sae_class, cfg_class = get_sae_class(architecture)
     d_sae, d_in = weights["W_dec"].shape
     if architecture != "topk":
-        options.pop("k")
-    cfg = cfg_class(d_in=d_in, d_sae=d_sae, dtype="float32", device="cpu", **options)
+        options.pop("k", None)
+    cfg = cfg_class(**{"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"} | options)
     sae: nn.Module = sae_class(cfg)
     expected = {part: tuple(value.shape) for part, value in sae.state_dict().items()}
     shapes = {part: tuple(value.shape) for part, value in weights.items()}

@@ -16,10 +16,10 @@ from saepatch.dictionaries.checks import (
     check_decoder,
     check_stored,
     check_weights,
-    refuse_transcoder,
 )
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.foreign import FILES, read_foreign
+from saepatch.dictionaries.transcoder import adopt_transcoder, is_transcoder, refuse_cross_layer, site_of_transcoder
 from saepatch.errors import UserError, reason_of
 from saepatch.model.families import FAMILIES
 from saepatch.model.loading.load import usable_device
@@ -43,7 +43,8 @@ def load_sae(
     """Load one SAE: `organism` or `organism-shared` (with a site), a folder, a folder of `SITE/` sub-folders, or
     `RELEASE/SAE_ID`.
 
-    A folder is in sae_lens' format, or as dictionary_learning or sparsify saves it, with weights in safetensors.
+    A folder is in sae_lens' format, or as dictionary_learning or sparsify saves it, with weights in safetensors. The
+    site of a transcoder is its MLP's, as in `mlp.3`.
 
     The site is read from the SAE's metadata; where the metadata names none, it must be given.
 
@@ -52,7 +53,7 @@ def load_sae(
 
     Raises:
         UserError: nothing is found, the site differs from the metadata, weights are not finite, or the decoder cannot
-            be edited (as a transcoder's).
+            be edited (as a cross-layer transcoder's).
     """
     return replace(_load(spec, site, device, dtype), every_position=every_position)
 
@@ -125,9 +126,7 @@ def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | tor
             raise UserError(f"{name!r} lacks {part}: expected a folder in sae_lens' format")
     try:
         cfg = parse_json((folder / "cfg.json").read_text(encoding="utf-8"), str(folder / "cfg.json"))
-        stated = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
         architecture = str(cfg.get("architecture"))
-        refuse_transcoder(architecture, name)
         if architecture in OF_TRAINING:
             raise UserError(
                 f"{name!r} is a checkpoint of sae_lens' trainer ({architecture}): load it there and save it with "
@@ -141,7 +140,8 @@ def _load_folder(folder: Path, name: str, wanted: Site | None, device: str | tor
         raise
     except Exception as error:  # damaged files fail in many ways inside the loaders; all are bad input
         raise UserError(f"cannot read the dictionary in {name!r}: {reason_of(error)}") from error
-    return _finish(sae, stated, wanted, name)
+    own: Any = sae.cfg.metadata
+    return _finish(sae, own.get("hook_name") or cfg.get("hook_name"), wanted, name)
 
 
 def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dtype: str) -> Dictionary:
@@ -163,6 +163,7 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
                 "give a folder, RELEASE/SAE_ID, or OWNER/REPOSITORY/SAE_ID"
             )
         release = owner_and_name
+    refuse_cross_layer(release, sae_id)
     try:
         sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype=dtype)
     except Exception as error:  # loaders pass on anything their hub client raises
@@ -171,6 +172,15 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
 
 
 def _finish(sae: nn.Module, stated: object, wanted: Site | None, name: str) -> Dictionary:
+    cfg: Any = sae.cfg
+    if is_transcoder(cfg.architecture()) and cfg.metadata.get("hook_name") is not None:
+        refuse_cross_layer(*(cfg.metadata.get(part) for part in ("sae_lens_release", "sae_id")))
+        try:
+            stated = site_of_transcoder(cfg.metadata.to_dict())
+        except UserError as error:
+            if wanted is None:
+                raise UserError(f"{name!r}: {error}, or at the MLP that you name, as in site='mlp.3'") from error
+            stated = None
     if stated is None and wanted is None:
         raise UserError(
             f"the metadata of dictionary {name!r} names no site: give it, as in site='resid_post.3', "
@@ -197,6 +207,8 @@ def site_of_hook(stated: object) -> Site:
     Raises:
         UserError: it names neither, or a module inside a block, which families use in different ways.
     """
+    if isinstance(stated, Site):
+        return stated
     if not isinstance(stated, str):
         raise UserError(f"its hook_name is {stated!r}, not a text")
     for blocks in {family.blocks for family in FAMILIES.values()}:
@@ -214,7 +226,7 @@ def wrap_sae(sae: Any, site: str | Site | None = None, name: str = "") -> Dictio
         name: Its name in results; default: that of its release, or of its class.
 
     Raises:
-        UserError: it is not a dictionary or is a transcoder, names no site, or cannot be edited.
+        UserError: it is not a dictionary, names no site, or cannot be edited.
     """
     if isinstance(sae, Dictionary):
         raise UserError(f"dictionary {sae.name} is wrapped already: use it as it is")
@@ -225,7 +237,6 @@ def wrap_sae(sae: Any, site: str | Site | None = None, name: str = "") -> Dictio
     stored = [metadata.get(part) for part in ("sae_lens_release", "sae_id", "sae_lens_id")]
     name = name or "/".join(str(part) for part in stored if part) or type(sae).__name__
     architecture = str(cfg.architecture())
-    refuse_transcoder(architecture, name)
     if architecture in OF_TRAINING:
         raise UserError(f"{name!r} is a dictionary in training ({architecture}): save it with save_inference_model")
     return _finish(sae, metadata.get("hook_name"), None if site is None else Site.parse(site), name)
@@ -247,7 +258,10 @@ def adopt(sae: nn.Module, site: Site, name: str) -> Dictionary:
     Raises:
         UserError: weights that are not finite, a normalisation that is not folded in, or a decoder that is not linear.
     """
+    cfg: Any = sae.cfg
     check_weights(sae, name)
+    if is_transcoder(cfg.architecture()):
+        return adopt_transcoder(sae, site, name)
     if getattr(sae, "hook_z_reshaping_mode", False):
         sae.turn_off_forward_pass_hook_z_reshaping()  # type: ignore[operator]  # our z is already the concatenation of heads
     dictionary = Dictionary(sae.eval().requires_grad_(False), site, name)

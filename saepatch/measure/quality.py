@@ -195,7 +195,7 @@ def latent_statistics(
     for batch in token_batches(model, tokens, batch_size, dictionary.d_sae):
         x = model.capture(batch, [site])[site]
         check_finite(model, site, x, batch)
-        sums.add(dictionary.encode(x), x, dictionary.known(model, batch))
+        sums.add(dictionary.encode(x), x[..., dictionary.writes], dictionary.known(model, batch))
     if not sums.n:
         raise UserError(_NOTHING)
     return sums.statistics(dictionary)
@@ -222,7 +222,8 @@ class _SiteSums:
         zeros = torch.zeros(dictionary.d_sae, dtype=torch.float64, device=_accurate(dictionary.W_dec[:1]).device)
         values = ActiveValues(dictionary.d_sae)
         written = ActiveValues(dictionary.d_sae) if dictionary.normalises else None
-        return cls(zeros.new_zeros(dictionary.d_in), zeros, zeros.clone(), values, written)
+        width = len(range(dictionary.d_in)[dictionary.writes])
+        return cls(zeros.new_zeros(width), zeros, zeros.clone(), values, written)
 
     @torch.no_grad()
     def add(self, latents: Latents, x: Float[Tensor, "batch pos d_model"], batch: Tokens) -> None:
@@ -300,7 +301,7 @@ class _Measure:
         batch, x = kept.tokens, kept.values[self.dictionary.site]
         latents = self.dictionary.encode(x)
         known = self.dictionary.known(self.model, batch).after(self.first)
-        self.sums.add(latents, x, known)
+        self.sums.add(latents, x[..., self.dictionary.writes], known)
         # The target is one column to the right of the predicting token, whichever side is padded.
         counted = known.ordinary[:, :-1] & batch.ordinary[:, 1:]
         targets = batch.input_ids[:, 1:][counted]

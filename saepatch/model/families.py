@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from saepatch.errors import UserError
-from saepatch.model.sites import Site
+from saepatch.model.sites import TRANSCODED, Site
 
 Paths = str | tuple[str, ...]
 
@@ -93,6 +93,29 @@ class Layout:
                 + (f"; the model has {site.stream} at {elsewhere}" if elsewhere else "")
             )
         return self.blocks[site.layer].get_submodule(paths[site.stream])
+
+    def around_mlp(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The module whose input an MLP's transcoder reads, and the one whose output it writes.
+
+        Raises:
+            UserError: the model has no such layer, or its block does not offer `mlp_out`.
+        """
+        written = self.module(Site(layer, "mlp_out"))
+        # A post-norm emits what the MLP adds, so that the module that reads is found by its neurons.
+        inside = self.paths[layer].get("neurons", "").rpartition(".")[0] or self.paths[layer]["mlp_out"]
+        return self.blocks[layer].get_submodule(inside), written
+
+    def width(self, site: Site) -> int:
+        """Size of the last dimension of a site's tensor.
+
+        Raises:
+            UserError: the model does not offer the site.
+        """
+        if site.stream == TRANSCODED:
+            self.around_mlp(site.layer)
+            return self.widths[Site(site.layer, "mlp_out")] + self.widths[Site(site.layer, "resid_pre")]
+        self.module(site)
+        return self.widths[site]
 
     @property
     def all_sites(self) -> list[Site]:

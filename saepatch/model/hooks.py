@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saepatch.errors import UserError
 from saepatch.model.families import Layout
-from saepatch.model.sites import READ_AT_INPUT, Site
+from saepatch.model.sites import READ_AT_INPUT, TRANSCODED, Site
 
 Edit = Callable[[Tensor], Tensor]
 # Number of `unedited` contexts a model is in, by its first block and the thread. A hook acts only on the thread and at
@@ -66,6 +66,27 @@ def _on_input(module: nn.Module, edit: Edit) -> Any:
         return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@contextmanager
+def _around(reads: nn.Module, writes: nn.Module, edit: Edit) -> Iterator[None]:
+    """Edit one module's output, with another's input beside it as one tensor: of the result, the output is kept."""
+    received: dict[int, Tensor] = {}  # by thread
+
+    def before(_module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if kwargs is not None:  # None: removed by another thread after torch listed it, and before torch ran it
+            received[get_ident()] = args[0] if args else next(iter(kwargs.values()))
+
+    def after(y: Tensor) -> Tensor:
+        if (x := received.pop(get_ident(), None)) is None:
+            return y
+        both = torch.cat([y, x[:, -y.shape[1] :].to(y)], -1)  # a resumed pass may compute only the last columns
+        new = edit(both)
+        # cloned: the model may add to it in place; written even unchanged where gradients are taken at it
+        return y if new is both and not both.requires_grad else new[..., : y.shape[-1]].clone()
+
+    with reads.register_forward_pre_hook(before, with_kwargs=True), _on_output(writes, after):
+        yield
 
 
 def _level(layout: Layout) -> tuple[int, int]:
@@ -131,6 +152,9 @@ def edit_sites(layout: Layout, edits: Mapping[Site, Edit], device: torch.device 
 
     with ExitStack() as stack:
         for site, edit in edits.items():
+            if site.stream == TRANSCODED:
+                stack.enter_context(_around(*layout.around_mlp(site.layer), counted(site, edit)))
+                continue
             register = _on_input if site.stream in READ_AT_INPUT else _on_output
             handle = register(layout.module(site), counted(site, edit))
             stack.callback(handle.remove)

@@ -75,8 +75,7 @@ class LanguageModel:
 
     def width(self, site: Site) -> int:
         """Size of the last dimension of a site's tensor."""
-        self.layout.module(site)
-        return self.layout.widths[site]
+        return self.layout.width(site)
 
     @property
     def device(self) -> torch.device:

@@ -19,15 +19,15 @@ INSIDE = {
 def stream_directions(model: LanguageModel, site: Site, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n d_model"]:
     """What directions at a site add to the residual stream.
 
-    At resid_pre, resid_post, attn_out and mlp_out, a direction adds itself. Head outputs (z) are multiplied by the
-    output projection W_O, MLP neurons by the MLP's output projection, and both by the post-norm where a family has
-    one: it rescales, so that only the direction is meaningful there.
+    At resid_pre, resid_post, attn_out and mlp_out, a direction adds itself; at mlp, its part that is written. Head
+    outputs (z) are multiplied by the output projection W_O, MLP neurons by the MLP's output projection, and both by the
+    post-norm where a family has one: it rescales, so that only the direction is meaningful there.
 
     Raises:
         UserError: the model has no such site.
     """
     if site.stream not in INSIDE:
-        return rows
+        return rows[:, : model.d_model]  # of a transcoder, what it writes
     project = model.layout.module(site)
     weight = next(project.parameters())
     x = torch.cat([rows, torch.zeros_like(rows[:1])]).to(model.device, weight.dtype)[None]

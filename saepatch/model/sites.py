@@ -17,9 +17,11 @@ _HOOK_NAMES = {
     "neurons": "mlp.hook_post",
 }
 STREAMS = tuple(_HOOK_NAMES)
+TRANSCODED = "mlp"  # what the MLP adds, followed by what it reads: the site of a transcoder
 READ_AT_INPUT = ("resid_pre", "z", "neurons")  # inputs of a module; the other streams are outputs
 # In the order of a forward pass; the first two name the tensor that enters a block (resid_post of the block before).
 _WITHIN_BLOCK = ("resid_post", "resid_pre", "z", "attn_out", "neurons", "mlp_out")
+_HOOK_NAMES[TRANSCODED] = "mlp.hook_in"
 _STREAM_OF_HOOK = {hook: stream for stream, hook in _HOOK_NAMES.items()}
 
 
@@ -31,13 +33,16 @@ class Site:
     to the residual stream, after a post-norm where a family has one. `z` is the concatenation of the attention heads'
     outputs before the output projection, `neurons` the MLP's hidden units before its output projection. Layers count
     from 0.
+
+    `mlp` is the site of transcoders only: one tensor of what the MLP adds (`mlp_out`) and, after it, what the MLP
+    reads. Edits write the first part.
     """
 
     layer: int
     stream: str = "resid_post"
 
     def __post_init__(self) -> None:
-        if self.stream not in STREAMS:
+        if self.stream not in _HOOK_NAMES:
             raise UserError(f"unknown stream {self.stream!r}: use one of {', '.join(STREAMS)}, as in 'resid_post.3'")
         if self.layer < 0:
             raise UserError(f"layer {self.layer} is negative: layers count from 0, as in 'resid_post.0'")
@@ -77,8 +82,9 @@ class Site:
     @property
     def order(self) -> tuple[int, int]:
         """Sort key by order in the forward pass; equal for both names of one tensor."""
-        return self.enters, max(0, _WITHIN_BLOCK.index(self.stream) - 1)
+        written = "mlp_out" if self.stream == TRANSCODED else self.stream
+        return self.enters, max(0, _WITHIN_BLOCK.index(written) - 1)
 
     def same_tensor(self, other: "Site") -> bool:
-        """Whether both sites are the same tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
+        """Whether an edit of both writes the same tensor: `resid_pre` of layer L+1 is `resid_post` of layer L."""
         return self.order == other.order

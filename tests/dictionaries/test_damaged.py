@@ -47,7 +47,7 @@ def changed(folder, **values):
     ("values", "message"),
     [
         ({"architecture": "batchtopk"}, r"trainer \(batchtopk\): .*save_inference_model"),
-        ({"architecture": "jumprelu_transcoder"}, "is a jumprelu_transcoder, which reads one site"),
+        ({"architecture": "jumprelu_transcoder"}, "cannot read the dictionary"),
         ({"k": 2**63 - 1}, "has k 9.*and 48 latents: correct k"),
         ({"k": 0}, "has k 0 and 48 latents"),
         ({"k": "many"}, "has k .many. and 48 latents"),

@@ -123,7 +123,28 @@ def test_sparsify(tmp_path):
     latents = dictionary.encode(X[None])
     torch.testing.assert_close(latents.acts[0], top(CENTRED), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(latents.reconstruction[0], top(CENTRED) @ DECODER.T + B_DEC, rtol=1e-5, atol=1e-5)
-    for changed, message in (({"transcode": True}, "is a transcoder"), ({"activation": "groupmax"}, "only topk")):
-        (folder / "cfg.json").write_text(json.dumps(cfg | changed))
-        with pytest.raises(UserError, match=message):
-            load_sae(str(folder))
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"activation": "groupmax"}))
+    with pytest.raises(UserError, match="only topk"):
+        load_sae(str(folder))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_sparsify_transcoders(tmp_path, skip):
+    """It does not centre what a transcoder reads."""
+    folder = tmp_path / "h.2.mlp"
+    folder.mkdir()
+    cfg = {"num_latents": D_SAE, "k": K, "d_in": D_IN, "activation": "topk", "transcode": True, "skip_connection": skip}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    stored = {"encoder.weight": ENCODER, "encoder.bias": B_ENC, "W_dec": DECODER.T.contiguous(), "b_dec": B_DEC}
+    w_skip = normal(D_IN, D_IN, seed=7)
+    save_file(stored | ({"W_skip": w_skip} if skip else {}), folder / "sae.safetensors")
+    dictionary = load_sae(str(folder))
+    assert dictionary.site == Site(2, "mlp")
+    latents, acts = dictionary.encode(torch.cat([B_DEC.expand_as(X), X], -1)[None]), top(X @ ENCODER.T + B_ENC)
+    torch.testing.assert_close(latents.acts[0], acts, rtol=1e-5, atol=1e-5)
+    written = acts @ DECODER.T + B_DEC + (X @ w_skip.T if skip else 0)
+    torch.testing.assert_close(latents.reconstruction[0, :, :D_IN], written, rtol=1e-5, atol=1e-5)
+    assert dictionary.alone([1, 2]) is None  # the k largest depend on all
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"k": 0}))
+    with pytest.raises(UserError, match="has k 0 and 16 latents"):
+        load_sae(str(folder))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
 
 from saepatch.cli.main import main
-from saepatch.dictionaries.loading import adopt, load_sae, load_saes
+from saepatch.dictionaries.loading import load_sae, load_saes
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load as loading
@@ -214,11 +214,6 @@ def test_dictionaries_that_cannot_be_loaded(tmp_path, caplog):
 def test_dictionaries_that_cannot_be_edited():
     with pytest.raises(UserError, match="expects expected_average_only_in inputs that are not folded"):
         random_dictionary(architecture="standard", normalize_activations="expected_average_only_in")
-    from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
-
-    transcoder = Transcoder(TranscoderConfig(d_in=16, d_sae=48, d_out=16, apply_b_dec_to_input=False))
-    with pytest.raises(UserError, match="is a transcoder, which reads one site and writes another"):
-        adopt(transcoder, Site(1), "t")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from saepatch.circuits.residual.unembedding import Unembedding, read_unembedding
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.dictionaries.transcoder import refuse_transcoder
 from saepatch.errors import UserError
 from saepatch.model.inputs.padding import by_length
 from saepatch.model.language_model import LanguageModel, Tokens, refuse_training
@@ -119,6 +120,7 @@ def _places(
     for dictionary in dictionaries:
         dictionary.check(model)
         site = dictionary.site
+        refuse_transcoder(dictionary, "direct attributions")
         if site.stream in STREAMS:
             if stream is not None:
                 raise UserError(
