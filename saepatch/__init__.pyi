@@ -58,6 +58,7 @@ from .engine.corruptions import GaussianNoise as GaussianNoise
 from .engine.corruptions import Mean as Mean
 from .engine.corruptions import Zero as Zero
 from .engine.options import SweepOptions as SweepOptions
+from .engine.passes.shared_runs import shared_runs as shared_runs
 from .errors import UserError as UserError
 from .facts.contexts import Sampled as Sampled
 from .facts.covariances import Covariances as Covariances

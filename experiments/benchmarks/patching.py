@@ -1,10 +1,11 @@
 """How fast are exact sweeps of latent edits, compared with other libraries?
 
-    python -m experiments.benchmarks.patching --out runs/patching
+    python -m experiments.benchmarks.patching --out runs/patching [--model google/gemma-3-270m]
 
 Random models of two shapes (GPT-2 small; a Llama with grouped queries) with a random TopK dictionary at the middle
 layer; one prompt pair of each length; the (latent, position) edits in which its two runs differ most, denoised; the
-logit difference after the last token. All variants have the same weights and must give the same numbers.
+logit difference after the last token. A model that is given stands beside them, with one pair of indirect objects. All
+variants have the same weights and must give the same numbers.
 
 On the CPU the clock is processor time of one thread, which other load on the machine affects little. Each round runs
 every variant once: saepatch on all edits, including its two base runs, the others on a slice of the edits. Ratios are
@@ -15,6 +16,7 @@ On a GPU the clock is wall time, and the comparison is with a plain batched loop
 import gc
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -26,13 +28,14 @@ from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
 from saepatch.records.tables import text_table
 
-from .common.cases import Case, Subject, make_case, make_subject
+from .common.cases import Case, Subject, load_subject, make_case, make_subject, real_case
 from .common.measuring import BenchmarkConfig, Clock, all_versions, check_counts, write_results
-from .common.peers import ON_GPU, OURS, PEERS, Runner, bare_passes, missing, saepatch
+from .common.peers import ON_GPU, OURS, PEERS, Peer, Runner, bare_passes, missing, saepatch
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 
 GEMM_ROWS = 512
+BUSY = 1.25  # rounds of the same sweep that differ by more were disturbed
 AT_ONCE = {"cpu": 2048, "cuda": 65536}  # tokens per batch of the other libraries: about their fastest
 
 
@@ -40,8 +43,12 @@ AT_ONCE = {"cpu": 2048, "cuda": 65536}  # tokens per batch of the other librarie
 class PatchingConfig(BenchmarkConfig):
     """Time exact sweeps of latent edits, compared with other libraries."""
 
+    model: str = ""
+    """A model beside the shapes: a folder, or a Hugging Face id; its keys begin with its family, as in gemma_18."""
+    threads: int = 1
+    """Threads of the processor; with more than one, the clock is wall time."""
     shapes: tuple[str, ...] = ("gpt2", "llama")
-    """Shapes of the models: gpt2, llama."""
+    """Shapes of random models: gpt2, llama; may be empty where a model is given."""
     lengths: tuple[int, ...] = (32, 256)
     """Numbers of tokens of the prompts."""
     peers: tuple[str, ...] = tuple(PEERS)
@@ -74,8 +81,8 @@ class PatchingConfig(BenchmarkConfig):
             raise UserError(f"differ = {self.differ}, curve_differ = {self.curve_differ}: use shares from 0 to below 1")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
             raise UserError(f"unknown peer {unknown[0]!r}: use {', '.join(PEERS)}")
-        if not self.shapes or not self.lengths or min((*self.lengths, *self.curve_tokens)) < 4:
-            raise UserError("give at least one shape and one length, and no length below 4 tokens")
+        if not (self.shapes or self.model) or not self.lengths or min((*self.lengths, *self.curve_tokens)) < 4:
+            raise UserError("give at least one shape (or a model) and one length, and no length below 4 tokens")
         if not all(0 < after < self.layers for after in self.curve_layers):
             raise UserError(f"layers = {self.layers}, curve_layers = {self.curve_layers}: use numbers below layers")
 
@@ -98,6 +105,11 @@ class Compared:
         return median(theirs / ours for theirs, ours in zip(self.ms[variant], self.ms[OURS], strict=True))
 
     @property
+    def spread(self) -> float:
+        """The longest of our rounds by the shortest: what else ran on the machine."""
+        return max(self.ms[OURS]) / min(self.ms[OURS])
+
+    @property
     def floor_ratio(self) -> float:
         return median(ours / floor for ours, floor in zip(self.ms[OURS], self.floor, strict=True))
 
@@ -118,6 +130,8 @@ class PatchingResults:
             "ratios": {key: case.ratio(variant) for key, case, variant in variants if variant != OURS},
             "ms_per_edit": {key: median(case.ms[variant]) for key, case, variant in variants},
             "floor_ratio": {name: case.floor_ratio for name, case in cases.items()},
+            "spread": {name: case.spread for name, case in cases.items()},
+            "busy": any(case.spread > BUSY for case in cases.values()),
             "max_abs_diff": max(case.worst for case in cases.values()),
             "largest_effect": {name: case.largest for name, case in cases.items()},
             "attribution": {name: median(case.attribution) for name, case in cases.items() if case.attribution},
@@ -141,33 +155,46 @@ class PatchingResults:
         rows.append(["ours / floor", *(f"{self.cases[name].floor_ratio:.2f}" for name in names)])
         if all(case.attribution for case in self.cases.values()):
             rows.append(["attribution / bare", *(f"{median(self.cases[n].attribution):.2f}" for n in names)])
+        rows.append(["ours, slowest / fastest round", *(f"{self.cases[name].spread:.2f}" for name in names)])
         rows.append(["largest difference", *(f"{self.cases[name].worst:.1e}" for name in names)])
         rows.append(["largest effect", *(f"{self.cases[name].largest:.1e}" for name in names)])
         lines = [text_table(["times our cost per edit", *names], rows)]
         for name, points in self.curves.items():
             if points:
                 lines.append(f"ms per edit by {name}: " + ", ".join(f"{n:g}: {ms:.2f}" for n, ms in points))
+        if self.summary()["busy"]:
+            lines.append(f"busy machine: rounds of one sweep differ by more than {BUSY:g} times")
         return "\n".join([*lines, *(f"skipped: {name} ({why})" for name, why in self.left_out.items())])
 
 
 def run(config: PatchingConfig) -> None:
     """Measure, print the table, and write summary.json if a folder is given."""
     clock = config.prepare()
+    if config.threads > 1:
+        torch.set_num_threads(config.threads)
+        clock = time.perf_counter if config.device == "cpu" else clock
     results = PatchingResults(config)
     peers = {name: PEERS[name] for name in config.peers} if config.device == "cpu" else ON_GPU
     results.left_out = {name: why for name in peers if (why := missing(name)) is not None}
     for number, shape in enumerate(config.shapes):
         subject = make_subject(shape, config.size, config.device, config.seed)
         for tokens in config.lengths:
-            case = make_case(subject, tokens, config.edits, config.differ)
-            log.info("%s, %d tokens, %d edits", shape, tokens, len(case))
-            runners = {name: peer(case, config.batch(tokens)) for name, peer in peers.items() if not missing(name)}
-            results.cases[f"{shape}_{tokens}"] = compare(config, case, runners, clock)
-            del runners
-            gc.collect()  # other libraries' models are large, and their hooks are reference cycles
+            _measure(results, make_case(subject, tokens, config.edits, config.differ), peers, clock)
         if number == 0:
             results.curves = curves(config, subject, clock)
+    if config.model:
+        subject = load_subject(config.model, config.size, config.device, config.seed)
+        _measure(results, real_case(subject, config.edits), peers, clock)
     write_results(results, config.out)
+
+
+def _measure(results: PatchingResults, case: Case, peers: dict[str, Peer], clock: Clock) -> None:
+    config, name = results.config, f"{case.subject.shape}_{case.tokens}"
+    log.info("%s, %d tokens, %d edits", case.subject.shape, case.tokens, len(case))
+    runners = {peer: set_up(case, config.batch(case.tokens)) for peer, set_up in peers.items() if not missing(peer)}
+    results.cases[name] = compare(config, case, runners, clock)
+    del runners
+    gc.collect()  # other libraries' models are large, and their hooks are reference cycles
 
 
 def compare(config: PatchingConfig, case: Case, peers: dict[str, Runner], clock: Clock) -> Compared:
@@ -179,7 +206,7 @@ def compare(config: PatchingConfig, case: Case, peers: dict[str, Runner], clock:
     for runner in (ours, *peers.values()):
         runner(everything[:1])  # untimed: work done once per model, such as our choice of how to resume
     for number in range(config.rounds):
-        compared.floor.append(1e3 * case.flops / _gemm_rate(config, clock))
+        compared.floor.append(1e3 * case.flops / _gemm_rate(case, clock))
         ms, values = _ms(clock, ours, everything)
         compared.ms[OURS].append(ms)
         compared.largest = max(abs(value - base) for value in values)
@@ -239,10 +266,11 @@ def _attribution(case: Case) -> Callable[[], object]:
 
 
 @torch.no_grad()
-def _gemm_rate(config: PatchingConfig, clock: Clock) -> float:
-    """FLOPs per second of a matrix product of the MLP's shape."""
-    rows = torch.randn(GEMM_ROWS, config.width, device=config.device)
-    weight = torch.randn(config.width, 4 * config.width, device=config.device)
+def _gemm_rate(case: Case, clock: Clock) -> float:
+    """FLOPs per second of a matrix product of about the MLP's shape."""
+    width, device = case.subject.size.width, case.subject.model.device
+    rows = torch.randn(GEMM_ROWS, width, device=device)
+    weight = torch.randn(width, 4 * width, device=device)
     flops = 2.0 * GEMM_ROWS * weight.numel()
     repeats = 1 + int(1e10 / flops)
     return repeats * flops / _seconds(clock, lambda: [rows @ weight for _ in range(repeats)])

@@ -107,16 +107,10 @@ def _role_claim(role: str, sign: int, roles: Sequence[HeadRole]) -> Claim:
     return Claim(f"There are {role} heads", measured, figures[id(best)], SHOWN if mine else NOT_SHOWN)
 
 
-def chosen_site(sites: Sequence[TaskLatents]) -> TaskLatents:
-    """The site whose latents restore most on select: the largest of several figures on report would be biased."""
-    return max(sites, key=lambda site: site.on_select)
-
-
-def latents_claims(latents: Mapping[str, Sequence[TaskLatents]]) -> list[Claim]:
+def latents_claims(latents: Mapping[str, TaskLatents]) -> list[Claim]:
     """At the site chosen on select, for each task: few latents against random ones, and attribution."""
     claims = []
-    for task, sites in latents.items():
-        best = chosen_site(sites)
+    for task, best in latents.items():
         curve = best.curves["denoise"]
         k, top, random = curve.sizes[-1], curve.top[-1], curve.random[-1]
         apart = top.low > random.high
@@ -130,11 +124,10 @@ def latents_claims(latents: Mapping[str, Sequence[TaskLatents]]) -> list[Claim]:
     return claims
 
 
-def direction_claims(latents: Mapping[str, Sequence[TaskLatents]]) -> list[Claim]:
+def direction_claims(latents: Mapping[str, TaskLatents]) -> list[Claim]:
     """At the site chosen on select, for each task: latents against as many other directions, denoising."""
     claims = []
-    for task, sites in latents.items():
-        best = chosen_site(sites)
+    for task, best in latents.items():
         mine = best.others[LATENTS]
         for kind, other in best.others.items():
             shared = [k for k in mine.sizes if k in other.sizes]

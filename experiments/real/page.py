@@ -88,8 +88,8 @@ def summary(results: RealResults) -> dict[str, Any]:
         },
         "dictionaries": {quality.site: asdict(quality) for quality in results.qualities},
         "latents": {
-            name: {site.site: latent_figures(site) | direction_figures(site) for site in sites}
-            for name, sites in results.latents.items()
+            name: {"on_select": of.on_select, of.site: latent_figures(of) | direction_figures(of)}
+            for name, of in results.latents.items()
         },
         "steering": steering_figures(results.steered),
         "restored": {name: results.restored.share(name).as_list() for name in results.restored.answers}

@@ -32,7 +32,7 @@ class RealResults:
     patched: PatchingStage
     traced: Tracing | None
     qualities: Sequence[DictionaryQuality]
-    latents: Mapping[str, Sequence[TaskLatents]]
+    latents: Mapping[str, TaskLatents]
     steered: Sequence[SteeredConcept]
     restored: RestoredBehaviour | None
     claims: list[Claim]
@@ -62,10 +62,9 @@ def sweeps(results: RealResults) -> Iterator[tuple[str, Effects]]:
     if results.traced:
         yield from _both("facts: states", results.traced.states)
         yield from _both("facts: MLP windows", results.traced.mlps)
-    for task, sites in results.latents.items():
-        for site in sites:
-            for kind, other in site.others.items():
-                yield from _both(f"{task}: {kind}", other.effects)
+    for task, latents in results.latents.items():
+        for kind, other in latents.others.items():
+            yield from _both(f"{task}: {kind}", other.effects)
 
 
 def _both(name: str, by: Mapping[Any, Effects]) -> Iterator[tuple[str, Effects]]:

@@ -7,7 +7,7 @@ from saepatch.pages.charts import INTERVALS, WILSON, cell
 from saepatch.report import Section, Table
 
 from ..pairs.findings import NAMES
-from .stages.dictionaries import LATENTS, MASSIVE, DictionaryQuality, TaskLatents
+from .stages.dictionaries import LATENTS, MASSIVE, SIZES, DictionaryQuality, TaskLatents
 from .stages.restoration import RestoredBehaviour
 from .stages.steering import SteeredConcept
 from .stages.tasks import TASKS
@@ -55,22 +55,32 @@ def latent_figures(latents: TaskLatents) -> dict[str, Any]:
     }
 
 
-def latents_section(latents: Mapping[str, Sequence[TaskLatents]]) -> Section:
+def latents_section(latents: Mapping[str, TaskLatents]) -> Section:
     columns = ["task", "site", "direction", "latents", "effect", "random", "matched"]
     rows = [
         (TASKS[name].title, site.site, NAMES[d], k, *map(cell, (top, random, matched)))
-        for name, sites in latents.items()
-        for site in sites
+        for name, site in latents.items()
         for d, curve in site.curves.items()
         for k, top, random, matched in zip(curve.sizes, curve.top, curve.random, curve.matched, strict=True)
     ]
     checked = [
         (TASKS[name].title, site.site, len(site.attribution), figures["pearson"], figures["missed_at_most"])
-        for name, sites in latents.items()
-        for site in sites
+        for name, site in latents.items()
         for figures in (latent_figures(site),)
     ]
+    chosen = [
+        (TASKS[name].title, site, restored, "chosen" if site == of.site else "")
+        for name, of in latents.items()
+        for site, restored in of.on_select.items()
+    ]
     blocks = [
+        Table(
+            ["task", "site", "effect on select", ""],
+            chosen,
+            f"What at most {max(SIZES)} latents of a site restore on half of the select pairs, ranked on the other "
+            "half. The site with the largest effect is measured on report.",
+            {"effect on select": ".3f"},
+        ),
         Table(columns, rows, f"The first latents by attribution on select, patched together. {INTERVALS}"),
         Table(
             ["task", "site", "nodes", "Pearson", "missed, at most"],
@@ -82,8 +92,7 @@ def latents_section(latents: Mapping[str, Sequence[TaskLatents]]) -> Section:
     ]
     compared = [
         (TASKS[name].title, site.site, kind, NAMES[d], k, cell(effects.of(number)))
-        for name, sites in latents.items()
-        for site in sites
+        for name, site in latents.items()
         for kind, other in site.others.items()
         for d, effects in other.effects.items()
         for number, k in enumerate(other.sizes)

@@ -42,7 +42,7 @@ class RealConfig:
     tasks: tuple[str, ...] = TASKS
     """Tasks; the first that the model gets right is the worked example."""
     pairs: int = 100
-    """Maximum number of prompt pairs per task and split."""
+    """Maximum number of prompt pairs per split of the worked example; half as many (16 at least) of other tasks."""
     group: int = 32
     """Maximum number of pairs of one form in a map by layer and position."""
     dictionaries: int = 3
@@ -73,6 +73,11 @@ class RealConfig:
     """Precision of the model: float32, bfloat16 or float16."""
     track: str = "none"
     """Trackers besides the local log, separated by commas: none, wandb, wandb:offline, wandb:online, trackio."""
+
+    @property
+    def beside_worked(self) -> int:
+        """Maximum number of pairs per split of the tasks after the worked example."""
+        return min(self.pairs, max(16, self.pairs // 2))
 
     def __post_init__(self) -> None:
         read_spec(self.track)

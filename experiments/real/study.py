@@ -19,6 +19,7 @@ import torch
 
 from saepatch.data.texts import load_texts
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.passes.shared_runs import shared_runs
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
@@ -46,7 +47,7 @@ from .stages.dictionaries import dictionaries, qualities, task_latents
 from .stages.patching import patching
 from .stages.restoration import RestoredBehaviour, restoration
 from .stages.steering import SteeredConcept, steer
-from .stages.tasks import TASKS, read_task
+from .stages.tasks import TASKS, TaskPairs, read_task
 from .stages.texts import concepts
 from .stages.tracing import trace
 
@@ -88,14 +89,19 @@ def _deciding(config: RealConfig, model: LanguageModel) -> dict[str, Any]:
 
 
 def _measure(config: RealConfig, model: LanguageModel, kept: KeptResults) -> RealResults:
-    tasks = {name: read_task(model, name, config.pairs, config.seed, kept) for name in config.tasks}
-    usable = {name: task for name, task in tasks.items() if not task.reason}
+    tasks, usable = dict[str, TaskPairs](), dict[str, TaskPairs]()
+    for name in config.tasks:
+        most = config.beside_worked if usable else config.pairs
+        tasks[name] = read_task(model, name, most, config.seed, kept)
+        if not tasks[name].reason:
+            usable[name] = tasks[name]
     left_out = {TASKS[name].title: task.reason for name, task in tasks.items() if task.reason}
     for name, reason in left_out.items():
         log.warning("%s left out: %s", name, reason)
     if not usable:
         raise UserError(f"{config.model} gets no task right: " + "; ".join(map(": ".join, left_out.items())))
-    patched = patching(model, usable, config.group, config.seed, kept)
+    with shared_runs():
+        patched = patching(model, usable, config.group, config.seed, kept)
     if not patched.heads:
         left_out["Heads"] = f"the layout of {model.name} offers no attention heads"
     if not patched.roles:

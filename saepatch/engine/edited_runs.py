@@ -18,6 +18,7 @@ from saepatch.engine.known import known_where
 from saepatch.engine.metrics import Metric, answers_only, checked
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun, Later
+from saepatch.engine.passes.shared_runs import forget_runs
 from saepatch.engine.plan import EditPlan, Units, batches, column_of, plan
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
@@ -103,6 +104,7 @@ class EditedRuns:
                     f"a single edit of a prompt of {self.base.width} tokens does not fit in the memory of "
                     f"{self.base.model.device}: shorten the prompts, or spread the model (device_map)"
                 ) from error
+            forget_runs()
             log.info("%d edits at a time do not fit in the device's memory: trying half", batch.stop - batch.start)
             yield from self._measured(slice(batch.start, middle))
             yield from self._measured(slice(middle, batch.stop))

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 
 from saepatch.engine.gradients import Readout
 from saepatch.engine.metrics import metric_name
-from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, Before, KeptRun, cache_before, entry
+from saepatch.engine.passes.kept_cache import Before, cache_before
+from saepatch.engine.passes.kept_run import ON_CACHE, WAYS, KeptRun, entry
 from saepatch.engine.passes.shortcuts import linear_activations
 from saepatch.errors import UserError
 from saepatch.model.hooks import Edit, SpliceError, edit_sites

@@ -23,8 +23,9 @@ from saepatch.engine.known import check_known
 from saepatch.engine.metrics import Metric, needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun
-from saepatch.engine.passes.known_ways import KnownWays
+from saepatch.engine.passes.known_ways import KnownWays, Signature
 from saepatch.engine.passes.pieces import next_logits_in_pieces
+from saepatch.engine.passes.shared_runs import base_run
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.records.bars import progress_bar
@@ -101,7 +102,7 @@ def sweep(
     with bar:
         for part in same_length_batches(whole, at_once):
             part = part.rows([row for row in range(len(part)) for _ in range(samples)])
-            clean, corrupted = _two_runs(model, components, part, options)
+            clean, corrupted = _two_runs(model, ways.signature, components, part, options)
             if needs_clean_logits(options.metric):
                 part = replace(part, clean_logits=clean.logits)
             base, source = (corrupted, clean) if options.denoises else (clean, corrupted)
@@ -139,16 +140,20 @@ def _warn_of_lengths(tokens: Tokens) -> None:
 
 
 def _two_runs(
-    model: LanguageModel, components: Sequence[Component], part: PairBatch, options: SweepOptions
+    model: LanguageModel,
+    signature: Signature | None,
+    components: Sequence[Component],
+    part: PairBatch,
+    options: SweepOptions,
 ) -> tuple[KeptRun, KeptRun]:
     sites = {component.site for component in components}
     denoise = options.denoises
     if options.corruption is None and part.clean.input_ids.numel() <= SMALL:
         both = (torch.cat(two) for two in zip(*(vars(t).values() for t in (part.clean, part.corrupted)), strict=True))
-        return KeptRun(model, Tokens(*both), sites).split(len(part))
-    clean = KeptRun(model, part.clean, sites, keep_cache=not denoise)
+        return base_run(model, signature, Tokens(*both), sites, True).split(len(part))
+    clean = base_run(model, signature, part.clean, sites, not denoise)
     if options.corruption is None:
-        return clean, KeptRun(model, part.corrupted, sites, keep_cache=denoise)
+        return clean, base_run(model, signature, part.corrupted, sites, denoise)
     return clean, options.corruption.run(model, part, components, clean, denoise)
 
 

@@ -12,7 +12,7 @@ from tiny import random_dictionary, tiny_model
 import saepatch as sp
 from experiments.pairs import question
 from experiments.real import study
-from experiments.real.claims import Claim, OtherRun, chosen_site, verdict_of
+from experiments.real.claims import Claim, OtherRun, verdict_of
 from experiments.real.settings import RealConfig
 from experiments.real.stages import dictionaries, heads, restoration, steering, tasks, texts, tracing
 from experiments.real.stages.patching import direct_effects, patching
@@ -90,8 +90,9 @@ def test_a_small_run_says_what_does_not_apply(finished):
     for quality in summary["dictionaries"].values():
         assert quality["held_out"]
         assert 0 <= quality["bos_share"] + quality["massive_share"] <= 1
-    for site in summary["latents"]["pronouns"].values():
-        assert {"1", "4", "16"} >= set(site["denoise"]) > set()
+    latents = summary["latents"]["pronouns"]
+    assert set(latents) == {"on_select", "resid_post.2"}
+    assert {"1", "4", "16"} >= set(latents["resid_post.2"]["denoise"]) > set()
     assert "it needs the facts" in summary["left_out"]["Causal tracing"]
     assert {claim["verdict"] for claim in summary["claims"]} <= {"shown", "not shown", "the opposite is shown"}
     page = (finished / "report.html").read_text()
@@ -262,7 +263,8 @@ def test_given_dictionaries_are_measured_where_training_did_not(tmp_path):
 
 def test_latents_and_attribution_are_those_of_the_library():
     model, dictionary = tiny_model("llama"), random_dictionary()
-    curve = dictionaries.latent_curve(model, dictionary, PAIRS, PAIRS, 0, "noise")
+    ranking = dictionaries.first_units(model, dictionary, PAIRS, "noise")
+    curve = dictionaries.latent_curve(model, dictionary, ranking, PAIRS, PAIRS, 0, "noise")
     estimates = sp.attribute(model, dictionary, PAIRS, direction="noise")
     best = next(edit for edit in estimates.top(5, each_position=False) if edit.kind == "latent")
     by_hand = sp.patch_latents(model, dictionary, PAIRS, [best.units[0]], controls=0, direction="noise")
@@ -351,7 +353,11 @@ def test_latents_are_ranked_for_a_concept_and_success_is_compared_prompt_by_prom
 
 def test_other_directions_are_ranked_and_patched_like_latents():
     model, dictionary = tiny_model("llama"), random_dictionary()
-    measured = {kind: make(PAIRS, PAIRS) for kind, make in dictionaries.other_directions(model, dictionary).items()}
+    ranking = dictionaries.first_units(model, dictionary, PAIRS)
+    kinds = dictionaries.other_directions(model, dictionary, ranking)
+    measured = {kind: measure(PAIRS, PAIRS) for kind, measure in kinds.items()}
+    by_hand = sp.patch_latents(model, dictionary, PAIRS, [ranking[:4]], controls=0)
+    assert measured[dictionaries.LATENTS].at(4).value == pytest.approx(by_hand.of(0).value, abs=1e-5)
     assert measured["difference of means"].sizes == (1,)
     units = sp.units_of(model, dictionary.site)
     best = dictionaries.first_units(model, units, PAIRS)[:4]
@@ -410,8 +416,11 @@ def test_a_site_is_chosen_on_select_and_not_on_report():
     ranking = dictionaries.first_units(model, dictionary, FACTS[::2])
     expected = sp.patch_latents(model, dictionary, FACTS[1::2], [ranking], controls=0)
     assert restored == pytest.approx(float(expected.ratios()[0]), abs=1e-5)
-    sites = [
-        dictionaries.TaskLatents(f"resid_post.{n}", on_select, {}, None, {})
-        for n, on_select in enumerate((0.1, 0.4, 0.2))
-    ]
-    assert chosen_site(sites).site == "resid_post.1"
+    config, other = RealConfig("m", verify=4, sample=4), random_dictionary("resid_post.0")
+    framed = [tasks.FramedPair(pair, "") for pair in PAIRS]
+    task = tasks.TaskPairs("facts", dict.fromkeys(tasks.SPLITS, framed), {})
+    by_site = {each.site: each for each in (dictionary, other)}
+    of = dictionaries.task_latents(config, model, by_site, task, UNKEPT)
+    assert of.on_select == {str(s): dictionaries.effect_on_select(model, d, PAIRS) for s, d in by_site.items()}
+    assert of.on_select[of.site] == max(of.on_select.values())
+    assert of.attribution.sites == (Site.parse(of.site),)

@@ -1,5 +1,8 @@
-"""Benchmark subjects: random models of known shapes, a random TopK dictionary, a prompt pair and its largest edits."""
+"""Benchmark subjects: random models of known shapes or a model from a folder, a random TopK dictionary, a prompt pair
+and its largest edits.
+"""
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from saepatch.data.batches import answer_token
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import adopt
@@ -17,13 +21,21 @@ from saepatch.engine.components import Edit
 from saepatch.errors import UserError
 from saepatch.model.hooks import capture
 from saepatch.model.language_model import LanguageModel
-from saepatch.model.loading.load import wrap_model
+from saepatch.model.loading.load import load_model, wrap_model
 from saepatch.model.sites import Site
 
 VOCABULARIES = {"gpt2": 50257, "llama": 32000}
 CONTEXT = 1024
 # With the usual 0.02 the later blocks change little, and comparing values would hardly test them.
 SPREAD = 0.05  # standard deviation of the initial weights
+# The pair of prompts for a model from a folder, of about 17 tokens in most tokenizers.
+NAMES = "When {first} and {second} went to the store in the city, {giver} gave a drink to"
+PAIR = PromptPair(
+    NAMES.format(first="Mary", second="John", giver="John"),
+    NAMES.format(first="Mary", second="John", giver="Mary"),
+    " Mary",
+    " John",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,18 @@ def make_subject(shape: str, size: Size, device: str, seed: int) -> Subject:
     hf = AutoModelForCausalLM.from_config(_config(shape, size, vocabulary)).to(device)
     model = wrap_model(hf, word_tokenizer(vocabulary), shape)
     return Subject(shape, size, model, make_sae(size, device, seed), seed)
+
+
+def load_subject(folder: str, size: Size, device: str, seed: int) -> Subject:
+    """A model from a folder or the hub, with a random dictionary; its shape is the family's name, as in `gemma`.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    model = load_model(folder, device)
+    size = replace(size, layers=model.n_layers, width=model.d_model, heads=model.n_heads)
+    config: Any = model.hf.config
+    return Subject(re.sub("[^a-z].*", "", config.model_type), size, model, make_sae(size, device, seed), seed)
 
 
 def _config(shape: str, size: Size, vocabulary: int) -> Any:
@@ -178,11 +202,8 @@ class Case:
         )  # fmt: skip
 
 
-@torch.no_grad()
 def make_case(subject: Subject, tokens: int, edits: int, differ: float, layer: int | None = None) -> Case:
     """A pair of random prompts that differ in one token, after a share `differ` of them, and its largest edits."""
-    layer = subject.size.layer if layer is None else layer
-    dictionary, device = subject.dictionary(layer), subject.model.device
     generator = torch.Generator().manual_seed(subject.seed + tokens)
     vocabulary = subject.hf.config.vocab_size
     clean = torch.randint(1, vocabulary, (1, tokens), generator=generator)
@@ -192,6 +213,38 @@ def make_case(subject: Subject, tokens: int, edits: int, differ: float, layer: i
     corrupted[:, place] = other[:, place]
     answer, counter = torch.randint(1, vocabulary, (2,), generator=generator).tolist()
     pair = PromptPair(_text(clean), _text(corrupted), f" w{answer}", f" w{counter}")
+    return _case(subject, pair, clean, corrupted, answer, counter, edits, layer)
+
+
+def real_case(subject: Subject, edits: int) -> Case:
+    """The pair of indirect objects, and its largest edits.
+
+    Raises:
+        UserError: the tokenizer gives its two prompts different numbers of tokens.
+    """
+    model = subject.model
+    clean, corrupted = (torch.tensor([model.encode(text)]) for text in (PAIR.clean, PAIR.corrupted))
+    if clean.shape != corrupted.shape:
+        raise UserError(f"{model.name}: the prompts {PAIR.clean!r} and {PAIR.corrupted!r} differ in length")
+    answer, counter = (
+        answer_token(model, PAIR.corrupted, corrupted[0].tolist(), text) for text in (PAIR.answer, PAIR.counter)
+    )
+    return _case(subject, PAIR, clean, corrupted, answer, counter, edits)
+
+
+@torch.no_grad()
+def _case(
+    subject: Subject,
+    pair: PromptPair,
+    clean: Int[Tensor, "1 pos"],
+    corrupted: Int[Tensor, "1 pos"],
+    answer: int,
+    counter: int,
+    edits: int,
+    layer: int | None = None,
+) -> Case:
+    layer = subject.size.layer if layer is None else layer
+    dictionary, device = subject.dictionary(layer), subject.model.device
     acts = []
     for ids in (corrupted, clean):
         inputs = {"input_ids": ids.to(device), "use_cache": False}

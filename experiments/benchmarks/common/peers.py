@@ -22,6 +22,8 @@ from .cases import Case
 # Runs the case's edits with the given indices and returns the metric of each.
 Runner = Callable[[Sequence[int]], list[float]]
 Peer = Callable[[Case, int], Runner]
+# Names of models whose configuration transformer_lens knows by name alone, by type and width.
+OFFICIAL = {("gemma3_text", 640): "google/gemma-3-270m"}
 
 
 def saepatch(case: Case, batch: int) -> Runner:
@@ -100,7 +102,22 @@ def sae_lens(case: Case, batch: int) -> Runner:
 
     model, sae = hooked_transformer(HookedSAETransformer, case), case.subject.sae
     model.add_sae(sae, use_error_term=True)
-    point = f"blocks.{case.layer}.hook_resid_pre.hook_sae_acts_post"
+    return _set_latent(case, model, f"blocks.{case.layer}.hook_resid_pre.hook_sae_acts_post")
+
+
+def sae_lens_bridge(case: Case, batch: int) -> Runner:
+    """The same through its bridge, which wraps the Hugging Face model, with eager attention."""
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    hf, name = copy.deepcopy(case.subject.hf), case.subject.model.name  # the bridge changes the model that it wraps
+    hf.set_attn_implementation("eager")
+    model = SAETransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=case.subject.model.tokenizer)
+    model.add_sae(case.subject.sae, use_error_term=True)
+    return _set_latent(case, model, model.get_sae_hook_name(case.subject.sae))
+
+
+def _set_latent(case: Case, model: Any, point: str) -> Runner:
+    """One forward pass per edit, with a hook that sets one latent."""
 
     def run(chosen: Sequence[int]) -> list[float]:
         values: list[float] = []
@@ -159,12 +176,15 @@ def hooked_transformer(kind: Any, case: Case) -> Any:
     from transformer_lens import loading_from_pretrained as loading
 
     hf = case.subject.hf
+    official = OFFICIAL.get((hf.config.model_type, hf.config.hidden_size))
     with tempfile.TemporaryDirectory(prefix="shape-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the class is removed in their version 4
         hf.config.save_pretrained(folder)
-        cfg = loading.get_pretrained_model_config(folder, hf_cfg=hf.config.to_dict(), device=case.subject.model.device)
+        cfg = loading.get_pretrained_model_config(
+            official or folder, hf_cfg=hf.config.to_dict(), device=case.subject.model.device
+        )
         cfg.tokenizer_name = None
-        weights = loading.get_pretrained_state_dict(folder, cfg, hf)
+        weights = loading.get_pretrained_state_dict(official or folder, cfg, hf)
         model = kind(cfg)
     model.load_and_process_state_dict(
         weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
@@ -196,6 +216,7 @@ def bare_passes(case: Case) -> Callable[[], object]:
 
 PEERS: dict[str, Peer] = {
     "sae_lens": sae_lens,
+    "sae_lens_bridge": sae_lens_bridge,
     "transformer_lens": transformer_lens,
     "nnsight": nnsight,
     "nnsight_batched": nnsight_batched,
@@ -207,7 +228,7 @@ OURS = "saepatch"
 
 def missing(peer: str) -> str | None:
     """The reason why a library cannot be run; None if it can."""
-    library = peer.removesuffix("_batched")
+    library = peer.removesuffix("_batched").removesuffix("_bridge")
     if library != "hooks" and find_spec(library) is None:
         return f"{library} is not installed"
     return None

@@ -16,6 +16,7 @@ from saepatch.dictionaries.bases import directions_of, units_of
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
 from saepatch.engine.components import PATCH_DIRECTIONS, Edit, PatchDirection
+from saepatch.engine.passes.shared_runs import shared_runs
 from saepatch.errors import UserError
 from saepatch.measure.attribution import Attribution, attribute
 from saepatch.measure.baselines import difference_of_means, principal_components
@@ -73,12 +74,13 @@ class DictionaryQuality:
 class TaskLatents:
     """The latents of one site on one task: effects of the first k of select, and attribution against exact effects.
 
-    `others` are as many other directions of the site, ranked in the same way: see `other_directions`. `on_select` is
-    what the latents restore on half of the select pairs, ranked on the other half: by it, a site is chosen.
+    `on_select` is, for every site, what its latents restore on half of the select pairs, ranked on the other half: by
+    it, `site` is chosen. `others` are as many other directions of the site, ranked in the same way: see
+    `other_directions`.
     """
 
     site: str
-    on_select: float
+    on_select: Mapping[str, float]
     curves: Mapping[PatchDirection, Curve]
     attribution: Attribution
     others: Mapping[str, DirectionKind]
@@ -185,42 +187,59 @@ def qualities(
 
 def task_latents(
     config: RealConfig, model: LanguageModel, saes: Mapping[Site, Dictionary], task: TaskPairs, kept: KeptResults
-) -> list[TaskLatents]:
-    """Latents of every site on one task, ranked by attribution on `select` and measured on `report`."""
+) -> TaskLatents:
+    """Latents of the site where they restore most on `select`, ranked by attribution on `select`, measured on `report`.
+
+    The largest of several sites' figures on `report` would be biased.
+    """
     select, report = task.pairs("select"), task.pairs("report")
-    results = []
-    for site, dictionary in saes.items():
-        name = f"latents/{task.name}/{site} {dictionary.fingerprint}"
-        estimate = partial(attribute, model, dictionary, report, verify=config.verify, sample=config.sample,
-                           seed=config.seed)  # fmt: skip
-        curves: dict[PatchDirection, Curve] = {
-            d: kept.get(f"{name}/{d}", Curve, partial(latent_curve, model, dictionary, select, report, config.seed, d))
+    names = {site: f"latents/{task.name}/{site} {dictionary.fingerprint}" for site, dictionary in saes.items()}
+    with shared_runs():
+        on_select = {
+            site: kept.value(f"{names[site]}/on select", partial(effect_on_select, model, dictionary, select))
+            for site, dictionary in saes.items()
+        }
+        best = max(on_select, key=lambda site: on_select[site])
+        dictionary, name = saes[best], names[best]
+        rankings: dict[PatchDirection, list[int]] = {
+            d: kept.value(f"{name}/ranking/{d}", partial(first_units, model, dictionary, select, d))
             for d in PATCH_DIRECTIONS
         }
-        attribution = kept.get(f"{name}/attribution", Attribution, estimate)
+        curves: dict[PatchDirection, Curve] = {
+            d: kept.get(f"{name}/{d}", Curve, partial(latent_curve, model, dictionary, rankings[d], select, report,
+                                                      config.seed, d))
+            for d in PATCH_DIRECTIONS
+        }  # fmt: skip
         others = {
             kind: kept.get(f"{name}/{kind}", DirectionKind, partial(measure, select, report))
-            for kind, measure in other_directions(model, dictionary).items()
+            for kind, measure in other_directions(model, dictionary, rankings["denoise"]).items()
         }
-        choice = kept.value(f"{name}/on select", partial(effect_on_select, model, dictionary, select))
-        results.append(TaskLatents(str(site), choice, curves, attribution, others))
-    return results
+        estimate = partial(attribute, model, dictionary, report, verify=config.verify, sample=config.sample,
+                           seed=config.seed)  # fmt: skip
+        attribution = kept.get(f"{name}/attribution", Attribution, estimate)
+    return TaskLatents(str(best), {str(site): on_select[site] for site in saes}, curves, attribution, others)
 
 
 Pairs = Sequence[PromptPair]
 
 
 def other_directions(
-    model: LanguageModel, dictionary: Dictionary
+    model: LanguageModel, dictionary: Dictionary, ranking: Sequence[int]
 ) -> dict[str, Callable[[Pairs, Pairs], DirectionKind]]:
-    """How latents, and other directions beside them, are ranked by attribution on `select` and patched on `report`.
+    """How latents of a ranking, and other directions beside them, are patched on `report`.
 
-    Neurons are those of the MLP that writes to the site last.
+    The others are ranked as the latents were, by attribution on `select`. Neurons are those of the MLP that writes to
+    the site last.
     """
     site = dictionary.site
 
     def of(kind: str, make: Callable[[Pairs], Dictionary]) -> Callable[[Pairs, Pairs], DirectionKind]:
-        return lambda select, report: direction_kind(model, kind, make(select), select, report)
+        def measure(select: Pairs, report: Pairs) -> DirectionKind:
+            directions = make(select)
+            first = ranking if kind == LATENTS else first_units(model, directions, select)
+            return direction_kind(model, kind, directions, first, report)
+
+        return measure
 
     kinds = {
         LATENTS: of(LATENTS, lambda _: dictionary),
@@ -244,10 +263,9 @@ def effect_on_select(model: LanguageModel, dictionary: Dictionary, select: Pairs
 
 
 def direction_kind(
-    model: LanguageModel, kind: str, directions: Dictionary, select: Pairs, report: Pairs
+    model: LanguageModel, kind: str, directions: Dictionary, ranking: Sequence[int], report: Pairs
 ) -> DirectionKind:
-    """Effects of the first units by attribution on `select`, together, in both directions of patching."""
-    ranking = first_units(model, directions, select)
+    """Effects of the first units of a ranking, together, in both directions of patching."""
     sizes = tuple(k for k in SIZES if k <= len(ranking))
     edits = [Edit(directions.site, tuple(ranking[:k]), role="top") for k in sizes]
     effects = both(lambda d: patch_components(model, directions, report, edits, direction=d)) if edits else {}
@@ -281,13 +299,13 @@ def _mean_difference(model: LanguageModel, site: Site, select: Pairs) -> Diction
 def latent_curve(
     model: LanguageModel,
     dictionary: Dictionary,
+    ranking: Sequence[int],
     select: Pairs,
     report: Pairs,
     seed: int,
     direction: PatchDirection,
 ) -> Curve:
-    """Effects of the first latents by attribution on `select`, with random and matched controls."""
-    ranking = first_units(model, dictionary, select, direction)
+    """Effects of the first latents of a ranking, with random and matched controls."""
     prompts = [text for pair in select for text in (pair.clean, pair.corrupted)]
     statistics = latent_statistics(model, dictionary, prompts)
     sizes = [k for k in SIZES if k <= len(ranking) and int(statistics.alive.sum()) >= 2 * k]

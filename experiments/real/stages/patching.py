@@ -120,7 +120,8 @@ def direct_effects(model: LanguageModel, pairs: Sequence[PromptPair], direction:
         for head in range(model.n_heads):
             moved = EditPart(Site(layer, "z"), (head,), kind="head")
             edits.append(Edit.of([moved, *frozen]))
-    effects = patch_components(model, components, pairs, edits, direction=direction)
+    # with everything later frozen, a head acts on the logits at its own position alone
+    effects = patch_components(model, components, pairs, edits, direction=direction, positions="last")
     return replace(effects, edits=tuple(replace(edit, others=(), role="single") for edit in edits))
 
 

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
+from saepatch.engine.passes.kept_cache import Before, cache_before
 from saepatch.engine.passes.pieces import Pieces, next_logits_in_pieces, piece_of, real_start, runs_in_pieces
 from saepatch.engine.passes.shortcuts import at_edited, at_last, find_maps, forget_maps, kept_outputs, quick_activations
 from saepatch.errors import UserError
@@ -112,9 +113,25 @@ class KeptRun:
         part.piece = self.piece
         part.values = {site: value[rows] for site, value in self.values.items()}
         part.checked, part.written, part._kept, part._cache = {}, None, {}, None
-        if self._cache is not None and all(getattr(kept, "keys", None) is not None for kept in self._cache.layers):
+        if self._cache is not None and self.can_repeat:
             part._cache = Cache(layers=[Before(kept, rows) for kept in self._cache.layers])
         return part
+
+    def again(self) -> "KeptRun":
+        """The same run, with nothing checked yet; it shares this run's memory."""
+        return self._part(slice(None))
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether parts of the run have all that it has: a recurrent model's states cannot be cut."""
+        return all(getattr(kept, "keys", None) is not None for kept in self.cache_layers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the values, logits, keys and values that are kept."""
+        kept = [*self.values.values(), self.logits]
+        kept += [each for layer in self.cache_layers for each in (layer.keys, layer.values)]
+        return sum(each.numel() * each.element_size() for each in kept)
 
     @property
     def width(self) -> int:
@@ -324,48 +341,6 @@ class _Probes(NamedTuple):
     whole: Float[Tensor, "edits vocab"]  # by whole passes
     before: Float[Tensor, "1 vocab"]  # unedited
     few: Int[Tensor, "some"]
-
-
-class Before(DynamicLayer):
-    """Some rows of a kept run's keys and values before a column, as a layer of a transformers cache.
-
-    They are copied only while the block that needs them runs.
-    """
-
-    def __init__(self, kept: Any, rows: Int[Tensor, "edits"] | slice, first: int | None = None) -> None:
-        super().__init__()
-        assert kept.keys is not None, "the kept run filled its cache"
-        assert kept.values is not None
-        self.lazy_initialization(kept.keys, kept.values)
-        self.keys, self.values = kept.keys[:, :, :first], kept.values[:, :, :first]
-        if isinstance(rows, slice):
-            self.keys, self.values = self.keys[rows], self.values[rows]
-            rows = torch.arange(len(self.keys))
-        self._before = self.keys, self.values
-        self._rows, self._same_row = rows, bool((rows == rows[0]).all())
-        self._every_row = torch.equal(rows.cpu(), torch.arange(len(self.keys)))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self._before
-        return self._with(keys, key_states), self._with(values, value_states)
-
-    def _with(self, before: Tensor, new: Tensor) -> Tensor:
-        if self._every_row:
-            return torch.cat([before, new], -2)
-        mine = before[self._rows[:1]].expand(len(new), -1, -1, -1) if self._same_row else before[self._rows]
-        return torch.cat([mine, new], -2)
-
-
-def cache_before(caches: Sequence[Any], rows: Int[Tensor, "edits"], first: int, kind: type[Before] = Before) -> Cache:
-    """A cache of the columns before `first`, each layer's from the first of the caches that holds it.
-
-    `caches` are of transformers, or hold `layers` like theirs.
-    """
-    layers: list[Any] = []
-    for number in range(max(len(cache.layers) for cache in caches)):
-        held: list[Any] = [cache.layers[number] for cache in caches if number < len(cache.layers)]
-        layers.append(kind(next(layer for layer in held if layer.is_initialized), rows, first))
-    return Cache(layers=layers)
 
 
 def entry(site: Site) -> Site:

@@ -29,7 +29,7 @@ class KnownWays:
     """The checks that still hold for a model, shared by all sweeps; a model whose weights cannot be read has none."""
 
     def __init__(self, model: LanguageModel) -> None:
-        now = signature(model)
+        self.signature = now = signature(model)
         self._by_shape: dict[Any, Checked] = {}
         if now is None:
             return

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_model_and_sae
 
 from experiments.benchmarks import patching
-from experiments.benchmarks.common import peers
+from experiments.benchmarks.common import cases, peers
 from saepatch.cli.parser import run_config
+from saepatch.data.pairs import PromptPair
+from saepatch.model.loading.load import load_model
 
 pytestmark = pytest.mark.whole
 
@@ -74,6 +77,20 @@ def test_nnsight_gives_our_numbers(tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check(tmp_path, NNSIGHT, lengths=(8,))
+
+
+def test_a_model_from_a_folder_stands_beside_the_shapes(tmp_path, capsys, monkeypatch):
+    save_model_and_sae(tmp_path)
+    pair = PromptPair("Mary and John met, John", "Mary and John met, Mary", "x", "y")  # short, since tokens are bytes
+    monkeypatch.setattr(cases, "PAIR", pair)
+    model = load_model(str(tmp_path / "model"))
+    tokens = len(model.encode(pair.clean))
+    assert run(tmp_path, ["hooks"], shapes="[]", model=str(tmp_path / "model")) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["ratios"]) == {f"llama_{tokens}_hooks"}
+    assert 0 <= summary["max_abs_diff"] < 1e-4 < summary["largest_effect"][f"llama_{tokens}"]
+    assert summary["busy"] is (summary["spread"][f"llama_{tokens}"] > patching.BUSY)
+    assert ("busy machine" in capsys.readouterr().out) is summary["busy"]
 
 
 @pytest.mark.slow
