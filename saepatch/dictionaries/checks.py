@@ -26,12 +26,17 @@ _WARNED: set[tuple[int, int]] = set()  # (dictionary, model) ids that were warne
 
 
 def check_weights(sae: nn.Module, name: str) -> None:
-    """Raises UserError for weights that are not finite, a normalisation that is not folded in, or an impossible k."""
+    """Raises UserError for weights that are not finite, a normalisation not folded in, temporal SAEs, or a wrong k."""
     cfg: Any = sae.cfg
     if cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise UserError(
             f"dictionary {name!r} expects {cfg.normalize_activations} inputs that are not folded into its weights: "
             "fold them with sae_lens (fold_activation_norm_scaling_factor or fold_activation_whitening), then save it"
+        )
+    if cfg.architecture() == "temporal":
+        raise UserError(
+            f"{name!r} is a temporal SAE, which predicts each position from those before it and whose decoder gives "
+            "only the rest: its latents cannot be edited position by position; load another dictionary"
         )
     k, d_sae = getattr(cfg, "k", None), cfg.d_sae
     if k is not None and not (isinstance(k, int | float) and 0 < k <= d_sae):

@@ -4,6 +4,7 @@ They become sae_lens SAEs that compute the same. dictionary_learning saves pickl
 the error says how its user converts them.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from saepatch.dictionaries.checks import check_stored
-from saepatch.errors import UserError
+from saepatch.errors import UserError, reason_of
 from saepatch.model.families import FAMILIES
 from saepatch.model.sites import TRANSCODED, Site
 from saepatch.records.documents import parse_json
+
+log = logging.getLogger(__name__)
 
 FILES = ("ae.pt", "ae.safetensors", "sae.safetensors")
 LEARNED = {  # dictionary_learning's classes: the architecture here, and whether they subtract the decoder's bias
@@ -47,6 +50,22 @@ def read_foreign(folder: Path, name: str) -> tuple[nn.Module, str | None] | None
     return None
 
 
+def fetch_foreign(repository: str, path: str) -> Path | None:
+    """A folder of another trainer in a repository of the hub, fetched; None where there is none."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        listed = {file.rfilename for file in HfApi().model_info(repository).siblings or ()}
+        if not any(f"{path}/{file}" in listed for file in FILES):
+            return None
+        wanted = [f"{path}/{file}" for file in (*FILES, "config.json", "cfg.json")]
+        fetched = [Path(hf_hub_download(repository, file)) for file in wanted if file in listed]
+        return fetched[0].parent
+    except Exception as error:  # of many kinds, as without a network: what is cached may still be loaded
+        log.info("the files of %s could not be listed: %s", repository, reason_of(error))
+        return None
+
+
 def _dictionary_learning(folder: Path, name: str) -> tuple[nn.Module, str | None]:
     trainer = _read(folder / "config.json", name).get("trainer")
     if not isinstance(trainer, dict):
@@ -59,7 +78,7 @@ def _dictionary_learning(folder: Path, name: str) -> tuple[nn.Module, str | None
         raise UserError(
             f'{name!r} has pickled weights (ae.pt), which are not opened here: convert them with python -c "import '
             f"torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in torch.load('{file}.pt', "
-            f"'cpu', weights_only=True).items()}}, '{file}.safetensors')\""
+            f"'cpu', weights_only=True).items()}}, '{file}.safetensors')\", and load {str(folder)!r}"
         )
     weights = _weights(folder / "ae.safetensors", name)
     k, threshold = (weights.pop(part, None) for part in ("k", "threshold"))

@@ -18,7 +18,7 @@ from saepatch.dictionaries.checks import (
     check_weights,
 )
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.dictionaries.foreign import FILES, read_foreign
+from saepatch.dictionaries.foreign import FILES, fetch_foreign, read_foreign
 from saepatch.dictionaries.transcoder import adopt_transcoder, is_transcoder, refuse_cross_layer, site_of_transcoder
 from saepatch.errors import UserError, reason_of
 from saepatch.model.families import FAMILIES
@@ -43,8 +43,9 @@ def load_sae(
     """Load one SAE: `organism` or `organism-shared` (with a site), a folder, a folder of `SITE/` sub-folders, or
     `RELEASE/SAE_ID`.
 
-    A folder is in sae_lens' format, or as dictionary_learning or sparsify saves it, with weights in safetensors. The
-    site of a transcoder is its MLP's, as in `mlp.3`.
+    A folder is in sae_lens' format, or as dictionary_learning or sparsify saves it, with weights in safetensors; a
+    repository of the hub, as OWNER/REPOSITORY/PATH, holds such folders, or files of a format that sae_lens lists for
+    the repository. The site of a transcoder is its MLP's, as in `mlp.3`.
 
     The site is read from the SAE's metadata; where the metadata names none, it must be given.
 
@@ -152,9 +153,11 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
             "of sae_lens' releases"
         )
     from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    if release not in get_pretrained_saes_directory():
+    converter = None
+    if release not in (directory := get_pretrained_saes_directory()):
         # A hub repository is OWNER/NAME, so the SAE's id starts after the second slash.
         owner_and_name, sae_id = "/".join(spec.split("/")[:2]), "/".join(spec.split("/")[2:])
         if not sae_id:
@@ -163,9 +166,14 @@ def _load_release(spec: str, wanted: Site | None, device: str | torch.device, dt
                 "give a folder, RELEASE/SAE_ID, or OWNER/REPOSITORY/SAE_ID"
             )
         release = owner_and_name
+        if (folder := fetch_foreign(release, sae_id)) is not None:
+            return _load_folder(folder, spec, wanted, device, dtype)
+        # Files of a listed repository that the list leaves out, as of other widths, are read like those it names.
+        formats = {each.conversion_func for each in directory.values() if each.repo_id == release}
+        converter = NAMED_PRETRAINED_SAE_LOADERS.get(formats.pop() or "") if len(formats) == 1 else None
     refuse_cross_layer(release, sae_id)
     try:
-        sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype=dtype)
+        sae = SAE.from_pretrained(release, sae_id, device=str(device), dtype=dtype, converter=converter)
     except Exception as error:  # loaders pass on anything their hub client raises
         raise UserError(f"cannot load dictionary {sae_id!r} of {release!r}: {reason_of(error)}") from error
     return _finish(sae, sae.cfg.metadata.hook_name, wanted, spec)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from huggingface_hub import close_session, constants, hf_api
@@ -65,7 +66,7 @@ def serve(repositories: dict[str, Path], uploads: Path | None = None) -> Iterato
             pass
 
         def answer(self, body: bool) -> None:
-            path = self.path.split("?")[0].lstrip("/")
+            path = unquote(self.path.split("?")[0].lstrip("/"))
             for name in list(repositories):
                 if match := re.fullmatch(rf"{name}/resolve/([^/]+)/(.+)|api/models/{name}(?:/revision/([^/]+))?", path):
                     if (there := self.revision(name, match[1] or match[3] or "main")) is None:
@@ -97,9 +98,12 @@ def serve(repositories: dict[str, Path], uploads: Path | None = None) -> Iterato
             self.end_headers()
 
         def send(self, content: bytes, body: bool, commit: str = COMMIT) -> None:
-            self.send_response(200)
+            tag = hashlib.sha256(content).hexdigest()
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            content = content[int(asked[1]) : int(asked[2]) + 1] if asked else content
+            self.send_response(206 if asked else 200)
             self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("ETag", f'"{tag}"')
             self.send_header("X-Repo-Commit", commit)
             self.end_headers()
             if body:
