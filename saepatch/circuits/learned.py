@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.batches import PairBatch, same_length_batches
 from saepatch.data.pairs import PromptPair
+from saepatch.engine.chosen import chosen_pairs, known_where
 from saepatch.engine.components import Component, Directions, LatentUnits, Stream
 from saepatch.engine.edited_runs import metric_values
 from saepatch.engine.gradients import Base, Readout
-from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import DeclaredMetric, logit_difference
 from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
@@ -31,7 +31,6 @@ from saepatch.model.loading.load import wrap_model
 from saepatch.model.positions import Positions
 from saepatch.model.sites import Site
 from saepatch.records.statistics import Interval, wilson_share
-from saepatch.splicing.splice import choose_positions
 
 COLDEST = 0.02  # temperature of masks at the end
 AT_ONCE = 64  # pairs in a batch
@@ -131,8 +130,7 @@ def _runs(
 ) -> Iterator[tuple[PairBatch, KeptRun, KeptRun, Bool[Tensor, "batch pos"]]]:
     """The base run (of the corrupted prompts), the source run, and where they are exchanged, batch by batch."""
     component.check(model)
-    whole = choose_positions(model, batch_pairs(model, pairs), positions)
-    check_known(model, [component], whole, positions)
+    whole = chosen_pairs(model, [component], pairs, positions)
     for part in same_length_batches(whole, AT_ONCE):
         base, source = (KeptRun(model, tokens, [component.site]) for tokens in (part.corrupted, part.clean))
         yield part, base, source, known_where(model, component, part)

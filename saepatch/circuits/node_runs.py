@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.circuits.nodes import Node, NodeSite, node_sites
-from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.batches import PairBatch, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
+from saepatch.engine.chosen import chosen_pairs, known_where
 from saepatch.engine.components import ErrorTerm, Heads, LatentUnits, Patchable
 from saepatch.engine.gradients import Readout
-from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun, entry
 from saepatch.engine.sweep import measured_rounding
@@ -31,7 +31,6 @@ from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
-from saepatch.splicing.splice import choose_positions
 
 Errors = Literal["nodes", "kept", "dropped"]
 TOKENS = 4096  # columns in a batch of passes
@@ -102,8 +101,7 @@ class NodeRuns:
         return self.nodes[0].site
 
     def _parts(self, pairs: Sequence[PromptPair]) -> list[PairBatch]:
-        whole = choose_positions(self.model, batch_pairs(self.model, pairs), self.options.positions)
-        check_known(self.model, [node.components[0] for node in self.nodes], whole, self.options.positions)
+        whole = chosen_pairs(self.model, [node.components[0] for node in self.nodes], pairs, self.options.positions)
         return list(same_length_batches(whole, 64))
 
     def _where(self, node: NodeSite, part: PairBatch) -> Bool[Tensor, "rows pos"]:

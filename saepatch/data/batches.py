@@ -25,6 +25,8 @@ class PairBatch:
     index: Int[Tensor, "batch"]  # each row's index in the list of pairs
     where: Bool[Tensor, "batch pos"] | None = None  # chosen positions (`splicing.choose_positions`)
     clean_logits: Float[Tensor, "batch vocab"] | None = None  # of the clean run, for metrics that compare with it
+    spelled: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] | None = None  # all tokens of answer and counter
+    weights: Float[Tensor, "batch 2"] | None = None  # of answer and counter, where rows are tokens of answers
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -41,6 +43,8 @@ class PairBatch:
             self.index[rows],
             None if self.where is None else self.where[rows],
             None if self.clean_logits is None else self.clean_logits[rows],
+            None if self.spelled is None else tuple(self.spelled[i] for i in rows),
+            None if self.weights is None else self.weights[rows],
         )
 
 
@@ -49,8 +53,12 @@ def batch_pairs(
     pairs: Sequence[PromptPair],
     side: Literal["left", "right"] = "right",
     align: Literal["equal", "right"] = "equal",
+    spelled: bool = False,
 ) -> PairBatch:
     """Tokenise pairs into one batch.
+
+    With `spelled`, answers may have several tokens: the batch then holds them all, and their first ones as `answer` and
+    `counter`.
 
     `align="equal"` requires both prompts of a pair to have the same number of tokens; `align="right"` aligns them at
     the last token (and pads on the left).
@@ -80,16 +88,20 @@ def batch_pairs(
                     f"{_show(model, clean)} against {_show(model, corrupted)}: reword one, "
                     "or align them at the last token (align='right'; --align right)"
                 )
-    answers = [answer_token(model, pair.clean, ids, pair.answer) for pair, (ids, _) in zip(pairs, both, strict=True)]
-    counters = [answer_token(model, pair.clean, ids, pair.counter) for pair, (ids, _) in zip(pairs, both, strict=True)]
+    read = answer_tokens if spelled else lambda *given: (answer_token(*given),)
+    answers = tuple(
+        (tuple(read(model, pair.clean, ids, pair.answer)), tuple(read(model, pair.clean, ids, pair.counter)))
+        for pair, (ids, _) in zip(pairs, both, strict=True)
+    )
     n = len(pairs)
     return PairBatch(
         tuple(pairs),
         tokens.rows(slice(0, n)),
         tokens.rows(slice(n, 2 * n)),
-        torch.tensor(answers, device=model.device),
-        torch.tensor(counters, device=model.device),
+        torch.tensor([answer[0] for answer, _ in answers], device=model.device),
+        torch.tensor([counter[0] for _, counter in answers], device=model.device),
         torch.arange(n, device=model.device),
+        spelled=answers if spelled else None,
     )
 
 
@@ -103,14 +115,34 @@ def answer_token(model: LanguageModel, prompt: str, ids: Sequence[int], answer: 
     Raises:
         UserError: it is not one token there.
     """
-    # Tokenised together with the prompt: alone, " She" may be split differently than in running text.
-    whole = model.encode(prompt + answer)
-    if whole[: len(ids)] != list(ids) or len(whole) != len(ids) + 1:
+    tokens = _after(model, prompt, ids, answer)
+    if tokens is None or len(tokens) != 1:
+        shown = _show(model, model.encode(prompt + answer)[len(ids) :])
         raise UserError(
-            f"answer {answer!r} is not one token after {prompt[-30:]!r} ({_show(model, whole[len(ids) :])}): "
+            f"answer {answer!r} is not one token after {prompt[-30:]!r} ({shown}): "
             "use a single token with its leading space, or its first token"
         )
-    return whole[-1]
+    return tokens[0]
+
+
+def answer_tokens(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> list[int]:
+    """The tokens that an answer is after a prompt, whose own tokens are `ids`.
+
+    Raises:
+        UserError: it has none, or changes the prompt's.
+    """
+    if not (tokens := _after(model, prompt, ids, answer)):
+        raise UserError(
+            f"answer {answer!r} does not follow {prompt[-30:]!r} as tokens of its own "
+            f"({_show(model, model.encode(prompt + answer))}): give it with its leading space"
+        )
+    return tokens
+
+
+def _after(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> list[int] | None:
+    # Tokenised together with the prompt: alone, " She" may be split differently than in running text.
+    whole = model.encode(prompt + answer)
+    return whole[len(ids) :] if whole[: len(ids)] == list(ids) else None
 
 
 def resampled(model: LanguageModel, pairs: Sequence[PromptPair], seed: int = 0) -> list[PromptPair]:

@@ -16,7 +16,8 @@ COLUMNS = ("clean", "corrupted", "answer", "counter")
 class PromptPair:
     """A clean and a corrupted prompt: `answer` is right after `clean`, `counter` after `corrupted`.
 
-    Answers are the text that follows the prompt, with its leading space, one token each. `example` names the pair.
+    Answers are the text that follows the prompt, with its leading space: one token each, or several where a metric sums
+    over them (`DeclaredMetric.sums`). `example` names the pair.
     """
 
     clean: str

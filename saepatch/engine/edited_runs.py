@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saepatch.data.batches import PairBatch
 from saepatch.engine.changes import between
+from saepatch.engine.chosen import known_where
 from saepatch.engine.components import Changes, Component, LatentUnits
-from saepatch.engine.known import known_where
 from saepatch.engine.metrics import Metric, answers_only, checked
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun, Later

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saepatch.data.batches import PairBatch
@@ -34,44 +34,49 @@ class DeclaredMetric:
         answers_only: It reads only the logits of the answer and the counter-answer, at `batch.answer` and
             `batch.counter`: sweeps unembed no others, so that its vocabulary is smaller and differs between batches.
         clean_logits: It reads `batch.clean_logits`, the next-token logits of each pair's clean run.
+        sums: With answers of several tokens, the metric is this times the log-probability of the answer, plus this
+            times that of the counter-answer, each summed over its tokens; None: it takes answers of one token.
     """
 
     function: Metric
     answers_only: bool = False
     clean_logits: bool = False
+    sums: tuple[float, float] | None = None
 
     def __call__(self, logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
         return self.function(logits, batch)
 
 
-def _precise(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+def precise(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+    """Logits in float64; in float32 on a device that has no float64."""
     return logits.float() if logits.device.type == "mps" else logits.double()  # mps has no float64
 
 
-def _at(logits: Tensor, ids: Tensor) -> Tensor:
+def take(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+    """Each row's value of one token."""
     return logits.gather(-1, ids[:, None])[:, 0]
 
 
-@partial(DeclaredMetric, answers_only=True)
+@partial(DeclaredMetric, answers_only=True, sums=(1.0, -1.0))
 def logit_difference(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
-    """Logit of the answer minus logit of the counter-answer."""
-    logits = _precise(logits)
-    return _at(logits, batch.answer) - _at(logits, batch.counter)
+    """Logit of the answer minus logit of the counter-answer; of several tokens, the difference of log-probabilities."""
+    logits = precise(logits)
+    return take(logits, batch.answer) - take(logits, batch.counter)
 
 
 @DeclaredMetric
 def probability(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Probability of the answer."""
-    return _at(_precise(logits).softmax(-1), batch.answer)
+    return take(precise(logits).softmax(-1), batch.answer)
 
 
-@DeclaredMetric
+@partial(DeclaredMetric, sums=(1.0, 0.0))
 def log_probability(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Log-probability of the answer, in nats."""
-    return _at(_precise(logits).log_softmax(-1), batch.answer)
+    return take(precise(logits).log_softmax(-1), batch.answer)
 
 
-@DeclaredMetric
+@partial(DeclaredMetric, sums=(-1.0, 0.0))
 def cross_entropy(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Cross-entropy of the answer, in nats."""
     return -log_probability(logits, batch)
@@ -80,8 +85,8 @@ def cross_entropy(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Flo
 @DeclaredMetric
 def answer_rank(logits: Float[Tensor, "batch vocab"], batch: PairBatch) -> Float[Tensor, "batch"]:
     """Number of tokens with a higher logit than the answer: 0 is the top."""
-    logits = _precise(logits)
-    return (logits > _at(logits, batch.answer)[:, None]).sum(-1).to(logits.dtype)
+    logits = precise(logits)
+    return (logits > take(logits, batch.answer)[:, None]).sum(-1).to(logits.dtype)
 
 
 def kl_divergence(reference: Float[Tensor, "pairs vocab"] | None = None) -> Metric:
@@ -101,7 +106,7 @@ def kl_divergence(reference: Float[Tensor, "pairs vocab"] | None = None) -> Metr
             raise UserError("kl_divergence() compares with clean runs, and this batch has none: give it a reference")
         expected = batch.clean_logits if reference is None else reference[batch.index.to(reference.device)]
         assert expected is not None
-        log_p, log_q = (_precise(values.to(logits.device)).log_softmax(-1) for values in (expected, logits))
+        log_p, log_q = (precise(values.to(logits.device)).log_softmax(-1) for values in (expected, logits))
         # a token with probability 0 under the reference adds nothing
         return (log_p.exp() * (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
@@ -122,7 +127,7 @@ def refusal_score(refusal_ids: Collection[int]) -> Metric:
 
 def refusal_log_odds(logits: Float[Tensor, "batch vocab"], refusal_ids: Collection[int]) -> Float[Tensor, "batch"]:
     """The refusal score of next-token logits; above 0, the next token more likely than not begins a refusal."""
-    log_p, ids = _precise(logits).log_softmax(-1), sorted(set(refusal_ids))
+    log_p, ids = precise(logits).log_softmax(-1), sorted(set(refusal_ids))
     others = torch.ones(log_p.shape[-1], dtype=torch.bool, device=log_p.device)
     others[ids] = False
     # the complement is summed, not subtracted: 1 − P loses all precision when P is close to 1

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
+from saepatch.data.batches import PairBatch, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
+from saepatch.engine.chosen import chosen_pairs, spell_answers
 from saepatch.engine.components import Component
 from saepatch.engine.edited_runs import EditedRuns, Stage, Wanted, metric_values
-from saepatch.engine.known import check_known
 from saepatch.engine.metrics import Metric, needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun
@@ -29,7 +29,6 @@ from saepatch.engine.passes.shared_runs import base_run
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.records.bars import progress_bar
-from saepatch.splicing.splice import choose_positions
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +88,10 @@ def sweep(
     samples = options.samples
     if corruption is not None:  # corrupted prompts are ignored
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
-    whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
-    check_known(model, components, whole, options.positions)
+    whole = chosen_pairs(model, components, pairs, options.positions, options.align, spelled=True)
     if options.each_position and options.align == "equal":
         _warn_of_lengths(whole.clean)
+    whole, options = spell_answers(model, whole, options)
     swept = Swept(np.zeros(len(pairs)), np.zeros(len(pairs)))
     at_once = _pairs_at_once(components, whole.clean.input_ids.shape[1] * samples, options.batch_size)
     shown = options.progress is True

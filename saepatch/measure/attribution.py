@@ -17,11 +17,12 @@ from numpy import ndarray
 from torch import Tensor
 from typing_extensions import Unpack
 
-from saepatch.data.batches import PairBatch, batch_pairs, own_positions, same_length_batches
+from saepatch.data.batches import PairBatch, own_positions, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import Given, as_dictionaries
 from saepatch.engine.changes import between
+from saepatch.engine.chosen import chosen_pairs, known_where, spell_answers
 from saepatch.engine.components import (
     Changes,
     Component,
@@ -39,7 +40,6 @@ from saepatch.engine.gradients import (
     Readout,
     products_of,
 )
-from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import Metric, as_metric, logit_difference
 from saepatch.engine.options import SweepKeywords, SweepOptions, with_keywords
 from saepatch.engine.passes.kept_run import KeptRun
@@ -52,7 +52,6 @@ from saepatch.measure.results.screen import ERROR, Attribution, Exact, Verificat
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.positions import Positions
 from saepatch.records.bars import progress_bar
-from saepatch.splicing.splice import choose_positions
 
 __all__ = [
     "Attribution",
@@ -219,11 +218,13 @@ def _screen(
     samples = options.samples
     if options.corruption is not None:  # corrupted prompts are ignored
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
-    whole = choose_positions(model, batch_pairs(model, pairs, align=options.align), options.positions)
-    check_known(model, components, whole, options.positions)
+    whole = chosen_pairs(model, components, pairs, options.positions, options.align, spelled=True)
+    whole, options = spell_answers(model, whole, options)
+    if whole.weights is not None and isinstance(method, GradDrop):
+        raise UserError(f"{method.name} takes answers of one token: use FirstOrder or IntegratedGradients")
     screen = _Screen(np.zeros(len(pairs)), np.zeros(len(pairs)), np.zeros((len(sites), len(pairs))))
     at_once = options.batch_size or _pairs_at_once(model, whole.clean.input_ids.shape[1] * samples)
-    bar = progress_bar(options.progress is True, desc=method.name, total=len(pairs), unit="pair")
+    bar = progress_bar(options.progress is True, desc=method.name, total=len(whole), unit="pair")
     done = options.progress if callable(options.progress) else bar.update
     with bar:
         for few in same_length_batches(whole, at_once):

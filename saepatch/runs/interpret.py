@@ -13,6 +13,7 @@ from saepatch.data.pairs import PromptPair, load_pairs
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.dictionaries.loading import load_sae, load_saes
+from saepatch.engine.chosen import check_answers
 from saepatch.engine.components import (
     PATCH_DIRECTIONS,
     Component,
@@ -24,6 +25,7 @@ from saepatch.engine.components import (
 )
 from saepatch.engine.corruptions import Corruption, GaussianNoise, Mean, Zero
 from saepatch.engine.gradients import FirstOrder, GradDrop, IntegratedGradients, Method
+from saepatch.engine.options import SweepOptions
 from saepatch.errors import UserError
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading.load import load_model
@@ -196,16 +198,17 @@ def check_pairs(
     config: SweepConfig,
     model: LanguageModel,
     pairs: Sequence[PromptPair],
-    positions: Positions,
+    options: SweepOptions,
 ) -> None:
     """Check, before hours of work, that every pair can be run.
 
     Raises:
         UserError: a pair cannot; the message names it.
     """
-    wanted = [where for where in (positions, read_subject(config)) if where is not None]
+    wanted = [where for where in (options.positions, read_subject(config)) if where is not None]
     for start in range(0, len(pairs), 64):
-        batch = batch_pairs(model, pairs[start : start + 64], align=config.align)
+        batch = batch_pairs(model, pairs[start : start + 64], align=config.align, spelled=True)
+        check_answers(batch, options)
         for row, pair in enumerate(batch.pairs):
             for where in wanted:  # positions refer to the clean prompts
                 try:

@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.circuits.nodes import Edge, Node, NodeSite, node_sites, upstream
-from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.batches import PairBatch, same_length_batches
 from saepatch.data.pairs import PromptPair
+from saepatch.engine.chosen import chosen_pairs, known_where
 from saepatch.engine.components import Component, Heads, LatentUnits, Patchable
 from saepatch.engine.gradients import Readout
-from saepatch.engine.known import check_known, known_where
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun, entry
 from saepatch.engine.spans import run_to
@@ -31,7 +31,6 @@ from saepatch.model.hooks import edit_sites
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
-from saepatch.splicing.splice import choose_positions
 
 TOKENS = 4096  # columns in a batch of passes
 
@@ -69,8 +68,7 @@ class EdgeRuns:
         for edge in self.members:
             self._check(edge)
         self._check_positions()
-        whole = choose_positions(model, batch_pairs(model, pairs), self.options.positions)
-        check_known(model, [node.components[0] for node in self.nodes], whole, self.options.positions)
+        whole = chosen_pairs(model, [node.components[0] for node in self.nodes], pairs, self.options.positions)
         self._batches = [self._kept(part) for part in same_length_batches(whole, 64)]
         self.whole = self._clean()
         self.empty = self.run(torch.zeros(1, len(self.members), dtype=torch.bool))[0]

@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.circuits.nodes import Edge, Node, NodeSite, Paths, between, changes_at, written
-from saepatch.data.batches import PairBatch, batch_pairs, same_length_batches
+from saepatch.data.batches import PairBatch, same_length_batches
 from saepatch.data.pairs import PromptPair
+from saepatch.engine.chosen import chosen_pairs, known_where
 from saepatch.engine.components import Changes
 from saepatch.engine.edited_runs import metric_values
-from saepatch.engine.known import check_known, known_where
 from saepatch.engine.metrics import answers_only, needs_clean_logits
 from saepatch.engine.options import SweepOptions
 from saepatch.engine.passes.kept_run import KeptRun
@@ -29,7 +29,6 @@ from saepatch.errors import UserError
 from saepatch.model.hooks import Edit as Hooked
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
-from saepatch.splicing.splice import choose_positions
 
 TOKENS = 4096  # columns in a batch of edited passes
 Listed = Sequence[tuple[int, Edge]]  # edges, each of one pair, given by its index
@@ -103,8 +102,7 @@ def runs_of_pairs(
         raise UserError("edges are between the runs of a pair, at every position: leave out corruption, each_position")
     if options.align != "equal":
         raise UserError("edges name positions from the start: give pairs of equal length (align='equal')")
-    whole = choose_positions(model, batch_pairs(model, pairs), options.positions)
-    check_known(model, [node.components[0] for node in nodes], whole, options.positions)
+    whole = chosen_pairs(model, [node.components[0] for node in nodes], pairs, options.positions)
     ways = KnownWays(model)
     for part in same_length_batches(whole, at_once):
         runs = TwoRuns.of(model, part, nodes, closed, options.denoises)

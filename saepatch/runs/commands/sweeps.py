@@ -12,6 +12,7 @@ from saepatch.dictionaries.latent_set import LatentSet
 from saepatch.engine.components import Component, LatentUnits
 from saepatch.engine.corruptions import Corruption
 from saepatch.engine.metrics import Metric, read_metric, source_hash
+from saepatch.engine.options import SweepOptions
 from saepatch.measure.attribution import attribute
 from saepatch.measure.controls import with_controls
 from saepatch.measure.patching import patch_components
@@ -100,7 +101,8 @@ def prepare(config: SweepConfig) -> Sweep:
     directions = read_directions(config.direction)
     model = read_model(config, config.shard)
     groups = read_components(config, model)
-    check_pairs(config, model, pairs[place.shard :: place.shards], positions)
+    options = SweepOptions(metric=metric, positions=positions, align=config.align)
+    check_pairs(config, model, pairs[place.shard :: place.shards], options)
     parts = cut_parts(len(pairs), place.shard, place.shards, config.part, len(groups), directions)
     record = Record(
         config.command,
