@@ -28,7 +28,8 @@ class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
     corrupted: str = ""
     """… its corrupted prompt."""
     answers: str = ""
-    """… the answer to each, separated by a bar, with leading spaces: --answers " Mary| John"."""
+    """… the answer to each, separated by a bar, with leading spaces: --answers " Mary| John". Answers of several tokens
+    need the metric logit_difference, log_probability or cross_entropy."""
     corruption: str = ""
     """How the corrupted run is made. Empty: from the corrupted prompt. Otherwise from the clean prompt, with noise on
     the embeddings of a text's tokens ("noise: Mary"), or with everything at the one --site set to 0 (zero) or to its
