@@ -115,7 +115,7 @@ def compare_splice(case: Case, add: Callable[..., None]) -> None:
     if missing("transformer_lens") is None:
         from sae_lens import HookedSAETransformer
 
-        model = hooked_transformer(HookedSAETransformer, case)
+        model = hooked_transformer(HookedSAETransformer, case.subject.model)
         model.add_sae(sae, use_error_term=False)
         add("splice", "sae_lens", mine, model(case.clean))
 
@@ -175,7 +175,7 @@ def compare_quality(case: Case, add: Callable[..., None]) -> None:
         from sae_lens.evals import get_recons_loss
         from sae_lens.training.activation_scaler import ActivationScaler
 
-        model = hooked_transformer(HookedSAETransformer, case)
+        model = hooked_transformer(HookedSAETransformer, case.subject.model)
         losses = get_recons_loss(sae, model, ActivationScaler(), ids, compute_kl=True, compute_ce_loss=True)
         endings = ("without_sae", "with_sae", "with_ablation")
         ce = [float(losses[f"ce_loss_{ending}"].double().mean()) for ending in endings]

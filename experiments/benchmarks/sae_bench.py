@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -109,7 +108,6 @@ def theirs(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_s
         from sae_bench.evals.core.main import run_evals
     from transformer_lens import HookedTransformer
 
-    case: Any = SimpleNamespace(subject=SimpleNamespace(hf=model.hf, model=model))
     batches = -(-len(tokens) // batch_size)
     config = CoreEvalConfig(
         model_name=model.name,
@@ -122,7 +120,7 @@ def theirs(model: LanguageModel, dictionary: Dictionary, tokens: Tokens, batch_s
         compute_variance_metrics=True,
         exclude_special_tokens_from_reconstruction=True,
     )
-    copy = hooked_transformer(HookedTransformer, case)
+    copy = hooked_transformer(HookedTransformer, model)
     metrics, _ = run_evals(
         SaeBenchSubject(dictionary), Store(tokens.input_ids, batch_size), copy, config, ignore_tokens={model.bos_id}
     )

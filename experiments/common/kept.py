@@ -47,11 +47,13 @@ def deciding(
 class KeptResults:
     """Results by name, as in `maps/streams/denoise`: those of an earlier start are not computed again.
 
-    `seconds` is the time that each stage (the first part of a name) took, over all starts.
+    `seconds` is the time that each stage (the first part of a name) took, over all starts; `processor` is the
+    processor time of all its threads, which other load on the machine affects little.
     """
 
     def __init__(self, kept: Measurements, seconds: dict[str, float]) -> None:
         self._kept, self.seconds = kept, seconds
+        self.processor: dict[str, float] = {}
 
     def get(self, name: str, kind: type[Result], measure: Callable[[], Result]) -> Result:
         """The result of this name, measured if there is none yet; `kind` is its dataclass."""
@@ -64,12 +66,17 @@ class KeptResults:
             log.info("%s …", stage)
 
         def measured() -> dict[str, Any]:
-            start = time.monotonic()
+            start, used = time.monotonic(), time.process_time()
             result = measure()
-            return {"seconds": time.monotonic() - start, "result": result}
+            return {
+                "seconds": time.monotonic() - start,
+                "processor": time.process_time() - used,
+                "result": result,
+            }
 
         value = self._kept.get(name, measured)
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + value["seconds"], 2)
+        for times, kind in ((self.seconds, "seconds"), (self.processor, "processor")):
+            times[stage] = round(times.get(stage, 0.0) + value.get(kind, 0.0), 2)
         return value["result"]
 
     def of_stage(self, stage: str) -> KeptValues:

@@ -97,6 +97,7 @@ def summary(results: RealResults) -> dict[str, Any]:
         else {},
         "config": asdict(results.config),
         "seconds": dict(results.seconds),
+        "processor_seconds": dict(results.processor),
         "versions": versions(),
     }
 
@@ -111,7 +112,10 @@ def _by_unit(effects: Effects) -> dict[str, list[float]]:
 def page(results: RealResults) -> Page:
     model = results.model
     provenance = Provenance(model.name, model.fingerprint, results.config.sae, "", results.config.seed)
-    time = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results.seconds.items())
+    time = ", ".join(
+        f"{name} {seconds:.0f} s" + (f" (processor {used:.0f} s)" if (used := results.processor.get(name)) else "")
+        for name, seconds in results.seconds.items()
+    )
     sections = [
         claims_section(results.claims, results.beside),
         _tasks(results),

@@ -39,6 +39,7 @@ class RealResults:
     beside: OtherRun | None
     left_out: Mapping[str, str]
     seconds: Mapping[str, float]
+    processor: Mapping[str, float]
 
 
 def write_results(results: RealResults, out: Path) -> None:

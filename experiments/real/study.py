@@ -142,6 +142,7 @@ def _measure(config: RealConfig, model: LanguageModel, kept: KeptResults) -> Rea
         None,
         left_out,
         kept.seconds,
+        kept.processor,
     )
 
 

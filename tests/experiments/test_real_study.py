@@ -86,6 +86,7 @@ def test_a_small_run_says_what_does_not_apply(finished):
     assert summary["accuracy"]["pronouns"]["report"][0] > 0.5
     assert summary["pairs"] == {"pronouns": {"select": 8, "report": 8}}
     assert {"load", "tasks", "patching", "dictionaries", "latents", "steering"} <= set(summary["seconds"])
+    assert set(summary["seconds"]) - {"load"} == set(summary["processor_seconds"])
     assert list(summary["dictionaries"]) == ["resid_post.2"]
     for quality in summary["dictionaries"].values():
         assert quality["held_out"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saepatch.engine.metrics import logit_difference
 from saepatch.measure.patching import patch_edits
+from saepatch.model.language_model import LanguageModel
 
 from .cases import Case
 
@@ -75,7 +76,7 @@ def transformer_lens(case: Case, batch: int) -> Runner:
     """Batches of edits from the cached residual stream on; only the last position is normalised and unembedded."""
     from transformer_lens import HookedTransformer
 
-    model, name = hooked_transformer(HookedTransformer, case), f"blocks.{case.layer}.hook_resid_pre"
+    model, name = hooked_transformer(HookedTransformer, case.subject.model), f"blocks.{case.layer}.hook_resid_pre"
     with torch.no_grad():
         _, cache = model.run_with_cache(case.corrupted, names_filter=name, stop_at_layer=case.layer + 1)
     resid, layers = cache[name], case.subject.size.layers
@@ -100,7 +101,7 @@ def sae_lens(case: Case, batch: int) -> Runner:
     """
     from sae_lens import HookedSAETransformer
 
-    model, sae = hooked_transformer(HookedSAETransformer, case), case.subject.sae
+    model, sae = hooked_transformer(HookedSAETransformer, case.subject.model), case.subject.sae
     model.add_sae(sae, use_error_term=True)
     return _set_latent(case, model, f"blocks.{case.layer}.hook_resid_pre.hook_sae_acts_post")
 
@@ -171,18 +172,16 @@ def _batches(case: Case, chosen: Sequence[int], batch: int) -> list[tuple[Tensor
     return [(torch.arange(len(part), device=part.device), case.positions[part], case.deltas[part]) for part in parts]
 
 
-def hooked_transformer(kind: Any, case: Case) -> Any:
+def hooked_transformer(kind: Any, ours: LanguageModel) -> Any:
     """A transformer_lens model with the Hugging Face model's weights, converted by its own loader without folding."""
     from transformer_lens import loading_from_pretrained as loading
 
-    hf = case.subject.hf
+    hf: Any = ours.hf
     official = OFFICIAL.get((hf.config.model_type, hf.config.hidden_size))
     with tempfile.TemporaryDirectory(prefix="shape-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the class is removed in their version 4
         hf.config.save_pretrained(folder)
-        cfg = loading.get_pretrained_model_config(
-            official or folder, hf_cfg=hf.config.to_dict(), device=case.subject.model.device
-        )
+        cfg = loading.get_pretrained_model_config(official or folder, hf_cfg=hf.config.to_dict(), device=ours.device)
         cfg.tokenizer_name = None
         weights = loading.get_pretrained_state_dict(official or folder, cfg, hf)
         model = kind(cfg)
