@@ -175,7 +175,7 @@ def _ours(config: EndToEndConfig, out: str) -> Trained:
     settings = TrainingConfig(
         model=config.model,
         data=config.data,
-        sites=config.sites,
+        sites=list(config.sites),
         out=Path(out),
         sae=SAEConfig(architecture="topk", k=config.k, expansion=config.expansion),
         tokens=config.tokens,

@@ -183,9 +183,12 @@ def own_positions(
 
 
 def same_length_batches(batch: PairBatch, size: int) -> Iterator[PairBatch]:
-    """Split a batch into parts of equal length, at most `size` rows each, in order."""
+    """Split a batch into parts of equal length, at most `size` rows each.
+
+    The longest come first: how runs resume is checked on them, and holds for shorter ones.
+    """
     lengths = torch.maximum(batch.clean.lengths, batch.corrupted.lengths)
-    for length in lengths.unique().tolist():
+    for length in lengths.unique().flip(0).tolist():
         rows = (lengths == length).nonzero().flatten().tolist()
         for start in range(0, len(rows), size):
             yield _trim(batch.rows(rows[start : start + size]))

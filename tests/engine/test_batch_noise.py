@@ -147,7 +147,7 @@ def test_the_noise_is_the_largest_of_all_batches(monkeypatch):
     values = iter([0.3, 0.1])
     monkeypatch.setattr("saepatch.engine.sweep.batch_noise", lambda *_: next(values))
     pairs = [PromptPair("a cat sat", "the horse sat", "x", "y"), PromptPair("abcdef", "abc", "x", "y")]
-    effects = patch_latents(tiny_model(), random_dictionary(), pairs, [3], controls=0, align="right", direction="noise")
+    effects = patch_latents(tiny_model(), random_dictionary(), pairs, [3], controls=0, align="right")
     assert next(values, None) is None  # the second batch is padded, so it is measured, too
     assert effects.rounding == pytest.approx(2 * 0.3 / np.abs(effects.gap).mean())
 
