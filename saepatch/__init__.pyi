@@ -87,6 +87,8 @@ from .measure.attribution import attribute as attribute
 from .measure.long.trace import TraceOptions as TraceOptions
 from .measure.long.trace import trace_attention as trace_attention
 from .measure.long.traced import AttentionTrace as AttentionTrace
+from .measure.objects import ObjectAblation as ObjectAblation
+from .measure.objects import ablate_objects as ablate_objects
 from .measure.patching import patch_components as patch_components
 from .measure.patching import patch_heads as patch_heads
 from .measure.patching import patch_latents as patch_latents
@@ -97,6 +99,7 @@ from .measure.quality import splice_quality as splice_quality
 from .measure.results.effects import Effects as Effects
 from .measure.results.maps import Map as Map
 from .model.hooks import SpliceError as SpliceError
+from .model.inputs.images import ImagePrompt as ImagePrompt
 from .model.language_model import LanguageModel as LanguageModel
 from .model.language_model import Tokens as Tokens
 from .model.loading.load import load_model as load_model

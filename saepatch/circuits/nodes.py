@@ -194,11 +194,8 @@ def changes_at(node: NodeSite, base: KeptRun, source: KeptRun, where: Bool[Tenso
     Differences after identical tokens are rounding, and are left out.
     """
     x, other = base.values[node.site], source.values[node.site]
-    alike = (base.tokens.input_ids == source.tokens.input_ids) & (
-        base.tokens.attention_mask == source.tokens.attention_mask
-    )
     rounding = 8 * torch.finfo(x.dtype).eps * x.abs().amax(-1)
-    same = alike.cumprod(-1).bool() & ((other - x).abs().amax(-1) <= rounding)
+    same = base.tokens.same_start(source.tokens) & ((other - x).abs().amax(-1) <= rounding)
     where = where & ~same
     first = node.components[0]
     if isinstance(first, LatentUnits):

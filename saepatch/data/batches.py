@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
+from saepatch.model.inputs.images import ImagePrompt
 from saepatch.model.language_model import LanguageModel, Tokens
 
 
@@ -79,6 +80,8 @@ def batch_pairs(
         side = "left"
     tokens = model.tokenize([p.clean for p in pairs] + [p.corrupted for p in pairs], side)
     both = [(model.encode(pair.clean), model.encode(pair.corrupted)) for pair in pairs]
+    n = len(pairs)
+    _check_pictures(pairs, tokens.rows(slice(0, n)), tokens.rows(slice(n, 2 * n)))
     if align == "equal":
         for number, (pair, (clean, corrupted)) in enumerate(zip(pairs, both, strict=True)):
             if len(clean) != len(corrupted):
@@ -93,7 +96,6 @@ def batch_pairs(
         (tuple(read(model, pair.clean, ids, pair.answer)), tuple(read(model, pair.clean, ids, pair.counter)))
         for pair, (ids, _) in zip(pairs, both, strict=True)
     )
-    n = len(pairs)
     return PairBatch(
         tuple(pairs),
         tokens.rows(slice(0, n)),
@@ -102,6 +104,23 @@ def batch_pairs(
         torch.tensor([counter[0] for _, counter in answers], device=model.device),
         torch.arange(n, device=model.device),
         spelled=answers if spelled else None,
+    )
+
+
+def _check_pictures(pairs: Sequence[PromptPair], clean: Tokens, corrupted: Tokens) -> None:
+    """Raises UserError for a pair whose prompts' image tokens do not correspond."""
+    if clean.images is None or corrupted.images is None:
+        return
+    mine, theirs = clean.images, corrupted.images
+    alike = (mine.here == theirs.here) & (mine.picture == theirs.picture)
+    alike &= ~mine.here | (mine.places == theirs.places).all(-1)
+    if bool(alike.all()):
+        return
+    number = int((~alike.all(-1)).int().argmax())
+    counts = [int(images.here[number].sum()) for images in (mine, theirs)]
+    raise UserError(
+        f"pair {pairs[number].example or number}: the image tokens of its prompts ({counts[0]} and {counts[1]}) do not "
+        "correspond: give both prompts pictures of one size, after equally many tokens"
     )
 
 
@@ -142,7 +161,13 @@ def answer_tokens(model: LanguageModel, prompt: str, ids: Sequence[int], answer:
 def _after(model: LanguageModel, prompt: str, ids: Sequence[int], answer: str) -> list[int] | None:
     # Tokenised together with the prompt: alone, " She" may be split differently than in running text.
     whole = model.encode(prompt + answer)
-    return whole[len(ids) :] if whole[: len(ids)] == list(ids) else None
+    if whole[: len(ids)] == list(ids):
+        return whole[len(ids) :]
+    if isinstance(prompt, ImagePrompt):  # a processor that ends prompts by text of its own: after its last token
+        last = model.tokenizer.decode(ids[-1:])
+        alone, both = (model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (last, last + answer))
+        return both[len(alone) :] if both[: len(alone)] == alone else None
+    return None
 
 
 def resampled(model: LanguageModel, pairs: Sequence[PromptPair], seed: int = 0) -> list[PromptPair]:
@@ -199,12 +224,9 @@ def _trim(batch: PairBatch) -> PairBatch:
     used = (batch.clean.attention_mask | batch.corrupted.attention_mask).any(0).nonzero().flatten()
     keep = slice(int(used[0]), int(used[-1]) + 1)
 
-    def cut(tokens: Tokens) -> Tokens:
-        return Tokens(tokens.input_ids[:, keep], tokens.attention_mask[:, keep], tokens.ordinary[:, keep])
-
     return replace(
         batch,
-        clean=cut(batch.clean),
-        corrupted=cut(batch.corrupted),
+        clean=batch.clean.at(slice(None), keep),
+        corrupted=batch.corrupted.at(slice(None), keep),
         where=None if batch.where is None else batch.where[:, keep],
     )

@@ -147,4 +147,4 @@ def _trimmed(tokens: Tokens, size: int) -> Iterator[Tokens]:
         used = batch.attention_mask.any(0).nonzero().flatten()
         if len(used):
             columns = slice(int(used[0]), int(used[-1]) + 1)
-            yield Tokens(batch.input_ids[:, columns], batch.attention_mask[:, columns], batch.ordinary[:, columns])
+            yield batch.at(slice(None), columns)

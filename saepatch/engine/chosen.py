@@ -18,7 +18,7 @@ from saepatch.engine.components import Component, ErrorTerm, LatentUnits
 from saepatch.engine.metrics import DeclaredMetric, metric_name, precise, take
 from saepatch.engine.options import Align, SweepOptions
 from saepatch.errors import UserError
-from saepatch.model.inputs.tokens import without_tokens
+from saepatch.model.inputs.tokens import refuse_pictures, without_tokens
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Positions
 from saepatch.splicing.splice import choose_positions
@@ -129,6 +129,7 @@ def _cells(row: int, both: tuple[tuple[int, ...], tuple[int, ...]], sums: tuple[
 
 def _with(model: LanguageModel, tokens: Tokens, more: Sequence[Sequence[int]]) -> Tokens:
     """Rows padded on the right, each with some more tokens."""
+    refuse_pictures(tokens, "answers of several tokens")
     rows = zip(tokens.input_ids.tolist(), tokens.lengths.tolist(), more, strict=True)
     return model.pad([[*ids[:length], *own] for ids, length, own in rows], "right")
 

@@ -86,6 +86,12 @@ class GaussianNoise:
 
     def _noise(self, model: LanguageModel, batch: PairBatch) -> Float[Tensor, "batch pos d_embed"]:
         where = _chosen(model, batch, self.subject, self.samples).cpu().numpy()
+        images = batch.clean.images
+        if images is not None and bool((images.here.cpu().numpy() & where).any()):
+            raise UserError(
+                "noise is added to the embeddings of a text's tokens, which a picture replaces: corrupt pictures by a "
+                "pair with another one"
+            )
         width, spread = _embeddings(model)
         noise = np.zeros((*where.shape, width), dtype=np.float32)
         for row, (pair, chosen) in enumerate(zip(batch.pairs, where, strict=True)):

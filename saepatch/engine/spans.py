@@ -88,7 +88,7 @@ def reach(
     `held` are sites between the two that keep their values of the base run.
     """
     way, columns = base.way(site), change.shape[1]
-    start = first if way in ON_CACHE else 0
+    start = base.tokens.rows(rows).block_start(first) if way in ON_CACHE else 0
     change = nn.functional.pad(change, (0, 0, first - start, 0))
     old = base.values[site][rows, start:]
     values = {other: base.values[other][rows, start:] for other in held}

@@ -148,8 +148,7 @@ def _two_runs(
     sites = {component.site for component in components}
     denoise = options.denoises
     if options.corruption is None and part.clean.input_ids.numel() <= SMALL:
-        both = (torch.cat(two) for two in zip(*(vars(t).values() for t in (part.clean, part.corrupted)), strict=True))
-        return base_run(model, signature, Tokens(*both), sites, True).split(len(part))
+        return base_run(model, signature, part.clean.above(part.corrupted), sites, True).split(len(part))
     clean = base_run(model, signature, part.clean, sites, not denoise)
     if options.corruption is None:
         return clean, base_run(model, signature, part.corrupted, sites, denoise)
@@ -170,7 +169,7 @@ def batch_noise(model: LanguageModel, run: KeptRun, measured: Callable[[Tensor],
         UserError: the logits differ by so much that padding changes the model's results.
     """
     row = int(run.tokens.lengths.argmin())
-    alone = Tokens(*(t[row : row + 1, run.tokens.attention_mask[row].bool()] for t in vars(run.tokens).values()))
+    alone = run.tokens.alone(row)
     with torch.no_grad():
         piece = run.piece // 2 if run.piece else alone.width  # of a long prompt: other pieces round differently, too
         expected, inside = next_logits_in_pieces(model, alone, piece).to(run.logits), run.logits[row : row + 1]

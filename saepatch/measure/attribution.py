@@ -268,8 +268,7 @@ def _screen_part(
             noise = batch_noise(model, bare, lambda logits: _numpy(readout(logits)), len(part))
         screen.noise = max(screen.noise or 0.0, noise)
     where = {dictionary.site: known_where(model, LatentUnits(dictionary), part) for dictionary in dictionaries}
-    alike = (tokens.input_ids == source.tokens.input_ids) & (tokens.attention_mask == source.tokens.attention_mask)
-    alike = alike.cumprod(-1).bool()
+    alike = tokens.same_start(source.tokens)
     base = Base(model, tokens, sites, readout, None if runs is None else runs[0])
     gradients = method.take(base, source.values, where)
     index = part.index.cpu().numpy()

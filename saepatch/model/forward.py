@@ -31,6 +31,8 @@ class Forward:
         self.accepted = frozenset(inspect.signature(hf.forward).parameters)
         name = next((name for name in CACHES if name in self.accepted), None)
         self.cache_name = None if step_limit == 0 else name
+        # Some keep the offset of the last picture's positions, and add it to those of any later pass on a cache.
+        self.own_offset = any(hasattr(module, "rope_deltas") for module in hf.modules())
 
     def arguments(self, tokens: Tokens, start: int = 0, last: int = 0, cache: Any = None) -> dict[str, Any]:
         """Keyword arguments of `forward`. Padded batches get explicit position ids, so that the side does not matter.
@@ -50,8 +52,10 @@ class Forward:
         if tokens.padded:
             self.padding.check(tokens.attention_mask, cached=start > 0)
             arguments["attention_mask"] = tokens.attention_mask
-            if "position_ids" in self.accepted and self.padding.first is not None:
-                arguments["position_ids"] = positions_of(tokens, self.padding.first)[:, start:]
+        if (tokens.padded and "position_ids" in self.accepted and self.padding.first is not None) or self.own_offset:
+            arguments["position_ids"] = positions_of(tokens, self.padding.first or 0)[:, start:]
+        if tokens.images is not None:
+            arguments |= tokens.images.arguments(start, self.accepted)
         if last and self.last_alone and "logits_to_keep" in self.accepted:
             arguments["logits_to_keep"] = int(last)
         if cache is not None:

@@ -17,9 +17,11 @@ from saepatch.model.fingerprint import adapter_state, fingerprint, weights_of
 from saepatch.model.forward import Forward, note_columns
 from saepatch.model.greedy import end_tokens, greedy_options
 from saepatch.model.hooks import capture, contiguous_head, is_spliced
+from saepatch.model.inputs.images import ImagePrompt
 from saepatch.model.inputs.padding import Padding, by_length, positions_of, spread
+from saepatch.model.inputs.pictures import Pictures
 from saepatch.model.inputs.token_names import token_name
-from saepatch.model.inputs.tokens import Tokens, appended_tokens, ordinary
+from saepatch.model.inputs.tokens import Tokens, appended_tokens, check_lengths, ordinary, padded_rows, refuse_pictures
 from saepatch.model.inputs.turns import ChatFrame, Span, token_spans, written_chat
 from saepatch.model.other_tools import no_such_attribute
 from saepatch.model.sites import Site
@@ -39,6 +41,7 @@ class LanguageModel:
     step_limit: int | None = None  # columns per pass with a cache (0: no cache; None: no limit); probed on load
     padding: Padding = field(default_factory=Padding)  # sides on which rows may be padded; probed on load
     last_alone: bool = True  # whether blocks run at all positions when only the last logits are needed; probed on load
+    processor: Any = None  # of pictures, for a model that reads them; a string: why there is none
 
     def __post_init__(self) -> None:
         """Raises UserError for `prepend_bos` where the tokenizer has no BOS."""
@@ -121,6 +124,11 @@ class LanguageModel:
         return Forward(self.hf, self.padding, self.step_limit, self.last_alone)
 
     @cached_property
+    def pictures(self) -> Pictures:
+        """How prompts with pictures (`ImagePrompt`) are read."""
+        return Pictures(self.hf, self.tokenizer, self.processor, self.name, self.call)
+
+    @cached_property
     def appended(self) -> list[int]:
         """Tokens that the tokenizer appends to every text (such as EOS); `encode` drops them."""
         return appended_tokens(self.tokenizer)
@@ -133,9 +141,11 @@ class LanguageModel:
         """
         bos = self.tokenizer.bos_token
         own = bool(bos) and text.startswith(bos)
-        ids = list(self.tokenizer(text, add_special_tokens=not own, verbose=False)["input_ids"])
-        if not own:
-            ids = ids[: len(ids) - len(self.appended)]
+        if isinstance(text, ImagePrompt):
+            ids = list(self.pictures.ids(text))
+        else:
+            ids = list(self.tokenizer(text, add_special_tokens=not own, verbose=False)["input_ids"])
+            ids = ids if own else ids[: len(ids) - len(self.appended)]
         if self.prepend_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids
@@ -156,15 +166,11 @@ class LanguageModel:
         if not texts:
             raise UserError("there are no prompts: give at least one")
         ids = [self.encode(text) for text in texts]
-        context = self.context
         for text, row in zip(texts, ids, strict=True):
-            if not any(token != self.bos_id for token in row):
-                raise UserError(f"empty prompt {text!r}: a prompt needs at least one token besides BOS")
-            if context is not None and len(row) > context:
-                raise UserError(
-                    f"prompt of {len(row)} tokens is longer than the context of {context}: shorten {text[:40]!r}…"
-                )
-        return self.pad(ids, side)
+            check_lengths(text, row, self.bos_id, self.context)
+            self.pictures.refuse_mark(text, row)
+        tokens = self.pad(ids, side)
+        return self.pictures.attach(tokens, texts) if any(isinstance(t, ImagePrompt) for t in texts) else tokens
 
     def as_tokens(self, texts: Tokens | Sequence[str]) -> Tokens:
         """Texts as tokens, padded on the right; tokens as they are."""
@@ -191,15 +197,7 @@ class LanguageModel:
         """Pad rows of token ids into one batch on the model's device."""
         if side not in ("left", "right"):
             raise UserError(f"padding side {side!r}: use 'left' or 'right'")
-        width = max(map(len, ids))
-        pad, rows, masks = self.pad_id, [], []
-        for row in ids:
-            fill = width - len(row)
-            left, right = (fill, 0) if side == "left" else (0, fill)
-            rows.append([pad] * left + list(row) + [pad] * right)
-            masks.append([0] * left + [1] * len(row) + [0] * right)
-        input_ids = torch.tensor(rows, device=self.device)
-        mask = torch.tensor(masks, device=self.device)
+        input_ids, mask = padded_rows(ids, self.pad_id, side, self.device)
         return Tokens(input_ids, mask, ordinary(input_ids, mask, self.bos_id))
 
     def probe(self) -> Tokens:
@@ -348,6 +346,7 @@ class LanguageModel:
         Each token has the largest logit, whatever penalties and bans the checkpoint's generation config sets. No row
         ends before `min_new_tokens`.
         """
+        refuse_pictures(tokens, "generation")
         if not self.padding.allows(tokens.attention_mask, cached=True):
             new = tokens.input_ids.new_full((len(tokens), max_new_tokens), self.pad_id)
             for rows, _, part in by_length(tokens):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saepatch.errors import UserError
+from saepatch.model.inputs.images import Images
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,33 @@ class At:
 
     text: str
     occurrence: int = -1
+
+    @staticmethod
+    def image(box: tuple[float, float, float, float] | None = None, picture: int = -1) -> "AtImage":
+        """The tokens of a picture; with a box, those whose part of the picture has its centre in the box.
+
+        Args:
+            box: Left, top, right and bottom in pixels of the picture.
+            picture: Which picture of the prompt, from 0 or from the end (-1).
+        """
+        return AtImage(None if box is None else (box[0], box[1], box[2], box[3]), picture)
+
+
+@dataclass(frozen=True)
+class AtImage:
+    """The tokens of a picture, or of a box of it: see `At.image`."""
+
+    box: tuple[float, float, float, float] | None = None
+    picture: int = -1
+
+    def __post_init__(self) -> None:
+        if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+            raise UserError(f"box {self.box} is empty: give left, top, right and bottom, in pixels")
+
+    def __repr__(self) -> str:
+        box = "" if self.box is None else ", ".join(f"{edge:g}" for edge in self.box)
+        given = ([f"({box})"] if box else []) + ([] if self.picture == -1 else [f"picture={self.picture}"])
+        return f"At.image({', '.join(given)})"
 
 
 @dataclass(frozen=True)
@@ -35,7 +63,7 @@ class Turn:
 # padding or BOS. "every": all tokens, including BOS. An int, a slice or several ints are indices into the prompt's own
 # tokens, from 0 or from the end (-1); BOS counts and can be selected, padding does not count. A bool tensor
 # [batch, pos] is a mask over the prompt.
-Positions = str | int | slice | Sequence[int] | At | Turn | Tensor
+Positions = str | int | slice | Sequence[int] | At | AtImage | Turn | Tensor
 NAMED = ("all", "prompt", "generated", "last", "every")
 GROUPS = ("all", "prompt", "generated", "every")  # these select no position explicitly
 
@@ -58,11 +86,13 @@ class Pass:
     width: int
     decode: Callable[[Sequence[int]], str]
     turns: Callable[[Sequence[int]], Sequence[tuple[str, int, int]]]
+    images: Images | None
 
     def ending(self, columns: int) -> "Pass":
         """The last columns of this pass alone."""
         parts = {name: getattr(self, name)[:, -columns:] for name in ("input_ids", "ordinary", "real", "index")}
-        return replace(self, **parts, start=self.start + self.input_ids.shape[1] - columns)
+        images = None if self.images is None else self.images.at(slice(None), slice(-columns, None))
+        return replace(self, **parts, images=images, start=self.start + self.input_ids.shape[1] - columns)
 
     @property
     def in_prompt(self) -> Bool[Tensor, "batch pos"]:
@@ -79,6 +109,8 @@ class Pass:
             return self._named(positions)
         if isinstance(positions, At):
             return self._spans(lambda row, ids: _text_span(positions, row, ids, self.decode))
+        if isinstance(positions, AtImage):
+            return self._in_pictures(positions)
         if isinstance(positions, Turn):
             return self._spans(lambda row, ids: _turn_span(positions, row, self.turns(ids)))
         if isinstance(positions, Tensor):
@@ -102,7 +134,8 @@ class Pass:
         if name == "last":
             return self.in_prompt & (self.index == self.n_prompt[:, None] - 1)
         raise UserError(
-            f"unknown positions {name!r}: use one of {', '.join(NAMED)}, an index, a span, At(text) or Turn(role)"
+            f"unknown positions {name!r}: use one of {', '.join(NAMED)}, an index, a span, At(text), At.image() or "
+            "Turn(role)"
         )
 
     def _index(self, position: int) -> Bool[Tensor, "batch pos"]:
@@ -122,6 +155,37 @@ class Pass:
                 )
             rows.append(torch.isin(index, chosen) & inside)
         return torch.stack(rows)
+
+    def _in_pictures(self, at: AtImage) -> Bool[Tensor, "batch pos"]:
+        """The tokens of each row's picture, or of a box of it."""
+        none = torch.zeros_like(self.real)
+        if self.start >= self.width:
+            return none  # a later pass of a cached generation: pictures were in the prompt
+        if self.images is None:
+            raise UserError(
+                "positions At.image() in prompts without pictures: give ImagePrompt(text, file), and run them by "
+                "model.logits or next_logits, since pictures passed as pixels are not known here"
+            )
+        number = self.images.picture
+        counts = number.amax(-1) + 1
+        wanted = counts + at.picture if at.picture < 0 else torch.full_like(counts, at.picture)
+        if bool(((wanted < 0) | (wanted >= counts)).any()):
+            raise UserError(f"there is no picture {at.picture} in a prompt of {int(counts.min())}: count from 0 or -1")
+        chosen = (number == wanted[:, None]) & self.images.here
+        if at.box is None:
+            return chosen
+        left, top, right, bottom = self.images.seen.unbind(-1)
+        across, down = (left + right) / 2, (top + bottom) / 2
+        inside = (at.box[0] <= across) & (across < at.box[2]) & (at.box[1] <= down) & (down < at.box[3])
+        chosen = chosen & inside & (left < right)
+        if bool((empty := ~chosen.any(-1)).any()):
+            row = int(empty.int().argmax())
+            size = (right - left)[row][self.images.here[row]].median()
+            raise UserError(
+                f"box {at.box} holds the centre of no part of the picture of prompt {row}, whose parts are "
+                f"{float(size):.0f} pixels wide: give a larger box, inside the picture"
+            )
+        return chosen
 
     def _mask(self, mask: Tensor) -> Bool[Tensor, "batch pos"]:
         if mask.dtype != torch.bool or mask.shape != (len(self.input_ids), self.width):

@@ -1,5 +1,7 @@
 """Data for the report that needs the model, written to `reading.json` while the model is loaded."""
 
+import base64
+import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +13,8 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.engine.components import ErrorTerm, LatentUnits
 from saepatch.errors import UserError
 from saepatch.measure.quality import splice_quality
+from saepatch.model.inputs.images import ImagePrompt
+from saepatch.model.inputs.pictures import read_picture
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.reading.cards import Card, read_latents
 from saepatch.records.documents import load_yaml
@@ -29,6 +33,7 @@ LATENTS = 24  # latents with a card
 TEXTS = 512  # prompts of the run that are searched for examples
 SPLICED = 32  # prompts on which splice quality is measured
 SHOWN = 12  # pairs stored token by token
+PICTURES, PIXELS = 3, 480  # pairs whose pictures are stored, and the longest side of one
 
 
 def write_reading(sweep: Sweep, out: Path) -> None:
@@ -131,9 +136,41 @@ def prompt_tokens(model: LanguageModel, pairs: Sequence[PromptPair], one_run: bo
         same_length &= len(set(map(len, tokens.values()))) == 1
         if number < SHOWN:
             first.append({"example": pair.example, "answer": pair.answer, "counter": pair.counter, **tokens})
+            if number < PICTURES and (shown := _pictures(model, pair, sides)):
+                first[-1]["pictures"] = shown
         for side, texts in tokens.items():
             shared[side] = list(texts) if number == 0 else _agreeing(shared[side], texts)
     return {"count": len(pairs), "same_length": same_length, "first": first, "shared": shared}
+
+
+def _pictures(model: LanguageModel, pair: PromptPair, sides: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The pictures of a pair's prompts, by side: each as a data URI, with the part that each position stands for."""
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for side in sides:
+        prompt = getattr(pair, side)
+        if not isinstance(prompt, ImagePrompt) or (images := model.tokenize([prompt]).images) is None:
+            continue
+        for number, file in enumerate(prompt.images):
+            picture = read_picture(file)
+            mine = (images.picture[0] == number) & (images.seen[0, :, 0] < images.seen[0, :, 2])  # NaN: unknown
+            shown.setdefault(side, []).append(
+                {
+                    "picture": _data_uri(picture),
+                    "size": list(picture.size),
+                    "positions": mine.nonzero().flatten().tolist(),
+                    "boxes": images.seen[0, mine].double().round(decimals=2).tolist(),
+                }
+            )
+    return shown
+
+
+def _data_uri(picture: Any) -> str:
+    """A picture in the text of a page, made smaller where it is large."""
+    small = picture.copy()
+    small.thumbnail((PIXELS, PIXELS))
+    held = io.BytesIO()
+    small.save(held, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
 def _agreeing(known: Sequence[str | None], tokens: Sequence[str]) -> list[str | None]:

@@ -12,6 +12,7 @@ from saepatch.pages.commands.restored import page_of_folder
 from saepatch.pages.gather import read_sweep_again
 from saepatch.pages.overview import facts, lead, overview
 from saepatch.pages.sweeps.curves import groups, verified
+from saepatch.pages.sweeps.pictures import pictures
 from saepatch.pages.sweeps.run_data import RunData, read_run_data
 from saepatch.pages.sweeps.run_maps import edits, maps
 from saepatch.reading.cards import Card
@@ -51,7 +52,7 @@ def page_of(out: Path) -> Page:
 
 def run_page(run: RunData) -> Page:
     """The page of a run."""
-    sections = [*overview(run), groups(run), maps(run), verified(run), edits(run), _cards(run)]
+    sections = [*overview(run), groups(run), maps(run), pictures(run), verified(run), edits(run), _cards(run)]
     title = f"saepatch {run.folder.work}: {run.folder.task} in {run.folder.model}"
     return Page(title, lead(run), [section for section in sections if section is not None], facts(run))
 

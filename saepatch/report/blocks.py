@@ -192,6 +192,27 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class PictureMap:
+    """Values of parts of a picture, drawn over it on a diverging colour scale centred at 0."""
+
+    title: str
+    picture: str
+    """The picture as a data URI, so that the page loads nothing."""
+    size: Sequence[float]
+    """Its width and height, in the units of `boxes`: left, top, right and bottom of each part."""
+    boxes: Sequence[Sequence[float]]
+    names: Sequence[str]
+    values: Sequence[Number]
+    caption: str = ""
+    value_format: str = ""
+
+    def __post_init__(self) -> None:
+        _same_lengths(f"picture {self.title!r}", boxes=self.boxes, names=self.names, values=self.values)
+        if not self.picture.startswith("data:image/"):
+            raise ValueError(f"picture {self.title!r} is not a data URI of an image")
+
+
+@dataclass(frozen=True)
 class Points:
     """One set of points of a `ScatterChart`; points with a missing x or y are not drawn."""
 
@@ -321,7 +342,7 @@ class Chips:
     value_format: str = ""
 
 
-Chart = LineChart | BarChart | HeatMap | ScatterChart | Histogram | NodeGraph
+Chart = LineChart | BarChart | HeatMap | ScatterChart | Histogram | NodeGraph | PictureMap
 Simple = Facts | Headline | Notices | Table | Chart | Comparison | ColouredTokens | Chips
 
 

@@ -14,12 +14,13 @@ from saepatch.report.blocks import (
     LineChart,
     NodeGraph,
     Number,
+    PictureMap,
     Points,
     ScatterChart,
     Series,
 )
 from saepatch.report.graphs import node_graph
-from saepatch.report.heat_maps import heat_map
+from saepatch.report.heat_maps import heat_map, picture_map
 from saepatch.report.scales import Scale, linear, logarithmic
 from saepatch.report.svg import CHARACTER, DIGIT, WIDE, Drawing, clipped, element, label, marker, rule
 from saepatch.report.text import common_format, finite, number, with_interval
@@ -46,6 +47,8 @@ def draw(chart: Chart, width: int) -> Drawing:
         return scatter_chart(chart, width)
     if isinstance(chart, Histogram):
         return histogram(chart, width)
+    if isinstance(chart, PictureMap):
+        return picture_map(chart, width)
     return bar_chart(chart, width) if isinstance(chart, BarChart) else heat_map(chart, width)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import BarChart, Chart, HeatMap, Histogram, LineChart, NodeGraph, ScatterChart
+from saepatch.report.blocks import BarChart, Chart, HeatMap, Histogram, LineChart, NodeGraph, PictureMap, ScatterChart
 from saepatch.report.charts import PALETTE, draw
 from saepatch.report.files import stylesheet, write_whole
 from saepatch.report.heat_maps import map_width
@@ -95,7 +95,7 @@ def _swatch(chart: Chart, index: int, y: float) -> Markup:
 
 def _names(chart: Chart) -> list[str]:
     """The entries of the legend."""
-    if isinstance(chart, (HeatMap, Histogram, NodeGraph)):
+    if isinstance(chart, (HeatMap, Histogram, NodeGraph, PictureMap)):
         return []
     return (
         [bars.name for bars in chart.bars] if isinstance(chart, BarChart) else [series.name for series in chart.series]

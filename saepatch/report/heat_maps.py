@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from saepatch.report.blocks import HeatMap, Number
+from saepatch.report.blocks import HeatMap, Number, PictureMap
 from saepatch.report.svg import CHARACTER, DIGIT, NARROW, Drawing, clipped, element, label
 from saepatch.report.text import common_format, finite, number, visible
 
+_PICTURE = 340  # pixels: the width of a picture
+_OVER = 0.75  # opacity of the deepest colour over a picture
 _PALE = 0.3  # of its colour that an uncertain cell keeps
 _CELL = 34.0  # pixels: the narrowest cell that fits a number with two decimals
 _FINE_DIGIT = 5.8  # approximate width in pixels of a digit in small print
@@ -55,6 +57,26 @@ def heat_map(chart: HeatMap, width: int) -> Drawing:
     return Drawing(
         width, height, chart.title, tuple(parts), interactive=chart.keys is not None or any(chart.anchors or ())
     )
+
+
+def picture_map(chart: PictureMap, width: int) -> Drawing:
+    """A picture with its parts coloured by sign and magnitude."""
+    scale = min(width, _PICTURE) / chart.size[0]
+    tall = scale * chart.size[1]
+    top_value = max([0.0, *(abs(value) for value in chart.values if finite(value))])
+    spec = chart.value_format or common_format(chart.values)
+    place: dict[str, str | float] = {"x": 0, "y": 0, "width": round(scale * chart.size[0], 2), "height": round(tall, 2)}
+    parts = [element("image", {**place, "href": chart.picture, "preserveAspectRatio": "none"})]
+    for (left, top, right, bottom), name, value in zip(chart.boxes, chart.names, chart.values):
+        share = abs(value) / top_value if finite(value) and top_value else 0.0
+        place = {"x": round(scale * left, 2), "y": round(scale * top, 2)}
+        place |= {"width": round(scale * (right - left), 2), "height": round(scale * (bottom - top), 2)}
+        kind = "none" if not finite(value) else "positive" if value >= 0 else "negative"
+        tip = element("title", {}, f"{name}: {number(value, spec)}")
+        over = element("rect", {**place, "class": kind, "fill-opacity": round(_OVER * share, 3)})
+        parts.append(element("g", {"class": "mark"}, tip, over))
+    parts += _colour_bar(1, tall + 10, top_value, spec) if top_value else []
+    return Drawing(width, tall + (44 if top_value else 4), chart.title, tuple(parts))
 
 
 def _colour_bar(x: float, y: float, top: float, spec: str) -> list[Markup]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from saepatch.errors import UserError
-from saepatch.report.blocks import Block, Chart, Facts, HeatMap, Histogram, Page, Section, Simple
+from saepatch.report.blocks import Block, Chart, Facts, HeatMap, Histogram, Page, PictureMap, Section, Simple
 from saepatch.report.charts import draw
 from saepatch.report.figure import svg_of, write_figure
 from saepatch.report.files import stylesheet
@@ -60,7 +60,7 @@ def _drawn_once(chart: Chart) -> Markup:
         width = max(map_width(chart), min(WIDE, 60 * len(chart.columns)))
         inside = Markup('<div style="width:{}px">{}</div>').format(width, draw(chart, width).svg())
         return Markup('<div class="scroll">{}</div>').format(inside)
-    width = NARROW if isinstance(chart, Histogram) else WIDE
+    width = NARROW if isinstance(chart, Histogram | PictureMap) else WIDE
     return Markup('<div class="once">{}</div>').format(draw(chart, width).svg())
 
 

@@ -27,6 +27,7 @@ from saepatch.report.blocks import (
     Link,
     NodeGraph,
     Page,
+    PictureMap,
     ScatterChart,
     Series,
     Table,
@@ -179,7 +180,7 @@ def _drawings(chart: Chart) -> Markup:
             '<div style="width:{}px">{}</div></div>'
             '<p class="sideways" aria-hidden="true">↔ wider than the page: scrolls sideways</p>'
         ).format(visible(chart.title), round(drawing.width), drawing.svg())
-    if isinstance(chart, Histogram):  # small enough for every page
+    if isinstance(chart, Histogram | PictureMap):  # small enough for every page
         return Markup('<div class="drawing small">{}</div>').format(draw(chart, NARROW).svg())
     both = Markup("").join(
         Markup('<div class="{}">{}</div>').format(kind, draw(chart, width).svg())
@@ -285,6 +286,11 @@ def _numbers(chart: Chart) -> Table:
             for i, (x, y) in enumerate(zip(points.x, points.y))
         ]
         return Table(names, rows, formats=_formats(names[2:], chart.value_format))
+    if isinstance(chart, PictureMap):
+        rows = [[name, *box, value] for name, box, value in zip(chart.names, chart.boxes, chart.values)]
+        return Table(
+            ["part", "left", "top", "right", "bottom", "value"], rows, formats=_formats(["value"], chart.value_format)
+        )
     if isinstance(chart, NodeGraph):
         ordered = sorted(chart.edges, key=lambda edge: -abs(edge.weight))
         rows = [[chart.nodes[edge.up].name, chart.nodes[edge.down].name, edge.weight] for edge in ordered]

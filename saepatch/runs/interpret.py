@@ -1,5 +1,6 @@
 """Turn the settings of a sweep into values: positions, method, pairs, model, dictionaries, components, corruption."""
 
+import hashlib
 import logging
 import os
 import re
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def read_positions(text: str) -> Positions:
-    """Parse positions: `all`, `last`, `5`, `-1`, `3:7`, `1,4`, `at: Mary`, `turn: user` or `turn: user 0`.
+    """Parse positions: `all`, `last`, `5`, `-1`, `3:7`, `1,4`, `at: Mary`, `turn: user`, `image` or `image: 0,0,64,32`.
 
     Raises:
         UserError: the text is none of these.
@@ -56,12 +57,22 @@ def read_positions(text: str) -> Positions:
         return [int(part) for part in text.split(",")]
     if text.startswith("at:") and text[3:].strip():
         return At(text[3:].strip())
+    if match := re.fullmatch(r"image(?::\s*([\d.]+(?:\s*,\s*[\d.]+){3}))?", text):
+        return At.image(None if match[1] is None else _box(match[1]))
     if match := re.fullmatch(r"turn:\s*(\w+)(?:\s+(-?\d{1,9}))?", text):
         return Turn(match[1], int(match[2] or -1))
     raise UserError(
         f"unknown positions {text!r}: use {', '.join(NAMED)}, an index, a span (3:7), several (1,4), 'at: TEXT', "
-        "or 'turn: ROLE'"
+        "'image', a box of it (image: LEFT,TOP,RIGHT,BOTTOM) or 'turn: ROLE'"
     )
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    try:
+        left, top, right, bottom = map(float, text.split(","))
+    except ValueError as error:
+        raise UserError(f"box {text!r}: write four numbers, in pixels: LEFT,TOP,RIGHT,BOTTOM") from error
+    return left, top, right, bottom
 
 
 def read_method(config: AttributeConfig) -> Method:
@@ -143,7 +154,16 @@ def distinct_names(pairs: Sequence[PromptPair]) -> list[PromptPair]:
 
 def pairs_hash(pairs: Sequence[PromptPair]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of all pairs' texts and names."""
-    return json_hash([[p.clean, p.corrupted, p.answer, p.counter, p.example] for p in pairs])
+    return json_hash([[p.clean, p.corrupted, p.answer, p.counter, p.example, *_pictures(p)] for p in pairs])
+
+
+def _pictures(pair: PromptPair) -> list[str]:
+    """Hashes of the pictures of a pair's prompts."""
+    files = [file for prompt in (pair.clean, pair.corrupted) for file in getattr(prompt, "images", ())]
+    try:
+        return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    except OSError as error:
+        raise UserError(f"cannot read picture {error.filename!r} of pair {pair.example}: check its path") from error
 
 
 def read_model(settings: ModelSettings, shard: str = "") -> LanguageModel:

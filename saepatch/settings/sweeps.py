@@ -18,7 +18,8 @@ class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
     """One site or several, as in resid_post.3,resid_post.4; empty: every site that has a dictionary."""
     pairs: str = ""
     """Prompt pairs: a task of the embedded model, such as ioi; a .jsonl, .json, .csv or .parquet file with columns
-    clean, corrupted, answer, counter; a folder saved by `datasets`; or a dataset, OWNER/NAME[:CONFIGURATION]."""
+    clean, corrupted, answer, counter (for pictures also image, or clean_image and corrupted_image); a folder saved by
+    `datasets`; or a dataset, OWNER/NAME[:CONFIGURATION]."""
     split: str = "report"
     """Split of a task (select, tune, report) or dataset; files have none."""
     n: int = 200
@@ -36,7 +37,8 @@ class SweepConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings):
     mean over the clean prompts (mean)."""
     positions: str = "all"
     """Where to patch: all, last, an index (5, or -1 for the last), a span (3:7, or --positions=-3: with an equals
-    sign), several (1,4), the tokens of a text ("at: Mary"), or a turn of a chat ("turn: user")."""
+    sign), several (1,4), the tokens of a text ("at: Mary"), a turn of a chat ("turn: user"), or the tokens of a picture
+    (image), of a box of it in pixels ("image: LEFT,TOP,RIGHT,BOTTOM")."""
     direction: Literal["denoise", "noise", "both"] = "denoise"
     """denoise: clean values into the corrupted run; noise: corrupted values into the clean run."""
     metric: str = "logit_difference"

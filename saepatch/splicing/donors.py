@@ -170,7 +170,7 @@ class DonorRun:
         if isinstance(donor, OtherModel):
             if seen.start:
                 raise UserError("Restore needs the whole prompt in one pass inside the splice: run it without a cache")
-            tokens = Tokens(seen.input_ids, seen.real.long(), seen.ordinary)
+            tokens = Tokens(seen.input_ids, seen.real.long(), seen.ordinary, seen.images)
         else:
             if len(donor.prompts) != len(seen.input_ids):
                 raise UserError(

@@ -24,6 +24,7 @@ from saepatch.model.hooks import (
     is_spliced,
     splice_noted,
 )
+from saepatch.model.inputs.images import images_among
 from saepatch.model.language_model import LanguageModel, Tokens, ordinary
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
@@ -186,6 +187,7 @@ def whole_prompt(model: LanguageModel, tokens: Tokens) -> Pass:
         width=mask.shape[1],
         decode=model.tokenizer.decode,
         turns=model.turns,
+        images=tokens.images,
     )
 
 
@@ -326,6 +328,7 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         width=width,
         decode=run.model.tokenizer.decode,
         turns=run.model.turns,
+        images=images_among(kwargs, start),
     )
     for donor in run._donors.values():
         donor.follow(run.seen)

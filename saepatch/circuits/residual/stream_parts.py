@@ -109,6 +109,11 @@ class StreamParts:
             if module in layer_of:
                 streams[layer_of[module] + 1] = emitted.clone()
 
+        if tokens.images is not None and tokens.images.features.shape[2] > 1:
+            raise UserError(
+                f"{self.model.name} adds features of a picture to the stream after its first blocks, which are no part "
+                "of what its modules write: give prompts of text"
+            )
         with watching(blocks[:1], enter, {**writer_of, **layer_of}, leave):
             logits = self.model.call(tokens, last=int(last))
         return StreamRun(wrote, [streams[number] for number in sorted(streams)], logits)

@@ -191,9 +191,10 @@ class KeptRun:
         later: Later,
     ) -> Float[Tensor, "edits logits"]:
         model, unedited = self.model, 0
-        if way not in ON_CACHE and first:
-            change = nn.functional.pad(change, (0, 0, first, 0))
-            first, unedited = 0, first
+        start = self.tokens.rows(rows).block_start(first) if way in ON_CACHE else 0
+        if start < first:
+            change = nn.functional.pad(change, (0, 0, first - start, 0))
+            first, unedited = start, first - start
         old = self.values[site][rows, first:]
         edited = {site: (old + change).to(old.dtype)}
         if entry(site) != site:
@@ -280,10 +281,15 @@ class KeptRun:
     def _probes(self, sites: tuple[Site, ...]) -> "_Probes":
         """Edits that take different paths, by whole passes: of one position in the middle, of all from there on, and
         of the last one, in the row with most padding."""
+        images = self.tokens.images
         row = self.tokens.lengths.argmin().cpu().reshape(1)
+        if images is not None:  # a row with pictures, and the end of one
+            row = images.here.any(-1).int().argmax().cpu().reshape(1)
         generator = torch.Generator().manual_seed(0)
         middle, last = self.width // 2, self.width - 1
         edited = sorted({(middle, 1), (middle, self.width - middle), (last, 1)})
+        if images is not None:
+            edited.append((int(images.here[int(row)].nonzero()[-1]), 1))
         columns = [first for first, _ in edited]
         changes = [[self._noise(site, row, *where, generator) for site in sites] for where in edited]
         both = [

@@ -162,5 +162,5 @@ class Pieces:
 def real_start(tokens: Tokens, columns: int) -> Tokens:
     """The first tokens of the shortest prompt of a batch, without padding."""
     row = int(tokens.lengths.argmin())
-    alone = Tokens(*(t[row : row + 1, tokens.attention_mask[row].bool()] for t in vars(tokens).values()))
+    alone = tokens.alone(row)
     return alone.columns(min(columns, alone.width))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.engine.passes.known_ways import Signature
+from saepatch.model.inputs.images import Images
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
@@ -84,6 +85,8 @@ def forget_runs() -> None:
 
 def _content(value: Any) -> Any:
     """What tells one batch from another: shape, dtype and bytes of a tensor."""
+    if isinstance(value, Images):
+        return tuple(map(_content, vars(value).values()))
     if not isinstance(value, Tensor):
         return value
     plain = value.detach().cpu().contiguous()

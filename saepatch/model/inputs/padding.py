@@ -63,7 +63,7 @@ def by_length(tokens: Tokens) -> Iterator[tuple[Int[Tensor, "rows 1"], Int[Tenso
     for length in tokens.lengths.unique().tolist():
         rows = (tokens.lengths == length).nonzero()
         columns = tokens.attention_mask[rows[:, 0]].nonzero()[:, 1].reshape(len(rows), length)
-        yield rows, columns, Tokens(*(value[rows, columns] for value in vars(tokens).values()))
+        yield rows, columns, tokens.at(rows, columns)
 
 
 def spread(

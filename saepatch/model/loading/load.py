@@ -83,7 +83,7 @@ def load_model(
         options["revision"] = revision
     spreads = spread.get("device_map") is not None
     placement = {key: value for key, value in spread.items() if spreads and value is not None}
-    hf, tokenizer, missing = from_pretrained(source, resolved, options, placement)
+    hf, tokenizer, missing, processor = from_pretrained(source, resolved, options, placement)
     if isinstance(prepend_bos, str):
         name_bos(tokenizer, prepend_bos)
     if missing:
@@ -93,7 +93,7 @@ def load_model(
     hf = hf if placement else hf.to(device)
     if source.adapter:
         hf = with_adapter(hf, source, merge_adapter)
-    return replace(wrap_model(hf, tokenizer, source.title), prepend_bos=bool(prepend_bos))
+    return replace(wrap_model(hf, tokenizer, source.title), prepend_bos=bool(prepend_bos), processor=processor)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -117,14 +117,16 @@ def wrap_model(hf: Any, tokenizer: Any = None, name: str = "") -> LanguageModel:
     Args:
         hf: A model of transformers; a PEFT model with adapters, a TransformerBridge of TransformerLens or a
             LanguageModel of nnsight, of which the transformers model inside is taken, unchanged.
-        tokenizer: Its tokenizer; that of a bridge or of nnsight's model where it is not given.
+        tokenizer: Its tokenizer, or the processor of a model that reads pictures; that of a bridge or of nnsight's
+            model where it is not given.
         name: Its name in results; default: the name or path in its config.
 
     Raises:
         UserError: weights that are not finite, blocks that cannot be found, no tokenizer, or a model of another library
             without a transformers model inside.
     """
-    hf, tokenizer, name = inner_model(hf, tokenizer, name)
+    processor = tokenizer if hasattr(tokenizer, "image_processor") else None
+    hf, tokenizer, name = inner_model(hf, tokenizer if processor is None else processor.tokenizer, name)
     if hasattr(hf, "_orig_mod") or getattr(hf, "_compiled_call_impl", None) is not None:
         raise UserError(
             f"model {name!r} is compiled, and compiled code bypasses hooks: give the model itself (its _orig_mod), "
@@ -136,7 +138,7 @@ def wrap_model(hf: Any, tokenizer: Any = None, name: str = "") -> LanguageModel:
                 f"model {name!r} has NaN or infinite weights in {parameter}: the file is damaged, fetch it again"
             )
     hf.eval().requires_grad_(False)
-    model = LanguageModel(hf, tokenizer, name, layout_of(hf, hf.config))
+    model = LanguageModel(hf, tokenizer, name, layout_of(hf, hf.config), processor=processor)
     if model.appended:
         ends = "".join(model.token_texts(model.appended))
         log.info("the tokenizer of %r appends %s to every text: it is dropped from prompts", name, ends)

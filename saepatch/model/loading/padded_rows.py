@@ -61,7 +61,7 @@ def warn_of_shared_batches(model: LanguageModel) -> None:
     ids = probe.input_ids
     rows = torch.cat([ids, ids.flip(1), ids[:, -1:].expand_as(ids)])
     alone = model.call(probe)[0].float()
-    beside = model.call(Tokens(rows, *(mask.expand_as(rows) for mask in (probe.attention_mask, probe.ordinary))))[0]
+    beside = model.call(Tokens(rows, probe.attention_mask.expand_as(rows), probe.ordinary.expand_as(rows)))[0]
     change = float((beside.float() - alone).abs().amax() / alone.std())
     if change > (1e-3 if model.dtype == torch.float32 else 5e-2):
         log.warning(

@@ -100,8 +100,8 @@ def _quantisation(file: Path) -> str:
 
 def from_pretrained(
     source: Source, dtype: torch.dtype, options: Mapping[str, Any], placement: Mapping[str, Any]
-) -> tuple[Any, Any, list[str]]:
-    """The model (without its adapter), its tokenizer, and the names of weights missing from its files.
+) -> tuple[Any, Any, list[str], Any]:
+    """The model (without its adapter), its tokenizer, the names of weights missing from its files, and its processor.
 
     Raises:
         UserError: they cannot be loaded, or are quantised in a way that transformers does not know.
@@ -139,7 +139,7 @@ def from_pretrained(
             f"weights, or a Hugging Face id): {reason_of(error)}"
         ) from error
     hf, loaded = both
-    return hf, tokenizer, sorted(loaded["missing_keys"])
+    return hf, tokenizer, sorted(loaded["missing_keys"]), load_processor(source.path, config, options)
 
 
 def refuse_unknown_quantisation(config: Any, name: str) -> None:
@@ -192,6 +192,20 @@ def load_tokenizer(source: str, options: Mapping[str, Any]) -> Any:
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ValueError("the files of its tokenizer are missing")
     return tokenizer
+
+
+def load_processor(source: str, config: Any, options: Mapping[str, Any]) -> Any:
+    """The processor of a model that reads pictures; None: it reads none; a string: why it cannot be loaded."""
+    from transformers import AutoProcessor
+    from transformers.models.auto import modeling_auto
+
+    if config.model_type not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return None
+    try:
+        made = AutoProcessor.from_pretrained(source, **options)
+        return made if hasattr(made, "image_processor") else "its files are missing"
+    except Exception as error:  # of missing files and packages, in many ways; prompts of text do without
+        return f"it cannot be loaded: {reason_of(error)}"
 
 
 def class_for(config: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Tests of prompts with pictures, on tiny random vision-language models."""
