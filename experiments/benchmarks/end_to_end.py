@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -102,32 +102,36 @@ class EndToEndResults:
     runs: dict[str, list[Trained]] = field(default_factory=dict)
     fvu: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def of(self, side: str, name: str) -> float:
-        return median(getattr(run, name) for run in self.runs[side])
+    def of(self, side: str) -> Trained:
+        """Medians over rounds."""
+        rounds = zip(*map(astuple, self.runs[side]), strict=True)
+        return Trained(*map(median, rounds))
 
     def summary(self) -> dict[str, Any]:
         ratios = {}
         if SAE_LENS in self.runs:
-            ratios = {name: self.of(SAE_LENS, name) / self.of(OURS, name) for name in ("processor", "wall", "peak_mb")}
+            ours, theirs = asdict(self.of(OURS)), asdict(self.of(SAE_LENS))
+            ratios = {name: theirs[name] / ours[name] for name in ("processor", "wall", "peak_mb")}
         return {
             "ratios": ratios,
-            "tokens_per_second": {
-                side: {name: self.config.tokens / self.of(side, name) for name in ("processor", "wall")}
-                for side in self.runs
-            },
+            "tokens_per_second": {side: self.speeds(side) for side in self.runs},
             "runs": {side: [asdict(run) for run in runs] for side, runs in self.runs.items()},
             "fvu": self.fvu,
             "config": asdict(self.config),
             "versions": versions("transformer-lens"),
         }
 
+    def speeds(self, side: str) -> dict[str, float]:
+        """Tokens a second by clock."""
+        return {name: self.config.tokens / getattr(self.of(side), name) for name in ("processor", "wall")}
+
     def table(self) -> str:
         columns = ["", "tokens per s (processor)", "tokens per s (wall)", "peak MB", "MB before training", "FVU"]
         rows = [
             [
                 side,
-                *(f"{self.config.tokens / self.of(side, name):,.0f}" for name in ("processor", "wall")),
-                *(f"{self.of(side, name):,.0f}" for name in ("peak_mb", "loaded_mb")),
+                *(f"{speed:,.0f}" for speed in self.speeds(side).values()),
+                *(f"{mb:,.0f}" for mb in (self.of(side).peak_mb, self.of(side).loaded_mb)),
                 ", ".join(f"{fvu:.4f}" for fvu in self.fvu[side].values()),
             ]
             for side in self.runs
@@ -192,7 +196,7 @@ def _ours(config: EndToEndConfig, out: str) -> Trained:
 
 def _sae_lens(config: EndToEndConfig, out: str) -> Trained:
     from datasets import Dataset
-    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainingRunner
+    from sae_lens import LanguageModelSAERunnerConfig, SAETrainingRunner
     from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
     from transformer_lens import HookedTransformer
@@ -201,26 +205,39 @@ def _sae_lens(config: EndToEndConfig, out: str) -> Trained:
 
     torch.set_num_threads(config.threads)
     ours = load_model(config.model)
-    hf: Any = ours.hf
     model = hooked_transformer(HookedTransformer, ours)
     model.set_tokenizer(ours.tokenizer)
-    width = hf.config.hidden_size
-    del hf, ours
+    width = ours.d_model
+    del ours
     texts = Dataset.from_dict({"text": load_texts(config.data)[HELD_OUT:]})
-    hooks = {site: f"blocks.{Site.parse(site).layer}.hook_resid_post" for site in config.sites}
     sae = TopKTrainingSAEConfig(
-        d_in=width,
-        d_sae=config.expansion * width,
-        k=config.k,
-        normalize_activations="expected_average_only_in",
+        d_in=width, d_sae=config.expansion * width, k=config.k, normalize_activations="expected_average_only_in"
     )
-    rows = max(1, config.buffer // config.context // 8)
-    shared: dict[str, Any] = {
+    hooks, shared = {site: f"blocks.{Site.parse(site).layer}.hook_resid_post" for site in config.sites}, _shared(config)
+    if len(hooks) == 1:
+        (site, hook), *_ = hooks.items()
+        settings = LanguageModelSAERunnerConfig(
+            sae=sae, hook_name=hook, output_path=f"{out}/{site}", is_dataset_tokenized=False, verbose=False, **shared
+        )
+        runner: Any = SAETrainingRunner(settings, override_dataset=texts, override_model=model)
+    else:
+        several = MultiSAETrainingRunnerConfig(
+            saes={site: replace(sae) for site in hooks}, hook_names=hooks, output_path=out, **shared
+        )
+        runner = MultiSAETrainingRunner(several, override_dataset=texts, override_model=model)
+    return _timed(runner.run)
+
+
+def _shared(config: EndToEndConfig) -> dict[str, Any]:
+    """Settings of both of sae_lens' runners."""
+    from sae_lens import LoggingConfig
+
+    return {
         "model_name": config.model,
         "dataset_path": config.data,
         "streaming": False,
         "context_size": config.context,
-        "store_batch_size_prompts": rows,
+        "store_batch_size_prompts": max(1, config.buffer // config.context // 8),
         "n_batches_in_buffer": 8,
         "n_batches_for_norm_estimate": 8,
         "training_tokens": config.tokens,
@@ -235,23 +252,6 @@ def _sae_lens(config: EndToEndConfig, out: str) -> Trained:
         "model_from_pretrained_kwargs": {},
         "logger": LoggingConfig(log_to_wandb=False, eval_every_n_wandb_logs=10**9),
     }
-    if len(hooks) == 1:
-        (site, hook), *_ = hooks.items()
-        settings = LanguageModelSAERunnerConfig(
-            sae=sae,
-            hook_name=hook,
-            output_path=str(Path(out) / site),
-            is_dataset_tokenized=False,
-            verbose=False,
-            **shared,
-        )
-        runner: Any = SAETrainingRunner(settings, override_dataset=texts, override_model=model)
-    else:
-        several = MultiSAETrainingRunnerConfig(
-            saes={site: replace(sae) for site in hooks}, hook_names=hooks, output_path=out, **shared
-        )
-        runner = MultiSAETrainingRunner(several, override_dataset=texts, override_model=model)
-    return _timed(runner.run)
 
 
 def _timed(train: Any) -> Trained:
