@@ -68,7 +68,7 @@ def run(config: TrainingConfig) -> None:
             )
             for name, revision in ((config.model, config.revision), *((name, "") for name in config.also))
         ]
-        if config.sweep:
+        if config.sweep or config.point:
             swept = run_sweep(model, documents, config, ranks, also)
             if ranks.first:
                 show_sweep(swept, config)
@@ -119,7 +119,7 @@ def show_plan(config: TrainingConfig) -> None:
     from .loop.sweep import points, share
 
     own = share(points(config), config.shard)
-    if config.sweep:
+    if config.sweep or config.point:
         print("\n".join([f"{len(own)} runs:", *(f"  {point.name}" for point in own)]))
         if not own:
             return
@@ -137,7 +137,8 @@ def show_sweep(swept: "SweepResult", config: TrainingConfig) -> None:
     from .loop.sweep import SUMMARY, table
 
     print(table(swept.runs, COLUMNS))
-    print(f"figures of {len(swept.runs)} finished runs, averaged over sites; {config.out}/{SUMMARY} has all of them")
+    where = "" if config.point else f"; {config.out}/{SUMMARY} has all of them"
+    print(f"figures of {len(swept.runs)} finished runs, averaged over sites{where}")
     if swept.failed and not swept.stopped:
         first, reason = next(iter(swept.failed.items()))
         raise UserError(f"{len(swept.failed)} runs of the sweep failed, {first} first: {reason}")

@@ -169,7 +169,9 @@ class TrainingConfig:
             written.
         upload: Upload the dictionaries to W&B; otherwise only their path and hash are logged.
         sweep: Values to try by setting, as in {sae.k: [8, 16], lr: [1.0e-3, 3.0e-3]}: one run for every combination,
-            each in a folder of `out` such as sae.k=8,lr=0.001.
+            each in a folder of `out` such as sae.k=8,lr=0.001. Or the YAML file of a W&B sweep (grid or random).
+        point: One run of a sweep by its values, as in {sae.k: 8, lr: 0.001}, in the folder of `out` that the sweep
+            gives it: what an agent of W&B runs.
         shard: Share of a sweep's runs to run here, as I/N with I from 0 to N-1.
         dry_run: Print shapes, memory and an estimate of the time instead of training; no weights are loaded.
     """
@@ -222,7 +224,8 @@ class TrainingConfig:
     compile: bool = False
     track: str = "none"
     upload: bool = False
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    sweep: dict[str, list[Any]] | str = field(default_factory=dict)
+    point: dict[str, Any] = field(default_factory=dict)
     shard: str = "0/1"
     dry_run: bool = False
 
@@ -255,6 +258,8 @@ class TrainingConfig:
             raise UserError("sites is empty: name at least one, as in resid_post.3, or use 'all'")
         if self.sites != "all":
             self.sites_of(0)
+        if self.sweep and self.point:
+            raise UserError(f"sweep = {self.sweep!r} and point = {self.point!r}: give one of them")
         share = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard)
         if share is None or int(share[1]) >= int(share[2]):
             raise UserError(f"shard {self.shard!r}: write I/N with I from 0 to N-1, as in 0/4")

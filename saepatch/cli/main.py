@@ -11,6 +11,7 @@ from saepatch.cli.commands.finished.merge import merge
 from saepatch.cli.commands.finished.push import push
 from saepatch.cli.commands.finished.report import report
 from saepatch.cli.commands.finished.runs import runs
+from saepatch.cli.commands.finished.track import track
 from saepatch.cli.commands.inspect import inspect, plan
 from saepatch.cli.commands.latent import latent
 from saepatch.cli.commands.play import play
@@ -27,6 +28,7 @@ from saepatch.settings.finished.merge import MergeConfig
 from saepatch.settings.finished.push import PushConfig
 from saepatch.settings.finished.report import ReportConfig
 from saepatch.settings.finished.runs import RunsConfig
+from saepatch.settings.finished.track import TrackConfig
 from saepatch.settings.inspect import InspectConfig, PlanConfig
 from saepatch.settings.latent import LatentConfig
 from saepatch.settings.play import PlayConfig
@@ -49,6 +51,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]] = {
     "compare": (CompareConfig, compare),
     "latent": (LatentConfig, latent),
     "push": (PushConfig, push),
+    "track": (TrackConfig, track),
     "steer": (SteerConfig, steer),
     "play": (PlayConfig, play),
     "trace": (TraceConfig, trace),

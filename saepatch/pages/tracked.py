@@ -53,7 +53,7 @@ def track_page(page: Page, path: Path, tracker: Tracker) -> None:
     for section in page.sections:
         for block in _blocks(section.blocks):
             if isinstance(block, Table):
-                tracker.table(fresh(section.title), *plain_table(block))
+                tracker.table(fresh(section.title), *plain_table(block, path.name))
             elif isinstance(block, LineChart) and _shares_an_axis(block):
                 tracker.curve(
                     fresh(block.title), block.x_label, block.series[0].x, {line.name: line.y for line in block.series}
@@ -78,15 +78,21 @@ def _shares_an_axis(chart: LineChart) -> bool:
     return bool(chart.series) and all(list(line.x) == list(chart.series[0].x) for line in chart.series)
 
 
-def plain_table(table: Table) -> tuple[list[str], list[list[Any]]]:
-    """A table as columns and rows of plain values: an interval becomes three columns, a link its text."""
+def plain_table(table: Table, page: str) -> tuple[list[str], list[list[Any]]]:
+    """A table as columns and rows of plain values: an interval becomes three columns; a link its text and, in a column
+    `card`, its address on the page, as in report.html#resid_post.3-966."""
     ranged = [any(isinstance(row[i], EstimateCell) for row in table.rows) for i in range(len(table.columns))]
     columns = [
         name
         for title, wide in zip(table.columns, ranged)
         for name in ((title, f"{title} low", f"{title} high") if wide else (title,))
     ]
-    return columns, [[v for cell, wide in zip(row, ranged) for v in _values(cell, wide)] for row in table.rows]
+    rows = [[v for cell, wide in zip(row, ranged) for v in _values(cell, wide)] for row in table.rows]
+    links = [next((cell.anchor for cell in row if isinstance(cell, Link)), None) for row in table.rows]
+    if any(links):
+        columns.append("card")
+        rows = [[*row, anchor and f"{page}#{anchor}"] for row, anchor in zip(rows, links)]
+    return columns, rows
 
 
 def _values(cell: Cell, wide: bool) -> tuple[Any, ...]:

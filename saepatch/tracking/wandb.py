@@ -40,7 +40,7 @@ class WandbRun:
             finish_timeout_raises=True,
             silent=True,
         )
-        if mode != "offline" and os.environ.get("WANDB_MODE", "online") == "online" and not _has_key():
+        if mode != "offline" and os.environ.get("WANDB_MODE", "online") == "online" and not has_key():
             # W&B would prompt for a key and block an unattended run.
             logger.warning("W&B has no key (WANDB_API_KEY, or `wandb login`): the run is kept offline")
             mode = "offline"
@@ -69,7 +69,8 @@ class WandbRun:
         self.sync_command: str | None = None
         if self._run.offline and not self._run.disabled:
             # A resumed run has one folder per start; W&B uploads them as one run.
-            folders = Path(self._run.dir).parents[1].glob(f"offline-run-*-{about.run_id}*")
+            # Under an agent of a sweep, the id is the agent's.
+            folders = Path(self._run.dir).parents[1].glob(f"offline-run-*-{self._run.id}*")
             self.sync_command = shlex.join(["wandb", "sync", *map(str, sorted(folders))])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -89,6 +90,10 @@ class WandbRun:
         self._run.log({name: histogram}, step=self._row(step))
 
     def summarise(self, values: Mapping[str, float]) -> None:
+        if self._step is not None:
+            # W&B writes a row when the next begins, and a row replaces the summary's values of its names.
+            self._run.log({}, step=self._row_step, commit=True)
+            self._step = None
         self._run.summary.update(dict(values))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
@@ -162,7 +167,7 @@ def leave_service() -> None:
         wandb.setup().assert_service()._cleanup()  # type: ignore[misc]
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B could log in without a prompt: from the environment, its settings or the netrc file."""
     import wandb
 

@@ -14,7 +14,9 @@ from experiments.common.tracked import show
 from experiments.patchscope import PatchscopeConfig
 from saepatch.cli.main import main
 from saepatch.errors import UserError
+from saepatch.measure.quality import SpliceQuality
 from saepatch.report import HeatMap, LineChart, Page, Section, Series, Table, write_page
+from saepatch.runs import kinds as kinds_of_runs
 from saepatch.tracking import open as tracking
 from saepatch.tracking.open import RunDescription, open_tracker
 from saepatch.tracking.plots import plotly_figure
@@ -96,7 +98,12 @@ def test_wandb_is_shown_a_whole_run(place, caplog):
     assert digest in text  # the dictionaries, by path and hash
     media = kept(folder)
     assert any(name.endswith(".html") and "<script>" in text for name, text in media.items())
-    assert (out / "tables" / "Edits.jsonl").read_text().count("\n") == 3
+    edits = [json.loads(line) for line in (out / "tables" / "Edits.jsonl").read_text().splitlines()]
+    assert len(edits) == 3
+    cards = [edit["card"].removeprefix("report.html#") for edit in edits if edit.get("card")]
+    assert cards
+    page = (out / "report.html").read_text()
+    assert all(f'id="{anchor}"' in page for anchor in cards)
     assert len(list((out / "figures").glob("*.svg"))) == 0  # curves are tables
 
 
@@ -284,6 +291,77 @@ def test_what_is_logged_after_a_curve_is_kept(tmp_path, caplog):
     assert [row["effects/top"] for row in rows if "effects/top" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["again/top"] for row in rows if "again/top" in row] == [7, 8]
     assert sum(any(key.startswith("some") for key in row) for row in rows) == 1
+
+
+def test_a_summary_replaces_what_was_logged_under_its_name(tmp_path):
+    with open_tracker("wandb:offline", RunDescription(tmp_path / "out", "x", {}, axes={"*": "tokens"})) as tracker:
+        tracker.log({"fvu": 0.5, "loss": 1.0}, 5)
+        tracker.summarise({"fvu": 0.25})
+        tracker.log({"loss": 0.5}, 5)
+    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    told = json.loads(leet(folder, "--summary"))["summary"]
+    assert (told["fvu"], told["loss"]) == (0.25, 0.5)
+    records = [json.loads(line) for line in leet(folder).splitlines()]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [(row["tokens"], row["loss"]) for row in rows] == [(5, 1.0), (5, 0.5)]
+
+
+def logged_names():
+    """Names of headline figures of every command, and of training."""
+    one = [0.5, 0.4, 0.6]
+    top = [{"effect": {"value": 0.5, "low": 0.4, "high": 0.6}}]
+    outcomes = dict.fromkeys(("refuse", "comply", "degenerate", "refusal_score"), one) | {"prompts": 2}
+    conditions = [
+        {"harmful": harmful, "condition": name} | outcomes
+        for harmful in (True, False)
+        for name in ("bare", "donor", "restored", "random", "matched")
+    ]
+    counts = dict.fromkeys(("pairs", "nodes", "candidates", "edges", "whole", "empty", "completeness"), 1)
+    kept = dict.fromkeys(("nodes", "kept", "dropped", "edges"), one)
+    kinds = ("efficacy", "paraphrase", "neighbourhood", "reversal", "ripple")
+    measured = dict.fromkeys(("success", "magnitude", "accuracy"), one)
+    found = [
+        kinds_of_runs._patch({"top": {"denoise": top, "noise": top}}),
+        kinds_of_runs._attribute(
+            dict.fromkeys(kinds_of_runs.COUNTS, 1)
+            | {"screens": {"denoise": {"pearson": 0.5, "top": [{"effect": 0.5}]}}}
+        ),
+        kinds_of_runs._restore({"conditions": conditions, "rows": 1}),
+        kinds_of_runs._circuit(counts | {"faithfulness": kept, "random": [one], "selected": {}}),
+        kinds_of_runs._edit({"pairs": 1, "score": one, "kinds": dict.fromkeys(kinds, measured), "relative_norms": {}}),
+        dict.fromkeys((*SpliceQuality.__annotations__, "dense_share"), 0.0),
+    ]
+    return {name for figures in found for name in figures}
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
+def test_the_workspace_is_one_that_its_package_reads(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("wandb_workspaces", reason="not installed: pip install 'saepatch[workspace]'")
+    from wandb_workspaces.reports.v2 import BarPlot, MediaBrowser
+    from wandb_workspaces.workspaces import Workspace, internal
+
+    assert main(["track", "workspace", "--entity", "team", "--dry_run"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    spec = internal.WorkspaceViewspec.model_validate_json(json.dumps(told.pop("spec")))  # as it reads W&B's answers
+    read = Workspace._from_model(internal.View(spec=spec, **told))
+    assert (read.entity, read.project, read.name) == ("team", "saepatch", "saepatch")
+    panels = [panel for section in read.sections for panel in section.panels]
+    shown = {
+        getattr(metric, "name", metric) for panel in panels if isinstance(panel, BarPlot) for metric in panel.metrics
+    }
+    assert any(panel.media_keys == ["report"] for panel in panels if isinstance(panel, MediaBrowser))
+    assert {name.removeprefix("summary:") for name in shown} <= logged_names()
+    assert main(["track", "workspace"]) == 2
+    assert (
+        "W&B has no key: run `wandb login`, or print what would be uploaded with --dry_run" in capsys.readouterr().err
+    )
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr("wandb.Api", lambda: (_ for _ in ()).throw(ConnectionError("no way there")))
+    assert main(["track", "workspace"]) == 2
+    assert "W&B did not take the workspace of project 'saepatch' (no way there)" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert main(["track", "workspace", "--dry_run"]) == 2
+    assert "pip install 'saepatch[workspace]'" in capsys.readouterr().err
 
 
 def test_curves_stay_in_the_local_log_too(tmp_path):

@@ -1,7 +1,11 @@
 """Sweeps: which runs there are, what each shard does, what resuming skips, and the table at the end."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +19,7 @@ from training.config import TrainingConfig
 from training.loop import checkpoints, trainer
 from training.loop.saving import Outcome
 from training.loop.sweep import points, run_sweep, share
+from training.loop.sweep_file import read_sweep
 
 pytestmark = pytest.mark.whole
 
@@ -222,3 +227,127 @@ def test_a_whole_sweep(command, tmp_path, capsys):
         assert load_sae(str(place), "resid_post.1").site == Site(1)
         kept = yaml.safe_load((place / "config.yaml").read_text())
         assert (kept["sae"]["k"], kept["sweep"], kept["out"]) == (k, {}, str(place))
+
+
+WANDB = """
+program: saepatch
+command: [saepatch, train, CONFIG.yaml, --point, "${args_json}", --track, wandb, --resume]
+method: grid
+metric: {name: ce_recovered, goal: maximize}
+parameters:
+  sae.k: {values: [2, 4]}
+  lr: {values: [0.001, 0.003]}
+  seed: {value: 1}
+"""
+
+
+def sweep_of_wandb(tmp_path, **changes):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(WANDB), **changes}))
+    return str(path)
+
+
+def test_the_file_of_a_wandb_sweep_is_a_sweep_here(tmp_path, stand_in):
+    trained = stand_in()
+    config = small(sweep=sweep_of_wandb(tmp_path), out=tmp_path / "out")
+    found = points(config)
+    assert [point.values for point in found] == [
+        {"lr": lr, "sae.k": k, "seed": 1} for lr in (1e-3, 3e-3) for k in (2, 4)
+    ]
+    run_sweep(tiny_model(), documents(), config)
+    told = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert told["fields"] == {"lr": [1e-3, 3e-3], "sae.k": [2, 4], "seed": [1]}
+    assert trained.names[:2] == ["lr=0.001,sae.k=2,seed=1", "lr=0.001,sae.k=4,seed=1"]
+
+
+def test_an_agent_of_wandb_runs_a_point_in_the_folder_of_the_sweep(tmp_path, stand_in):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    whole = points(small(sweep=sweep_of_wandb(tmp_path), out=tmp_path))
+    told = {name: {"value": value} for name, value in reversed(whole[2].values.items())}  # what an agent is sent
+    macros = create_sweep_command_args({"args": told})
+    command = create_sweep_command(yaml.safe_load(WANDB)["command"])
+    words = [word for part in command for word in (macros[part[2:-1]] if part.startswith("${") else [part])]
+    (tmp_path / "CONFIG.yaml").write_text(yaml.safe_dump(small().to_dict() | {"out": str(tmp_path)}))
+    config = read([str(tmp_path / "CONFIG.yaml"), *words[3:]])
+    (point,) = points(config)
+    assert (point.name, point.config.out) == (whole[2].name, whole[2].config.out)
+    assert (point.config.sae.k, point.config.lr, point.config.seed) == (2, 3e-3, 1)
+    assert (config.track, config.resume) == ("wandb", True)
+    trained = stand_in()
+    swept = run_sweep(tiny_model(), documents(), config)
+    assert trained.names == [run["name"] for run in swept.runs] == [whole[2].name]
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_random_draws_of_a_wandb_sweep_are_the_same_each_time(tmp_path):
+    parameters = {
+        "sae.k": {"min": 2, "max": 4},
+        "lr": {"min": 1e-4, "max": 1e-2, "distribution": "log_uniform_values"},
+        "warmup": {"min": 0.0, "max": 0.5},
+        "sae.architecture": {"values": ["topk", "batchtopk"], "probabilities": [0.9, 0.1]},
+    }
+    path = sweep_of_wandb(tmp_path, method="random", run_cap=300, parameters=parameters)
+    drawn = read_sweep(path, 0)
+    assert drawn == read_sweep(path, 0) != read_sweep(path, 1)
+    assert {run["sae.k"] for run in drawn} == {2, 3, 4}
+    assert all(1e-4 <= run["lr"] <= 1e-2 and 0 <= run["warmup"] <= 0.5 for run in drawn)
+    assert sum(run["lr"] < 1e-3 for run in drawn) == pytest.approx(150, abs=35)  # half, on a logarithmic scale
+    assert sum(run["sae.architecture"] == "topk" for run in drawn) == pytest.approx(270, abs=25)
+    twice = sweep_of_wandb(tmp_path, method="random", run_cap=20, parameters={"seed": {"values": [1, 2]}})
+    assert sorted(run["seed"] for run in read_sweep(twice, 0)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "bayes"}, "use grid or random; bayes needs W&B's server"),
+        ({"method": "random"}, "give run_cap"),
+        ({"run_cap": 0}, "run_cap is 0"),
+        ({"parameters": {}}, "has no parameters"),
+        ({"params": 1}, "'params' is no key of a sweep"),
+        ({"parameters": {"lr": {"min": 0.1, "max": 0.2}}}, "'lr' is continuous"),
+        ({"parameters": {"lr": {"min": 2, "max": 1}}}, "the smaller first"),
+        ({"parameters": {"lr": {"mu": 1, "distribution": "normal"}}}, "has distribution 'normal'"),
+        ({"parameters": {"lr": 3}}, "'lr' is 3: write value"),
+        ({"parameters": {"sae": {"parameters": {"k": {"value": 3}}}}}, "is nested: write the setting's full name"),
+        ({"parameters": {"k": {"values": [3]}}}, "sweep over 'k': there is no such setting"),
+        ({"parameters": {"lr": {"values": [1, 2], "probabilities": [1]}}}, "one probability for each value"),
+    ],
+)
+def test_what_a_wandb_sweep_cannot_do_here_is_said(changes, said, tmp_path):
+    with pytest.raises(UserError, match=re.escape(said)):
+        points(small(sweep=sweep_of_wandb(tmp_path, **changes), out=tmp_path))
+
+
+def test_the_same_runs_as_wandbs_own_sweeps(tmp_path):
+    sweeps = pytest.importorskip("sweeps", reason="W&B's package is not installed: pip install 'wandb[sweeps]'")
+    from sweeps.config.schema import fill_validate_schema
+
+    config, runs = yaml.safe_load(WANDB), []
+    fill_validate_schema(config)  # raises where W&B would refuse the file
+    while (run := sweeps.next_run(config, runs)) is not None:
+        runs.append(run)
+    theirs = [{name: value["value"] for name, value in run.config.items()} for run in runs]
+    ours = read_sweep(sweep_of_wandb(tmp_path), 0)
+    assert sorted(theirs, key=json.dumps) == sorted((dict(run) for run in ours), key=json.dumps)
+
+
+@pytest.mark.slow
+def test_a_run_of_an_agent_is_kept_as_the_sweeps(command, tmp_path, monkeypatch):
+    agent = {"WANDB_SWEEP_ID": "abcd1234", "WANDB_RUN_ID": "runofagent", "WANDB_MODE": "offline"}
+    given = [*command, "--sweep", "{}", "--point", '{"sae.k": 2}', "--track", "wandb"]
+    done = subprocess.run(
+        [sys.executable, "-m", "training", *given], env={**os.environ, **agent}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "out" / "sae.k=2" / "wandb").glob("offline-run-*-runofagent")
+    assert f"wandb sync {folder}" in done.stderr
+    leet = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
+    lines = subprocess.run([*leet, folder], capture_output=True, text=True, check=True).stdout.splitlines()
+    (started,) = [record["run"] for line in lines if (record := json.loads(line))["type"] == "run"]
+    assert (started["run_id"], started["sweep_id"]) == ("runofagent", "abcd1234")
+    told = json.loads(subprocess.run([*leet, "--summary", folder], capture_output=True, check=True).stdout)["summary"]
+    own = json.loads((tmp_path / "out" / "sae.k=2" / "summary.json").read_text())["sites"]["resid_post.1"]
+    assert told["ce_recovered"] == pytest.approx(own["ce_recovered"])
+    assert told["resid_post.1/fvu"] == pytest.approx(own["fvu"])

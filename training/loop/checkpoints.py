@@ -32,7 +32,8 @@ PART = ".part-"
 
 # Settings that may change when a run is resumed: they affect where it runs and what it logs, not what it learns.
 _MAY_DIFFER = {
-    *("out", "resume", "overwrite", "dry_run", "sweep", "shard", "device", "revision", "prefetch", "cache", "cache_gb"),
+    *("out", "resume", "overwrite", "dry_run", "sweep", "point", "shard", "device", "revision", "prefetch"),
+    *("cache", "cache_gb"),
     "initial",  # its dictionaries' fingerprints must be the same
     "save_every",
     *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),

@@ -66,6 +66,13 @@ def quality_in(other: LanguageModel, dictionaries: Mapping[Site, Dictionary], he
     return OtherModelQuality(other.name, other.fingerprint, figures)
 
 
+def headline(figures: Mapping[Site, Mapping[str, float]]) -> dict[str, float]:
+    """Figures for a tracker: those of each site as SITE/NAME, and their means over sites, which a sweep compares."""
+    each = {f"{site}/{name}": value for site, row in figures.items() for name, value in row.items()}
+    shared = [name for name in next(iter(figures.values())) if all(name in row for row in figures.values())]
+    return each | {name: sum(row[name] for row in figures.values()) / len(figures) for name in shared}
+
+
 def check_folder(out: Path, sites: Sequence[Site], config: TrainingConfig) -> None:
     """Check, before any work, that the dictionaries can be written.
 

@@ -1,4 +1,5 @@
-"""Sweeps: a run for every combination of values of some settings, in one command or as a Slurm job array.
+"""Sweeps: a run for every combination of values of some settings, in one command, as a Slurm job array, or by W&B's
+agents, each of which runs one point at a time.
 
 In an array of four jobs, each takes a share of the runs, and the last to finish prints the whole table. When submitted
 again, the jobs continue:
@@ -26,6 +27,7 @@ from ..config import TrainingConfig
 from ..data.document import Document
 from ..data.texts import Streamed, as_documents
 from ..ranks import ALONE, Ranks
+from .sweep_file import read_sweep
 
 if TYPE_CHECKING:
     from saepatch.model.language_model import LanguageModel
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 SUMMARY = "sweep.json"
 _SHARED = frozenset(["model", "data", "subset", "split", "streaming", "text_column", "device", "dtype"])
-_OWN = frozenset(["out", "overwrite", "resume", "sweep", "shard", "dry_run"])
+_OWN = frozenset(["out", "overwrite", "resume", "sweep", "point", "shard", "dry_run"])
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,31 @@ def points(config: TrainingConfig) -> list[SweepPoint]:
         UserError: a setting does not exist or cannot be swept over, or does not accept a value.
     """
     known = _fields(TrainingConfig().to_dict())
-    for name, values in config.sweep.items():
+    tried = _tried(config)
+    for name in dict.fromkeys(name for values in tried for name in values):
         if name in _SHARED | _OWN:
             why = "all runs of a sweep share it" if name in _SHARED else "it belongs to the sweep as a whole"
             raise UserError(f"sweep over {name!r}: {why}; leave it out, or start one command for each value")
         if name not in known:
             near = get_close_matches(name, known, 1) or ["sae.k"]
             raise UserError(f"sweep over {name!r}: there is no such setting; write its full name, as in {near[0]}")
-        if not values:
-            raise UserError(f"sweep over {name!r} has no values: give a list, as in {{{name}: [1, 2]}}")
-    runs = [_point(config, dict(zip(config.sweep, each))) for each in product(*config.sweep.values())]
+    runs = [_point(config, values) for values in tried]
     names = [point.name for point in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two runs of the sweep would be named {twice[0]!r}: give each value only once")
     return runs
+
+
+def _tried(config: TrainingConfig) -> list[dict[str, Any]]:
+    """The values of each run, by setting; without a sweep, none of one run."""
+    if config.point:
+        return [dict(sorted(config.point.items()))]  # in the order of `read_sweep`
+    if isinstance(config.sweep, str):
+        return read_sweep(config.sweep, config.seed)
+    for name, values in config.sweep.items():
+        if not values:
+            raise UserError(f"sweep over {name!r} has no values: give a list, as in {{{name}: [1, 2]}}")
+    return [dict(zip(config.sweep, each)) for each in product(*config.sweep.values())]
 
 
 def share(every: Sequence[SweepPoint], shard: str) -> list[SweepPoint]:
@@ -93,7 +106,7 @@ def share(every: Sequence[SweepPoint], shard: str) -> list[SweepPoint]:
 
 def _point(config: TrainingConfig, values: dict[str, Any]) -> SweepPoint:
     name = ",".join(f"{field}={_text(value)}" for field, value in values.items())
-    settings = replace(config, sweep={}, shard="0/1", out=config.out / name).to_dict()
+    settings = replace(config, sweep={}, point={}, shard="0/1", out=config.out / name).to_dict()
     for field, value in values.items():
         *groups, last = field.split(".")
         place = settings
@@ -121,7 +134,7 @@ def _fields(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Paths of all settings, such as sae.k."""
     paths: list[str] = []
     for name, value in settings.items():
-        nested = isinstance(value, dict) and name != "sweep"
+        nested = isinstance(value, dict) and name not in ("sweep", "point")
         paths += _fields(value, f"{prefix}{name}.") if nested else [prefix + name]
     return paths
 
@@ -173,7 +186,11 @@ def run_sweep(
             failed[point.name] = str(error)
         if stopped:
             break
-    return SweepResult(_write(every, model.n_layers, config) if ranks.first else [], failed, stopped)
+    if not ranks.first:
+        return SweepResult([], failed, stopped)
+    # One point alone is a part of a sweep that others know: its table is left to them.
+    runs = _finished(every, model.n_layers) if config.point else _write(every, model.n_layers, config)
+    return SweepResult(runs, failed, stopped)
 
 
 def _write(every: Sequence[SweepPoint], n_layers: int, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -181,7 +198,7 @@ def _write(every: Sequence[SweepPoint], n_layers: int, config: TrainingConfig) -
     place = config.out / SUMMARY
     while True:
         runs = _finished(every, n_layers)
-        content = {"fields": dict(config.sweep), "runs": runs}
+        content = {"fields": _fields_of(every), "runs": runs}
         try:
             config.out.mkdir(parents=True, exist_ok=True)
             with atomic(place) as part:
@@ -192,6 +209,17 @@ def _write(every: Sequence[SweepPoint], n_layers: int, config: TrainingConfig) -
             ) from error
         if _finished(every, n_layers) == runs:  # else another shard finished a run meanwhile
             return runs
+
+
+def _fields_of(every: Sequence[SweepPoint]) -> dict[str, list[Any]]:
+    """The settings that are swept over, each with its values in order."""
+    fields: dict[str, list[Any]] = {}
+    for point in every:
+        for name, value in point.values.items():
+            values = fields.setdefault(name, [])
+            if value not in values:
+                values.append(value)
+    return fields
 
 
 def _finished(every: Sequence[SweepPoint], n_layers: int) -> list[dict[str, Any]]:

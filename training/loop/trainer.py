@@ -362,9 +362,7 @@ class Run:
         if not self.ranks.first:
             return Outcome({}, self.tokens)
         figures, also = self._write(self.out)
-        self.tracker.summarise(
-            {f"{site}/{name}": value for site, row in figures.items() for name, value in row.items()}
-        )
+        self.tracker.summarise(saving.headline(figures))
         for site in figures:
             self.tracker.artifact(str(site), self.out / str(site), self.config.upload)
         checkpoints.clear(self.out)
