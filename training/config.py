@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from saepatch.errors import UserError
 from saepatch.settings.checks import check_values
@@ -175,6 +175,18 @@ class TrainingConfig:
         shard: Share of a sweep's runs to run here, as I/N with I from 0 to N-1.
         dry_run: Print shapes, memory and an estimate of the time instead of training; no weights are loaded.
     """
+
+    # Not in --help, but in --help_all.
+    seldom: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("also", "subset", "split", "streaming", "text_column", "pack", "special_tokens", "held_out"),
+            *("forward_tokens", "prefetch", "cache", "cache_gb", "beta1", "beta2", "warmup", "decay", "clip", "ema"),
+            *("finetune_lr", "eval_tokens", "log_every", "keep_checkpoints", "compile", "upload", "point"),
+            *("buffer", "context", "sae.levels", "sae.sparsity_warmup", "sae.p_end", "sae.penalty", "sae.tanh_scale"),
+            *("sae.threshold", "sae.bias", "sae.bandwidth", "sae.estimate_inputs", "sae.threshold_rate"),
+            *("sae.aux_coefficient", "sae.aux_share", "sae.dead_after", "sae.precision"),
+        }
+    )
 
     model: str = "organism"
     revision: str = ""

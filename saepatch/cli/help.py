@@ -1,7 +1,7 @@
 """The text of `--help`: at most two screens; settings that are seldom needed are under `--help_all`."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any
@@ -33,14 +33,19 @@ def usage(config: type, prog: str, optional: str = "") -> str:
     return " ".join([prog.replace("%", "%%"), *given, "[--config FILE.yaml] [--SETTING VALUE ...]"])
 
 
-def shorten(parser: Any, full: bool) -> bool:
-    """Name values by their kind and, unless `full`, hide settings that are seldom needed; returns whether any are."""
+def shorten(parser: Any, full: bool, seldom: Collection[str] = ()) -> bool:
+    """Name values by their kind and, unless `full`, hide settings that are seldom needed; returns whether any are.
+
+    `seldom` are further ones of this command.
+    """
     hidden = False
     for action in parser._actions:
         kind = getattr(action, "_typehint", None) or action.type
         if action.option_strings and action.metavar is None and kind in METAVARS:
             action.metavar = METAVARS[kind]
-        if not full and action.dest in SELDOM:
+        if not action.option_strings:
+            action.metavar = action.dest
+        if not full and (action.dest in SELDOM or action.dest in seldom):
             action.help, hidden = argparse.SUPPRESS, True
         if action.dest == "print_config" and not full:
             action.help = "Print the settings that would be used, and exit"

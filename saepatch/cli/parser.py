@@ -16,7 +16,7 @@ from saepatch.cli.help import FIRST_STEPS, formatter, shorten, usage
 from saepatch.cli.places import with_place
 from saepatch.errors import UserError, reason_of
 from saepatch.records.documents import bounded_yaml
-from saepatch.settings.checks import check_values
+from saepatch.settings.checks import RENAMED, check_values
 
 Config = TypeVar("Config")
 
@@ -35,13 +35,13 @@ def read_config(config: type[Config], prog: str, arguments: Sequence[str]) -> Co
     Raises:
         UserError: a setting does not exist, or does not accept its value.
     """
-    given = list(arguments)
+    given, full = _help(arguments)
     if given and not given[0].startswith("-"):
         if not Path(given[0]).is_file():
             raise UserError(f"no config file {given[0]!r}: give a YAML file first, or settings alone (see --help)")
         given = ["--config", *given]
     try:
-        parser = _parser(config, prog=prog)  # type: ignore[arg-type]  # classes are hashable
+        parser = _parser(config, prog=prog, full=full)  # type: ignore[arg-type]  # classes are hashable
         return _instantiate(parser, _parsed(parser, given), config)
     except UserError as error:
         raise with_place(error, given) from error
@@ -74,10 +74,8 @@ def run_commands(
     one JSON object). `forwarded` are commands that parse their own arguments, each with a line of help.
     """
     forwarded = forwarded or {}
-    given = list(sys.argv[1:] if arguments is None else arguments)
-
-    full = "--help_all" in given or not {"-h", "--help"} & set(given)  # all settings take part where it is no help
-    given = ["--help" if word == "--help_all" else word for word in given]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given, full = _help(words)
 
     def run() -> None:
         try:
@@ -110,8 +108,14 @@ def run_commands(
         return 0
     with own_process(arguments is None):
         if given[0] in forwarded:
-            return forwarded[given[0]][1](given[1:])
+            return forwarded[given[0]][1](words[1:])
         return guarded(run, "written files are complete")
+
+
+def _help(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments with --help for --help_all, and whether all settings take part: they do where it is no help."""
+    full = "--help_all" in arguments or not {"-h", "--help"} & set(arguments)
+    return ["--help" if word == "--help_all" else word for word in arguments], full
 
 
 def _commands_parser(
@@ -173,7 +177,7 @@ def _parser(config: type, prog: str, positional: bool = False, full: bool = True
     for action in parser._actions:
         if getattr(action, "_typehint", None) in (bool, bool | None, bool | str):  # `--quiet` alone means true
             action.nargs, action.const = "?", True
-    if shorten(parser, full):
+    if shorten(parser, full, getattr(config, "seldom", ())):
         parser.epilog = f"{epilog or ''}\n\nMore settings: {prog} --help_all".strip()
     return parser
 
@@ -216,9 +220,6 @@ KINDS = {
     "tuple": "a list, as in '[a,b]'",
     "dict": "a mapping, as in '{a: 1}'",
 }
-
-
-RENAMED = {"data": "reference"}  # former names of settings, of `latent`
 
 
 def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:

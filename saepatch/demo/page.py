@@ -19,6 +19,7 @@ from saepatch.pages.sweeps.maps import (
     edit_table,
     head_map,
     on_one_scale,
+    positions_of,
     site_and_position,
     site_key,
     unit_and_position,
@@ -63,7 +64,8 @@ def page(results: Findings, provenance: Provenance) -> report.Page:
         )
     )
     time = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results.seconds.items())
-    facts = report.Facts(provenance.facts() | {"time": time})
+    named = {str(site): {"name": sae.name, "hash": sae.fingerprint} for site, sae in results.saes.items()}
+    facts = report.Facts(provenance.facts() | dictionary_facts(named) | {"time": time})
     return report.Page("saepatch: latents patched, restored and steered", lead, sections, facts)
 
 
@@ -147,9 +149,7 @@ def _model(results: Findings) -> report.Section:
 
 
 def _splice(results: Findings) -> report.Section:
-    section = splice_section([asdict(q) | {"site": str(q.site)} for q in results.quality], "held-out text")
-    named = {str(site): {"name": sae.name, "hash": sae.fingerprint} for site, sae in results.saes.items()}
-    return replace(section, blocks=[*section.blocks, report.Facts(dictionary_facts(named))])
+    return splice_section([asdict(q) | {"site": str(q.site)} for q in results.quality], "held-out text")
 
 
 def _patching(results: Findings) -> report.Section:
@@ -218,12 +218,13 @@ def _maps(results: Findings, direction: PatchDirection) -> tuple[list[report.Hea
     maps, site, anchors = results.maps, results.patching.site, anchors_of(results.cards)
     edits = EditTable.of(maps.streams[direction], maps.latents[direction], maps.heads[direction])
     tokens = PromptTokens(maps.clean, maps.corrupted)
-    columns, below = tokens.columns(range(len(maps.clean)))
     best = [(site, "latent", str(edit.units[0])) for edit in results.patching.singles[0].top(BY_POSITION)]
     streams, latents, heads = (edits.ran(component) for component in ("stream", "latent", "head"))
     chosen = [number for number in latents if unit_of(edits.keys[number]) in best]
     units = [unit for unit in best if unit in {unit_of(edits.keys[number]) for number in chosen}]
     group = f"n = {len(maps.group)} pairs."
+    columns, below = tokens.columns(positions_of(edits, streams))
+    few, few_below = tokens.columns(positions_of(edits, chosen))
     layers = draw_map(
         f"Layer × position: {direction}",
         edits,
@@ -240,7 +241,7 @@ def _maps(results: Findings, direction: PatchDirection) -> tuple[list[report.Hea
         chosen,
         unit_and_position,
         {unit: unit[2] for unit in units},
-        columns,
+        few,
         f"The {len(units)} latents that restore most at all positions, patched at one position, {group}",
     )
     caption = (
@@ -255,7 +256,7 @@ def _maps(results: Findings, direction: PatchDirection) -> tuple[list[report.Hea
     charts = [
         replace(layers, columns_below=below),
         head_map(f"Layer × head: {direction}", edits, heads, results.model.n_heads, heads_caption),
-        replace(single, columns_below=below, anchors=[anchors.get((site, unit[2]), "") for unit in units]),
+        replace(single, columns_below=few_below, anchors=[anchors.get((site, unit[2]), "") for unit in units]),
     ]
     return charts, edit_table(edits, [*listed, *heads], tokens, anchors, caption)
 
@@ -313,7 +314,7 @@ def _side_by_side(
     prompt: str, names: Sequence[str], outcomes: Sequence[str], texts: Sequence[str]
 ) -> report.Comparison:
     columns = [(f"{name}: {outcome}", text) for name, outcome, text in zip(names, outcomes, texts, strict=True)]
-    return report.Comparison(prompt, columns, changes=True)
+    return report.Comparison(prompt, columns, changes=True, outcomes=(*OUTCOME_WORDS.values(), *SHOWN.values()))
 
 
 def _curve(r: RestoredRefusals, n: int) -> report.LineChart:

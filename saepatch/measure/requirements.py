@@ -156,8 +156,8 @@ def requirements(config: PlanConfig) -> Requirements:
                 weights=weights * size,
                 caches=twice * 2 * (end - start) * tokens * kv * head * size,
                 kept=2 * len(sites) * tokens * width * size if here else 0,
-                dictionaries=len(sites) * (2 * width * config.latents + config.latents + width) * 4 if here else 0,
-                latents=3 * bool(sites) * tokens * config.latents * 4 if here else 0,
+                dictionaries=len(sites) * (2 * width * config.d_sae + config.d_sae + width) * 4 if here else 0,
+                latents=3 * bool(sites) * tokens * config.d_sae * 4 if here else 0,
                 activations=_activations(text, config.rows * piece, size) * max(1, runs)
                 + (5 * piece * config.tokens if long else 0),
             )
@@ -166,7 +166,7 @@ def requirements(config: PlanConfig) -> Requirements:
     shapes: dict[str, tuple[int, ...]] = {"residual stream": (config.rows, config.tokens, width)}
     shapes["keys, values of a block"] = (2, config.rows, kv, config.tokens, head)
     if sites:
-        shapes |= {"latents": (config.rows, config.tokens, config.latents), "decoder": (config.latents, width)}
+        shapes |= {"latents": (config.rows, config.tokens, config.d_sae), "decoder": (config.d_sae, width)}
     in_blocks = sum(map(_count, blocks))
     operations = 2.0 * tokens * in_blocks + 2.0 * len(blocks) * tokens * config.tokens * heads * head
     return Requirements(config, parameters, shapes, tuple(needs), operations)

@@ -21,6 +21,7 @@ from saepatch.records.documents import load_yaml
 from saepatch.records.files import write_json
 from saepatch.runs.catalogue import RunFolder, read_json
 from saepatch.runs.commands.sweeps import Sweep, prepare
+from saepatch.settings.checks import current_names
 from saepatch.settings.sweeps import AttributeConfig, PatchConfig, SweepConfig
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,6 @@ def stored_settings(kind: type[Config], folder: Path, out: Path) -> Config:
     """
     path = folder / "config.yaml"
     try:
-        return kind(**load_yaml(path) | {"out": str(out)})
+        return kind(**current_names(kind, load_yaml(path)) | {"out": str(out)})
     except TypeError as error:
         raise UserError(f"cannot read {path} ({error}): give the folder of a finished run") from error

@@ -12,6 +12,9 @@ from saepatch.dictionaries.active_values import ActiveValues
 BINS = 20  # bins of a displayed histogram
 FINE = 2048  # bins for counting activations of one sign
 WINDOW = (24, 8)  # tokens kept before and after the largest activation
+BANDS = (0.5, 0.25)  # upper ends of the lower bands of examples, as shares of the maximum; the last one ends at 0
+EACH = 2  # examples of a lower band
+OCTAVES = 48  # powers of two of magnitudes, from 2^-24, by which candidates for the bands are kept
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Activity:
         maximum: Largest activation of each latent at any token, with BOS counted as 0.
         peaks: For each latent, stretches of the `examples` texts with the largest positive activations, largest first.
             Repeated stretches are kept once.
+        lower: For each latent, candidates for examples of weaker activations: the first `EACH` stretches of each power
+            of two. What `bands` takes from them does not depend on the size of batches.
     """
 
     def __init__(self, latents: int, examples: int) -> None:
@@ -46,6 +51,8 @@ class Activity:
         self.values = ActiveValues(latents)
         self.minimum = torch.full((latents,), torch.inf)
         self.peaks: list[list[Peak]] = [[] for _ in range(latents)]
+        self.lower: list[list[Peak]] = [[] for _ in range(latents)]
+        self._kept = torch.zeros(latents, OCTAVES if examples > 0 else 0, dtype=torch.uint8)
         self._enough = torch.zeros(latents)  # largest activations above this are kept
         # Each latent's bins end at a power of two above its largest magnitude. When that grows, bins are merged in
         # pairs, so that the counts do not depend on the order of the texts.
@@ -73,6 +80,7 @@ class Activity:
         self._count_values(acts)
         if self.examples > 0:
             self._keep_peaks(ids, real, acts, largest)
+            self._keep_lower(ids, real, acts, largest)
         self.texts += len(ids)
         self.tokens += int(ordinary.sum())
 
@@ -126,16 +134,51 @@ class Activity:
         largest: Float[Tensor, "batch latents"],
     ) -> None:
         rows, latents = (largest > self._enough).nonzero(as_tuple=True)
-        places = acts[rows, :, latents].argmax(-1).tolist()
-        starts, lengths = real.int().argmax(-1).tolist(), real.sum(-1).tolist()
-        for row, latent, place in zip(rows.tolist(), latents.tolist(), places, strict=True):
-            value = float(largest[row, latent])
-            if value <= float(self._enough[latent]):  # larger ones of this batch were kept in the meantime
-                continue
-            first = max(starts[row], place - WINDOW[0])
-            stretch = slice(first, min(starts[row] + lengths[row], place + WINDOW[1] + 1))
-            values = tuple(acts[row, stretch, latent].tolist())
-            self._keep(latent, Peak(self.texts + row, value, tuple(ids[row, stretch].tolist()), values))
+        for row, latent in zip(rows.tolist(), latents.tolist(), strict=True):
+            if float(largest[row, latent]) > float(self._enough[latent]):  # else larger ones of this batch were kept
+                self._keep(latent, self._peak(row, latent, ids, real, acts))
+
+    def _keep_lower(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"],
+        acts: Float[Tensor, "batch pos latents"],
+        largest: Float[Tensor, "batch latents"],
+    ) -> None:
+        octaves = (torch.frexp(largest).exponent + OCTAVES // 2).clamp(0, OCTAVES - 1).long()
+        room = self._kept.gather(1, octaves.T).T < EACH
+        rows, latents = ((largest > 0) & torch.isfinite(largest) & room).nonzero(as_tuple=True)
+        for row, latent in zip(rows.tolist(), latents.tolist(), strict=True):
+            octave = int(octaves[row, latent])
+            if self._kept[latent, octave] < EACH:
+                peak = self._peak(row, latent, ids, real, acts)
+                if all(other.ids != peak.ids for other in self.lower[latent]):
+                    self._kept[latent, octave] += 1
+                    self.lower[latent].append(peak)
+
+    def _peak(
+        self,
+        row: int,
+        latent: int,
+        ids: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"],
+        acts: Float[Tensor, "batch pos latents"],
+    ) -> Peak:
+        """The stretch around a latent's largest activation in a row."""
+        place = int(acts[row, :, latent].masked_fill(~real[row], -torch.inf).argmax())
+        start = int(real[row].int().argmax())
+        stretch = slice(max(start, place - WINDOW[0]), min(start + int(real[row].sum()), place + WINDOW[1] + 1))
+        values = tuple(acts[row, stretch, latent].tolist())
+        return Peak(self.texts + row, float(acts[row, place, latent]), tuple(ids[row, stretch].tolist()), values)
+
+    def bands(self, latent: int) -> list[Peak]:
+        """Up to `EACH` examples of each lower band of a latent's activations, the stronger band first."""
+        top, shown = float(self.maximum[latent]), {peak.ids for peak in self.peaks[latent]}
+        found: list[Peak] = []
+        for high, low in zip(BANDS, (*BANDS[1:], 0.0), strict=True):
+            own = [p for p in self.lower[latent] if low * top < p.largest <= high * top and p.ids not in shown]
+            found += sorted(own, key=lambda peak: peak.text)[:EACH]
+        return found
 
     def _keep(self, latent: int, peak: Peak) -> None:
         kept = self.peaks[latent]

@@ -37,6 +37,10 @@ def card_blocks(card: Card, known: set[str]) -> list[Simple]:
         caption = f"up to {number(max(example.acts))}, text {example.text + 1}"
         caption += "" if place else ". Deeper colours: stronger activations, within each example"
         blocks.append(ColouredTokens(as_words(example.tokens), example.acts, caption))
+    for example in card.lower:
+        share = max(example.acts) / card.maximum if card.maximum else 0.0
+        caption = f"weaker: up to {number(max(example.acts))} ({share:.0%} of the largest), text {example.text + 1}"
+        blocks.append(ColouredTokens(as_words(example.tokens), example.acts, caption))
     if card.counts:
         blocks.append(Histogram("Non-zero activations", "activation", "tokens", card.edges, card.counts))
     if card.lens:

@@ -19,7 +19,7 @@ from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.lens import INSIDE, final_norm, stream_directions
-from saepatch.reading.activity import Activity
+from saepatch.reading.activity import Activity, Peak
 from saepatch.report.blocks import Simple
 from saepatch.report.notebook import Shown
 from saepatch.report.text import number
@@ -71,6 +71,8 @@ class Card(Shown):
     """Tokens whose logits its direction raises and lowers most, with the logit minus the vocabulary's mean."""
     neighbours: tuple[tuple[int, float], ...]
     """Latents of the same dictionary with the most similar directions, by cosine."""
+    lower: tuple[Example, ...] = ()
+    """Examples of weaker activations: at most half of the maximum, then at most a quarter; none in older runs."""
 
     @property
     def dead(self) -> bool:
@@ -109,13 +111,21 @@ class Card(Shown):
     def read(content: dict[str, Any]) -> "Card":
         """A card from the JSON of its `asdict`; null numbers become NaN."""
         nan = float("nan")
-        examples = tuple(Example(e["text"], tuple(e["tokens"]), tuple(e["acts"])) for e in content["examples"])
+        examples, lower = (
+            tuple(Example(e["text"], tuple(e["tokens"]), tuple(e["acts"])) for e in content.get(name, ()))
+            for name in ("examples", "lower")
+        )
         pairs = {key: tuple((pair[0], pair[1]) for pair in content[key]) for key in ("raises", "lowers", "neighbours")}
         numbers = {
             key: nan if (value := content.get(key)) is None else value
             for key in ("mean_active", "maximum", "unit", "norm")
         }
-        plain = {"edges": tuple(content["edges"]), "counts": tuple(content["counts"]), "examples": examples}
+        plain = {
+            "edges": tuple(content["edges"]),
+            "counts": tuple(content["counts"]),
+            "examples": examples,
+            "lower": lower,
+        }
         return Card(**content | numbers | plain | pairs)
 
 
@@ -203,14 +213,19 @@ def _card(
         norm=float(dictionary.rows[latent].float().norm()),
         edges=tuple(round(edge, 4) for edge in edges),
         counts=counts,
-        examples=tuple(
-            Example(peak.text, tuple(model.token_texts(peak.ids)), tuple(round(act, 4) for act in peak.acts))
-            for peak in activity.peaks[column]
-        ),
+        examples=_examples(model, activity.peaks[column]),
+        lower=_examples(model, activity.bands(column)),
         lens="" if lens is None else lens.how,
         raises=() if lens is None else lens.raises[row],
         lowers=() if lens is None else lens.lowers[row],
         neighbours=neighbours,
+    )
+
+
+def _examples(model: LanguageModel, peaks: Sequence[Peak]) -> tuple[Example, ...]:
+    return tuple(
+        Example(peak.text, tuple(model.token_texts(peak.ids)), tuple(round(act, 4) for act in peak.acts))
+        for peak in peaks
     )
 
 

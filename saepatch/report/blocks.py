@@ -318,6 +318,18 @@ class Comparison:
     """Words to mark in the texts, ignoring case."""
     changes: bool = False
     """In every text but the first, mark the words that differ from the first."""
+    label: str = "Prompt"
+    """Heading of the prompt."""
+    outcomes: Sequence[str] = ()
+    """Outcomes that end a column's name, as in `restored: refused`, in the order of the palette's colours."""
+
+    def folded(self) -> list[tuple[str, str, str]]:
+        """Names, outcome and text of each column; columns of equal text and outcome are one, under all their names."""
+        named: dict[tuple[str, str], list[str]] = {}
+        for column, text in self.columns:
+            name, _, outcome = column.rpartition(": ") if ": " in column else (column, "", "")
+            named.setdefault((outcome, text), []).append(name)
+        return [(", ".join(names), outcome, text) for (outcome, text), names in named.items()]
 
 
 @dataclass(frozen=True)

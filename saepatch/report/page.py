@@ -17,9 +17,11 @@ from markupsafe import Markup, escape
 
 from saepatch.report.blocks import (
     BarChart,
+    Block,
     Cell,
     Chart,
     ColouredTokens,
+    Comparison,
     EstimateCell,
     HeatMap,
     Histogram,
@@ -113,11 +115,44 @@ def environment() -> Environment:
         drawings=_drawings, table_rows=_table_rows, numeric=_numeric, token_styles=_token_styles, palette=PALETTE
     )
     environment.globals["numbers"] = _numbers
+    environment.globals["in_rows"] = _in_rows
     environment.globals["table_name"] = _table_name
     environment.globals["number"] = number
     environment.globals["outline"] = outline
     environment.globals["joined"] = " ".join
     return environment
+
+
+def _in_rows(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks in order; two small ones of a kind that follow each other share a row, where a page is wide enough."""
+    rows: list[list[Block]] = []
+    for block in blocks:
+        kind = _small(block)
+        if kind and rows and len(rows[-1]) == 1 and _small(rows[-1][0]) == kind:
+            rows[-1].append(block)
+        else:
+            rows.append([block])
+    return rows
+
+
+HALF = 520  # pixels of half of a wide page
+LABELS = 8  # bars with names above them
+
+
+def _small(block: Block) -> str:
+    """What kind of block this is, if half of a wide page is enough for it; else empty."""
+    if isinstance(block, Comparison):
+        return "comparison" if len(block.folded()) < 4 else ""
+    if isinstance(block, ColouredTokens):
+        return "tokens"
+    if isinstance(block, Table):
+        ranged = sum(any(isinstance(cell, EstimateCell) for cell in column) for column in zip(*block.rows))
+        return "figure" if len(block.columns) + ranged < 7 and len(block.rows) < 20 else ""
+    if isinstance(block, HeatMap):
+        return "figure" if map_width(block) <= HALF else ""
+    if isinstance(block, BarChart):
+        return "figure" if len(block.labels) <= LABELS else ""
+    return "figure" if isinstance(block, LineChart | ScatterChart) else ""
 
 
 def _anchors(titles: Sequence[str]) -> list[str]:

@@ -12,6 +12,19 @@ from saepatch.errors import UserError
 LARGEST = 2**63 - 1  # whole numbers beyond it fit no tensor
 
 
+# Former names of settings, each with the name that another command has for the same thing.
+RENAMED: Mapping[str, str] = {"data": "reference", "tokens": "max_new_tokens", "random": "controls", "latents": "d_sae"}
+
+
+def current_names(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version's run, under the names they have now."""
+    known = _hints(config)
+    return {
+        RENAMED[name] if name not in known and RENAMED.get(name) in known else name: value
+        for name, value in values.items()
+    }
+
+
 def check_values(config: type, values: Mapping[str, Any], prefix: str = "") -> None:
     """Check settings by name, before they become a `config`.
 

@@ -19,6 +19,7 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
         "saepatch circuit --pairs ioi --site resid_post.4 --positions last --each_position --out runs/last",
         "saepatch circuit --pairs ioi --component head --out runs/heads",
     )
+    seldom: ClassVar[frozenset[str]] = frozenset(["steps", "minimal", "sample", "edge_method", "prune"])
     component: Literal["latent", "head"] = "latent"
     """Nodes: latent, for the latents and error terms of the dictionaries; or head, for every attention head, every MLP
     and the token embeddings, without dictionaries."""
@@ -69,7 +70,7 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
     """Number of edges with the largest estimates to path-patch exactly."""
     sample: int = 50
     """Number of edges drawn at random from all others to path-patch as well."""
-    random: int = 5
+    controls: int = 5
     """Number of random circuits with as many nodes at each site, none of them the circuit's own."""
     minimal: int = 100
     """Number of nodes, those with the largest effects, that are removed one by one."""
@@ -90,7 +91,7 @@ class CircuitConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
         if not self.pairs:
             raise UserError("no pairs: give --pairs, a task such as ioi or a file, and for a file --select as well")
         at_least = {"n": 0, "n_select": 0, "steps": 1, "nodes": 0, "edges": 0, "verify": 0, "sample": 0, "minimal": 0}
-        at_least |= {"batch_size": 0, "part": 1, "random": 5}
+        at_least |= {"batch_size": 0, "part": 1, "controls": 5}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} = {getattr(self, name)}: use at least {least}")

@@ -30,8 +30,8 @@ class PlanConfig(Output):
     """Say what a sweep of a large model would need of each device, from its config.json alone, without its weights."""
 
     examples: ClassVar[tuple[str, ...]] = (
-        "saepatch plan llama-70b/config.json --devices 2 --device_gb 80 --site resid_post.40 --latents 65536",
-        "saepatch plan organism --work attribute --tokens 200 --site resid_post.3 --latents 2048 --json",
+        "saepatch plan llama-70b/config.json --devices 2 --device_gb 80 --site resid_post.40 --d_sae 65536",
+        "saepatch plan organism --work attribute --tokens 200 --site resid_post.3 --d_sae 2048 --json",
     )
 
     model: str = field()
@@ -44,7 +44,7 @@ class PlanConfig(Output):
     """Prompts, or edits, that run at a time."""
     site: str = ""
     """Sites of the dictionaries, separated by commas; empty: no dictionary is counted."""
-    latents: int = 16384
+    d_sae: int = 16384
     """Latents of each dictionary."""
     dtype: str = "bfloat16"
     """Type of the model's numbers: float32, bfloat16 or float16. Dictionaries are in float32."""
@@ -61,7 +61,7 @@ class PlanConfig(Output):
             raise UserError(f"work {self.work!r}: use {' or '.join(WORK)}")
         if self.dtype not in BYTES:
             raise UserError(f"dtype {self.dtype!r}: use {', '.join(BYTES)}")
-        for name in ("tokens", "rows", "latents", "devices"):
+        for name in ("tokens", "rows", "d_sae", "devices"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: use at least 1")
         if self.device_gb <= 0 or self.device_tflops < 0:

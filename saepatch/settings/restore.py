@@ -54,7 +54,7 @@ class RestoreConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
     controls: int = 5
     """Number of random control sets, and of control sets matched in frequency and size, of the same number of latents
     per site."""
-    tokens: int = 40
+    max_new_tokens: int = 40
     """Maximum number of tokens of an answer."""
     max_fvu: float = 0.5
     """Largest fraction of variance a dictionary may leave unexplained in either of two models, on the first prompts and
@@ -80,8 +80,10 @@ class RestoreConfig(Output, Progress, Tracked, DictionarySettings, ModelSettings
             raise UserError(
                 f"n = {self.n}, controls = {self.controls}, template = {self.template}: use at least 0, 0 and -1"
             )
-        if min(self.tokens, self.part) < 1 or self.k < 0:
-            raise UserError(f"k = {self.k}, tokens = {self.tokens}, part = {self.part}: use at least 0, 1 and 1")
+        if min(self.max_new_tokens, self.part) < 1 or self.k < 0:
+            raise UserError(
+                f"k = {self.k}, max_new_tokens = {self.max_new_tokens}, part = {self.part}: use at least 0, 1 and 1"
+            )
         check_shard(self.shard)
         if self.k and (self.latents or not self.select):
             raise UserError(f"k = {self.k} takes the top of a ranking: give --select to rank on, and no --latents")

@@ -17,6 +17,7 @@ from saepatch.cli.main import COMMANDS, main
 from saepatch.cli.parser import read_config
 from saepatch.errors import UserError
 from saepatch.records.bars import progress_bar
+from training.config import TrainingConfig
 
 
 def failed(capsys, *arguments):
@@ -78,19 +79,24 @@ def test_alone_it_says_what_to_do_first(capsys):
         assert stopped.value.code == 0, step
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "train"])
 def test_help_of_a_command_fits_two_screens(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     printed = {}
     for word in ("--help", "--help_all"):
         with pytest.raises(SystemExit):
             main([command, word])
         printed[word] = capsys.readouterr().out
     assert len(printed["--help"].splitlines()) <= 90
-    every = {one.name for one in fields(COMMANDS[command][0])}
+    config = TrainingConfig if command == "train" else COMMANDS[command][0]
+    every = {one.name for one in fields(config)}
     listed = {name for name in every if f"--{name}" in printed["--help_all"] or f"  {name}" in printed["--help_all"]}
     assert listed == every
-    hidden = {name for name in every if f"  --{name}" not in printed["--help"]} & every & SELDOM
+    hidden = (
+        {name for name in every if f"  --{name}" not in printed["--help"]}
+        & every
+        & (SELDOM | getattr(config, "seldom", set()))
+    )
     assert ("--help_all" in printed["--help"]) == bool(hidden)
     assert "More settings" not in printed["--help_all"]
 
@@ -239,6 +245,9 @@ def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
         (("patch", "--config", str(other)), "--sae takes a text, not a mapping (is the file for another command?)"),
         (("patch", "--pairz", "ioi"), "(did you mean --pairs?)"),
         (("latent", "resid_post.3:281", "--data", "texts.txt"), "(it is called --reference now)"),
+        (("restore", "--prompts", "refusal:report", "--tokens", "4"), "(it is called --max_new_tokens now)"),
+        (("circuit", "--pairs", "ioi", "--random", "3"), "(it is called --controls now)"),
+        (("plan", "organism", "--latents", "3"), "(it is called --d_sae now)"),
         (("compare", "runs/a"), "'other' is missing: see --help"),
     ):
         text = failed(capsys, *arguments)

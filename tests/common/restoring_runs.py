@@ -40,7 +40,7 @@ def settings(place, out, **changes):
         "model": place / "model",
         "sae": place / "saes",
         "out": out,
-        "tokens": 6,
+        "max_new_tokens": 6,
         "part": 2,
         "controls": 2,
         "refusals": "S|N",

@@ -57,7 +57,7 @@ def test_large_models_are_counted_without_weights(tmp_path, shape, published):
 
 def test_what_does_not_fit_is_named(tmp_path, capsys):
     path = config_file(tmp_path, *LLAMA)
-    given = ["plan", path, "--site", "resid_post.40", "--latents", "65536", "--device_tflops", "200"]
+    given = ["plan", path, "--site", "resid_post.40", "--d_sae", "65536", "--device_tflops", "200"]
     assert main([*given, "--devices", "2", "--device_gb", "80"]) == 0
     said = capsys.readouterr().out
     assert "70.55 billion parameters" in said
@@ -88,7 +88,7 @@ def test_a_small_models_plan_is_what_its_passes_hold(tmp_path):
         tokens=len(prompt) + 4,
         dtype="float32",
         site="resid_pre.0",
-        latents=48,
+        d_sae=48,
     )
     (needs,) = requirements(plan).devices
     assert needs.weights == sum(p.numel() * p.element_size() for p in model.hf.parameters())

@@ -453,7 +453,8 @@ def quiet(browser):
 @pytest.mark.browser
 def test_a_report_in_a_browser(browser, swept):
     browser.get((swept / "report.html").as_uri())
-    cell = browser.find_element("css selector", ".view:not([hidden]) .pick[data-key*='resid_post.1/latent/3']")
+    cells = all_of(browser, ".view:not([hidden]) .pick[data-key*='resid_post.1/latent/3']")
+    cell = next(one for one in cells if one.is_displayed())
     cell.click()
     panel = browser.find_element("css selector", ".view:not([hidden]) .picked")
     rows = panel.find_elements("css selector", "tbody tr")

@@ -1,5 +1,7 @@
 """Counts, histograms and peaks of streams of texts, against all activations held at once."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,31 @@ def test_a_stream_of_texts_is_all_of_them_at_once(batch, side):
     for latent in range(LATENTS):
         check_histogram(*found.histogram(latent), whole[:, latent][whole[:, latent] != 0].numpy())
         check_peaks(found.peaks[latent], texts, latent)
+        check_bands(found, texts, latent)
+
+
+def check_bands(found, texts, latent):
+    """Of each power of two, the first two texts whose largest activation has it; of these, those in the two bands."""
+    kept, stretches = {}, set()
+    for number, (ids, acts) in enumerate(texts):
+        values = acts[1:, latent].tolist()
+        value = max(values)
+        place = 1 + values.index(value)
+        stretch = tuple(ids[max(0, place - 24) : place + 9].tolist())
+        octave = kept.setdefault(math.frexp(value)[1], [])
+        if value > 0 and len(octave) < 2 and stretch not in stretches:
+            octave.append((number, value, stretch))
+            stretches.add(stretch)
+    top = float(found.maximum[latent])
+    best = {peak.ids for peak in found.peaks[latent]}
+    fitting = sorted(each for octave in kept.values() for each in octave if each[2] not in best)
+    middle = [each for each in fitting if 0.25 * top < each[1] <= 0.5 * top][:2]
+    low = [each for each in fitting if 0 < each[1] <= 0.25 * top][:2]
+    told = [(peak.text, pytest.approx(peak.largest), peak.ids) for peak in found.bands(latent)]
+    assert told == middle + low
+    assert (len(told) > 2) == (latent not in (1, 2)), "the test would see nothing"
+    for peak in found.bands(latent):
+        assert max(peak.acts) == peak.largest
 
 
 def check_histogram(counts, edges, values):

@@ -380,15 +380,33 @@ def test_changed_words_are_marked():
     columns = [
         ("before", "Sure, here is <a> plan"),
         ("after", "I cannot, here is <b> plan"),
-        ("same", "Sure, here is <a> plan"),
+        ("other: bad", "Sure, here is <a> plan"),
     ]
-    source = render(page_of(Comparison("p", columns, changes=True)))
+    source = render(page_of(Comparison("p", columns, changes=True, outcomes=("good", "bad"))))
     answers = re.findall(r'<bdi class="model">(.*?)</bdi></div>', source)
     assert answers == [
         "Sure, here is &lt;a&gt; plan",
         "<mark>I cannot,</mark> here is <mark>&lt;b&gt;</mark> plan",
         "Sure, here is &lt;a&gt; plan",
     ]
+    assert '<span class="label">other: <span class="outcome s1">bad</span></span>' in source
+
+
+def test_equal_answers_share_a_column():
+    columns = [
+        ("bare: did", "x"),
+        ("restored: did not", "y"),
+        ("random: did", "x"),
+        ("matched: did", "x"),
+        ("odd", "x"),
+    ]
+    source = render(page_of(Comparison("p", columns, label="Prompt, harmful")))
+    assert re.findall(r'<div><span class="label">(.*?)</span>', source) == [
+        "bare, random, matched: did",
+        "restored: did not",
+        "odd",
+    ]
+    assert '<span class="label">Prompt, harmful</span>' in source
 
 
 def test_prose_and_anchors():
@@ -496,8 +514,9 @@ def test_in_a_browser(browser, tmp_path):
     for width, shown, hidden in ((1280, "wide", "narrow"), (400, "narrow", "wide")):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        assert browser.find_element("css selector", f".chart .{shown}").is_displayed()
-        assert not browser.find_element("css selector", f".chart .{hidden}").is_displayed()
+        lone = "section > .chart"  # two in a row are narrow ones
+        assert browser.find_element("css selector", f"{lone} .{shown}").is_displayed()
+        assert not browser.find_element("css selector", f"{lone} .{hidden}").is_displayed()
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []
 
@@ -621,7 +640,7 @@ def test_cards_are_searched_and_sorted(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_paper_has_the_top_of_long_tables_and_open_cards(browser, tmp_path):
+def test_paper_has_the_top_of_long_tables_and_cards_that_are_open(browser, tmp_path):
     """What is filtered away takes no room of it, and the page is afterwards what it was."""
     table = Table(["name", "even"], [[f"row {n}", "yes" if n % 2 == 0 else "no"] for n in range(120)], "All.")
     small = Table(["a"], [[1.0]], "Small.")
@@ -629,13 +648,14 @@ def test_paper_has_the_top_of_long_tables_and_open_cards(browser, tmp_path):
     path = write_page(Page("t", "", [Section("One", "", [table, small, card])]), tmp_path / "r.html")
     browser.get(path.as_uri())
     browser.find_element("css selector", "input").send_keys("yes")
+    browser.execute_script("document.querySelector('details.card').open = true")
     before = browser.execute_script("return document.querySelector('main').innerHTML")
     browser.execute_script("toPaper()")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     shown = [row.text for row in browser.find_elements("css selector", "tbody tr") if row.is_displayed()]
-    assert shown == [*(f"row {n} yes" for n in range(0, 80, 2)), "1"]
+    assert shown == [*(f"row {n} yes" for n in range(0, 40, 2)), "1"]
     assert [note.text for note in browser.find_elements("css selector", ".onpaper")] == [
-        "The first 40 of 60 rows; the others are in the page itself."
+        "The first 20 of 60 rows; the others are in the page itself."
     ]
     assert browser.find_element("css selector", "details.card h4").text == "Counts"  # below the card's own h3
     assert not any(tools.is_displayed() for tools in browser.find_elements("css selector", ".tools, .sideways"))

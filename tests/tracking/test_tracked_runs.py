@@ -156,7 +156,14 @@ def restoring(place, out, monkeypatch, conditions):
     rows = [{"prompt": f"ask {n}{EVIL}", "clean": f"say {n}", "harmful": n < 3} for n in range(4)]
     (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {"prompts": place / "prompts.jsonl", "model": place / "model", "sae": place / "saes", "out": out}
-    given |= {"latents": "3,5", "tokens": 4, "part": 2, "controls": 2, "refusals": "S", "track": "wandb:offline"}
+    given |= {
+        "latents": "3,5",
+        "max_new_tokens": 4,
+        "part": 2,
+        "controls": 2,
+        "refusals": "S",
+        "track": "wandb:offline",
+    }
     flags = ["restore", *(str(word) for name, value in given.items() for word in (f"--{name}", value)), "--quiet"]
     from saepatch.runs.commands import restorations as answering
 

@@ -30,6 +30,7 @@ from saepatch.restoration.restore import Outcome
 from saepatch.runs.catalogue import RunFolder
 from saepatch.runs.commands.answers import ORDER, WILSON, Answers, Share
 from saepatch.runs.parts import Record
+from saepatch.settings.checks import current_names
 from saepatch.settings.restore import RestoreConfig
 
 SHOWN = 8  # prompts whose answers are shown side by side
@@ -99,8 +100,9 @@ def page_of_folder(run: RunFolder) -> Page:
     facts = run.summary
     known = {field.name for field in fields(RestoreConfig)}
     try:
+        given = current_names(RestoreConfig, run.settings)
         rows = read_rows(run.path / "results.parquet")
-        known_settings = {name: value for name, value in run.settings.items() if name in known}
+        known_settings = {name: value for name, value in given.items() if name in known}
         config = RestoreConfig(**known_settings | {"out": str(run.path)})
         edits = [{"condition": "restored", "draw": 0, "latents": facts["latents"]}]
         record = Record("restore", run.settings, facts["model"], facts["dictionaries"], {}, 0, 1, 1, edits)
@@ -240,7 +242,8 @@ def _chart(answers: Answers, group: str) -> BarChart:
 
 def _comparisons(answers: Answers, illustrations: Illustrations) -> Section:
     rows = {(row.condition, row.draw, row.example): row for row in answers.rows}
-    examples = list(dict.fromkeys(row.example for row in answers.rows))[:SHOWN]
+    examples = list(dict.fromkeys(row.example for row in answers.rows))
+    examples = sorted(examples, key=lambda name: _same_outcome(rows, name))[:SHOWN]
     outcomes: dict[str, str] = {str(name): text for name, text in OUTCOME_WORDS.items()}
     comparisons = [
         Comparison(
@@ -251,12 +254,14 @@ def _comparisons(answers: Answers, illustrations: Illustrations) -> Section:
                 if (row := rows.get((name, 0, example))) is not None
             ],
             changes=True,
+            label=f"Prompt, {kind}" if (kind := KIND[rows["bare", 0, example].harmful].strip()) else "Prompt",
+            outcomes=tuple(outcomes.values()),
         )
         for example in examples
     ]
     text = (
-        f"The first {len(examples)} prompts, with the first of the random sets. Marked: words that differ from the "
-        "bare answer."
+        f"{len(examples)} prompts, those whose outcome restoration changes first, with the first of the random sets. "
+        "Conditions with the same answer share a column. Marked: words that differ from the bare answer."
     )
     if illustrations.texts:
         text += (
@@ -264,6 +269,11 @@ def _comparisons(answers: Answers, illustrations: Illustrations) -> Section:
             "activation of the restored latents of one site in the unedited model."
         )
     return Section("Answers", text, [*comparisons, *coloured(illustrations.texts)])
+
+
+def _same_outcome(rows: Mapping[tuple[str, int, str], AnswerRow], example: str) -> bool:
+    restored = rows.get(("restored", 0, example))
+    return restored is None or restored.outcome == rows["bare", 0, example].outcome
 
 
 def _facts(answers: Answers, provenance: Provenance, illustrations: Illustrations) -> Facts:

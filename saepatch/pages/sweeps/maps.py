@@ -102,6 +102,11 @@ def _names(tokens: Sequence[str | None], positions: Sequence[int]) -> list[str]:
     return ["…" if known.get(position) is None else token_text(str(known[position])) for position in positions]
 
 
+def positions_of(edits: EditTable, numbers: Sequence[int]) -> list[int]:
+    """The positions at which some of the edits are, in order; of edits at all positions, none."""
+    return sorted({int(place) for number in numbers if (place := edits.keys[number].position).isdigit()})
+
+
 # Keys that link the cells of maps to the rows of tables
 
 
@@ -219,7 +224,7 @@ def edit_table(
     q: Mapping[EditKey, float] | None = None,
 ) -> Table:
     """Edits with their effects; `anchors` are cards by (site, latent), `q` false discovery rates of some edits."""
-    positions = sorted({int(edits.keys[n].position) for n in numbers if edits.keys[n].position.isdigit()})
+    positions = positions_of(edits, numbers)
     named, below = tokens.columns(positions)
     names = {str(position): name for position, name in named.items()}
     for (position, name), other in zip(names.copy().items(), below or ()):

@@ -417,11 +417,12 @@ const seen = new IntersectionObserver((entries) => {
 }, { rootMargin: "0px 0px -75% 0px" });
 all("main section").forEach((section) => seen.observe(section));
 
-// Paper has nothing to unfold: cards are open, the numbers behind figures stay away, of long tables there is the top.
-const PAPER = 40; // rows
+// Paper has nothing to unfold: of cards there are those that are open, and the line of each; the numbers behind figures
+// stay away, and of long tables there is the top.
+const PAPER = 20; // rows
 let folded = [];
 function toPaper() {
-  folded = all("details.card:not([open]), details.about:not([open])");
+  folded = all("details.about:not([open])");
   folded.forEach((part) => { part.open = true; });
   for (const figure of all("figure.table")) {
     const rows = [...figure.querySelector("tbody").rows].filter((row) => !row.hidden);

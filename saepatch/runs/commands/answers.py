@@ -19,6 +19,7 @@ from saepatch.report import KEPT
 from saepatch.restoration.judges import OUTCOMES, Answer, Judge, judge_version, read_judge
 from saepatch.runs.catalogue import read_json
 from saepatch.runs.parts import Record, part_files
+from saepatch.settings.checks import current_names
 from saepatch.settings.restore import RestoreConfig
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def merge_answers(out: Path, records: Sequence[Record]) -> Answers:
     """
     path = records[0].folder(out) / "config.yaml"
     try:
-        config = RestoreConfig(**load_yaml(path) | {"out": str(out), "shard": "0/1"})
+        config = RestoreConfig(**current_names(RestoreConfig, load_yaml(path)) | {"out": str(out), "shard": "0/1"})
     except TypeError as error:
         raise UserError(f"cannot read {path} ({error}): start one of the shards again, which rewrites it") from error
     answers = read_answers(config, records, read_judge(config.judge), judge_version(config.judge))

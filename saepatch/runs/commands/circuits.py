@@ -65,7 +65,7 @@ class CircuitPlan:
     def of(cls, config: CircuitConfig, selected: FoundCircuit) -> "CircuitPlan":
         members, rng = members_of(selected.circuit), np.random.default_rng(config.seed)
         try:
-            random = random_like(members, selected.ranked, config.random, config.seed)
+            random = random_like(members, selected.ranked, config.controls, config.seed)
         except UserError as error:
             log.warning("no random circuits: %s", error)
             random = []

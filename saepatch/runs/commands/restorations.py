@@ -194,7 +194,7 @@ def _shared(
 ) -> dict[str, tuple[float, float]]:
     """Check that each dictionary fits both models, on the first prompts and the donor's answers to them."""
     prompts = [request.prompt for request in requests[:MEASURED_ON]]
-    texts = other.continue_ids(prompts, config.tokens)
+    texts = other.continue_ids(prompts, config.max_new_tokens)
     tokens = model.pad([[*model.encode(prompt), *text] for prompt, text in zip(prompts, texts, strict=True)])
     both = {site: shared_quality(model, other, sae, tokens, config.max_fvu) for site, sae in sites.items()}
     return {str(site): (own.fvu, donors.fvu) for site, (own, donors) in both.items()}
@@ -210,7 +210,7 @@ def _means(
     select = not_harmless(select, config.select)
     need_clean(select, config.select)
     clean = [request.clean or "" for request in select]
-    return clean_means(model, sites, clean, template=template, max_new_tokens=config.tokens)
+    return clean_means(model, sites, clean, template=template, max_new_tokens=config.max_new_tokens)
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def _rows(plan: RestorePlan, requests: Sequence[Request], condition: str | Set) 
         restoring = plan.restored(condition.latents, plan.donor_of(clean), plan.config.error)
         draw, size = condition.draw, condition.latents.size(plan.sites)
     with restoring:
-        answered = Answered.by(model, prompts, plan.config.tokens, plan.refusal_ids)
+        answered = Answered.by(model, prompts, plan.config.max_new_tokens, plan.refusal_ids)
     return [
         AnswerRow(
             setting=plan.config.donor,

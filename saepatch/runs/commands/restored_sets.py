@@ -72,7 +72,7 @@ def chosen_latents(
         donor,
         refusal_ids=refusal_ids if config.ranking == "attribution" else (),
         max_fvu=None,  # checked already when the run was prepared
-        max_new_tokens=config.tokens,
+        max_new_tokens=config.max_new_tokens,
     )
     top = LatentSet.of(ranked.top(wanted, config.ranking))
     if not top:
