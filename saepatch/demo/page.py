@@ -162,10 +162,10 @@ def _patching(results: Findings) -> report.Section:
         name = report.Link(str(latent), anchor) if anchor else str(latent)
         rows.append((name, cell(denoise.of(latent)), cell(noise.of(latent)), int(denoise.ran[:, latent].sum())))
     table = report.Table(
-        ["latent", "denoising", "noising", "pairs where it differs"],
+        ["latent", "denoising", "noising", "pairs"],
         rows,
         f"The {BY_POSITION} latents at {p.site} that restore most when patched separately, at all positions; "
-        f"n = {p.pairs} pairs. "
+        f"n = {p.pairs} pairs; in the last column those in which it differs. "
         f"{INTERVALS}",
     )
     text = (
@@ -304,7 +304,7 @@ def _restoration(results: Findings) -> report.Section:
     names = ("jailbroken", "restored", "random latents")
     comparisons = [
         _side_by_side(prompt, names, [OUTCOME_WORDS[judge(answer)] for answer in answers], answers)
-        for prompt, *answers in r.examples
+        for prompt, *answers in r.examples[:4]
     ]
     blocks: list[report.Block] = [chart, _curve(r, n), *comparisons, *coloured(results.restoration_texts)]
     return report.Section("Restoration: refusals under jailbreak", text, blocks)
@@ -353,7 +353,7 @@ def _steering(s: Steering, texts: Sequence[ReadText]) -> report.Section:
     names, firsts = [c.name for c in s.conditions], [c.outcomes[0] for c in s.conditions]
     comparisons = [
         _side_by_side(prompt, names, [SHOWN[first.shown[i]] for first in firsts], [first.texts[i] for first in firsts])
-        for i, prompt in enumerate(s.prompts[:4])
+        for i, prompt in enumerate(s.prompts[:2])
     ]
     return report.Section(f"Steering: {s.concept}", text, [table, trade_off(s), *comparisons, *coloured(texts)])
 

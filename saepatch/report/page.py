@@ -136,6 +136,7 @@ def _in_rows(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 HALF = 520  # pixels of half of a wide page
+CHARACTERS = 68  # about so many of a table are as wide
 LABELS = 8  # bars with names above them
 
 
@@ -146,13 +147,22 @@ def _small(block: Block) -> str:
     if isinstance(block, ColouredTokens):
         return "tokens"
     if isinstance(block, Table):
-        ranged = sum(any(isinstance(cell, EstimateCell) for cell in column) for column in zip(*block.rows))
-        return "figure" if len(block.columns) + ranged < 7 and len(block.rows) < 20 else ""
+        return "figure" if _characters(block) <= CHARACTERS and len(block.rows) < 20 else ""
     if isinstance(block, HeatMap):
         return "figure" if map_width(block) <= HALF else ""
     if isinstance(block, BarChart):
         return "figure" if len(block.labels) <= LABELS else ""
     return "figure" if isinstance(block, LineChart | ScatterChart) else ""
+
+
+def _characters(table: Table) -> int:
+    """About how wide a table is: names with their arrows, numbers with their intervals; long texts wrap."""
+    wide = 0
+    for name, cells in zip(table.columns, zip(*table.rows)):
+        ranged = any(isinstance(cell, EstimateCell) for cell in cells)
+        texts = [len(value) for cell in cells if isinstance(value := _value(cell), str)]
+        wide += max(len(name) + 2, 20 if ranged else 0, min(14, max(texts, default=0) + 2))
+    return wide
 
 
 def _anchors(titles: Sequence[str]) -> list[str]:
