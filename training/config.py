@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"]
 
+BUFFER = 65_536  # tokens in a buffer by default,
+BUFFER_BYTES = 2**30  # unless they take more than this: a bound of the machine's free memory would change the numbers
+
 
 @dataclass
 class SAEConfig:
@@ -140,7 +143,8 @@ class TrainingConfig:
         special_tokens: Also train on the tokenizer's special tokens, such as a chat template's markers (never on BOS
             and padding).
         forward_tokens: Tokens in a forward pass of the model, padding included.
-        buffer: Size of the buffer in which activations are shuffled, in tokens.
+        buffer: Size of the buffer in which activations are shuffled, in tokens; 0: 65,536, or as many as take 1 GB
+            over all sites, but at least 8 batches.
         prefetch: Fill the next buffer in a thread during training (single process only).
         cache: Folder that caches activations for other runs over the same text; empty: no cache.
         cache_gb: Maximal size of the cache; activations that do not fit are computed again.
@@ -210,7 +214,7 @@ class TrainingConfig:
     pack: bool = False
     special_tokens: bool = False
     forward_tokens: int = 8192
-    buffer: int = 65_536
+    buffer: int = 0
     prefetch: bool = True
     cache: str = ""
     cache_gb: float = 20.0
@@ -241,6 +245,10 @@ class TrainingConfig:
     shard: str = "0/1"
     dry_run: bool = False
 
+    def buffer_tokens(self, token_bytes: int) -> int:
+        """Tokens in the buffer, where the activations of one token at all sites take `token_bytes`."""
+        return self.buffer or max(8 * self.batch_size, min(BUFFER, BUFFER_BYTES // token_bytes))
+
     def __post_init__(self) -> None:
         check_values(TrainingConfig, vars(self))
         _positive("", tokens=self.tokens, batch_size=self.batch_size, forward_tokens=self.forward_tokens)
@@ -259,7 +267,7 @@ class TrainingConfig:
             raise UserError(f"context is {self.context}: a row needs at least 2 tokens")
         if self.tokens < self.batch_size:
             raise UserError(f"tokens is {self.tokens}, less than one batch of {self.batch_size}: raise it")
-        if self.buffer < self.batch_size:
+        if self.buffer and self.buffer < self.batch_size:
             raise UserError(f"buffer is {self.buffer}, less than one batch of {self.batch_size}: raise it")
         _shares("", warmup=self.warmup, decay=self.decay)
         if self.warmup + self.decay > 1:

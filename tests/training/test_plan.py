@@ -73,7 +73,7 @@ def short_samples(monkeypatch):
 def test_presets_are_read(name):
     config = read([str(CONFIGS / f"{name}.yaml")])
     assert config.steps > 100
-    assert config.batch_size <= config.buffer
+    assert config.batch_size <= config.buffer_tokens(4)
     assert config.sae.d_sae % 2**9 == 0
 
 
@@ -374,3 +374,11 @@ def test_a_plan_says_that_it_saw_no_tokenizer(tmp_path, capsys):
     tiny_model().config.save_pretrained(tmp_path)
     found = plan(small(model=str(tmp_path), device="meta", pack=True))
     assert "no tokenizer for" in found.warnings()[1]
+
+
+def test_the_default_buffer_is_bounded_by_a_share_of_memory():
+    config = small(batch_size=1024, buffer=0)
+    assert config.buffer_tokens(640 * 4) == 65_536
+    assert config.buffer_tokens(18 * 640 * 4) == 2**30 // (18 * 640 * 4)
+    assert config.buffer_tokens(2**30) == 8 * 1024  # enough to shuffle
+    assert small(batch_size=128, buffer=256).buffer_tokens(2**40) == 256

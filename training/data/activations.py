@@ -66,7 +66,7 @@ class _Round:
 class ActivationStream:
     """Activations of several sites at ordinary positions (no BOS, padding, other special tokens), one forward for all.
 
-    The stream consists of rounds: documents are read until they hold `config.buffer` tokens, the model runs over them,
+    The stream consists of rounds: documents are read until they hold `buffer` tokens, the model runs over them,
     and the activations are yielded in random order, `config.batch_size` at a time. Tokens that do not fill a round's
     last batch are dropped, a random few. The documents are read again when they end, each time in another order. All
     of this is determined by `config.seed`, the documents and the sizes: prefetching, the cache and the number of
@@ -110,6 +110,11 @@ class ActivationStream:
         if self.config.special_tokens:
             return {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
         return set(tokenizer.all_special_ids)
+
+    @cached_property
+    def buffer(self) -> int:
+        """Tokens in a round."""
+        return self.config.buffer_tokens(sum(map(self.model.width, self.sites)) * self.model.dtype.itemsize)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,7 +252,7 @@ class ActivationStream:
         ):
             ids.append(row)
             n += sum(token not in special for token in row)
-            if n >= self.config.buffer:
+            if n >= self.buffer:
                 yield ids, Position(epoch, document, offset, number)
                 ids, n, number = [], 0, number + 1
         if ids:

@@ -193,7 +193,7 @@ def memory(model: LanguageModel, shapes: list[Shape], config: TrainingConfig) ->
         **({"their running mean": 4 * weights} if config.ema else {}),
         "pre-activations (a site at a time)": config.batch_size * largest.d_sae * (2 if low else 4),
         "buffer of activations" + (", twice" if config.prefetch else ""): (
-            config.buffer * d_in * width * (2 if config.prefetch else 1)
+            config.buffer_tokens(d_in * width) * d_in * width * (2 if config.prefetch else 1)
         ),
         "first batches": 4 * first * d_in,
         "copies of the dictionaries in an evaluation": 4 * weights,
