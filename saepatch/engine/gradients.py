@@ -217,7 +217,8 @@ class Base:
             return ()
         if not metric.requires_grad:
             raise UserError(
-                f"{metric_name(self.readout.metric)} has no gradient: use a smooth metric, or patch exactly"
+                f"{metric_name(self.readout.metric)} has no gradient: use a smooth metric, or patch exactly, where the "
+                "model gives none (as some quantised ones)"
             )
         try:
             taken = torch.autograd.grad(metric.sum(), at, retain_graph=True, allow_unused=True, materialize_grads=True)

@@ -273,7 +273,7 @@ def _row(
         other_nll=after[1].nll,
         accuracy=after[0].accuracy,
         counted=int(counts),
-        precision=precision_of(model.dtype)[0],
+        precision=precision_of(model.hf)[0],
     )
 
 

@@ -104,7 +104,7 @@ def attribute(
     """
     chosen = with_keywords(options or SweepOptions(), keywords)
     several = as_dictionaries(dictionaries)
-    precision, rounding = precision_of(model.dtype)
+    precision, rounding = precision_of(model.hf)
     screen = _screen(model, several, pairs, method, chosen)
     columns = screen.columns(1.0 if chosen.denoises or screen.absolute else -1.0)
     result = Attribution(

@@ -156,7 +156,7 @@ def patch_by_pair(
             patched=base[number] + change[None, bounds[number] : bounds[number + 1]],
             ran=ran[None, bounds[number] : bounds[number + 1]],
             corruption=_name(chosen),
-            precision=precision_of(model.dtype)[0],
+            precision=precision_of(model.hf)[0],
             rounding=_rounding(model, swept),
             tokens=base_tokens(model, [pairs[number]], chosen),
             **chosen.labels,
@@ -336,7 +336,7 @@ def _effects(
         patched=patched,
         ran=ran,
         corruption=_name(options),
-        precision=precision_of(model.dtype)[0],
+        precision=precision_of(model.hf)[0],
         rounding=_rounding(model, swept),
         tokens=base_tokens(model, pairs, options),
         **options.labels,
@@ -359,7 +359,7 @@ def base_tokens(
 
 def _rounding(model: LanguageModel, swept: Swept) -> float:
     """Largest change by rounding alone, as a share of the mean gap: from the dtype, and from measured noise."""
-    return max(precision_of(model.dtype)[1], 2 * swept.noise_share)
+    return max(precision_of(model.hf)[1], 2 * swept.noise_share)
 
 
 def _apart(

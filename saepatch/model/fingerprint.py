@@ -1,6 +1,7 @@
 """Fingerprints of weights, which tie results to a model."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -34,6 +35,18 @@ def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
         return
     for name in wrapper.__tensor_flatten__()[0]:
         yield from stored_tensors(getattr(wrapper, name))
+
+
+def stored_dtypes(hf: nn.Module) -> tuple[torch.dtype, tuple[torch.dtype, ...]]:
+    """The narrowest floating-point dtype of at least 1 % of the weights, and the integer dtypes of quantised ones."""
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in hf.parameters():
+        for tensor in stored_tensors(parameter):
+            numbers[tensor.dtype] += tensor.numel()
+    floats = [dtype for dtype, n in numbers.items() if dtype.is_floating_point and 100 * n >= numbers.total()]
+    floats = floats or [dtype for dtype in numbers if dtype.is_floating_point]
+    integers = sorted((dtype for dtype in numbers if not dtype.is_floating_point), key=str)
+    return min(floats, key=lambda dtype: dtype.itemsize, default=torch.float32), tuple(integers)
 
 
 def adapter_state(hf: nn.Module) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from tiny import random_dictionary, tiny_model
+from torch import nn
 
 from saepatch.data.batches import batch_pairs
 from saepatch.data.pairs import PromptPair
@@ -287,7 +288,20 @@ def test_rounding_is_a_share_of_the_size_of_the_gaps():
 
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 2e-2)])
 def test_rounding_follows_the_precision(dtype, share):
-    assert precision_of(getattr(torch, dtype)) == (dtype, share)
+    model = tiny_model().hf.to(getattr(torch, dtype))
+    assert precision_of(model) == (dtype, share)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    assert precision_of(model) == (f"{dtype} over int8 weights", share)
+
+
+def test_the_first_parameter_does_not_stand_for_all():
+    model = tiny_model().hf.to(torch.bfloat16)
+    model.model.embed_tokens.float()
+    assert next(model.parameters()).dtype == torch.float32
+    assert precision_of(model) == ("bfloat16", 2e-2)
+    model.float()
+    model.model.norm.bfloat16()  # less than 1 % of the weights
+    assert precision_of(model) == ("float32", 1e-4)
 
 
 def test_controls_are_at_the_edits_own_site_position_and_kind():

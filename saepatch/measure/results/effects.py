@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
+from torch import nn
 
 from saepatch.engine.components import Edit, PatchDirection
 from saepatch.errors import UserError
 from saepatch.measure.results.gaps import PairGaps, towards_source
 from saepatch.measure.results.maps import Map
+from saepatch.model.fingerprint import stored_dtypes
 from saepatch.records.rows import Row
 from saepatch.records.statistics import (
     Interval,
@@ -316,10 +318,16 @@ def within_rounding(mean: float, rounding: float, pairs: PairGaps) -> bool:
     return bool(0 < abs(mean) < rounding * float(np.abs(pairs.gap).mean()))
 
 
-def precision_of(dtype: object) -> tuple[str, float]:
-    """The name of a model's dtype, and the share of the mean gap that its rounding may change."""
-    name = str(dtype).removeprefix("torch.")
-    return name, ROUNDING if name == "float32" else NARROW
+def precision_of(hf: nn.Module) -> tuple[str, float]:
+    """What a model computes in, by its weights, and the share of the mean gap that its rounding may change.
+
+    A quantised model is named by both, as in "float32 over int8 weights"; what its rounding changes beyond that dtype
+    is measured (`batch_noise`).
+    """
+    dtype, integers = stored_dtypes(hf)
+    name, *quantised = (str(each).removeprefix("torch.") for each in (dtype, *integers))
+    over = f" over {', '.join(quantised)} weights" if quantised else ""
+    return name + over, ROUNDING if name == "float32" else NARROW
 
 
 def effects_table(what: str, controls: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

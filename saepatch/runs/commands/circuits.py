@@ -203,7 +203,7 @@ class CircuitRun:
                 values[mine] = (
                     runs.run(act, others_act=True) if isinstance(runs, NodeRuns) and others_act else runs.run(act)
                 )
-        metric, precision = self.record.settings["metric"], precision_of(self.model.dtype)[0]
+        metric, precision = self.record.settings["metric"], precision_of(self.model.hf)[0]
         return [
             CircuitRow(
                 self.source,

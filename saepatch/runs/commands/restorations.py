@@ -240,7 +240,7 @@ def _rows(plan: RestorePlan, requests: Sequence[Request], condition: str | Set) 
             answer=text,
             outcome=plan.judge(Answer(request.prompt, text, score)),
             score=score,
-            precision=precision_of(model.dtype)[0],
+            precision=precision_of(model.hf)[0],
         )
         for request, text, score in zip(requests, answered.texts, answered.scores, strict=True)
     ]
