@@ -177,6 +177,8 @@ class TrainingConfig:
         point: One run of a sweep by its values, as in {sae.k: 8, lr: 0.001}, in the folder of `out` that the sweep
             gives it: what an agent of W&B runs.
         shard: Share of a sweep's runs to run here, as I/N with I from 0 to N-1.
+        shard_latents: Under torchrun, give each process an equal range of every dictionary's latents, which it trains
+            on whole batches, instead of a copy (topk, batchtopk, matryoshka).
         dry_run: Print shapes, memory and an estimate of the time instead of training; no weights are loaded.
     """
 
@@ -243,6 +245,7 @@ class TrainingConfig:
     sweep: dict[str, list[Any]] | str = field(default_factory=dict)
     point: dict[str, Any] = field(default_factory=dict)
     shard: str = "0/1"
+    shard_latents: bool = False
     dry_run: bool = False
 
     def buffer_tokens(self, token_bytes: int) -> int:

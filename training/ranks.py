@@ -41,6 +41,18 @@ class Ranks:
             distributed.all_reduce(tensor)
             tensor /= self.size
 
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over the processes; returns it."""
+        if self.size > 1:
+            from torch import distributed
+
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def rows_of_all(self, x: Shaped[Tensor, "rows d"]) -> Shaped[Tensor, "all_rows d"]:
+        """The whole batch, in order, whose rows are distributed over the processes in turn."""
+        return self.gathered(x).unflatten(0, (self.size, -1)).transpose(0, 1).flatten(0, 1)
+
     def any(self, mask: Bool[Tensor, "n"]) -> Bool[Tensor, "n"]:
         """Where the mask is true in at least one process."""
         if self.size == 1:

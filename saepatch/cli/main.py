@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import saepatch
+from saepatch.cli import planned
 from saepatch.cli.commands.demo import demo
 from saepatch.cli.commands.finished.compare import compare
 from saepatch.cli.commands.finished.merge import merge
@@ -73,7 +74,10 @@ def _version() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user error, 130 if interrupted."""
-    return run_commands(COMMANDS, "saepatch", saepatch.__doc__ or "", _version, arguments, FORWARDED)
+    commands, words = COMMANDS, arguments
+    if (plan_of := planned.asked(sys.argv[1:] if arguments is None else arguments, COMMANDS)) is not None:
+        commands, words = planned.planning(*plan_of, COMMANDS)
+    return run_commands(commands, "saepatch", saepatch.__doc__ or "", _version, words, FORWARDED)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from graph_schema import check_graph
@@ -163,6 +165,19 @@ def test_shards_are_the_whole(place, whole, tmp_path, capsys):
     assert "they need the model" in (out / "report.html").read_text()
     assert main(["report", str(out), "--read"]) == 0
     assert "they need the model" not in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_are_the_whole(place, whole, tmp_path):
+    """Both start at once, and one of them finds the circuit that both measure."""
+    out = tmp_path / "cut"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = [*launch, "saepatch", *arguments(place, out), "--shard=auto"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert main(["merge", str(out)]) == 0
+    assert values(out) == pytest.approx(values(whole), abs=1e-4)
+    assert Circuit.read(out / "circuit.json").nodes == Circuit.read(whole / "circuit.json").nodes
 
 
 def test_pairs_for_both_purposes_are_refused(place, tmp_path, capsys):

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,18 @@ def test_a_second_process_on_a_shard_is_refused_with_one_line(place, tmp_path, c
 def outcomes(out):
     rows = read_rows(out / "results.parquet")
     return {(r["example"], r["condition"], r["draw"]): (r["answer"], r["outcome"], round(r["score"], 4)) for r in rows}
+
+
+@pytest.mark.slow
+def test_a_restoration_by_two_processes_under_torchrun_is_the_whole(place, tmp_path):
+    given = {"latents": "resid_post.1: 1,7", "controls": 1}
+    assert main(["restore", *arguments(place, tmp_path / "whole", **given)]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = [*launch, "saepatch", "restore", *arguments(place, tmp_path / "cut", **given), "--quiet"]
+    done = subprocess.run([*command, "--shard", "auto"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert main(["merge", str(tmp_path / "cut")]) == 0
+    assert outcomes(tmp_path / "whole") == outcomes(tmp_path / "cut")
 
 
 def test_shards_of_a_restoration_are_the_whole(place, tmp_path, capsys):

@@ -36,6 +36,7 @@ _MAY_DIFFER = {
     *("cache", "cache_gb"),
     "initial",  # its dictionaries' fingerprints must be the same
     "save_every",
+    "shard_latents",
     *("track", "upload", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints"),
 }
 

@@ -9,6 +9,7 @@ from saepatch.model.sites import Site
 from ..config import TrainingConfig
 from ..data.rows import bos_before
 from ..ranks import ALONE, Ranks
+from ..steps.shards import check_shards
 
 
 def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingConfig, ranks: Ranks = ALONE) -> None:
@@ -18,6 +19,8 @@ def check_model(model: LanguageModel, sites: Sequence[Site], config: TrainingCon
         d_sae = config.sae.width(model.width(site))
         if config.sae.architecture == "matryoshka":
             config.sae.widths(d_sae)
+        if config.shard_latents:
+            check_shards(config.sae, d_sae, config.finetune_tokens, ranks)
     if config.batch_size % ranks.size:
         raise UserError(
             f"batch_size {config.batch_size} cannot be divided among {ranks.size} processes: "

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from saepatch.runs.kinds import kind_of
 from ..config import TrainingConfig
 from ..data.document import Document
 from ..data.texts import Streamed
+from ..steps.learner import Learner
 from . import checkpoints
 from .evaluate import evaluate_all
 
@@ -185,6 +186,17 @@ def notes(model: LanguageModel, config: TrainingConfig, documents: Sequence[Docu
         "training_architecture": config.sae.architecture,
         "seed": config.seed,
     }
+
+
+def finished_dictionaries(
+    learners: Mapping[Site, Learner], out: Path, excluded: Collection[int] | None
+) -> dict[Site, Dictionary]:
+    """The learners' dictionaries; `excluded` are the tokens they were not trained on, None: there are no such."""
+    dictionaries = {site: Dictionary(learner.finish(), site, f"{out}/{site}") for site, learner in learners.items()}
+    for dictionary in dictionaries.values():
+        # In sae_lens' format: False, or the ids of the excluded tokens.
+        dictionary.cfg.metadata.exclude_special_tokens = False if excluded is None else sorted(excluded)
+    return dictionaries
 
 
 def write(

@@ -29,6 +29,7 @@ from ..steps.finetune import finetune
 from ..steps.initial import Initial, fingerprints, initial_dictionaries, new_learners
 from ..steps.learner import Learner, reconstruction, schedule
 from . import checkpoints, saving
+from .assembled import assemble, divided, on_whole_dictionaries
 from .checkpoints import Checkpoint, identifying_settings
 from .checks import check_also, check_model
 from .evaluate import evaluate_all, held_out_tokens
@@ -101,7 +102,7 @@ def _train(
         if ranks.first:
             run.tracker = stack.enter_context(run.open_tracker())
         run.stop_request = stack.enter_context(deferred_signals())
-        if not (run.fit() and run.calibrate() and run.finetune()):
+        if not (run.fit() and assemble(run) and run.calibrate() and run.finetune()):
             return Outcome({}, run.tokens, stopped=True)
         return run.finish()
 
@@ -149,6 +150,7 @@ class Run:
             site: Learner.restored(checkpoint.tensors[site], state["learners"][str(site)], self.config)
             for site in self.sites
         }
+        self.learners = divided(self.learners, self.config, self.ranks, self.model.device)
         log.info("resuming after %s tokens", f"{checkpoint.tokens:,}")
 
     def open_tracker(self) -> Tracker:
@@ -214,7 +216,8 @@ class Run:
                 first = list(islice(batches, count))
                 samples = {site: torch.cat([batch[site] for batch, _ in first]) for site in self.sites}
                 samples = {s: self.ranks.gathered(x.flatten()).view(-1, x.shape[-1]) for s, x in samples.items()}
-                self.learners = new_learners(samples, self.initial, self.config)
+                learners = new_learners(samples, self.initial, self.config)
+                self.learners = divided(learners, self.config, self.ranks, self.model.device)
                 yield from first
             yield from batches
 
@@ -259,6 +262,7 @@ class Run:
             return self.stop_request.stop
         return bool(self.ranks.any(torch.tensor([self.stop_request.stop], device=self.model.device)))
 
+    @on_whole_dictionaries
     def _evaluate(self) -> None:
         if not self.ranks.first:
             return
@@ -274,14 +278,8 @@ class Run:
         self.tracker.log(figures, step=self.tokens)
 
     def _dictionaries(self) -> dict[Site, Dictionary]:
-        dictionaries = {
-            site: Dictionary(learner.finish(), site, f"{self.out}/{site}") for site, learner in self.learners.items()
-        }
-        for dictionary in dictionaries.values():
-            # In sae_lens' format: False, or the ids of the excluded tokens.
-            excluded = False if self.config.special_tokens else sorted(self.stream.special)
-            dictionary.cfg.metadata.exclude_special_tokens = excluded
-        return dictionaries
+        excluded = None if self.config.special_tokens else self.stream.special
+        return saving.finished_dictionaries(self.learners, self.out, excluded)
 
     def calibrate(self) -> bool:
         """Set the thresholds of dictionaries that have one so that `k` latents are active on held-out text."""
@@ -329,6 +327,7 @@ class Run:
             self.save()
         return True
 
+    @on_whole_dictionaries
     def _snapshot(self) -> None:
         """Save the dictionaries as they are; training is not affected."""
         learners = self.learners
@@ -368,6 +367,7 @@ class Run:
         checkpoints.clear(self.out)
         return Outcome(figures, self.tokens, also={other.model_name: other.figures for other in also})
 
+    @on_whole_dictionaries
     def save(self) -> None:
         """Write a checkpoint.
 

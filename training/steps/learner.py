@@ -105,6 +105,7 @@ class Learner:
         threshold: Running mean of a batch's smallest active value (batchtopk, matryoshka), in scaled units.
         average: Exponential moving average of the weights, if requested.
         updates: Number of steps taken.
+        shards: The processes among which its latents are divided, in equal ranges; this one has its own range.
     """
 
     config: SAEConfig
@@ -116,6 +117,7 @@ class Learner:
     threshold: float = 0.0
     average: Weights | None = None
     updates: int = 0
+    shards: Ranks = ALONE
     optimiser: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,18 +170,20 @@ class Learner:
         sparsity = self.config.sparsity * min(1.0, (self.updates + 1) / max(1.0, rise))
         p = 1 - (1 - self.config.p_end) * min(1.0, self.updates / max(1, self.run.steps - 1))
         dead = self.dead
-        return Moment(dead if bool(dead.any()) else None, sparsity, p)
+        return Moment(dead if bool(self.shards.any(dead.any()[None])) else None, sparsity, p)
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"], rate: float, ranks: Ranks = ALONE) -> Step:
         """Take a step of Adam on this process's share of a batch, with gradients averaged over all processes."""
+        if self.shards.size > 1:  # each process trains its latents on the whole batch
+            x, ranks = self.shards.rows_of_all(x), ALONE
         step = self.step_function(self.weights, x * self.scale, self.config, self.moment(), ranks)
         ranks.mean_(step.gradients.values())
         self.add_gains(step.gradients)
         for name, value in self.weights.items():
             value.grad = step.gradients[name]
         if self.run.clip:
-            torch.nn.utils.clip_grad_norm_(self.weights.values(), self.run.clip)
+            self._clip()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
@@ -198,6 +202,18 @@ class Learner:
             for name, value in self.weights.items():
                 self.average[name].lerp_(value, 1 - keep)
         return step
+
+    def _clip(self) -> None:
+        """Limit the norm of the whole dictionary's gradient."""
+        if self.shards.size == 1:
+            torch.nn.utils.clip_grad_norm_(self.weights.values(), self.run.clip)
+            return
+        squares = {name: value.grad.square().sum() for name, value in self.weights.items() if value.grad is not None}
+        common = squares.pop("b_dec")  # the same in every process
+        norm = (self.shards.sum_(torch.stack([*squares.values()]).sum()) + common).sqrt()
+        for value in self.weights.values():
+            if value.grad is not None:
+                value.grad *= (self.run.clip / (norm + 1e-6)).clamp(max=1.0)
 
     def add_gains(self, gradients: Weights) -> None:
         """Replace the radial part of the decoder's gradient by the gradient of the latents' gains.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from ..config import SAEConfig
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from .step import Weights, bfloat16_works
 
 # A chunk's pre-activations should stay in the CPU's cache for the selection; a GPU needs large products.
@@ -103,18 +103,33 @@ def product(
     return linear(x, W, b)
 
 
-def select_rows(encoder: Encoder, k: int) -> Entries:
-    """The k largest pre-activations at each position after a ReLU."""
+def select_rows(encoder: Encoder, k: int, shards: Ranks = ALONE) -> Entries:
+    """The k largest pre-activations at each position after a ReLU; those of this process' latents, of all shards."""
     latents, values = [], []
+    each = min(k, len(encoder.W_enc))
     for _, pre in encoder.chunks():
-        latents.append(largest(pre, k))
+        latents.append(largest(pre, each))
         values.append(pre.gather(1, latents[-1]).relu_())
-    row = torch.arange(len(encoder.x), device=encoder.x.device).repeat_interleave(k)
-    return Entries(row, torch.cat(latents).flatten(), torch.cat(values).flatten())
+    latent, value = torch.cat(latents), torch.cat(values)
+    if shards.size > 1:
+        return own_largest(latent, value, k, shards)
+    row = torch.arange(len(encoder.x), device=encoder.x.device).repeat_interleave(each)
+    return Entries(row, latent.flatten(), value.flatten())
 
 
-def select_batch(encoder: Encoder, k: int, ranks: Ranks) -> tuple[Entries, Float[Tensor, ""]]:
+def own_largest(latent: Int[Tensor, "rows each"], value: Float[Tensor, "rows each"], k: int, shards: Ranks) -> Entries:
+    """Of the k largest values of each row over all shards' candidates, those of this process."""
+    every = torch.cat(shards.gathered(value).unflatten(0, (shards.size, -1)).unbind(0), 1)  # [rows, shards · each]
+    mine = torch.zeros_like(every, dtype=torch.bool).scatter_(1, every.topk(k, sorted=False).indices, True)
+    start = shards.rank * value.shape[1]
+    row, place = mine[:, start : start + value.shape[1]].nonzero(as_tuple=True)
+    return Entries(row, latent[row, place], value[row, place])
+
+
+def select_batch(encoder: Encoder, k: int, ranks: Ranks, shared: bool = False) -> tuple[Entries, Float[Tensor, ""]]:
     """The k · batch largest positive pre-activations over all processes' batches, and the smallest of them (or 0).
+
+    `shared`: the processes have the same batch, and each its own latents.
 
     The selection is over all batches together, so one process may have more than its share; the returned entries are
     those of this process.
@@ -122,7 +137,7 @@ def select_batch(encoder: Encoder, k: int, ranks: Ranks) -> tuple[Entries, Float
     Values below a bound are skipped. The bound is estimated from the first chunk of rows and checked against the
     result; if it was too high, the result yields a valid one.
     """
-    count = k * len(encoder.x) * ranks.size
+    count = k * len(encoder.x) * (1 if shared else ranks.size)
     bound: float | None = None
     while True:
         candidates, bound = _above(encoder, bound, k)

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..config import SAEConfig
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from .selection import (
     Encoder,
     Entries,
     largest,
     ordered,
+    own_largest,
     product,
     product_dtype,
     select_batch,
@@ -32,27 +33,57 @@ from .selection import (
 from .step import Moment, Step, Weights
 
 
-def topk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
-    """The step of a TopK dictionary: the `config.k` largest positive latents of each position are active."""
-    encoder = _encoder(weights, x, config, now, ranks)
-    return _step(weights, encoder, select_rows(encoder, config.k), config, [len(weights["W_dec"])])
+def topk(
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+    now: Moment,
+    ranks: Ranks,
+    shards: Ranks = ALONE,
+) -> Step:
+    """The step of a TopK dictionary: the `config.k` largest positive latents of each position are active.
+
+    `shards` are the processes among which the latents are divided, in equal ranges, here as below.
+    """
+    encoder = _encoder(weights, x, config, now, ranks, shards)
+    entries = select_rows(encoder, config.k, shards)
+    return _step(weights, encoder, entries, config, [shards.size * len(weights["W_dec"])], shards=shards)
 
 
-def batchtopk(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
+def batchtopk(
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+    now: Moment,
+    ranks: Ranks,
+    shards: Ranks = ALONE,
+) -> Step:
     """The step of a BatchTopK dictionary: `config.k` latents are active on average, over all processes' batches."""
-    encoder = _encoder(weights, x, config, now, ranks)
-    entries, smallest = select_batch(encoder, config.k, ranks)
-    return _step(weights, encoder, entries, config, [len(weights["W_dec"])], smallest)
+    encoder = _encoder(weights, x, config, now, ranks, shards)
+    entries, smallest = _of_batch(encoder, config.k, ranks, shards)
+    return _step(weights, encoder, entries, config, [shards.size * len(weights["W_dec"])], smallest, shards)
 
 
-def matryoshka(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Step:
+def matryoshka(
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+    now: Moment,
+    ranks: Ranks,
+    shards: Ranks = ALONE,
+) -> Step:
     """The step of a Matryoshka dictionary: BatchTopK, with a reconstruction by the latents of each level alone.
 
     The loss has a term `mse_WIDTH` for every inner level.
     """
-    encoder = _encoder(weights, x, config, now, ranks)
-    entries, smallest = select_batch(encoder, config.k, ranks)
-    return _step(weights, encoder, entries, config, config.widths(len(weights["W_dec"])), smallest)
+    encoder = _encoder(weights, x, config, now, ranks, shards)
+    entries, smallest = _of_batch(encoder, config.k, ranks, shards)
+    widths = config.widths(shards.size * len(weights["W_dec"]))
+    return _step(weights, encoder, entries, config, widths, smallest, shards)
+
+
+def _of_batch(encoder: Encoder, k: int, ranks: Ranks, shards: Ranks) -> tuple[Entries, Float[Tensor, ""]]:
+    return select_batch(encoder, k, shards, shared=True) if shards.size > 1 else select_batch(encoder, k, ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +103,11 @@ class LossPart:
     errors: Float[Tensor, "bags d_in"]
 
 
-def _encoder(weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks) -> Encoder:
+def _encoder(
+    weights: Weights, x: Float[Tensor, "batch d_in"], config: SAEConfig, now: Moment, ranks: Ranks, shards: Ranks
+) -> Encoder:
     encoder = Encoder.of(weights, x, config)
-    if now.dead is not None and config.aux_coefficient and bool(now.dead.any()):
+    if now.dead is not None and config.aux_coefficient and (shards.size > 1 or bool(now.dead.any())):
         encoder.columns = now.dead.nonzero().squeeze(1)
         # The first rows of the whole batch, whose rows are distributed over the processes in turn.
         rows = max(ranks.size, math.ceil(config.aux_share * len(x) * ranks.size))
@@ -89,30 +122,36 @@ def _step(
     config: SAEConfig,
     widths: list[int],
     smallest: Float[Tensor, ""] | None = None,
+    shards: Ranks = ALONE,
 ) -> Step:
-    share, squares, residual = _reconstruct(weights["W_dec"], encoder.x, entries, widths)
+    share, squares, residual = _reconstruct(weights["W_dec"], encoder.x, entries, widths, shards)
     losses = {"mse": squares[-1], **{f"mse_{width}": square for width, square in zip(widths[:-1], squares)}}
     shares = [share]
     if encoder.columns is not None:
-        losses["auxiliary"], dead = _auxiliary(weights["W_dec"], encoder, residual, config)
+        losses["auxiliary"], dead = _auxiliary(weights["W_dec"], encoder, residual, config, shards)
         shares.append(dead)
     fired = torch.zeros(len(weights["W_dec"]), dtype=torch.bool, device=encoder.x.device)
     active = entries.value > 0
     fired[entries.latent[active]] = True
     # The first level's errors include those of all levels, and the bias is in every level.
     b_dec = share.errors[: len(encoder.x)].sum(0)
-    return Step(losses, _gradients(weights, encoder.x, shares, b_dec), fired, active.sum() / len(encoder.x), smallest)
+    gradients = _gradients(weights, encoder.x, shares, b_dec, shards)
+    return Step(losses, gradients, fired, shards.sum_(active.sum()) / len(encoder.x), smallest)
 
 
 def _reconstruct(
-    W_dec: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "batch d_in"], entries: Entries, widths: list[int]
+    W_dec: Float[Tensor, "d_sae d_in"],
+    x: Float[Tensor, "batch d_in"],
+    entries: Entries,
+    widths: list[int],
+    shards: Ranks,
 ) -> tuple[LossPart, Float[Tensor, "levels"], Float[Tensor, "batch d_in"]]:
     """The squared error at every level, its gradient, and the whole dictionary's residual of x (minus b_dec)."""
     batch, levels = len(x), len(widths)
     bag = entries.row
     if levels > 1:
         bounds = torch.tensor(widths, device=x.device)
-        bag = bag + batch * torch.bucketize(entries.latent, bounds, right=True)
+        bag = bag + batch * torch.bucketize(entries.latent + shards.rank * len(W_dec), bounds, right=True)
         order, offsets = ordered(bag, batch * levels)
         bag = bag[order]
         entries = Entries(entries.row[order], entries.latent[order], entries.value[order])
@@ -121,6 +160,7 @@ def _reconstruct(
     errors = embedding_bag(
         entries.latent, W_dec, offsets, per_sample_weights=entries.value, mode="sum", include_last_offset=True
     ).view(levels, batch, -1)
+    errors = shards.sum_(errors)
     errors[0] -= x
     for level in range(1, levels):  # cumsum is many times slower
         errors[level] += errors[level - 1]
@@ -137,15 +177,22 @@ def _reconstruct(
 
 
 def _auxiliary(
-    W_dec: Float[Tensor, "d_sae d_in"], encoder: Encoder, residual: Float[Tensor, "batch d_in"], config: SAEConfig
+    W_dec: Float[Tensor, "d_sae d_in"],
+    encoder: Encoder,
+    residual: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+    shards: Ranks,
 ) -> tuple[Float[Tensor, ""], LossPart]:
     """The auxiliary loss (reconstruction of the residual by the dead latents closest to activity) and its gradients."""
     dead = encoder.columns
     assert dead is not None
     pre, residual = torch.cat(encoder.kept), residual[: encoder.n_kept]
     most = max(1, W_dec.shape[1] // 2)
-    k = min(most, len(dead))
+    counts = shards.gathered(torch.tensor([len(dead)], device=dead.device))
+    k = min(most, int(counts.sum()))
     weight = config.aux_coefficient * k / most
+    if shards.size > 1:
+        return _auxiliary_of_shards(W_dec, encoder, pre, residual, (k, int(counts.max())), weight, shards)
     place = largest(pre, k)
     latent, value = dead[place], pre.gather(1, place)
     errors = embedding_bag(latent, W_dec, per_sample_weights=value, mode="sum").sub_(residual)
@@ -158,8 +205,40 @@ def _auxiliary(
     return loss, LossPart(Entries(source, latent.flatten(), value.flatten()), pulls.flatten(), source, errors)
 
 
+def _auxiliary_of_shards(
+    W_dec: Float[Tensor, "d_sae d_in"],
+    encoder: Encoder,
+    pre: Float[Tensor, "rows dead"],
+    residual: Float[Tensor, "rows d_in"],
+    sizes: tuple[int, int],
+    weight: float,
+    shards: Ranks,
+) -> tuple[Float[Tensor, ""], LossPart]:
+    """The same, where each process has its own dead latents; `sizes` are of the selection and of the most of them."""
+    dead, (k, most) = encoder.columns, sizes
+    assert dead is not None
+    each = min(k, most)
+    pre = torch.nn.functional.pad(pre, (0, max(0, each - pre.shape[1])), value=-torch.inf)  # as many in every process
+    value, place = pre.topk(each)
+    chosen = own_largest(place, value, k, shards)
+    chosen = Entries(chosen.row, dead[chosen.latent], chosen.value)
+    bags = torch.searchsorted(chosen.row, torch.arange(len(pre) + 1, device=dead.device))
+    errors = embedding_bag(
+        chosen.latent, W_dec, bags, per_sample_weights=chosen.value, mode="sum", include_last_offset=True
+    )
+    errors = shards.sum_(errors).sub_(residual)
+    loss = errors.square().sum() * (weight / encoder.mean_kept)
+    errors.mul_(2 * weight / encoder.mean_kept)
+    pulls = torch.linalg.vecdot(errors[chosen.row], W_dec[chosen.latent])
+    return loss, LossPart(chosen, pulls, chosen.row, errors)
+
+
 def _gradients(
-    weights: Weights, x: Float[Tensor, "batch d_in"], shares: list[LossPart], b_dec: Float[Tensor, "d_in"]
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    shares: list[LossPart],
+    b_dec: Float[Tensor, "d_in"],
+    shards: Ranks,
 ) -> Weights:
     """Gradients of all weights; `b_dec` is the gradient of the bias through the decoder."""
     if len(shares) == 1:
@@ -183,5 +262,5 @@ def _gradients(
         "W_enc": summed(x, row, pulls),
         "W_dec": summed(errors, source, value),
         "b_enc": b_enc,
-        "b_dec": b_dec - b_enc @ weights["W_enc"],  # the encoder reads x - b_dec
+        "b_dec": b_dec - shards.sum_(b_enc @ weights["W_enc"]),  # the encoder reads x - b_dec
     }
