@@ -1,6 +1,7 @@
 """`saepatch patch` and `attribute`: the parts of a sweep. `saepatch.runs.merge` merges them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from saepatch.engine.components import Component, LatentUnits
 from saepatch.engine.corruptions import Corruption
 from saepatch.engine.metrics import Metric, read_metric, source_hash
 from saepatch.engine.options import SweepOptions
+from saepatch.engine.passes.shared_runs import shared_runs
 from saepatch.measure.attribution import attribute
 from saepatch.measure.controls import with_controls
 from saepatch.measure.patching import patch_components
@@ -86,7 +88,9 @@ class Sweep:
 
 def run_sweep(config: SweepConfig, conclude: Callable[[Sweep, Tracker], None] | None = None) -> Finished:
     """Run the missing parts of a shard; see `saepatch.runs.driver.drive`."""
-    return drive(config, prepare, conclude)
+    # the parts of one set of pairs follow each other, direction by direction
+    with shared_runs() if len(read_directions(config.direction)) > 1 else nullcontext():
+        return drive(config, prepare, conclude)
 
 
 def prepare(config: SweepConfig) -> Sweep:
