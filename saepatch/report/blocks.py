@@ -299,10 +299,7 @@ class NodeGraph:
     def __post_init__(self) -> None:
         for node in self.nodes:
             if not (0 <= node.row < len(self.rows) and 0 <= node.column < len(self.columns)):
-                raise ValueError(
-                    f"graph {self.title!r}: node {node.name!r} is at row {node.row}, column {node.column} of "
-                    f"{len(self.rows)} rows, {len(self.columns)} columns"
-                )
+                raise ValueError(f"graph {self.title!r}: node {node.name!r} is at row {node.row}, column {node.column}")
         for edge in self.edges:
             if not (0 <= edge.up < len(self.nodes) and 0 <= edge.down < len(self.nodes)):
                 raise ValueError(f"graph {self.title!r}: an edge joins {edge.up} and {edge.down}, of {len(self.nodes)}")
@@ -322,14 +319,6 @@ class Comparison:
     """Heading of the prompt."""
     outcomes: Sequence[str] = ()
     """Outcomes that end a column's name, as in `restored: refused`, in the order of the palette's colours."""
-
-    def folded(self) -> list[tuple[str, str, str]]:
-        """Names, outcome and text of each column; columns of equal text and outcome are one, under all their names."""
-        named: dict[tuple[str, str], list[str]] = {}
-        for column, text in self.columns:
-            name, _, outcome = column.rpartition(": ") if ": " in column else (column, "", "")
-            named.setdefault((outcome, text), []).append(name)
-        return [(", ".join(names), outcome, text) for (outcome, text), names in named.items()]
 
 
 @dataclass(frozen=True)

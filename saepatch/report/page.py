@@ -39,7 +39,7 @@ from saepatch.report.figure import flat_style
 from saepatch.report.files import SOURCES, stylesheet, write_whole
 from saepatch.report.heat_maps import map_width
 from saepatch.report.svg import NARROW, WIDE, outline
-from saepatch.report.text import MISSING, common_format, finite, number, visible
+from saepatch.report.text import MISSING, common_format, finite, folded, number, visible
 
 
 def write_page(page: Page, path: Path) -> Path:
@@ -111,6 +111,7 @@ def environment() -> Environment:
     environment.filters["prose"] = _prose
     environment.filters["marked"] = _marked
     environment.filters["changed"] = _changed
+    environment.filters["folded"] = folded
     environment.globals.update(
         drawings=_drawings, table_rows=_table_rows, numeric=_numeric, token_styles=_token_styles, palette=PALETTE
     )
@@ -143,7 +144,7 @@ LABELS = 8  # bars with names above them
 def _small(block: Block) -> str:
     """What kind of block this is, if half of a wide page is enough for it; else empty."""
     if isinstance(block, Comparison):
-        return "comparison" if len(block.folded()) < 4 else ""
+        return "comparison" if len(folded(block.columns)) < 4 else ""
     if isinstance(block, ColouredTokens):
         return "tokens"
     if isinstance(block, Table):

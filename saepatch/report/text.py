@@ -105,3 +105,12 @@ def _spec(value: float | int) -> str:
     if size >= 1e7 or size < 1e-3:
         return ".2e"
     return ",.0f" if size >= 1000 else ".1f" if size >= 100 else ".2f" if size >= 1 else ".3f"
+
+
+def folded(columns: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Names, outcome and text of columns of answers; those of equal text and outcome are one, under all their names."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for column, text in columns:
+        name, _, outcome = column.rpartition(": ") if ": " in column else (column, "", "")
+        named.setdefault((outcome, text), []).append(name)
+    return [(", ".join(names), outcome, text) for (outcome, text), names in named.items()]
