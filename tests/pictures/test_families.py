@@ -1,6 +1,7 @@
 """Prompts with pictures in every family, against plain hooks on the plain model, which reads pixels."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +194,17 @@ def test_a_splice_acts_on_the_pictures_tokens(few, pair):
 
     expected, _ = plain(model, pair.clean, {1: ablate})
     torch.testing.assert_close(spliced, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_equal_where_text_and_pictures_are():
+    one, same = ImagePrompt("a <image>", "x.png"), ImagePrompt("a <image>", Path("x.png"))
+    assert one == same
+    assert not one != same
+    assert len({one, same}) == 1
+    assert PromptPair(one, "b", "c", "d") == PromptPair(same, "b", "c", "d")
+    for other in (ImagePrompt("a <image>", "y.png"), ImagePrompt("b <image>", "x.png"), ImagePrompt("a <image>")):
+        assert one != other
+    assert one != "a <image>"
+    assert one != "a <image>"
+    assert ImagePrompt("a") == "a"
+    assert (one + "!", "!" + one) == (ImagePrompt("a <image>!", "x.png"), ImagePrompt("!a <image>", "x.png"))

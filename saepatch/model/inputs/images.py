@@ -32,7 +32,10 @@ class ImagePrompt(str):
         return str(self), *self.images
 
     def __eq__(self, other: object) -> bool:
-        return str(self) == other and self.images == getattr(other, "images", ())
+        return str.__eq__(self, other) is True and self.images == getattr(other, "images", ())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     def __hash__(self) -> int:
         return hash((str(self), self.images))
