@@ -199,7 +199,7 @@ def test_a_splice_acts_on_the_pictures_tokens(few, pair):
 def test_prompts_are_equal_where_text_and_pictures_are():
     one, same = ImagePrompt("a <image>", "x.png"), ImagePrompt("a <image>", Path("x.png"))
     assert one == same
-    assert not one != same
+    assert (one != same) is False
     assert len({one, same}) == 1
     assert PromptPair(one, "b", "c", "d") == PromptPair(same, "b", "c", "d")
     for other in (ImagePrompt("a <image>", "y.png"), ImagePrompt("b <image>", "x.png"), ImagePrompt("a <image>")):
