@@ -27,6 +27,7 @@ STATISTICS = "tests/records/test_statistics.py tests/records/test_intervals.py t
 ABLATED = "tests/engine/test_corruptions.py::test_ablated_latents_are_those_meant_not_those_encoded_again"
 RESUMED = "tests/engine/test_resume.py"
 SWEEP = "tests/engine/test_batch_noise.py tests/measure/test_planted.py tests/engine/test_several_sites.py"
+PICTURES = "tests/pictures/test_families.py"
 
 MUTANTS = [
     *_of(
@@ -193,7 +194,7 @@ MUTANTS = [
         "tests/engine/test_metrics.py",
         ("(log_p.exp() * (log_p - log_q)", "(log_q.exp() * (log_p - log_q)"),
         ("log_p[:, ids].logsumexp(-1) - log_p[:, others]", "log_p[:, ids].sum(-1) - log_p[:, others]"),
-        ("(logits > _at(logits, batch.answer)[:, None])", "(logits >= _at(logits, batch.answer)[:, None])"),
+        ("(logits > take(logits, batch.answer)[:, None])", "(logits >= take(logits, batch.answer)[:, None])"),
     ),
     *_of(
         "saepatch/measure/results/screen.py",
@@ -264,4 +265,15 @@ MUTANTS = [
         ("bootstrap_mean(scores / count, seed=seed)", "bootstrap_mean(scores, seed=seed)"),
         ("wilson_share(hit_counts / count)", "wilson_share(hit_counts / count.max() / 2)"),
     ),
+    *_of(
+        "saepatch/model/inputs/images.py",
+        PICTURES,
+        ("while column > 0 and (inside := int(self.before[:, column].max())):", "while False and (inside := 0):"),
+    ),
+    *_of(
+        "saepatch/model/inputs/pictures.py",
+        PICTURES,
+        ('"picture" if from_picture < last else "none"', '"none"'),
+    ),
+    *_of("saepatch/model/forward.py", PICTURES, ("or self.own_offset:", "or False:")),
 ]
