@@ -306,7 +306,7 @@ def _restoration(results: Findings) -> report.Section:
         _side_by_side(prompt, names, [OUTCOME_WORDS[judge(answer)] for answer in answers], answers)
         for prompt, *answers in r.examples[:4]
     ]
-    blocks: list[report.Block] = [chart, _curve(r, n), *comparisons, *coloured(results.restoration_texts)]
+    blocks: list[report.Block] = [chart, _curve(r, n), *comparisons, *coloured(results.restoration_texts[:2])]
     return report.Section("Restoration: refusals under jailbreak", text, blocks)
 
 
