@@ -101,7 +101,7 @@ def help_of(program: str) -> str:
         if program.startswith("saepatch "):
             main([*program.split()[1:], "--help" if "experiment" in program or "train" in program else "--help_all"])
         else:
-            argv, sys.argv = sys.argv, [program, "--help"]
+            argv, sys.argv = sys.argv, [program, "--help_all" if program == "training" else "--help"]
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # its help does no harm
