@@ -8,6 +8,8 @@ from saepatch.errors import UserError
 from saepatch.records.statistics import Interval
 from saepatch.tracking.open import read_spec
 
+from .capitals import CAPITAL
+
 FEWEST = 8  # parallel pairs of a split
 
 
@@ -25,6 +27,8 @@ class CrossLingualConfig:
     """Number of first latents of each language."""
     pairs: int = 40
     """Maximum number of parallel pairs of a split."""
+    languages: tuple[str, ...] = ("English", "Spanish")
+    """Two or more of English, French, German, Spanish, for other models than the embedded one."""
     seed: int = 0
     """Seed of pairs and controls."""
     device: str = "cpu"
@@ -38,6 +42,8 @@ class CrossLingualConfig:
         read_spec(self.track)
         if self.latents < 1 or self.pairs < FEWEST:
             raise UserError(f"latents = {self.latents}, pairs = {self.pairs}: use at least 1 and {FEWEST}")
+        if len({*self.languages}) != len(self.languages) or len(self.languages) < 2 or {*self.languages} - {*CAPITAL}:
+            raise UserError(f"languages = {', '.join(self.languages)}: use two or more of {', '.join(CAPITAL)}")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which latents do languages share, and where are concept and output language decided?
 
     python -m experiments.cross_lingual --out runs/cross_lingual
-    python -m experiments.cross_lingual --model FOLDER --sae FOLDER --out runs/cross_lingual_real
+    python -m experiments.cross_lingual --model FOLDER --sae FOLDER --languages '[English,Spanish]' --out runs/real
 
 Facts are asked in parallel: the same pair of countries in every language. At each site, latents are ranked by
 attribution in each language on `select`. Two languages share latents if their first k overlap more than one language's
@@ -41,6 +41,7 @@ from saepatch.runs.measurements import measurements
 from saepatch.runs.ownership import check_owner
 
 from ..common.kept import KeptResults, deciding
+from ..real.stages.tasks import pair_metrics
 from .capitals import CAPITAL, COUNTRIES
 from .page import write
 from .results import (
@@ -92,18 +93,20 @@ def organism_pairs(n: int, seed: int) -> ParallelPairs:
     return ParallelPairs(made, left, cut, {"English": " is", "French": " est"})
 
 
-def written_pairs(model: LanguageModel, n: int, seed: int) -> ParallelPairs:
-    """Parallel pairs of capitals in four languages, of answers that differ between languages and are one token."""
-    left = {"answer spelt alike": 0, "not one token, or of unequal length": 0}
+def written_pairs(model: LanguageModel, n: int, seed: int, languages: Sequence[str]) -> ParallelPairs:
+    """Parallel pairs of capitals that differ between the languages, are one token, and are known to the model.
+
+    Splits share no pair of countries.
+    """
+    left = {"answer spelt alike": 0, "not one token, or of unequal length": 0, "not known in every language": 0}
     made: dict[str, dict[str, tuple[PromptPair, ...]]] = {}
-    languages = list(CAPITAL)
     apart = [c for c, names in COUNTRIES.items() if len({names[each][1] for each in languages}) == len(languages)]
     left["answer spelt alike"] = len(COUNTRIES) - len(apart)
     cells = list(permutations(apart, 2))
     Random(seed).shuffle(cells)
     for number, split in enumerate(SPLITS):
-        kept: list[dict[str, PromptPair]] = []
-        for one, other in cells:
+        fit: list[dict[str, PromptPair]] = []
+        for one, other in cells[number :: len(SPLITS)]:
             each = {
                 language: _capital_pair(language, number, one, other, f"{split}-{one}-{other}")
                 for language in languages
@@ -114,7 +117,12 @@ def written_pairs(model: LanguageModel, n: int, seed: int) -> ParallelPairs:
             except UserError:
                 left["not one token, or of unequal length"] += 1
                 continue
-            kept.append(each)
+            fit.append(each)
+        known = np.ones(len(fit), dtype=bool)
+        for language in languages if fit else ():
+            known &= pair_metrics(model, [each[language] for each in fit]).right
+        left["not known in every language"] += int((~known).sum())
+        kept = [each for each, right in zip(fit, known, strict=True) if right]
         made[split] = {language: tuple(each[language] for each in kept[:n]) for language in languages}
     copulas = {language: CAPITAL[language][1][1] for language in languages}
     cut = {
@@ -241,10 +249,16 @@ def main(config: CrossLingualConfig) -> None:
     saes = load_saes(config.sae, config.device) if config.sae else {}
     embedded = config.model == "organism"
     parallel = (
-        organism_pairs(config.pairs, config.seed) if embedded else written_pairs(model, config.pairs, config.seed)
+        organism_pairs(config.pairs, config.seed)
+        if embedded
+        else written_pairs(model, config.pairs, config.seed, config.languages)
     )
     if (fewest := min(len(some) for each in parallel.pairs.values() for some in each.values())) < FEWEST:
-        raise UserError(f"{fewest} parallel pairs fit {model.name}, fewer than {FEWEST}: use another model")
+        left = ", ".join(f"{name}: {count}" for name, count in parallel.left_out.items())
+        raise UserError(
+            f"{fewest} parallel pairs fit {model.name}, fewer than {FEWEST} ({left}): use other languages, or another "
+            "model"
+        )
     decides = deciding(config, model, saes, ("out", "track", "device"))
     with measurements(out, "cross-lingual", decides) as kept_file:
         results = measure(config, model, saes, parallel, KeptResults(kept_file, {}))

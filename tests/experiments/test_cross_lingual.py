@@ -1,9 +1,13 @@
 """What languages share: parallel pairs, overlaps, depths on a planted model, and a whole run."""
 
 import json
+from itertools import permutations
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from experiments.cross_lingual import study
 from experiments.cross_lingual.capitals import CAPITAL, COUNTRIES
 from experiments.cross_lingual.page import crossing
 from experiments.cross_lingual.study import (
@@ -65,6 +69,37 @@ def test_a_whole_run(tmp_path):
     assert (tmp_path / "summary.json").read_text() == before
 
 
+def test_written_pairs_are_known_and_splits_share_no_pair_of_countries(monkeypatch):
+    """Letters of the alphabet as countries, each with a capital of one token; the model knows those before "m"."""
+    countries = {
+        a: {"English": (a, a.upper()), "Spanish": (f"{a}{a}", f"{a.upper()}e"), "French": ("x", "x")} for a in "abcdmn"
+    }
+    monkeypatch.setattr(study, "COUNTRIES", countries)
+    monkeypatch.setattr(study, "batch_pairs", lambda model, pairs: None)
+    monkeypatch.setattr(
+        study,
+        "pair_metrics",
+        lambda model, pairs: SimpleNamespace(right=np.array([p.answer < " M" and p.counter < " M" for p in pairs])),
+    )
+    found = study.written_pairs(None, 40, 0, ("English", "Spanish"))
+    cells = {
+        split: {tuple(pair.example.split("-")[1:]) for pair in each["English"]} for split, each in found.pairs.items()
+    }
+    assert not cells["select"] & cells["report"]
+    assert cells["select"] | cells["report"] == set(permutations("abcd", 2))
+    assert found.left_out == {
+        "answer spelt alike": 0,
+        "not one token, or of unequal length": 0,
+        "not known in every language": 6 * 5 - 4 * 3,
+    }
+    assert found.languages == ("English", "Spanish")
+    for one, other in zip(found.pairs["report"]["English"], found.pairs["report"]["Spanish"], strict=True):
+        assert other.answer == f"{one.answer}e"
+        assert one.example == other.example
+
+
 def test_bad_settings():
+    with pytest.raises(UserError, match="languages = English, Greek: use two or more of English, French"):
+        CrossLingualConfig(languages=("English", "Greek"))
     with pytest.raises(UserError, match="at least 1 and 8"):
         CrossLingualConfig(pairs=2)
