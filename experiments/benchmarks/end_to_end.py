@@ -26,9 +26,10 @@ import torch
 
 from saepatch.cli.parser import run_config
 from saepatch.data.texts import load_texts
+from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import load_saes
 from saepatch.errors import UserError
-from saepatch.measure.quality import splice_quality
+from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.records.files import check_writable
@@ -164,10 +165,16 @@ def run(config: EndToEndConfig) -> None:
                     results.runs.setdefault(side, []).append(fresh.submit(train, config, str(out)).result())
         for side in sides:
             saes = load_saes(str(Path(folder) / f"{side}-0"))
-            results.fvu[side] = {
-                str(site): splice_quality(model, dictionary, held_out).fvu for site, dictionary in saes.items()
-            }
+            results.fvu[side] = {str(site): _fvu(model, dictionary, held_out) for site, dictionary in saes.items()}
     write_results(results, config.out)
+
+
+@torch.no_grad()
+def _fvu(model: LanguageModel, dictionary: Dictionary, tokens: Tokens) -> float:
+    """Fraction of variance unexplained at ordinary tokens."""
+    x = model.capture(tokens, [dictionary.site])[dictionary.site][tokens.ordinary]
+    error = dictionary.encode(x).error.double()
+    return float(error.square().sum() / (x.double() - x.double().mean(0)).square().sum())
 
 
 def _ours(config: EndToEndConfig, out: str) -> Trained:
