@@ -56,8 +56,16 @@ def run_config(
 ) -> int:
     """Read one dataclass from the command line and run it; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def work() -> None:
+        try:
+            run(read_config(config, prog, given))
+        except UserError as error:
+            file_first = bool(given) and not given[0].startswith("-")
+            raise with_place(error, ["--config", *given] if file_first else given) from error
+
     with own_process(arguments is None):
-        return guarded(lambda: run(read_config(config, prog, given)), interrupted)
+        return guarded(work, interrupted)
 
 
 def run_commands(

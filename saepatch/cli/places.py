@@ -11,6 +11,8 @@ from saepatch.errors import UserError
 
 def with_place(error: UserError, given: Sequence[str]) -> UserError:
     """The error, with the file and line of the setting it names if a config file sets it last."""
+    if "(set in " in str(error):  # said already, where the settings were read
+        return error
     places = {name: place for path in _configs(given) for name, place in _settings(path).items()}
     overridden = {word.removeprefix("--").partition("=")[0] for word in given if word.startswith("--")}
     message = str(error)
@@ -54,5 +56,10 @@ def _names(message: str, name: str, value: Any) -> bool:
     own, word = re.escape(name), re.escape(name.rpartition(".")[2])
     if re.search(rf"--{own}(?![\w.])|(?<![\w.-]){word} = |^{own} (is|has|takes)\b|^'{word}' is not a setting", message):
         return True
+    if re.search(rf"^{own} \S+ is ", message):
+        return True
+    # A value such as resid_post.9 says by itself what is meant.
+    if isinstance(value, str) and re.fullmatch(r"(?=.*\d)\w+\.[\w.]+", value):
+        return re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", message) is not None
     quoted = isinstance(value, str) and value != "" and repr(value) in message
     return quoted and (len(value) > 2 or re.search(rf"(?<![\w.-]){word}(?![\w.])", message) is not None)

@@ -112,6 +112,8 @@ def test_help_of_a_command_fits_two_screens(command, capsys, monkeypatch):
         ("patch", "pairs: ioi\n\nshard: 5/4\n", (), 3),
         ("patch", "pairs: ioi\nn: -1\n", (), 2),
         ("patch", "pairs: ioi\nn: -1\n", ("--n", "-2"), None),
+        ("patch", "pairs: ioi\nsite: resid_post.9\n", (), 2),
+        ("steer", "prompt: a\nlatent: resid_post.3:99999\n", (), 2),
     ],
 )
 def test_an_error_names_its_settings_line_in_the_file(tmp_path, capsys, command, yaml_text, arguments, line):
@@ -119,6 +121,12 @@ def test_an_error_names_its_settings_line_in_the_file(tmp_path, capsys, command,
     config.write_text(yaml_text)
     told = failed(capsys, command, "--config", str(config), *arguments)
     assert told.endswith(f"(set in {config}, line {line})") if line else "set in" not in told
+
+
+def test_so_does_an_error_after_training_has_begun(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text("sae: {k: 4}\nsweep: nowhere.yaml\n")
+    assert failed(capsys, "train", str(config)).endswith(f"(set in {config}, line 2)")
 
 
 def test_settings_of_sections_have_their_lines(tmp_path):
