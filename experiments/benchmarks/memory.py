@@ -274,7 +274,7 @@ COMMANDS: dict[str, Callable[[MemoryBenchmarkConfig, str, Path], None]] = {
     "splice quality": _quality,
     "circuit": _command(
         "circuit", *ONE, "--select", "FOLDER/pairs.jsonl", "--nodes", "10", "--edges", "10", "--verify", "2",
-        "--sample", "2", "--controls", "1", "--minimal", "2", "--out", "FOLDER/circuit",
+        "--sample", "2", "--controls", "5", "--minimal", "2", "--out", "FOLDER/circuit",
     ),
     "edit": _command(
         "edit", "--requests", "FOLDER/facts.jsonl", "--reference", "FOLDER/texts.jsonl", "--steps",
