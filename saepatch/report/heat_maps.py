@@ -17,7 +17,18 @@ _FINE_DIGIT = 5.8  # approximate width in pixels of a digit in small print
 
 def map_width(chart: HeatMap) -> int:
     """Preferred width of a heat map in pixels: on a narrower page it scrolls."""
-    return round(max(NARROW, _names_width(chart) + _CELL * len(chart.columns) + 4))
+    cell = max(_CELL, _FINE_DIGIT * _widest(chart) + 5)
+    return round(max(NARROW, _names_width(chart) + cell * len(chart.columns) + 4))
+
+
+def _spec(chart: HeatMap) -> str:
+    return chart.value_format or common_format([v for row in chart.values for v in row])
+
+
+def _widest(chart: HeatMap) -> int:
+    """Letters of the longest number."""
+    spec = _spec(chart)
+    return max((len(number(v, spec)) for row in chart.values for v in row), default=0)
 
 
 def _names_width(chart: HeatMap, most: int = 26) -> float:
@@ -28,12 +39,12 @@ def _names_width(chart: HeatMap, most: int = 26) -> float:
 def heat_map(chart: HeatMap, width: int) -> Drawing:
     """Cells coloured by sign and magnitude, with their numbers where there is room."""
     top_value = max([chart.scale, *(abs(v) for row in chart.values for v in row if finite(v))])
-    spec = chart.value_format or common_format([v for row in chart.values for v in row])
+    spec = _spec(chart)
     left = _names_width(chart, 26 if width >= map_width(chart) else 14)
     room = int((left - 12) / CHARACTER + 0.5)
     cell = min((width - left - 4) / max(1, len(chart.columns)), 84.0)
     tall = min(max(cell, 22.0), 32.0)
-    widest = max((len(number(v, spec)) for row in chart.values for v in row), default=0)
+    widest = _widest(chart)
     numbered = "cell" if cell >= DIGIT * widest + 5 else "cell fine" if cell >= _FINE_DIGIT * widest + 4 else ""
     parts, head = _column_names(chart, left, cell)
     if chart.row_label:

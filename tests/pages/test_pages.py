@@ -185,6 +185,9 @@ def test_tokens_stand_over_maps(swept):
 
 def test_maps_of_both_directions_have_one_scale(swept):
     maps = blocks(run_page(read_run_data(swept)), HeatMap)
+    kinds, directions = zip(*(heat.title.split(": ") for heat in maps))
+    assert directions == ("denoise", "noise") * 8
+    assert kinds[::2] == kinds[1::2]
     by_title = defaultdict(list)
     for heat in maps[:4]:
         by_title[heat.title.partition(" by ")[0]].append(heat)
@@ -539,6 +542,9 @@ def test_copies_and_figures(browser, swept, screened):
                 assert (
                     mine[column] == "" if estimate is None else float(mine[column]) == pytest.approx(estimate, rel=1e-8)
                 )
+        boxes = browser.execute_script("return all('.view:not([hidden]) .chart').map(f => f.getBoundingClientRect())")
+        assert boxes[0]["top"] == boxes[1]["top"]  # both directions side by side
+        assert boxes[0]["right"] < boxes[1]["left"]
         texts = browser.execute_script(
             "return all('figure.chart').filter(f => f.getClientRects().length).map(standalone)"
         )

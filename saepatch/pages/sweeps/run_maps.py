@@ -26,30 +26,28 @@ PAIRS = 3  # pairs with separate maps
 
 
 def maps(run: RunData) -> Section | None:
-    """Maps of the run's edits in each direction, over all pairs and for the first few pairs separately."""
+    """Maps of the run's edits, both directions side by side: over all pairs, and for the first few separately."""
     if not any(key.position.isdigit() or key.component == "head" for key in run.changes.keys):
         return None
     count = len(run.pairs.examples)
-    options: list[tuple[str, list[Simple]]] = []
     drawn = _twins([_maps(run, run.edits, run.own(direction), None) for direction in run.directions])
-    for direction, each in zip(run.directions, drawn):
-        options.append((f"{direction}, all {count} pairs" if count > 1 else direction, each))
+    views: list[tuple[str, list[Simple]]] = [(f"all {count} pairs", drawn)]
     shown = run.reading["prompts"]["first"] if run.reading and count > 1 else []
     for pair, prompts in enumerate(shown[:PAIRS]):
         effects, ran = run.effects_of(pair)
         edits = replace(run.edits, effects=effects, intervals=lambda numbers: [None] * len(numbers))
         own = [[number for number in run.own(direction) if ran[number]] for direction in run.directions]
-        drawn = _twins([_maps(run, edits, numbers, pair) for numbers in own])
-        for direction, each in zip(run.directions, drawn):
-            options.append((f"{direction}, pair {prompts['example']} alone", each))
-    return Section("Where: maps", _text(run), [Choice("Show", [option for option in options if option[1]])])
+        views.append(
+            (f"pair {prompts['example']} alone", _twins([_maps(run, edits, numbers, pair) for numbers in own]))
+        )
+    views = [view for view in views if view[1]]
+    return Section("Where: maps", _text(run), [Choice("Show", views)] if len(views) > 1 else drawn)
 
 
-def _twins(maps: Sequence[Mapping[str, HeatMap]]) -> list[list[Simple]]:
-    """The maps of each direction; those of one kind on one scale in all directions."""
+def _twins(maps: Sequence[Mapping[str, HeatMap]]) -> list[Simple]:
+    """The maps of all directions by kind, so that those of one kind stand side by side; these have one scale."""
     kinds = dict.fromkeys(kind for drawn in maps for kind in drawn)
-    scaled = {kind: iter(on_one_scale([drawn[kind] for drawn in maps if kind in drawn])) for kind in kinds}
-    return [[next(scaled[kind]) for kind in drawn] for drawn in maps]
+    return [heat for kind in kinds for heat in on_one_scale([drawn[kind] for drawn in maps if kind in drawn])]
 
 
 def _text(run: RunData) -> str:
@@ -130,9 +128,10 @@ def _by_unit(run: RunData, edits: EditTable, own: Sequence[int], pair: int | Non
         return None
     numbers = [number for number in units if unit_of(edits.keys[number]) in set(rows)]
     columns, below = run.tokens(pair).columns(_positions(edits, numbers))
-    kind = "latents" if rows[0][1] == "latent" else "heads"
+    kind = "latent" if rows[0][1] == "latent" else "head"
+    largest = f"The {len(rows)} {kind}s with the largest effects" if len(rows) > 1 else "Effects"
     drawn = draw_map(
-        f"The {len(rows)} {kind} with the largest effects, by position: {edits.keys[numbers[0]].direction}",
+        f"{largest}, by position: {edits.keys[numbers[0]].direction}",
         edits,
         numbers,
         unit_and_position,
