@@ -241,7 +241,8 @@ def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:
     if message.startswith("Unexpected config:"):
         return "the config file holds no settings: write one NAME: VALUE per line (see --help)"
     if match := re.search(r"required: (\S+)", message):
-        return f"{match[1].rpartition('.')[2]!r} is missing: see --help"
+        command, _, setting = match[1].rpartition(".")
+        return f"{setting!r} is missing: see {' '.join(['saepatch', *command.split('.')[:1]]).strip()} --help"
     if match := re.search(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted", message):
         group = re.search(r"Group '([^']+)'", message)
         return _unknown(f"{group[1]}.{match[1]}" if group else match[1] or match[2], _keys(parser, given))

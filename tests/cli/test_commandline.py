@@ -256,7 +256,7 @@ def test_mistakes_are_told_without_pythons_words(capsys, tmp_path):
         (("restore", "--prompts", "refusal:report", "--tokens", "4"), "(it is called --max_new_tokens now)"),
         (("circuit", "--pairs", "ioi", "--random", "3"), "(it is called --controls now)"),
         (("plan", "organism", "--latents", "3"), "(it is called --d_sae now)"),
-        (("compare", "runs/a"), "'other' is missing: see --help"),
+        (("compare", "runs/a"), "'other' is missing: see saepatch compare --help"),
     ):
         text = failed(capsys, *arguments)
         assert said in text
