@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from saepatch.cli.help import FIRST_STEPS, formatter, shorten, usage
 from saepatch.cli.places import with_place
 from saepatch.errors import UserError, reason_of
 from saepatch.records.documents import bounded_yaml
-from saepatch.settings.checks import RENAMED, check_values
+from saepatch.settings.checks import RENAMED, check_values, under_current_names
 
 Config = TypeVar("Config")
 
@@ -193,6 +194,7 @@ def _parser(config: type, prog: str, positional: bool = False, full: bool = True
 def _parsed(parser: Any, given: Sequence[str]) -> Any:
     from jsonargparse import ArgumentError
 
+    names = _NAMES.set(frozenset(_keys(parser, given)))
     try:
         return parser.parse_args(list(given))
     except ArgumentError as error:
@@ -203,18 +205,27 @@ def _parsed(parser: Any, given: Sequence[str]) -> Any:
         TypeError,
     ) as error:  # such as a file that is not UTF-8
         raise UserError(f"cannot read the settings ({reason_of(error)}): see --help") from error
+    finally:
+        _NAMES.reset(names)
+
+
+_NAMES: ContextVar[frozenset[str]] = ContextVar("names of the settings that are read", default=frozenset())
 
 
 @cache
 def _bound_yaml() -> None:
-    """Limit the YAML that the parser reads, from files and in values, to what `bounded_yaml` allows."""
+    """Limit the YAML that the parser reads, from files and in values, to what `bounded_yaml` allows.
+
+    Files of an earlier version may have former names of settings.
+    """
     import yaml
     from jsonargparse import get_loader, set_loader
 
     load = get_loader("yaml")
 
     def bounded(text: str) -> Any:
-        return bounded_yaml(text, load)
+        value = bounded_yaml(text, load)
+        return under_current_names(value, _NAMES.get()) if isinstance(value, dict) and _NAMES.get() else value
 
     set_loader("yaml", bounded, (yaml.YAMLError,))
 

@@ -36,6 +36,7 @@ from saepatch.runs.parts import (
     shard_folder,
 )
 from saepatch.runs.progress import Check, Meter, messages_once, stoppable
+from saepatch.settings.checks import current_names
 from saepatch.settings.circuit import CircuitConfig
 from saepatch.settings.edit import EditConfig
 from saepatch.settings.mixins import FREE
@@ -132,7 +133,7 @@ class Place:
         """Raises UserError where an existing record differs; settings it predates count as their defaults."""
         defaults = {f.name: f.default for f in fields(self.config) if f.default is not MISSING and f.name not in FREE}
         for record in self.records:
-            refuse_if_other(self.out, defaults | record.decides, decides)
+            refuse_if_other(self.out, defaults | current_names(type(self.config), record.decides), decides)
 
     def agreed(self, here: Record) -> Record:
         """The record that this shard wrote when it was started, else `here` with the first shard's edits.

@@ -1,7 +1,7 @@
 """Values that no setting may have: missing ones, and ones that no library accepts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -18,7 +18,11 @@ RENAMED: Mapping[str, str] = {"data": "reference", "tokens": "max_new_tokens", "
 
 def current_names(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an earlier version's run, under the names they have now."""
-    known = _hints(config)
+    return under_current_names(values, _hints(config))
+
+
+def under_current_names(values: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """Values with former names replaced where the new name is known and the former one is not."""
     return {
         RENAMED[name] if name not in known and RENAMED.get(name) in known else name: value
         for name, value in values.items()

@@ -8,6 +8,7 @@ import yaml
 
 from saepatch.cli.main import COMMANDS, main
 from saepatch.errors import UserError
+from saepatch.settings.checks import RENAMED
 from saepatch.settings.mixins import ModelSettings
 
 LOADING = {
@@ -89,7 +90,9 @@ def test_a_config_file_of_before_still_loads(command, tmp_path, capsys):
     required = {"patch": {"pairs": "ioi"}, "attribute": {"pairs": "ioi"}, "restore": {"prompts": "refusal:report"}}
     values = asdict(config(**required.get(command, {})))
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({key: values[key] for key in BEFORE[command].split()}))
+    file.write_text(
+        yaml.safe_dump({key: values[key if key in values else RENAMED[key]] for key in BEFORE[command].split()})
+    )
     with pytest.raises(SystemExit) as stopped:
         main([command, "--config", str(file), "--print_config"])
     assert stopped.value.code in (0, None)

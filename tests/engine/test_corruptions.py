@@ -179,17 +179,20 @@ def test_causal_tracing_over_layers_and_positions():
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (lambda: GaussianNoise(At(" cow")), "pair a: the clean prompt 'the cat sat': .*' cow' as whole tokens 0 times"),
-        (lambda: GaussianNoise(40), "pair a: .*position 40 is out of range"),
-        (lambda: GaussianNoise("generated"), "'the cat sat': positions 'generated' select no token"),
+        (
+            lambda: GaussianNoise(At(" cow")),
+            "pair b: the clean prompt 'a cat ran off': .*' cow' as whole tokens 0 times",
+        ),
+        (lambda: GaussianNoise(40), "pair b: .*position 40 is out of range"),
+        (lambda: GaussianNoise("generated"), "'a cat ran off': positions 'generated' select no token"),
         (lambda: GaussianNoise(CAT, sigma=0.0), "sigma = 0.0: noise needs"),
         (lambda: GaussianNoise(CAT, samples=0), "samples = 0: use at least 1"),
         (lambda: GaussianNoise(CAT, seed=-1), "seed = -1: use 0 or more"),
-        (lambda: Zero(positions=At(" cow")), "pair a: .*' cow' as whole tokens 0 times"),
+        (lambda: Zero(positions=At(" cow")), "pair b: .*' cow' as whole tokens 0 times"),
         (lambda: Mean(torch.zeros(7)), r"7 means, but 'latent' at resid_post.1 has 48 values"),
         (
             lambda: Mean(torch.zeros(7, 48)),
-            "pair a: the clean prompt 'the cat sat' has 12 tokens, but the means are for 7 positions",
+            "pair b: the clean prompt 'a cat ran off' has 14 tokens, but the means are for 7 positions",
         ),
         (lambda: Mean(torch.zeros(48), of=(Site(0), "latent")), "means of 'latent' at resid_post.0, but 'latent' at"),
     ],

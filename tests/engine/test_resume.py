@@ -169,9 +169,11 @@ def test_longer_prompts_are_checked_again(monkeypatch):
     model, dictionary = tiny_model("mistral"), random_dictionary("resid_post.0")
     checked, plain = [], KeptRun._agrees
     monkeypatch.setattr(KeptRun, "_agrees", lambda run, *rest: checked.append(run.width) or plain(run, *rest))
-    patch_latents(model, dictionary, [PromptPair("ab", "ac", "x", "y"), PAIR, PAIR])
-    assert set(checked) == {3, 18}
-    assert len(checked) == 2  # each length once, and not once a pair
+    short = PromptPair("ab", "ac", "x", "y")
+    patch_latents(model, dictionary, [short])
+    patch_latents(model, dictionary, [short, PAIR, PAIR])
+    patch_latents(model, dictionary, [short])
+    assert checked == [3, 18]  # not once a pair, and the longest of a sweep alone
 
 
 def test_a_model_that_was_changed_in_place_is_probed_again():
