@@ -149,7 +149,11 @@ def test_maps_of_the_report_are_means_over_rows_of_one_form(demo):
             name = {"stream": row["site"], "latent": row["latent"], "head": row["site"].removeprefix("z.")}[component]
             totals[name, where_at] = totals.get((name, where_at), 0.0) + row["patched"] - row["corrupted"]
         # columns in which nothing was run are left out
-        at = [int(key.split("/")[-1]) for key in heat.keys[0]] if heat.keys else range(len(heat.columns))
+        at = (
+            [next(int(key.split("/")[-1]) for key in column if key) for column in zip(*heat.keys)]
+            if heat.keys
+            else range(len(heat.columns))
+        )
         told = {(name, where): v for name, values in zip(heat.rows, heat.values) for where, v in zip(at, values)}
         told = {key: value for key, value in told.items() if not math.isnan(value)}
         assert told.keys() == totals.keys()
