@@ -151,7 +151,7 @@ def test_maps_of_the_report_are_means_over_rows_of_one_form(demo):
         # columns in which nothing was run are left out
         at = (
             [next(int(key.split("/")[-1]) for key in column if key) for column in zip(*heat.keys)]
-            if heat.keys
+            if single
             else range(len(heat.columns))
         )
         told = {(name, where): v for name, values in zip(heat.rows, heat.values) for where, v in zip(at, values)}
