@@ -76,7 +76,7 @@ def _sections() -> list[Section]:
     training = [wr.LinePlot(title=name, x="tokens", metric_regex=rf"[^/]+/{name}$") for name in TRAINING]
     columns = [wr.ParallelCoordinatesPlotColumn(metric=f"c::{name}") for name in HYPERPARAMETERS]
     columns += [wr.ParallelCoordinatesPlotColumn(metric=name) for name in QUALITY[:3]]
-    sweep = [
+    sweep: list[Any] = [
         wr.ParallelCoordinatesPlot(title="Settings and quality", columns=columns),
         wr.ParameterImportancePlot(with_respect_to="ce_recovered"),
         wr.ScatterPlot(title="Loss recovered by active latents", x="l0", y="ce_recovered"),

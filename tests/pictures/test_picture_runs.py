@@ -19,7 +19,7 @@ from saepatch.model.positions import At
 from saepatch.records.rows import read_rows
 from saepatch.splicing.splice import whole_prompt
 
-pytestmark = pytest.mark.whole
+pytestmark = [pytest.mark.whole, pytest.mark.slow]
 ANSWERS = {"answer": "x", "counter": "y"}
 
 
