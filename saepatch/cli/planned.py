@@ -1,7 +1,6 @@
 """`saepatch plan COMMAND …` and `--dry_run`: what a command would need, from its own settings."""
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 from saepatch.cli.commands.inspect import plan
 from saepatch.cli.parser import CommandResult
 from saepatch.dictionaries.latent_set import LatentSet
+from saepatch.records.documents import parse_json
 from saepatch.settings.inspect import BYTES, PlanConfig
 
 Commands = Mapping[str, tuple[type, Callable[[Any], CommandResult | None]]]
@@ -64,7 +64,10 @@ def _width(folder: Path) -> int:
     """The number of latents that a folder's first dictionary states; 0: it states none."""
     found = [folder / "cfg.json", *sorted(folder.glob("*/cfg.json"))] if folder.is_dir() else []
     for path in (path for path in found if path.is_file()):
-        width = json.loads(path.read_text(encoding="utf-8")).get("d_sae", 0)
+        try:
+            width = parse_json(path.read_text(encoding="utf-8"), str(path))["d_sae"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
         return width if isinstance(width, int) else 0
     return 0
 

@@ -19,8 +19,7 @@ class PromptPair:
     """A clean and a corrupted prompt: `answer` is right after `clean`, `counter` after `corrupted`.
 
     Answers are the text that follows the prompt, with its leading space: one token each, or several where a metric sums
-    over them (`DeclaredMetric.sums`). `example` names the pair. Prompts with
-    pictures are `ImagePrompt`s.
+    over them (`DeclaredMetric.sums`). `example` names the pair. Prompts with pictures are `ImagePrompt`s.
     """
 
     clean: str

@@ -231,6 +231,8 @@ def _screen(
             part = few.rows([row for row in range(len(few)) for _ in range(samples)])
             _screen_part(model, dictionaries, components, part, method, options, screen)
             done(len(few))
+    if screen.noise is not None:  # a pair's metric is the sum of its rows
+        screen.noise *= int(whole.index.bincount().max())
     return screen
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saepatch.errors import UserError
-from saepatch.model.inputs.images import Images
+from saepatch.model.inputs.images import UNKNOWN, Images
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,11 @@ class Pass:
                 "model.logits or next_logits, since pictures passed as pixels are not known here"
             )
         number = self.images.picture
+        if bool((number == UNKNOWN).any()):
+            raise UserError(
+                "the model cuts several pictures otherwise than one, so that their tokens cannot be told apart: give "
+                "prompts with one picture, or positions by index"
+            )
         counts = number.amax(-1) + 1
         wanted = counts + at.picture if at.picture < 0 else torch.full_like(counts, at.picture)
         if bool(((wanted < 0) | (wanted >= counts)).any()):

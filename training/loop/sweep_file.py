@@ -80,7 +80,12 @@ def _check(path: str, name: str, parameter: Any) -> None:
         values, shares = parameter["values"], parameter.get("probabilities")
         if not isinstance(values, list) or not values:
             raise UserError(f"{where} has no values: give a list, as in values: [8, 16]")
-        if shares is not None and (len(shares) != len(values) or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
+        if shares is not None and not (
+            isinstance(shares, list)
+            and len(shares) == len(values)
+            and all(isinstance(share, int | float) and share >= 0 for share in shares)
+            and math.isclose(sum(shares), 1, abs_tol=1e-6)
+        ):
             raise UserError(f"{where}: give one probability for each value, with a sum of 1")
         return
     if given != {"min", "max"} or _distribution(parameter) not in _DRAWS:

@@ -39,8 +39,9 @@ class KnownWays:
         self._by_shape = known[1]
 
     def of(self, run: KeptRun) -> Checked:
-        """The checks of runs with the same kind of batch: padded or not, with a cache or without."""
-        return self._by_shape.setdefault((run.tokens.padded, run.has_cache), {})
+        """The checks of runs with the same kind of batch: padded or not, with a cache, and with pictures, or without."""
+        pictures = run.tokens.images is not None
+        return self._by_shape.setdefault((run.tokens.padded, run.has_cache, pictures), {})
 
 
 def signature(model: LanguageModel) -> Signature | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saepatch.errors import UserError
 
+UNKNOWN = -2  # number of the picture of a token, where pictures cannot be told apart
 MARK = "<image>"  # stands for a picture in a prompt's text, whatever a model's own mark is
 
 
@@ -61,7 +62,7 @@ class Images:
         before: How many tokens of its block come before this one. In a block, tokens read each other in both
             directions, so the block runs whole; 0 where tokens read earlier ones alone.
         after: How many come after it.
-        picture: The number of the picture in its prompt, from 0; -1 at text.
+        picture: The number of the picture in its prompt, from 0; -1 at text, `UNKNOWN` where it is not known.
         seen: The part of the picture that a token stands for: left, top, right and bottom, as shares of the picture's
             width and height (outside it: what the processor added).
     """

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saepatch.errors import UserError, reason_of
-from saepatch.model.inputs.images import MARK, ImagePrompt, Images
+from saepatch.model.inputs.images import MARK, UNKNOWN, ImagePrompt, Images
 from saepatch.model.inputs.patches import patches_seen
 from saepatch.model.inputs.token_names import token_name
 from saepatch.model.inputs.tokens import Tokens, appended_tokens
@@ -188,8 +188,8 @@ class Pictures:
         if sum(map(len, parts)) == int(here.sum()):
             counted = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part) for part in parts]))
             number[here], seen[here] = counted.to(here.device), torch.cat(parts).to(here.device)
-        else:  # several pictures are cut otherwise than one alone
-            number[here], seen[here] = 0, torch.nan
+        else:  # several pictures are cut otherwise than one alone, so that they cannot be told apart
+            number[here], seen[here] = 0 if len(parts) == 1 else UNKNOWN, torch.nan
         return number, seen
 
     def _parts_of(self, size: tuple[int, int]) -> Float[Tensor, "tokens 4"]:
@@ -288,5 +288,5 @@ def read_picture(path: str) -> Any:
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read picture {path!r} ({reason_of(error)}): give a PNG or JPEG file") from error
