@@ -39,7 +39,7 @@ class KnownWays:
         self._by_shape = known[1]
 
     def of(self, run: KeptRun) -> Checked:
-        """The checks of runs with the same kind of batch: padded or not, with a cache, and with pictures, or without."""
+        """The checks of runs with the same kind of batch: padded, with a cache, with pictures, or not."""
         pictures = run.tokens.images is not None
         return self._by_shape.setdefault((run.tokens.padded, run.has_cache, pictures), {})
 
