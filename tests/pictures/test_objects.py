@@ -8,8 +8,11 @@ from pictures.tiny_vision import FAMILIES, picture, pixels_of, vision_model
 from saepatch.data.pairs import PromptPair
 from saepatch.errors import UserError
 from saepatch.measure.objects import SETS, ablate_objects
-from saepatch.model.inputs.images import ImagePrompt
+from saepatch.model.inputs.images import UNKNOWN, ImagePrompt, Images
 from saepatch.model.inputs.patches import patches_seen
+from saepatch.model.inputs.tokens import Tokens
+from saepatch.model.positions import At
+from saepatch.splicing.splice import whole_prompt
 
 SIZES = {"gemma3": (2, 2), "paligemma": (4, 4), "llava": (4, 4), "qwen2_vl": (2, 3), "qwen3_vl": (2, 3)}
 
@@ -110,3 +113,13 @@ def test_controls_are_of_the_size_of_the_object(pairs):
         ablate_objects(model, pairs, [(0, 0, 6, 4)])
     with pytest.raises(UserError, match="has no picture"):
         ablate_objects(model, [PromptPair("abc", "abc", "x", "y")], [(0, 0, 6, 4)])
+
+
+def test_pictures_that_cannot_be_told_apart_are_not_chosen_one_by_one():
+    here, zeros = torch.tensor([[False, True, True]]), torch.zeros(1, 3, dtype=torch.long)
+    number = torch.where(here, UNKNOWN, -1)
+    features, places, seen = torch.zeros(1, 3, 1, 8), zeros[..., None][..., :0], torch.full((1, 3, 4), torch.nan)
+    images = Images(features, here, places, zeros, zeros, zeros, number, seen)
+    tokens = Tokens(zeros + 5, zeros + 1, zeros == 0, images)
+    with pytest.raises(UserError, match="cannot be told apart"):
+        whole_prompt(vision_model("gemma3"), tokens).select(At.image())
