@@ -126,8 +126,7 @@ def sweep(
                     swept.position += own_positions(base.tokens, rows, columns, options.align).tolist()
                     swept.change += ((values - own[rows.numpy()]) / samples).tolist()
                     done(len(rows))
-    if swept.noise is not None:  # a pair's metric is the sum of its rows
-        swept.noise *= int(whole.index.bincount().max())
+    swept.noise = (swept.noise or 0.0) * int(whole.index.bincount().max())  # a pair's metric sums its rows
     return swept
 
 
