@@ -79,13 +79,12 @@ def sweep(
 
     Edits of one stage are made of the same components, so that they can run together.
     """
-    corruption = options.corruption
+    corruption, samples = options.corruption, options.samples
     if options.at_component and len(components) > 1:
         raise UserError(
             f"{corruption} corrupts the patched component, so patch one component at a time, as in "
             "[patch_components(model, component, pairs, corruption=…) for component in components]"
         )
-    samples = options.samples
     if corruption is not None:  # corrupted prompts are ignored
         pairs = [replace(pair, corrupted=pair.clean) for pair in pairs]
     whole = chosen_pairs(model, components, pairs, options.positions, options.align, spelled=True)
