@@ -205,12 +205,10 @@ def _where(results: Findings) -> report.Section:
         "together."
     )
     drawn = {direction: _maps(results, direction) for direction in maps.streams}
-    scaled = [on_one_scale(twins) for twins in zip(*(charts for charts, _ in drawn.values()), strict=True)]
-    options: list[tuple[str, list[report.Simple]]] = [
-        (direction, [*(twins[number] for twins in scaled), table])
-        for number, (direction, (_, table)) in enumerate(drawn.items())
-    ]
-    return report.Section("Where: maps", text, [report.Choice("Show", options)])
+    kinds = zip(*(charts for charts, _ in drawn.values()), strict=True)
+    twins = [heat for kind in kinds for heat in on_one_scale(kind)]  # those of one kind stand side by side
+    tables: list[tuple[str, list[report.Simple]]] = [(direction, [table]) for direction, (_, table) in drawn.items()]
+    return report.Section("Where: maps", text, [*twins, report.Choice("Edits of", tables)])
 
 
 def _maps(results: Findings, direction: PatchDirection) -> tuple[list[report.HeatMap], report.Table]:
