@@ -1,4 +1,4 @@
-"""The README's picture: four figures of the demo's report in one SVG file.
+"""Figures of a run's report in one SVG file, as in the README and the docs.
 
 python -m experiments.picture --run runs/demo --out experiments/figures/report.svg
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from saepatch.cli.parser import run_config
 from saepatch.errors import UserError
-from saepatch.report import KEPT, Chart, HeatMap, LineChart, Page, read_page, write_figures
+from saepatch.report import KEPT, Chart, Page, read_page, write_figures
 from saepatch.runs.catalogue import read_json
 
 TITLES = (
@@ -24,17 +24,19 @@ TITLES = (
 
 @dataclass(frozen=True)
 class PictureConfig:
-    """Draw the README's picture from a run of the demo."""
+    """Draw figures of a run's report side by side."""
 
     run: str = "runs/demo"
-    """Folder of the run."""
+    """Folder of a run of the demo or of an experiment."""
+    titles: tuple[str, ...] = TITLES
+    """How the titles of the figures begin."""
     out: str = "experiments/figures/report.svg"
     """File for the picture."""
 
 
 def main(config: PictureConfig) -> None:
     page = read_page(read_json(Path(config.run) / KEPT))
-    charts = [_named(page, title) for title in TITLES]
+    charts = [_named(page, title) for title in config.titles]
     path = write_figures(charts, Path(config.out))
     sys.stdout.write(f"Picture: {path} ({path.stat().st_size / 1000:.0f} kB)\n")
 
@@ -44,12 +46,13 @@ def _named(page: Page, title: str) -> Chart:
         for chart in _charts(section.blocks):
             if chart.title.startswith(title):
                 return chart
-    raise UserError(f"the report has no figure called {title!r}: give the folder of a run of the demo")
+    titles = dict.fromkeys(chart.title for section in page.sections for chart in _charts(section.blocks))
+    raise UserError(f"the report has no figure called {title!r}: it has {', '.join(map(repr, titles)) or 'none'}")
 
 
-def _charts(blocks: Sequence[Any]) -> Iterator[LineChart | HeatMap]:
+def _charts(blocks: Sequence[Any]) -> Iterator[Chart]:
     for block in blocks:
-        if isinstance(block, (LineChart, HeatMap)):
+        if isinstance(block, Chart):
             yield block
         for _, inner in getattr(block, "options", ()):
             yield from _charts(inner)
