@@ -11,7 +11,6 @@ process. The saved dictionaries are evaluated by the same code on held-out texts
 """
 
 import logging
-import resource
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from saepatch.records.tables import text_table
 
 from .common.measuring import check_counts, write_results
 from .common.peers import missing
+from .common.resident import resident_bytes
 
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 
@@ -262,19 +262,10 @@ def _shared(config: EndToEndConfig) -> dict[str, Any]:
 
 
 def _timed(train: Any) -> Trained:
-    loaded = _peak_mb("VmRSS")
+    loaded = resident_bytes("now") / 2**20
     used, start = time.process_time(), time.monotonic()
     train()
-    return Trained(time.process_time() - used, time.monotonic() - start, _peak_mb("VmHWM"), loaded)
-
-
-def _peak_mb(name: str) -> float:
-    """Current (VmRSS) or peak (VmHWM) resident memory; without /proc, both are the peak."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    lines = status.read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
+    return Trained(time.process_time() - used, time.monotonic() - start, resident_bytes("peak") / 2**20, loaded)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ at every position of two prompts that differ in the middle; patching is of 8 lat
 """
 
 import multiprocessing
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from saepatch.records.files import check_writable
 from saepatch.records.tables import text_table
 
 from .common.measuring import all_versions, check_counts, write_results
+from .common.resident import resident_bytes
 
 SHORT = 600  # tokens of the pass before the measured one
 WAYS = ("trace", "trace, every query measured", "whole model", "patterns kept", "attribution", "8 latents patched")
@@ -157,11 +157,11 @@ def measured(run: LongPass, config: LongBenchmarkConfig) -> tuple[float, float, 
     act = _act(run.way, config)
     with torch.no_grad():
         act(model, random_tokens(model, min(SHORT, run.tokens), config.seed))
-        before = _memory("VmRSS")
+        before = resident_bytes("now") / 2**20
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted anew from here
         start = time.process_time()
         kept = act(model, random_tokens(model, run.tokens, config.seed))
-        seconds, peak = time.process_time() - start, _memory("VmHWM")
+        seconds, peak = time.process_time() - start, resident_bytes("peak") / 2**20
         del kept
     return seconds, max(peak - before, 0.1), peak
 
@@ -203,12 +203,6 @@ def _dictionary(model: LanguageModel, seed: int) -> Dictionary:
         for weight in sae.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
     return adopt(sae, Site(0, "resid_post"), "random topk")
-
-
-def _memory(what: str) -> float:
-    """A figure of this process's memory in MB."""
-    (kilobytes,) = re.findall(rf"^{what}:\s+(\d+) kB$", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
-    return int(kilobytes) / 1024
 
 
 def random_model(shape: str, seed: int) -> LanguageModel:

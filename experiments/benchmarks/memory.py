@@ -26,6 +26,8 @@ from saepatch.errors import UserError
 from saepatch.records.files import check_writable
 from saepatch.records.tables import text_table
 
+from .common.resident import resident_bytes
+
 CLEAN, CORRUPTED = "The Eiffel Tower is located in the city of", "The Colosseum is located in the city of"
 WORDS = "The harbour lies north of the town, where the river meets the sea, and few sailors stay longer than a week. "
 DTYPES = ("float32", "bfloat16")
@@ -160,19 +162,7 @@ def _in_this_process(config: MemoryBenchmarkConfig) -> None:
             told = _sizes(config, dtype)
         else:
             {**COMMANDS, ALONE: _nothing, "bare": _bare}[command](config, dtype, Path(folder))
-    print(json.dumps(told | {"peak_mb": _peak_mb(), "cpu_s": sum(os.times()[:2])}))
-
-
-def _peak_mb() -> float:
-    """Peak resident memory of this process alone; getrusage's would include what started it."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1000
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (1e6 if sys.platform == "darwin" else 1000)
+    print(json.dumps(told | {"peak_mb": resident_bytes("peak") / 1e6, "cpu_s": sum(os.times()[:2])}))
 
 
 def _write_inputs(config: MemoryBenchmarkConfig, folder: Path) -> None:

@@ -3,15 +3,12 @@
 Each starts from its own initial weights, as in normal use, unless `start` replaces them.
 """
 
-import resource
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +19,8 @@ from training.config import Architecture, SAEConfig, TrainingConfig
 from training.ranks import ALONE
 from training.steps.learner import Learner, new_weights, schedule
 from training.steps.step import Weights
+
+from .common.resident import resident_bytes
 
 OURS, SAE_LENS = "ours", "sae_lens"
 DEAD_AFTER = 1000  # steps without activation, as in sae_lens' trainer
@@ -310,17 +309,8 @@ def _peak_mb(side: str, task: Task, threads: int) -> float:
     x = Planted.of(small.d_in, small.k, 0).rows(small.batch, 0)
     SIDES[side](small, x).step(x)  # load libraries and set up, before measuring
     x = torch.randn(task.batch, task.d_in, generator=torch.Generator().manual_seed(task.seed))
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("now")
     made = SIDES[side](task, x)
     for _ in range(3):
         made.step(x)
-    return max(0, _resident_bytes("VmHWM") - before) / 2**20
-
-
-def _resident_bytes(field: str) -> int:
-    """Current (VmRSS) or peak (VmHWM) resident memory; without /proc, both are the peak."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # not ru_maxrss, which in a spawned process starts at its parent's value
-    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+    return max(0, resident_bytes("peak") - before) / 2**20

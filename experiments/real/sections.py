@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saepatch.pages.charts import INTERVALS, WILSON, cell
-from saepatch.report import Section, Table
+from saepatch.pages.charts import INTERVALS, WILSON, band, cell, size_chart
+from saepatch.report import Block, LineChart, Section, Table
 
 from ..pairs.findings import NAMES
 from .stages.dictionaries import LATENTS, MASSIVE, SIZES, DictionaryQuality, TaskLatents
@@ -55,6 +55,19 @@ def latent_figures(latents: TaskLatents) -> dict[str, Any]:
     }
 
 
+def latents_chart(name: str, latents: TaskLatents) -> LineChart:
+    """Latents, their controls and other directions patched together, denoising."""
+    curve = latents.curves["denoise"]
+    kinds = {"latents": curve.top, "random latents": curve.random, "matched latents": curve.matched}
+    series = [band(kind, curve.sizes, effects) for kind, effects in kinds.items()]
+    for kind, other in latents.others.items():
+        if kind != LATENTS and other.sizes:
+            effects = other.effects["denoise"]
+            series.append(band(kind, other.sizes, [effects.of(number) for number in range(len(other.sizes))]))
+    caption = f"At {latents.site}. All latents together, error term kept: {curve.every}. {INTERVALS}"
+    return size_chart(f"{TASKS[name].title}: what few units restore", "units patched together", series, caption)
+
+
 def latents_section(latents: Mapping[str, TaskLatents]) -> Section:
     columns = ["task", "site", "direction", "latents", "effect", "random", "matched"]
     rows = [
@@ -73,7 +86,8 @@ def latents_section(latents: Mapping[str, TaskLatents]) -> Section:
         for name, of in latents.items()
         for site, restored in of.on_select.items()
     ]
-    blocks = [
+    blocks: list[Block] = [
+        *(latents_chart(name, of) for name, of in latents.items()),
         Table(
             ["task", "site", "effect on select", ""],
             chosen,

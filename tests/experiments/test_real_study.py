@@ -26,6 +26,7 @@ from saepatch.model.loading.load import load_model
 from saepatch.model.sites import Site
 from saepatch.records.rows import read_rows
 from saepatch.records.statistics import Interval
+from saepatch.report import read_page
 
 pytestmark = pytest.mark.whole
 
@@ -94,6 +95,13 @@ def test_a_small_run_says_what_does_not_apply(finished):
     latents = summary["latents"]["pronouns"]
     assert set(latents) == {"on_select", "resid_post.2"}
     assert {"1", "4", "16"} >= set(latents["resid_post.2"]["denoise"]) > set()
+    drawn = read_page(json.loads((finished / "page.json").read_text()))
+    (chart,) = [
+        b for s in drawn.sections for b in s.blocks if getattr(b, "title", "").endswith("what few units restore")
+    ]
+    lines = {line.name: dict(zip(map(str, line.x), line.y)) for line in chart.series}
+    assert lines["latents"] == {k: figure[0] for k, figure in latents["resid_post.2"]["denoise"].items()}
+    assert {"random latents", "matched latents", "principal components"} < set(lines)
     assert "it needs the facts" in summary["left_out"]["Causal tracing"]
     assert {claim["verdict"] for claim in summary["claims"]} <= {"shown", "not shown", "the opposite is shown"}
     page = (finished / "report.html").read_text()

@@ -308,6 +308,8 @@ def test_random_draws_of_a_wandb_sweep_are_the_same_each_time(tmp_path):
         ({"params": 1}, "'params' is no key of a sweep"),
         ({"parameters": {"lr": {"min": 0.1, "max": 0.2}}}, "'lr' is continuous"),
         ({"parameters": {"lr": {"min": 2, "max": 1}}}, "the smaller first"),
+        ({"parameters": {"lr": {"min": 0.1, "max": float("inf")}}}, "finite numbers"),
+        ({"parameters": {"lr": {"min": 0.5, "max": 2.0, "distribution": "int_uniform"}}}, "finite whole numbers"),
         ({"parameters": {"lr": {"mu": 1, "distribution": "normal"}}}, "has distribution 'normal'"),
         ({"parameters": {"lr": 3}}, "'lr' is 3: write value"),
         ({"parameters": {"sae": {"parameters": {"k": {"value": 3}}}}}, "is nested: write the setting's full name"),

@@ -97,8 +97,11 @@ def _check(path: str, name: str, parameter: Any) -> None:
             f"with one of the distributions {', '.join(_DRAWS)}"
         )
     low, high = parameter["min"], parameter["max"]
-    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)) or not low <= high:
-        raise UserError(f"{where}: min {low!r} and max {high!r}: use numbers, the smaller first")
+    kinds = int if _distribution(parameter) == "int_uniform" else int | float
+    numbers = all(isinstance(end, kinds) and not isinstance(end, bool) for end in (low, high))
+    if not numbers or not -math.inf < low <= high < math.inf:
+        whole = "whole " if kinds is int else ""
+        raise UserError(f"{where}: min {low!r} and max {high!r}: use finite {whole}numbers, the smaller first")
     if _distribution(parameter) == "log_uniform_values" and low <= 0:
         raise UserError(f"{where}: min {low!r}: a logarithmic distribution needs numbers above 0")
 
