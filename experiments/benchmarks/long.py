@@ -7,7 +7,9 @@ one without). Each pass runs in a process of its own, after one over a short pro
 thread; memory is the peak of the process beyond what it held before the pass (its weights and libraries), and, for the
 whole, with them. "patterns kept" is eager attention with `output_attentions=True`. With --model a folder's model is
 measured instead. Attribution is first order, of every latent of a random TopK dictionary at the first block's output,
-at every position of two prompts that differ in the middle; patching is of 8 latents, each at all positions.
+at every position of two prompts that differ in the middle; patching is of 8 latents, each at all positions. A splice
+is a bottleneck: one whole pass in which the site carries only the reconstruction, with 8 latents set to 0. --only runs
+the passes whose names hold a text, such as "gemma".
 """
 
 import multiprocessing
@@ -27,22 +29,30 @@ from saepatch.cli.parser import run_config
 from saepatch.data.pairs import PromptPair
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.loading import adopt
+from saepatch.engine.components import Edit, EditPart, LatentUnits
+from saepatch.engine.gradients import GradDrop
 from saepatch.engine.passes.pieces import next_logits_in_pieces
 from saepatch.errors import UserError
 from saepatch.measure.attribution import attribute
 from saepatch.measure.long.trace import trace_attention
-from saepatch.measure.patching import patch_latents
+from saepatch.measure.patching import patch_by_pair, patch_latents
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.loading.load import load_model, wrap_model
 from saepatch.model.sites import Site
 from saepatch.records.files import check_writable
 from saepatch.records.tables import text_table
+from saepatch.splicing.interventions import Ablate
+from saepatch.splicing.splice import splice
 
 from .common.measuring import all_versions, check_counts, write_results
 from .common.resident import resident_bytes
 
 SHORT = 600  # tokens of the pass before the measured one
-WAYS = ("trace", "trace, every query measured", "whole model", "patterns kept", "attribution", "8 latents patched")
+WAYS = (
+    "trace", "trace, every query measured", "whole model", "patterns kept", "attribution", "8 latents patched",
+    "graddrop", "two sites patched", "splice",
+)  # fmt: skip
+GEMMAS = ("trace", "attribution", "8 latents patched", "splice")  # of the ways, for its shape
 LATENTS = 4096  # of the dictionary at the first block's output
 
 
@@ -60,6 +70,8 @@ class LongBenchmarkConfig:
     """Tokens of the longest prompt of the small shape (and of a given model)."""
     gemma: int = 16384
     """Tokens of the prompt of Gemma's shape; 0: it is left out."""
+    only: str = ""
+    """Run only passes whose names hold this text."""
     k: int = 8
     """Key blocks chosen for each head and query block."""
     block: int = 64
@@ -79,6 +91,10 @@ class LongPass:
     tokens: int
     way: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.tokens:,} tokens: {self.way}"
+
 
 @dataclass(eq=False)
 class LongTimes:
@@ -90,17 +106,19 @@ class LongTimes:
     peak_mb: dict[LongPass, float] = field(default_factory=dict)
 
     def ratios(self) -> dict[str, float]:
-        """How time and memory grow with the prompt, and against attention with patterns kept."""
+        """How time and memory grow with the prompt, and against attention with patterns kept, of passes that ran."""
         config, name = self.config, self.config.model or "small"
         trace, every, _, patterns, *_ = (LongPass(name, config.shortest, way) for way in WAYS)
-        long = replace(trace, tokens=config.longest)
-        return {
-            f"time, {config.longest:,} over {config.shortest:,} tokens": self.seconds[long] / self.seconds[trace],
-            f"memory, {config.longest:,} over {config.shortest:,} tokens": self.added_mb[long] / self.added_mb[trace],
-            "time, patterns kept over trace": self.seconds[patterns] / self.seconds[trace],
-            "memory, patterns kept over trace": self.added_mb[patterns] / self.added_mb[trace],
-            "time, every query measured over trace": self.seconds[every] / self.seconds[trace],
+        long, grown = replace(trace, tokens=config.longest), f"{config.longest:,} over {config.shortest:,} tokens"
+        pairs = {
+            f"time, {grown}": (self.seconds, long),
+            f"memory, {grown}": (self.added_mb, long),
+            "time, patterns kept over trace": (self.seconds, patterns),
+            "memory, patterns kept over trace": (self.added_mb, patterns),
+            "time, every query measured over trace": (self.seconds, every),
         }
+        ran = {name: pair for name, pair in pairs.items() if {trace, pair[1]} <= pair[0].keys()}
+        return {name: figures[run] / figures[trace] for name, (figures, run) in ran.items()}
 
     def summary(self) -> dict[str, Any]:
         passes = [
@@ -116,14 +134,12 @@ class LongTimes:
 
     def table(self) -> str:
         rows = [
-            [f"{run.model}, {run.tokens:,} tokens: {run.way}", f"{self.seconds[run]:.2f}"]
-            + [f"{memory[run]:,.0f}" for memory in (self.added_mb, self.peak_mb)]
+            [run.name, f"{self.seconds[run]:.2f}"] + [f"{memory[run]:,.0f}" for memory in (self.added_mb, self.peak_mb)]
             for run in self.seconds
         ]
         ratios = [[name, f"{value:.2f}"] for name, value in self.ratios().items()]
-        return "\n\n".join(
-            [text_table(["pass", "s", "MB added", "MB, whole process"], rows), text_table(["ratio", ""], ratios)]
-        )
+        tables = [text_table(["pass", "s", "MB added", "MB, whole process"], rows)]
+        return "\n\n".join(tables + ([text_table(["ratio", ""], ratios)] if ratios else []))
 
 
 def passes(config: LongBenchmarkConfig) -> list[LongPass]:
@@ -132,8 +148,11 @@ def passes(config: LongBenchmarkConfig) -> list[LongPass]:
     some = [LongPass(name, config.shortest, way) for way in WAYS]
     some += [LongPass(name, config.longest, way) for way in WAYS if way not in (WAYS[1], WAYS[3])]
     if config.gemma and not config.model:
-        some += [LongPass("gemma", config.gemma, way) for way in ("trace", "attribution", "8 latents patched")]
-    return some
+        some += [LongPass("gemma", config.gemma, way) for way in GEMMAS]
+    chosen = [run for run in some if config.only in run.name]
+    if not chosen:
+        raise UserError(f"no pass is named {config.only!r}: use a part of one of {'; '.join(run.name for run in some)}")
+    return chosen
 
 
 def run(config: LongBenchmarkConfig) -> None:
@@ -180,8 +199,21 @@ def _act(way: str, config: LongBenchmarkConfig) -> Callable[[LanguageModel, Toke
     def latents(model: LanguageModel, tokens: Tokens) -> Any:
         return patch_latents(model, _dictionary(model, config.seed), [_pair(model, tokens)], range(8), controls=0)
 
+    def graddrop(model: LanguageModel, tokens: Tokens) -> Any:
+        return attribute(model, _dictionary(model, config.seed), [_pair(model, tokens)], method=GradDrop())
+
+    def two_sites(model: LanguageModel, tokens: Tokens) -> Any:
+        components = [LatentUnits(_dictionary(model, config.seed, layer)) for layer in range(2)]
+        edit = Edit.of([EditPart(component.site, tuple(range(8))) for component in components])
+        return patch_by_pair(model, components, [_pair(model, tokens)], [[edit]])
+
+    def spliced(model: LanguageModel, tokens: Tokens) -> Any:
+        with splice(model, _dictionary(model, config.seed), Ablate(range(8)), error="drop"):
+            return model.next_logits(tokens)
+
     ways: tuple[Callable[[LanguageModel, Tokens], Any], ...] = (
         trace, lambda model, tokens: trace(model, tokens, None), next_logits_in_pieces, patterns, attribution, latents,
+        graddrop, two_sites, spliced,
     )  # fmt: skip
     return dict(zip(WAYS, ways, strict=True))[way]
 
@@ -194,7 +226,7 @@ def _pair(model: LanguageModel, tokens: Tokens) -> PromptPair:
     return PromptPair(" ".join(words), " ".join(other), " w3", " w4", "long")
 
 
-def _dictionary(model: LanguageModel, seed: int) -> Dictionary:
+def _dictionary(model: LanguageModel, seed: int, layer: int = 0) -> Dictionary:
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
     sae: Any = TopKSAE(TopKSAEConfig(d_in=model.d_model, d_sae=LATENTS, k=32))
@@ -202,7 +234,7 @@ def _dictionary(model: LanguageModel, seed: int) -> Dictionary:
     with torch.no_grad():
         for weight in sae.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
-    return adopt(sae, Site(0, "resid_post"), "random topk")
+    return adopt(sae, Site(layer, "resid_post"), "random topk")
 
 
 def random_model(shape: str, seed: int) -> LanguageModel:

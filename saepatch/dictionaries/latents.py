@@ -1,11 +1,15 @@
 """The latents of one site together with the error term."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.errors import UserError
+
+NUMBERS = 2**26  # latents at all positions of a batch up to which they are made at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,6 +30,18 @@ class Latents:
 
     def __repr__(self) -> str:
         return f"Latents(acts {list(self.acts.shape)}, error {list(self.error.shape)}: .acts, .error, .reconstruction)"
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Latents]") -> "Latents":
+        """The latents of successive positions as one value."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = {
+            name: None if value is None else torch.cat([getattr(part, name) for part in parts], 1)
+            for name, value in vars(parts[0]).items()
+            if name != "rows"
+        }
+        return replace(parts[0], **whole)  # type: ignore[arg-type]
 
     @property
     def beside(self) -> Float[Tensor, "batch pos d_model"]:

@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saepatch.engine.components import Changes, Component
+from saepatch.dictionaries.latents import NUMBERS
+from saepatch.engine.components import Changes, Component, LatentUnits
 from saepatch.engine.passes.kept_run import KeptRun
-
-NUMBERS = 2**26  # units at all positions of a prompt up to which they are read at once
 
 
 def between(component: Component, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> Changes:
@@ -31,6 +30,15 @@ def between(component: Component, base: KeptRun, source: KeptRun, where: Bool[Te
                 some = _between(component, base, source, where, *here)
                 parts.append(replace(some, row=some.row + row, pos=some.pos + start))
     return _joined(parts) if parts else _between(component, base, source, where, slice(0, 1), slice(0, 1))
+
+
+def in_stretches(component: Component, x: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos values"]:
+    """Values of a component's units, read a stretch of positions at a time: a dictionary may encode all its latents."""
+    whole = component.dictionary.d_sae if isinstance(component, LatentUnits) else 1
+    step = max(1, NUMBERS // (len(x) * max(whole, x.shape[-1])))
+    if x.shape[1] <= step:
+        return component.read(x)
+    return torch.cat([component.read(x[:, start : start + step]) for start in range(0, x.shape[1], step)], 1)
 
 
 def _between(

@@ -1,7 +1,7 @@
 """The metric under the edits of one batch of pairs: the change at the first site, and edits further downstream."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -12,16 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saepatch.data.batches import PairBatch
-from saepatch.engine.changes import between
+from saepatch.engine.changes import between, in_stretches
 from saepatch.engine.chosen import known_where
 from saepatch.engine.components import Changes, Component, LatentUnits
 from saepatch.engine.metrics import Metric, answers_only, checked
 from saepatch.engine.options import SweepOptions
-from saepatch.engine.passes.kept_run import KeptRun, Later
+from saepatch.engine.passes.kept_run import KeptRun
+from saepatch.engine.passes.pieces import Later
 from saepatch.engine.passes.shared_runs import forget_runs
 from saepatch.engine.plan import EditPlan, Units, batches, column_of, plan
 from saepatch.errors import UserError
-from saepatch.model.hooks import Edit as Hooked
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +152,11 @@ class EditedRuns:
         edits = [mine[group] for mine, group in zip(asked, self.planned.group[batch].tolist(), strict=True)]
         mine = [[piece for piece in edit if (piece.component, piece.frozen) == (number, frozen)] for edit in edits]
         units = list(range(component.units))
-        values = self._read[number, frozen][:, first:]
+        held, values = self._read[number, frozen]
         if isinstance(component, LatentUnits):
             units = sorted({unit for pieces in mine for piece in pieces for unit in piece.units})
-            component, values = replace(component, ids=tuple(units)), values[..., units]
+            component, values = replace(component, ids=tuple(units)), values[..., [held[unit] for unit in units]]
+        values = values[:, first:]
         may = (self.base.tokens.attention_mask.bool() if frozen else self.where[number])[rows, first:]
         chosen = self._chosen(mine, {unit: i for i, unit in enumerate(units)}, batch, first).to(may.device)
         chosen &= may[..., None]
@@ -181,13 +182,19 @@ class EditedRuns:
         return chosen
 
     @cached_property
-    def _read(self) -> dict[tuple[int, bool], Float[Tensor, "batch pos values"]]:
-        """The values to which downstream units are set."""
+    def _read(self) -> dict[tuple[int, bool], tuple[dict[int, int], Float[Tensor, "batch pos values"]]]:
+        """The values to which downstream units are set; of latents, those that some edit sets, and their places."""
         runs = {False: self.source, True: self.base}
-        return {
-            (number, frozen): self.components[number].read(runs[frozen].values[self.components[number].site])
-            for number, frozen in self.later
-        }
+        asked = [piece for edits in self.asked for edit in edits or () for piece in edit]
+        read = {}
+        for number, frozen in self.later:
+            component, place = self.components[number], dict[int, int]()
+            if isinstance(component, LatentUnits):
+                mine = [piece.units for piece in asked if (piece.component, piece.frozen) == (number, frozen)]
+                place = {unit: i for i, unit in enumerate(sorted(set(chain.from_iterable(mine))))}
+                component = component if len(place) == component.units else replace(component, ids=tuple(place))
+            read[number, frozen] = place, in_stretches(component, runs[frozen].values[component.site])
+        return read
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,18 +205,24 @@ class _DownstreamUnits:
     values: Float[Tensor, "edits columns values"]
     chosen: Bool[Tensor, "edits columns units"]
 
-    def add(self, x: Float[Tensor, "edits columns width"], out: Float[Tensor, "edits columns width"]) -> None:
-        """Add to `out` the change when the units are set and the site's value is `x`."""
-        changes = self.component.write(x, self.values, self.chosen.any(-1))
-        mine = self.chosen[changes.row, changes.pos, changes.unit].nonzero().flatten()
+    def add(
+        self, x: Float[Tensor, "edits columns width"], before: int, out: Float[Tensor, "edits columns width"]
+    ) -> None:
+        """Add to `out` the change when the units are set and the site's value after `before` columns is `x`."""
+        here = slice(before, before + x.shape[1])
+        chosen = self.chosen[:, here]
+        if not bool(chosen.any()):
+            return
+        changes = self.component.write(x, self.values[:, here], chosen.any(-1))
+        mine = chosen[changes.row, changes.pos, changes.unit].nonzero().flatten()
         _add_vectors(out, changes, mine, changes.row[mine], 0)
 
 
-def _setting(several: Sequence[_DownstreamUnits]) -> Hooked:
-    def edit(x: Float[Tensor, "edits columns width"]) -> Float[Tensor, "edits columns width"]:
+def _setting(several: Sequence[_DownstreamUnits]) -> Callable[[Tensor, int], Tensor]:
+    def edit(x: Float[Tensor, "edits columns width"], before: int) -> Float[Tensor, "edits columns width"]:
         change = _zeros(x, *x.shape)
         for live in several:
-            live.add(x, change)
+            live.add(x, before, change)
         return (x + change).to(x.dtype)
 
     return edit

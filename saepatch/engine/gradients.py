@@ -140,13 +140,15 @@ class Base:
         return metric, emitted, dropped
 
     def in_pieces(
-        self, x: Mapping[Site, Tensor] | None = None
+        self, x: Mapping[Site, Tensor] | None = None, sites: Sequence[Site] | None = None
     ) -> tuple[Tensor, dict[Site, Tensor], dict[Site, Tensor]] | None:
         """The metric, values and gradients of a long prompt, in pieces; None: the pass has to run whole.
 
-        With `x`, the site that it names is set to it, and the gradient there is wanted.
+        With `x`, the site that it names is set to it, and the gradient there is wanted; with `sites`, those there (by
+        default at all sites).
         """
-        first = next(iter(x)) if x else self.sites[0]
+        sites = sites or self.sites
+        first = next(iter(x)) if x else sites[0]
         if not runs_in_pieces(self.model, self.tokens.width) or (self._run is not None and not self._run.has_cache):
             return None
         run = self.plain()
@@ -156,7 +158,7 @@ class Base:
         pieces, starts = run.pieces(first, rows), {entry(first): run.values[entry(first)], first: run.values[first]}
         with self.readout.running(self.model):
             if x is None:
-                return pieces.gradients(starts, self.sites, self.readout, run.cache_layers[first.enters :])
+                return pieces.gradients(starts, sites, self.readout, run.cache_layers[first.enters :])
             starts |= x
             return pieces.gradients(starts, [first], self.readout, pieces.logits(starts)[1])
 
@@ -304,8 +306,9 @@ class GradDrop:
     """Gradients that drop each later block in turn: a guard against cancelling paths (AtP*, Kramár et al. 2024).
 
     The estimate is the mean absolute first-order estimate over later blocks, each dropped in turn
-    (`out = in + stopgrad(out − in)`): one forward pass, and one backward pass per block. After the last block, where
-    no block is left to drop, it is the absolute first-order estimate. Estimates are magnitudes, without a sign.
+    (`out = in + stopgrad(out − in)`): one forward pass, and one backward pass per block (for long prompts, which run in
+    pieces, as many forward passes). After the last block, where no block is left to drop, it is the absolute
+    first-order estimate. Estimates are magnitudes, without a sign.
     """
 
     @property
@@ -313,14 +316,12 @@ class GradDrop:
         return "graddrop"
 
     def take(self, base: Base, source: Mapping[Site, Tensor], where: Mapping[Site, Tensor]) -> Gradients:
-        n_layers = base.model.n_layers
-        later = {site: range(_after(site), n_layers) for site in base.sites}
-        metric, emitted, dropped = base.graph(range(min(_after(site) for site in base.sites), n_layers))
+        if (long := self._in_pieces(base)) is not None:
+            return long
+        metric, emitted, dropped = base.graph(range(min(map(_after, base.sites)), base.model.n_layers))
         by_site: dict[Site, list[Tensor]] = {site: [] for site in emitted}
-        for layer in (None, *range(n_layers)):
+        for layer, sites in self._drops(base):
             dropped.layer = layer
-            # with no block dropped: the sites after the last block
-            sites = [site for site in emitted if (layer in later[site] if layer is not None else not later[site])]
             for site, g in zip(sites, base.backward(metric, [emitted[site] for site in sites]), strict=True):
                 by_site[site].append(g)
         return Gradients(
@@ -329,6 +330,29 @@ class GradDrop:
             {site: torch.stack(gradients) for site, gradients in by_site.items()},
             absolute=True,
         )
+
+    @staticmethod
+    def _drops(base: Base) -> list[tuple[int | None, list[Site]]]:
+        """Each block to drop, with the sites before it; None: no block, for the sites after the last one."""
+        blocks = range(base.model.n_layers)
+        last = [site for site in base.sites if _after(site) not in blocks]
+        drops = [(layer, [site for site in base.sites if _after(site) <= layer]) for layer in blocks]
+        return [(layer, sites) for layer, sites in [(None, last), *drops] if sites]
+
+    def _in_pieces(self, base: Base) -> Gradients | None:
+        """Of a long prompt: a pass in pieces for each dropped block; None: the pass has to run whole."""
+        values: dict[Site, Tensor] = {}
+        by_site: dict[Site, list[Tensor]] = {site: [] for site in base.sites}
+        for layer, sites in self._drops(base):
+            with droppable_blocks(base.model.layout, [] if layer is None else [layer]) as dropped:
+                dropped.layer = layer
+                if (long := base.in_pieces(sites=sites)) is None:
+                    return None
+            metric = long[0]
+            values |= long[1]
+            for site, gradient in long[2].items():
+                by_site[site].append(gradient)
+        return Gradients(metric, values, {site: torch.stack(g) for site, g in by_site.items()}, absolute=True)
 
 
 def _after(site: Site) -> int:

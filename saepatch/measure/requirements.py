@@ -16,10 +16,9 @@ from saepatch.engine.passes.pieces import PIECE, piece_of
 from saepatch.errors import UserError, reason_of
 from saepatch.model.loading.discovery import layout_of
 from saepatch.model.sites import Site
+from saepatch.records.memory import GB
 from saepatch.records.tables import text_table
 from saepatch.settings.inspect import BYTES, PlanConfig
-
-GB = 1e9
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saepatch.errors import UserError
 from saepatch.model.inputs.padding import FAILURES, Padding, positions_of
 from saepatch.model.inputs.tokens import Tokens
+from saepatch.records.memory import check_memory
 
 CACHES = ("past_key_values", "cache_params")  # names of the `forward` argument for the cache
 STATES = ("state",)  # names for caches that cannot be passed in empty: only `generate` uses them
@@ -45,9 +46,10 @@ class Forward:
             cache: Holds the columns before `start`, and is extended by the others; None: no cache.
 
         Raises:
-            UserError: the cache does not hold the columns before `start`, the model takes no cache, or the batch is
-                padded on a side where padding changes the model's results.
+            UserError: the cache does not hold the columns before `start`, the model takes no cache, the batch is padded
+                on a side where padding changes the model's results, or the pass does not fit in memory.
         """
+        check_attention(self.config, tokens.input_ids, start, tokens.padded)
         arguments: dict[str, Any] = {"input_ids": tokens.input_ids[:, start:], "use_cache": cache is not None}
         if tokens.padded:
             self.padding.check(tokens.attention_mask, cached=start > 0)
@@ -82,6 +84,36 @@ class Forward:
         own = DynamicCache(config=self.config)
         recurrent = any(hasattr(layer, "conv_states") for layer in own.layers)
         return own if recurrent else DynamicCache()
+
+
+def check_attention(config: Any, input_ids: Int[Tensor, "batch pos"], start: int, padded: bool) -> None:
+    """Check that what attention holds of all pairs of columns fits in memory; devices but the CPU say so themselves.
+
+    It holds scores of all heads in transformers' "eager", and in "sdpa" a mask, from which torch makes numbers (5 bytes
+    an entry), unless the pass is plainly causal.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    if input_ids.device.type != "cpu" or config is None:
+        return
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kind, (rows, width) = getattr(text, "_attn_implementation", None), input_ids.shape
+    entries, window = rows * width * (width - start), getattr(text, "sliding_window", None)
+    windows = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    heads = getattr(text, "num_attention_heads", 1)
+    if kind == "eager":
+        size = 4 * entries * (heads if isinstance(heads, int) else 1)
+    elif kind == "sdpa" and (padded or start or (windows and isinstance(window, int) and window < width)):
+        size = 5 * entries
+    else:
+        return
+    check_memory(
+        size,
+        f"the attention scores or masks of a pass over {width:,} tokens",
+        "shorten the prompts, give prompts of equal length, or sweep and attribute, which run long prompts in pieces "
+        "(docs/long-prompts.md)",
+    )
 
 
 def tells_columns(cache: Any) -> bool:

@@ -88,11 +88,16 @@ class Pass:
     turns: Callable[[Sequence[int]], Sequence[tuple[str, int, int]]]
     images: Images | None
 
+    def columns(self, first: int, end: int) -> "Pass":
+        """Some columns of this pass alone; positions that name a text or a picture are chosen in the whole pass."""
+        parts = {name: getattr(self, name)[:, first:end] for name in ("input_ids", "ordinary", "real", "index")}
+        images = None if self.images is None else self.images.at(slice(None), slice(first, end))
+        return replace(self, **parts, images=images, start=self.start + first)
+
     def ending(self, columns: int) -> "Pass":
         """The last columns of this pass alone."""
-        parts = {name: getattr(self, name)[:, -columns:] for name in ("input_ids", "ordinary", "real", "index")}
-        images = None if self.images is None else self.images.at(slice(None), slice(-columns, None))
-        return replace(self, **parts, images=images, start=self.start + self.input_ids.shape[1] - columns)
+        width = self.input_ids.shape[1]
+        return self.columns(width - columns, width)
 
     @property
     def in_prompt(self) -> Bool[Tensor, "batch pos"]:

@@ -241,14 +241,14 @@ class Restoring:
 
     @property
     def needs(self) -> Needs:
-        return Needs(error=self.error)
+        return Needs(error=self.error, neighbours=False)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], context: Context) -> Float[Tensor, "batch pos k"]:
         """The donor's latents where it has values, rescaled to the recipient where the dictionary normalises."""
         seen, scale = context, context.scale
         donor = self.restore.donor
         if isinstance(donor, CleanMeans):
-            if seen.start < seen.width:  # only prompts: given answers may be padded on the right
+            if seen.start < seen.width <= seen.start + acts.shape[1]:  # given answers may be padded on the right
                 _check_aligned(donor.template, seen)
             mean = donor.means[self.site].to(acts)
             values = (mean if self._ids is None else mean[list(self._ids)]).expand(len(acts), 1, -1)

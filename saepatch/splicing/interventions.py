@@ -56,11 +56,14 @@ class Needs:
             together with `values`: the added amount times the latent's row is added to the site, without the scale.
         error: The error term and all latents, in the context. The intervention may define
             `edit_error(error, context)`, which returns a new error term.
+        neighbours: Other positions' values. Off: the new values at a position depend on no other position's, and long
+            prompts may be edited in parts, which bounds the memory.
     """
 
     values: bool = True
     scale: bool = True
     error: bool = False
+    neighbours: bool = True
 
 
 @runtime_checkable
@@ -126,7 +129,7 @@ class Patch:
 
     @property
     def needs(self) -> Needs:
-        return Needs(error=self.error)
+        return Needs(error=self.error, neighbours=False)
 
     def lines_up(self, seen: Pass) -> Bool[Tensor, "batch pos"]:
         """Mask of positions where patched prompt and source both have a token, and not a BOS against another token."""
@@ -143,9 +146,9 @@ class Patch:
                 "patch between equally many prompts of equal token length (for several sequences per prompt, repeat "
                 "the source's prompts as often)"
             )
-        if self.source.real is not None and seen.start == 0:
-            mine, theirs = (_last(real) for real in (seen.in_prompt[:, : seen.width], self.source.real))
-            if not torch.equal(mine, theirs):
+        if self.source.real is not None:
+            row, column = (seen.in_prompt & (seen.index == seen.n_prompt[:, None] - 1)).nonzero(as_tuple=True)
+            if not torch.equal(column + seen.start, _last(self.source.real)[row]):
                 raise UserError(
                     "the source's prompts end in other columns than the patched ones: pad both on the same side "
                     "(generation pads on the left)"
@@ -166,6 +169,7 @@ class Ablate:
     to: float | Float[Tensor, "*pos k"] = 0.0
     positions: Positions = "all"
     site: Site | str | None = None
+    needs = Needs(neighbours=False)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], seen: Pass) -> Float[Tensor, "batch pos k"]:
         if not isinstance(self.to, Tensor):
@@ -243,6 +247,7 @@ class Clamp:
     positions: Positions = "all"
     site: Site | str | None = None
     decay: float = 1.0
+    needs = Needs(neighbours=False)
 
     def __post_init__(self) -> None:
         _check_decay(self.decay)
@@ -289,7 +294,7 @@ class Steer:
 
     @property
     def needs(self) -> Needs:
-        return Needs(values=False, scale=self.scaled)
+        return Needs(values=False, scale=self.scaled, neighbours=False)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], context: Context) -> Float[Tensor, "batch pos k"]:
         added = _in_units(self.strength, self.unit, acts)
@@ -321,7 +326,7 @@ class SteerAtNorm:
 
     @property
     def needs(self) -> Needs:
-        return Needs(error=True)
+        return Needs(error=True, neighbours=False)
 
     def edit(self, acts: Float[Tensor, "batch pos k"], context: Context) -> Float[Tensor, "batch pos k"]:
         return acts  # the site is written through its error term, since rescaling it is no change of latents

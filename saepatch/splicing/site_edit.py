@@ -8,13 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saepatch.dictionaries.dictionary import Dictionary
-from saepatch.dictionaries.latents import Latents, decode_sparsely
+from saepatch.dictionaries.latents import NUMBERS, Latents, decode_sparsely
 from saepatch.errors import UserError
 from saepatch.model.finite import check_columns, check_finite
 from saepatch.model.inputs.tokens import without_tokens
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.positions import Pass, Positions
 from saepatch.model.sites import Site
+from saepatch.records.memory import check_memory
 from saepatch.splicing.interventions import Context, Intervention, ids_of, needs_of
 
 
@@ -24,7 +25,8 @@ class SiteEdit:
 
     With the error term kept, an edit adds `Δf · rows` to the site, which does not depend on unedited latents. So only
     edited latents are encoded where the architecture allows it, and none where edits only add to them. Recording
-    latents, and writing or dropping the error term, need the full encoder and decoder.
+    latents, and writing or dropping the error term, need the full encoder and decoder. The positions of a long prompt
+    are encoded, edited and decoded some at a time, unless an intervention reads several positions (`Needs.neighbours`).
     """
 
     model: LanguageModel
@@ -40,6 +42,7 @@ class SiteEdit:
         self.acted: set[int] = set()  # ids of interventions that had a position to act on
         needs = [needs_of(intervention) for intervention in self.interventions]
         self.whole = self.drop_error or self.record is not None or any(need.error for need in needs)
+        self.neighbours = any(need.neighbours for need in needs)
         wanted = [ids_of(intervention.latents) for intervention in self.interventions]
         self._columns: list[slice | list[int]] = [slice(None) if ids is None else list(ids) for ids in wanted]
         self.ids: list[int] | None = None  # latents that interventions read or write; None: all
@@ -54,6 +57,8 @@ class SiteEdit:
         self.blind = self.ids is not None and not any(need.values for need in needs) and not scaled
         few = self.ids is not None and not self.blind and 2 * len(self.ids) <= self.dictionary.d_sae
         self.alone = self.dictionary.alone(self.ids or ()) if few else None
+        some = self.ids is not None and (self.blind or self.alone is not None)
+        self.encodes = len(self.ids or ()) if some else self.dictionary.d_sae  # latents made at a position
 
     def __call__(self, x: Float[Tensor, "batch pos width"], seen: Pass) -> Float[Tensor, "batch pos width"]:
         if x.requires_grad and (self.interventions or self.drop_error):
@@ -64,8 +69,39 @@ class SiteEdit:
         if not bool(torch.isfinite(x).all()):
             check_finite(self.model, self.site, x, Tokens(seen.input_ids, seen.real.long(), seen.ordinary), seen.start)
         where = [self._where(intervention, seen) for intervention in self.interventions]
+        if not self.whole and all(chosen is None for chosen in where):
+            return x
+        columns, step = x.shape[1], _at_once(x, self.encodes)
+        if columns > step and (self.record is not None or self.neighbours):
+            _check_room(x, self.encodes, 4 if self.neighbours else 2)
+        recorded: list[Latents] = []
+        if columns <= step or self.neighbours:
+            new = self._edit(x, where, seen, recorded)
+        else:
+            parts = []
+            for first in range(0, columns, step):
+                end = min(first + step, columns)
+                cut = [None if some is None else some[:, first:end] for some in where]
+                here = [some if some is not None and bool(some.any()) else None for some in cut]
+                parts.append(self._edit(x[:, first:end], here, seen.columns(first, end), recorded))
+            new = torch.cat(parts, 1)
+        if self.record is not None:
+            self.record(Latents.joined(recorded))
+        return new
+
+    def _edit(
+        self,
+        x: Float[Tensor, "batch pos width"],
+        where: Sequence[Bool[Tensor, "batch pos 1"] | None],
+        seen: Pass,
+        recorded: list[Latents],
+    ) -> Float[Tensor, "batch pos width"]:
+        """The site's new value at some positions; their latents are recorded if they are wanted."""
         if self.whole:
-            return self._through(x, where, seen)
+            latents = replace(self.dictionary.encode(x), real=seen.real, ordinary=seen.ordinary)
+            if self.record is not None:
+                recorded.append(latents)
+            return self._through(x, latents, where, seen)
         if all(chosen is None for chosen in where):
             return x
         acts, scale = self._read(x)
@@ -131,12 +167,13 @@ class SiteEdit:
         return Context(**vars(seen), site=self.site, where=chosen[..., 0], scale=scale, unedited=unedited)
 
     def _through(
-        self, x: Float[Tensor, "batch pos width"], where: Sequence[Bool[Tensor, "batch pos 1"] | None], seen: Pass
+        self,
+        x: Float[Tensor, "batch pos width"],
+        latents: Latents,
+        where: Sequence[Bool[Tensor, "batch pos 1"] | None],
+        seen: Pass,
     ) -> Float[Tensor, "batch pos width"]:
-        """Encode and decode all latents and the error term."""
-        latents = replace(self.dictionary.encode(x), real=seen.real, ordinary=seen.ordinary)
-        if self.record is not None:
-            self.record(latents)
+        """Edit and decode all latents and the error term."""
         kept = latents.error
         for intervention, chosen in zip(self.interventions, where, strict=True):
             edit_error = getattr(intervention, "edit_error", None)
@@ -149,3 +186,31 @@ class SiteEdit:
             known = without_tokens(seen.input_ids, seen.ordinary & (seen.index >= self.first), self.excluded)
             change = torch.where(known[..., None], change - latents.error, change)
         return x + change.to(x.dtype)
+
+
+def encoded(dictionary: Dictionary, x: Float[Tensor, "batch pos width"]) -> Latents:
+    """Latents and error term, encoded some positions at a time.
+
+    Raises:
+        UserError: the latents of all positions do not fit in memory.
+    """
+    step = _at_once(x, dictionary.d_sae)
+    if x.shape[1] > step:
+        _check_room(x, dictionary.d_sae, 2)
+    return Latents.joined([dictionary.encode(part) for part in x.split(step, 1)])
+
+
+def _at_once(x: Float[Tensor, "batch pos width"], latents: int) -> int:
+    """Number of positions that are encoded at a time."""
+    return max(1, NUMBERS // (len(x) * max(latents, x.shape[-1])))
+
+
+def _check_room(x: Float[Tensor, "batch pos width"], latents: int, copies: int) -> None:
+    """Check that copies of latents at all positions fit in memory."""
+    if x.device.type == "cpu":  # other devices report that they are full
+        check_memory(
+            copies * x.shape[:2].numel() * latents * 4,
+            f"{latents:,} latents at {x.shape[1]:,} positions of {len(x)} prompts",
+            "record or edit fewer positions at a time, say Needs(neighbours=False) of an intervention that reads each "
+            "position alone, or patch by patch_latents, which holds only what differs",
+        )

@@ -16,7 +16,7 @@ from saepatch.dictionaries.latents import Latents
 from saepatch.dictionaries.loading import Given, as_dictionaries
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
-from saepatch.model.forward import cache_among, columns_in, tells_columns
+from saepatch.model.forward import cache_among, check_attention, columns_in, tells_columns
 from saepatch.model.hooks import (
     SpliceError,
     before_forward,
@@ -31,7 +31,7 @@ from saepatch.model.sites import Site
 from saepatch.splicing.donors import DonorRun, Restore
 from saepatch.splicing.generate_calls import around_generate
 from saepatch.splicing.interventions import Intervention, ids_of, needs_of
-from saepatch.splicing.site_edit import SiteEdit
+from saepatch.splicing.site_edit import SiteEdit, encoded
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def record_latents(model: LanguageModel, dictionary: Dictionary, tokens: Tokens 
     tokens = model.as_tokens(tokens)
     x = model.capture(tokens, [dictionary.site])[dictionary.site]
     check_finite(model, dictionary.site, x, tokens)
-    return replace(dictionary.encode(x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
+    return replace(encoded(dictionary, x), real=tokens.attention_mask.bool(), ordinary=tokens.ordinary)
 
 
 def choose_positions(model: LanguageModel, batch: PairBatch, positions: Positions) -> PairBatch:
@@ -318,6 +318,7 @@ def _before_forward(run: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     run._logits_to_keep = kept if isinstance(kept, int) else 0
     n_prompt, width = run._prompt
     here = mask[:, start:]
+    check_attention(run.model.config, mask, start, not bool(mask.all()))
     run.seen = Pass(
         input_ids=ids,
         ordinary=ordinary(ids, here, run.model.bos_id),

@@ -8,8 +8,11 @@ from tiny import random_dictionary, tiny_model
 import saepatch as sp
 from saepatch.data.pairs import PromptPair
 from saepatch.engine import changes
+from saepatch.engine.components import Edit, EditPart, LatentUnits, Stream
 from saepatch.engine.passes import kept_run, pieces
 from saepatch.engine.passes.pieces import next_logits_in_pieces
+from saepatch.measure.patching import patch_by_pair
+from saepatch.model.sites import Site
 
 PAIRS = [
     PromptPair("a long prompt about the cat that sat down", "a long prompt about the dog that sat down", "x", "y", "a"),
@@ -58,7 +61,7 @@ def test_patching_gives_the_same_effects(short_pieces, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", [sp.FirstOrder(), sp.IntegratedGradients(3)])
+@pytest.mark.parametrize("method", [sp.FirstOrder(), sp.IntegratedGradients(2), sp.GradDrop()])
 def test_attribution_gives_the_same_estimates(short_pieces, family, method):
     model = model_of(family)
     saes = [random_dictionary("resid_post.0"), random_dictionary("resid_post.1")]
@@ -69,6 +72,27 @@ def test_attribution_gives_the_same_estimates(short_pieces, family, method):
     assert np.abs(whole.score).max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_edits_of_several_sites_give_the_same_effects(short_pieces, family):
+    """At all positions or at one, with units frozen downstream, and a stream upstream of the latents."""
+    model, saes = model_of(family), [random_dictionary(f"resid_post.{layer}") for layer in range(2)]
+    first, second = (sae.site for sae in saes)
+    stream = Site(0, "resid_pre")
+    several = [
+        Edit.of([EditPart(first, tuple(range(24))), EditPart(second, (1, 3, 5, 7))]),
+        Edit.of([EditPart(first, tuple(range(48))), EditPart(second, tuple(range(40)), frozen=True)]),
+        Edit.of([EditPart(stream, (0,), 26, kind="stream"), EditPart(first, tuple(range(40)), frozen=True)]),
+        Edit.of([EditPart(stream, (0,), 26, kind="stream"), EditPart(second, tuple(range(30)), 37)]),
+    ]
+    components = [Stream(stream), *map(LatentUnits, saes)]
+    whole, cut = both(short_pieces, lambda: patch_by_pair(model, components, PAIRS, [several] * len(PAIRS)))
+    for one, other in zip(whole, cut, strict=True):
+        np.testing.assert_allclose(other.patched, one.patched, atol=2e-5)
+        assert one.ran.all()
+        assert other.ran.all()
+        assert np.abs(one.patched - one.corrupted[:, None]).min() > 1e-4
+
+
 def test_no_pass_is_wider_than_a_piece(short_pieces):
     """Nor than the 24 columns of the prompt's start on which the ways of resuming are checked; it has 41."""
     short_pieces(True)
@@ -77,7 +101,11 @@ def test_no_pass_is_wider_than_a_piece(short_pieces):
     handle = model.layout.blocks[2].register_forward_pre_hook(
         lambda _, args, kwargs: widths.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True
     )
-    sp.attribute(model, sae, PAIRS[:1])
+    for method in (sp.FirstOrder(), sp.GradDrop()):
+        sp.attribute(model, sae, PAIRS[:1], method=method)
+    edit = Edit.of([EditPart(sae.site, (1, 2)), EditPart(Site(1, "resid_post"), (0,), kind="stream")])
+    components = [LatentUnits(sae), Stream(Site(1, "resid_post"))]
+    patch_by_pair(model, components, PAIRS[:1], [[edit]])
     sp.patch_streams(model, PAIRS[:1], stream="resid_post", each_position=False)
     handle.remove()
     assert max(widths) == 24

@@ -8,7 +8,7 @@ logged.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from saepatch.engine.passes.kept_cache import Before, cache_before
-from saepatch.engine.passes.pieces import Pieces, next_logits_in_pieces, piece_of, real_start, runs_in_pieces
+from saepatch.engine.passes.pieces import (
+    Later,
+    Pieces,
+    downstream,
+    next_logits_in_pieces,
+    piece_of,
+    real_start,
+    runs_in_pieces,
+)
 from saepatch.engine.passes.shortcuts import at_edited, at_last, find_maps, forget_maps, kept_outputs, quick_activations
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
@@ -36,8 +44,6 @@ WAYS: Ways = ("shortcuts", "cache", "blocks", "whole")  # fastest first; the las
 ON_CACHE = ("shortcuts", "cache")  # these skip columns, too; "blocks" skips only the blocks before the site
 PROBED = 1024  # columns of a long prompt on which ways of resuming are checked, in four pieces
 Checked = dict[tuple[tuple[Site, ...], bool], tuple[str, bool, int]]
-# Edits of sites downstream of the one that a pass resumes from: functions of the site's value from column `first` on.
-Later = Mapping[Site, Edit]
 
 
 class KeptRun:
@@ -199,9 +205,9 @@ class KeptRun:
         edited = {site: (old + change).to(old.dtype)}
         if entry(site) != site:
             edited[entry(site)] = self.values[entry(site)][rows, first:]
-        if way in ON_CACHE and self.piece and change.shape[1] > self.piece and not later:
+        if way in ON_CACHE and self.piece and change.shape[1] > self.piece:
             with only_logits_of(model.hf, only) if only is not None else nullcontext():
-                logits = self.pieces(site, rows).logits(edited, first)[0]
+                logits = self.pieces(site, rows).logits(edited, first, later, unedited)[0]
             return logits if only is None or logits.shape[-1] == len(only) else logits[:, only]
         cache = self.cache_before(rows, first) if first else None
         with ExitStack() as stack:
@@ -212,7 +218,7 @@ class KeptRun:
             if only is not None:
                 stack.enter_context(only_logits_of(model.hf, only))
             set_to = {target: _set_to(value) for target, value in edited.items()}
-            live = {target: _from_column(unedited, edit, model.device) for target, edit in later.items()}
+            live = downstream(later, unedited, (0, change.shape[1]), model.device)
             stack.enter_context(edit_sites(model.layout, set_to | live))
             logits = model.call(self.tokens.rows(rows), first, last=True, cache=cache)[:, -1]
         if only is not None and logits.shape[-1] != len(only):
@@ -358,15 +364,5 @@ def _set_to(value: Tensor) -> Edit:
     return lambda x: value.to(x.device)
 
 
-def _adding(change: Tensor) -> Edit:
-    return lambda x: x + change
-
-
-def _from_column(first: int, edit: Edit, device: torch.device) -> Edit:
-    """Edit the columns from `first` on, on the device of the dictionaries."""
-
-    def run(x: Tensor) -> Tensor:
-        new = edit(x[:, first:].to(device)).to(x)
-        return torch.cat([x[:, :first], new], 1) if first else new
-
-    return run
+def _adding(change: Tensor) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, before: x + change[:, before : before + x.shape[1]]

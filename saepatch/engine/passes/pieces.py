@@ -3,6 +3,7 @@
 Memory for T columns, `b` bytes a number: keys and values `2 · b · layers · T · kv_heads · head_width`, what is kept of
 sites `b · T · width` each, and the activations and the mask (`5 · piece · T` bytes) of one piece. With gradients, the
 keys and values are held twice (they, and their gradients), and one piece's graph. Only the last column is unembedded.
+Edits further downstream see one piece at a time, too.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +19,9 @@ from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.replaced import skip_blocks
 from saepatch.model.sites import Site
 
+# Edits of sites downstream of the one that a pass resumes from: functions of the site's value in some columns, and of
+# the number of columns between the first edited one and these.
+Later = Mapping[Site, Callable[[Tensor, int], Tensor]]
 PIECE = 4096  # columns: shorter prompts run whole
 MASK = 2**25  # entries of a piece's mask
 
@@ -96,15 +100,23 @@ class Pieces:
         return {site: lambda x, value=value[:, start:end]: value.to(x) for site, value in values.items()}  # type: ignore[misc]
 
     def logits(
-        self, values: Mapping[Site, Float[Tensor, "batch columns _"]], first: int = 0
+        self,
+        values: Mapping[Site, Float[Tensor, "batch columns _"]],
+        first: int = 0,
+        later: Later | None = None,
+        unedited: int = 0,
     ) -> tuple[Float[Tensor, "batch vocab"], list[DynamicLayer]]:
-        """Logits after the last column, with sites set from column `first` on; and all columns' keys and values."""
+        """Logits after the last column, with sites set from column `first` on; and all columns' keys and values.
+
+        `later` edits sites in the columns after the first `unedited` ones.
+        """
         growing: list[Any] = [_Growing(layer) for layer in self.before(first).layers[self.skip :]]
         for start in range(first, self.tokens.width, self.piece):
             end = min(start + self.piece, self.tokens.width)
             cache = self.before(start)
             cache.layers[self.skip :] = growing
             edits = self._edits(values, start - first, end - first)
+            edits |= downstream(later or {}, unedited, (start - first, end - first), self.model.device)
             with skip_blocks(self.model.layout, self.skip), edit_sites(self.model.layout, edits):
                 logits = self.model.call(self.tokens.columns(end), start, last=True, cache=cache)
         return logits[:, -1], growing
@@ -157,6 +169,24 @@ class Pieces:
             {site: values for site, (values, _) in whole.items()},
             {site: gradients for site, (_, gradients) in whole.items()},
         )
+
+
+def downstream(later: Later, unedited: int, columns: tuple[int, int], device: torch.device) -> dict[Site, Edit]:
+    """The edits in a pass over some of the columns (the first `unedited` stay as they are), on a device."""
+    skipped, before, width = max(0, unedited - columns[0]), max(0, columns[0] - unedited), columns[1] - columns[0]
+
+    def edit_of(edit: Callable[[Tensor, int], Tensor]) -> Edit:
+        def run(x: Tensor) -> Tensor:
+            if x.shape[1] != width:
+                raise ValueError(f"an edit of {width} columns, but the block runs at {x.shape[1]}")
+            if width <= skipped:
+                return x
+            new = edit(x[:, skipped:].to(device), before).to(x)
+            return torch.cat([x[:, :skipped], new], 1) if skipped else new
+
+        return run
+
+    return {site: edit_of(edit) for site, edit in later.items()}
 
 
 def real_start(tokens: Tokens, columns: int) -> Tokens:
