@@ -22,7 +22,7 @@ from saepatch.engine.components import (
 from saepatch.engine.passes.kept_run import KeptRun
 from saepatch.errors import UserError
 from saepatch.measure.attribution import BY_POSITION
-from saepatch.model.language_model import LanguageModel
+from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
 LOGITS = "logits"
@@ -186,6 +186,15 @@ def upstream(nodes: Sequence[NodeSite], down: Site | None) -> list[NodeSite]:
     before = [node for node in nodes if down is None or node.site.order < down.order]
     cut = max((number for number, node in enumerate(before) if node.cuts), default=0)
     return before[cut:]
+
+
+def refuse_blocks(model: LanguageModel, tokens: Tokens) -> None:
+    """Raises UserError for pictures whose tokens read later ones: edges lead to the same or a later position."""
+    if tokens.images is not None and bool(tokens.images.after.any()):
+        raise UserError(
+            f"in {model.name} tokens of a picture read later ones, and edges lead to the same or a later position "
+            "alone: find the nodes without edges (--edges 0, FindOptions(edges=None))"
+        )
 
 
 def changes_at(node: NodeSite, base: KeptRun, source: KeptRun, where: Bool[Tensor, "batch pos"]) -> list[Changes]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saepatch.circuits.nodes import Edge, Node, NodeSite, node_sites, upstream
+from saepatch.circuits.nodes import Edge, Node, NodeSite, node_sites, refuse_blocks, upstream
 from saepatch.data.batches import PairBatch, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.chosen import chosen_pairs, known_where
@@ -69,6 +69,7 @@ class EdgeRuns:
             self._check(edge)
         self._check_positions()
         whole = chosen_pairs(model, [node.components[0] for node in self.nodes], pairs, self.options.positions)
+        refuse_blocks(model, whole.clean)
         self._batches = [self._kept(part) for part in same_length_batches(whole, 64)]
         self.whole = self._clean()
         self.empty = self.run(torch.zeros(1, len(self.members), dtype=torch.bool))[0]

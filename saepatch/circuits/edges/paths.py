@@ -5,7 +5,7 @@ held that is not open (`Paths`). The change of the other node is then written, a
 batched over edges.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saepatch.circuits.nodes import Edge, Node, NodeSite, Paths, between, changes_at, written
+from saepatch.circuits.nodes import Edge, Node, NodeSite, Paths, between, changes_at, refuse_blocks, written
 from saepatch.data.batches import PairBatch, same_length_batches
 from saepatch.data.pairs import PromptPair
 from saepatch.engine.chosen import chosen_pairs, known_where
@@ -26,7 +26,6 @@ from saepatch.engine.passes.known_ways import KnownWays
 from saepatch.engine.plan import column_of
 from saepatch.engine.spans import reach
 from saepatch.errors import UserError
-from saepatch.model.hooks import Edit as Hooked
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.sites import Site
 
@@ -103,6 +102,7 @@ def runs_of_pairs(
     if options.align != "equal":
         raise UserError("edges name positions from the start: give pairs of equal length (align='equal')")
     whole = chosen_pairs(model, [node.components[0] for node in nodes], pairs, options.positions)
+    refuse_blocks(model, whole.clean)
     ways = KnownWays(model)
     for part in same_length_batches(whole, at_once):
         runs = TwoRuns.of(model, part, nodes, closed, options.denoises)
@@ -275,5 +275,5 @@ def _column(node: Node, length: int, width: int) -> int:
     return width - 1 if node.position is None else column_of(node.position, length, width)
 
 
-def _fixed(value: Tensor) -> Hooked:
-    return lambda x: value.to(x)
+def _fixed(value: Tensor) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, before: value[:, before : before + x.shape[1]].to(x)
