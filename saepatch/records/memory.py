@@ -7,6 +7,7 @@ from pathlib import Path
 from saepatch.errors import UserError
 
 GB = 1e9
+SMALL = 2**28  # bytes that are not worth asking the system for
 
 
 def free_memory() -> int | None:
@@ -28,6 +29,8 @@ def free_memory() -> int | None:
 
 def check_memory(size: int, what: str, remedy: str) -> None:
     """Raises UserError where something that takes `size` bytes at least does not fit in the free memory."""
+    if size < SMALL:
+        return
     free = free_memory()
     if free is not None and size > free:
         raise UserError(f"{what} take {size / GB:,.1f} GB at least, and {free / GB:,.1f} GB are free: {remedy}")

@@ -160,6 +160,7 @@ def test_interventions_that_may_read_other_positions_run_whole_or_are_refused(fe
     with splice(model, dictionary, Cumulated()):
         expected = model.next_logits(tokens)
     sizes = few_at_once()
+    monkeypatch.setattr(memory, "SMALL", 0)
     with splice(model, dictionary, Cumulated()):
         assert torch.equal(model.next_logits(tokens), expected)
     assert sizes == [tokens.input_ids.numel() * 48]
@@ -191,6 +192,7 @@ def test_masks_and_scores_that_do_not_fit_are_refused(monkeypatch, family, atten
     model, dictionary = tiny_model(family), random_dictionary()
     model.hf.set_attn_implementation(attention)
     tokens = model.tokenize(PROMPTS[:1])
+    monkeypatch.setattr(memory, "SMALL", 0)
     for free, refused in ((size * tokens.width**2, False), (size * tokens.width**2 - 1, size > 0)):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         for run in (lambda: model.next_logits(tokens), lambda: model.hf(input_ids=tokens.input_ids)):
@@ -202,6 +204,9 @@ def test_masks_and_scores_that_do_not_fit_are_refused(monkeypatch, family, atten
 def test_what_is_free_is_asked_of_the_machine(monkeypatch):
     free = memory.free_memory()
     assert free is None or free > 2**20
-    memory.check_memory(0, "nothing", "nothing")
+    monkeypatch.setattr(memory, "free_memory", lambda: memory.SMALL - 1)
+    memory.check_memory(memory.SMALL - 1, "little", "nothing")
+    with pytest.raises(UserError, match="take 0.3 GB at least, and 0.3 GB are free: wait"):
+        memory.check_memory(memory.SMALL, "these", "wait")
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     memory.check_memory(2**80, "everything", "nothing is known of this machine")
