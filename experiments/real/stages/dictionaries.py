@@ -117,7 +117,7 @@ def train_dictionaries(config: RealConfig, model: LanguageModel) -> TrainedFolde
         "batch_size": batch,
         "context": CONTEXT,
         "buffer": max(batch, min(65_536, config.tokens // 2)),
-        "eval_tokens": max(500, min(20_000, config.tokens // 100)),
+        "eval_tokens": max(500, min(2_048, config.tokens // 100)),  # 16 passes with all logits
         "sae.architecture": "topk",
         "sae.k": config.k,
         "sae.expansion": 8,
