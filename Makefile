@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "set-up 1/2: torch into $(VENV) (a few minutes the first time)"
 	@# torch first, so that no other package determines its build.
 	@$(PIP) torch $(OR_SHOW)
-	@echo "set-up 2/2: saepatch and its tools"
+	@echo "set-up 2/2: saepatch and its tools (log: $(LOG))"
 	@$(PIP) -e '.[dev]' $(OR_SHOW)
 	@touch $@
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from saepatch.cli.guard import LOGGERS, guarded, own_process
 from saepatch.cli.help import FIRST_STEPS, formatter, shorten, usage
-from saepatch.cli.places import with_place
+from saepatch.cli.places import config_files, with_place
 from saepatch.errors import UserError, reason_of
 from saepatch.records.documents import bounded_yaml
 from saepatch.settings.checks import RENAMED, check_values, under_current_names
@@ -138,7 +138,9 @@ def _commands_parser(
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(add_print_completion_argument=True)
-    parser = ArgumentParser(prog=prog, exit_on_error=False, epilog=COMPLETION, formatter_class=formatter())
+    parser = ArgumentParser(
+        prog=prog, exit_on_error=False, epilog=COMPLETION, formatter_class=formatter(), allow_abbrev=False
+    )
     several = parser.add_subcommands(dest="command", required=True)
     # A command's parser takes 30 ms to build: where the command is known, the others get empty ones.
     only = given[:1] if given and given[0] in commands else commands
@@ -177,6 +179,7 @@ def _parser(config: type, prog: str, positional: bool = False, full: bool = True
         exit_on_error=False,
         epilog=epilog,
         formatter_class=formatter(),
+        allow_abbrev=False,  # an abbreviation may be a mistake, or another setting in a later version
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     parser.add_class_arguments(config, as_group=False, as_positional=positional, skip={optional} if optional else set())
@@ -249,8 +252,16 @@ def _plainly(message: str, parser: Any, given: Sequence[str]) -> str:
         wanted = f"one of {choices[1].replace(chr(39), '')}" if choices else KINDS.get(kind[8:-2], kind)
         shown = "a mapping (is the file for another command?)" if value.startswith("{") else repr(value)
         return f"--{key} takes {wanted}, not {shown}"
+    if match := re.search(r'Problems parsing config: (.*?)(?: in "<unicode string>", line (\d+)|$)', message):
+        files = " or ".join(map(str, config_files(given))) or "the config file"
+        where = f"{files}, line {match[2]}" if match[2] else files
+        return f"{where} is no YAML ({match[1]}): write one NAME: VALUE per line, sections indented by two spaces"
     if message.startswith("Unexpected config:"):
         return "the config file holds no settings: write one NAME: VALUE per line (see --help)"
+    if match := re.search(r"argument command: invalid choice: '([^']+)' \(choose from (.+)\)", message):
+        near = difflib.get_close_matches(match[1], re.findall(r"'([^']+)'", match[2]), 1)
+        meant = f"did you mean {near[0]}?" if near else f"use one of {match[2].replace(chr(39), '')}"
+        return f"there is no command {match[1]!r}: {meant}"
     if match := re.search(r"required: (\S+)", message):
         command, _, setting = match[1].rpartition(".")
         return f"{setting!r} is missing: see {' '.join(['saepatch', *command.split('.')[:1]]).strip()} --help"

@@ -13,16 +13,18 @@ def with_place(error: UserError, given: Sequence[str]) -> UserError:
     """The error, with the file and line of the setting it names if a config file sets it last."""
     if "(set in " in str(error):  # said already, where the settings were read
         return error
-    places = {name: place for path in _configs(given) for name, place in _settings(path).items()}
+    places = {name: place for path in config_files(given) for name, place in _settings(path).items()}
     overridden = {word.removeprefix("--").partition("=")[0] for word in given if word.startswith("--")}
+    said = [word.partition("=")[2] if word.startswith("--") else word for word in given]
     message = str(error)
     for name, (where, value) in places.items():
-        if name not in overridden and _names(message, name, value):
+        # A value that the command line has, too, does not tell which of both is meant.
+        if name not in overridden and _names(message, name, None if value in said else value):
             return UserError(f"{message} (set in {where})")
     return error
 
 
-def _configs(given: Sequence[str]) -> list[Path]:
+def config_files(given: Sequence[str]) -> list[Path]:
     """The config files among the arguments, in order."""
     named = [word.partition("=")[2] for word in given if word.startswith("--config=")]
     named += [path for word, path in pairwise(given) if word == "--config"]

@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saepatch import organism
 from saepatch.cli.commands.inspect import plan
 from saepatch.cli.parser import CommandResult
 from saepatch.dictionaries.latent_set import LatentSet
@@ -43,8 +44,8 @@ def planning(name: str, words: Sequence[str], commands: Commands) -> tuple[Comma
 def _plan_of(name: str, given: Mapping[str, Any], config: Any) -> CommandResult:
     """What a command with these settings would need of each device."""
     sites = getattr(config, "site", "") or ",".join(map(str, LatentSet.parse(_latents(config))))
-    known = {"d_sae": width} if (width := _width(Path(getattr(config, "sae", "")))) else {}
-    return plan(
+    known = {"d_sae": width} if (width := _width(getattr(config, "sae", ""))) else {}
+    result = plan(
         PlanConfig(
             model=config.model,
             work="attribute" if name in WITH_GRADIENTS else "patch",
@@ -54,14 +55,19 @@ def _plan_of(name: str, given: Mapping[str, Any], config: Any) -> CommandResult:
             **{"rows": max(1, getattr(config, "batch_size", 1)), **known, **given},
         )
     )
+    if known or "d_sae" in given or not hasattr(config, "sae"):
+        return result
+    assumed = f"{PlanConfig.d_sae:,} latents are assumed: --d_sae says how many there are"
+    return replace(result, text=f"{result.text}\n{assumed}")
 
 
 def _latents(config: Any) -> str:
     return next((text for name in ("latents", "latent") if isinstance(text := getattr(config, name, None), str)), "")
 
 
-def _width(folder: Path) -> int:
-    """The number of latents that a folder's first dictionary states; 0: it states none."""
+def _width(spec: str) -> int:
+    """The number of latents that the first dictionary of a folder states; 0: it states none."""
+    folder = organism.path(organism.DICTIONARIES[spec]) if spec in organism.DICTIONARIES else Path(spec)
     found = [folder / "cfg.json", *sorted(folder.glob("*/cfg.json"))] if folder.is_dir() else []
     for path in (path for path in found if path.is_file()):
         try:

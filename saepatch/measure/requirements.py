@@ -200,6 +200,8 @@ def _empty_model(name: str) -> Any:
 
     folder = organism.path(name) if organism.is_checkpoint(name) else Path(name)
     path = folder / "config.json" if folder.is_dir() else folder
+    if not folder.exists():
+        raise UserError(f"there is no file or folder {name!r}: give a model's config.json, or its folder")
     if not path.is_file():
         raise UserError(f"{name!r} is no config.json and holds none: give the file, or a model's folder")
     try:

@@ -213,7 +213,8 @@ def refuse_if_other(out: Path, there: dict[str, Any], here: dict[str, Any]) -> N
     if differing:
         differences = ", ".join(f"{name} ({there[name]!r} there, {here[name]!r} now)" for name in differing)
         raise UserError(
-            f"{str(out)!r} holds a run that differs in {differences}: give another --out, or remove that folder"
+            f"{str(out)!r} holds a run that differs in {differences}: check that, give another --out, or remove that "
+            "folder"
         )
 
 

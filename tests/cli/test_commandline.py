@@ -58,9 +58,25 @@ def test_mistakes(folders, capsys):
     assert "width 12, but" in failed(capsys, "inspect", model, "--sae", str(folders / "saes12"))
     assert "unknown dictionary 'nowhere'" in failed(capsys, "inspect", model, "--sae", "nowhere")
     assert "unrecognized arguments: --bogus" in failed(capsys, "inspect", model, "--bogus", "1")
-    assert "invalid choice: 'conjure'" in failed(capsys, "conjure")
+    assert "there is no command 'conjure': use one of demo, inspect, patch" in failed(capsys, "conjure")
+    assert "there is no command 'ptach': did you mean patch?" in failed(capsys, "ptach")
+    assert "--pair ioi (did you mean --pairs?)" in failed(capsys, "patch", "--pair", "ioi")
     assert "too few" in failed(capsys, "demo", "--pairs", "3")
     assert "unknown tracker 'clay'" in failed(capsys, "demo", "--track", "clay", "--out", str(folders / "out"))
+
+
+def test_yaml_that_cannot_be_parsed_names_its_file(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text("pairs: ioi\nsite: resid_post.3\n  n: 3\n")
+    told = failed(capsys, "patch", "--config", str(config))
+    assert f"{config}, line 3 is no YAML (mapping values are not allowed in this context): write one" in told
+
+
+def test_a_value_of_the_command_line_is_not_looked_for_in_the_file(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    nowhere = str(tmp_path / "organism")
+    config.write_text(f"model: {nowhere}\nsites: [resid_post.1]\n")
+    assert "(set in " not in failed(capsys, "train", str(config), "--data", nowhere)
 
 
 def test_alone_it_says_what_to_do_first(capsys):

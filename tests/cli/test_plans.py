@@ -34,10 +34,19 @@ def test_a_commands_plan_is_that_of_its_settings(place, capsys):
     assert plan(capsys, "plan", "steer", *steer, "--devices", "2", "--tokens", "20", "--d_sae", "16384") == wanted
 
 
+def test_a_plan_knows_the_width_of_the_embedded_dictionaries_or_says_that_it_does_not(capsys):
+    assert main(["patch", "--pairs", "ioi", "--site", "resid_post.3", "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "1024 × 128" in told
+    assert "assumed" not in told
+    assert main(["plan", "patch", "--pairs", "ioi", "--site", "resid_post.3", "--sae", "release/id"]) == 0
+    assert capsys.readouterr().out.endswith("16,384 latents are assumed: --d_sae says how many there are\n")
+
+
 def test_a_plan_refuses_what_its_command_refuses(place, capsys):
     assert main(["plan", "patch", "--model", str(place / "model")]) == 2
     assert "give either --pairs" in capsys.readouterr().err
     assert main(["patch", "--dry_run", "--pairs", "ioi", "--model", str(place / "none")]) == 2
-    assert "is no config.json" in capsys.readouterr().err
+    assert "there is no file or folder" in capsys.readouterr().err
     assert main(["plan", "patch", "--pairs", "ioi", "--sites", "x"]) == 2
     assert "--sites" in capsys.readouterr().err

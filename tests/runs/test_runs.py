@@ -270,7 +270,7 @@ def test_a_run_is_not_mixed_with_another(place, tmp_path, capsys):
     patch(place, out, *options)
     command = ["patch", *arguments(place, out, *options)]
     told = failed(capsys, *command, "--seed", 1)
-    assert "seed (0 there, 1 now): give another --out, or remove that folder" in told
+    assert "seed (0 there, 1 now): check that, give another --out, or remove that folder" in told
     assert "latents ('3' there, '4' now)" in failed(capsys, *command, "--latents", 4)
     assert "shards (1 there, 2 now)" in failed(capsys, *command, "--shard", "0/2")
     copy = tmp_path / "pairs.jsonl"
