@@ -131,7 +131,7 @@ def test_other_versions_of_libraries_are_warned_of_and_do_not_refuse(tmp_path, c
         kept = Measurements(path, {"seed": 0, "versions": {"torch": "2"}})
         assert kept.get("a", lambda: 1 / 0) == 1
         assert "library versions have changed since this run was started" in caplog.text
-    with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\): give"):
+    with pytest.raises(UserError, match=r"differs in seed \(0 there, 1 now\): check that, give"):
         Measurements(path, {"seed": 1, "versions": {"torch": "1"}})
 
 

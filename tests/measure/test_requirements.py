@@ -118,7 +118,7 @@ def test_bad_plans_are_refused(tmp_path):
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"devices": 65}, "64 blocks"),
         ({"site": "resid_post.64"}, "0 to 63"),
-        ({"model": "nowhere"}, "no config.json"),
+        ({"model": "nowhere"}, "no file or folder .nowhere."),
     ]:
         with pytest.raises(UserError, match=message):
             requirements(PlanConfig(**{"model": path} | changes))
