@@ -58,7 +58,7 @@ def _plan_of(name: str, given: Mapping[str, Any], config: Any) -> CommandResult:
     if known or "d_sae" in given or not hasattr(config, "sae"):
         return result
     assumed = f"{PlanConfig.d_sae:,} latents are assumed: --d_sae says how many there are"
-    return replace(result, text=f"{result.text}\n{assumed}")
+    return replace(result, text=f"{result.text}\n{assumed}", facts={**result.facts, "assumed": assumed})
 
 
 def _latents(config: Any) -> str:

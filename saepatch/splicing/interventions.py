@@ -1,7 +1,7 @@
 """Interventions on latents: frozen values that define what to write at which positions. They compose in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Protocol, runtime_checkable
 
@@ -86,8 +86,15 @@ class Intervention(Protocol):
 
 
 def needs_of(intervention: object) -> Needs:
-    """The inputs that an intervention declares."""
+    """The inputs that an intervention declares; a class that edits in its own way has to say anew what it reads."""
     needs: Needs = getattr(intervention, "needs", Needs())
+    if needs.neighbours or "needs" in getattr(intervention, "__dict__", {}):
+        return needs
+    for kind in map(vars, type(intervention).__mro__):
+        if "needs" in kind:
+            break
+        if "edit" in kind or "edit_error" in kind:
+            return replace(needs, neighbours=True)
     return needs
 
 

@@ -154,6 +154,25 @@ class Cumulated:
         return acts.cumsum(1)
 
 
+def test_a_class_that_edits_in_its_own_way_does_not_inherit_what_is_read(few_at_once):
+    class Running(Clamp):
+        def edit(self, acts, seen):
+            return acts.cumsum(1)
+
+    class Declared(Running):
+        needs = Needs(neighbours=False)
+
+    model, dictionary = tiny_model(), random_dictionary()
+    with splice(model, dictionary, Running((1, 2), 1.0)):
+        expected = model.next_logits(PROMPTS)
+    sizes = few_at_once()
+    with splice(model, dictionary, Running((1, 2), 1.0)):
+        assert torch.equal(model.next_logits(PROMPTS), expected)
+    assert len(sizes) == 1
+    with splice(model, dictionary, Declared((1, 2), 1.0)):
+        assert not torch.allclose(model.next_logits(PROMPTS), expected, atol=1e-4)
+
+
 def test_interventions_that_may_read_other_positions_run_whole_or_are_refused(few_at_once, monkeypatch):
     model, dictionary = tiny_model(), random_dictionary()
     tokens = model.tokenize(PROMPTS)
