@@ -1,13 +1,18 @@
 """Settings of the whole test run."""
 
+import copy
+import functools
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from browsing import chromium
 
 from saepatch import organism
+from saepatch.model.loading import load
+from saepatch.runs import interpret
 
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring
 
@@ -16,6 +21,38 @@ os.fsync = lambda handle: None  # no test cuts the power, and a slow disk would 
 # A shell starts its background jobs with SIGINT ignored, and processes that tests start and interrupt would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Loading checks a model by some twenty forward passes, which takes longer than most tests. So the embedded models, and
+# the folders that commands name, are loaded once a process, and tests get copies. This stands here because tests and
+# commands import the function itself.
+_load = load.load_model
+_loaded = {}
+
+
+def _copied(name, files, args, options):
+    key = (name, files, *map(repr, args), *sorted((option, repr(value)) for option, value in options.items()))
+    if key not in _loaded:
+        _loaded[key] = _load(name, *args, **options)
+        if len(_loaded) > 8:
+            del _loaded[next(iter(_loaded))]  # the oldest
+    return copy.deepcopy(_loaded[key])
+
+
+@functools.wraps(_load)
+def _load_organism_once(name, *args, **options):
+    return _copied(name, (), args, options) if name in organism.CHECKPOINTS else _load(name, *args, **options)
+
+
+@functools.wraps(_load)
+def _load_folders_once(name, *args, **options):
+    if not Path(name).is_dir():
+        return _load_organism_once(name, *args, **options)
+    stats = ((str(path), path.stat()) for path in sorted(Path(name).rglob("*")))
+    return _copied(name, tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats), args, options)
+
+
+load.load_model, interpret.load_model = _load_organism_once, _load_folders_once
 
 
 # Families whose layout another one, tested by default, has too.

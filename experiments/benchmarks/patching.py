@@ -35,6 +35,7 @@ from .common.peers import ON_GPU, OURS, PEERS, Peer, Runner, bare_passes, missin
 log = logging.getLogger("experiments.benchmarks")  # by name: run as a module, this file is `__main__`
 
 GEMM_ROWS = 512
+GEMM_FLOPS = 1e10  # operations of the matrix products that are timed at once
 BUSY = 1.25  # rounds of the same sweep that differ by more were disturbed
 AT_ONCE = {"cpu": 2048, "cuda": 65536}  # tokens per batch of the other libraries: about their fastest
 
@@ -272,7 +273,7 @@ def _gemm_rate(case: Case, clock: Clock) -> float:
     rows = torch.randn(GEMM_ROWS, width, device=device)
     weight = torch.randn(width, 4 * width, device=device)
     flops = 2.0 * GEMM_ROWS * weight.numel()
-    repeats = 1 + int(1e10 / flops)
+    repeats = 1 + int(GEMM_FLOPS / flops)
     return repeats * flops / _seconds(clock, lambda: [rows @ weight for _ in range(repeats)])
 
 

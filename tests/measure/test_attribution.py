@@ -44,7 +44,7 @@ def site_effect(model, dictionary, pair, positions="all"):
 )
 def test_completeness(site, positions):
     model, dictionary = tiny_model(), random_dictionary(site)
-    latents, errors = integrated_gradients(model, dictionary, PAIRS, positions, steps=200)
+    latents, errors = integrated_gradients(model, dictionary, PAIRS, positions, steps=60)
     for row, pair in enumerate(PAIRS):
         effect = site_effect(model, dictionary, pair, positions)
         assert float(latents[row].sum() + errors[row]) == pytest.approx(effect, abs=0.02 * max(1.0, abs(effect)))
@@ -400,7 +400,7 @@ def test_kl_from_the_clean_run_is_screened_as_with_that_reference(direction):
             np.testing.assert_allclose(own.verified.exact, expected.verified.exact, rtol=1e-3, atol=1e-8)
     # completeness: latents and error terms together are the way from one run's divergence to the other's
     many = attribute(
-        model, dictionary, PAIRS, metric=kl_divergence(), method=IntegratedGradients(200), direction=direction
+        model, dictionary, PAIRS, metric=kl_divergence(), method=IntegratedGradients(60), direction=direction
     )
     whole = patch_components(model, Stream(dictionary.site), PAIRS, metric=kl_divergence(), direction=direction)
     total = np.bincount(many.pair, weights=many.score, minlength=len(PAIRS))

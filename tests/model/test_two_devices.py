@@ -69,8 +69,17 @@ def test_values_are_handed_over_to_the_dictionary_and_back(spread):
     assert effects.patched.shape == (1, 1)
 
 
-@pytest.mark.parametrize("method", [FirstOrder(), IntegratedGradients(2), GradDrop()])
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize(
+    ("method", "long"),
+    [
+        (FirstOrder(), False),
+        (IntegratedGradients(2), False),
+        (GradDrop(), False),
+        (FirstOrder(), True),
+        pytest.param(IntegratedGradients(2), True, marks=pytest.mark.slow),
+        pytest.param(GradDrop(), True, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_handed_over_too(spread, method, long, monkeypatch):
     """Also of long prompts, which run in pieces."""
     if long:

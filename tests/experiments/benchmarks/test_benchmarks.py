@@ -83,6 +83,7 @@ def test_a_model_from_a_folder_stands_beside_the_shapes(tmp_path, capsys, monkey
     save_model_and_sae(tmp_path)
     pair = PromptPair("Mary and John met, John", "Mary and John met, Mary", "x", "y")  # short, since tokens are bytes
     monkeypatch.setattr(cases, "PAIR", pair)
+    monkeypatch.setattr(patching, "GEMM_FLOPS", 1e6)
     model = load_model(str(tmp_path / "model"))
     tokens = len(model.encode(pair.clean))
     assert run(tmp_path, ["hooks"], shapes="[]", model=str(tmp_path / "model")) == 0
