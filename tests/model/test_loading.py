@@ -12,6 +12,7 @@ from tiny import FAMILIES, random_dictionary, random_sae, tiny_model
 from saepatch.cli.main import main
 from saepatch.dictionaries.loading import load_sae, load_saes
 from saepatch.errors import UserError
+from saepatch.model.finite import all_finite
 from saepatch.model.language_model import LanguageModel
 from saepatch.model.loading import load as loading
 from saepatch.model.loading.load import load_model
@@ -101,6 +102,18 @@ def test_large_weights_are_finite_though_their_sum_is_not():
     weight[0, 1] = -torch.inf
     with pytest.raises(UserError, match=r"NaN or infinite weights in model.layers.0.mlp.up_proj"):
         loading.wrap_model(model.hf, model.tokenizer, model.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_weight_that_is_not_finite_is_found_wherever_it_is(dtype, value):
+    """Weights are checked in slices: the first, the last, and the ends of one in between."""
+    weights = torch.ones((3 << 22) + 5, dtype=dtype)
+    assert all_finite(weights)
+    for place in (0, (1 << 22) - 1, 1 << 22, -6, -1):
+        weights[place] = value
+        assert not all_finite(weights)
+        weights[place] = 1
 
 
 def test_models_that_cannot_be_loaded(model_folder, tmp_path):
