@@ -258,8 +258,7 @@ COMMANDS: dict[str, Callable[[MemoryBenchmarkConfig, str, Path], None]] = {
     "attribute": _command("attribute", *ONE, "--verify", "5", "--sample", "5", "--out", "FOLDER/attribute"),
     "latent": _command("latent", "SITE:1", "--reference", "FOLDER/texts.jsonl"),
     "steer": _command(
-        "steer", "--latent", "SITE:1", "--prompt", "The town", "--max_new_tokens", "8", "--reference",
-        "FOLDER/texts.jsonl",
+        "steer", "--latent", "SITE:1", "--prompt", "The town", "--max_new_tokens", "8", "--unit", "1",
     ),
     "splice quality": _quality,
     "circuit": _command(

@@ -201,6 +201,7 @@ def latent_statistics(
     return sums.statistics(dictionary)
 
 
+SLICE = 1 << 21  # logits whose softmax is taken at a time
 _NOTHING = "the tokens are only BOS and padding: give at least one ordinary token"
 
 
@@ -303,39 +304,43 @@ class _Measure:
         known = self.dictionary.known(self.model, batch).after(self.first)
         self.sums.add(latents, x[..., self.dictionary.writes], known)
         # The target is one column to the right of the predicting token, whichever side is padded.
-        counted = known.ordinary[:, :-1] & batch.ordinary[:, 1:]
-        targets = batch.input_ids[:, 1:][counted]
-        if not len(targets):
+        rows = (known.ordinary[:, :-1] & batch.ordinary[:, 1:]).nonzero()
+        if not len(rows):
             return
         if self._skip is None:
             self._skip = can_skip(self.model, kept, self.dictionary.site)
         where = known.ordinary[..., None]
         written = self._logits(kept, (latents.reconstruction + latents.error).to(x.dtype))
-        gaps = (written - kept.logits)[batch.attention_mask.bool()]
-        self.identity = max(self.identity, float(gaps.abs().max()))
-        del written, gaps
+        for some in _slices(batch.attention_mask.bool().nonzero(), self.model.vocabulary):
+            self.identity = max(self.identity, float((written[some] - kept.logits[some]).abs().max()))
+        del written
 
-        plain = log_softmax(kept.logits[:, :-1][counted].float(), -1)
         bottleneck = x - torch.where(where, latents.error, 0).to(x.dtype)  # as `splice` writes it
-        spliced = log_softmax(self._logits(kept, bottleneck)[:, :-1][counted].float(), -1)
-        # A token with probability 0 adds nothing to the divergence, and must not make it NaN.
-        gap = torch.where(plain.isneginf(), 0.0, plain - spliced)
-        self.kl += float(_accurate((plain.exp() * gap).sum(-1)).sum())
-        self._add_ce("model", plain, targets)
-        self._add_ce("spliced", spliced, targets)
-        del plain, spliced, gap
+        spliced = self._logits(kept, bottleneck)
+        for some in _slices(rows, self.model.vocabulary):
+            before, after = (log_softmax(logits[some].float(), -1) for logits in (kept.logits, spliced))
+            # A token with probability 0 adds nothing to the divergence, and must not make it NaN.
+            gap = torch.where(before.isneginf(), 0.0, before - after)
+            self.kl += float(_accurate((before.exp() * gap).sum(-1)).sum())
+        self._add_ce("model", kept.logits, rows, batch)
+        self._add_ce("spliced", spliced, rows, batch)
+        del spliced
         zero_ordinary, mean = (torch.where(where, value, x) for value in (torch.zeros_like(self.mean), self.mean))
         for name, value in {"zero": torch.zeros_like(x), "zero_ordinary": zero_ordinary, "mean": mean}.items():
-            ablated = self._logits(kept, value)
-            self._add_ce(name, log_softmax(ablated[:, :-1][counted].float(), -1), targets)
-        self.n += len(targets)
+            self._add_ce(name, self._logits(kept, value), rows, batch)
+        self.n += len(rows)
 
     def _logits(self, kept: WholePass, value: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
         return edited_logits(self.model, kept, self.dictionary.site, value, bool(self._skip))
 
-    def _add_ce(self, name: str, log_probabilities: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]) -> None:
-        loss = -_accurate(log_probabilities.gather(-1, targets[:, None])).sum()
-        self.ce[name] = self.ce.get(name, 0.0) + float(loss)
+    def _add_ce(
+        self, name: str, logits: Float[Tensor, "batch pos vocab"], rows: Int[Tensor, "n 2"], batch: Tokens
+    ) -> None:
+        gained = [
+            log_softmax(logits[row, column].float(), -1).gather(-1, batch.input_ids[row, column + 1, None])
+            for row, column in _slices(rows, logits.shape[-1])
+        ]
+        self.ce[name] = self.ce.get(name, 0.0) - float(_accurate(torch.cat(gained)).sum())
 
     def quality(self) -> SpliceQuality:
         if not self.n:
@@ -359,6 +364,11 @@ class _Measure:
             alive_share=float((sums.active > 0).double().mean()),
             identity_error=self.identity,
         )
+
+
+def _slices(rows: Int[Tensor, "n 2"], vocabulary: int) -> list[tuple[Tensor, ...]]:
+    """Rows and columns of a few positions at a time, whose logits fit in the processor's cache."""
+    return [some.unbind(-1) for some in rows.split(max(1, SLICE // vocabulary))]
 
 
 def _recovered(ce: dict[str, float], ablation: str) -> float:
