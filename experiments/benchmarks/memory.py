@@ -171,6 +171,8 @@ def _write_inputs(config: MemoryBenchmarkConfig, folder: Path) -> None:
     answer, counter = config.answers.split("|")
     pair = {"clean": config.clean, "corrupted": config.corrupted, "answer": answer, "counter": counter}
     (folder / "pairs.jsonl").write_text(json.dumps(pair), encoding="utf-8")
+    swapped = {"clean": config.corrupted, "corrupted": config.clean, "answer": counter, "counter": answer}
+    (folder / "select.jsonl").write_text(json.dumps(swapped), encoding="utf-8")
     asked = {"prompt": "{} is located in the city of", "subject": "The Eiffel Tower", "target": counter.strip()}
     (folder / "facts.jsonl").write_text(json.dumps(asked | {"true": answer.strip()}), encoding="utf-8")
     training = {"model": config.model, "data": str(folder / "texts.jsonl"), "sites": [config.site], "tokens": 1024}
@@ -262,7 +264,7 @@ COMMANDS: dict[str, Callable[[MemoryBenchmarkConfig, str, Path], None]] = {
     ),
     "splice quality": _quality,
     "circuit": _command(
-        "circuit", *ONE, "--select", "FOLDER/pairs.jsonl", "--nodes", "10", "--edges", "10", "--verify", "2",
+        "circuit", *ONE, "--select", "FOLDER/select.jsonl", "--nodes", "10", "--edges", "10", "--verify", "2",
         "--sample", "2", "--controls", "5", "--minimal", "2", "--out", "FOLDER/circuit",
     ),
     "edit": _command(
