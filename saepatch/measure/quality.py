@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -13,7 +13,7 @@ from saepatch.dictionaries.active_values import ActiveValues
 from saepatch.dictionaries.checks import warn_of_threshold
 from saepatch.dictionaries.dictionary import Dictionary
 from saepatch.dictionaries.latents import Latents
-from saepatch.engine.passes.whole_pass import WholePass, can_skip, edited_logits, whole_pass
+from saepatch.engine.passes.whole_pass import WholePass, can_skip, edited_logits, few_positions, whole_pass
 from saepatch.errors import UserError
 from saepatch.model.finite import check_finite
 from saepatch.model.language_model import LanguageModel, Tokens
@@ -201,7 +201,6 @@ def latent_statistics(
     return sums.statistics(dictionary)
 
 
-SLICE = 1 << 21  # logits whose softmax is taken at a time
 _NOTHING = "the tokens are only BOS and padding: give at least one ordinary token"
 
 
@@ -304,41 +303,45 @@ class _Measure:
         known = self.dictionary.known(self.model, batch).after(self.first)
         self.sums.add(latents, x[..., self.dictionary.writes], known)
         # The target is one column to the right of the predicting token, whichever side is padded.
-        rows = (known.ordinary[:, :-1] & batch.ordinary[:, 1:]).nonzero()
-        if not len(rows):
+        counted = known.ordinary[:, :-1] & batch.ordinary[:, 1:]
+        if not bool(counted.any()):
             return
         if self._skip is None:
             self._skip = can_skip(self.model, kept, self.dictionary.site)
         where = known.ordinary[..., None]
         written = self._logits(kept, (latents.reconstruction + latents.error).to(x.dtype))
-        for some in _slices(batch.attention_mask.bool().nonzero(), self.model.vocabulary):
+        for some in few_positions(batch.attention_mask.bool(), self.model.vocabulary):
             self.identity = max(self.identity, float((written[some] - kept.logits[some]).abs().max()))
         del written
 
         bottleneck = x - torch.where(where, latents.error, 0).to(x.dtype)  # as `splice` writes it
         spliced = self._logits(kept, bottleneck)
-        for some in _slices(rows, self.model.vocabulary):
+        for some in few_positions(counted, self.model.vocabulary):
             before, after = (log_softmax(logits[some].float(), -1) for logits in (kept.logits, spliced))
             # A token with probability 0 adds nothing to the divergence, and must not make it NaN.
             gap = torch.where(before.isneginf(), 0.0, before - after)
             self.kl += float(_accurate((before.exp() * gap).sum(-1)).sum())
-        self._add_ce("model", kept.logits, rows, batch)
-        self._add_ce("spliced", spliced, rows, batch)
+        self._add_ce("model", kept.logits, counted, batch)
+        self._add_ce("spliced", spliced, counted, batch)
         del spliced
         zero_ordinary, mean = (torch.where(where, value, x) for value in (torch.zeros_like(self.mean), self.mean))
         for name, value in {"zero": torch.zeros_like(x), "zero_ordinary": zero_ordinary, "mean": mean}.items():
-            self._add_ce(name, self._logits(kept, value), rows, batch)
-        self.n += len(rows)
+            self._add_ce(name, self._logits(kept, value), counted, batch)
+        self.n += int(counted.sum())
 
     def _logits(self, kept: WholePass, value: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
         return edited_logits(self.model, kept, self.dictionary.site, value, bool(self._skip))
 
     def _add_ce(
-        self, name: str, logits: Float[Tensor, "batch pos vocab"], rows: Int[Tensor, "n 2"], batch: Tokens
+        self,
+        name: str,
+        logits: Float[Tensor, "batch pos vocab"],
+        counted: Bool[Tensor, "batch predicting"],
+        batch: Tokens,
     ) -> None:
         gained = [
             log_softmax(logits[row, column].float(), -1).gather(-1, batch.input_ids[row, column + 1, None])
-            for row, column in _slices(rows, logits.shape[-1])
+            for row, column in few_positions(counted, logits.shape[-1])
         ]
         self.ce[name] = self.ce.get(name, 0.0) - float(_accurate(torch.cat(gained)).sum())
 
@@ -364,11 +367,6 @@ class _Measure:
             alive_share=float((sums.active > 0).double().mean()),
             identity_error=self.identity,
         )
-
-
-def _slices(rows: Int[Tensor, "n 2"], vocabulary: int) -> list[tuple[Tensor, ...]]:
-    """Rows and columns of a few positions at a time, whose logits fit in the processor's cache."""
-    return [some.unbind(-1) for some in rows.split(max(1, SLICE // vocabulary))]
 
 
 def _recovered(ce: dict[str, float], ablation: str) -> float:
