@@ -1,6 +1,6 @@
 """Figures of a run's report in one SVG file, as in the README and the docs.
 
-python -m experiments.picture --run runs/demo --out experiments/figures/report.svg
+python -m experiments.picture --run runs/demo --out docs/figures/report.svg
 """
 
 import sys
@@ -30,7 +30,7 @@ class PictureConfig:
     """Folder of a run of the demo or of an experiment."""
     titles: tuple[str, ...] = TITLES
     """How the titles of the figures begin."""
-    out: str = "experiments/figures/report.svg"
+    out: str = "docs/figures/report.svg"
     """File for the picture."""
 
 
