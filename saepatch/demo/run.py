@@ -66,7 +66,7 @@ def _measure(
 ) -> Findings:
     n, seed, bars = config.pairs, config.seed, not (config.quiet or config.json)
     with stage("tasks", clock, log):
-        measures = evaluate_organism(model.hf, model.tokenizer, seed=seed)  # type: ignore[arg-type]
+        measures = evaluate_organism(model.hf, model.tokenizer, seed=seed)
     with stage("splice", clock, log):
         measured = splice_qualities(model, list(saes.values()), model.tokenize(organism.texts()))
         quality = [each for each, _ in measured]

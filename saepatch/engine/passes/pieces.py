@@ -139,7 +139,7 @@ class Pieces:
         result: Tensor | None = None
         for start in reversed(range(0, self.tokens.width, self.piece)):
             end = min(start + self.piece, self.tokens.width)
-            leaves: list[Any] = [_Leaves(keys, values, start) for keys, values in held]  # type: ignore[arg-type]
+            leaves: list[Any] = [_Leaves(keys, values, start) for keys, values in held]
             cache = self.before(start)
             cache.layers[self.skip :] = leaves
             layout, edits = self.model.layout, self._edits(values, start, end)
