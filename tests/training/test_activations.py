@@ -340,6 +340,28 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name == "activations"]
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_no_more_rounds_are_computed_than_are_needed(model, start, monkeypatch):
+    """Twice as many tokens are not read ahead; and a limit changes no batch."""
+    options = {"epochs": None, "prefetch": True}
+    want = list(islice(stream(model, **options).batches(), start + 20))
+    position = want[start - 1][1] if start else START
+    made, real = [], ActivationStream._filled
+
+    def filled(self, ids, number, stopping):
+        made.append(number)
+        return real(self, ids, number, stopping)
+
+    monkeypatch.setattr(ActivationStream, "_filled", filled)
+    for count in (1, 4, 20):
+        made.clear()
+        got = list(islice(stream(model, **options).batches(position, count), count))
+        for thread in threads():
+            thread.join(10)
+        assert_identical([batch for batch, _ in got], [batch for batch, _ in want[start : start + count]])
+        assert made == list(range(position.round, got[-1][1].round + (got[-1][1].batch > 0)))
+
+
 @pytest.mark.parametrize("how", ["close", "forget", "exception", "end", "unused"])
 def test_no_thread_is_left(model, how):
     found = stream(model, epochs=1 if how == "end" else None, prefetch=True).batches()

@@ -1,6 +1,7 @@
 """Activations of several sites from shared forward passes, as a stream of shuffled batches that can be resumed."""
 
 import logging
+import math
 import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -126,11 +127,14 @@ class ActivationStream:
             for batch, _ in batches:
                 yield batch
 
-    def batches(self, start: Position = START) -> Generator[tuple[Batch, Position], None, None]:
+    def batches(
+        self, start: Position = START, count: float = math.inf
+    ) -> Generator[tuple[Batch, Position], None, None]:
         """Batches `{site: [batch_size, width]}` in float32 on the model's device, each with the position after it.
 
-        From any of these positions, a stream of the same documents and settings continues bit for bit, at the cost of
-        the forward passes of one round. Close the generator to end its thread.
+        No round is computed ahead that is not needed for `count` batches. From any of these positions, a stream of the
+        same documents and settings continues bit for bit, at the cost of the forward passes of one round. Close the
+        generator to end its thread.
 
         Raises:
             UserError: the documents hold no text, or cannot be read.
@@ -139,7 +143,14 @@ class ActivationStream:
         rounds = self._rounds(start, stopping)
         # Not with several processes: a thread that is ahead would wait for the others in a round they never start.
         if self.config.prefetch and self.ranks.size == 1:
-            rounds = ahead(rounds, stopping)
+            held = -start.batch
+
+            def enough(filled: _Round) -> bool:
+                nonlocal held
+                held += self._count(filled)
+                return held >= count
+
+            rounds = ahead(rounds, stopping, enough)
         with closing(rounds):
             skipped = start.batch
             for filled in rounds:
@@ -175,9 +186,13 @@ class ActivationStream:
             for i in torch.randperm(len(parts), generator=_generator(seed, "parts", end.round)).tolist():
                 yield parts[i].without(self.special)
 
-    def _yielded(self, filled: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
+    def _count(self, filled: _Round) -> int:
+        """Number of batches of a round."""
         n, size = len(next(iter(filled.rows.values()))), self.config.batch_size
-        count = n // size if self.epochs is None else -(-n // size)
+        return n // size if self.epochs is None else -(-n // size)
+
+    def _yielded(self, filled: _Round, skipped: int) -> Iterator[tuple[Batch, Position]]:
+        n, size, count = len(next(iter(filled.rows.values()))), self.config.batch_size, self._count(filled)
         for i in range(skipped, count):
             own = slice(i * size + self.ranks.rank, min((i + 1) * size, n), self.ranks.size)
             # Copied, so that a kept batch does not keep the whole round in memory.

@@ -3,7 +3,7 @@
 import atexit
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 import torch
@@ -16,11 +16,14 @@ class Stopped(Exception):
     """Raised in the thread once its items are no longer needed."""
 
 
-def ahead(items: Iterator[Item], stopping: threading.Event) -> Generator[Item, None, None]:
+def ahead(
+    items: Iterator[Item], stopping: threading.Event, enough: Callable[[Item], bool]
+) -> Generator[Item, None, None]:
     """The items, each computed in a thread while the one before it is in use, so that two exist at a time.
 
-    Exceptions in the thread are raised here. Closing this generator sets `stopping`, which `items` should check, and
-    waits for the thread, but at most `JOIN_TIMEOUT` seconds, since it may hang in a network connection.
+    `enough` is asked of each item in turn, and ends them after the first for which it is true. Exceptions in the thread
+    are raised here. Closing this generator sets `stopping`, which `items` should check, and waits for the thread, but
+    at most `JOIN_TIMEOUT` seconds, since it may hang in a network connection.
     """
     requested: queue.SimpleQueue[bool] = queue.SimpleQueue()
     results: queue.SimpleQueue[tuple[Item | None, BaseException | None]] = queue.SimpleQueue()
@@ -58,8 +61,11 @@ def ahead(items: Iterator[Item], stopping: threading.Event) -> Generator[Item, N
                 raise error
             if item is None:
                 return
-            requested.put(True)
+            last = enough(item)
+            requested.put(not last)
             yield item
+            if last:
+                return
     finally:
         end()
         atexit.unregister(end)

@@ -210,7 +210,7 @@ class Run:
 
     def _batches(self) -> Generator[tuple[Batch, Position]]:
         """The stream from the run's position on; a new run's dictionaries are initialised from its first batches."""
-        with closing(self.stream.batches(self.position)) as batches:
+        with closing(self.stream.batches(self.position, self.config.steps - self.step)) as batches:
             if not self.learners:
                 count = max(1, min(self.config.steps, FIRST_TOKENS // self.config.batch_size))
                 first = list(islice(batches, count))

@@ -110,9 +110,10 @@ def sae_lens_bridge(case: Case, batch: int) -> Runner:
     """The same through its bridge, which wraps the Hugging Face model, with eager attention."""
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-    hf, name = copy.deepcopy(case.subject.hf), case.subject.model.name  # the bridge changes the model that it wraps
+    ours = case.subject.model
+    hf, tokenizer = copy.deepcopy((case.subject.hf, ours.tokenizer))  # the bridge changes what it wraps
     hf.set_attn_implementation("eager")
-    model = SAETransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=case.subject.model.tokenizer)
+    model = SAETransformerBridge.boot_transformers(ours.name, hf_model=hf, tokenizer=tokenizer)
     model.add_sae(case.subject.sae, use_error_term=True)
     return _set_latent(case, model, model.get_sae_hook_name(case.subject.sae))
 
