@@ -67,13 +67,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages, and the picture that the README shows."""
+    """Adds the generated pages."""
     files.append(File.generated(config, "reference/names.md", content=names_page()))
     for package in ("saepatch", "training"):
         for room in rooms(package):
             uri = f"reference/{room}.md" if package == "saepatch" else f"reference/{package}.{room}.md"
             options = "    options:\n      heading_level: 1\n      show_root_full_path: true\n"
             files.append(File.generated(config, uri, content=f"::: {package}.{room}\n{options}"))
-    picture = ROOT / "experiments" / "figures" / "report.svg"
-    files.append(File.generated(config, "report.svg", abs_src_path=str(picture)))
     return files
