@@ -30,8 +30,14 @@ _load = load.load_model
 _loaded = {}
 
 
-def _copied(name, files, args, options):
-    key = (name, files, *map(repr, args), *sorted((option, repr(value)) for option, value in options.items()))
+PLAIN = (str, bool, int, float, type(None), torch.dtype, torch.device)
+
+
+def _copied(name, folder, args, options):
+    if not all(isinstance(value, PLAIN) for value in (*args, *options.values())):
+        return _load(name, *args, **options)
+    files = [(str(path), path.stat()) for path in sorted(Path(folder).rglob("*"))]
+    key = (name, args, *sorted(options.items()), *((path, stat.st_mtime_ns, stat.st_size) for path, stat in files))
     if key not in _loaded:
         _loaded[key] = _load(name, *args, **options)
         if len(_loaded) > 8:
@@ -41,15 +47,15 @@ def _copied(name, files, args, options):
 
 @functools.wraps(_load)
 def _load_organism_once(name, *args, **options):
-    return _copied(name, (), args, options) if name in organism.CHECKPOINTS else _load(name, *args, **options)
+    embedded = name in organism.CHECKPOINTS
+    return _copied(name, organism.path(name), args, options) if embedded else _load(name, *args, **options)
 
 
 @functools.wraps(_load)
 def _load_folders_once(name, *args, **options):
-    if not Path(name).is_dir():
-        return _load_organism_once(name, *args, **options)
-    stats = ((str(path), path.stat()) for path in sorted(Path(name).rglob("*")))
-    return _copied(name, tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats), args, options)
+    if Path(name).is_dir():
+        return _copied(name, name, args, options)
+    return _load_organism_once(name, *args, **options)
 
 
 load.load_model, interpret.load_model = _load_organism_once, _load_folders_once

@@ -2,12 +2,12 @@
 
     python -m experiments.benchmarks.end_to_end --model google/gemma-3-270m --data TEXTS.jsonl --out runs/end-to-end
 
-Both sides train TopK dictionaries of the same sites on the same texts, each in a process of its own: forward passes of
-the model up to the last site, a buffer of activations, training steps; our evaluation is left out. sae_lens runs
-transformer_lens' `HookedTransformer`, its fastest class: it stops at the last site (with several sites, its runner for
-several dictionaries). The clock starts once the libraries and the model are loaded. It is processor time of all
-threads, which other load on the machine affects little; wall time stands beside it. Peak memory is that of the whole
-process. The saved dictionaries are evaluated by the same code on held-out texts.
+Both sides train TopK dictionaries of the same sites on the same texts, each in a process of its own: forward passes
+of the model up to the last site, a buffer of activations, training steps; the time of our evaluation is left out (its
+memory is not). sae_lens runs transformer_lens' `HookedTransformer`, its fastest class: it stops at the last site
+(with several sites, its runner for several dictionaries). The clock starts once the libraries and the model are
+loaded. It is processor time of all threads, which other load on the machine affects little; wall time stands beside
+it. Peak memory is that of the whole process. The saved dictionaries are evaluated by the same code on held-out texts.
 """
 
 import logging
@@ -203,6 +203,7 @@ def _ours(config: EndToEndConfig, out: str) -> Trained:
     )
     with _apart(trainer, "evaluate_all") as evaluation:
         whole = _timed(lambda: train_saes(model, texts, settings, Path(out)))
+    assert evaluation.wall
     return replace(whole, processor=whole.processor - evaluation.processor, wall=whole.wall - evaluation.wall)
 
 

@@ -310,40 +310,33 @@ class _Measure:
             self._skip = can_skip(self.model, kept, self.dictionary.site)
         where = known.ordinary[..., None]
         written = self._logits(kept, (latents.reconstruction + latents.error).to(x.dtype))
-        for some in few_positions(batch.attention_mask.bool(), self.model.vocabulary):
-            self.identity = max(self.identity, float((written[some] - kept.logits[some]).abs().max()))
+        for some in few_positions(batch.attention_mask.bool(), written.shape[-1]):
+            gap = (written[some] - kept.logits[some]).abs().max()
+            self.identity = float(torch.maximum(gap, gap.new_tensor(self.identity)))  # NaN stays NaN
         del written
 
         bottleneck = x - torch.where(where, latents.error, 0).to(x.dtype)  # as `splice` writes it
-        spliced = self._logits(kept, bottleneck)
-        for some in few_positions(counted, self.model.vocabulary):
-            before, after = (log_softmax(logits[some].float(), -1) for logits in (kept.logits, spliced))
+        spliced, losses = self._logits(kept, bottleneck), []
+        for row, column in few_positions(counted, spliced.shape[-1]):
+            before, after = (log_softmax(logits[row, column].float(), -1) for logits in (kept.logits, spliced))
             # A token with probability 0 adds nothing to the divergence, and must not make it NaN.
             gap = torch.where(before.isneginf(), 0.0, before - after)
             self.kl += float(_accurate((before.exp() * gap).sum(-1)).sum())
-        self._add_ce("model", kept.logits, counted, batch)
-        self._add_ce("spliced", spliced, counted, batch)
+            target = batch.input_ids[row, column + 1, None]
+            losses.append(torch.cat([log_p.gather(-1, target) for log_p in (before, after)], -1))
+        for name, loss in zip(("model", "spliced"), -_accurate(torch.cat(losses)).sum(0), strict=True):
+            self._add_ce(name, float(loss))
         del spliced
         zero_ordinary, mean = (torch.where(where, value, x) for value in (torch.zeros_like(self.mean), self.mean))
         for name, value in {"zero": torch.zeros_like(x), "zero_ordinary": zero_ordinary, "mean": mean}.items():
-            self._add_ce(name, self._logits(kept, value), counted, batch)
+            self._add_ce(name, _loss(self._logits(kept, value), counted, batch))
         self.n += int(counted.sum())
 
     def _logits(self, kept: WholePass, value: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
         return edited_logits(self.model, kept, self.dictionary.site, value, bool(self._skip))
 
-    def _add_ce(
-        self,
-        name: str,
-        logits: Float[Tensor, "batch pos vocab"],
-        counted: Bool[Tensor, "batch predicting"],
-        batch: Tokens,
-    ) -> None:
-        gained = [
-            log_softmax(logits[row, column].float(), -1).gather(-1, batch.input_ids[row, column + 1, None])
-            for row, column in few_positions(counted, logits.shape[-1])
-        ]
-        self.ce[name] = self.ce.get(name, 0.0) - float(_accurate(torch.cat(gained)).sum())
+    def _add_ce(self, name: str, loss: float) -> None:
+        self.ce[name] = self.ce.get(name, 0.0) + loss
 
     def quality(self) -> SpliceQuality:
         if not self.n:
@@ -367,6 +360,15 @@ class _Measure:
             alive_share=float((sums.active > 0).double().mean()),
             identity_error=self.identity,
         )
+
+
+def _loss(logits: Float[Tensor, "batch pos vocab"], counted: Bool[Tensor, "batch predicting"], batch: Tokens) -> float:
+    """Cross-entropy summed over the counted positions, each of which predicts the token to its right."""
+    gained = [
+        log_softmax(logits[row, column].float(), -1).gather(-1, batch.input_ids[row, column + 1, None])
+        for row, column in few_positions(counted, logits.shape[-1])
+    ]
+    return -float(_accurate(torch.cat(gained)).sum())
 
 
 def _recovered(ce: dict[str, float], ablation: str) -> float:

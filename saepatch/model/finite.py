@@ -50,5 +50,5 @@ def all_finite(weights: Tensor) -> bool:
     In slices, since a sum of narrow values is taken over a copy in float32.
     """
     wide = torch.float32 if weights.is_floating_point() else None
-    slices = weights.detach().flatten().split(1 << 22)
+    slices = weights.detach().flatten().split(1 << 22) if weights.layout == torch.strided else [weights.detach()]
     return all(torch.isfinite(part.sum(dtype=wide)) or torch.isfinite(part).all() for part in slices)

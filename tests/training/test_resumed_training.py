@@ -20,6 +20,7 @@ import saepatch as sp
 from saepatch.errors import UserError
 from saepatch.model.sites import Site
 from training.config import SAEConfig
+from training.data.activations import ActivationStream
 from training.loop import checkpoints, trainer
 from training.loop.checkpoints import Checkpoint
 from training.loop.trainer import train_saes
@@ -114,6 +115,26 @@ def test_what_a_process_left_that_was_killed_at_its_very_end_is_removed(model, w
     outcome = train_saes(model, documents(), small(resume=True), out)
     assert outcome.figures
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("steps", [8, 9, 12])
+def test_no_activations_are_computed_that_no_step_needs(monkeypatch, model, tmp_path, steps):
+    """Rounds have four batches here: the run ends with one, or in its midst."""
+    rounds, real = [], ActivationStream._filled
+
+    def filled(self, ids, number, stopping):
+        rounds.append(number)
+        return real(self, ids, number, stopping)
+
+    monkeypatch.setattr(ActivationStream, "_filled", filled)
+    tokens = {"tokens": steps * 256, "prefetch": True}
+    train_saes(model, documents(), small(**tokens), tmp_path / "whole")
+    assert rounds == list(range(-(-steps // 4)))
+    stopped_run(monkeypatch, model, tmp_path / "run", 5, **tokens)
+    rounds.clear()
+    train_saes(model, documents(), small(resume=True, **tokens), tmp_path / "run")
+    assert rounds == list(range(1, -(-steps // 4)))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("steps", [1, 7, 31])

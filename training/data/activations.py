@@ -128,13 +128,13 @@ class ActivationStream:
                 yield batch
 
     def batches(
-        self, start: Position = START, count: float = math.inf
+        self, start: Position = START, needed: float = math.inf
     ) -> Generator[tuple[Batch, Position], None, None]:
         """Batches `{site: [batch_size, width]}` in float32 on the model's device, each with the position after it.
 
-        No round is computed ahead that is not needed for `count` batches. From any of these positions, a stream of the
-        same documents and settings continues bit for bit, at the cost of the forward passes of one round. Close the
-        generator to end its thread.
+        The stream may end once `needed` batches are out: no further round is computed ahead. From any of these
+        positions, a stream of the same documents and settings continues bit for bit, at the cost of the forward passes
+        of one round. Close the generator to end its thread.
 
         Raises:
             UserError: the documents hold no text, or cannot be read.
@@ -148,7 +148,7 @@ class ActivationStream:
             def enough(filled: _Round) -> bool:
                 nonlocal held
                 held += self._count(filled)
-                return held >= count
+                return held >= needed
 
             rounds = ahead(rounds, stopping, enough)
         with closing(rounds):

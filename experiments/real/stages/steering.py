@@ -31,7 +31,7 @@ from .texts import ONE_TOKEN_PREFIXES
 SEVERAL = 8  # latents that steer together
 ONE_LATENT, SEVERAL_LATENTS, ONE_TOKEN = "one latent", f"{SEVERAL} latents", "one-token prefix"
 CANDIDATES = 24  # latents whose output scores are measured
-STRENGTHS = (0.25, 0.5, 1.0)
+STRENGTHS = (0.0625, 0.125, 0.25, 0.5, 1.0)
 LIMIT = 10.0  # largest perplexity on `tune`, relative to that without steering, of a strength that may be chosen
 
 
