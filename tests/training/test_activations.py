@@ -27,6 +27,7 @@ from training.data import activations
 from training.data.activations import START, ActivationStream, Position, forward
 from training.data.cache import RoundCache
 from training.data.document import has_content
+from training.data.prefetch import Stopped
 from training.data.rows import rows, token_batches
 from training.data.texts import Streamed, as_documents, fingerprint, in_order, split, texts
 from training.ranks import Ranks
@@ -427,6 +428,23 @@ def test_closing_does_not_wait_for_the_round(model, monkeypatch):
     found.close()
     assert not threads()
     assert len(ran) <= before + 2
+
+
+def test_a_pass_is_given_up_before_its_next_block(model):
+    stopping, ran = threading.Event(), []
+
+    def stop(module, *_):
+        ran.append(module)
+        stopping.set()
+
+    hooks = [block.register_forward_hook(stop) for block in model.layout.blocks]
+    try:
+        with pytest.raises(Stopped):
+            stream(model)._forward(model, model.tokenize(["the cat sat"]), stopping)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ran == [model.layout.blocks[0]]
 
 
 def test_pausing_keeps_the_model_to_oneself(model, monkeypatch):

@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saepatch.errors import UserError
+from saepatch.model.hooks import watching
 from saepatch.model.language_model import LanguageModel, Tokens
 from saepatch.model.sites import Site
 
@@ -315,7 +316,9 @@ class ActivationStream:
             go_on(stopping)
         try:
             go_on(stopping)
-            return forward(model, self.sites, part, self.special)
+            # Asked again before every block: a pass may take longer than the end of the program waits for its thread.
+            with watching(model.layout.blocks, lambda *_: go_on(stopping), (), lambda *_: None):
+                return forward(model, self.sites, part, self.special)
         finally:
             self._running.release()
 
