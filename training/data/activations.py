@@ -1,7 +1,6 @@
 """Activations of several sites from shared forward passes, as a stream of shuffled batches that can be resumed."""
 
 import logging
-import math
 import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -129,7 +128,7 @@ class ActivationStream:
                 yield batch
 
     def batches(
-        self, start: Position = START, needed: float = math.inf
+        self, start: Position = START, needed: int | None = None
     ) -> Generator[tuple[Batch, Position], None, None]:
         """Batches `{site: [batch_size, width]}` in float32 on the model's device, each with the position after it.
 
@@ -149,7 +148,7 @@ class ActivationStream:
             def enough(filled: _Round) -> bool:
                 nonlocal held
                 held += self._count(filled)
-                return held >= needed
+                return needed is not None and held >= needed
 
             rounds = ahead(rounds, stopping, enough)
         with closing(rounds):
